@@ -1,0 +1,19 @@
+"""A 3D-parallel trainer for GPT-like language models, in four nouns: Config, Blueprint, Run, Progress.
+
+    tools/  examples/                                      parse, call, print (thin)
+    ──────────────────────────────────────────────────────────────────────────────
+    4  train/            inference/                        what you run
+    3  pipeline/  engines/  optim/  checkpoint/            how a step happens and is kept
+    2  layers/ ──▶ models/                                 what is computed
+    1  parallel/         kernels/                          how ranks talk; how ops run
+    0  config/ ──▶ blueprint/                              what was asked; what follows      no torch
+    ──────────────────────────────────────────────────────────────────────────────
+    wings:  data/ (+ tokenizers/)   no torch.distributed        telemetry/   numbers, not tensors
+            storage/   files that are whole or absent           no torch
+
+Config is what the user asked; Blueprint everything that follows before a process starts; Run the
+Blueprint made real; Progress what a checkpoint must remember.  Imports point down only
+(tests/architecture proves it).  Importing this package imports nothing else.
+"""
+
+__version__ = "0.1.0"

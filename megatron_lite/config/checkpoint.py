@@ -1,0 +1,43 @@
+"""Where, how often, and what is loaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointConfig:
+    """Saving and loading."""
+
+    save: str | None = None
+    """Folder of the run: checkpoints, resolved config, metrics, errors, index cache."""
+
+    load: str | None = None
+    """Folder to resume from; nothing there is a fresh start with a loud line."""
+
+    save_interval: int | None = None
+    """Iterations between checkpoints."""
+
+    ckpt_step: int | None = None
+    """Load this iteration instead of the newest."""
+
+    finetune: bool = False
+    """Load the weights only: iteration, samples, optimizer and learning rate start anew."""
+
+    load_optim: bool = True
+    """Load the optimizer's state."""
+
+    load_rng: bool = True
+    """Kept for Megatron's --no-load-rng; our randomness is counters and needs no state."""
+
+    save_optim: bool = True
+    """Save the optimizer's state."""
+
+    save_rng: bool = True
+    """Kept for Megatron's --no-save-rng; our randomness is counters and needs no state."""
+
+    exit_on_missing_checkpoint: bool = False
+    """Exit with code 4 where --load holds no checkpoint."""
+
+    keep_last: int | None = None
+    """Remove older checkpoints but the newest N good ones."""

@@ -1,0 +1,109 @@
+"""The model's figure: sizes, norm, position, activation, tying."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig:
+    """The model's sizes and parts."""
+
+    num_layers: int = field(default=0, metadata={"required": True})
+    """Transformer blocks."""
+
+    hidden_size: int = field(default=0, metadata={"required": True})
+    """Width h of the residual stream."""
+
+    num_attention_heads: int = field(default=0, metadata={"required": True})
+    """Query heads n."""
+
+    seq_length: int = field(default=0, metadata={"required": True, "aliases": ["--encoder-seq-length"]})
+    """Tokens per training sample s."""
+
+    max_position_embeddings: int | None = None
+    """Rows of the learned position table; at least --seq-length, which is the default."""
+
+    ffn_hidden_size: int | None = None
+    """Feed-forward width f; 4h by default, int(4h * 2/3 / 64) * 64 with --swiglu."""
+
+    kv_channels: int | None = None
+    """Size d of one head; h / heads by default."""
+
+    group_query_attention: bool = False
+    """Share keys and values between groups of query heads; see --num-query-groups."""
+
+    num_query_groups: int | None = field(default=None, metadata={"aliases": ["--num-key-value-heads"]})
+    """Key/value heads; equal to --num-attention-heads unless grouped."""
+
+    vocab_size: int | None = None
+    """Tokens the tokenizer knows; read from the tokenizer when not given."""
+
+    make_vocab_size_divisible_by: int = 128
+    """The embedding table is padded to a multiple of this times tp; padded columns take no part in the loss."""
+
+    position_embedding_type: Literal["learned_absolute", "rope", "none"] = "learned_absolute"
+    """How tokens know where they are."""
+
+    rotary_base: float = 10000.0
+    """Base of the rotary frequencies."""
+
+    rotary_percent: float = 1.0
+    """Share of a head's channels that are rotated."""
+
+    normalization: Literal["LayerNorm", "RMSNorm"] = field(
+        default="LayerNorm", metadata={"case_insensitive": True}
+    )
+    """Norm before attention, before the MLP, and at the end."""
+
+    norm_epsilon: float = field(default=1e-5, metadata={"aliases": ["--layernorm-epsilon"]})
+    """Added to the variance inside a norm."""
+
+    swiglu: bool = False
+    """SwiGLU feed-forward instead of GELU."""
+
+    add_bias_linear: bool = field(default=True, metadata={"off": "--disable-bias-linear"})
+    """Biases in the linear layers."""
+
+    untie_embeddings_and_output_weights: bool = False
+    """A head of its own instead of the token embedding used twice."""
+
+    hidden_dropout: float = 0.1
+    """Dropout on the embedding and on both branches of a block; independent of the parallel layout."""
+
+    attention_dropout: float = 0.1
+    """Dropout on attention probabilities."""
+
+    init_method_std: float = 0.02
+    """Standard deviation of initial weights; output projections get std / sqrt(2 * layers)."""
+
+    apply_query_key_layer_scaling: bool = False
+    """Divide attention scores by the layer number before, and multiply inside the softmax (fp16 range)."""
+
+    attention_softmax_in_fp32: bool = True
+    """Compute the softmax of the attention in fp32."""
+
+    @property
+    def head_size(self) -> int:
+        """Channels d of one attention head."""
+        return self.kv_channels or self.hidden_size // max(self.num_attention_heads, 1)
+
+    @property
+    def num_kv_heads(self) -> int:
+        """Key/value heads."""
+        if not self.group_query_attention:
+            return self.num_attention_heads
+        return self.num_query_groups or self.num_attention_heads
+
+    @property
+    def ffn_size(self) -> int:
+        """Feed-forward width f."""
+        if self.ffn_hidden_size:
+            return self.ffn_hidden_size
+        return int(4 * self.hidden_size * 2 / 3 / 64) * 64 if self.swiglu else 4 * self.hidden_size
+
+    @property
+    def num_positions(self) -> int:
+        """Rows of the position table."""
+        return self.max_position_embeddings or self.seq_length

@@ -1,0 +1,88 @@
+"""Update rule, weight decay, clipping, and the learning rate's curve."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OptimConfig:
+    """Update rule, weight decay and clipping."""
+
+    optimizer: Literal["adam", "sgd"] = "adam"
+    """Update rule; adam is AdamW (decoupled weight decay)."""
+
+    weight_decay: float = 0.01
+    """Decoupled weight decay of matrices; biases and norms have none."""
+
+    start_weight_decay: float | None = None
+    """Weight decay at the start where --weight-decay-incr-style is not constant."""
+
+    end_weight_decay: float | None = None
+    """Weight decay at the end where --weight-decay-incr-style is not constant."""
+
+    weight_decay_incr_style: Literal["constant", "linear", "cosine"] = "constant"
+    """How weight decay moves from start to end."""
+
+    adam_beta1: float = 0.9
+    """Decay of Adam's first moment."""
+
+    adam_beta2: float = 0.999
+    """Decay of Adam's second moment."""
+
+    adam_eps: float = 1e-8
+    """Added to the root of Adam's second moment."""
+
+    sgd_momentum: float = 0.9
+    """Momentum of SGD."""
+
+    clip_grad: float = 1.0
+    """Largest global gradient norm; 0 switches clipping off."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LearningRateConfig:
+    """The learning rate as a function of samples."""
+
+    lr: float | None = None
+    """Peak learning rate."""
+
+    min_lr: float = 0.0
+    """Learning rate after the decay, and the floor of it."""
+
+    lr_decay_style: Literal["constant", "linear", "cosine", "inverse-square-root", "WSD"] = "linear"
+    """Curve after the warm-up."""
+
+    lr_decay_iters: int | None = None
+    """Iterations until --min-lr; --train-iters by default."""
+
+    lr_decay_samples: int | None = None
+    """Samples until --min-lr; --train-samples by default."""
+
+    lr_warmup_fraction: float | None = None
+    """Share of the decay that is warm-up."""
+
+    lr_warmup_iters: int = 0
+    """Iterations of linear warm-up."""
+
+    lr_warmup_samples: int = 0
+    """Samples of linear warm-up."""
+
+    lr_warmup_init: float = 0.0
+    """Learning rate at the start of the warm-up."""
+
+    lr_wsd_decay_style: Literal["exponential", "linear", "cosine", "minus_sqrt"] = "exponential"
+    """Shape of WSD's final decay."""
+
+    lr_wsd_decay_iters: int | None = None
+    """Iterations of WSD's final decay."""
+
+    lr_wsd_decay_samples: int | None = None
+    """Samples of WSD's final decay."""
+
+    override_opt_param_scheduler: bool = False
+    """On resume, take the learning-rate flags of this command line without asking."""
+
+    use_checkpoint_opt_param_scheduler: bool = False
+    """On resume, take the learning-rate settings of the checkpoint."""

@@ -1,0 +1,101 @@
+"""How the ranks are arranged, and what they overlap, shard and recompute."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParallelConfig:
+    """How the ranks are arranged."""
+
+    tensor_model_parallel_size: int = 1
+    """Ranks that share each layer's weights (tp)."""
+
+    pipeline_model_parallel_size: int = 1
+    """Ranks that share the stack of layers (pp)."""
+
+    context_parallel_size: int = 1
+    """Ranks that share one sequence (cp)."""
+
+    sequence_parallel: bool = False
+    """Split the activations between tensor-parallel regions along the sequence; needs tp > 1."""
+
+    pipeline_schedule: Literal["1f1b", "gpipe", "interleaved", "zb-h1", "zb-v"] | None = None
+    """Order of forwards and backwards; 1f1b unless virtual stages ask for interleaved."""
+
+    num_layers_per_virtual_pipeline_stage: int | None = None
+    """Layers per chunk of the interleaved schedule."""
+
+    num_virtual_stages_per_pipeline_rank: int | None = None
+    """Chunks per rank of the interleaved schedule."""
+
+    decoder_first_pipeline_num_layers: int | None = None
+    """Layers on the first stage, where stages are uneven."""
+
+    decoder_last_pipeline_num_layers: int | None = None
+    """Layers on the last stage, where stages are uneven."""
+
+    account_for_embedding_in_pipeline_split: bool = False
+    """Count the embedding as a layer when layers are dealt to stages."""
+
+    account_for_loss_in_pipeline_split: bool = False
+    """Count the head and the loss as a layer when layers are dealt to stages."""
+
+    pipeline_model_parallel_layout: str | None = None
+    """Layers per stage as a string, e.g. Et*3|(tt|)*29,m|L."""
+
+    use_tp_pp_dp_mapping: bool = False
+    """Number the ranks tp-cp-pp-dp instead of tp-cp-dp-pp."""
+
+    use_distributed_optimizer: bool = False
+    """Share masters and optimizer state between the data-parallel ranks."""
+
+    overlap_grad_reduce: bool = False
+    """Reduce gradients over dp while the last backward still runs."""
+
+    overlap_param_gather: bool = False
+    """Gather updated parameters while the next forward runs; needs --use-distributed-optimizer."""
+
+    ddp_bucket_size: int | None = None
+    """Elements per gradient bucket; max(40e6, 1e6 * dp) by default."""
+
+    accumulate_allreduce_grads_in_fp32: bool = True
+    """Accumulate and reduce gradients in fp32, for fp16 and bf16 too."""
+
+    recompute_granularity: Literal["full", "selective"] | None = None
+    """What is computed again in backward instead of being kept."""
+
+    recompute_method: Literal["uniform", "block"] | None = None
+    """With full: uniform groups of layers, or the first layers of each stage one by one."""
+
+    recompute_num_layers: int | None = None
+    """Layers per uniform group, or layers recomputed per stage with block."""
+
+    recompute_modules: list[str] = field(default_factory=lambda: ["core_attn"])
+    """With selective: which parts of a block are computed again."""
+
+    distribute_saved_activations: bool = False
+    """Split the kept inputs of recomputed layers over tp."""
+
+    distributed_backend: Literal["nccl", "gloo"] | None = None
+    """Communication library; nccl with a GPU, gloo without."""
+
+    distributed_timeout_minutes: float = 10.0
+    """A collective that waits longer ends the run with exit code 6."""
+
+    @property
+    def tp(self) -> int:
+        """Tensor-parallel size."""
+        return self.tensor_model_parallel_size
+
+    @property
+    def pp(self) -> int:
+        """Pipeline-parallel size."""
+        return self.pipeline_model_parallel_size
+
+    @property
+    def cp(self) -> int:
+        """Context-parallel size."""
+        return self.context_parallel_size

@@ -1,0 +1,58 @@
+"""Number formats, loss scaling, and which kernels are preferred."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrecisionConfig:
+    """Number formats, loss scaling and preferred kernels."""
+
+    fp16: bool = False
+    """Parameters and activations in fp16, fp32 masters, dynamic loss scale."""
+
+    bf16: bool = False
+    """Parameters and activations in bf16, fp32 masters."""
+
+    loss_scale: float | None = None
+    """Fixed fp16 loss scale instead of the dynamic one."""
+
+    initial_loss_scale: float = 2.0**32
+    """Where the dynamic loss scale starts."""
+
+    min_loss_scale: float = 1.0
+    """The dynamic loss scale never falls below this."""
+
+    loss_scale_window: int = 1000
+    """Successful steps in a row after which the loss scale doubles."""
+
+    hysteresis: int = 2
+    """Overflows tolerated before the loss scale halves."""
+
+    attention_backend: Literal["auto", "flash", "fused", "unfused", "local"] = "auto"
+    """Which attention kernel is preferred; what was chosen and why is printed at start."""
+
+    masked_softmax_fusion: bool = True
+    """Let the attention kernel fuse mask and softmax; off takes the plain reference kernel."""
+
+    bias_gelu_fusion: bool = True
+    """Allow a fused bias + GELU kernel."""
+
+    bias_swiglu_fusion: bool = True
+    """Allow a fused bias + SwiGLU kernel."""
+
+    bias_dropout_fusion: bool = True
+    """Allow a fused bias + dropout + add kernel."""
+
+    gradient_accumulation_fusion: bool = True
+    """Accumulate weight gradients straight into the fp32 accumulators."""
+
+    tf32: bool = field(default=False, metadata={"flag": "--tf32"})
+    """Allow TF32 matrix products for fp32 tensors on a GPU."""
+
+    @property
+    def name(self) -> Literal["fp32", "fp16", "bf16"]:
+        """The parameters' format."""
+        return "fp16" if self.fp16 else "bf16" if self.bf16 else "fp32"

@@ -1,0 +1,29 @@
+"""One field per section: everything a run was asked for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from megatron_lite.config.checkpoint import CheckpointConfig
+from megatron_lite.config.data import DataConfig
+from megatron_lite.config.model import ModelConfig
+from megatron_lite.config.optim import LearningRateConfig, OptimConfig
+from megatron_lite.config.parallel import ParallelConfig
+from megatron_lite.config.precision import PrecisionConfig
+from megatron_lite.config.telemetry import TelemetryConfig
+from megatron_lite.config.train import TrainConfig
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunConfig:
+    """Everything a run was asked for; only train/assemble.py and the tools see it whole."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    learning_rate: LearningRateConfig = field(default_factory=LearningRateConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)

@@ -1,0 +1,70 @@
+"""How long, how much at once, and when to stop."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainConfig:
+    """Batch sizes, length of the run, evaluation and exit conditions."""
+
+    micro_batch_size: int = 1
+    """Sequences per forward on one data-parallel rank."""
+
+    global_batch_size: int | None = None
+    """Sequences per optimizer step over all ranks; micro batch * dp by default."""
+
+    rampup_batch_size: list[int] = field(default_factory=list)
+    """Start size, increment, samples: the batch grows by the increment until the global size."""
+
+    step_batch_size_schedule: str | None = None
+    """Batch size by tokens consumed, e.g. "0:16 2.4B:320 12B:1536"."""
+
+    train_iters: int | None = None
+    """Optimizer steps; give this or --train-samples."""
+
+    train_samples: int | None = None
+    """Samples to train on; give this or --train-iters."""
+
+    seed: int = 1234
+    """Seed of weights, dropout and data order."""
+
+    eval_interval: int | None = 1000
+    """Iterations between evaluations on the validation set."""
+
+    eval_iters: int = 100
+    """Batches per evaluation; 0 switches evaluation off."""
+
+    exit_interval: int | None = None
+    """Stop, with a checkpoint, when the iteration is a multiple of this."""
+
+    exit_duration_in_mins: float | None = None
+    """Stop, with a checkpoint, after this many minutes."""
+
+    exit_signal_handler: bool = True
+    """Stop cleanly, with a checkpoint, on SIGTERM."""
+
+    skip_train: bool = False
+    """Only evaluate the loaded checkpoint."""
+
+    manual_gc: bool = False
+    """Collect Python garbage at fixed steps on all ranks together."""
+
+    manual_gc_interval: int = 0
+    """Steps between collections with --manual-gc; 0 never collects."""
+
+    calculate_per_token_loss: bool = True
+    """Weigh each token alike over the whole step; the negation is refused."""
+
+    dry_run: bool = False
+    """Check every rule, print the plan and stop; needs no accelerator and no data."""
+
+    use_cpu: bool = False
+    """Train on the CPU even where there is a GPU."""
+
+    check_for_nan_in_loss_and_grad: bool = True
+    """Stop with exit code 7 when the loss or a gradient is not finite (fp16 skips the step instead)."""
+
+    print_state_hash: bool = False
+    """Print a hash over all parameters and optimizer moments at the end."""
