@@ -1,0 +1,62 @@
+"""How a program ends: one FATAL line on stderr and the exit code of the failure's class."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+from megatron_lite.config.errors import ConfigError, MegatronLiteError
+
+BUG = 70
+INTERRUPTED = 130
+
+
+class ToolParser(argparse.ArgumentParser):
+    """argparse whose errors are ConfigErrors, so that every failure of a tool ends the same way.
+
+    Abbreviated flags are refused: `--work` must not silently mean `--workers`.
+    """
+
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        kwargs.setdefault("allow_abbrev", False)
+        super().__init__(*args, **kwargs)  # type: ignore[arg-type]
+        self.add_argument("--debug", action="store_true", help="a traceback for every failure")
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message} - see {self.prog} --help")
+
+
+def fatal_line(error: BaseException, *, rank: int | None = None, step: int | None = None) -> str:
+    """`FATAL[<code>] rank=<r> step=<n>: <what>`; a message of several lines keeps them."""
+    code = error.exit_code if isinstance(error, MegatronLiteError) else BUG
+    what = (
+        str(error) if isinstance(error, MegatronLiteError) else f"{type(error).__name__}: {error}"
+    )
+    where = f"rank={'-' if rank is None else rank} step={'-' if step is None else step}"
+    return f"FATAL[{code}] {where}: {what}"
+
+
+def run_tool(main: Callable[[], int], *, argv: Sequence[str] | None = None) -> int:
+    """Run a tool's main and return its exit code; a failure becomes one FATAL line on stderr.
+
+    A foreseeable failure (MegatronLiteError) ends with the code of its class and no traceback
+    unless `--debug` is among the arguments; anything else is our bug: code 70 with one.
+    """
+    debug = "--debug" in (sys.argv[1:] if argv is None else argv)
+    try:
+        return main()
+    except KeyboardInterrupt:
+        print(f"FATAL[{INTERRUPTED}] rank=- step=-: stopped by Ctrl-C", file=sys.stderr)
+        return INTERRUPTED
+    except MegatronLiteError as error:
+        print(fatal_line(error), file=sys.stderr)
+        if debug:
+            traceback.print_exc()
+        return error.exit_code
+    except Exception as error:
+        print(fatal_line(error), file=sys.stderr)
+        traceback.print_exc()
+        return BUG
