@@ -1,0 +1,300 @@
+"""Token files in Megatron's format: `<prefix>.bin` holds the tokens, `<prefix>.idx` where they are.
+
+    .idx   magic 9 | version u64 | dtype code u8 | sequences N u64 | D u64
+           | N x int32 lengths | N x int64 byte offsets | D x int64 document bounds (0 .. N)
+    .bin   the sequences one after the other, little-endian, nothing between
+
+All little-endian without padding.  A document is one or more sequences; an empty one repeats a
+bound.  Invariant, checked when writing and when opening: bytes of .bin == sum(lengths) * itemsize.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import mmap
+import os
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn, overload
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_lite.config.errors import DataError, StorageError
+
+MAGIC = b"MMIDIDX\x00\x00"
+VERSION = 1
+HEADER = struct.Struct("<9sQBQQ")
+DTYPES: dict[int, npt.DTypeLike] = {
+    1: np.uint8,
+    2: np.int8,
+    3: np.int16,
+    4: np.int32,
+    5: np.int64,
+    8: np.uint16,
+}
+FLOAT_CODES = (6, 7)  # float64 and float32, in either order depending on who wrote the file
+CODES = {np.dtype(dtype): code for code, dtype in DTYPES.items()}
+
+IN_MEMORY_INDEX_BYTES = 16 << 20  # a small index is read whole: a mapping costs a file handle
+CHECK_BLOCK = 1 << 20  # sequences checked at a time, so that checking needs no copy of the index
+
+Tokens = npt.NDArray[np.integer[Any]]
+
+
+def token_dtype(vocab_size: int | None) -> np.dtype[Any]:
+    """uint16 below 65,500 ids, else int32: the rule by which Megatron's tools choose."""
+    small = vocab_size is not None and vocab_size < 65500
+    return np.dtype(np.uint16 if small else np.int32)
+
+
+def bin_path(prefix: str | os.PathLike[str]) -> Path:
+    """The token file of a prefix."""
+    return Path(f"{os.fspath(prefix)}.bin")
+
+
+def idx_path(prefix: str | os.PathLike[str]) -> Path:
+    """The index file of a prefix."""
+    return Path(f"{os.fspath(prefix)}.idx")
+
+
+@dataclass(frozen=True, slots=True)
+class Index:
+    """The arrays of an .idx file, read-only: lengths in tokens, byte offsets, document bounds."""
+
+    dtype: np.dtype[Any]
+    lengths: npt.NDArray[np.int32]
+    pointers: npt.NDArray[np.int64]
+    documents: npt.NDArray[np.int64]
+
+
+def read_index(path: Path) -> Index:
+    """Read and check everything an .idx says about itself; DataError names what is wrong."""
+
+    def refuse(what: str) -> NoReturn:
+        raise DataError(f"{path}: {what} - it is no intact index; write the pair anew")
+
+    buffer = _read_or_map(path)
+    if len(buffer) < HEADER.size:
+        refuse(f"{len(buffer)} bytes, but the header alone has {HEADER.size}")
+    magic, version, code, sequences, bounds = HEADER.unpack_from(buffer)
+    if magic != MAGIC:
+        refuse(f"begins with {bytes(magic)!r}, expected {MAGIC!r}")
+    if version != VERSION:
+        refuse(f"version {version}, expected {VERSION}")
+    if code in FLOAT_CODES:
+        refuse(f"dtype code {code} means floating point, but tokens are integers")
+    if code not in DTYPES:
+        refuse(f"dtype code {code}, expected one of {sorted(DTYPES)}")
+    expected = HEADER.size + 12 * sequences + 8 * bounds
+    if len(buffer) == expected + sequences and sequences:
+        refuse(f"{sequences} bytes follow the index: sequence modes of a multimodal set, unknown")
+    if len(buffer) != expected:
+        refuse(
+            f"{len(buffer)} bytes, expected {expected} for {sequences} sequences "
+            f"and {bounds} document bounds"
+        )
+    offset = HEADER.size
+    lengths = np.frombuffer(buffer, np.dtype("<i4"), sequences, offset)
+    pointers = np.frombuffer(buffer, np.dtype("<i8"), sequences, offset + 4 * sequences)
+    documents = np.frombuffer(buffer, np.dtype("<i8"), bounds, offset + 12 * sequences)
+
+    if bounds == 0 or documents[0] != 0 or documents[-1] != sequences:
+        ends = "none" if bounds == 0 else f"{documents[0]} .. {documents[-1]}"
+        refuse(f"document bounds run from {ends}, expected 0 .. {sequences}")
+    if np.any(documents[1:] < documents[:-1]):
+        at = int(np.argmax(documents[1:] < documents[:-1]))
+        refuse(f"document bound {at + 1} is {documents[at + 1]}, below {documents[at]} before it")
+    index = Index(np.dtype(DTYPES[code]), lengths, pointers, documents)
+    _check_pointers(index, refuse)
+    return index
+
+
+def _read_or_map(path: Path) -> bytes | mmap.mmap:
+    try:
+        with open(path, "rb") as file:
+            if os.fstat(file.fileno()).st_size <= IN_MEMORY_INDEX_BYTES:
+                return file.read()
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except FileNotFoundError as error:
+        raise DataError(
+            f"{path} does not exist - a dataset is named by its prefix, the path without .bin/.idx"
+        ) from error
+    except OSError as error:
+        raise StorageError(f"reading {path} failed: {error.strerror}") from error
+
+
+def _check_pointers(index: Index, refuse: Any) -> None:
+    """Offsets must be the running sum of the lengths: anything else would read other tokens."""
+    running = 0
+    for start in range(0, len(index.lengths), CHECK_BLOCK):
+        lengths = index.lengths[start : start + CHECK_BLOCK].astype(np.int64)
+        if lengths.min() < 0:
+            at = int(lengths.argmin())
+            refuse(f"sequence {start + at} has length {lengths[at]}")
+        ends = running + np.cumsum(lengths * index.dtype.itemsize)
+        begins = ends - lengths * index.dtype.itemsize
+        wrong = np.flatnonzero(index.pointers[start : start + CHECK_BLOCK] != begins)
+        if len(wrong):
+            at = int(wrong[0])
+            found = index.pointers[start + at]
+            refuse(f"sequence {start + at} is said to begin at byte {found}, not {begins[at]}")
+        running = int(ends[-1])
+
+
+class IndexedDataset:
+    """Sequences of tokens in a `.bin`/`.idx` pair, mapped into memory on first use.
+
+    `ds[i]` is sequence i as a read-only array of the file's dtype, `ds[a:b]` a list of them,
+    `ds.get(i, offset, length)` a part of one.  Picklable: the files are opened anew.
+    Raises DataError where the pair is missing, broken or does not belong together.
+    """
+
+    def __init__(self, prefix: str | os.PathLike[str], *, mmap_bin: bool = True) -> None:
+        self.prefix = os.fspath(prefix)
+        self.mmap_bin = mmap_bin
+        self._index = read_index(idx_path(prefix))
+        self._bin = bin_path(prefix)
+        self._map: mmap.mmap | None = None
+        self._check_bin()
+
+    @staticmethod
+    def exists(prefix: str | os.PathLike[str]) -> bool:
+        """Both files are there; the .idx is written last, so they are complete."""
+        return idx_path(prefix).exists() and bin_path(prefix).exists()
+
+    def _check_bin(self) -> None:
+        try:
+            actual = self._bin.stat().st_size
+        except FileNotFoundError as error:
+            raise DataError(
+                f"{self._bin} does not exist, but {idx_path(self.prefix)} does - copy both files"
+            ) from error
+        itemsize = self.dtype.itemsize
+        tokens = int(self.sequence_lengths.sum(dtype=np.int64))
+        expected = tokens * itemsize
+        if actual == expected:
+            return
+        bounds = self.document_indices
+        documents = {len(bounds) - 1, int(np.count_nonzero(bounds[1:] > bounds[:-1]))}
+        if actual % itemsize == 0 and actual // itemsize - tokens in documents:
+            raise DataError(
+                f"{self._bin} holds {actual // itemsize} tokens, its index {tokens}: one more "
+                f"for each of the {actual // itemsize - tokens} documents. Megatron-DeepSpeed's "
+                "preprocess_data.py --append-eod writes such pairs: the end-of-document tokens "
+                "are in .bin but not in the lengths, so every document after the first would be "
+                "read shifted - write the pair anew with tools/preprocess_data.py"
+            )
+        raise DataError(
+            f"{self._bin} has {actual} bytes, expected {expected} ({tokens} tokens of {itemsize} "
+            f"bytes by its .idx) - it is truncated or belongs to another .idx; copy both again"
+        )
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """The tokens' type in the file."""
+        return self._index.dtype
+
+    @property
+    def sequence_lengths(self) -> npt.NDArray[np.int32]:
+        """Tokens of every sequence."""
+        return self._index.lengths
+
+    @property
+    def document_indices(self) -> npt.NDArray[np.int64]:
+        """Document d is the sequences [document_indices[d], document_indices[d + 1])."""
+        return self._index.documents
+
+    @property
+    def sizes(self) -> npt.NDArray[np.int32]:
+        """Megatron-DeepSpeed's name of sequence_lengths."""
+        return self._index.lengths
+
+    @property
+    def doc_idx(self) -> npt.NDArray[np.int64]:
+        """Megatron-DeepSpeed's name of document_indices."""
+        return self._index.documents
+
+    def __len__(self) -> int:
+        return len(self._index.lengths)
+
+    @overload
+    def __getitem__(self, key: int) -> Tokens: ...
+    @overload
+    def __getitem__(self, key: slice) -> list[Tokens]: ...
+    def __getitem__(self, key: int | slice) -> Tokens | list[Tokens]:
+        if isinstance(key, slice):
+            start, stop, step = key.indices(len(self))
+            if step != 1:
+                raise ValueError(f"{self.prefix}: only slices of step 1 are contiguous, not {step}")
+            if stop <= start:
+                return []
+            lengths = self._index.lengths[start:stop].astype(np.int64)
+            tokens = self._read(int(self._index.pointers[start]), int(lengths.sum()))
+            return np.split(tokens, np.cumsum(lengths)[:-1])
+        return self.get(key)
+
+    def get(self, index: int, offset: int = 0, length: int | None = None) -> Tokens:
+        """`length` tokens (the rest by default) of a sequence from token `offset` on."""
+        index = int(index)
+        if index < 0:
+            index += len(self)
+        if not 0 <= index < len(self):
+            raise IndexError(f"{self.prefix}: no sequence {index}, it has {len(self)}")
+        size = int(self._index.lengths[index])
+        length = size - offset if length is None else int(length)
+        if offset < 0 or length < 0 or offset + length > size:
+            raise IndexError(
+                f"{self.prefix}: sequence {index} has {size} tokens, not [{offset}, "
+                f"{offset + length})"
+            )
+        begin = int(self._index.pointers[index]) + int(offset) * self.dtype.itemsize
+        return self._read(begin, length)
+
+    def _read(self, begin: int, count: int) -> Tokens:
+        """count: tokens from byte `begin` on."""
+        if count == 0:
+            return np.empty(0, self.dtype)
+        dtype = self.dtype.newbyteorder("<")
+        if self.mmap_bin:
+            if self._map is None:
+                with self._opened() as file:
+                    self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            return np.frombuffer(self._map, dtype, count, begin)
+        with self._opened() as file:
+            data = os.pread(file.fileno(), count * dtype.itemsize, begin)
+        if len(data) != count * dtype.itemsize:
+            raise DataError(f"{self._bin} became shorter while it was read - copy it again")
+        return np.frombuffer(data, dtype)
+
+    def _opened(self) -> Any:
+        try:
+            return open(self._bin, "rb")
+        except OSError as error:
+            raise StorageError(f"reading {self._bin} failed: {error.strerror}") from error
+
+    def fingerprint(self) -> str:
+        """Names the content of the index: size, time and hash of the .idx, size of the .bin.
+
+        Above 64 MiB only the ends and 16 blocks between are hashed.
+        """
+        path = idx_path(self.prefix)
+        status = path.stat()
+        digest = hashlib.blake2b(digest_size=16)
+        digest.update(f"{status.st_size} {status.st_mtime_ns} {self._bin.stat().st_size}".encode())
+        block = 1 << 20
+        with open(path, "rb") as file:
+            if status.st_size <= 64 * block:
+                digest.update(file.read())
+            else:
+                for part in range(18):
+                    file.seek((status.st_size - block) * part // 17)
+                    digest.update(file.read(block))
+        return digest.hexdigest()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"prefix": self.prefix, "mmap_bin": self.mmap_bin}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["prefix"], mmap_bin=state["mmap_bin"])  # type: ignore[misc]

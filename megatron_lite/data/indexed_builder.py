@@ -1,0 +1,198 @@
+"""Writes Megatron's `.bin`/`.idx` pairs (data/indexed.py), whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from array import array
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_lite.config.errors import DataError, StorageError
+from megatron_lite.data.indexed import (
+    CODES,
+    HEADER,
+    MAGIC,
+    VERSION,
+    IndexedDataset,
+    Tokens,
+    bin_path,
+    idx_path,
+)
+from megatron_lite.storage.disk import Disk, temporary_name
+
+WRITE_BYTES = 4 << 20  # small documents are gathered into writes of this size
+
+
+class IndexedDatasetBuilder:
+    """Writes a `.bin`/`.idx` pair whose names appear only when both files are complete.
+
+    with IndexedDatasetBuilder("docs_text_document.bin", dtype=np.uint16) as builder:
+        builder.add_document(tokens, [len(tokens)])
+        builder.finalize("docs_text_document.idx")
+
+    Leaving the block without `finalize` leaves nothing behind.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        dtype: npt.DTypeLike = np.int32,
+        disk: Disk | None = None,
+    ) -> None:
+        self.path = Path(path)
+        self.dtype = np.dtype(dtype)
+        if self.dtype not in CODES:
+            names = ", ".join(sorted(str(known) for known in CODES))
+            raise DataError(f"{self.path}: {self.dtype} is no token type; choose from {names}")
+        self._disk = Disk() if disk is None else disk
+        self._lengths = array("i")
+        self._bounds = array("q", [0])
+        self._pending: list[bytes] = []
+        self._pending_bytes = 0
+        self._temporaries = [temporary_name(self.path)]
+        self._file = self._disk.create(self._temporaries[0])
+
+    def add_item(self, tokens: npt.ArrayLike) -> None:
+        """Append one sequence to the current document; end_document closes it."""
+        sequence = np.asarray(tokens)
+        self._append_tokens(sequence)
+        self._append_lengths(np.array([sequence.size]))
+
+    def end_document(self) -> None:
+        """The document ends here; without sequences since the last end it is an empty one."""
+        self._bounds.append(len(self._lengths))
+
+    def add_document(self, tokens: npt.ArrayLike, lengths: Sequence[int] | npt.ArrayLike) -> None:
+        """Append one document: its tokens and the lengths of its sequences."""
+        self.add_documents(tokens, lengths, [np.size(np.asarray(lengths))])
+
+    def add_documents(
+        self, tokens: npt.ArrayLike, lengths: npt.ArrayLike, sequences: npt.ArrayLike
+    ) -> None:
+        """Append many documents: all their tokens, all lengths, the sequences of each document."""
+        flat, sizes = np.asarray(tokens), np.asarray(lengths, dtype=np.int64).reshape(-1)
+        counts = np.asarray(sequences, dtype=np.int64).reshape(-1)
+        if sizes.sum() != flat.size or counts.sum() != sizes.size:
+            raise DataError(
+                f"{self.path}: {flat.size} tokens in sequences of {sizes.sum()} in all, "
+                f"{sizes.size} sequences in documents of {counts.sum()} in all; "
+                "the end-of-document token counts, too"
+            )
+        self._append_tokens(flat)
+        before = len(self._lengths)
+        self._append_lengths(sizes)
+        self._bounds.frombytes((before + np.cumsum(counts)).astype(np.int64).tobytes())
+
+    def add_index(self, prefix: str | os.PathLike[str]) -> None:
+        """Append all documents of another pair of the same dtype."""
+        other = IndexedDataset(prefix)
+        if other.dtype != self.dtype:
+            raise DataError(
+                f"{idx_path(prefix)} holds {other.dtype}, but {self.path} is written as "
+                f"{self.dtype} - preprocess both with the same vocabulary"
+            )
+        before = len(self._lengths)
+        with open(bin_path(prefix), "rb") as file:
+            while chunk := file.read(4 * WRITE_BYTES):
+                self._append_bytes(chunk)
+        self._append_lengths(other.sequence_lengths)
+        self._bounds.frombytes((other.document_indices[1:] + before).tobytes())
+
+    add_doc = add_document
+    merge_file_ = add_index
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens added so far."""
+        return (self._file.size + self._pending_bytes) // self.dtype.itemsize
+
+    def finalize(self, path: str | os.PathLike[str] | None = None) -> None:
+        """Write the index (beside the .bin by default) and give both files their names."""
+        index = self.path.with_suffix(".idx") if path is None else Path(path)
+        if self._bounds[-1] != len(self._lengths):
+            raise DataError(f"{self.path}: sequences after the last end_document()")
+        self._flush()
+        self._file.fsync()
+        self._file.close()
+        lengths = np.frombuffer(self._lengths, np.int32)
+        expected = int(lengths.sum(dtype=np.int64)) * self.dtype.itemsize
+        actual = self._temporaries[0].stat().st_size
+        if actual != expected:
+            raise DataError(
+                f"{self.path}: {actual} bytes were written, expected {expected} by the lengths"
+            )
+        self._temporaries.append(temporary_name(index))
+        with self._disk.create(self._temporaries[1]) as file:
+            code, sequences, bounds = CODES[self.dtype], len(lengths), len(self._bounds)
+            file.write(HEADER.pack(MAGIC, VERSION, code, sequences, bounds))
+            file.write(lengths.astype("<i4", copy=False).tobytes())
+            nbytes = lengths.astype("<i8") * self.dtype.itemsize
+            file.write((np.cumsum(nbytes) - nbytes).astype("<i8", copy=False).tobytes())
+            file.write(np.frombuffer(self._bounds, np.int64).astype("<i8", copy=False).tobytes())
+            file.fsync()
+        # an old .idx must never stand beside a new .bin: the .idx says that the pair is complete
+        self._disk.remove(index)
+        self._disk.sync_folder(index.parent)
+        self._disk.rename(self._temporaries[0], self.path)
+        self._disk.sync_folder(self.path.parent)
+        self._disk.rename(self._temporaries[1], index)
+        self._disk.sync_folder(index.parent)
+        self._temporaries.clear()
+
+    def abort(self) -> None:
+        """Remove what was written so far; after finalize it does nothing."""
+        with contextlib.suppress(StorageError):
+            self._file.close()
+        while self._temporaries:
+            with contextlib.suppress(StorageError):
+                self._disk.remove(self._temporaries.pop())
+
+    def __enter__(self) -> IndexedDatasetBuilder:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.abort()
+
+    def _append_tokens(self, tokens: Tokens) -> None:
+        if tokens.size == 0:
+            return
+        if tokens.dtype.kind not in "iu":
+            raise DataError(f"{self.path}: tokens are integers, not {tokens.dtype}")
+        if tokens.dtype != self.dtype:
+            limits = np.iinfo(self.dtype)
+            low, high = int(tokens.min()), int(tokens.max())
+            if low < limits.min or high > limits.max:
+                wrong = low if low < limits.min else high
+                raise DataError(
+                    f"{self.path}: token id {wrong} does not fit {self.dtype} "
+                    f"({limits.min} to {limits.max}) - was it made with another vocabulary?"
+                )
+        self._append_bytes(tokens.astype(self.dtype.newbyteorder("<"), copy=False).tobytes())
+
+    def _append_bytes(self, data: bytes) -> None:
+        self._pending.append(data)
+        self._pending_bytes += len(data)
+        if self._pending_bytes >= WRITE_BYTES:
+            self._flush()
+
+    def _flush(self) -> None:
+        self._file.write(b"".join(self._pending))
+        self._pending.clear()
+        self._pending_bytes = 0
+
+    def _append_lengths(self, lengths: Tokens) -> None:
+        if lengths.size and lengths.max() > np.iinfo(np.int32).max:
+            raise DataError(f"{self.path}: a sequence of {lengths.max()} tokens; at most 2^31 - 1")
+        if lengths.size and lengths.min() < 0:
+            raise DataError(f"{self.path}: a sequence of {lengths.min()} tokens")
+        self._lengths.frombytes(lengths.astype(np.int32).tobytes())

@@ -1,0 +1,56 @@
+"""The package and its optional compiled index helpers; no compiler is a warning, not an error."""
+
+from __future__ import annotations
+
+import ast
+import warnings
+from pathlib import Path
+
+from setuptools import Extension, find_packages, setup
+
+ROOT = Path(__file__).parent
+
+
+def version() -> str:
+    """`__version__` of the package, read without importing it."""
+    tree = ast.parse((ROOT / "megatron_lite" / "__init__.py").read_text(encoding="utf-8"))
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__version__":
+            return str(ast.literal_eval(node.value))
+    raise RuntimeError("megatron_lite/__init__.py has no __version__")
+
+
+def extensions() -> list[Extension]:
+    """The index helpers, where pybind11 is there; numpy twins do their work otherwise."""
+    try:
+        from pybind11.setup_helpers import Pybind11Extension  # noqa: PLC0415  an optional extra
+    except ImportError:
+        warnings.warn("no pybind11: the index helpers stay numpy", stacklevel=1)
+        return []
+    return [
+        Pybind11Extension(
+            "megatron_lite.data._index_helpers",
+            ["csrc/index_helpers.cpp"],
+            cxx_std=17,
+            # contraction would round the blend's errors differently from IEEE doubles
+            extra_compile_args=["-O3", "-ffp-contract=off", "-fvisibility=hidden"],
+            optional=True,
+        )
+    ]
+
+
+setup(
+    name="megatron_lite",
+    version=version(),
+    description="A 3D-parallel trainer for GPT-like language models",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=find_packages(include=["megatron_lite", "megatron_lite.*"]),
+    install_requires=["torch>=2.10", "numpy>=1.26", "safetensors>=0.4", "pyyaml>=6", "tqdm>=4.60"],
+    extras_require={
+        "tokenizers": ["tokenizers>=0.20", "regex>=2023.12"],
+        "plots": ["tensorboard>=2.14", "matplotlib>=3.8"],
+        "test": ["pytest>=8", "hypothesis>=6.100", "ruff>=0.6", "mypy>=1.10"],
+    },
+    ext_modules=extensions(),
+)
