@@ -52,7 +52,7 @@ class ParallelConfig:
     use_distributed_optimizer: bool = False
     """Share masters and optimizer state between the data-parallel ranks."""
 
-    overlap_grad_reduce: bool = False
+    overlap_grad_reduce: bool = True
     """Reduce gradients over dp while the last backward still runs."""
 
     overlap_param_gather: bool = False

@@ -1,0 +1,90 @@
+"""fp16's dynamic loss scale: halves on overflow, doubles after a quiet window (Megatron's hysteresis)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_lite.config.errors import NumericsError
+from megatron_lite.config.precision import PrecisionConfig
+
+_LARGEST = 2.0**32
+"""The scale never grows beyond: an fp32 gradient times more would overflow."""
+
+_PATIENCE = 100
+"""Skipped steps in a row, at the smallest scale, after which the run stops with a diagnosis."""
+
+
+@dataclass(slots=True)
+class LossScale:
+    """The factor on the loss, and what moves it.  State: scale, quiet steps, tolerance, skips in a row.
+
+    Megatron's quirk is kept: an overflow lowers the tolerance by one; while it is used up every
+    overflow halves the scale, and only a growth restores it.
+    """
+
+    scale: float
+    dynamic: bool
+    minimum: float
+    window: int
+    hysteresis: int
+    tolerance: int
+    quiet_steps: int = 0
+    skips_in_a_row: int = 0
+
+    @classmethod
+    def from_config(cls, precision: PrecisionConfig) -> LossScale:
+        """1.0 unless fp16; fixed where --loss-scale is given."""
+        fixed = precision.loss_scale
+        scale = (fixed or precision.initial_loss_scale) if precision.fp16 else 1.0
+        return cls(
+            scale=scale,
+            dynamic=precision.fp16 and fixed is None,
+            minimum=precision.min_loss_scale,
+            window=precision.loss_scale_window,
+            hysteresis=precision.hysteresis,
+            tolerance=precision.hysteresis,
+        )
+
+    def update(self, overflow: bool) -> None:
+        """Move the scale after a step; every rank has the same `overflow`."""
+        if overflow:
+            at_bottom = not self.dynamic or self.scale <= self.minimum
+            self.skips_in_a_row += 1
+            if at_bottom and self.skips_in_a_row >= _PATIENCE:
+                raise NumericsError(
+                    f"{self.skips_in_a_row} steps in a row overflowed in fp16 at loss scale "
+                    f"{self.scale:g}, which cannot fall further (--min-loss-scale {self.minimum:g}); "
+                    "the run diverges: lower --lr, or train in --bf16"
+                )
+            if not self.dynamic:
+                return
+            self.quiet_steps = 0
+            self.tolerance -= 1
+            if self.tolerance <= 0:
+                self.scale = max(self.scale * 0.5, self.minimum)
+            return
+        self.skips_in_a_row = 0
+        if not self.dynamic:
+            return
+        self.quiet_steps += 1
+        if self.quiet_steps == self.window:
+            self.quiet_steps = 0
+            self.tolerance = self.hysteresis
+            self.scale = min(self.scale * 2.0, _LARGEST)
+
+    def state(self) -> dict[str, float]:
+        """What a checkpoint must remember."""
+        return {
+            "scale": self.scale,
+            "tolerance": self.tolerance,
+            "quiet_steps": self.quiet_steps,
+            "skips_in_a_row": self.skips_in_a_row,
+        }
+
+    def load(self, state: dict[str, float]) -> None:
+        """Take up a checkpoint's state; a fixed scale of this command line stays."""
+        if self.dynamic:
+            self.scale = float(state["scale"])
+            self.tolerance = int(state["tolerance"])
+            self.quiet_steps = int(state["quiet_steps"])
+            self.skips_in_a_row = int(state["skips_in_a_row"])

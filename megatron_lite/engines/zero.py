@@ -1,0 +1,239 @@
+"""Our engine: data parallel with bucketed, overlapped reduction, fp32 accumulators and fp32 masters."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from megatron_lite.config.errors import NumericsError
+from megatron_lite.config.optim import OptimConfig
+from megatron_lite.config.parallel import ParallelConfig
+from megatron_lite.config.precision import PrecisionConfig
+from megatron_lite.engines.base import Update
+from megatron_lite.engines.buckets import GradientBuckets
+from megatron_lite.engines.clip import clip_coefficient, count_zeros, global_norm
+from megatron_lite.engines.loss_scale import LossScale
+from megatron_lite.optim.rules import OPTIMIZERS, UpdateRule
+from megatron_lite.parallel.collectives import all_reduce
+from megatron_lite.parallel.context import ParallelContext
+from megatron_lite.parallel.shard import LocalParameter, NamedSlice, stands_for
+
+
+@dataclass(frozen=True, slots=True)
+class Watch:
+    """What the engine measures or refuses on request."""
+
+    non_finite_stops: bool = True
+    num_zeros: bool = False
+    params_norm: bool = False
+
+
+@dataclass(slots=True, eq=False)
+class _Held:
+    """A parameter with its accumulator, its fp32 master and its optimizer state."""
+
+    local: LocalParameter
+    gradient: Tensor
+    master: Tensor
+    state: dict[str, Tensor]
+
+    @property
+    def has_master(self) -> bool:
+        return self.master is not self.local.parameter
+
+
+class ZeroEngine:
+    """Holds every rank's gradients and optimizer state; see base.Engine for the protocol.
+
+    fp32 parameters are their own masters; fp16 and bf16 ones have an fp32 copy.  Gradients are
+    accumulated and reduced in fp32 unless --no-accumulate-allreduce-grads-in-fp32.
+    """
+
+    def __init__(
+        self,
+        stages: dict[int, Sequence[LocalParameter]],
+        ctx: ParallelContext,
+        *,
+        optim: OptimConfig,
+        parallel: ParallelConfig,
+        precision: PrecisionConfig,
+        watch: Watch | None = None,
+    ) -> None:
+        self.ctx, self.optim, self.watch = ctx, optim, watch or Watch()
+        self.rule: UpdateRule = OPTIMIZERS[optim.optimizer](optim)
+        self.scaler = LossScale.from_config(precision)
+        self.fp16 = precision.fp16
+        self.steps = 0
+        self._stage_of = {p.parameter: stage for stage, held in stages.items() for p in held}
+        bucket_size = parallel.ddp_bucket_size or max(40_000_000, 1_000_000 * ctx.dp.size)
+        in_fp32 = parallel.accumulate_allreduce_grads_in_fp32 or precision.name == "fp32"
+        self._buckets = {
+            stage: GradientBuckets.build(
+                held,
+                ctx,
+                bucket_size=bucket_size,
+                overlap=parallel.overlap_grad_reduce,
+                dtype=torch.float32 if in_fp32 else held[0].parameter.dtype,
+            )
+            for stage, held in stages.items()
+        }
+        self._held = [self._hold(p) for held in stages.values() for p in held]
+        for held in self._held:
+            held.local.parameter.register_post_accumulate_grad_hook(self._take_gradient())
+
+    def _hold(self, local: LocalParameter) -> _Held:
+        parameter = local.parameter
+        gradient = self._buckets[self._stage_of[parameter]].views[parameter]
+        fp32 = parameter.dtype == torch.float32
+        master = parameter if fp32 else parameter.detach().float()
+        return _Held(local, gradient, master, self.rule.new_state(master.detach()))
+
+    def _take_gradient(self) -> Callable[[Tensor], None]:
+        def take(parameter: Tensor) -> None:
+            assert parameter.grad is not None
+            self._view(parameter).add_(parameter.grad)
+            parameter.grad = None
+            self.ready(parameter)
+
+        return take
+
+    def _view(self, parameter: Tensor) -> Tensor:
+        return self._buckets[self._stage_of[parameter]].views[parameter]  # type: ignore[index]
+
+    @property
+    def loss_scale(self) -> float:
+        """Factor on the loss before backward; 1 unless fp16."""
+        return self.scaler.scale
+
+    def accumulators(self) -> list[tuple[Tensor, Tensor]]:
+        """(parameter, accumulator) pairs for layers that add their gradients themselves."""
+        return [(held.local.parameter, held.gradient) for held in self._held]
+
+    def ready(self, parameter: Tensor) -> None:
+        """One gradient contribution of the parameter has been accumulated."""
+        self._buckets[self._stage_of[parameter]].ready(parameter)  # type: ignore[index]
+
+    def arm(self, stage: int) -> None:
+        """The stage's last backward comes next: full buckets may be reduced from now on."""
+        self._buckets[stage].arm()
+
+    @torch.no_grad()
+    def step(self, *, lr: float, weight_decay: float) -> Update:
+        """Finish reductions, unscale, clip, update, clear.  Collective over the grid.
+
+        Waits for the device once, to learn whether the gradients are finite (fp16, or where
+        non-finite values stop the run).  Raises NumericsError on every rank alike.
+        """
+        self._reduce()
+        counted = [held for held in self._held if stands_for(held.local, self.ctx)]
+        norm = global_norm([held.gradient for held in counted], self.ctx)
+        num_zeros = self._num_zeros(counted) if self.watch.num_zeros else None
+        if self.fp16 or self.watch.non_finite_stops:
+            value = norm.item()  # waits for the device
+            finite = math.isfinite(value)
+            if self.fp16:
+                self.scaler.update(overflow=not finite)
+            elif not finite:
+                raise NumericsError(self._non_finite(value))
+            if not finite:
+                self._clear()
+                return Update(norm, skipped=True, num_zeros=num_zeros)
+        if self.optim.clip_grad > 0.0:
+            coefficient = clip_coefficient(norm, self.optim.clip_grad)
+            for buckets in self._buckets.values():
+                buckets.buffer.mul_(coefficient)
+        self._apply(lr, weight_decay)
+        self._clear()
+        params_norm = self._params_norm(counted) if self.watch.params_norm else None
+        return Update(norm, skipped=False, num_zeros=num_zeros, params_norm=params_norm)
+
+    def _reduce(self) -> None:
+        """Sum gradients over dp, over tp where each rank saw its share of the sequence, and over twins."""
+        for buckets in self._buckets.values():
+            buckets.finish()
+        partial = [held.gradient for held in self._held if held.local.partial]
+        if partial:
+            flat = torch.cat([gradient.reshape(-1) for gradient in partial])
+            all_reduce(flat, self.ctx.tp)
+            sizes = [gradient.numel() for gradient in partial]
+            for gradient, summed in zip(partial, flat.split(sizes), strict=True):
+                gradient.copy_(summed.view_as(gradient))
+        for held in self._held:
+            if held.local.twin:
+                all_reduce(held.gradient, self.ctx.tied)
+        if self.loss_scale != 1.0:
+            for buckets in self._buckets.values():
+                buckets.buffer.mul_(1.0 / self.loss_scale)
+
+    def _apply(self, lr: float, weight_decay: float) -> None:
+        for decayed in (True, False):
+            held = [h for h in self._held if (h.local.parameter.dim() > 1) == decayed]
+            self.rule.update(
+                [h.master for h in held],
+                [h.gradient.to(h.master.dtype) for h in held],
+                [h.state for h in held],
+                steps=self.steps,
+                lr=lr,
+                weight_decay=weight_decay if decayed else 0.0,
+            )
+        self.steps += 1
+        self.copy_masters()
+
+    def copy_masters(self) -> None:
+        """Round the masters into the parameters the model computes with."""
+        low = [held for held in self._held if held.has_master]
+        if low:
+            with torch.no_grad():
+                torch._foreach_copy_([h.local.parameter for h in low], [h.master for h in low])
+
+    def take_parameters_as_masters(self) -> None:
+        """Restart the masters from the parameters (after loading weights without optimizer state)."""
+        for held in self._held:
+            if held.has_master:
+                held.master.copy_(held.local.parameter.detach())
+
+    def _clear(self) -> None:
+        for buckets in self._buckets.values():
+            buckets.buffer.zero_()
+
+    def _num_zeros(self, counted: list[_Held]) -> float:
+        rows = [p.of(h.gradient) for h in counted for p in h.local.pieces]
+        return count_zeros(rows, self.ctx).item()  # waits for the device
+
+    def _params_norm(self, counted: list[_Held]) -> float:
+        return global_norm([h.master.detach() for h in counted], self.ctx).item()  # waits
+
+    def _non_finite(self, value: float) -> str:
+        bad = [
+            piece.name
+            for held in self._held
+            for piece in held.local.pieces
+            if not torch.isfinite(piece.of(held.gradient)).all()
+        ]
+        where = f"first seen here in the gradient of {bad[0]}" if bad else "on another rank"
+        return (
+            f"the gradient norm is {value} ({where}; {len(bad)} tensors of this rank); lower --lr or "
+            "--clip-grad, check the data, or allow it with --no-check-for-nan-in-loss-and-grad"
+        )
+
+    def state(self, *, owned: bool) -> Iterator[NamedSlice]:
+        """Masters (`master.<name>`) and optimizer tensors (`<state>.<name>`) as named slices (views).
+
+        owned: only what this rank stands for (to save), or all it holds (to load).
+        """
+        for held in self._held:
+            if owned and not stands_for(held.local, self.ctx):
+                continue
+            for piece in held.local.pieces:
+                if held.has_master:
+                    yield piece.slice(held.master, "master.")
+                for kind, tensor in held.state.items():
+                    yield piece.slice(tensor, f"{kind}.")
+
+    def parameters(self) -> list[nn.Parameter]:
+        """The parameters this engine updates."""
+        return [held.local.parameter for held in self._held]

@@ -1,0 +1,27 @@
+"""What an attention kernel is asked for besides q, k and v."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionCall:
+    """One causal attention: scale, dropout and masks.
+
+    keep: makes the dropout mask [b, n, s, t] (bool) from global coordinates; the reference kernel uses it.
+    seed: one generator state for the kernels that draw their own mask.
+    mask: bool [b, 1, s, t], True where a query may look, on top of the causal mask.
+    layer_scale: query-key layer scaling: scores are divided by it before and multiplied after.
+    """
+
+    dropout: float = 0.0
+    keep: Callable[[], Tensor] | None = None
+    seed: int = 0
+    scale: float | None = None
+    layer_scale: float = 1.0
+    softmax_in_fp32: bool = True
+    mask: Tensor | None = None

@@ -1,0 +1,48 @@
+"""Attention by torch's own fused kernels and by flash-attn; imported only when chosen."""
+
+from __future__ import annotations
+
+import importlib
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megatron_lite.kernels.attention import AttentionCall
+
+
+def _seed(call: AttentionCall, device: torch.device) -> None:
+    """Put the device's generator where this call's mask begins (one state: exact under pp, not tp)."""
+    if call.dropout > 0.0:
+        if device.type == "cuda":
+            torch.cuda.manual_seed(call.seed)
+        else:
+            torch.manual_seed(call.seed)
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Tensor:
+    """torch's scaled_dot_product_attention; shapes as reference.attention."""
+    _seed(call, q.device)
+    s, t = q.shape[-2], k.shape[-2]
+    mask, causal = None, s == t
+    if call.mask is not None or (s != t and s > 1):
+        # torch aligns is_causal top left; a cached prefix needs bottom right
+        mask = torch.ones(s, t, dtype=torch.bool, device=q.device).tril(t - s)
+        mask = mask if call.mask is None else mask & call.mask
+        causal = False
+    grouped = q.shape[1] != k.shape[1]
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, dropout_p=call.dropout, is_causal=causal and s > 1,
+        scale=call.scale, enable_gqa=grouped,
+    )  # fmt: skip
+
+
+def flash(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Tensor:
+    """flash-attn 2 (extra "flash-attn"); shapes as reference.attention."""
+    _seed(call, q.device)
+    run = importlib.import_module("flash_attn").flash_attn_func
+    out = run(
+        *(x.transpose(1, 2) for x in (q, k, v)),
+        dropout_p=call.dropout, softmax_scale=call.scale, causal=True,
+    )  # fmt: skip
+    return out.transpose(1, 2)

@@ -1,0 +1,100 @@
+"""Multi-head and grouped-query self-attention with the heads split over tp."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from megatron_lite.kernels.attention import AttentionCall
+from megatron_lite.kernels.table import PREFERENCES, Choice, Need, choose
+from megatron_lite.layers.linear import ColumnParallelLinear, RowParallelLinear
+from megatron_lite.layers.rotary import rotary_tables, rotate
+from megatron_lite.layers.setting import Positions, Setting
+from megatron_lite.parallel.random import keep_mask, key, token_numbers
+
+
+def choose_attention(setting: Setting, *, training: bool, masked: bool = False) -> Choice:
+    """The attention kernel for this setting; with dropout only while training."""
+    model, precision = setting.model, setting.precision
+    backend = "unfused" if not precision.masked_softmax_fusion else precision.attention_backend
+    need = Need(
+        device=setting.ctx.device,
+        dtype=setting.dtype,
+        dropout=model.attention_dropout if training else 0.0,
+        layer_scaling=model.apply_query_key_layer_scaling,
+        masked=masked,
+    )
+    return choose("attention", need, PREFERENCES[backend])
+
+
+class SelfAttention(nn.Module):
+    """Causal self-attention of block `layer`; n/tp query heads, m/tp key and value heads here."""
+
+    def __init__(self, setting: Setting, layer: int) -> None:
+        super().__init__()
+        model = setting.model
+        self.setting, self.layer = setting, layer
+        self.heads = model.num_attention_heads // setting.tp.size
+        self.kv_heads = model.num_kv_heads // setting.tp.size
+        width, kv_width = (
+            model.num_attention_heads * model.head_size,
+            model.num_kv_heads * model.head_size,
+        )
+        self.qkv = ColumnParallelLinear(
+            setting, model.hidden_size, {"q": width, "k": kv_width, "v": kv_width},
+            bias=model.add_bias_linear,
+        )  # fmt: skip
+        self.output = RowParallelLinear(
+            setting, width, model.hidden_size, bias=model.add_bias_linear
+        )
+
+    def forward(self, x: Tensor, at: Positions) -> Tensor:
+        """x: [s/tp, b, h] with sequence parallelism, else [s, b, h] -> the same."""
+        model = self.setting.model
+        fused = self.qkv(x)  # [s, b, (n + 2m)d/tp]
+        q, k, v = fused.split(list(self.qkv.parts.values()), dim=-1)
+        s, b = fused.shape[:2]
+        q = q.view(s, b, self.heads, -1)
+        k, v = (y.view(s, b, self.kv_heads, -1) for y in (k, v))
+        if model.position_embedding_type == "rope":
+            cos, sin = rotary_tables(model, at.index)
+            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        q, k, v = (y.permute(1, 2, 0, 3) for y in (q, k, v))  # [b, n/tp, s, d]
+        if at.cache is not None:
+            k, v = at.cache.extend(self.layer, k, v)  # type: ignore[attr-defined]
+        choice = choose_attention(
+            self.setting, training=at.training, masked=at.mask is not None
+        )
+        y = choice.run(q, k, v, self._call(at, q.shape[2], k.shape[2]))
+        return self.output(y.permute(2, 0, 1, 3).reshape(s, b, -1))
+
+    def _call(self, at: Positions, queries: int, keys: int) -> AttentionCall:
+        model, setting = self.setting.model, self.setting
+        rate = model.attention_dropout if at.training else 0.0
+        first_head = setting.tp.rank * self.heads
+        where = (setting.seed, at.step, self.layer, "attention")
+
+        def keep() -> Tensor:
+            """bool [b, n/tp, s, t] from sample, global head, query and key."""
+            device = at.samples.device
+            index = at.index if at.index.dim() == 1 else torch.arange(queries, device=device)
+            heads = torch.arange(first_head, first_head + self.heads, device=device)
+            # one number per (sample, head): the head takes the place of more samples
+            rows = (at.samples[:, None] * 4096 + heads[None, :]).reshape(-1)
+            tokens = token_numbers(rows, index)  # [s, b * n/tp]
+            mask = keep_mask(key(*where), tokens, torch.arange(keys, device=device), rate)
+            return mask.permute(1, 0, 2).reshape(len(at.samples), self.heads, queries, keys)
+
+        return AttentionCall(
+            dropout=rate,
+            keep=keep,
+            seed=_vendor_seed(where, at, first_head) if rate > 0.0 else 0,
+            layer_scale=float(self.layer + 1) if model.apply_query_key_layer_scaling else 1.0,
+            softmax_in_fp32=model.attention_softmax_in_fp32,
+            mask=at.mask,
+        )
+
+
+def _vendor_seed(where: tuple[int | str, ...], at: Positions, first_head: int) -> int:
+    # reads one number from the device: vendor kernels with dropout cost a wait per call
+    return key(*where, int(at.samples[0]), first_head) & 0x7FFFFFFFFFFF

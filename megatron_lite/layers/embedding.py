@@ -1,0 +1,70 @@
+"""VocabParallelEmbedding and learned positions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megatron_lite.layers.gradients import WeightGradients
+from megatron_lite.layers.setting import Setting
+from megatron_lite.parallel.collectives import local_slice
+from megatron_lite.parallel.regions import reduce_from_tp, reduce_to_sequence
+
+
+class _Lookup(torch.autograd.Function):
+    """weight[ids]; the gradient goes to the rows without a dense copy of the table."""
+
+    @staticmethod
+    def forward(ctx: Any, ids: Tensor, weight: Tensor, sink: WeightGradients) -> Tensor:
+        ctx.save_for_backward(ids, weight)
+        ctx.sink = sink
+        return F.embedding(ids, weight)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[None, Tensor | None, None]:
+        ids, weight = ctx.saved_tensors
+        return None, ctx.sink.rows(weight, ids, dy), None
+
+
+class VocabParallelEmbedding(nn.Module):
+    """Token table with its rows split over tp; W: [v/tp, h] of the padded vocabulary."""
+
+    def __init__(self, setting: Setting) -> None:
+        super().__init__()
+        self.setting = setting
+        rows = setting.padded_vocab_size // setting.tp.size
+        self.weight = setting.parameter(rows, setting.model.hidden_size, tp_dim=0)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """tokens: int64 [s, b] -> [s/tp, b, h] with sequence parallelism, else [s, b, h]."""
+        at = self.setting
+        if at.tp.size == 1:
+            return _Lookup.apply(tokens, self.weight, at.gradients)
+        rows = self.weight.shape[0]
+        local = tokens - at.tp.rank * rows
+        elsewhere = (local < 0) | (local >= rows)
+        x = _Lookup.apply(local.masked_fill(elsewhere, 0), self.weight, at.gradients)
+        x = x.masked_fill(elsewhere[..., None], 0.0)  # also zeroes the gradient of row 0
+        return reduce_to_sequence(x, at.tp) if at.sequence_parallel else reduce_from_tp(x, at.tp)
+
+
+class PositionEmbedding(nn.Module):
+    """Learned absolute positions; W: [positions, h], whole on every tp rank."""
+
+    def __init__(self, setting: Setting) -> None:
+        super().__init__()
+        self.setting = setting
+        model = setting.model
+        self.weight = setting.parameter(model.num_positions, model.hidden_size, partial=True)
+
+    def forward(self, index: Tensor) -> Tensor:
+        """index: [s] or [s, b] -> [s/tp, 1 or b, h] with sequence parallelism, else [s, ...]."""
+        at = self.setting
+        if at.sequence_parallel:
+            index = local_slice(index, at.tp)
+        x = _Lookup.apply(index, self.weight, at.gradients)
+        return x[:, None] if index.dim() == 1 else x
+

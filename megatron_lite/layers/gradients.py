@@ -1,0 +1,76 @@
+"""Where linear layers leave their weight gradients: straight in the accumulator, or on a queue for later."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+def _nothing(parameter: Tensor) -> None:
+    """Nobody waits for this gradient."""
+
+
+@dataclass(slots=True)
+class WeightGradients:
+    """Weight-gradient work of one stage.
+
+    Unattached, layers return their weight gradients to autograd as usual.  Attached to an engine's
+    fp32 accumulators, they add to them in place and report the parameter ready.  While `postponed`,
+    the work waits in a queue until run(): the W action of a zero-bubble schedule.
+    """
+
+    accumulators: dict[Tensor, Tensor] = field(default_factory=dict)
+    ready: Callable[[Tensor], None] = _nothing
+    postponed: bool = False
+    _jobs: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
+
+    def attach(
+        self, accumulators: Iterable[tuple[Tensor, Tensor]], ready: Callable[[Tensor], None]
+    ) -> None:
+        """Send gradients of these parameters to their accumulators and report each to `ready`."""
+        self.accumulators = dict(accumulators)
+        self.ready = ready
+
+    def matrix(self, weight: Tensor, dy: Tensor, x: Tensor) -> Tensor | None:
+        """The gradient dyᵀx of weight [out, in] from dy [..., out] and x [..., in].
+
+        Returns it for autograd when unattached, else None.
+        """
+        dy, x = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
+        if weight not in self.accumulators:
+            return dy.t() @ x
+        if self.postponed:
+            self._jobs.append((weight, dy, x))
+        else:
+            self._accumulate(weight, dy, x)
+        return None
+
+    def rows(self, weight: Tensor, ids: Tensor, dy: Tensor) -> Tensor | None:
+        """The gradient of a table [v, h] looked up at ids [...] with output gradient dy [..., h].
+
+        Returns it for autograd when unattached, else None.
+        """
+        ids, dy = ids.reshape(-1), dy.reshape(-1, dy.shape[-1])
+        target = self.accumulators.get(weight)
+        if target is None:
+            return torch.zeros_like(weight).index_add_(0, ids, dy)
+        target.index_add_(0, ids, dy.to(target.dtype))
+        self.ready(weight)
+        return None
+
+    def run(self) -> None:
+        """Carry out the postponed work, in the order it came."""
+        jobs, self._jobs = self._jobs, []
+        for weight, dy, x in jobs:
+            self._accumulate(weight, dy, x)
+
+    def _accumulate(self, weight: Tensor, dy: Tensor, x: Tensor) -> None:
+        target = self.accumulators[weight]
+        if target.dtype == dy.dtype:
+            target.addmm_(dy.t(), x)
+        else:
+            target.add_(dy.t() @ x)
+        self.ready(weight)

@@ -1,0 +1,71 @@
+"""What every layer of a stage is told: its ranks, number format, kernels and gradient sink; and Positions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from megatron_lite.config.model import ModelConfig
+from megatron_lite.config.precision import PrecisionConfig
+from megatron_lite.layers.gradients import WeightGradients
+from megatron_lite.parallel.context import Axis, ParallelContext
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """Shared by the layers of one stage; made by train/assemble.py or by a test.
+
+    gradients: where linear layers leave their weight gradients.
+    seed: of weights and dropout.
+    """
+
+    model: ModelConfig
+    ctx: ParallelContext
+    padded_vocab_size: int
+    vocab_size: int
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    sequence_parallel: bool = False
+    seed: int = 1234
+    gradients: WeightGradients = field(default_factory=WeightGradients)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The parameters' and activations' number format."""
+        formats = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+        return formats[self.precision.name]
+
+    @property
+    def tp(self) -> Axis:
+        """The tensor-parallel axis."""
+        return self.ctx.tp
+
+    def parameter(
+        self, *shape: int, tp_dim: int | None = None, partial: bool = False
+    ) -> nn.Parameter:
+        """An unfilled parameter that knows how it is cut; models/ fills it by its canonical name.
+
+        partial: with sequence parallelism its gradient is this rank's share and is summed over tp.
+        """
+        made = nn.Parameter(torch.empty(*shape, dtype=self.dtype, device=self.ctx.device))
+        made.tp_dim = tp_dim  # type: ignore[attr-defined]
+        made.partial = partial and self.sequence_parallel and self.tp.size > 1  # type: ignore[attr-defined]
+        return made
+
+
+@dataclass(frozen=True, slots=True)
+class Positions:
+    """Where the tokens of one micro batch stand; every stage has it.
+
+    samples: int64 [b], numbers in the global training stream; index: int64 [s] or [s, b], positions;
+    step: the optimizer step, for dropout; training: whether dropout is on;
+    mask: bool [b, 1, s, s] of allowed attention, None for plain causal.
+    """
+
+    samples: Tensor
+    index: Tensor
+    step: int = 0
+    training: bool = False
+    mask: Tensor | None = None
+    cache: object | None = None

@@ -1,0 +1,76 @@
+"""The GPT block: pre-norm attention and MLP, each added to the stream (GPT-2, GPT-3: arXiv:2005.14165)."""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from megatron_lite.layers.attention import SelfAttention
+from megatron_lite.layers.dropout import hidden_dropout
+from megatron_lite.layers.mlp import MLP, GatedMLP
+from megatron_lite.layers.norm import Norm
+from megatron_lite.layers.setting import Positions, Setting
+
+
+class GPTBlock(nn.Module):
+    """x + drop(attention(norm(x))), then x + drop(mlp(norm(x)))."""
+
+    def __init__(self, setting: Setting, layer: int) -> None:
+        super().__init__()
+        self.setting, self.layer = setting, layer
+        self.attention_norm = Norm(setting)
+        self.attention = SelfAttention(setting, layer)
+        self.mlp_norm = Norm(setting)
+        self.mlp = GatedMLP(setting) if setting.model.swiglu else MLP(setting)
+
+    def forward(self, x: Tensor, at: Positions) -> Tensor:
+        """x: [s/tp, b, h] with sequence parallelism, else [s, b, h] -> the same."""
+        x = x + self._drop(self.attention(self.attention_norm(x), at), at, "attention.output")
+        return x + self._drop(self.mlp(self.mlp_norm(x)), at, "mlp.output")
+
+    def _drop(self, x: Tensor, at: Positions, site: str) -> Tensor:
+        return hidden_dropout(x, at, self.setting, self.layer, site)
+
+
+class HuggingFaceSource(NamedTuple):
+    """Where a canonical tensor lies in Hugging Face's GPT-2.
+
+    transposed: HF keeps [in, out] (Conv1D); part: which third of HF's fused q|k|v, None for the whole.
+    """
+
+    name: str
+    transposed: bool = False
+    part: int | None = None
+
+
+_TOP = {
+    "embedding.tokens.weight": HuggingFaceSource("wte.weight"),
+    "embedding.positions.weight": HuggingFaceSource("wpe.weight"),
+    "final_norm.weight": HuggingFaceSource("ln_f.weight"),
+    "final_norm.bias": HuggingFaceSource("ln_f.bias"),
+}
+_BLOCK = {
+    "attention_norm": ("ln_1", None),
+    "attention.q": ("attn.c_attn", 0),
+    "attention.k": ("attn.c_attn", 1),
+    "attention.v": ("attn.c_attn", 2),
+    "attention.output": ("attn.c_proj", None),
+    "mlp_norm": ("ln_2", None),
+    "mlp.up": ("mlp.c_fc", None),
+    "mlp.down": ("mlp.c_proj", None),
+}
+
+
+def huggingface_source(canonical: str) -> HuggingFaceSource:
+    """The place of a canonical GPT-2 tensor in a Hugging Face state dict (below `transformer.`)."""
+    if canonical in _TOP:
+        return _TOP[canonical]
+    match = re.fullmatch(r"blocks\.(\d+)\.(.+)\.(weight|bias)", canonical)
+    if match is None or match[2] not in _BLOCK:
+        raise KeyError(f"{canonical} has no place in Hugging Face's GPT-2")
+    layer, module, leaf = match.groups()
+    theirs, part = _BLOCK[module]
+    transposed = leaf == "weight" and "norm" not in module
+    return HuggingFaceSource(f"h.{layer}.{theirs}.{leaf}", transposed, part)

@@ -1,0 +1,43 @@
+"""SGD with momentum and decoupled weight decay."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass(slots=True)
+class SGD:
+    """buf = momentum buf + g; theta -= lr (buf + wd theta)."""
+
+    momentum: float
+    needs_whole_matrix: bool = field(default=False, init=False)
+
+    state_names = ("momentum",)
+
+    def new_state(self, parameter: Tensor) -> dict[str, Tensor]:
+        """A zero momentum buffer; none without momentum."""
+        return {"momentum": torch.zeros_like(parameter)} if self.momentum else {}
+
+    @torch.no_grad()
+    def update(
+        self,
+        parameters: Sequence[Tensor],
+        gradients: Sequence[Tensor],
+        states: Sequence[dict[str, Tensor]],
+        *,
+        steps: int,
+        lr: float,
+        weight_decay: float,
+    ) -> None:
+        """One step, in place.  steps: updates done before this one (unused)."""
+        for parameter, gradient, state in zip(parameters, gradients, states, strict=True):
+            change = gradient
+            if self.momentum:
+                change = state["momentum"].mul_(self.momentum).add_(gradient)
+            if weight_decay:
+                parameter.mul_(1.0 - lr * weight_decay)
+            parameter.add_(change, alpha=-lr)

@@ -1,0 +1,96 @@
+"""all_reduce, all_gather and reduce_scatter over an Axis; a size-1 axis returns its input."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_lite.parallel.context import Axis
+
+# torch >= 2.13 renames these two and warns about the old names
+_gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_scatter_into = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+SUM, MAX, MIN = dist.ReduceOp.SUM, dist.ReduceOp.MAX, dist.ReduceOp.MIN
+
+
+class Pending:
+    """A collective under way; wait() returns its result."""
+
+    def __init__(self, result: Tensor, work: Any = None, dim: int = 0, keep: Tensor | None = None):
+        self._result, self._work, self._dim, self._keep = result, work, dim, keep
+
+    def wait(self) -> Tensor:
+        """The finished tensor; on a GPU only the stream waits."""
+        if self._work is not None:
+            self._work.wait()
+            self._work = self._keep = None
+        return self._result if self._dim == 0 else _to_dim(self._result, self._dim)
+
+
+def _to_dim(stacked: Tensor, dim: int) -> Tensor:
+    """[ranks, ...] -> the ranks' pieces side by side along dim."""
+    return torch.cat(tuple(stacked), dim=dim)
+
+
+def all_reduce(x: Tensor, axis: Axis, op: Any = SUM) -> Tensor:
+    """Combine x over the axis, in place; returns x."""
+    if axis.size > 1:
+        dist.all_reduce(x, op=op, group=axis.group)
+    return x
+
+
+def start_all_reduce(x: Tensor, axis: Axis, op: Any = SUM) -> Pending:
+    """Begin combining x over the axis, in place."""
+    if axis.size == 1:
+        return Pending(x)
+    return Pending(x, dist.all_reduce(x, op=op, group=axis.group, async_op=True))
+
+
+def start_all_gather(x: Tensor, axis: Axis, dim: int = 0) -> Pending:
+    """Begin putting the ranks' x side by side along dim; dim 0 needs no copy afterwards."""
+    if axis.size == 1:
+        return Pending(x)
+    x = x.contiguous()
+    shape = (axis.size * x.shape[0], *x.shape[1:])
+    out = x.new_empty(shape)
+    work = _gather_into(out, x, group=axis.group, async_op=True)
+    if dim:
+        out = out.view(axis.size, *x.shape)
+    return Pending(out, work, dim, keep=x)
+
+
+def all_gather(x: Tensor, axis: Axis, dim: int = 0) -> Tensor:
+    """The ranks' x side by side along dim."""
+    return start_all_gather(x, axis, dim).wait()
+
+
+def start_reduce_scatter(x: Tensor, axis: Axis) -> Pending:
+    """Begin summing x over the axis and keeping this rank's slice of dim 0."""
+    if axis.size == 1:
+        return Pending(x)
+    x = x.contiguous()
+    out = x.new_empty((x.shape[0] // axis.size, *x.shape[1:]))
+    return Pending(out, _scatter_into(out, x, group=axis.group, async_op=True), keep=x)
+
+
+def reduce_scatter(x: Tensor, axis: Axis) -> Tensor:
+    """The sum of x over the axis, this rank's slice of dim 0."""
+    return start_reduce_scatter(x, axis).wait()
+
+
+def local_slice(x: Tensor, axis: Axis, dim: int = 0) -> Tensor:
+    """This rank's slice of x along dim (a view)."""
+    if axis.size == 1:
+        return x
+    size = x.shape[dim] // axis.size
+    return x.narrow(dim, axis.rank * size, size)
+
+
+def barrier(axis: Axis) -> None:
+    """Wait until every rank of the axis is here."""
+    if axis.size > 1:
+        dist.barrier(group=axis.group)

@@ -1,0 +1,90 @@
+"""Axis and ParallelContext: who this rank is and with whom it talks; frozen, passed, never global."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+
+from megatron_lite.blueprint.grid import RankGrid
+
+
+@dataclass(frozen=True, slots=True)
+class Axis:
+    """One axis of the rank grid, seen from this rank: its place, the ranks on it, their process group.
+
+    group is None when size == 1; collectives then return their input, so that a single process
+    needs no process group at all.
+    """
+
+    name: str
+    rank: int = 0
+    size: int = 1
+    ranks: tuple[int, ...] = (0,)
+    group: dist.ProcessGroup | None = field(default=None, repr=False, compare=False)
+
+
+@dataclass(frozen=True, slots=True)
+class ParallelContext:
+    """All axes of this rank, and its device.
+
+    model is tp x pp (gradient norm); tied joins the first and the last stage that hold the tied
+    embedding (size 1 where one rank holds both, or on the stages between).
+    """
+
+    device: torch.device
+    rank: int = 0
+    world_size: int = 1
+    tp: Axis = Axis("tp")
+    cp: Axis = Axis("cp")
+    dp: Axis = Axis("dp")
+    pp: Axis = Axis("pp")
+    model: Axis = Axis("tp-pp")
+    tied: Axis = Axis("tied")
+    world: Axis = Axis("world")
+
+    @classmethod
+    def serial(cls, device: torch.device | str = "cpu") -> ParallelContext:
+        """One process, no process group."""
+        return cls(device=torch.device(device))
+
+    @classmethod
+    def from_grid(cls, grid: RankGrid, rank: int, device: torch.device) -> ParallelContext:
+        """Make every group of the grid.  Collective over the world: all ranks call it alike."""
+        axes = {name: _axis(grid, name, rank) for name in ("tp", "cp", "dp", "pp")}
+        return cls(
+            device=device,
+            rank=rank,
+            world_size=grid.world_size,
+            **axes,
+            model=_axis(grid, "tp-pp", rank),
+            tied=_tied(grid, rank),
+            world=_world(grid, rank),
+        )
+
+
+def _axis(grid: RankGrid, axes: str, rank: int) -> Axis:
+    mine = Axis(axes)
+    for ranks in grid.groups(axes):  # every rank makes every group, in the same order
+        group = dist.new_group(list(ranks)) if len(ranks) > 1 else None
+        if rank in ranks:
+            mine = Axis(axes, ranks.index(rank), len(ranks), tuple(ranks), group)
+    return mine
+
+
+def _tied(grid: RankGrid, rank: int) -> Axis:
+    mine = Axis("tied", ranks=(rank,))
+    if grid.pp == 1:
+        return mine
+    for ranks in grid.groups("pp"):
+        ends = (ranks[0], ranks[-1])
+        group = dist.new_group(list(ends))
+        if rank in ends:
+            mine = Axis("tied", ends.index(rank), 2, ends, group)
+    return mine
+
+
+def _world(grid: RankGrid, rank: int) -> Axis:
+    ranks = tuple(range(grid.world_size))
+    return Axis("world", rank, len(ranks), ranks, dist.group.WORLD if len(ranks) > 1 else None)

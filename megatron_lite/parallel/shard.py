@@ -1,0 +1,82 @@
+"""How a rank's tensors are slices of the global, canonically named ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor, nn
+
+from megatron_lite.parallel.context import ParallelContext
+
+Kind = Literal["weight", "bias", "norm", "embedding"]
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Rows [start, stop) of a local parameter are the box at `offset` of the global tensor `name`.
+
+    shape: the global shape; a fused parameter (q, k and v in one matrix) has several pieces.
+    """
+
+    name: str
+    start: int
+    stop: int
+    shape: tuple[int, ...]
+    offset: tuple[int, ...]
+
+    def of(self, local: Tensor) -> Tensor:
+        """The rows of a tensor shaped like the local parameter (a view)."""
+        return local[self.start : self.stop]
+
+    def slice(self, local: Tensor, prefix: str = "") -> NamedSlice:
+        """The same rows with their place in the global tensor."""
+        return NamedSlice(prefix + self.name, self.shape, self.offset, self.of(local))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class NamedSlice:
+    """This rank's tensor is the box at `offset` of the global tensor `name` of `shape`."""
+
+    name: str
+    shape: tuple[int, ...]
+    offset: tuple[int, ...]
+    data: Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LocalParameter:
+    """One parameter of this rank, and what the engine and the checkpoint must know of it.
+
+    tp_dim: the dim cut over tp, None where every tp rank holds the whole.
+    partial: its gradient is only this rank's share of the sequence and must be summed over tp.
+    pieces leave out the padding rows of the vocabulary.
+    twin: a copy lives on another stage (tied embedding); gradients of both are summed.
+    replica: the copy that norms and checkpoints do not count.
+    uses: how often one backward reports a gradient for it.
+    """
+
+    parameter: nn.Parameter
+    pieces: tuple[Piece, ...]
+    kind: Kind
+    tp_dim: int | None = None
+    partial: bool = False
+    twin: bool = False
+    replica: bool = False
+    uses: int = 1
+
+
+def stands_for(local: LocalParameter, ctx: ParallelContext) -> bool:
+    """Whether this rank's copy stands for the parameter in sums over tp x pp and in checkpoints."""
+    return not local.replica and (local.tp_dim is not None or ctx.tp.rank == 0)
+
+
+def weight_slices(
+    parameters: Iterable[LocalParameter], ctx: ParallelContext, *, owned: bool
+) -> Iterator[NamedSlice]:
+    """The model's tensors as named slices (views): those this rank stands for, or all it holds."""
+    for local in parameters:
+        if stands_for(local, ctx) or not owned:
+            for piece in local.pieces:
+                yield piece.slice(local.parameter.detach())

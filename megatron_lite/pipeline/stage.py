@@ -1,0 +1,109 @@
+"""One stage: forward and backward of a micro batch, and what backward needs in between."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True, slots=True)
+class MicroBatch:
+    """What every stage gets of one micro batch.
+
+    tokens, labels: int64 [s, b]; loss_mask: fp32 [s, b]; positions: handed to the module as it is.
+    """
+
+    tokens: Tensor
+    labels: Tensor
+    loss_mask: Tensor
+    positions: Any
+
+
+class Scored(NamedTuple):
+    """An objective's answer for one micro batch: loss sum, token count and metrics (device scalars)."""
+
+    total: Tensor
+    count: Tensor
+    metrics: dict[str, Tensor]
+
+
+Objective = Callable[[Tensor, MicroBatch], Scored]
+
+
+class PostponedGradients(Protocol):
+    """The queue on which a split backward leaves weight gradients."""
+
+    postponed: bool
+
+    def run(self) -> None:
+        """Compute what was postponed."""
+        ...
+
+
+class _Kept(NamedTuple):
+    """Input and output of a forward, until backward comes."""
+
+    entered: Tensor | None
+    left: Tensor
+
+
+@dataclass(slots=True)
+class Stage:
+    """Layers of one stage, carried by `module(x, positions)`; the last one ends in the objective."""
+
+    index: int
+    module: nn.Module
+    is_first: bool
+    is_last: bool
+    objective: Objective
+    gradients: PostponedGradients
+    totals: list[Scored] = field(default_factory=list)
+    peak_live: int = 0
+    _kept: dict[int, _Kept] = field(default_factory=dict)
+
+    def forward(
+        self, microbatch: int, batch: MicroBatch, received: Tensor | None, scale: Tensor | None
+    ) -> Tensor | None:
+        """Run the layers; returns the activation for the next stage, None on the last.
+
+        received: [s/tp, b, h] from the stage before.  scale: factor on the loss (loss scale over
+        global tokens); None evaluates: nothing is kept for backward.
+        """
+        training = scale is not None
+        if received is not None and training:
+            received.requires_grad_(True)
+        x = batch.tokens if self.is_first else received
+        with torch.set_grad_enabled(training):
+            left = self.module(x, batch.positions)
+            if self.is_last:
+                scored = self.objective(left, batch)
+                self.totals.append(Scored(scored.total.detach(), scored.count, scored.metrics))
+                if scale is not None:
+                    left = scored.total * scale
+        if training:
+            self._kept[microbatch] = _Kept(received, left)
+            self.peak_live = max(self.peak_live, len(self._kept))
+        return None if self.is_last else left.detach()
+
+    def backward(
+        self, microbatch: int, received: Tensor | None, *, postpone_weights: bool = False
+    ) -> Tensor | None:
+        """Run backward; returns the gradient for the stage before, None on the first.
+
+        received: gradient of what forward returned.  postpone_weights: leave the weight
+        gradients of linear layers to weight_gradients() (zero-bubble's I and W).
+        """
+        entered, left = self._kept.pop(microbatch)
+        self.gradients.postponed = postpone_weights
+        torch.autograd.backward(left, received)
+        self.gradients.postponed = False
+        return None if entered is None else entered.grad
+
+    def take_totals(self) -> list[Scored]:
+        """The objective's answers since the last call, in order of micro batches."""
+        totals, self.totals = self.totals, []
+        return totals

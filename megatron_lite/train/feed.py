@@ -1,0 +1,33 @@
+"""Batches from numpy to the device: every rank reads its own, nothing is broadcast."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from megatron_lite.data.batch import Batch
+from megatron_lite.layers.setting import Positions
+from megatron_lite.pipeline.stage import MicroBatch
+
+
+def to_device(batch: Batch, device: torch.device, *, step: int, training: bool) -> MicroBatch:
+    """[b, s+1] tokens on the host -> tokens and labels [s, b] on the device."""
+    host = torch.from_numpy(batch.tokens)
+    if device.type == "cuda":
+        host = host.pin_memory()
+    tokens = host.to(device, non_blocking=True).t().contiguous()  # [s + 1, b]
+    mask = torch.from_numpy(batch.loss_mask).to(device, non_blocking=True).t().contiguous()
+    positions = Positions(
+        samples=torch.from_numpy(batch.sample_numbers).to(device, non_blocking=True),
+        index=torch.arange(tokens.shape[0] - 1, device=device),
+        step=step,
+        training=training,
+    )
+    return MicroBatch(tokens[:-1], tokens[1:], mask, positions)
+
+
+def loss_tokens(batches: Sequence[Batch], device: torch.device) -> torch.Tensor:
+    """How many tokens count in this rank's micro batches: fp64 scalar on the device."""
+    count = sum(float(batch.loss_mask.sum(dtype="float64")) for batch in batches)
+    return torch.tensor(count, dtype=torch.float64, device=device)

@@ -1,0 +1,24 @@
+"""Next-token prediction: the sum of cross entropies over the tokens that count."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from megatron_lite.layers.cross_entropy import cross_entropy
+from megatron_lite.parallel.context import Axis
+from megatron_lite.pipeline.stage import MicroBatch, Scored
+
+
+@dataclass(frozen=True, slots=True)
+class LanguageModel:
+    """-log p(label) summed over the loss mask; equal on all tp ranks."""
+
+    tp: Axis
+    vocab_size: int
+
+    def __call__(self, logits: Tensor, batch: MicroBatch) -> Scored:
+        """logits: [s, b, v/tp] -> loss sum and token count, fp32 scalars."""
+        losses = cross_entropy(logits, batch.labels, self.tp, self.vocab_size)
+        return Scored((losses * batch.loss_mask).sum(), batch.loss_mask.sum(), {})
