@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# The run of train_gpt3_175b_distributed.sh for 10 iterations, ending with tokens per GPU per second (TGS).
+# Same arguments and variables; everything is written below CHECKPOINT_PATH/tgs, no checkpoint is read.
+set -euo pipefail
+
+HERE=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
+TRAIN=$HERE/train_gpt3_175b_distributed.sh
+
+if (($# > 0)) && [[ $1 != -* && -n $1 ]]; then
+    RUN_FOLDER=$1/tgs
+    set -- "$RUN_FOLDER" "${@:2}"
+fi
+
+export TRAIN_ITERS=${TRAIN_ITERS:-10}
+export LOG_INTERVAL=${LOG_INTERVAL:-1}
+export EVAL_ITERS=${EVAL_ITERS:-0}
+export LOAD_PATH=
+
+# bash, not exec: the summary comes after it
+bash "$TRAIN" "$@"
+
+if [[ ${DRY_RUN:-0} == 0 && ${PRINT_COMMAND:-0} == 0 && ${NODE_RANK:-${SLURM_NODEID:-0}} == 0 && -n ${RUN_FOLDER:-} ]]; then
+    exec "${PYTHON:-python3}" "$HERE/../../tools/report.py" "$RUN_FOLDER" --tgs
+fi

@@ -1,0 +1,345 @@
+"""The two GPT-3 scripts say exactly what they would run, from any folder and with any override."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+TRAIN = ROOT / "examples/gpt3/train_gpt3_175b_distributed.sh"
+TGS = ROOT / "examples/gpt3/train_gpt3_175b_distributed_tgs.sh"
+PATHS = ("check points", "tensor board", "my vocab.json", "my merges.txt")
+
+# The flag table of Megatron-LM's 175B script without ramp-up, at this project's tp 8 x pp 8.
+FLAGS_175B = {
+    "--num-layers": ["96"],
+    "--hidden-size": ["12288"],
+    "--num-attention-heads": ["96"],
+    "--seq-length": ["2048"],
+    "--max-position-embeddings": ["2048"],
+    "--attention-backend": ["flash"],
+    "--micro-batch-size": ["1"],
+    "--global-batch-size": ["1536"],
+    "--train-iters": ["500000"],
+    "--weight-decay": ["0.1"],
+    "--adam-beta1": ["0.9"],
+    "--adam-beta2": ["0.95"],
+    "--init-method-std": ["0.006"],
+    "--clip-grad": ["1.0"],
+    "--fp16": [],
+    "--lr": ["6.0e-5"],
+    "--lr-decay-style": ["cosine"],
+    "--min-lr": ["6.0e-6"],
+    "--lr-warmup-fraction": [".001"],
+    "--lr-decay-iters": ["430000"],
+    "--tensor-model-parallel-size": ["8"],
+    "--pipeline-model-parallel-size": ["8"],
+    "--sequence-parallel": [],
+    "--data-path": ["0.35", "/data/wiki text", "0.65", "/data/owt"],
+    "--data-cache-path": ["/fast/cache"],
+    "--vocab-file": ["my vocab.json"],
+    "--merge-file": ["my merges.txt"],
+    "--split": ["949,50,1"],
+    "--log-interval": ["100"],
+    "--save-interval": ["10000"],
+    "--eval-interval": ["1000"],
+    "--eval-iters": ["10"],
+    "--save": ["check points"],
+    "--load": ["check points"],
+    "--tensorboard-dir": ["tensor board"],
+}
+DATA = {"DATASET_1": "/data/wiki text", "DATASET_2": "/data/owt", "DATASETCACHE": "/fast/cache"}
+
+
+def run(
+    script: Path, *paths: str, env: Mapping[str, str] | None = None, cwd: Path = ROOT
+) -> subprocess.CompletedProcess[str]:
+    """The script in an environment that holds PATH and `env` only."""
+    return subprocess.run(
+        ["bash", str(script), *paths],
+        cwd=cwd,
+        env={"PATH": os.environ["PATH"], "PYTHON": sys.executable, **(env or {})},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def command(
+    script: Path, *paths: str, env: Mapping[str, str] | None = None, cwd: Path = ROOT
+) -> list[str]:
+    """The words of the command the script would run."""
+    done = run(script, *paths, env={"PRINT_COMMAND": "1", **(env or {})}, cwd=cwd)
+    assert done.returncode == 0, done.stderr
+    return shlex.split(done.stdout)
+
+
+def flags(words: list[str]) -> dict[str, list[str]]:
+    """Trainer flag -> values; a flag given twice is an error of the script."""
+    found: dict[str, list[str]] = {}
+    name = None
+    for word in words[words.index(str(ROOT / "tools/pretrain_gpt.py")) + 1 :]:
+        if word.startswith("--"):
+            assert word not in found, f"{word} is given twice"
+            name = word
+            found[name] = []
+        else:
+            assert name is not None, f"{word} before any flag"
+            found[name].append(word)
+    return found
+
+
+def launch(words: list[str]) -> dict[str, str]:
+    """Launcher flag -> value."""
+    end = words.index(str(ROOT / "tools/pretrain_gpt.py"))
+    assert words[:3] == [sys.executable, "-m", "torch.distributed.run"]
+    rest = [word for word in words[3:end] if word != "--standalone"]
+    return dict(zip(rest[::2], rest[1::2], strict=True))
+
+
+def test_unset_it_is_the_175b_run() -> None:
+    words = command(TRAIN, *PATHS, env=DATA)
+    assert flags(words) == FLAGS_175B
+    assert launch(words) == {
+        "--nproc_per_node": "8",
+        "--nnodes": "8",
+        "--node_rank": "0",
+        "--master_addr": "localhost",
+        "--master_port": "6000",
+    }
+
+
+def test_the_command_does_not_depend_on_the_folder_it_is_called_from(tmp_path: Path) -> None:
+    there = tmp_path / "some where"
+    there.mkdir()
+    here = command(TRAIN, *PATHS)
+    assert command(TRAIN, *PATHS, cwd=there) == here
+    assert command(TRAIN, *PATHS, cwd=TRAIN.parent) == here
+
+
+def test_a_link_in_a_folder_with_spaces_still_finds_the_repository(tmp_path: Path) -> None:
+    link = tmp_path / "my repository"
+    link.symlink_to(ROOT)
+    words = command(link / "examples/gpt3" / TRAIN.name, *PATHS)
+    assert str(link / "tools/pretrain_gpt.py") in words
+
+
+@pytest.mark.parametrize(
+    "env, flag, values",
+    [
+        ({"PRECISION": "bf16"}, "--bf16", []),
+        ({"PRECISION": "bf16"}, "--fp16", None),
+        ({"PRECISION": "fp32"}, "--fp16", None),
+        ({"PRECISION": "fp32"}, "--bf16", None),
+        ({"TP": "4"}, "--tensor-model-parallel-size", ["4"]),
+        ({"TP": "2"}, "--sequence-parallel", []),
+        ({"TP": "1"}, "--sequence-parallel", None),
+        ({"PP": "16"}, "--pipeline-model-parallel-size", ["16"]),
+        ({"DATASET": "/data/one"}, "--data-path", ["/data/one"]),
+        ({"DATASET": "0.5 a 0.5 'b c'"}, "--data-path", ["0.5", "a", "0.5", "b c"]),
+        (
+            {"DATASET_PATH": "/d s"},
+            "--data-path",
+            ["0.35", "/d s/wikipedia_text_document", "0.65", "/d s/openwebtext_text_document"],
+        ),
+        ({}, "--data-cache-path", ["check points/index-cache"]),
+        ({"NUM_LAYERS": "4"}, "--num-layers", ["4"]),
+        ({"HIDDEN_SIZE": "64"}, "--hidden-size", ["64"]),
+        ({"NUM_ATTENTION_HEADS": "4"}, "--num-attention-heads", ["4"]),
+        ({"SEQ_LENGTH": "128"}, "--seq-length", ["128"]),
+        ({"SEQ_LENGTH": "128"}, "--max-position-embeddings", ["128"]),
+        (
+            {"SEQ_LENGTH": "128", "MAX_POSITION_EMBEDDINGS": "256"},
+            "--max-position-embeddings",
+            ["256"],
+        ),
+        ({"ATTENTION_BACKEND": "auto"}, "--attention-backend", ["auto"]),
+        ({"MICRO_BATCH_SIZE": "2"}, "--micro-batch-size", ["2"]),
+        ({"GLOBAL_BATCH_SIZE": "8"}, "--global-batch-size", ["8"]),
+        ({"TRAIN_ITERS": "5"}, "--train-iters", ["5"]),
+        ({"WEIGHT_DECAY": "0"}, "--weight-decay", ["0"]),
+        ({"ADAM_BETA1": "0.8"}, "--adam-beta1", ["0.8"]),
+        ({"ADAM_BETA2": "0.99"}, "--adam-beta2", ["0.99"]),
+        ({"INIT_METHOD_STD": "0.02"}, "--init-method-std", ["0.02"]),
+        ({"CLIP_GRAD": "0.5"}, "--clip-grad", ["0.5"]),
+        ({"LR": "1e-3"}, "--lr", ["1e-3"]),
+        ({"MIN_LR": "1e-4"}, "--min-lr", ["1e-4"]),
+        ({"LR_DECAY_STYLE": "linear"}, "--lr-decay-style", ["linear"]),
+        ({"LR_DECAY_ITERS": "5"}, "--lr-decay-iters", ["5"]),
+        ({"LR_WARMUP_FRACTION": "0.1"}, "--lr-warmup-fraction", ["0.1"]),
+        ({"SPLIT": "90,5,5"}, "--split", ["90,5,5"]),
+        ({"LOG_INTERVAL": "1"}, "--log-interval", ["1"]),
+        ({"SAVE_INTERVAL": "7"}, "--save-interval", ["7"]),
+        ({"EVAL_INTERVAL": "3"}, "--eval-interval", ["3"]),
+        ({"EVAL_ITERS": "2"}, "--eval-iters", ["2"]),
+        ({"LOAD_PATH": "/other run"}, "--load", ["/other run"]),
+        ({"LOAD_PATH": ""}, "--load", None),
+        ({"EXTRA_ARGS": "--seed 7 --log-params-norm"}, "--seed", ["7"]),
+        ({"EXTRA_ARGS": '--wandb-exp-name "two words"'}, "--wandb-exp-name", ["two words"]),
+        (
+            {"EXTRA_ARGS": "--wandb-entity '$(touch x); * `id`'"},
+            "--wandb-entity",
+            ["$(touch x); * `id`"],
+        ),
+    ],
+    ids=str,
+)
+def test_an_override_changes_its_flag(
+    env: dict[str, str], flag: str, values: list[str] | None
+) -> None:
+    """None: the flag is absent."""
+    assert flags(command(TRAIN, *PATHS, env=env)).get(flag) == values
+
+
+def test_an_override_changes_nothing_else() -> None:
+    changed = flags(command(TRAIN, *PATHS, env={**DATA, "PP": "4", "LR": "1e-4"}))
+    assert {name for name, values in changed.items() if FLAGS_175B.get(name) != values} == {
+        "--pipeline-model-parallel-size",
+        "--lr",
+    }
+    assert changed.keys() == FLAGS_175B.keys()
+
+
+def test_the_cluster_variables_reach_the_launcher() -> None:
+    env = {"NUM_NODES": "4", "NODE_RANK": "03", "GPUS_PER_NODE": "2", "TP": "2", "PP": "4"}
+    env |= {"MASTER_ADDR": "node0", "MASTER_PORT": "29500"}
+    assert launch(command(TRAIN, *PATHS, env=env)) == {
+        "--nproc_per_node": "2",
+        "--nnodes": "4",
+        "--node_rank": "3",
+        "--master_addr": "node0",
+        "--master_port": "29500",
+    }
+
+
+def test_slurm_tells_the_node_rank_and_node_rank_wins() -> None:
+    assert launch(command(TRAIN, *PATHS, env={"SLURM_NODEID": "5"}))["--node_rank"] == "5"
+    both = {"SLURM_NODEID": "5", "NODE_RANK": "6"}
+    assert launch(command(TRAIN, *PATHS, env=both))["--node_rank"] == "6"
+
+
+def test_one_node_finds_a_free_port_unless_one_is_named() -> None:
+    free = command(TRAIN, *PATHS, env={"NUM_NODES": "1"})
+    assert "--standalone" in free and "--master_port" not in free
+    named = command(TRAIN, *PATHS, env={"NUM_NODES": "1", "MASTER_PORT": "7000"})
+    assert "--standalone" not in named and launch(named)["--master_port"] == "7000"
+
+
+def test_a_dry_run_is_one_process_that_knows_the_world_size() -> None:
+    words = command(TRAIN, env={"DRY_RUN": "1", "NUM_NODES": "16", "GPUS_PER_NODE": "4", **DATA})
+    assert words[:2] == [sys.executable, str(ROOT / "tools/pretrain_gpt.py")]
+    found = flags(words)
+    assert found.pop("--world-size") == ["64"] and found.pop("--dry-run") == []
+    assert found.keys() == FLAGS_175B.keys()
+
+
+@pytest.mark.parametrize("script", [TRAIN, TGS], ids=lambda path: path.stem)
+@pytest.mark.parametrize("count", range(4))
+def test_missing_paths_are_a_usage_error(script: Path, count: int) -> None:
+    done = run(script, *PATHS[:count])
+    assert done.returncode == 2 and done.stdout == ""
+    usage = "CHECKPOINT_PATH TENSORBOARD_LOGS_PATH VOCAB_FILE MERGE_FILE"
+    assert usage in done.stderr.splitlines()[0]
+
+
+@pytest.mark.parametrize(
+    "env, says",
+    [
+        ({"PRECISION": "fp8"}, "PRECISION=fp8 is none of fp16, bf16, fp32"),
+        ({"TP": "two"}, "TP=two is not a whole number"),
+        ({"PP": "0"}, "PP=0 must be at least 1"),
+        ({"NUM_NODES": "2", "NODE_RANK": "2"}, "NODE_RANK=2 is not below NUM_NODES=2"),
+        ({"GPUS_PER_NODE": "a[$(touch x)]"}, "is not a whole number"),
+        ({"DRY_RUN": "yes"}, "DRY_RUN=yes is neither 0 nor 1"),
+        ({"EXTRA_ARGS": '--seed "7'}, 'EXTRA_ARGS has a quote without its partner: --seed "7'),
+        ({"DATASET": "o'brien"}, "DATASET has a quote without its partner: o'brien"),
+    ],
+    ids=str,
+)
+def test_a_value_that_cannot_be_is_refused_by_name(env: dict[str, str], says: str) -> None:
+    done = run(TRAIN, *PATHS, env=env)
+    assert done.returncode == 2 and done.stdout == ""
+    assert says in done.stderr
+
+
+def test_a_fifth_argument_is_refused_with_the_way_out() -> None:
+    done = run(TRAIN, *PATHS, "/data/corpus")
+    assert done.returncode == 2
+    assert "takes 4 paths, got 5" in done.stderr and "DATASET" in done.stderr
+
+
+def test_help_is_the_usage_text() -> None:
+    done = run(TRAIN, "--help")
+    assert done.returncode == 0 and done.stdout.startswith("usage: ")
+
+
+def test_the_children_see_one_hardware_queue_and_the_repository(tmp_path: Path) -> None:
+    """A stand-in for python prints what the real one would see."""
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\necho "$CUDA_DEVICE_MAX_CONNECTIONS|$PYTHONPATH|$2"\n')
+    python.chmod(0o755)
+    done = run(TRAIN, *PATHS, env={"PYTHON": str(python), "PYTHONPATH": "/mine"})
+    assert done.stdout == f"1|{ROOT}:/mine|torch.distributed.run\n"
+    done = run(TRAIN, *PATHS, env={"PYTHON": str(python), "CUDA_DEVICE_MAX_CONNECTIONS": "32"})
+    assert done.stdout == f"32|{ROOT}|torch.distributed.run\n"
+
+
+def test_tgs_is_the_same_run_for_ten_iterations_in_its_own_folder() -> None:
+    words = command(TGS, *PATHS, env=DATA)
+    assert launch(words) == launch(command(TRAIN, *PATHS, env=DATA))
+    expected = dict(FLAGS_175B)
+    del expected["--load"]
+    expected |= {
+        "--train-iters": ["10"],
+        "--log-interval": ["1"],
+        "--eval-iters": ["0"],
+        "--save": ["check points/tgs"],
+    }
+    assert flags(words) == expected
+
+
+@pytest.mark.parametrize(
+    "env, calls",
+    [
+        ({}, ["-m torch.distributed.run", "report.py runs/tgs --tgs"]),
+        ({"NODE_RANK": "1"}, ["-m torch.distributed.run"]),
+        ({"SLURM_NODEID": "1"}, ["-m torch.distributed.run"]),
+        ({"DRY_RUN": "1"}, ["pretrain_gpt.py"]),
+    ],
+    ids=str,
+)
+def test_tgs_reports_once_and_from_the_first_node(
+    tmp_path: Path, env: dict[str, str], calls: list[str]
+) -> None:
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\necho "$*"\n')
+    python.chmod(0o755)
+    done = run(TGS, "runs", "tb", "v", "m", env={"PYTHON": str(python), **env})
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert len(lines) == len(calls)
+    assert all(call in line for call, line in zip(calls, lines, strict=True))
+
+
+def test_tgs_ends_with_the_code_of_a_failed_run(tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\nexit 7\n")
+    python.chmod(0o755)
+    done = run(TGS, "runs", "tb", "v", "m", env={"PYTHON": str(python)})
+    assert done.returncode == 7 and done.stdout == ""
+
+
+@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
+def test_shellcheck_finds_nothing() -> None:
+    scripts = [*ROOT.glob("examples/**/*.sh"), *ROOT.glob("tools/*.sh"), ROOT / ".ci/run"]
+    done = subprocess.run(
+        ["shellcheck", *map(str, filter(Path.is_file, scripts))], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout
