@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 class MegatronLiteError(Exception):
-    """A foreseeable failure: ends the process with `exit_code` and one FATAL line, without a traceback."""
+    """A foreseeable failure: the process ends with `exit_code` and one FATAL line, no traceback."""
 
     exit_code = 70
 
@@ -46,4 +48,15 @@ class NumericsError(MegatronLiteError):
 
 
 PREEMPTED = 75
-"""Exit code of a run that stopped on request from outside with its checkpoint saved: please requeue."""
+"""Exit code of a run stopped on request from outside, its checkpoint saved: please requeue."""
+
+
+def all_together(problems: Sequence[str], where: str) -> ConfigError:
+    """One ConfigError that lists every problem, numbered where there are several.
+
+    `where` completes "3 problems ...", e.g. "on the command line".
+    """
+    if len(problems) == 1:
+        return ConfigError(problems[0])
+    listed = "".join(f"\n  {n}. {problem}" for n, problem in enumerate(problems, start=1))
+    return ConfigError(f"{len(problems)} problems {where}:{listed}")

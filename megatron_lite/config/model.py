@@ -19,7 +19,9 @@ class ModelConfig:
     num_attention_heads: int = field(default=0, metadata={"required": True})
     """Query heads n."""
 
-    seq_length: int = field(default=0, metadata={"required": True, "aliases": ["--encoder-seq-length"]})
+    seq_length: int = field(
+        default=0, metadata={"required": True, "aliases": ["--encoder-seq-length"]}
+    )
     """Tokens per training sample s."""
 
     max_position_embeddings: int | None = None
@@ -34,14 +36,14 @@ class ModelConfig:
     group_query_attention: bool = False
     """Share keys and values between groups of query heads; see --num-query-groups."""
 
-    num_query_groups: int | None = field(default=None, metadata={"aliases": ["--num-key-value-heads"]})
+    num_query_groups: int | None = None
     """Key/value heads; equal to --num-attention-heads unless grouped."""
 
     vocab_size: int | None = None
     """Tokens the tokenizer knows; read from the tokenizer when not given."""
 
     make_vocab_size_divisible_by: int = 128
-    """The embedding table is padded to a multiple of this times tp; padded columns take no part in the loss."""
+    """The embedding is padded to a multiple of this times tp; padded columns never reach the loss."""
 
     position_embedding_type: Literal["learned_absolute", "rope", "none"] = "learned_absolute"
     """How tokens know where they are."""
@@ -70,7 +72,7 @@ class ModelConfig:
     """A head of its own instead of the token embedding used twice."""
 
     hidden_dropout: float = 0.1
-    """Dropout on the embedding and on both branches of a block; independent of the parallel layout."""
+    """Dropout on the embedding and both branches of a block; independent of the parallel layout."""
 
     attention_dropout: float = 0.1
     """Dropout on attention probabilities."""
@@ -78,8 +80,10 @@ class ModelConfig:
     init_method_std: float = 0.02
     """Standard deviation of initial weights; output projections get std / sqrt(2 * layers)."""
 
-    apply_query_key_layer_scaling: bool = False
-    """Divide attention scores by the layer number before, and multiply inside the softmax (fp16 range)."""
+    apply_query_key_layer_scaling: bool = field(
+        default=False, metadata={"aliases_off": ["--no-query-key-layer-scaling"]}
+    )
+    """Divide attention scores by the layer number, and multiply inside the softmax (fp16 range)."""
 
     attention_softmax_in_fp32: bool = True
     """Compute the softmax of the attention in fp32."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 
@@ -49,7 +49,7 @@ class PrecisionConfig:
     gradient_accumulation_fusion: bool = True
     """Accumulate weight gradients straight into the fp32 accumulators."""
 
-    tf32: bool = field(default=False, metadata={"flag": "--tf32"})
+    tf32: bool = False
     """Allow TF32 matrix products for fp32 tensors on a GPU."""
 
     @property

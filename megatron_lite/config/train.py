@@ -64,7 +64,7 @@ class TrainConfig:
     """Train on the CPU even where there is a GPU."""
 
     check_for_nan_in_loss_and_grad: bool = True
-    """Stop with exit code 7 when the loss or a gradient is not finite (fp16 skips the step instead)."""
+    """Stop with exit code 7 when loss or gradient is not finite (fp16 skips the step instead)."""
 
     print_state_hash: bool = False
     """Print a hash over all parameters and optimizer moments at the end."""

@@ -1,0 +1,311 @@
+"""A command line with Megatron's flags becomes a RunConfig.
+
+Flags are made from the sections (`settings()`), the rest of Megatron's from the table in
+legacy.py.  Precedence: default < preset < file < flag; `Parsed.origin` remembers which won.
+Nothing is ignored silently: what has no effect gives a notice, what is unknown an error.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import functools
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+from megatron_lite.config.errors import ConfigError, all_together
+from megatron_lite.config.explain import explain, help_text
+from megatron_lite.config.files import load
+from megatron_lite.config.legacy import LEGACY, Legacy
+from megatron_lite.config.presets import list_presets, preset
+from megatron_lite.config.run import RunConfig
+from megatron_lite.config.settings import Setting, sections, settings
+from megatron_lite.config.values import from_text, whole_number
+
+_COMMANDS: Mapping[str, str] = {
+    "--config": "config",
+    "--yaml-cfg": "config",
+    "--preset": "preset",
+    "--debug": "debug",
+}
+"""Flags of the command line itself."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parsed:
+    """A command line, understood."""
+
+    config: RunConfig
+    notices: tuple[str, ...]
+    """One line for each flag that was mapped or changes nothing."""
+    origin: Mapping[str, str]
+    """section.field -> "default", "preset gpt2-124m", "file run.yaml" or "flag --lr"."""
+
+
+@dataclass(frozen=True, slots=True)
+class Spelling:
+    """One way to write a setting's flag; `value` is what a bool's spelling sets."""
+
+    setting: Setting
+    value: bool | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Use:
+    """One flag as it stands on the command line."""
+
+    written: str
+    name: str
+    values: tuple[str, ...]
+
+
+@functools.cache
+def spellings() -> Mapping[str, Spelling]:
+    """Every spelling of every setting, with dashes."""
+    found: dict[str, Spelling] = {}
+    for setting in settings().values():
+        is_bool = setting.kind is bool
+        for flag in setting.on:
+            assert flag not in found, f"{flag} is spelt twice"
+            found[flag] = Spelling(setting, True if is_bool else None)
+        for flag in setting.off:
+            assert flag not in found, f"{flag} is spelt twice"
+            found[flag] = Spelling(setting, False)
+    return MappingProxyType(found)
+
+
+def parse(argv: Sequence[str]) -> Parsed:
+    """Read the arguments after the program's name.
+
+    Raises one ConfigError that lists everything wrong with the command line.  --help, --explain
+    FLAG and --list-presets print and end the program with code 0.
+    """
+    _answer_questions(argv)
+    reading = _Reading()
+    for use in _uses(argv, reading.problems):
+        reading.take(use)
+    return reading.finish()
+
+
+def _answer_questions(argv: Sequence[str]) -> None:
+    """Print what --help, --explain or --list-presets ask for and leave."""
+    for at, word in enumerate(argv):
+        name, equals, inline = word.partition("=")
+        if name in ("--help", "-h"):
+            print(help_text())
+        elif name == "--list-presets":
+            print(list_presets())
+        elif name == "--explain":
+            asked = inline if equals else argv[at + 1] if at + 1 < len(argv) else ""
+            if not asked:
+                raise ConfigError("--explain takes a flag, e.g. --explain --lr; got none")
+            dashed = _dashed(asked if asked.startswith("-") else f"--{asked}")
+            if dashed not in spellings() and dashed not in LEGACY:
+                raise ConfigError(f"--explain {asked}: no such flag{_suggestion(dashed)}")
+            own = spellings().get(dashed)
+            print(explain(dashed, own.setting if own else None))
+        else:
+            continue
+        raise SystemExit(0)
+
+
+def _is_flag(word: str) -> bool:
+    """Whether a word starts a flag; negative numbers, -inf and -nan are values."""
+    return bool(re.match(r"--|-(?!inf|nan)[a-zA-Z]", word, re.IGNORECASE))
+
+
+def _dashed(flag: str) -> str:
+    return flag.replace("_", "-")
+
+
+def _uses(argv: Sequence[str], problems: list[str]) -> Iterator[_Use]:
+    """The flags of a command line with the words that follow each."""
+    words = list(argv)
+    at = 0
+    while at < len(words):
+        if not _is_flag(words[at]):
+            problems.append(f"{words[at]!r} belongs to no flag; arguments look like --lr 1e-4")
+            at += 1
+            continue
+        written, equals, inline = words[at].partition("=")
+        values = [inline] if equals else []
+        at += 1
+        while at < len(words) and not _is_flag(words[at]):
+            values.append(words[at])
+            at += 1
+        yield _Use(written, _dashed(written), tuple(values))
+
+
+def _suggestion(flag: str) -> str:
+    known = {name.lower(): name for name in (*spellings(), *LEGACY, *_COMMANDS)}
+    near = difflib.get_close_matches(flag.lower(), known, n=1, cutoff=0.6)
+    return f"; did you mean {known[near[0]]}?" if near else "; --help lists all"
+
+
+@dataclass(frozen=True, slots=True)
+class _Given:
+    value: object
+    written: str
+
+
+class _Reading:
+    """What has been read so far: values given by flags, notices and problems."""
+
+    def __init__(self) -> None:
+        self.given: dict[str, _Given] = {}
+        self.fallback: dict[str, _Given] = {}
+        self.tokens: list[tuple[Legacy, int]] = []
+        self.commands: dict[str, str] = {}
+        self.notices: list[str] = []
+        self.problems: list[str] = []
+
+    def take(self, use: _Use) -> None:
+        """Understand one flag, or note the problem."""
+        try:
+            if use.name in _COMMANDS:
+                self._command(use)
+            elif use.name in spellings():
+                self._own(use, spellings()[use.name])
+            elif use.name in LEGACY:
+                self._legacy(use, LEGACY[use.name])
+            else:
+                self.problems.append(f"{use.written}: unknown flag{_suggestion(use.name)}")
+        except ValueError as error:
+            self.problems.append(f"{use.written} {error}")
+
+    def _command(self, use: _Use) -> None:
+        command = _COMMANDS[use.name]
+        if command == "debug":
+            _no_values(use)
+            return
+        if len(use.values) != 1 or not use.values[0]:
+            raise ValueError(f"takes one value, got {list(use.values)}")
+        if self.commands.setdefault(command, use.values[0]) != use.values[0]:
+            raise ValueError(f"is given twice: {self.commands[command]} and {use.values[0]}")
+
+    def _own(self, use: _Use, spelling: Spelling) -> None:
+        if spelling.value is None:
+            self._give(spelling.setting, from_text(spelling.setting, use.values), use.written)
+            return
+        other = spelling.setting.off if spelling.value else spelling.setting.on
+        _no_values(use, f"; {other[0]} is its opposite")
+        self._give(spelling.setting, spelling.value, use.written)
+
+    def _legacy(self, use: _Use, legacy: Legacy) -> None:
+        if legacy.kind == "refused":
+            shown = " ".join((use.written, *use.values))
+            self.problems.append(f"{shown}: not supported; {legacy.say}")
+            return
+        value = self._legacy_value(use, legacy)
+        if legacy.value_to is not None:
+            setting = settings()[legacy.value_to]
+            self._give(setting, from_text(setting, use.values), use.written)
+        if legacy.tokens_to is not None:
+            self.tokens.append((legacy, whole_number(value)))
+        for key, fixed in legacy.sets.items():
+            self._give(settings()[key], fixed, use.written)
+        for key, fixed in legacy.unless_given.items():
+            self.fallback.setdefault(key, _Given(fixed, use.written))
+        shown = " ".join((use.written, *use.values))
+        effect = "" if legacy.kind == "mapped" else "accepted, changes nothing: "
+        self.notices.append(f"{shown}: {effect}{legacy.say}")
+
+    def _legacy_value(self, use: _Use, legacy: Legacy) -> str:
+        """The value of a flag of the table, checked; empty where it takes none."""
+        if not legacy.takes_value:
+            _no_values(use)
+            return ""
+        if len(use.values) != 1:
+            raise ValueError(f"takes one value, got {list(use.values)}")
+        (value,) = use.values
+        if legacy.values and value not in legacy.values:
+            raise ValueError(
+                f"takes only {' or '.join(legacy.values)} here, got {value!r}; {legacy.say}"
+            )
+        return value
+
+    def _give(self, setting: Setting, value: object, written: str) -> None:
+        earlier = self.given.get(setting.key)
+        if earlier is None:
+            self.given[setting.key] = _Given(value, written)
+        elif earlier.value != value:
+            first = f"{earlier.written} ({_show(earlier.value)})"
+            self.problems.append(
+                f"{first} and {written} ({_show(value)}) contradict each other; keep one"
+            )
+
+    def finish(self) -> Parsed:
+        """Put preset, file and flags together."""
+        values: dict[str, object] = {k: copy.copy(s.default) for k, s in settings().items()}
+        origin = dict.fromkeys(values, "default")
+        try:
+            self._lay_below(values, origin)
+        except ConfigError as error:
+            self.problems.append(str(error))
+        for key, given in {**self.fallback, **self.given}.items():
+            values[key], origin[key] = given.value, f"flag {given.written}"
+        for legacy, tokens in self.tokens:
+            self._tokens_to_samples(legacy, tokens, values, origin)
+        if self.problems:
+            raise all_together(self.problems, "on the command line")
+        return Parsed(
+            config=_build(values),
+            notices=tuple(self.notices),
+            origin=MappingProxyType(origin),
+        )
+
+    def _lay_below(self, values: dict[str, object], origin: dict[str, str]) -> None:
+        path = self.commands.get("config")
+        file = load(path) if path else None
+        name = self.commands.get("preset") or (file.preset if file else None)
+        if name:
+            for key, value in preset(name).items():
+                values[key], origin[key] = value, f"preset {name}"
+        for key, in_file in file.values.items() if file else ():
+            values[key], origin[key] = in_file, f"file {path}"
+
+    def _tokens_to_samples(
+        self, legacy: Legacy, tokens: int, values: dict[str, object], origin: dict[str, str]
+    ) -> None:
+        length = values["model.seq_length"]
+        key = legacy.tokens_to
+        assert isinstance(length, int) and key is not None
+        if length < 1:
+            self.problems.append(f"{legacy.flag} {tokens} needs --seq-length to count samples")
+            return
+        if tokens < 1:
+            self.problems.append(f"{legacy.flag} {tokens}: must be at least 1")
+            return
+        samples = -(-tokens // length)
+        other = self.given.get(key)
+        if other is not None and key == "train.train_samples":
+            assert isinstance(other.value, int)
+            samples = min(samples, other.value)
+        elif other is not None and other.value != samples:
+            self.problems.append(
+                f"{legacy.flag} {tokens} is {samples} samples of {length} tokens, but "
+                f"{other.written} says {other.value}; keep one"
+            )
+        values[key], origin[key] = samples, f"flag {legacy.flag}"
+
+
+def _no_values(use: _Use, hint: str = "") -> None:
+    if use.values:
+        raise ValueError(f"takes no value, got {' '.join(map(repr, use.values))}{hint}")
+
+
+def _show(value: object) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _build(values: Mapping[str, object]) -> RunConfig:
+    built: dict[str, Any] = {}
+    for section, cls in sections().items():
+        prefix = f"{section}."
+        built[section] = cls(
+            **{k.removeprefix(prefix): v for k, v in values.items() if k.startswith(prefix)}
+        )
+    return RunConfig(**built)
