@@ -1,0 +1,109 @@
+"""Microbatches for one data parallel rank, read ahead by threads."""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Literal, NamedTuple
+
+from megatron_lite.data.batch import Batch, collate
+from megatron_lite.data.pretrain import Samples
+from megatron_lite.data.sampler import Int64, Order, sample_numbers
+
+STEPS_AHEAD = 2
+
+
+class Request(NamedTuple):
+    """One step's share: global batch from `consumed` on, in microbatches of `micro`."""
+
+    consumed: int
+    global_batch: int
+    micro: int
+
+
+class Loader:
+    """Reads the microbatches of a step; guesses that the next step continues and reads it ahead.
+
+    num_workers threads read; 0 reads in the caller.  `seconds_waited` is the time the caller
+    spent in next_batches so far.  An error in a thread is raised in the caller when the batch
+    it belongs to is asked for.  There is no state: any `consumed` may be asked for at any time.
+    """
+
+    def __init__(
+        self,
+        dataset: Samples,
+        *,
+        dp_rank: int,
+        dp_size: int,
+        num_workers: int = 2,
+        eod: int | None = None,
+        eod_mask_loss: bool = False,
+        order: Literal["single", "cyclic"] = "single",
+        seed: int = 1234,
+    ) -> None:
+        self.dataset = dataset
+        self.dp_rank = dp_rank
+        self.dp_size = dp_size
+        self.eod = eod
+        self.eod_mask_loss = eod_mask_loss
+        self.seconds_waited = 0.0
+        self._order = Order(order, len(dataset), seed, dataset.name)
+        self._threads: ThreadPoolExecutor | None = None
+        if num_workers > 0:
+            self._threads = ThreadPoolExecutor(num_workers, thread_name_prefix="data")
+        self._ahead: OrderedDict[Request, list[Future[Batch]]] = OrderedDict()
+
+    def next_batches(
+        self, consumed: int, global_batch: int, micro: int, num_microbatches: int
+    ) -> list[Batch]:
+        """This rank's microbatches of the global batch [consumed, consumed + global_batch)."""
+        assert num_microbatches * micro * self.dp_size == global_batch, (
+            num_microbatches,
+            micro,
+            self.dp_size,
+            global_batch,
+        )
+        began = time.perf_counter()
+        request = Request(consumed, global_batch, micro)
+        try:
+            if self._threads is None:
+                return [self._read(numbers) for numbers in self._numbers(request)]
+            futures = self._ahead.pop(request, None)
+            if futures is None:
+                self._forget()
+                futures = self._submit(request)
+            self._read_ahead(request)
+            return [future.result() for future in futures]
+        finally:
+            self.seconds_waited += time.perf_counter() - began
+
+    def close(self) -> None:
+        """Stop the threads; what was read ahead is dropped."""
+        self._forget()
+        if self._threads is not None:
+            self._threads.shutdown(wait=True, cancel_futures=True)
+
+    def _numbers(self, request: Request) -> Int64:
+        return sample_numbers(*request, dp_rank=self.dp_rank, dp_size=self.dp_size)
+
+    def _read(self, positions: Int64) -> Batch:
+        samples = [self.dataset[int(number)] for number in self._order(positions)]
+        return collate(samples, positions, eod=self.eod, eod_mask_loss=self.eod_mask_loss)
+
+    def _submit(self, request: Request) -> list[Future[Batch]]:
+        assert self._threads is not None
+        return [self._threads.submit(self._read, numbers) for numbers in self._numbers(request)]
+
+    def _read_ahead(self, request: Request) -> None:
+        for step in range(1, STEPS_AHEAD + 1):
+            guess = request._replace(consumed=request.consumed + step * request.global_batch)
+            end_of_data = guess.consumed + guess.global_batch > len(self.dataset)
+            if guess not in self._ahead and not (end_of_data and self._order.kind == "single"):
+                self._ahead[guess] = self._submit(guess)
+
+    def _forget(self) -> None:
+        for futures in self._ahead.values():
+            for future in futures:
+                future.cancel()
+        self._ahead.clear()

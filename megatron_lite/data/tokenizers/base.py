@@ -1,0 +1,102 @@
+"""What every tokenizer offers, and the errors all of them share."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_lite.config.errors import DataError
+
+
+class Encoded(NamedTuple):
+    """Many texts: all ids one after the other, and how many each text has."""
+
+    ids: npt.NDArray[np.int32]
+    lengths: npt.NDArray[np.int64]
+
+
+class Tokenizer(Protocol):
+    """Text <-> token ids.  Plain text never gives a special id, whatever it spells."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids: they are 0 .. vocab_size - 1."""
+        ...
+
+    @property
+    def eod(self) -> int:
+        """Id that ends a document; DataError where the vocabulary has none."""
+        ...
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of one text."""
+        ...
+
+    def encode_batch(self, texts: Sequence[str]) -> Encoded:
+        """Ids of many texts; equals encode of each."""
+        ...
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of the ids; bytes that are no UTF-8 become U+FFFD."""
+        ...
+
+    def fingerprint(self) -> str:
+        """Equal for tokenizers that give equal ids: a hash of the files."""
+        ...
+
+
+def gather(ids: Sequence[Sequence[int]]) -> Encoded:
+    """Lists of ids as one array."""
+    lengths = np.fromiter((len(part) for part in ids), np.int64, len(ids))
+    flat = np.fromiter((token for part in ids for token in part), np.int32, int(lengths.sum()))
+    return Encoded(flat, lengths)
+
+
+def read_bytes(path: str | None, flag: str) -> bytes:
+    """The bytes of a tokenizer's file; DataError names the flag and the path."""
+    if path is None:
+        raise DataError(f"the tokenizer needs {flag}: give the path of the file")
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise DataError(
+            f"{flag} {path} cannot be read: {error.strerror} - check the path"
+        ) from error
+
+
+def read_json(path: str | None, flag: str) -> Any:
+    """A tokenizer's JSON file."""
+    try:
+        return json.loads(read_bytes(path, flag))
+    except ValueError as error:
+        raise DataError(f"{flag} {path} is no JSON: {error}") from error
+
+
+def read_vocab(path: str | None, flag: str = "--vocab-file") -> dict[str, int]:
+    """`{"token": id}`; the ids must be 0 .. n - 1, each once."""
+    vocab = read_json(path, flag)
+    if not isinstance(vocab, dict) or not vocab:
+        raise DataError(f'{flag} {path} must hold one JSON object {{"token": id}}')
+    wrong = [name for name, number in vocab.items() if type(number) is not int]
+    if wrong:
+        raise DataError(f"{flag} {path}: the id of {wrong[0]!r} is {vocab[wrong[0]]!r}, no integer")
+    if sorted(vocab.values()) != list(range(len(vocab))):
+        raise DataError(
+            f"{flag} {path}: {len(vocab)} tokens must have the ids 0 to {len(vocab) - 1}, each "
+            f"once; found {min(vocab.values())} to {max(vocab.values())} with gaps or repeats"
+        )
+    return vocab
+
+
+def hash_of(*parts: bytes) -> str:
+    """A short hash of some files' bytes."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(len(part).to_bytes(8, "little") + part)
+    return digest.hexdigest()[:32]

@@ -1,0 +1,55 @@
+"""A DataConfig becomes a tokenizer, or only its vocabulary size, which costs next to nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from megatron_lite.config.data import DataConfig
+from megatron_lite.config.errors import ConfigError
+from megatron_lite.data.tokenizers.base import Tokenizer, read_vocab
+from megatron_lite.data.tokenizers.gpt2_bpe import GPT2BPETokenizer
+from megatron_lite.data.tokenizers.huggingface import HuggingFaceTokenizer, count_ids
+from megatron_lite.data.tokenizers.null import NullTokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """How one tokenizer is made and how its ids are counted; the integer is --vocab-size."""
+
+    build: Callable[[DataConfig, int | None], Tokenizer]
+    count: Callable[[DataConfig, int | None], int]
+
+
+TOKENIZERS = {
+    "GPT2BPETokenizer": Kind(
+        lambda data, _: GPT2BPETokenizer(data.vocab_file, data.merge_file),
+        lambda data, _: len(read_vocab(data.vocab_file)),
+    ),
+    "HuggingFaceTokenizer": Kind(
+        lambda data, _: HuggingFaceTokenizer(data.tokenizer_model),
+        lambda data, _: count_ids(data.tokenizer_model),
+    ),
+    "NullTokenizer": Kind(
+        lambda _, size: NullTokenizer(size),
+        lambda _, size: NullTokenizer(size).vocab_size,
+    ),
+}
+
+
+def kind_of(name: str) -> Kind:
+    """The tokenizer of a --tokenizer-type; ConfigError lists the known ones."""
+    if name not in TOKENIZERS:
+        known = ", ".join(TOKENIZERS)
+        raise ConfigError(f"--tokenizer-type {name} is not built in; choose from {known}")
+    return TOKENIZERS[name]
+
+
+def build_tokenizer(data: DataConfig, *, vocab_size: int | None = None) -> Tokenizer:
+    """The tokenizer of --tokenizer-type; vocab_size is --vocab-size, which NullTokenizer needs."""
+    return kind_of(data.tokenizer_type).build(data, vocab_size)
+
+
+def read_vocab_size(data: DataConfig, *, vocab_size: int | None = None) -> int:
+    """Number of ids, EOD included, before padding; reads one file, needs no torch."""
+    return kind_of(data.tokenizer_type).count(data, vocab_size)

@@ -1,0 +1,187 @@
+"""GPT-2's byte-level BPE from a vocab and a merges file.
+
+Text is cut into words by GPT-2's pattern, each word's bytes become printable characters, and the
+earliest learned merges join them (Radford et al. 2019, section 2.2).  The `tokenizers` library
+does it where it is installed; a plain version with the `regex` package otherwise, same ids.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from megatron_lite.config.errors import DataError
+from megatron_lite.data.tokenizers.base import Encoded, gather, hash_of, read_bytes, read_vocab
+
+EOD = "<|endoftext|>"
+WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+
+Merge = tuple[str, str]
+
+
+def byte_characters() -> list[str]:
+    """The printable character that stands for each byte: itself, or 256 and up in order."""
+    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    others = iter(range(256, 512))
+    return [chr(byte if byte in printable else next(others)) for byte in range(256)]
+
+
+def read_merges(path: str | None) -> list[Merge]:
+    """The pairs of a merges file, first learned first; a first line `#version` is skipped."""
+    try:
+        text = read_bytes(path, "--merge-file").decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"--merge-file {path} is no UTF-8: {error}") from error
+    merges = []
+    for number, line in enumerate(text.split("\n"), start=1):
+        line = line.removesuffix("\r")
+        if not line or (number == 1 and line.startswith("#version")):
+            continue
+        pair = line.split(" ")
+        if len(pair) != 2 or not all(pair):
+            raise DataError(f"--merge-file {path}:{number}: {line!r} is not two tokens")
+        merges.append((pair[0], pair[1]))
+    return merges
+
+
+class PlainBPE:
+    """The merges carried out in Python: slow, but only the `regex` package is needed."""
+
+    def __init__(self, vocab: dict[str, int], merges: Sequence[Merge]) -> None:
+        import regex  # noqa: PLC0415  an optional extra
+
+        self._words = regex.compile(WORDS)
+        self._vocab = vocab
+        self._ranks = {pair: rank for rank, pair in enumerate(merges)}
+        self._characters = byte_characters()
+        self._encode_word = lru_cache(maxsize=1 << 16)(self._merge)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of one text."""
+        return [token for word in self._words.findall(text) for token in self._encode_word(word)]
+
+    def _merge(self, word: str) -> list[int]:
+        parts = [self._characters[byte] for byte in word.encode("utf-8")]
+        last = len(self._ranks)
+        while len(parts) > 1:
+            ranks = [self._ranks.get(pair, last) for pair in zip(parts, parts[1:], strict=False)]
+            first = min(ranks)
+            if first == last:
+                break
+            # every place of the best pair at once, from left to right
+            merged, at = [], 0
+            while at < len(parts):
+                if at < len(ranks) and ranks[at] == first:
+                    merged.append(parts[at] + parts[at + 1])
+                    at += 2
+                else:
+                    merged.append(parts[at])
+                    at += 1
+            parts = merged
+        return [self._vocab[part] for part in parts]
+
+
+def library_bpe(vocab: dict[str, int], merges: Sequence[Merge]) -> Any:
+    """The same by the `tokenizers` library, or None where it is not installed."""
+    try:
+        import tokenizers  # noqa: PLC0415  an optional extra
+    except ImportError:
+        return None
+    fast = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocab, merges=list(merges)))
+    fast.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    return fast
+
+
+class GPT2BPETokenizer:
+    """`plain=True` takes the Python version even where the library is installed."""
+
+    def __init__(
+        self, vocab_file: str | None, merge_file: str | None, *, plain: bool = False
+    ) -> None:
+        self._vocab_file = vocab_file
+        self._vocab = read_vocab(vocab_file)
+        merges = read_merges(merge_file)
+        self._check(merges, merge_file)
+        self._hash = hash_of(
+            read_bytes(vocab_file, "--vocab-file"), read_bytes(merge_file, "--merge-file")
+        )
+        self._fast = None if plain else library_bpe(self._vocab, merges)
+        self._plain = self._load_plain(merges) if self._fast is None else None
+        self._names = [name for name, _ in sorted(self._vocab.items(), key=lambda item: item[1])]
+        self._bytes = {character: byte for byte, character in enumerate(byte_characters())}
+
+    def _check(self, merges: Sequence[Merge], merge_file: str | None) -> None:
+        for a, b in merges:
+            for part in (a, b, a + b):
+                if part not in self._vocab:
+                    raise DataError(
+                        f"--merge-file {merge_file}: the merge {a!r} {b!r} needs {part!r}, which "
+                        f"--vocab-file {self._vocab_file} lacks - the two belong to different "
+                        "vocabularies"
+                    )
+        missing = [c for c in byte_characters() if c not in self._vocab]
+        if missing:
+            raise DataError(
+                f"--vocab-file {self._vocab_file} lacks {len(missing)} of the 256 byte tokens, "
+                f"e.g. {missing[0]!r} - it is no byte-level vocabulary"
+            )
+
+    def _load_plain(self, merges: Sequence[Merge]) -> PlainBPE:
+        try:
+            return PlainBPE(self._vocab, merges)
+        except ImportError as error:
+            raise DataError(
+                "GPT2BPETokenizer needs the package `tokenizers` (fast) or `regex` (slow): "
+                "pip install 'megatron_lite[tokenizers]'"
+            ) from error
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids."""
+        return len(self._vocab)
+
+    @property
+    def eod(self) -> int:
+        """The id of <|endoftext|>."""
+        if EOD not in self._vocab:
+            raise DataError(
+                f"--vocab-file {self._vocab_file} has no {EOD!r}, the end-of-document token"
+            )
+        return self._vocab[EOD]
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of one text; a lone surrogate raises UnicodeEncodeError."""
+        text.encode("utf-8")
+        if self._plain is not None:
+            return self._plain.encode(text)
+        ids: list[int] = self._fast.encode(text).ids  # type: ignore[union-attr]
+        return ids
+
+    def encode_batch(self, texts: Sequence[str]) -> Encoded:
+        """Ids of many texts; a lone surrogate raises UnicodeEncodeError."""
+        for text in texts:
+            text.encode("utf-8")
+        if self._plain is not None:
+            return gather([self._plain.encode(text) for text in texts])
+        encodings = self._fast.encode_batch_fast(list(texts))  # type: ignore[union-attr]
+        parts = [np.array(encoding.ids, np.int32) for encoding in encodings]
+        lengths = np.fromiter((len(part) for part in parts), np.int64, len(parts))
+        return Encoded(np.concatenate(parts) if parts else np.empty(0, np.int32), lengths)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of the ids; <|endoftext|> is written out, broken UTF-8 becomes U+FFFD."""
+        data = bytearray()
+        for number in ids:
+            name = self._names[number]
+            if all(character in self._bytes for character in name):
+                data += bytes(self._bytes[character] for character in name)
+            else:  # a special token
+                data += name.encode("utf-8")
+        return data.decode("utf-8", errors="replace")
+
+    def fingerprint(self) -> str:
+        """A hash of both files."""
+        return self._hash

@@ -1,0 +1,111 @@
+"""Any tokenizer of the `tokenizers` library, from a local tokenizer.json or its folder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_lite.config.errors import DataError
+from megatron_lite.data.tokenizers.base import Encoded, hash_of, read_bytes, read_json
+
+FLAG = "--tokenizer-model"
+EOD_NAMES = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>", "[SEP]")
+
+
+def tokenizer_json(path: str | None) -> Path:
+    """The tokenizer.json a file or folder name means."""
+    if path is None:
+        raise DataError(f"HuggingFaceTokenizer needs {FLAG}: a folder or tokenizer.json on disk")
+    file = Path(path)
+    if file.is_dir():
+        file = file / "tokenizer.json"
+    if not file.is_file():
+        raise DataError(
+            f"{FLAG} {path}: {file} does not exist - give a local folder or file, "
+            "names on a hub are not downloaded"
+        )
+    return file
+
+
+def count_ids(path: str | None) -> int:
+    """Ids of a tokenizer.json, added tokens included, without the library."""
+    found = read_json(str(tokenizer_json(path)), FLAG)
+    try:
+        vocab = found["model"]["vocab"]
+        ids = vocab.values() if isinstance(vocab, dict) else range(len(vocab))
+        added = (token["id"] for token in found.get("added_tokens") or [])
+        return 1 + max(int(number) for number in [*ids, *added])
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{FLAG} {path} is no tokenizer.json: it has no model.vocab") from error
+
+
+class HuggingFaceTokenizer:
+    """Encodes without adding special tokens; the end of a document is the configured eos token."""
+
+    def __init__(self, path: str | None) -> None:
+        self._file = tokenizer_json(path)
+        try:
+            import tokenizers  # noqa: PLC0415  an optional extra
+        except ImportError as error:
+            raise DataError(
+                "HuggingFaceTokenizer needs the package `tokenizers`: "
+                "pip install 'megatron_lite[tokenizers]'"
+            ) from error
+        self._size = count_ids(path)
+        self._content = read_bytes(str(self._file), FLAG)
+        try:
+            self._fast: Any = tokenizers.Tokenizer.from_str(self._content.decode("utf-8"))
+        except Exception as error:  # the library raises bare Exception for a broken file
+            raise DataError(f"{FLAG} {self._file} cannot be loaded: {error}") from error
+        self._fast.no_truncation()
+        self._fast.no_padding()
+        self._fast.encode_special_tokens = True  # text that spells one stays text
+
+    @property
+    def vocab_size(self) -> int:
+        """Largest id + 1, added tokens included."""
+        return self._size
+
+    @property
+    def eod(self) -> int:
+        """eos_token of tokenizer_config.json, else the first usual name the vocabulary has."""
+        names: tuple[str, ...] = EOD_NAMES
+        config = self._file.with_name("tokenizer_config.json")
+        if config.is_file():
+            found = read_json(str(config), FLAG).get("eos_token")
+            name = found.get("content") if isinstance(found, dict) else found
+            names = (name, *names) if isinstance(name, str) else names
+        for name in names:
+            number = self._fast.token_to_id(name)
+            if number is not None:
+                return int(number)
+        raise DataError(
+            f"{FLAG} {self._file} has no end-of-document token: neither eos_token in "
+            f"tokenizer_config.json nor one of {', '.join(EOD_NAMES)}"
+        )
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of one text; a lone surrogate raises UnicodeEncodeError."""
+        text.encode("utf-8")
+        ids: list[int] = self._fast.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def encode_batch(self, texts: Sequence[str]) -> Encoded:
+        """Ids of many texts; a lone surrogate raises UnicodeEncodeError."""
+        for text in texts:
+            text.encode("utf-8")
+        encodings = self._fast.encode_batch_fast(list(texts), add_special_tokens=False)
+        parts = [np.array(encoding.ids, np.int32) for encoding in encodings]
+        lengths = np.fromiter((len(part) for part in parts), np.int64, len(parts))
+        return Encoded(np.concatenate(parts) if parts else np.empty(0, np.int32), lengths)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of the ids, special tokens written out."""
+        return str(self._fast.decode(list(ids), skip_special_tokens=False))
+
+    def fingerprint(self) -> str:
+        """A hash of tokenizer.json."""
+        return hash_of(self._content)
