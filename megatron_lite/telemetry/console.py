@@ -1,0 +1,77 @@
+"""Records as the lines people and scripts read; pure functions, fixed to the byte by tests.
+
+The training line is Megatron-DeepSpeed's, field for field and in order, so that parsers of its
+logs keep working; MFU is added at the end.  TFLOPs counts the full attention square and no
+recompute.  Unlike its model the loss is always there, also when it is nan.
+"""
+
+from __future__ import annotations
+
+import math
+
+from megatron_lite.telemetry.record import EvaluationRecord, Record, SaveRecord, StepRecord
+
+
+def format_line(record: StepRecord) -> str:
+    """` iteration        1/     100 | consumed samples: ... | MFU: 41.20% |`, without a newline."""
+    parts = [
+        f" iteration {record.iteration:8d}/{record.train_iters:8d}",
+        f" consumed samples: {record.samples:12d}",
+        f" consumed tokens: {record.tokens:12d}",
+        f" elapsed time per iteration (ms): {record.seconds_per_iteration * 1000.0:.1f}",
+        f" learning rate: {record.learning_rate:.3E}",
+        f" global batch size: {record.global_batch_size:5d}",
+        f" lm loss: {_scientific(record.loss)}",
+        f" loss scale: {record.loss_scale:.1f}",
+    ]
+    if record.grad_norm is not None:
+        parts.append(f" grad norm: {record.grad_norm:.3f}")
+    if record.num_zeros is not None:
+        parts.append(f" num zeros: {record.num_zeros:.1f}")
+    if record.params_norm is not None:
+        parts.append(f" params norm: {record.params_norm:.3f}")
+    parts += [
+        f" actual seqlen: {record.seq_length:5d}",
+        f" number of skipped iterations: {record.skipped_iterations:3d}",
+        f" number of nan iterations: {record.nan_iterations:3d}",
+        f" samples per second: {record.samples_per_second:.3f}",
+        f" tokens per gpu per second (tgs): {record.tokens_per_second_per_gpu:.3f}",
+        f" TFLOPs: {record.tflops_per_gpu:.2f}",
+        f" MFU: {'-' if record.mfu is None else f'{100.0 * record.mfu:.2f}%'}",
+    ]
+    return " |".join(parts) + " |"
+
+
+def format_evaluation(record: EvaluationRecord) -> str:
+    """Loss and perplexity between two rows of dashes; three lines, without a last newline."""
+    where = f"iteration {record.iteration}"
+    if record.final or record.split == "test":
+        where += f" on {record.split} set"
+    line = (
+        f" validation loss at {where} | lm loss value: {_scientific(record.loss)}"
+        f" | lm loss PPL: {_scientific(record.perplexity)} | "
+    )
+    dashes = "-" * (len(line) + 1)
+    return f"{dashes}\n{line}\n{dashes}"
+
+
+def format_save(record: SaveRecord) -> str:
+    """`  successfully saved checkpoint from iteration     100 to FOLDER | 1.50 GB in 2.0 s |`."""
+    where = f" to {record.folder}" if record.folder else ""
+    return (
+        f"  successfully saved checkpoint from iteration {record.iteration:7d}{where}"
+        f" | {record.bytes / 1e9:.3f} GB in {record.seconds:.2f} s |"
+    )
+
+
+def format_record(record: Record) -> str:
+    """Whichever of the three lines belongs to the record."""
+    if isinstance(record, StepRecord):
+        return format_line(record)
+    if isinstance(record, EvaluationRecord):
+        return format_evaluation(record)
+    return format_save(record)
+
+
+def _scientific(value: float) -> str:
+    return f"{value:.6E}" if math.isfinite(value) else f"{value}"

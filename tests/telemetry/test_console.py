@@ -1,0 +1,93 @@
+"""The console lines are fixed to the byte: scripts parse them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+from megatron_lite.telemetry.console import (
+    format_evaluation,
+    format_line,
+    format_record,
+    format_save,
+)
+from megatron_lite.telemetry.record import EvaluationRecord, SaveRecord, StepRecord
+
+STEP = StepRecord(
+    iteration=5,
+    train_iters=10,
+    samples=7680,
+    tokens=15728640,
+    seconds_per_iteration=344.65612,
+    learning_rate=2.2704e-05,
+    weight_decay=0.1,
+    global_batch_size=1536,
+    loss=11.0007812,
+    loss_scale=4294967296.0,
+    grad_norm=1.23456,
+    seq_length=2048,
+    skipped_iterations=2,
+    nan_iterations=0,
+    samples_per_second=4.45661,
+    tokens_per_second_per_gpu=142.6117,
+    tflops_per_gpu=153.3816,
+    tflops_causal=151.44,
+    mfu=0.49161,
+    data_seconds=0.01,
+    world_size=64,
+    eta_seconds=1723.3,
+)
+
+# the field widths and separators of a published Megatron-DeepSpeed log of the 175B run
+GOLDEN = (
+    " iteration        5/      10 | consumed samples:         7680 |"
+    " consumed tokens:     15728640 | elapsed time per iteration (ms): 344656.1 |"
+    " learning rate: 2.270E-05 | global batch size:  1536 | lm loss: 1.100078E+01 |"
+    " loss scale: 4294967296.0 | grad norm: 1.235 | actual seqlen:  2048 |"
+    " number of skipped iterations:   2 | number of nan iterations:   0 |"
+    " samples per second: 4.457 | tokens per gpu per second (tgs): 142.612 | TFLOPs: 153.38 |"
+    " MFU: 49.16% |"
+)
+
+
+def test_training_line_is_megatron_deepspeeds_with_mfu_at_the_end():
+    assert format_line(STEP) == GOLDEN
+    assert format_record(STEP) == GOLDEN
+
+
+def test_unknown_peak_prints_a_dash():
+    assert format_line(replace(STEP, mfu=None)) == GOLDEN.replace("MFU: 49.16%", "MFU: -")
+
+
+def test_optional_fields_stand_between_grad_norm_and_seqlen():
+    line = format_line(replace(STEP, num_zeros=12, params_norm=345.6789))
+    assert " grad norm: 1.235 | num zeros: 12.0 | params norm: 345.679 | actual seqlen:" in line
+    without = format_line(replace(STEP, grad_norm=None))
+    assert without == GOLDEN.replace(" grad norm: 1.235 |", "")
+
+
+def test_the_loss_is_printed_when_it_is_nan_or_infinite():
+    assert " | lm loss: nan | " in format_line(replace(STEP, loss=math.nan))
+    assert " | lm loss: inf | " in format_line(replace(STEP, loss=math.inf))
+
+
+def test_evaluation_stands_between_dashes_one_longer_than_the_line():
+    record = EvaluationRecord(
+        iteration=1000, split="validation", samples=1, loss=math.log(50.0), seconds=1.5
+    )
+    line = (
+        " validation loss at iteration 1000 | lm loss value: 3.912023E+00"
+        " | lm loss PPL: 5.000000E+01 | "
+    )
+    dashes = "-" * (len(line) + 1)
+    assert format_evaluation(record) == f"{dashes}\n{line}\n{dashes}"
+    assert " at iteration 1000 on validation set | " in format_record(replace(record, final=True))
+    assert " at iteration 1000 on test set | " in format_record(replace(record, split="test"))
+
+
+def test_save_line():
+    record = SaveRecord(iteration=100, bytes=1_500_000_000, seconds=2.0, folder="runs/a")
+    golden = (
+        "  successfully saved checkpoint from iteration     100 to runs/a | 1.500 GB in 2.00 s |"
+    )
+    assert format_save(record) == format_record(record) == golden
