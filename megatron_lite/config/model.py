@@ -43,7 +43,7 @@ class ModelConfig:
     """Tokens the tokenizer knows; read from the tokenizer when not given."""
 
     make_vocab_size_divisible_by: int = 128
-    """The embedding is padded to a multiple of this times tp; padded columns never reach the loss."""
+    """The embedding is padded to a multiple of this times tp; padded columns take no part."""
 
     position_embedding_type: Literal["learned_absolute", "rope", "none"] = "learned_absolute"
     """How tokens know where they are."""

@@ -1,0 +1,139 @@
+"""The range of every numeric setting, as one table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from megatron_lite.config.run import RunConfig
+from megatron_lite.config.settings import Setting, settings
+
+
+@dataclass(frozen=True, slots=True)
+class Range:
+    """Numbers from `low` to `high`, without the ends that are `open_low`, `open_high`."""
+
+    low: float
+    high: float
+    open_low: bool = False
+    open_high: bool = False
+
+    def holds(self, value: float) -> bool:
+        """Whether value lies inside; NaN never does."""
+        above = value > self.low if self.open_low else value >= self.low
+        below = value < self.high if self.open_high else value <= self.high
+        return above and below
+
+    def words(self) -> str:
+        """How a message says it: `at least 1 and below 2`."""
+        low = f"{'above' if self.open_low else 'at least'} {self.low:g}"
+        high = f"{'below' if self.open_high else 'at most'} {_number(self.high)}"
+        return f"{low} and {high}"
+
+
+def _number(value: float) -> str:
+    return str(int(value)) if float(value).is_integer() and value < 1e15 else f"{value:g}"
+
+
+_SIZE = Range(1, 2**31 - 1)
+_COUNT = Range(0, 2**31 - 1)
+_SAMPLES = Range(1, 2**48)
+_SAMPLES_OR_NONE = Range(0, 2**48)
+_SHARE = Range(0.0, 1.0, open_high=True)
+_POSITIVE = Range(0.0, 1e38, open_low=True)
+_NOT_NEGATIVE = Range(0.0, 1e38)
+_BELOW_ONE = Range(0.0, 1.0, open_low=True, open_high=True)
+
+RANGES: Mapping[str, Range] = {
+    "model.num_layers": Range(1, 100_000),
+    "model.hidden_size": _SIZE,
+    "model.num_attention_heads": _SIZE,
+    "model.seq_length": _SIZE,
+    "model.max_position_embeddings": _SIZE,
+    "model.ffn_hidden_size": _SIZE,
+    "model.kv_channels": _SIZE,
+    "model.num_query_groups": _SIZE,
+    "model.vocab_size": _SIZE,
+    "model.make_vocab_size_divisible_by": _SIZE,
+    "model.rotary_base": _POSITIVE,
+    "model.rotary_percent": Range(0.0, 1.0, open_low=True),
+    "model.norm_epsilon": _BELOW_ONE,
+    "model.hidden_dropout": _SHARE,
+    "model.attention_dropout": _SHARE,
+    "model.init_method_std": _POSITIVE,
+    "parallel.tensor_model_parallel_size": _SIZE,
+    "parallel.pipeline_model_parallel_size": _SIZE,
+    "parallel.context_parallel_size": _SIZE,
+    "parallel.num_layers_per_virtual_pipeline_stage": _SIZE,
+    "parallel.num_virtual_stages_per_pipeline_rank": _SIZE,
+    "parallel.decoder_first_pipeline_num_layers": _SIZE,
+    "parallel.decoder_last_pipeline_num_layers": _SIZE,
+    "parallel.ddp_bucket_size": _SAMPLES,
+    "parallel.recompute_num_layers": _SIZE,
+    "parallel.distributed_timeout_minutes": Range(0.0, 1e6, open_low=True),
+    "precision.loss_scale": _POSITIVE,
+    "precision.initial_loss_scale": _POSITIVE,
+    "precision.min_loss_scale": _POSITIVE,
+    "precision.loss_scale_window": _SIZE,
+    "precision.hysteresis": _SIZE,
+    "optim.weight_decay": _NOT_NEGATIVE,
+    "optim.start_weight_decay": _NOT_NEGATIVE,
+    "optim.end_weight_decay": _NOT_NEGATIVE,
+    "optim.adam_beta1": _SHARE,
+    "optim.adam_beta2": _SHARE,
+    "optim.adam_eps": _POSITIVE,
+    "optim.sgd_momentum": _SHARE,
+    "optim.clip_grad": _NOT_NEGATIVE,
+    "learning_rate.lr": _POSITIVE,
+    "learning_rate.min_lr": _NOT_NEGATIVE,
+    "learning_rate.lr_decay_iters": _SIZE,
+    "learning_rate.lr_decay_samples": _SAMPLES,
+    "learning_rate.lr_warmup_fraction": _SHARE,
+    "learning_rate.lr_warmup_iters": _COUNT,
+    "learning_rate.lr_warmup_samples": _SAMPLES_OR_NONE,
+    "learning_rate.lr_warmup_init": _NOT_NEGATIVE,
+    "learning_rate.lr_wsd_decay_iters": _SIZE,
+    "learning_rate.lr_wsd_decay_samples": _SAMPLES,
+    "data.mid_level_dataset_surplus": Range(0.0, 1.0),
+    "data.num_workers": Range(0, 1024),
+    "train.micro_batch_size": _SIZE,
+    "train.global_batch_size": _SIZE,
+    "train.rampup_batch_size": _SAMPLES_OR_NONE,
+    "train.train_iters": _SIZE,
+    "train.train_samples": _SAMPLES,
+    "train.seed": _COUNT,
+    "train.eval_interval": _SIZE,
+    "train.eval_iters": _COUNT,
+    "train.exit_interval": _SIZE,
+    "train.exit_duration_in_mins": Range(0.0, 1e9, open_low=True),
+    "train.manual_gc_interval": _COUNT,
+    "checkpoint.save_interval": _SIZE,
+    "checkpoint.ckpt_step": _COUNT,
+    "checkpoint.keep_last": _SIZE,
+    "telemetry.log_interval": _SIZE,
+    "telemetry.tensorboard_log_interval": _SIZE,
+    "telemetry.tensorboard_queue_size": _SIZE,
+    "telemetry.profile_step_start": _COUNT,
+    "telemetry.profile_step_end": _COUNT,
+    "telemetry.profile_ranks": _COUNT,
+}
+"""section.field -> the values that can work at all."""
+
+
+def out_of_range(config: RunConfig) -> Iterator[tuple[str, str]]:
+    """section.field and the problem, for every number outside its range."""
+    for key, allowed in RANGES.items():
+        setting = settings()[key]
+        value = getattr(getattr(config, setting.section), setting.name)
+        if setting.required and value == setting.default:
+            yield key, f"{setting.flag} is required; give it, or a model with --preset"
+            continue
+        for item in value if isinstance(value, list) else [value]:
+            if item is not None and not _fits(setting, item, allowed):
+                yield key, f"{setting.flag} {item} must be {allowed.words()}"
+
+
+def _fits(setting: Setting, value: object, allowed: Range) -> bool:
+    """bool is an int in Python, and a config made in code may hold anything."""
+    kinds = (int,) if setting.kind is int else (int, float)
+    return isinstance(value, kinds) and not isinstance(value, bool) and allowed.holds(value)
