@@ -1,0 +1,47 @@
+# `make` lists the targets.
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-print-directory
+
+VENV ?= .venv
+PY := $(abspath $(VENV))/bin/python
+export OMP_NUM_THREADS ?= 1
+PYTEST_ARGS ?=
+
+.PHONY: help setup demo test test-all check format clean distclean
+
+help: ## this list
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+setup: ## .venv with everything the demo and the tests need; instant when nothing changed
+	@VENV="$(VENV)" tools/setup.sh
+
+demo: setup ## real text, trained on 4 CPU ranks, continued at another layout, sampled, plotted
+	@PYTHON="$(PY)" examples/demo/run.sh
+
+test: setup ## all tests of a machine without an accelerator but the slow ones
+	$(PY) -m pytest -m "not slow and not gpu and not cluster" $(PYTEST_ARGS)
+
+test-all: setup ## every test; those that need a GPU or root skip themselves with a reason
+	$(PY) -m pytest $(PYTEST_ARGS)
+
+check: setup ## lint, format, types, shell scripts, import directions
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy megatron_lite tools
+	@if command -v shellcheck >/dev/null; then \
+	    shellcheck .ci/run tools/*.sh examples/*/*.sh; \
+	else echo "shellcheck is not installed: shell scripts not linted"; fi
+	$(PY) -m pytest -q tests/architecture
+
+format: setup ## let ruff rewrite what it can
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+clean: ## remove the demo's files, caches and built extensions
+	rm -rf demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find megatron_lite tools tests examples -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean ## clean, and remove .venv
+	rm -rf $(VENV)
