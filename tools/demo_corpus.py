@@ -26,6 +26,7 @@ from megatron_lite.storage.disk import Disk, write_atomically
 
 LEFT_OUT = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idlelib", "lib2to3"}
 DEFINITIONS = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+PIECE = 4000  # characters
 SHORTEST = 100  # characters; a shorter document says nothing
 
 
@@ -44,9 +45,33 @@ def sources() -> Iterator[tuple[str, str]]:
 
 
 def code_documents() -> Iterator[str]:
-    """One document per source file."""
-    for _, text in sources():
-        yield text
+    """Source files, cut between top-level statements into documents of some 4,000 characters."""
+    for path, text in sources():
+        tree = parsed(text)
+        lines = [line + "\n" for line in text.split("\n")]
+        starts = [first_line(node) for node in tree.body[1:]] if tree is not None else []
+        begin = 0
+        for end in [*starts, len(lines)]:
+            piece = "".join(lines[begin:end])
+            if len(piece) >= PIECE or end == len(lines):
+                yield f"# {path}\n{piece}"
+                begin = end
+
+
+def first_line(node: ast.stmt) -> int:
+    """Index of the line a statement begins on, decorators included."""
+    decorators = node.decorator_list if isinstance(node, DEFINITIONS) else []
+    return min([node.lineno, *(decorator.lineno for decorator in decorators)]) - 1
+
+
+def parsed(text: str) -> ast.Module | None:
+    """The syntax tree, or None for a file that is broken on purpose."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # invalid escapes in old files
+        try:
+            return ast.parse(text)
+        except (SyntaxError, ValueError):
+            return None
 
 
 def docs_documents() -> Iterator[str]:
@@ -55,12 +80,9 @@ def docs_documents() -> Iterator[str]:
         yield topics.topics[name]
     for path, text in sources():
         module = path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # invalid escapes in old files
-            try:
-                tree = ast.parse(text)
-            except (SyntaxError, ValueError):
-                continue
+        tree = parsed(text)
+        if tree is None:
+            continue
         yield f"{module}\n\n{ast.get_docstring(tree) or ''}"
         for node in tree.body:
             if isinstance(node, DEFINITIONS):
