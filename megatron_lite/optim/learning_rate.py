@@ -1,0 +1,201 @@
+"""Learning rate and weight decay as functions of samples; Megatron's curves, no torch.
+
+    lr
+    |    /----\\                 warm-up: linear from --lr-warmup-init to --lr
+    |   /      \\__              then constant, linear, cosine, inverse-square-root or WSD
+    |  /          \\________     after the decay: --min-lr
+    +-----------------------> samples of successful steps
+
+The counter is the number of samples of *successful* steps (a step skipped by fp16 does not move
+it).  A step uses the value at the samples before it, so the very first step has lr 0 after a
+warm-up from 0; the log shows the value at the samples after it.  Both are Megatron's conventions.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_lite.config.errors import ConfigError, all_together
+from megatron_lite.config.optim import LearningRateConfig, OptimConfig
+from megatron_lite.config.train import TrainConfig
+
+DecayStyle = Literal["constant", "linear", "cosine", "inverse-square-root", "WSD"]
+FinalStyle = Literal["exponential", "linear", "cosine", "minus_sqrt"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LearningRateSchedule:
+    """lr(samples): warm-up, then a decay; all counters in samples."""
+
+    max_lr: float
+    min_lr: float
+    style: DecayStyle
+    decay_samples: float
+    warmup_samples: float = 0.0
+    warmup_init: float = 0.0
+    wsd_style: FinalStyle = "exponential"
+    wsd_samples: float = 0.0
+
+    @classmethod
+    def from_config(
+        cls, lr: LearningRateConfig, *, train: TrainConfig, global_batch_size: int
+    ) -> LearningRateSchedule:
+        """Iterations count as samples of the full global batch, also during a batch ramp.
+
+        Raises ConfigError with every value that cannot make a curve.
+        """
+        length = train_samples(train, global_batch_size)
+        by_samples = train.train_samples is not None
+        decay = _in_samples(
+            by_samples, lr.lr_decay_samples, lr.lr_decay_iters, global_batch_size, length
+        )
+        if lr.lr_warmup_fraction is not None:
+            warmup: float = lr.lr_warmup_fraction * decay
+        else:
+            warmup = _in_samples(
+                by_samples, lr.lr_warmup_samples, lr.lr_warmup_iters, global_batch_size, 0
+            )
+        wsd = _in_samples(
+            by_samples, lr.lr_wsd_decay_samples, lr.lr_wsd_decay_iters, global_batch_size, 0
+        )
+        problems = _problems(lr, decay=decay, warmup=warmup, wsd=wsd)
+        if problems:
+            raise all_together(problems, "with the learning rate")
+        assert lr.lr is not None, "a missing --lr is one of the problems"
+        return cls(
+            max_lr=lr.lr,
+            min_lr=lr.min_lr,
+            style=lr.lr_decay_style,
+            decay_samples=decay,
+            warmup_samples=warmup,
+            warmup_init=lr.lr_warmup_init,
+            wsd_style=lr.lr_wsd_decay_style,
+            wsd_samples=wsd,
+        )
+
+    def at(self, lr_samples: int) -> float:
+        """Learning rate after that many samples of successful steps."""
+        n = lr_samples
+        if self.warmup_samples > 0 and n <= self.warmup_samples:
+            return self.warmup_init + (self.max_lr - self.warmup_init) * n / self.warmup_samples
+        if self.style == "constant":
+            return self.max_lr
+        if n > self.decay_samples:
+            return self.min_lr
+        if self.style == "inverse-square-root":
+            warmup = max(self.warmup_samples, 1.0)
+            return max(self.min_lr, self.max_lr * math.sqrt(warmup) / math.sqrt(max(n, 1)))
+        return self.min_lr + (self.max_lr - self.min_lr) * self._remaining(n)
+
+    def _remaining(self, n: int) -> float:
+        """Share of max_lr - min_lr still there, 1 to 0."""
+        if self.style == "WSD":
+            past = n - (self.decay_samples - self.wsd_samples)
+            return 1.0 if past <= 0 else _wsd_remaining(self.wsd_style, past / self.wsd_samples)
+        done = (n - self.warmup_samples) / (self.decay_samples - self.warmup_samples)
+        if self.style == "cosine":
+            return 0.5 * (math.cos(math.pi * done) + 1.0)
+        return 1.0 - done
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightDecaySchedule:
+    """Weight decay as a function of samples: constant, or from start to end over the whole run."""
+
+    start: float
+    end: float
+    style: Literal["constant", "linear", "cosine"]
+    samples: float
+
+    @classmethod
+    def from_config(
+        cls, optim: OptimConfig, *, train: TrainConfig, global_batch_size: int
+    ) -> WeightDecaySchedule:
+        """Raises ConfigError where a style that moves has no start or no end."""
+        samples = float(train_samples(train, global_batch_size))
+        style = optim.weight_decay_incr_style
+        start, end = optim.start_weight_decay, optim.end_weight_decay
+        if style == "constant":
+            for flag, value in (("start", start), ("end", end)):
+                if value is not None and value != optim.weight_decay:
+                    raise ConfigError(
+                        f"--{flag}-weight-decay {value} contradicts --weight-decay "
+                        f"{optim.weight_decay} with --weight-decay-incr-style constant; "
+                        f"choose --weight-decay-incr-style linear or cosine"
+                    )
+            wd = optim.weight_decay
+            return cls(start=wd, end=wd, style=style, samples=samples)
+        if start is None or end is None or start < 0 or end < start:
+            raise ConfigError(
+                f"--weight-decay-incr-style {style} needs 0 <= --start-weight-decay <= "
+                f"--end-weight-decay; they are {start} and {end}"
+            )
+        return cls(start=start, end=end, style=style, samples=samples)
+
+    def at(self, lr_samples: int) -> float:
+        """Weight decay after that many samples of successful steps."""
+        if self.style == "constant" or lr_samples > self.samples:
+            return self.end
+        done = lr_samples / self.samples
+        if self.style == "cosine":
+            done = 0.5 * (math.cos(math.pi * (1.0 - done)) + 1.0)
+        return self.start + (self.end - self.start) * done
+
+
+def train_samples(train: TrainConfig, global_batch_size: int) -> int:
+    """Length of the run in samples, iterations counted at the full global batch."""
+    if train.train_samples is not None:
+        return train.train_samples
+    if train.train_iters is None:
+        raise ConfigError(
+            "the length of the run is not known; give --train-iters or --train-samples"
+        )
+    return train.train_iters * global_batch_size
+
+
+def _in_samples(
+    by_samples: bool, samples: int | None, iters: int | None, batch: int, default: int
+) -> int:
+    """A length given in the run's own unit, or the default, in samples."""
+    if by_samples:
+        return default if samples is None else samples
+    return default if iters is None else iters * batch
+
+
+def _wsd_remaining(style: FinalStyle, done: float) -> float:
+    """Share still there in WSD's last part, `done` going from 0 to 1."""
+    if style == "linear":
+        return 1.0 - done
+    if style == "cosine":
+        return 0.5 * (math.cos(math.pi * done) + 1.0)
+    if style == "exponential":
+        return float(2.0 * 0.5**done) - 1.0
+    return 1.0 - math.sqrt(done)
+
+
+def _problems(lr: LearningRateConfig, *, decay: float, warmup: float, wsd: float) -> list[str]:
+    """What cannot make a curve, in the flags' words."""
+    found = []
+    if lr.lr is None:
+        found.append("--lr is missing; give the peak learning rate, e.g. --lr 6.0e-5")
+    elif not 0.0 <= lr.min_lr <= lr.lr:
+        found.append(f"--min-lr {lr.min_lr} is not between 0 and --lr {lr.lr}")
+    if lr.lr is not None and not 0.0 <= lr.lr_warmup_init <= lr.lr:
+        found.append(f"--lr-warmup-init {lr.lr_warmup_init} is not between 0 and --lr {lr.lr}")
+    if decay <= 0:
+        found.append(
+            f"the decay is {decay:g} samples long; raise --lr-decay-iters or --train-iters"
+        )
+    elif not 0 <= warmup < decay:
+        found.append(
+            f"the warm-up of {warmup:g} samples does not end before the decay of {decay:g} samples "
+            f"does; lower --lr-warmup-iters, -samples or -fraction, or raise --lr-decay-iters"
+        )
+    if lr.lr_decay_style == "WSD" and not 0 < wsd <= decay:
+        found.append(
+            f"--lr-decay-style WSD needs a last part of 1 to {decay:g} samples; it is {wsd:g}: "
+            f"set --lr-wsd-decay-iters or --lr-wsd-decay-samples"
+        )
+    return found
