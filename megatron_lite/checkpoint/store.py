@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -260,12 +260,13 @@ class Store:
             problem = "another rank found it damaged"
         return problem, manifest
 
-    def load(
-        self, manifest: Manifest, *, weights: list[NamedSlice], optimizer: list[NamedSlice]
-    ) -> None:
-        """Fill the slices' data in place; raises CheckpointError before anything is changed if they do not fit."""
+    def load(self, manifest: Manifest, slices: Sequence[NamedSlice]) -> None:
+        """Fill the slices' data in place.
+
+        Raises CheckpointError, before anything is changed, listing all tensors that do not fit.
+        """
         folder = self.root / f"iter_{manifest.iteration:07d}"
-        wanted = [s for s in (*weights, *optimizer) if s.data.numel()]
+        wanted = [s for s in slices if s.data.numel()]
         check_fit(wanted, manifest, folder)
         fill(wanted, manifest, folder)
         barrier(self.ctx.world)

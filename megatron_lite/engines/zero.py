@@ -20,7 +20,7 @@ from megatron_lite.engines.loss_scale import LossScale
 from megatron_lite.optim.rules import OPTIMIZERS, UpdateRule
 from megatron_lite.parallel.collectives import all_reduce
 from megatron_lite.parallel.context import ParallelContext
-from megatron_lite.parallel.shard import LocalParameter, NamedSlice, stands_for
+from megatron_lite.parallel.shard import MASTER, LocalParameter, NamedSlice, stands_for
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +94,8 @@ class ZeroEngine:
 
     def _take_gradient(self) -> Callable[[Tensor], None]:
         def take(parameter: Tensor) -> None:
-            assert parameter.grad is not None
+            if parameter.grad is None:  # the layer has added it to the accumulator itself
+                return
             self._view(parameter).add_(parameter.grad)
             parameter.grad = None
             self.ready(parameter)
@@ -190,12 +191,6 @@ class ZeroEngine:
             with torch.no_grad():
                 torch._foreach_copy_([h.local.parameter for h in low], [h.master for h in low])
 
-    def take_parameters_as_masters(self) -> None:
-        """Restart the masters from the parameters (after loading weights without optimizer state)."""
-        for held in self._held:
-            if held.has_master:
-                held.master.copy_(held.local.parameter.detach())
-
     def _clear(self) -> None:
         for buckets in self._buckets.values():
             buckets.buffer.zero_()
@@ -230,7 +225,7 @@ class ZeroEngine:
                 continue
             for piece in held.local.pieces:
                 if held.has_master:
-                    yield piece.slice(held.master, "master.")
+                    yield piece.slice(held.master, MASTER)
                 for kind, tensor in held.state.items():
                     yield piece.slice(tensor, f"{kind}.")
 

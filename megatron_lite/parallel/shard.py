@@ -10,6 +10,9 @@ from torch import Tensor, nn
 
 from megatron_lite.parallel.context import ParallelContext
 
+MASTER = "master."
+"""Prefix of the fp32 masters among the optimizer's named slices."""
+
 Kind = Literal["weight", "bias", "norm", "embedding"]
 
 

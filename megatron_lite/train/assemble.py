@@ -1,0 +1,131 @@
+"""Config + Blueprint -> Run: the only place where everything meets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from megatron_lite.blueprint.draw_up import Blueprint
+from megatron_lite.blueprint.schedules.actions import Action
+from megatron_lite.checkpoint.progress import Progress
+from megatron_lite.config.run import RunConfig
+from megatron_lite.data.batch import Batch
+from megatron_lite.engines.zero import Watch, ZeroEngine
+from megatron_lite.layers.gradients import WeightGradients
+from megatron_lite.layers.setting import Setting
+from megatron_lite.models.decoder import Decoder, initialise, local_parameters
+from megatron_lite.parallel.context import ParallelContext
+from megatron_lite.parallel.shard import LocalParameter
+from megatron_lite.pipeline.executor import Executor
+from megatron_lite.pipeline.mail import Mail
+from megatron_lite.pipeline.stage import Objective, Stage
+from megatron_lite.train.objectives.language_model import LanguageModel
+
+
+@dataclass(slots=True)
+class Run:
+    """The Blueprint made real on this rank: what one training step needs.
+
+    parameters: this rank's, stage by stage; progress: the only part that changes by itself.
+    """
+
+    blueprint: Blueprint
+    ctx: ParallelContext
+    setting: Setting
+    pipeline: Executor
+    engine: ZeroEngine
+    parameters: list[LocalParameter]
+    progress: Progress = field(default_factory=Progress)
+
+    def actions(self, num_microbatches: int) -> Sequence[Sequence[Action]]:
+        """This rank's lowered actions of a training step."""
+        return self.blueprint.actions(num_microbatches)[self.ctx.pp.rank]
+
+    def forward_actions(self, num_microbatches: int) -> Sequence[Sequence[Action]]:
+        """This rank's lowered actions of an evaluation step."""
+        return self.blueprint.forward_actions(num_microbatches)[self.ctx.pp.rank]
+
+    def expect_messages(self, batch: Batch) -> None:
+        """Tell the mail the form of this step's activations: [s/tp, b, h]."""
+        samples, tokens = batch.tokens.shape
+        split = self.setting.tp.size if self.setting.sequence_parallel else 1
+        self.pipeline.mail.expect(
+            ((tokens - 1) // split, samples, self.setting.model.hidden_size),
+            self.setting.dtype,
+            self.ctx.device,
+        )
+
+
+ObjectiveOf = Callable[[Setting], Objective]
+
+OBJECTIVES: dict[str, ObjectiveOf] = {
+    "language_model": lambda setting: LanguageModel(setting.tp, setting.vocab_size)
+}
+
+
+def assemble(
+    config: RunConfig,
+    blueprint: Blueprint,
+    ctx: ParallelContext,
+    *,
+    objective: str = "language_model",
+) -> Run:
+    """Build this rank's stages, engine and executor; weights are filled from seed and names.
+
+    Collective only in that all ranks must build alike; it communicates nothing.
+    """
+    assert config.model.vocab_size is not None, "the tool reads it from the tokenizer"
+    stages: dict[int, Stage] = {}
+    parameters: dict[int, Sequence[LocalParameter]] = {}
+    sinks: list[WeightGradients] = []
+    setting = None
+    for placed in blueprint.stages_of(ctx.pp.rank):
+        setting = Setting(
+            model=config.model,
+            ctx=ctx,
+            padded_vocab_size=blueprint.padded_vocab_size,
+            vocab_size=config.model.vocab_size,
+            precision=config.precision,
+            sequence_parallel=config.parallel.sequence_parallel and ctx.tp.size > 1,
+            seed=config.train.seed,
+            gradients=WeightGradients(),
+        )
+        decoder = Decoder(
+            setting, placed.layers, has_embedding=placed.has_embedding, has_head=placed.has_head
+        )
+        initialise(decoder)
+        parameters[placed.index] = local_parameters(decoder)
+        sinks.append(setting.gradients)
+        stages[placed.index] = Stage(
+            index=placed.index,
+            module=decoder,
+            is_first=placed.has_embedding,
+            is_last=placed.has_head,
+            objective=OBJECTIVES[objective](setting),
+            gradients=setting.gradients,
+        )
+    assert setting is not None, "a pp rank without a stage"
+    engine = ZeroEngine(
+        parameters,
+        ctx,
+        optim=config.optim,
+        parallel=config.parallel,
+        precision=config.precision,
+        watch=Watch(
+            non_finite_stops=config.train.check_for_nan_in_loss_and_grad,
+            num_zeros=config.telemetry.log_num_zeros_in_grad,
+            params_norm=config.telemetry.log_params_norm,
+        ),
+    )
+    for sink in sinks:
+        sink.attach(engine.accumulators(), engine.ready)
+    mail = Mail(ctx.pp, blueprint.placement)
+    return Run(
+        blueprint=blueprint,
+        ctx=ctx,
+        setting=setting,
+        pipeline=Executor(stages, mail, engine.arm),
+        engine=engine,
+        parameters=[local for held in parameters.values() for local in held],
+    )
+

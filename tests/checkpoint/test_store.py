@@ -1,0 +1,187 @@
+"""Checkpoints: any layout loads any other bit by bit; broken ones are found and passed over."""
+
+import hashlib
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_lite.checkpoint.manifest import read_manifest
+from megatron_lite.checkpoint.progress import Progress
+from megatron_lite.checkpoint.store import POINTER, Store
+from megatron_lite.config.errors import CheckpointError
+from megatron_lite.parallel.context import ParallelContext
+from megatron_lite.parallel.shard import NamedSlice, weight_slices
+from megatron_lite.train.assemble import assemble
+from megatron_lite.train.step import train_step
+from tests.support.spawn import spawn
+from tests.support.tiny import context, draw, make_batches, tiny_config
+
+
+def _run(rank, ranks, changes):
+    config = tiny_config(**changes)
+    blueprint = draw(config, ranks)
+    return config, blueprint, assemble(config, blueprint, context(blueprint, rank))
+
+
+def _slices(run, *, owned):
+    return [
+        *weight_slices(run.parameters, run.ctx, owned=owned),
+        *run.engine.state(owned=owned),
+    ]
+
+
+def _train(config, blueprint, run, steps):
+    losses = []
+    for _ in range(steps):
+        batches = make_batches(config, blueprint, run.ctx.dp.rank, run.progress.step)
+        result = train_step(run, batches, lr=1e-2, weight_decay=0.1)
+        run.progress.step += 1
+        losses.append(result.loss.item())
+    return losses
+
+
+def train_and_save(rank, ranks, changes, folder, steps, more):
+    config, blueprint, run = _run(rank, ranks, changes)
+    _train(config, blueprint, run, steps)
+    Store(Path(folder), run.ctx).save(
+        steps,
+        weights=weight_slices(run.parameters, run.ctx, owned=True),
+        optimizer=run.engine.state(owned=True),
+        progress=Progress(step=steps, optimizer_steps=run.engine.steps),
+        config={"seed": 1},
+    )
+    return _train(config, blueprint, run, more)
+
+
+def load_and_save_again(rank, ranks, changes, folder, again, more):
+    config, blueprint, run = _run(rank, ranks, changes)
+    store = Store(Path(folder), run.ctx)
+    manifest, _ = store.newest_intact()
+    store.load(manifest, _slices(run, owned=False))
+    run.engine.copy_masters()
+    run.engine.steps = manifest.progress.optimizer_steps
+    run.progress.step = manifest.progress.step
+    Store(Path(again), run.ctx).save(
+        manifest.iteration,
+        weights=weight_slices(run.parameters, run.ctx, owned=True),
+        optimizer=run.engine.state(owned=True),
+        progress=manifest.progress,
+        config={},
+    )
+    return _train(config, blueprint, run, more)
+
+
+def _whole(folder: Path) -> dict[str, str]:
+    """Hash of every global tensor of a checkpoint, put together in one process."""
+    store = Store(folder, ParallelContext.serial())
+    manifest, _ = store.newest_intact()
+    hashes = {}
+    for name, stored in manifest.tensors.items():
+        dtype = {"F32": torch.float32, "BF16": torch.bfloat16}[stored.dtype]
+        data = torch.empty(stored.shape, dtype=dtype)
+        store.load(manifest, [NamedSlice(name, stored.shape, (0,) * len(stored.shape), data)])
+        flat = data.view(torch.uint8).flatten()
+        hashes[name] = hashlib.sha256(flat.numpy().tobytes()).hexdigest()
+    return hashes
+
+
+TP, PP = "parallel__tensor_model_parallel_size", "parallel__pipeline_model_parallel_size"
+SP = "parallel__sequence_parallel"
+
+
+@pytest.mark.parametrize(
+    ("saved", "saved_ranks", "loaded", "loaded_ranks"),
+    [
+        ({TP: 2, PP: 2}, 4, {}, 1),
+        ({}, 1, {TP: 2, PP: 2}, 4),
+        ({TP: 2, PP: 2, SP: True}, 4, {TP: 2}, 4),
+        ({TP: 4}, 4, {PP: 4}, 4),
+        ({PP: 2}, 4, {TP: 2, PP: 2}, 4),
+        ({TP: 2, PP: 2, "precision__bf16": True}, 4, {PP: 2, "precision__bf16": True}, 2),
+    ],
+)
+def test_any_layout_loads_any_other_bit_by_bit(
+    tmp_path, saved, saved_ranks, loaded, loaded_ranks
+):
+    first, second = tmp_path / "first", tmp_path / "second"
+    went_on = spawn(train_and_save, saved_ranks, saved, str(first), 2, 2)[0]
+    resumed = spawn(load_and_save_again, loaded_ranks, loaded, str(first), str(second), 2)[0]
+    assert _whole(first) == _whole(second)
+    tolerance = 2e-3 if "precision__bf16" in saved else 1e-6
+    assert resumed == pytest.approx(went_on, rel=tolerance)
+
+
+def test_the_same_layout_resumes_bit_exactly(tmp_path):
+    changes = {TP: 2, PP: 2, "model__hidden_dropout": 0.1}
+    went_on = spawn(train_and_save, 4, changes, str(tmp_path / "a"), 2, 3)
+    resumed = spawn(load_and_save_again, 4, changes, str(tmp_path / "a"), str(tmp_path / "b"), 3)
+    assert resumed == went_on
+
+
+def test_vocabulary_is_stored_without_padding(tmp_path):
+    spawn(train_and_save, 4, {TP: 4}, str(tmp_path), 1, 0)
+    manifest = read_manifest(tmp_path / "iter_0000001")
+    assert manifest.tensors["embedding.tokens.weight"].shape == (61, 32)
+
+
+@pytest.fixture
+def two_checkpoints(tmp_path):
+    """A folder with iterations 1 and 2, and the store of one process over it."""
+    config, blueprint, run = _run(0, 1, {})
+    store = Store(tmp_path, run.ctx)
+    for step in (1, 2):
+        _train(config, blueprint, run, 1)
+        store.save(
+            step,
+            weights=weight_slices(run.parameters, run.ctx, owned=True),
+            optimizer=run.engine.state(owned=True),
+            progress=Progress(step=step),
+            config={},
+        )
+    return store
+
+
+def _damage(path: Path, how: str) -> None:
+    data = bytearray(path.read_bytes())
+    if how == "flip":
+        data[len(data) // 2] ^= 1
+    elif how == "cut":
+        data = data[: len(data) // 2]
+    elif how == "empty":
+        data = bytearray()
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("how", ["flip", "cut", "empty"])
+@pytest.mark.parametrize(
+    "file", ["weights-00000.safetensors", "optimizer-00000.safetensors", "manifest.json"]
+)
+def test_a_damaged_checkpoint_is_passed_over_loudly(two_checkpoints, file, how):
+    _damage(two_checkpoints.root / "iter_0000002" / file, how)
+    manifest, notices = two_checkpoints.newest_intact()
+    assert manifest is not None and manifest.iteration == 1
+    assert any("checkpoint 2 is not usable" in line and file in line for line in notices)
+
+
+def test_no_intact_checkpoint_is_an_error_and_no_folder_is_not(two_checkpoints, tmp_path):
+    for step in (1, 2):
+        (two_checkpoints.root / f"iter_{step:07d}" / "manifest.json").unlink()
+    with pytest.raises(CheckpointError, match="no intact checkpoint"):
+        two_checkpoints.newest_intact()
+    nothing = Store(tmp_path / "nothing", ParallelContext.serial())
+    assert nothing.newest_intact() == (None, [])
+
+
+@pytest.mark.parametrize("text", [b"", b"99\n", b"-1", b"\xff\xfe", b"1e9", b"9" * 40])
+def test_a_broken_pointer_gives_the_newest(two_checkpoints, text):
+    (two_checkpoints.root / POINTER).write_bytes(text)
+    manifest, notices = two_checkpoints.newest_intact()
+    assert manifest is not None and manifest.iteration == 2 and notices
+
+
+def test_another_shape_is_refused_with_all_names(two_checkpoints):
+    _, _, wider = _run(0, 1, {"model__ffn_hidden_size": 64})
+    manifest, _ = two_checkpoints.newest_intact()
+    with pytest.raises(CheckpointError, match="mlp.up.weight: .*128, 32.* there, .*64, 32.* here"):
+        two_checkpoints.load(manifest, list(weight_slices(wider.parameters, wider.ctx, owned=False)))

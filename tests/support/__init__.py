@@ -1,0 +1,1 @@
+"""What tests share: ranks by a preloaded forkserver, tiny configurations, comparisons."""

@@ -1,0 +1,77 @@
+"""Tiny configurations and deterministic batches for tests."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import torch
+
+from megatron_lite.blueprint.draw_up import Blueprint, draw_up
+from megatron_lite.config.run import RunConfig
+from megatron_lite.data.batch import Batch
+from megatron_lite.data.sampler import sample_numbers
+from megatron_lite.parallel.context import ParallelContext
+
+SEQ, VOCAB = 16, 61
+
+TINY: dict[str, dict[str, Any]] = {
+    "model": {
+        "num_layers": 4, "hidden_size": 32, "num_attention_heads": 4, "seq_length": SEQ,
+        "vocab_size": VOCAB, "make_vocab_size_divisible_by": 8,
+        "hidden_dropout": 0.0, "attention_dropout": 0.0,
+    },
+    "train": {"micro_batch_size": 2, "global_batch_size": 8, "train_iters": 5},
+    "learning_rate": {"lr": 1e-2, "lr_decay_style": "constant"},
+    "data": {"mock_data": True},
+}  # fmt: skip
+
+
+def tiny_config(**changes: Any) -> RunConfig:
+    """RunConfig of a 4-layer model; changes as section__field=value."""
+    config = RunConfig()
+    wanted = {section: dict(fields) for section, fields in TINY.items()}
+    for name, value in changes.items():
+        section, _, field = name.partition("__")
+        wanted.setdefault(section, {})[field] = value
+    return dataclasses.replace(
+        config,
+        **{s: dataclasses.replace(getattr(config, s), **f) for s, f in wanted.items()},
+    )
+
+
+def context(blueprint: Blueprint, rank: int) -> ParallelContext:
+    """The context of this gloo rank (serial for one)."""
+    if blueprint.grid.world_size == 1:
+        return ParallelContext.serial()
+    return ParallelContext.from_grid(blueprint.grid, rank, torch.device("cpu"))
+
+
+def make_batches(
+    config: RunConfig, blueprint: Blueprint, dp_rank: int, step: int, *, ragged: bool = False
+) -> list[Batch]:
+    """This dp rank's micro batches of a step: tokens are a function of the sample number."""
+    gbs = config.train.global_batch_size
+    assert gbs is not None
+    numbers = sample_numbers(
+        step * gbs, gbs, config.train.micro_batch_size, dp_rank, blueprint.grid.dp
+    )
+    return [_batch(config, row, ragged) for row in numbers]
+
+
+def _batch(config: RunConfig, numbers: np.ndarray, ragged: bool) -> Batch:
+    s, vocab = config.model.seq_length, config.model.vocab_size
+    tokens = np.stack(
+        [np.random.default_rng(int(n)).integers(0, vocab, s + 1) for n in numbers]
+    ).astype(np.int64)
+    mask = np.ones((len(numbers), s), dtype=np.float32)
+    if ragged:
+        for row, n in zip(mask, numbers):
+            row[int(n) % s :] = 0.0
+    return Batch(tokens, numbers, mask)
+
+
+def draw(config: RunConfig, world_size: int) -> Blueprint:
+    """The blueprint of a tiny run."""
+    return draw_up(config, world_size)
