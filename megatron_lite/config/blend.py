@@ -148,9 +148,7 @@ def parse_split(text: str) -> tuple[float, float, float]:
         shares.append(share)
     total = sum(shares)
     if not 1 <= len(shares) <= 3 or not 0 < total < math.inf:
-        raise ConfigError(
-            f"--split {text!r}: give one to three shares, not all 0, e.g. 949,50,1"
-        )
+        raise ConfigError(f"--split {text!r}: give one to three shares, not all 0, e.g. 949,50,1")
     train, valid, test = (share / total for share in (*shares, 0.0, 0.0)[:3])
     return train, valid, test
 

@@ -126,7 +126,7 @@ def out_of_range(config: RunConfig) -> Iterator[tuple[str, str]]:
         setting = settings()[key]
         value = getattr(getattr(config, setting.section), setting.name)
         if setting.required and value == setting.default:
-            yield key, f"{setting.flag} is required; give it, or a model with --preset"
+            yield key, f"{setting.flag} is required, at least 1; give it, or a model with --preset"
             continue
         for item in value if isinstance(value, list) else [value]:
             if item is not None and not _fits(setting, item, allowed):

@@ -1,0 +1,273 @@
+"""Rules about sizes: the model over the ranks, and the batch over the data-parallel ranks.
+
+Each function yields the problems of one rule; rules.py lists them and runs them all.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from megatron_lite.config.batch_schedule import parse_schedule
+from megatron_lite.config.errors import ConfigError
+from megatron_lite.config.run import RunConfig
+
+
+def divisors(number: int, *, at_most: int | None = None) -> list[int]:
+    """The divisors of a positive number in order, up to a limit."""
+    low = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
+    found = sorted({*low, *(number // d for d in low)})
+    return [d for d in found if at_most is None or d <= at_most]
+
+
+def one_of(values: list[int]) -> str:
+    """Values as a message lists them, the middle left out where there are many."""
+    if len(values) > 12:
+        return f"{', '.join(map(str, values[:9]))}, ..., {values[-1]}"
+    return ", ".join(map(str, values))
+
+
+def nearest(number: int, unit: int) -> str:
+    """The multiples of unit next to number: `96 or 104`."""
+    below = number // unit * unit
+    return f"{below} or {below + unit}" if below else str(unit)
+
+
+def data_parallel_size(config: RunConfig, world_size: int) -> int | None:
+    """dp, or None where tp * pp * cp does not divide the ranks (another rule says so)."""
+    p = config.parallel
+    dp, rest = divmod(world_size, p.tp * p.pp * p.cp)
+    return dp if rest == 0 and dp else None
+
+
+def world(config: RunConfig, world_size: int) -> Iterator[str]:
+    """tp * pp * cp divides the ranks."""
+    p = config.parallel
+    product = p.tp * p.pp * p.cp
+    if data_parallel_size(config, world_size):
+        return
+    what = (
+        f"--tensor-model-parallel-size {p.tp} x --pipeline-model-parallel-size {p.pp} x "
+        f"--context-parallel-size {p.cp} = {product} does not divide {world_size} ranks"
+    )
+    yield f"{what}; start {nearest(world_size, product)} ranks{_layouts(config, world_size)}"
+
+
+def _layouts(config: RunConfig, world_size: int) -> str:
+    """Layouts of this model that fill the ranks, largest tp * pp first."""
+    m = config.model
+    if m.num_layers < 1 or m.num_attention_heads < 1:
+        return ""
+    found = [
+        (tp, pp)
+        for tp in divisors(world_size, at_most=m.num_attention_heads)
+        for pp in divisors(world_size // tp, at_most=m.num_layers)
+        if m.num_attention_heads % tp == 0 and m.num_layers % pp == 0
+    ]
+    found.sort(key=lambda layout: (-layout[0] * layout[1], -layout[0]))
+    return f", or use tp x pp {', '.join(f'{tp}x{pp}' for tp, pp in found[:6])}"
+
+
+def heads_divide_hidden(config: RunConfig, world_size: int) -> Iterator[str]:
+    """The width splits into heads, unless --kv-channels says how wide one is."""
+    m = config.model
+    if m.kv_channels is None and m.hidden_size % m.num_attention_heads:
+        yield (
+            f"--hidden-size {m.hidden_size} does not divide into --num-attention-heads "
+            f"{m.num_attention_heads}; choose heads from {one_of(divisors(m.hidden_size))}, a "
+            f"hidden size of {nearest(m.hidden_size, m.num_attention_heads)}, or --kv-channels"
+        )
+
+
+def tensor_parallel_heads(config: RunConfig, world_size: int) -> Iterator[str]:
+    """tp divides heads, key/value heads and feed-forward width."""
+    m, tp = config.model, config.parallel.tp
+    named = {"--num-attention-heads": m.num_attention_heads, "--ffn-hidden-size": m.ffn_size}
+    if m.group_query_attention and m.num_query_groups is not None:
+        named["--num-query-groups"] = m.num_query_groups
+    for flag, size in named.items():
+        if size < 1:
+            yield f"{flag} comes out as {size}; give {flag} or a larger --hidden-size"
+        elif size % tp:
+            yield (
+                f"{flag} {size} cannot be split over --tensor-model-parallel-size {tp}; "
+                f"choose tp from {one_of(divisors(size))}"
+            )
+
+
+def query_groups(config: RunConfig, world_size: int) -> Iterator[str]:
+    """Grouped attention names a number of groups that divides the heads."""
+    m = config.model
+    groups, heads = m.num_query_groups, m.num_attention_heads
+    if m.group_query_attention and groups is None:
+        yield (
+            "--group-query-attention needs --num-query-groups; "
+            f"choose from {one_of(divisors(heads))}"
+        )
+    elif groups is not None and heads % groups:
+        yield (
+            f"--num-attention-heads {heads} do not divide into --num-query-groups {groups}; "
+            f"choose from {one_of(divisors(heads))}"
+        )
+    elif groups is not None and groups != heads and not m.group_query_attention:
+        yield f"--num-query-groups {groups} has no effect without --group-query-attention; add it"
+
+
+def rotary_channels(config: RunConfig, world_size: int) -> Iterator[str]:
+    """Rotary positions turn pairs of channels."""
+    m = config.model
+    rotated = int(m.head_size * m.rotary_percent)
+    if m.position_embedding_type == "rope" and (rotated < 2 or rotated % 2):
+        yield (
+            f"--position-embedding-type rope turns pairs, but --rotary-percent {m.rotary_percent} "
+            f"of {m.head_size} channels per head is {rotated}; it must be even and at least 2"
+        )
+
+
+def positions(config: RunConfig, world_size: int) -> Iterator[str]:
+    """The position table covers a sample."""
+    m = config.model
+    if m.max_position_embeddings is not None and m.max_position_embeddings < m.seq_length:
+        yield (
+            f"--max-position-embeddings {m.max_position_embeddings} is below --seq-length "
+            f"{m.seq_length}; give at least {m.seq_length}, or leave it out"
+        )
+
+
+def layers_per_stage(config: RunConfig, world_size: int) -> Iterator[str]:
+    """pp divides the layers, unless the stages are uneven on purpose."""
+    m, p = config.model, config.parallel
+    first, last = p.decoder_first_pipeline_num_layers, p.decoder_last_pipeline_num_layers
+    if first is not None or last is not None or p.pipeline_model_parallel_layout is not None:
+        return
+    extra = p.account_for_embedding_in_pipeline_split + p.account_for_loss_in_pipeline_split
+    dealt = m.num_layers + extra
+    if dealt % p.pp == 0:
+        return
+    counted = f" + {extra} for embedding and loss" if extra else ""
+    yield (
+        f"--num-layers {m.num_layers}{counted} cannot be dealt to --pipeline-model-parallel-size "
+        f"{p.pp} stages; choose pp from {one_of(divisors(dealt))}, or "
+        f"{' or '.join(_minus(nearest(dealt, p.pp), extra))} layers"
+    )
+
+
+def _minus(multiples: str, extra: int) -> list[str]:
+    layers = (int(multiple) - extra for multiple in multiples.split(" or "))
+    return [str(count) for count in layers if count > 0]
+
+
+def virtual_stages(config: RunConfig, world_size: int) -> Iterator[str]:
+    """Chunks of the interleaved schedule are whole layers of a stage."""
+    m, p = config.model, config.parallel
+    per_chunk, chunks = (
+        p.num_layers_per_virtual_pipeline_stage,
+        p.num_virtual_stages_per_pipeline_rank,
+    )
+    if per_chunk is not None and chunks is not None:
+        yield (
+            f"--num-layers-per-virtual-pipeline-stage {per_chunk} and "
+            f"--num-virtual-stages-per-pipeline-rank {chunks} say the same thing; give one"
+        )
+    if (per_chunk is not None or (chunks or 1) > 1) and p.pp == 1:
+        yield "virtual pipeline stages need --pipeline-model-parallel-size of at least 2"
+    per_stage = m.num_layers // p.pp
+    if m.num_layers % p.pp == 0 and per_stage:
+        for flag, size in (
+            ("--num-layers-per-virtual-pipeline-stage", per_chunk),
+            ("--num-virtual-stages-per-pipeline-rank", chunks),
+        ):
+            if size is not None and per_stage % size:
+                yield (
+                    f"{flag} {size} does not divide the {per_stage} layers of a stage; "
+                    f"choose from {one_of(divisors(per_stage))}"
+                )
+
+
+def sequence_parallel(config: RunConfig, world_size: int) -> Iterator[str]:
+    """The sequence splits over tp (sequence parallel) and in halves over cp."""
+    m, p = config.model, config.parallel
+    if p.sequence_parallel and m.seq_length % p.tp:
+        yield (
+            f"--sequence-parallel cannot split --seq-length {m.seq_length} over "
+            f"--tensor-model-parallel-size {p.tp}; use a length of {nearest(m.seq_length, p.tp)}"
+        )
+    if p.cp > 1 and m.seq_length % (2 * p.cp):
+        yield (
+            f"--seq-length {m.seq_length} cannot be cut in 2 x --context-parallel-size {p.cp}; "
+            f"use a length of {nearest(m.seq_length, 2 * p.cp)}"
+        )
+
+
+def global_batch(config: RunConfig, world_size: int) -> Iterator[str]:
+    """micro batch * dp divides the global batch."""
+    t, dp = config.train, data_parallel_size(config, world_size)
+    if t.global_batch_size is None or dp is None:
+        return
+    yield from _whole_micro_batches(
+        f"--global-batch-size {t.global_batch_size}", t.global_batch_size, t.micro_batch_size, dp
+    )
+
+
+def _whole_micro_batches(what: str, size: int, micro: int, dp: int) -> Iterator[str]:
+    if size % (micro * dp):
+        yield (
+            f"{what} is not divisible by --micro-batch-size {micro} x data-parallel size {dp} = "
+            f"{micro * dp}; the nearest that are: {nearest(size, micro * dp)}"
+        )
+
+
+def ramp_up(config: RunConfig, world_size: int) -> Iterator[str]:
+    """--rampup-batch-size START INCREMENT SAMPLES climbs to the global batch in whole steps."""
+    t = config.train
+    if not t.rampup_batch_size:
+        return
+    flag = f"--rampup-batch-size {' '.join(map(str, t.rampup_batch_size))}"
+    if t.step_batch_size_schedule is not None:
+        yield f"{flag} and --step-batch-size-schedule exclude each other; give one"
+    if len(t.rampup_batch_size) != 3:
+        yield f"{flag} takes three numbers, START INCREMENT SAMPLES; got {len(t.rampup_batch_size)}"
+        return
+    start, increment, _ = t.rampup_batch_size
+    if t.global_batch_size is None:
+        yield f"{flag} needs --global-batch-size, the size it climbs to"
+        return
+    if start < 1 or increment < 1:
+        yield f"{flag}: start {start} and increment {increment} must be at least 1"
+        return
+    climb = t.global_batch_size - start
+    if climb < 0:
+        yield f"{flag} starts above --global-batch-size {t.global_batch_size}"
+    elif climb % increment:
+        yield (
+            f"{flag}: from {start} in steps of {increment} never meets --global-batch-size "
+            f"{t.global_batch_size}; choose {start + climb // increment * increment} or "
+            f"{start + (climb // increment + 1) * increment}, or an increment from "
+            f"{one_of(divisors(climb))}"
+        )
+    dp = data_parallel_size(config, world_size)
+    if dp is not None:
+        for name, size in (("start", start), ("increment", increment)):
+            yield from _whole_micro_batches(f"{flag}: {name} {size}", size, t.micro_batch_size, dp)
+
+
+def step_schedule(config: RunConfig, world_size: int) -> Iterator[str]:
+    """Every entry of the schedule is whole micro batches, and the last is the global batch."""
+    t = config.train
+    if t.step_batch_size_schedule is None:
+        return
+    try:
+        steps = parse_schedule(t.step_batch_size_schedule)
+    except ConfigError as error:
+        yield str(error)
+        return
+    flag = "--step-batch-size-schedule"
+    if t.global_batch_size is not None and steps[-1].size != t.global_batch_size:
+        yield (
+            f"{flag} ends at {steps[-1].size}, but --global-batch-size is {t.global_batch_size}; "
+            "make them equal, or leave --global-batch-size out"
+        )
+    dp = data_parallel_size(config, world_size)
+    if dp is not None:
+        for size in dict.fromkeys(step.size for step in steps):
+            yield from _whole_micro_batches(f"{flag}: {size}", size, t.micro_batch_size, dp)

@@ -1,0 +1,214 @@
+"""Every rule a config must obey; all run, and all failures are reported together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from megatron_lite.config import layout_rules as layout
+from megatron_lite.config import training_rules as training
+from megatron_lite.config.errors import ConfigError, all_together
+from megatron_lite.config.ranges import out_of_range
+from megatron_lite.config.run import RunConfig
+
+_TP = "parallel.tensor_model_parallel_size"
+_PP = "parallel.pipeline_model_parallel_size"
+_CP = "parallel.context_parallel_size"
+_WORLD = (_TP, _PP, _CP)
+_LAYERS = "model.num_layers"
+_HIDDEN = "model.hidden_size"
+_HEADS = "model.num_attention_heads"
+_GROUPS = "model.num_query_groups"
+_SEQ = "model.seq_length"
+_BATCH = (*_WORLD, "train.micro_batch_size", "train.global_batch_size")
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """One rule: yields its problems; not asked while a number it `needs` is out of its range."""
+
+    find: Callable[[RunConfig, int], Iterator[str]]
+    needs: tuple[str, ...] = ()
+
+
+RULES: tuple[Rule, ...] = (
+    Rule(layout.world, _WORLD),
+    Rule(layout.heads_divide_hidden, (_HIDDEN, _HEADS)),
+    Rule(layout.query_groups, (_HEADS, _GROUPS)),
+    Rule(layout.tensor_parallel_heads, (_TP, _HIDDEN, _HEADS, _GROUPS, "model.ffn_hidden_size")),
+    Rule(layout.rotary_channels, (_HIDDEN, _HEADS, "model.kv_channels", "model.rotary_percent")),
+    Rule(layout.positions, (_SEQ, "model.max_position_embeddings")),
+    Rule(layout.layers_per_stage, (_LAYERS, _PP)),
+    Rule(
+        layout.virtual_stages,
+        (
+            _LAYERS,
+            _PP,
+            "parallel.num_layers_per_virtual_pipeline_stage",
+            "parallel.num_virtual_stages_per_pipeline_rank",
+        ),
+    ),
+    Rule(layout.sequence_parallel, (_SEQ, _TP, _CP)),
+    Rule(layout.global_batch, _BATCH),
+    Rule(layout.ramp_up, (*_BATCH, "train.rampup_batch_size")),
+    Rule(layout.step_schedule, _BATCH),
+    Rule(training.precision),
+    Rule(training.length),
+    Rule(training.learning_rate, ("learning_rate.lr",)),
+    Rule(training.warm_up),
+    Rule(training.stable_decay),
+    Rule(training.scheduler_on_resume),
+    Rule(training.weight_decay),
+    Rule(training.per_token_loss),
+    Rule(training.recompute),
+    Rule(training.parameter_gather),
+    Rule(training.data_source),
+    Rule(training.tokenizer),
+    Rule(training.saving),
+    Rule(training.loading),
+    Rule(training.profiling),
+    Rule(training.weights_and_biases),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class NotYet:
+    """A setting that is understood but not built."""
+
+    flag: str
+    asked: Callable[[RunConfig, int], bool]
+    instead: str
+
+
+def _dp_above_one(config: RunConfig, world_size: int) -> bool:
+    return (layout.data_parallel_size(config, world_size) or 1) > 1
+
+
+_EVEN = "use the same number of layers on every stage"
+
+NOT_YET: tuple[NotYet, ...] = (
+    NotYet(
+        "--context-parallel-size above 1",
+        lambda c, w: c.parallel.cp > 1,
+        "use --tensor-model-parallel-size with --sequence-parallel for long sequences",
+    ),
+    NotYet(
+        "--pipeline-schedule other than 1f1b",
+        lambda c, w: c.parallel.pipeline_schedule not in (None, "1f1b"),
+        "use 1f1b",
+    ),
+    NotYet(
+        "--num-layers-per-virtual-pipeline-stage",
+        lambda c, w: c.parallel.num_layers_per_virtual_pipeline_stage is not None,
+        "drop it; 1f1b needs no virtual stages",
+    ),
+    NotYet(
+        "--num-virtual-stages-per-pipeline-rank above 1",
+        lambda c, w: (c.parallel.num_virtual_stages_per_pipeline_rank or 1) > 1,
+        "drop it; 1f1b needs no virtual stages",
+    ),
+    NotYet(
+        "--decoder-first-pipeline-num-layers",
+        lambda c, w: c.parallel.decoder_first_pipeline_num_layers is not None,
+        _EVEN,
+    ),
+    NotYet(
+        "--decoder-last-pipeline-num-layers",
+        lambda c, w: c.parallel.decoder_last_pipeline_num_layers is not None,
+        _EVEN,
+    ),
+    NotYet(
+        "--account-for-embedding-in-pipeline-split",
+        lambda c, w: c.parallel.account_for_embedding_in_pipeline_split,
+        _EVEN,
+    ),
+    NotYet(
+        "--account-for-loss-in-pipeline-split",
+        lambda c, w: c.parallel.account_for_loss_in_pipeline_split,
+        _EVEN,
+    ),
+    NotYet(
+        "--pipeline-model-parallel-layout",
+        lambda c, w: c.parallel.pipeline_model_parallel_layout is not None,
+        _EVEN,
+    ),
+    NotYet(
+        "--use-distributed-optimizer over more than one data-parallel rank",
+        lambda c, w: c.parallel.use_distributed_optimizer and _dp_above_one(c, w),
+        "drop it, or raise tp or pp where memory is short",
+    ),
+    NotYet(
+        "--overlap-param-gather over more than one data-parallel rank",
+        lambda c, w: c.parallel.overlap_param_gather and _dp_above_one(c, w),
+        "drop it",
+    ),
+    NotYet(
+        "--recompute-granularity",
+        lambda c, w: c.parallel.recompute_granularity is not None,
+        "use --sequence-parallel, more tp or pp, or a smaller --micro-batch-size",
+    ),
+    NotYet(
+        "--distribute-saved-activations",
+        lambda c, w: c.parallel.distribute_saved_activations,
+        "use --sequence-parallel",
+    ),
+    NotYet(
+        "--reset-position-ids",
+        lambda c, w: c.data.reset_position_ids,
+        "drop it; positions run through a sample",
+    ),
+    NotYet(
+        "--reset-attention-mask",
+        lambda c, w: c.data.reset_attention_mask,
+        "drop it; attention runs through a sample",
+    ),
+    NotYet(
+        "--dataloader-type cyclic",
+        lambda c, w: c.data.dataloader_type == "cyclic",
+        "use single; the dataset is shuffled already",
+    ),
+)
+"""Delete a line when its feature is built."""
+
+
+def problems(config: RunConfig, world_size: int) -> list[str]:
+    """Everything that keeps this config from running on so many ranks, in words."""
+    ranges = list(out_of_range(config))
+    bad = {key for key, _ in ranges}
+    found = [problem for _, problem in ranges]
+    for rule in RULES:
+        if bad.isdisjoint(rule.needs):
+            found += rule.find(config, world_size)
+    if bad.isdisjoint(_WORLD):
+        found += (
+            f"{row.flag} is not built yet; {row.instead}"
+            for row in NOT_YET
+            if row.asked(config, world_size)
+        )
+    return found
+
+
+def check(config: RunConfig, world_size: int) -> None:
+    """Raise one ConfigError that lists every broken rule; pure, so it runs anywhere."""
+    if world_size < 1:
+        raise ConfigError(f"{world_size} ranks: at least 1 is needed")
+    found = problems(config, world_size)
+    if found:
+        raise all_together(found, f"with this config on {world_size} ranks")
+
+
+def notices(config: RunConfig, world_size: int) -> tuple[str, ...]:
+    """One line for each setting of a valid config that changes nothing on so many ranks."""
+    p = config.parallel
+    found: list[str] = []
+    if p.sequence_parallel and p.tp == 1:
+        found.append("--sequence-parallel: nothing to split at tensor-parallel size 1; off")
+    if not _dp_above_one(config, world_size):
+        for flag, given in (
+            ("--use-distributed-optimizer", p.use_distributed_optimizer),
+            ("--overlap-grad-reduce", p.overlap_grad_reduce),
+            ("--overlap-param-gather", p.overlap_param_gather),
+        ):
+            if given:
+                found.append(f"{flag}: changes nothing at data-parallel size 1")
+    return tuple(found)

@@ -1,0 +1,282 @@
+"""Rules about the run: its length, learning rate, precision, recomputation, data and checkpoints.
+
+Each function yields the problems of one rule; rules.py lists them and runs them all.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+
+from megatron_lite.config.blend import blends, sources
+from megatron_lite.config.errors import ConfigError
+from megatron_lite.config.run import RunConfig
+
+
+def precision(config: RunConfig, world_size: int) -> Iterator[str]:
+    """One number format; a loss scale that can fall."""
+    p = config.precision
+    if p.fp16 and p.bf16:
+        yield "--fp16 and --bf16 exclude each other; give one"
+    if p.loss_scale is None and p.min_loss_scale > p.initial_loss_scale:
+        yield (
+            f"--min-loss-scale {p.min_loss_scale:g} is above --initial-loss-scale "
+            f"{p.initial_loss_scale:g}"
+        )
+    if config.model.apply_query_key_layer_scaling and not config.model.attention_softmax_in_fp32:
+        yield "--apply-query-key-layer-scaling needs --attention-softmax-in-fp32"
+
+
+def length(config: RunConfig, world_size: int) -> Iterator[str]:
+    """The run's length is said once, in iterations or in samples, and nothing mixes the two."""
+    t, lr = config.train, config.learning_rate
+    if t.train_iters is None and t.train_samples is None:
+        yield "how long to train is missing; give --train-iters or --train-samples"
+    if t.train_iters is not None and t.train_samples is not None:
+        yield (
+            f"--train-iters {t.train_iters} and --train-samples {t.train_samples} exclude each "
+            "other; give one"
+        )
+        return
+    in_iters = {
+        "--lr-decay-iters": lr.lr_decay_iters,
+        "--lr-warmup-iters": lr.lr_warmup_iters,
+        "--lr-wsd-decay-iters": lr.lr_wsd_decay_iters,
+    }
+    in_samples = {
+        "--lr-decay-samples": lr.lr_decay_samples,
+        "--lr-warmup-samples": lr.lr_warmup_samples,
+        "--lr-wsd-decay-samples": lr.lr_wsd_decay_samples,
+    }
+    if t.train_iters is not None:
+        base, foreign = "--train-iters", in_samples
+    elif t.train_samples is not None:
+        base, foreign = "--train-samples", in_iters
+    else:
+        return
+    unit = base.rsplit("-", 1)[1]
+    for flag, value in foreign.items():
+        if value:
+            fitting = f"{flag.rsplit('-', 1)[0]}-{unit}"
+            yield f"{flag} {value} does not go with {base}; use {fitting}"
+
+
+def learning_rate(config: RunConfig, world_size: int) -> Iterator[str]:
+    """There is a peak, and floor and start of the warm-up are not above it."""
+    lr = config.learning_rate
+    if lr.lr is None:
+        yield "--lr is required; give the peak learning rate, e.g. --lr 1e-4"
+        return
+    for flag, value in (("--min-lr", lr.min_lr), ("--lr-warmup-init", lr.lr_warmup_init)):
+        if value > lr.lr:
+            yield f"{flag} {value:g} is above --lr {lr.lr:g}"
+
+
+def warm_up(config: RunConfig, world_size: int) -> Iterator[str]:
+    """The warm-up is said once and ends before the decay."""
+    lr, t = config.learning_rate, config.train
+    explicit = {
+        "--lr-warmup-iters": lr.lr_warmup_iters,
+        "--lr-warmup-samples": lr.lr_warmup_samples,
+    }
+    if lr.lr_warmup_fraction is not None:
+        for flag, value in explicit.items():
+            if value:
+                yield (
+                    f"--lr-warmup-fraction {lr.lr_warmup_fraction:g} and {flag} {value} exclude "
+                    "each other; give one"
+                )
+        return
+    if t.train_iters is not None:
+        unit, decay, warm = "iters", lr.lr_decay_iters or t.train_iters, lr.lr_warmup_iters
+    elif t.train_samples is not None:
+        unit, decay, warm = "samples", lr.lr_decay_samples or t.train_samples, lr.lr_warmup_samples
+    else:
+        return
+    if warm >= decay:
+        yield (
+            f"--lr-warmup-{unit} {warm} must be below the decay's {decay} {unit} "
+            f"(--lr-decay-{unit}, or --train-{unit})"
+        )
+
+
+def stable_decay(config: RunConfig, world_size: int) -> Iterator[str]:
+    """WSD names the length of its final decay, and only WSD does."""
+    lr, t = config.learning_rate, config.train
+    unit = "samples" if t.train_samples is not None else "iters"
+    wsd = lr.lr_wsd_decay_samples if unit == "samples" else lr.lr_wsd_decay_iters
+    if lr.lr_decay_style != "WSD":
+        for flag, value in (
+            ("--lr-wsd-decay-iters", lr.lr_wsd_decay_iters),
+            ("--lr-wsd-decay-samples", lr.lr_wsd_decay_samples),
+        ):
+            if value is not None:
+                yield f"{flag} {value} needs --lr-decay-style WSD; it is {lr.lr_decay_style}"
+        return
+    if wsd is None:
+        yield f"--lr-decay-style WSD needs --lr-wsd-decay-{unit}, the length of its final decay"
+        return
+    decay = (
+        lr.lr_decay_samples or t.train_samples
+        if unit == "samples"
+        else lr.lr_decay_iters or t.train_iters
+    )
+    if decay is not None and wsd > decay:
+        yield f"--lr-wsd-decay-{unit} {wsd} is longer than the whole decay, {decay} {unit}"
+
+
+def scheduler_on_resume(config: RunConfig, world_size: int) -> Iterator[str]:
+    """Either the flags or the checkpoint decide the schedule."""
+    lr = config.learning_rate
+    if lr.override_opt_param_scheduler and lr.use_checkpoint_opt_param_scheduler:
+        yield (
+            "--override-opt-param-scheduler and --use-checkpoint-opt-param-scheduler exclude "
+            "each other; give one"
+        )
+
+
+def weight_decay(config: RunConfig, world_size: int) -> Iterator[str]:
+    """A changing weight decay has both ends; a constant one has none."""
+    o = config.optim
+    ends = {
+        "--start-weight-decay": o.start_weight_decay,
+        "--end-weight-decay": o.end_weight_decay,
+    }
+    style = o.weight_decay_incr_style
+    for flag, value in ends.items():
+        if style == "constant" and value is not None and value != o.weight_decay:
+            yield (
+                f"{flag} {value:g} needs --weight-decay-incr-style linear or cosine; "
+                f"a constant one is --weight-decay {o.weight_decay:g}"
+            )
+        if style != "constant" and value is None:
+            yield f"--weight-decay-incr-style {style} needs {flag}"
+
+
+def per_token_loss(config: RunConfig, world_size: int) -> Iterator[str]:
+    """Each token weighs alike; anything else makes the loss depend on the layout."""
+    if not config.train.calculate_per_token_loss:
+        yield (
+            "--no-calculate-per-token-loss is not supported: a mean of micro-batch means depends "
+            "on how the batch is cut; drop it"
+        )
+
+
+def recompute(config: RunConfig, world_size: int) -> Iterator[str]:
+    """Full recomputation has a method and a number of layers; selective has neither."""
+    p = config.parallel
+    if p.recompute_granularity == "full":
+        for flag, value in (
+            ("--recompute-method uniform|block", p.recompute_method),
+            ("--recompute-num-layers N", p.recompute_num_layers),
+        ):
+            if value is None:
+                yield f"--recompute-granularity full needs {flag}"
+    elif p.recompute_method is not None or p.recompute_num_layers is not None:
+        given = p.recompute_granularity or "not given"
+        yield (
+            "--recompute-method and --recompute-num-layers need --recompute-granularity full; "
+            f"it is {given}"
+        )
+    if p.distribute_saved_activations and (
+        p.tp == 1 or p.sequence_parallel or p.recompute_granularity != "full"
+    ):
+        yield (
+            "--distribute-saved-activations needs --recompute-granularity full, "
+            f"--tensor-model-parallel-size above 1 (it is {p.tp}) and no --sequence-parallel"
+        )
+
+
+def parameter_gather(config: RunConfig, world_size: int) -> Iterator[str]:
+    """Gathering parameters late needs shards to gather and reductions that overlap too."""
+    p = config.parallel
+    if p.overlap_param_gather:
+        for flag, given in (
+            ("--use-distributed-optimizer", p.use_distributed_optimizer),
+            ("--overlap-grad-reduce", p.overlap_grad_reduce),
+        ):
+            if not given:
+                yield f"--overlap-param-gather needs {flag}; add it"
+
+
+def data_source(config: RunConfig, world_size: int) -> Iterator[str]:
+    """Exactly one source of data, with a list and a split that can be read."""
+    d = config.data
+    if config.train.dry_run and not sources(d):
+        return
+    try:
+        found = blends(d)
+    except ConfigError as error:
+        yield str(error)
+        return
+    no_train = found.split[0] == 0 if found.split else "train" not in found.by_split
+    if no_train and not config.train.skip_train:
+        yield (
+            "no data to train on: the training split is empty; change --split or add "
+            "--train-data-path (or give --skip-train)"
+        )
+
+
+def tokenizer(config: RunConfig, world_size: int) -> Iterator[str]:
+    """The tokenizer's files are named; a dry run needs none."""
+    d = config.data
+    if config.train.dry_run or d.mock_data or config.model.vocab_size is not None:
+        return
+    if d.tokenizer_type == "GPT2BPETokenizer":
+        for flag, value in (("--vocab-file", d.vocab_file), ("--merge-file", d.merge_file)):
+            if value is None:
+                yield f"--tokenizer-type GPT2BPETokenizer needs {flag}"
+    elif d.tokenizer_type == "NullTokenizer":
+        yield "--tokenizer-type NullTokenizer needs --vocab-size"
+    elif d.tokenizer_model is None:
+        yield f"--tokenizer-type {d.tokenizer_type} needs --tokenizer-model"
+
+
+def saving(config: RunConfig, world_size: int) -> Iterator[str]:
+    """A place to save goes with a time to save."""
+    c, t = config.checkpoint, config.train
+    stops = t.exit_interval is not None or t.exit_duration_in_mins is not None
+    if c.save is not None and c.save_interval is None and not (stops or t.skip_train):
+        yield f"--save {c.save} needs --save-interval, the iterations between checkpoints"
+
+
+def loading(config: RunConfig, world_size: int) -> Iterator[str]:
+    """Flags about loading need something to load."""
+    c = config.checkpoint
+    if c.load is None:
+        for flag, given in (
+            ("--finetune", c.finetune),
+            ("--ckpt-step", c.ckpt_step is not None),
+            ("--exit-on-missing-checkpoint", c.exit_on_missing_checkpoint),
+        ):
+            if given:
+                yield f"{flag} needs --load, the folder of the checkpoints"
+
+
+def profiling(config: RunConfig, world_size: int) -> Iterator[str]:
+    """Profiled steps and ranks exist."""
+    t = config.telemetry
+    if not t.profile:
+        return
+    if t.profile_step_end <= t.profile_step_start:
+        yield (
+            f"--profile-step-end {t.profile_step_end} must be above --profile-step-start "
+            f"{t.profile_step_start}"
+        )
+    for rank in t.profile_ranks:
+        if rank >= world_size:
+            yield f"--profile-ranks {rank}: there are ranks 0 to {world_size - 1}"
+
+
+def weights_and_biases(config: RunConfig, world_size: int) -> Iterator[str]:
+    """A W&B project needs the package and a run name."""
+    t = config.telemetry
+    if not t.wandb_project:
+        return
+    if not t.wandb_exp_name:
+        yield f"--wandb-project {t.wandb_project} needs --wandb-exp-name"
+    if importlib.util.find_spec("wandb") is None:
+        yield (
+            f"--wandb-project {t.wandb_project} needs the package wandb; pip install wandb, or "
+            "use --tensorboard-dir (metrics.jsonl is always written)"
+        )
