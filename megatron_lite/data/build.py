@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-from megatron_lite.config.blend import Blend, parse_blend
+from megatron_lite.config.blend import SPLITS, Blend, blends
 from megatron_lite.config.data import DataConfig
-from megatron_lite.config.errors import ConfigError, DataError
+from megatron_lite.config.errors import ConfigError
 from megatron_lite.data.blended import BlendedDataset, normalized, samples_per_dataset
 from megatron_lite.data.indexed import IndexedDataset
 from megatron_lite.data.indices import blend_index
 from megatron_lite.data.mock import MockTokens
 from megatron_lite.data.pretrain import (
-    SPLITS,
     GPTDataset,
     Range,
     Samples,
@@ -25,7 +22,7 @@ from megatron_lite.data.pretrain import (
 )
 from megatron_lite.storage.disk import Disk
 
-MOCK_SPLIT = "1,1,1"
+MOCK_SPLIT = (1 / 3, 1 / 3, 1 / 3)  # what Megatron takes
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,62 +94,33 @@ def build_datasets(
         disk=Disk() if disk is None else disk,
     )
     asked = [train_samples, valid_samples, test_samples]
-    if data.mock_data:
-        return _mock(recipe, asked, vocab_size, eod)
-    blends = read_blends(data)
-    if isinstance(blends, Blend):
-        opened = _open(blends, recipe)
-        return Datasets(
-            *[_blend(blends, opened, data.split, k, asked[k], recipe) for k in range(3)]
-        )
-    # each split has its own files, read whole
-    datasets = []
-    for k, blend in enumerate(blends):
-        whole = ",".join("1" if j == k else "0" for j in range(3))
-        found = None
-        if blend is not None and asked[k] != 0:
-            found = _blend(blend, _open(blend, recipe), whole, k, asked[k], recipe)
-        datasets.append(found)
-    return Datasets(*datasets)
-
-
-def read_blends(data: DataConfig) -> Blend | tuple[Blend | None, Blend | None, Blend | None]:
-    """One blend that --split divides, or one per split, from whichever flag gives it."""
-    if data.data_path:
-        return parse_blend(data.data_path)
-    if data.data_args_path is not None:
-        text = _read_text(data.data_args_path, "--data-args-path")
-        return parse_blend(text.split())
-    per_split = [data.train_data_path, data.valid_data_path, data.test_data_path]
-    if data.per_split_data_args_path is not None:
-        per_split = _read_per_split(data.per_split_data_args_path)
-    if any(per_split):
-        train, valid, test = (parse_blend(items) if items else None for items in per_split)
-        return train, valid, test
-    raise ConfigError(
-        "no data: give --data-path PREFIX (or weights and prefixes), --train-data-path, "
-        "--per-split-data-args-path or --mock-data"
+    found = blends(data)
+    if found.mock:
+        return _mock(recipe, asked, MOCK_SPLIT if data.split is None else found.split, eod)
+    if found.by_split:
+        return _per_split(found.by_split, asked, recipe)
+    assert found.shared is not None and found.split is not None
+    opened = _open(found.shared, recipe)
+    return Datasets(
+        *[_blend(found.shared, opened, found.split, k, asked[k], recipe) for k in range(3)]
     )
 
 
-def _read_text(path: str, flag: str) -> str:
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{flag} {path} cannot be read: {error}") from error
-
-
-def _read_per_split(path: str) -> list[list[str]]:
-    flag = "--per-split-data-args-path"
-    try:
-        found = json.loads(_read_text(path, flag))
-    except json.JSONDecodeError as error:
-        raise DataError(f"{flag} {path} is no JSON: {error}") from error
-    if not isinstance(found, dict) or not set(found) <= set(SPLITS):
-        raise DataError(
-            f'{flag} {path} must hold {{"train": [...], "valid": [...], "test": [...]}}'
-        )
-    return [[str(item) for item in found.get(split) or []] for split in SPLITS]
+def _per_split(
+    by_split: Mapping[str, Blend], asked: Sequence[int | None], recipe: Recipe
+) -> Datasets:
+    """Each split has its own files, read whole."""
+    datasets: list[Samples | None] = []
+    for k, split in enumerate(SPLITS):
+        blend = by_split.get(split)
+        if blend is None or asked[k] == 0:
+            datasets.append(None)
+            continue
+        if len(blend.prefixes) == 1:  # as Megatron: one file is no blend, whatever its weight
+            blend = Blend(blend.prefixes, None)
+        whole = [float(j == k) for j in range(3)]
+        datasets.append(_blend(blend, _open(blend, recipe), whole, k, asked[k], recipe))
+    return Datasets(*datasets)
 
 
 def _open(blend: Blend, recipe: Recipe) -> list[IndexedDataset]:
@@ -162,13 +130,13 @@ def _open(blend: Blend, recipe: Recipe) -> list[IndexedDataset]:
 def _blend(
     blend: Blend,
     opened: Sequence[IndexedDataset],
-    split: str | None,
+    shares: Sequence[float],
     number: int,
     samples: int | None,
     recipe: Recipe,
 ) -> Samples | None:
     """The dataset of split `number` (0 train, 1 valid, 2 test), or None."""
-    ranges = [split_ranges(split, len(source))[number] for source in opened]
+    ranges = [split_ranges(shares, len(source))[number] for source in opened]
     if samples == 0 or ranges[0] is None:
         return None
     name = SPLITS[number]
@@ -220,12 +188,13 @@ def _counts(
 
 
 def _mock(
-    recipe: Recipe, asked: Sequence[int | None], vocab_size: int | None, eod: int | None
+    recipe: Recipe, asked: Sequence[int | None], shares: Sequence[float] | None, eod: int | None
 ) -> Datasets:
-    if vocab_size is None or eod is None:
+    if recipe.vocab_size is None or eod is None:
         raise ConfigError("--mock-data needs a tokenizer or --vocab-size")
-    source = MockTokens(vocab_size, eod)
-    ranges = split_ranges(MOCK_SPLIT, len(source.sequence_lengths))
+    source = MockTokens(recipe.vocab_size, eod)
+    assert shares is not None
+    ranges = split_ranges(shares, len(source.sequence_lengths))
     return Datasets(
         *[
             None

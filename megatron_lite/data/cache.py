@@ -92,6 +92,6 @@ def _load(folder: Path, name: str) -> Arrays | None:
         return arrays
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError) as error:
         log.warning("index cache %s/%s is broken (%s); building it anew", folder, name, error)
         return None

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import math
 import os
-import re
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from megatron_lite.config.errors import ConfigError, DataError
+from megatron_lite.config.errors import DataError
 from megatron_lite.data.cache import Arrays, build_or_load
 from megatron_lite.data.indices import document_index, plan_epochs, sample_index, shuffle_index
 from megatron_lite.storage.disk import Disk
-
-SPLITS = ("train", "valid", "test")
-DEFAULT_SPLIT = "969, 30, 1"
 
 Tokens = npt.NDArray[np.int64]
 
@@ -51,31 +47,13 @@ class Range(NamedTuple):
     stop: int
 
 
-def parse_split(split: str | None) -> list[float]:
-    """`949,50,1` -> three shares that sum to 1; missing ones are 0."""
-    text = DEFAULT_SPLIT if split is None else split
-    parts = [part for part in re.split(r"[,/\s]+", text.strip()) if part]
-    try:
-        shares = [float(part) for part in parts]
-    except ValueError:
-        shares = []
-    bad = [share for share in shares if not math.isfinite(share) or share < 0]
-    if not 1 <= len(shares) <= 3 or bad or sum(shares) <= 0:
-        raise ConfigError(
-            f"--split {text!r} must be one to three numbers >= 0 that are not all 0, "
-            "for train, validation and test, e.g. 949,50,1"
-        )
-    vector = np.array(shares + [0.0] * (3 - len(shares)), dtype=np.float64)
-    return [float(share) for share in vector / vector.sum()]
-
-
-def split_ranges(split: str | None, num_documents: int) -> list[Range | None]:
+def split_ranges(shares: Sequence[float], num_documents: int) -> list[Range | None]:
     """Documents of train, validation and test; None for a share of 0.
 
-    Bounds are the shares' running sums times the documents, rounded half to even.
+    shares sum to 1; bounds are their running sums times the documents, rounded half to even.
     """
     bounds = [0.0]
-    for share in parse_split(split):
+    for share in shares:
         bounds.append(bounds[-1] + share)
     ranges: list[Range | None] = []
     for begin, end in zip(bounds[:-1], bounds[1:], strict=True):

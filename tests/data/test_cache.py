@@ -1,0 +1,115 @@
+"""The cache gives what building gives, never something old or half-written."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from megatron_lite.config.data import DataConfig
+from megatron_lite.config.errors import StorageError
+from megatron_lite.data.build import build_datasets
+from megatron_lite.data.cache import build_or_load
+from megatron_lite.storage.disk import Disk
+from megatron_lite.storage.faults import FaultyDisk, RecordingDisk, SimulatedCrash
+from tests.data.conftest import WriteDocuments
+
+ARRAYS = {
+    "rows": np.arange(12, dtype=np.int64).reshape(6, 2),
+    "none": np.empty(0, np.int16),
+    "order": np.arange(5, dtype=np.uint32),
+}
+
+
+def never() -> Any:
+    raise AssertionError("was in the cache")
+
+
+def assert_same(found: dict[str, Any]) -> None:
+    assert set(found) == set(ARRAYS)
+    for name, values in ARRAYS.items():
+        assert np.array_equal(found[name], values) and found[name].dtype == values.dtype
+
+
+def test_a_second_call_maps_what_the_first_built(tmp_path: Path) -> None:
+    assert_same(build_or_load(tmp_path / "c", {"a": 1}, lambda: dict(ARRAYS), Disk()))
+    found = build_or_load(tmp_path / "c", {"a": 1}, never, Disk())
+    assert_same(found)
+    assert isinstance(found["rows"], np.memmap) and not found["rows"].flags.writeable
+    with pytest.raises(AssertionError, match="was in the cache"):
+        build_or_load(tmp_path / "c", {"a": 2}, never, Disk())
+    assert_same(build_or_load(None, {"a": 1}, lambda: dict(ARRAYS), Disk()))
+
+
+def test_numpy_reads_the_files(tmp_path: Path) -> None:
+    build_or_load(tmp_path, {}, lambda: dict(ARRAYS), Disk())
+    (path,) = tmp_path.glob("*-rows.npy")
+    assert np.array_equal(np.load(path, allow_pickle=False), ARRAYS["rows"])
+
+
+@pytest.mark.parametrize("damage", ["truncate", "empty", "json", "remove", "other"])
+def test_a_broken_cache_is_built_anew(
+    tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    build_or_load(tmp_path, {}, lambda: dict(ARRAYS), Disk())
+    (path,), (key,) = tmp_path.glob("*-rows.npy"), tmp_path.glob("*.json")
+    if damage == "truncate":
+        os.truncate(path, path.stat().st_size - 8)
+    elif damage == "empty":
+        os.truncate(path, 0)
+    elif damage == "json":
+        key.write_text("[1")
+    elif damage == "remove":
+        path.unlink()
+    else:
+        np.save(path, ARRAYS["rows"].astype(np.int32))
+    with caplog.at_level(logging.WARNING):
+        assert_same(build_or_load(tmp_path, {}, lambda: dict(ARRAYS), Disk()))
+    assert_same(build_or_load(tmp_path, {}, never, Disk()))
+    assert damage == "remove" or "building it anew" in caplog.text
+
+
+def test_a_fault_at_any_operation_leaves_a_cache_that_works(tmp_path: Path) -> None:
+    recorded = RecordingDisk()
+    build_or_load(tmp_path / "all", {}, lambda: dict(ARRAYS), recorded)
+    for k in range(len(recorded.operations)):
+        crashing = FaultyDisk(fail_at=k, crash="raise", tear=True)
+        with pytest.raises(SimulatedCrash):
+            build_or_load(tmp_path / f"c{k}", {}, lambda: dict(ARRAYS), crashing)
+        assert_same(build_or_load(tmp_path / f"c{k}", {}, lambda: dict(ARRAYS), Disk()))
+    with pytest.raises(StorageError, match="No space left"):
+        full = FaultyDisk(fail_at=3, error=errno.ENOSPC)
+        build_or_load(tmp_path / "full", {}, lambda: dict(ARRAYS), full)
+    assert not [name for name in os.listdir(tmp_path / "full") if "partial" in name]
+
+
+def test_data_that_changed_is_not_read_through_an_old_index(
+    write_documents: WriteDocuments, tmp_path: Path
+) -> None:
+    def read() -> list[int]:
+        datasets = build_datasets(
+            DataConfig(data_path=[str(tmp_path / "a")], split="1"),
+            seq_length=8,
+            seed=1,
+            train_samples=20,
+            valid_samples=0,
+            test_samples=0,
+            vocab_size=100,
+            eod=99,
+            cache_folder=tmp_path / "cache",
+        )
+        assert datasets.train is not None
+        return [int(token) for i in range(20) for token in datasets.train[i]]
+
+    write_documents("a", 30, seed=1)
+    first = read()
+    files = sorted(os.listdir(tmp_path / "cache"))
+    assert read() == first and sorted(os.listdir(tmp_path / "cache")) == files
+    write_documents("a", 40, seed=2)
+    second = read()
+    assert second != first and len(os.listdir(tmp_path / "cache")) == 2 * len(files)
