@@ -1,0 +1,61 @@
+#!/usr/bin/env bash
+# The main job on real text, small enough for two CPU cores: text, vocabulary, token files, training at
+# tp 2 x pp 2, continued at tp 2 x dp 2, sampled in one process, plotted.  `make demo` calls it.
+#   PYTHON  a python with megatron_lite's requirements; python3
+#   DEMO    the folder everything is written to; demo/ in the repository
+set -euo pipefail
+
+ROOT=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/../.." && pwd)
+DEMO=${DEMO:-$ROOT/demo}
+PYTHON=${PYTHON:-python3}
+export PYTHON OMP_NUM_THREADS=1
+TRAIN=$ROOT/examples/gpt3/train_gpt3_175b_distributed.sh
+VOCAB_FILE=$DEMO/tokenizer/gpt2-vocab.json
+MERGE_FILE=$DEMO/tokenizer/gpt2-merges.txt
+RUN=$DEMO/run
+
+step() { printf '\n== %s  [%d s]\n' "$1" "$SECONDS"; }
+train() { bash "$TRAIN" "$RUN" "$RUN/tensorboard" "$VOCAB_FILE" "$MERGE_FILE"; }
+
+rm -rf -- "$DEMO/text" "$DEMO/tokenizer" "$DEMO/tokens" "$RUN"
+mkdir -p "$DEMO/tokens"
+
+step "text: Python's own documentation, and its library's source"
+"$PYTHON" "$ROOT/tools/demo_corpus.py" "$DEMO/text" --megabytes 4
+
+step "vocabulary: a byte-level BPE learned from them"
+"$PYTHON" "$ROOT/tools/train_tokenizer.py" --input "$DEMO/text/docs.json" "$DEMO/text/code.json" \
+    --vocab-size 2048 --output-dir "$DEMO/tokenizer"
+
+step "preprocess: both corpora into Megatron's token files"
+for corpus in docs code; do
+    "$PYTHON" "$ROOT/tools/preprocess_data.py" --input "$DEMO/text/$corpus.json" \
+        --output-prefix "$DEMO/tokens/$corpus" --vocab-file "$VOCAB_FILE" --merge-file "$MERGE_FILE" \
+        --tokenizer-type GPT2BPETokenizer --append-eod --workers 2 --log-interval 100000
+done
+
+# The cluster's script; only the sizes are the demo's.
+export NUM_NODES=1 NODE_RANK=0 GPUS_PER_NODE=4 PRECISION=fp32
+export DATASET_1=$DEMO/tokens/docs_text_document DATASET_2=$DEMO/tokens/code_text_document SPLIT=90,5,5
+export NUM_LAYERS=4 HIDDEN_SIZE=128 NUM_ATTENTION_HEADS=4 SEQ_LENGTH=128 ATTENTION_BACKEND=auto
+export MICRO_BATCH_SIZE=8 GLOBAL_BATCH_SIZE=32 INIT_METHOD_STD=0.02
+export TRAIN_ITERS=300 LR=2.0e-3 MIN_LR=2.0e-4 LR_DECAY_ITERS=300 LR_WARMUP_FRACTION=.05
+export LOG_INTERVAL=20 SAVE_INTERVAL=300 EVAL_INTERVAL=100 EVAL_ITERS=4
+FLAGS="--use-cpu --hidden-dropout 0 --attention-dropout 0 --num-workers 1"
+
+step "train: 4 ranks, tp 2 x pp 2, until half of the iterations"
+TP=2 PP=2 EXTRA_ARGS="$FLAGS --exit-interval 150" train
+
+step "continue: the same checkpoint, 4 ranks, tp 2 x dp 2"
+TP=2 PP=1 EXTRA_ARGS="$FLAGS" train
+
+step "sample: one process, the same checkpoint"
+"$PYTHON" "$ROOT/tools/generate.py" --load "$RUN" --prompt "The following" --prompt "def " \
+    --max-new-tokens 60 --temperature 0.8 --top-k 40 --seed 1
+
+step "see: the loss curve, and word counts as the mark to beat"
+"$PYTHON" "$ROOT/tools/report.py" "$RUN"
+"$PYTHON" "$ROOT/tools/unigram.py" --data-path 0.35 "$DATASET_1" 0.65 "$DATASET_2" --split "$SPLIT" \
+    --json "$RUN/unigram.json"
+"$PYTHON" "$ROOT/examples/demo/verdict.py" "$RUN"
+printf 'the demo took %d s\n' "$SECONDS"
