@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 
 from megatron_lite.telemetry.record import EvaluationRecord, Record, SaveRecord, StepRecord
+from megatron_lite.telemetry.timers import format_times
 
 
 def format_line(record: StepRecord) -> str:
@@ -65,12 +66,14 @@ def format_save(record: SaveRecord) -> str:
 
 
 def format_record(record: Record) -> str:
-    """Whichever of the three lines belongs to the record."""
+    """Whichever of the forms belongs to the record."""
     if isinstance(record, StepRecord):
         return format_line(record)
     if isinstance(record, EvaluationRecord):
         return format_evaluation(record)
-    return format_save(record)
+    if isinstance(record, SaveRecord):
+        return format_save(record)
+    return format_times([record.smallest, record.largest], option="minmax")
 
 
 def _scientific(value: float) -> str:

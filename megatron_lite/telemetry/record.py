@@ -3,6 +3,7 @@
     {"kind": "train", "iteration": 100, "loss": 3.21, ...}          every optimizer step
     {"kind": "evaluation", "iteration": 100, "split": "validation", ...}
     {"kind": "save", "iteration": 100, "bytes": 1234, ...}
+    {"kind": "timing", "iteration": 100, "largest": {"optimizer": 0.01}, ...}
 
 JSON has no NaN: a float that is not finite is written as the string "NaN", "Infinity" or
 "-Infinity", so every line stays valid JSON; `read_metrics` turns it back.
@@ -63,7 +64,7 @@ class StepRecord:
     grad_norm: float | None
     """Global gradient norm before clipping; None where it is not known."""
 
-    num_zeros: int | None = None
+    num_zeros: float | None = None
     """Gradient elements that are zero (--log-num-zeros-in-grad)."""
 
     params_norm: float | None = None
@@ -151,12 +152,30 @@ class SaveRecord:
     timestamp: float = 0.0
 
 
-Record: TypeAlias = StepRecord | EvaluationRecord | SaveRecord
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TimingRecord:
+    """Seconds per iteration of the named spans of one log interval (--timing-log-level)."""
+
+    kind: ClassVar[str] = "timing"
+
+    iteration: int
+    samples: int
+    smallest: dict[str, float]
+    """Least over the ranks that measured the span."""
+
+    largest: dict[str, float]
+    """Most over them."""
+
+    timestamp: float = 0.0
+
+
+Record: TypeAlias = StepRecord | EvaluationRecord | SaveRecord | TimingRecord
 
 RECORDS: Mapping[str, type[Record]] = {
     "train": StepRecord,
     "evaluation": EvaluationRecord,
     "save": SaveRecord,
+    "timing": TimingRecord,
 }
 
 
@@ -221,6 +240,8 @@ def complete_lines(path: Path) -> list[str]:
 
 
 def _encode(value: object) -> object:
+    if isinstance(value, dict):
+        return {name: _encode(entry) for name, entry in value.items()}
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
     return value
@@ -228,6 +249,8 @@ def _encode(value: object) -> object:
 
 def _decode(value: Any, type_name: str) -> Any:
     """Undo `_encode` and say so when the JSON type does not fit the field."""
+    if type_name == "dict[str, float]" and isinstance(value, dict):
+        return {name: _decode(entry, "float") for name, entry in value.items()}
     allowed = {part.strip() for part in type_name.split("|")}
     if "float" in allowed:
         if isinstance(value, str) and value in ("NaN", "Infinity", "-Infinity"):

@@ -13,6 +13,7 @@ from megatron_lite.config.errors import DataError
 from megatron_lite.telemetry.record import (
     EvaluationRecord,
     SaveRecord,
+    TimingRecord,
     from_json,
     read_metrics,
     to_json,
@@ -20,6 +21,9 @@ from megatron_lite.telemetry.record import (
 from tests.telemetry.test_console import STEP
 
 EVALUATION = EvaluationRecord(iteration=5, split="test", samples=80, loss=2.5, seconds=0.5)
+TIMING = TimingRecord(
+    iteration=5, samples=80, smallest={"optimizer": 0.5}, largest={"optimizer": math.inf}
+)
 SAVE = SaveRecord(iteration=5, bytes=123, seconds=0.1, folder="f")
 
 
@@ -27,7 +31,7 @@ def refuse(constant: str) -> float:
     raise AssertionError(f"{constant} is not JSON")
 
 
-@pytest.mark.parametrize("record", [STEP, EVALUATION, SAVE])
+@pytest.mark.parametrize("record", [STEP, EVALUATION, SAVE, TIMING])
 def test_json_round_trip(record):
     assert from_json(to_json(record)) == record
 

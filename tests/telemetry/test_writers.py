@@ -1,0 +1,219 @@
+"""What is written can be read: by our reader, and by TensorBoard's own."""
+
+from __future__ import annotations
+
+import math
+import struct
+import sys
+import types
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from megatron_lite.config.errors import ConfigError, StorageError
+from megatron_lite.config.telemetry import TelemetryConfig
+from megatron_lite.storage.disk import Disk
+from megatron_lite.telemetry.event_file import crc32c, framed
+from megatron_lite.telemetry.record import read_metrics, to_json
+from megatron_lite.telemetry.writers import (
+    JsonLines,
+    NullWriter,
+    TensorBoard,
+    Writers,
+    open_writers,
+    scalars,
+)
+from tests.telemetry.test_console import STEP
+from tests.telemetry.test_record import EVALUATION, SAVE, TIMING
+
+DISK = Disk()
+
+
+def step(iteration: int, **changes: object):
+    return replace(STEP, iteration=iteration, samples=iteration * 16, **changes)
+
+
+def test_every_record_is_in_the_file_when_write_returns(tmp_path: Path):
+    writer = JsonLines(tmp_path / "run" / "metrics.jsonl", resumed_iteration=0, disk=DISK)
+    for count, record in enumerate([step(1), EVALUATION, SAVE, TIMING], start=1):
+        writer.write(record)
+        assert len(read_metrics(tmp_path / "run" / "metrics.jsonl")) == count
+    assert read_metrics(tmp_path / "run" / "metrics.jsonl") == [step(1), EVALUATION, SAVE, TIMING]
+
+
+def test_resuming_drops_the_steps_that_are_made_again(tmp_path: Path):
+    file = tmp_path / "metrics.jsonl"
+    first = JsonLines(file, resumed_iteration=0, disk=DISK)
+    for iteration in range(1, 8):
+        first.write(step(iteration))
+    first.close()
+    with file.open("a") as torn:
+        torn.write('{"kind": "train", "iterat')
+    second = JsonLines(file, resumed_iteration=4, disk=DISK)
+    second.write(step(5, loss=1.0))
+    second.close()
+    assert read_metrics(file) == [step(1), step(2), step(3), step(4), step(5, loss=1.0)]
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_resuming_survives_what_a_power_failure_left(tmp_path: Path):
+    file = tmp_path / "metrics.jsonl"
+    file.write_bytes(to_json(step(1)).encode() + b"\n" + b"\0" * 50 + b"\n[]\n\xff\n")
+    JsonLines(file, resumed_iteration=9, disk=DISK).close()
+    assert read_metrics(file) == [step(1)]
+
+
+def test_a_fresh_run_begins_an_empty_file(tmp_path: Path):
+    file = tmp_path / "metrics.jsonl"
+    file.write_text(to_json(step(1)) + "\n")
+    JsonLines(file, resumed_iteration=0, disk=DISK).close()
+    assert read_metrics(file) == []
+
+
+def test_a_folder_that_cannot_be_is_a_storage_error(tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match="file"):
+        JsonLines(tmp_path / "file" / "metrics.jsonl", resumed_iteration=0, disk=DISK)
+    with pytest.raises(StorageError, match="file"):
+        TensorBoard(tmp_path / "file" / "tb", config=TelemetryConfig(), disk=DISK)
+
+
+def test_crc_is_castagnolis():
+    assert crc32c(b"123456789") == 0xE3069283
+    assert crc32c(bytes(32)) == 0x8A9136AA  # RFC 3720, B.4
+
+
+def test_frame_is_length_crc_data_crc():
+    record = framed(b"abc")
+    assert len(record) == 8 + 4 + 3 + 4
+    assert struct.unpack_from("<Q", record) == (3,)
+    assert record[12:15] == b"abc"
+
+
+def read_events(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """Every scalar as TensorBoard's own reader sees it."""
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    accumulator = reader.EventAccumulator(str(folder), size_guidance={"scalars": 0})
+    accumulator.Reload()
+    tags = accumulator.Tags()["scalars"]
+    return {tag: [(e.step, e.value) for e in accumulator.Scalars(tag)] for tag in tags}
+
+
+def test_tensorboard_reads_what_we_wrote(tmp_path: Path):
+    writer = TensorBoard(tmp_path, config=TelemetryConfig(), disk=DISK)
+    writer.write(step(1, loss=10.0))
+    writer.write(step(300, loss=2.5))
+    writer.write(EVALUATION)
+    writer.write(SAVE)
+    writer.close()
+    events = read_events(tmp_path)
+    assert events["lm loss"] == [(1, 10.0), (300, 2.5)]
+    assert events["lm loss vs samples"] == [(16, 10.0), (4800, 2.5)]
+    assert events["lm loss test"] == [(5, 2.5)]
+    assert events["lm loss test vs samples"] == [(80, 2.5)]
+    assert events["learning-rate"][0] == (1, pytest.approx(2.2704e-05))
+    names = {"learning-rate", "batch-size", "lm loss", "loss-scale", "grad-norm", "throughput",
+             "tgs", "mfu", "lm loss test"}  # fmt: skip
+    assert set(events) == names | {f"{name} vs samples" for name in names}
+
+
+def test_nan_reaches_tensorboard(tmp_path: Path):
+    writer = TensorBoard(tmp_path, config=TelemetryConfig(), disk=DISK)
+    writer.write(step(1, loss=math.nan))
+    writer.close()
+    assert math.isnan(read_events(tmp_path)["lm loss"][0][1])
+
+
+def test_tensorboard_interval_and_queue(tmp_path: Path):
+    config = TelemetryConfig(tensorboard_log_interval=2, tensorboard_queue_size=4)
+    writer = TensorBoard(tmp_path, config=config, disk=DISK)
+    sizes = []
+    for iteration in range(1, 5):
+        writer.write(step(iteration))
+        sizes.append(next(tmp_path.iterdir()).stat().st_size)
+    assert sizes[0] == sizes[1] == sizes[2] < sizes[3]  # 2 events each at 2 and 4 fill the queue
+    writer.close()
+    assert [step for step, _ in read_events(tmp_path)["lm loss"]] == [2, 4]
+
+
+def test_switches_choose_the_scalars():
+    everything = TelemetryConfig(
+        log_timers_to_tensorboard=True,
+        log_memory_to_tensorboard=True,
+        log_world_size_to_tensorboard=True,
+        log_validation_ppl_to_tensorboard=True,
+    )
+    nothing = TelemetryConfig(
+        log_learning_rate_to_tensorboard=False,
+        log_batch_size_to_tensorboard=False,
+        log_loss_scale_to_tensorboard=False,
+        log_throughput=False,
+    )
+    full = step(1, memory_bytes=7, num_zeros=3.0, params_norm=2.0)
+    assert set(scalars(full, everything)) == {
+        "learning-rate", "batch-size", "lm loss", "loss-scale", "world-size", "grad-norm",
+        "num-zeros", "params-norm", "iteration-time", "throughput", "tgs", "mfu",
+        "mem-max-allocated-bytes",
+    }  # fmt: skip
+    assert set(scalars(step(1), nothing)) == {"lm loss", "grad-norm"}
+    assert scalars(EVALUATION, everything)["lm loss test ppl"] == EVALUATION.perplexity
+    assert scalars(TIMING, everything) == {"optimizer-time": math.inf}
+    assert scalars(TIMING, nothing) == {} == scalars(SAVE, everything)
+
+
+class FakeRun:
+    """What wandb.init returns, as far as we use it."""
+
+    def __init__(self, settings: dict[str, object]) -> None:
+        self.settings = settings
+        self.logged: list[tuple[int, dict[str, float]]] = []
+        self.finished = False
+
+    def log(self, points: dict[str, float], step: int) -> None:
+        self.logged.append((step, points))
+
+    def finish(self) -> None:
+        self.finished = True
+
+
+def test_wandb_gets_the_same_scalars(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    runs: list[FakeRun] = []
+
+    def init(**settings: object) -> FakeRun:
+        runs.append(FakeRun(settings))
+        return runs[-1]
+
+    module = types.ModuleType("wandb")
+    module.init = init  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    config = TelemetryConfig(wandb_project="p", wandb_exp_name="e")
+    writers = open_writers(config, run_folder=tmp_path, resumed_iteration=0, disk=DISK)
+    writers.write(step(3))
+    writers.write(SAVE)
+    writers.close()
+    (run,) = runs
+    assert run.settings == {"project": "p", "name": "e", "entity": None, "dir": str(tmp_path)}
+    expected = scalars(step(3), config) | {"samples": 48.0, "tokens": float(STEP.tokens)}
+    assert run.logged == [(3, expected)]
+    assert run.finished
+
+
+def test_missing_wandb_names_the_flag(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ConfigError, match="--wandb-project p .*pip install wandb"):
+        open_writers(
+            TelemetryConfig(wandb_project="p"), run_folder=tmp_path, resumed_iteration=0, disk=DISK
+        )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_configuration_chooses_the_writers(tmp_path: Path):
+    plain = open_writers(TelemetryConfig(), run_folder=tmp_path, resumed_iteration=0, disk=DISK)
+    assert [type(writer) for writer in plain.writers] == [JsonLines]
+    config = TelemetryConfig(tensorboard_dir=str(tmp_path / "tb"))
+    both = open_writers(config, run_folder=tmp_path, resumed_iteration=0, disk=DISK)
+    assert [type(writer) for writer in both.writers] == [JsonLines, TensorBoard]
+    for writer in (plain, both, Writers([NullWriter()])):
+        writer.write(step(1))
+        writer.close()
