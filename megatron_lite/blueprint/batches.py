@@ -1,0 +1,163 @@
+"""How many samples a step takes after any number of consumed samples, and vocabulary padding.
+
+    samples    0 ........... 61,680 ....................... 5,859,424 ........
+    batch      |    16     |   32    | ...  | 1520        |      1536
+    iteration  0         3855                           19802
+
+A schedule is a handful of thresholds, so everything here is arithmetic on them, no loop over steps.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from megatron_lite.config.batch_schedule import parse_schedule
+from megatron_lite.config.errors import ConfigError, all_together
+from megatron_lite.config.train import TrainConfig
+
+
+def padded_vocab_size(vocab_size: int, divisible_by: int, tp: int) -> int:
+    """The vocabulary rounded up to a multiple of divisible_by * tp, an equal share per tp rank."""
+    if vocab_size < 1 or divisible_by < 1:
+        raise ConfigError(
+            f"--vocab-size {vocab_size} and --make-vocab-size-divisible-by {divisible_by} "
+            "must be at least 1"
+        )
+    multiple = divisible_by * tp
+    return -(-vocab_size // multiple) * multiple
+
+
+class Phase(NamedTuple):
+    """A run of iterations with one batch size, as a training from sample 0 meets it."""
+
+    iteration: int
+    samples: int
+    global_batch_size: int
+
+
+@dataclass(frozen=True, slots=True)
+class BatchSchedule:
+    """The global batch size at any number of consumed samples.
+
+    thresholds[i] is the first number of consumed samples at which sizes[i] holds; the first is 0.
+    """
+
+    thresholds: tuple[int, ...]
+    sizes: tuple[int, ...]
+    micro_batch_size: int
+    dp: int
+
+    def global_batch_size(self, consumed_samples: int) -> int:
+        """Samples of the step that starts after `consumed_samples`."""
+        return self.sizes[bisect_right(self.thresholds, consumed_samples) - 1]
+
+    def num_microbatches(self, consumed_samples: int) -> int:
+        """Micro batches per dp rank of the step that starts after `consumed_samples`."""
+        return self.global_batch_size(consumed_samples) // (self.micro_batch_size * self.dp)
+
+    @property
+    def final_batch_size(self) -> int:
+        """The size once the ramp is over."""
+        return self.sizes[-1]
+
+    def phases(self) -> tuple[Phase, ...]:
+        """Where a training from sample 0 changes its batch size.
+
+        A step that starts below a threshold keeps its size although it ends beyond, so phases begin
+        at the first step boundary at or after a threshold; one that is jumped over never occurs.
+        """
+        found, iteration, samples = [Phase(0, 0, self.sizes[0])], 0, 0
+        for threshold, before, size in zip(
+            self.thresholds[1:], self.sizes, self.sizes[1:], strict=False
+        ):
+            steps = max(0, -(-(threshold - samples) // before))
+            iteration, samples = iteration + steps, samples + steps * before
+            if steps == 0:
+                found.pop()
+            found.append(Phase(iteration, samples, size))
+        return tuple(found)
+
+    def samples_after(self, iterations: int) -> int:
+        """Samples consumed by the first `iterations` steps."""
+        phase = max(p for p in self.phases() if p.iteration <= iterations)
+        return phase.samples + (iterations - phase.iteration) * phase.global_batch_size
+
+    def iterations_within(self, samples: int) -> int:
+        """Whole steps that fit into `samples`; a last partial batch is left out, as in Megatron."""
+        phases = self.phases()
+        phase = max(p for p in phases if p.samples <= samples)
+        return phase.iteration + (samples - phase.samples) // phase.global_batch_size
+
+
+def batch_schedule(train: TrainConfig, *, seq_length: int, dp: int) -> BatchSchedule:
+    """The schedule asked for: constant, --rampup-batch-size or --step-batch-size-schedule.
+
+    Raises one ConfigError with every batch size of it that micro batch * dp does not divide.
+    """
+    if train.micro_batch_size < 1:
+        raise ConfigError(f"--micro-batch-size {train.micro_batch_size} must be at least 1")
+    if train.rampup_batch_size and train.step_batch_size_schedule:
+        raise ConfigError(
+            "--rampup-batch-size and --step-batch-size-schedule both set the batch size; give one"
+        )
+    if train.step_batch_size_schedule:
+        steps = parse_schedule(train.step_batch_size_schedule)
+        flag = "--step-batch-size-schedule"
+        pairs = [(step.tokens // seq_length, step.size) for step in steps]
+    elif train.rampup_batch_size:
+        flag, pairs = "--rampup-batch-size", _ramp(train.rampup_batch_size, _final_size(train, dp))
+    else:
+        flag, pairs = "--global-batch-size", [(0, _final_size(train, dp))]
+    _check_sizes(flag, [size for _, size in pairs], train.micro_batch_size, dp)
+    return BatchSchedule(
+        thresholds=tuple(threshold for threshold, _ in pairs),
+        sizes=tuple(size for _, size in pairs),
+        micro_batch_size=train.micro_batch_size,
+        dp=dp,
+    )
+
+
+def _final_size(train: TrainConfig, dp: int) -> int:
+    if train.global_batch_size is None:
+        return train.micro_batch_size * dp
+    return train.global_batch_size
+
+
+def _ramp(rampup: Sequence[int], final: int) -> list[tuple[int, int]]:
+    """Start, increment, samples: equal shares of the samples for each size below the final one."""
+    flag = f"--rampup-batch-size {' '.join(map(str, rampup))}"
+    if len(rampup) != 3:
+        raise ConfigError(f"{flag}: give three numbers: start size, increment, samples")
+    start, increment, samples = rampup
+    if start < 1 or increment < 1 or samples < 0:
+        raise ConfigError(f"{flag}: start and increment must be at least 1 and samples at least 0")
+    if start > final or (final - start) % increment:
+        raise ConfigError(
+            f"{flag}: {start} plus steps of {increment} does not reach --global-batch-size {final}"
+        )
+    num = (final - start) // increment
+    # step k begins at the first whole sample with c * num >= k * samples (exact, no rounding)
+    pairs = [(-(-k * samples // num) if k else 0, start + k * increment) for k in range(num + 1)]
+    return [
+        pair
+        for pair, after in zip(pairs, [*pairs[1:], None], strict=True)
+        if after is None or after[0] > pair[0]
+    ]
+
+
+def _check_sizes(flag: str, sizes: Sequence[int], micro_batch_size: int, dp: int) -> None:
+    unit = micro_batch_size * dp
+    wrong = [size for size in sizes if size < 1 or size % unit]
+    if wrong:
+        raise all_together(
+            [
+                f"{flag}: batch size {size} is not divisible by --micro-batch-size "
+                f"{micro_batch_size} times data-parallel size {dp} = {unit}; "
+                f"choose a multiple of {unit}, e.g. {max(1, round(size / unit)) * unit}"
+                for size in wrong
+            ],
+            f"in {flag}",
+        )

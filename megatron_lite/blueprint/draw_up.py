@@ -1,0 +1,185 @@
+"""Config -> Blueprint: the only place that derives values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+from megatron_lite.blueprint.batches import BatchSchedule, batch_schedule, padded_vocab_size
+from megatron_lite.blueprint.flops import flops_per_token
+from megatron_lite.blueprint.grid import RankGrid
+from megatron_lite.blueprint.parameters import ParamSpec, parameter_table, rank_size, total_size
+from megatron_lite.blueprint.schedules import SCHEDULES
+from megatron_lite.blueprint.schedules.actions import Lowered, Schedule
+from megatron_lite.blueprint.schedules.check import check
+from megatron_lite.blueprint.schedules.forward_only import forward_only
+from megatron_lite.blueprint.schedules.lower import lower
+from megatron_lite.blueprint.stages import Placement, Stage, cut_stages, layers_per_stage
+from megatron_lite.config.errors import ConfigError
+from megatron_lite.config.model import ModelConfig
+from megatron_lite.config.parallel import ParallelConfig
+from megatron_lite.config.run import RunConfig
+from megatron_lite.config.train import TrainConfig
+
+GPT2_VOCABULARY = 50257
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Blueprint:
+    """Everything that follows from a RunConfig and a world size, the same on every rank.
+
+    placement[stage] is the pp rank of a stage.  flops_per_token_*: forward and backward in the two
+    conventions of flops.py, without recompute.  train_iters and train_samples are None where the
+    run has no given length.  notes: assumptions the reader of a plan should know.
+    """
+
+    model: ModelConfig
+    grid: RankGrid
+    schedule: str
+    stages: tuple[Stage, ...]
+    placement: Placement
+    vocab_size: int
+    padded_vocab_size: int
+    batch_schedule: BatchSchedule
+    train_iters: int | None
+    train_samples: int | None
+    parameters: tuple[ParamSpec, ...]
+    flops_per_token_full: int
+    flops_per_token_causal: int
+    notes: tuple[str, ...] = ()
+
+    @property
+    def dp(self) -> int:
+        """Data-parallel size."""
+        return self.grid.dp
+
+    def stages_of(self, pp_rank: int) -> tuple[Stage, ...]:
+        """The stages a pp rank holds, in order of layers."""
+        return tuple(s for s in self.stages if self.placement[s.index] == pp_rank)
+
+    @property
+    def num_parameters(self) -> int:
+        """Parameters of the model, padding included, tied ones once."""
+        return total_size(self.parameters)
+
+    def rank_parameters(self, pp_rank: int) -> int:
+        """Parameters in the memory of one rank (any tp and dp) of a pp rank."""
+        held = [stage.index for stage in self.stages_of(pp_rank)]
+        return rank_size(self.parameters, held, self.grid.tp)
+
+    def compute(self, num_microbatches: int) -> Schedule:
+        """The training schedule before lowering, to simulate or draw."""
+        return SCHEDULES[self.schedule].generate(self.placement, num_microbatches)
+
+    def actions(self, num_microbatches: int) -> Lowered:
+        """Per pp rank, the checked groups of a training step."""
+        return _training(self.schedule, self.placement, num_microbatches)
+
+    def forward_actions(self, num_microbatches: int) -> Lowered:
+        """Per pp rank, the checked groups of an evaluation step."""
+        return _evaluation(self.placement, num_microbatches)
+
+
+@lru_cache(maxsize=2)  # a ramp passes each number once; neighbours never alternate
+def _training(name: str, placement: Placement, num_microbatches: int) -> Lowered:
+    return _checked(SCHEDULES[name].generate(placement, num_microbatches), num_microbatches)
+
+
+@lru_cache(maxsize=2)
+def _evaluation(placement: Placement, num_microbatches: int) -> Lowered:
+    return _checked(forward_only(placement, num_microbatches), num_microbatches)
+
+
+def _checked(schedule: Schedule, num_microbatches: int) -> Lowered:
+    lowered = lower(schedule)
+    check(lowered, schedule.placement, num_microbatches)
+    return lowered
+
+
+def draw_up(config: RunConfig, world_size: int) -> Blueprint:
+    """All consequences of a config for this many ranks.
+
+    Raises ConfigError where the ranks, layers, heads, vocabulary or batch do not come out even.
+    """
+    model, parallel, train = config.model, config.parallel, config.train
+    grid = draw_grid(parallel, world_size)
+    notes = []
+    vocab_size = model.vocab_size
+    if vocab_size is None:
+        vocab_size = GPT2_VOCABULARY
+        notes.append(f"vocabulary size not known: GPT-2's {GPT2_VOCABULARY:,} is assumed")
+    padded = padded_vocab_size(vocab_size, model.make_vocab_size_divisible_by, grid.tp)
+    schedule = schedule_name(parallel)
+    placement = SCHEDULES[schedule].place(grid.pp, 1)
+    stages = cut_stages(layers_per_stage(model.num_layers, len(placement), parallel))
+    batches = batch_schedule(train, seq_length=model.seq_length, dp=grid.dp)
+    iterations, samples = run_length(train, batches)
+    return Blueprint(
+        model=model,
+        grid=grid,
+        schedule=schedule,
+        stages=stages,
+        placement=placement,
+        vocab_size=vocab_size,
+        padded_vocab_size=padded,
+        batch_schedule=batches,
+        train_iters=iterations,
+        train_samples=samples,
+        parameters=parameter_table(model, stages, padded_vocab_size=padded, tp=grid.tp),
+        flops_per_token_full=flops_per_token(model, padded, attention="full"),
+        flops_per_token_causal=flops_per_token(model, padded, attention="causal"),
+        notes=tuple(notes),
+    )
+
+
+def draw_grid(parallel: ParallelConfig, world_size: int) -> RankGrid:
+    """The grid of this many ranks; what tp, cp and pp leave over is dp."""
+    fixed = parallel.tp * parallel.cp * parallel.pp
+    if min(parallel.tp, parallel.cp, parallel.pp) < 1 or world_size < 1 or world_size % fixed:
+        raise ConfigError(
+            f"{world_size} ranks cannot be arranged as "
+            f"--tensor-model-parallel-size {parallel.tp} x --context-parallel-size {parallel.cp} x --pipeline-model-parallel-size {parallel.pp} "
+            f"= {fixed}; start a multiple of {fixed} ranks or choose sizes that divide {world_size}"
+        )
+    return RankGrid(
+        tp=parallel.tp,
+        cp=parallel.cp,
+        dp=world_size // fixed,
+        pp=parallel.pp,
+        order="tp-cp-pp-dp" if parallel.use_tp_pp_dp_mapping else "tp-cp-dp-pp",
+    )
+
+
+def schedule_name(parallel: ParallelConfig) -> str:
+    """The schedule asked for; ConfigError for one that is not built."""
+    chunked = (
+        parallel.num_layers_per_virtual_pipeline_stage
+        or parallel.num_virtual_stages_per_pipeline_rank
+    )
+    name = parallel.pipeline_schedule or ("interleaved" if chunked else "1f1b")
+    if name not in SCHEDULES or (chunked and name == "1f1b"):
+        raise ConfigError(
+            f"--pipeline-schedule {name}{' with virtual stages' if chunked else ''} is not built; "
+            f"choose from {', '.join(SCHEDULES)} without virtual stages"
+        )
+    return name
+
+
+def run_length(train: TrainConfig, batches: BatchSchedule) -> tuple[int | None, int | None]:
+    """(iterations, samples) of the run; one is given, the other follows; None without either."""
+    if train.train_iters is not None and train.train_samples is not None:
+        raise ConfigError(
+            f"--train-iters {train.train_iters} and --train-samples {train.train_samples} "
+            "both set the length of the run; give one"
+        )
+    if train.train_iters is not None:
+        return train.train_iters, batches.samples_after(train.train_iters)
+    if train.train_samples is None:
+        return None, None
+    iterations = batches.iterations_within(train.train_samples)
+    if iterations < 1:
+        raise ConfigError(
+            f"--train-samples {train.train_samples} is less than one batch of "
+            f"{batches.global_batch_size(0)} samples"
+        )
+    return iterations, batches.samples_after(iterations)
