@@ -15,6 +15,8 @@ export TRAIN_ITERS=${TRAIN_ITERS:-10}
 export LOG_INTERVAL=${LOG_INTERVAL:-1}
 export EVAL_ITERS=${EVAL_ITERS:-0}
 export LOAD_PATH=
+# a run ends with a checkpoint; this one needs no optimizer state in it
+export EXTRA_ARGS="--no-save-optim ${EXTRA_ARGS:-}"
 
 # bash, not exec: the summary comes after it
 bash "$TRAIN" "$@"
