@@ -60,6 +60,9 @@ class TrainConfig:
     dry_run: bool = False
     """Check every rule, print the plan and stop; needs no accelerator and no data."""
 
+    world_size: int | None = None
+    """Ranks to plan for with --dry-run; a real run counts its processes."""
+
     use_cpu: bool = False
     """Train on the CPU even where there is a GPU."""
 

@@ -1,0 +1,255 @@
+"""From a checked RunConfig to the end of training: joins the ranks, opens everything, trains, closes."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_lite.blueprint.draw_up import Blueprint, draw_up
+from megatron_lite.checkpoint.store import Store
+from megatron_lite.config.errors import PREEMPTED, DistributedError
+from megatron_lite.config.files import dump
+from megatron_lite.config.run import RunConfig
+from megatron_lite.data.build import Datasets, build_datasets
+from megatron_lite.data.loader import Loader
+from megatron_lite.data.pretrain import Samples
+from megatron_lite.layers.attention import choose_attention
+from megatron_lite.optim.learning_rate import LearningRateSchedule, WeightDecaySchedule
+from megatron_lite.parallel.collectives import MAX, all_reduce, barrier
+from megatron_lite.parallel.context import ParallelContext
+from megatron_lite.parallel.launch import (
+    Launch,
+    choose_device,
+    set_device_environment,
+    start_process_group,
+    stop_process_group,
+)
+from megatron_lite.storage.disk import Disk, write_atomically
+from megatron_lite.telemetry.throughput import IntervalMeter
+from megatron_lite.telemetry.writers import open_writers
+from megatron_lite.train.assemble import Run, assemble
+from megatron_lite.train.device import device_peak
+from megatron_lite.train.log import Log
+from megatron_lite.train.loop import Loaders, Session
+from megatron_lite.train.profile import Profiler
+from megatron_lite.train.resume import resume
+from megatron_lite.train.stop import Reason, StopRequests
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Tokens:
+    """What training needs to know of the tokenizer."""
+
+    vocab_size: int
+    eod: int | None
+
+
+def train(config: RunConfig, launch: Launch, tokens: Tokens, notices: list[str]) -> int:
+    """Train as asked and return the exit code.  Every rank of the world calls it alike."""
+    device = choose_device(
+        launch, use_cpu=config.train.use_cpu, backend=config.parallel.distributed_backend
+    )
+    notices = [*notices, *set_device_environment(config.parallel, device)]
+    torch.backends.cuda.matmul.allow_tf32 = config.precision.tf32
+    start_process_group(launch, config.parallel, device)
+    try:
+        session = open_session(config, launch, tokens, device, notices)
+        try:
+            return _carry_out(session)
+        finally:
+            session.loaders.close()
+            session.log.close()
+    finally:
+        stop_process_group()
+
+
+def _carry_out(session: Session) -> int:
+    if session.train.skip_train:
+        session.evaluate("validation", final=True)
+        session.evaluate("test", final=True)
+        return 0
+    if session.first_step >= session.train_iters:
+        session.log.say(
+            f"nothing left to do: the checkpoint has {session.first_step} of {session.train_iters} "
+            "iterations; raise --train-iters to go on"
+        )
+    session.stop.listen()
+    session.log.say("training ...")
+    reason = session.fit()
+    if reason == "finished":
+        session.evaluate("validation", final=True)
+        session.evaluate("test", final=True)
+    session.log.say(_farewell(session, reason))
+    return PREEMPTED if reason == "signal" else 0
+
+
+def _farewell(session: Session, reason: Reason) -> str:
+    step = session.progress.step
+    kept = f"; checkpoint in {session.store.root}" if session.store is not None else ""
+    why = {
+        "finished": "training is done",
+        "signal": "stopped by a signal: the step was finished",
+        "exit-interval": "stopped by --exit-interval",
+        "exit-duration": "stopped by --exit-duration-in-mins",
+    }[reason]
+    return f"[{why} at iteration {step}{kept}]"
+
+
+def open_session(
+    config: RunConfig, launch: Launch, tokens: Tokens, device: torch.device, notices: list[str]
+) -> Session:
+    """Open data, model, checkpoint and logs.  Collective over the world."""
+    blueprint = draw_up(config, launch.world_size)
+    ctx = (
+        ParallelContext.from_grid(blueprint.grid, launch.rank, device)
+        if launch.world_size > 1
+        else ParallelContext.serial(device)
+    )
+    run = assemble(config, blueprint, ctx)
+    folder = _run_folder(config, ctx)
+    if ctx.rank == 0:
+        _begin_folder(folder, config)
+    resumed = resume(run, config.checkpoint, config.learning_rate)
+    final_batch = blueprint.batch_schedule.final_batch_size
+    train_iters = blueprint.train_iters
+    assert train_iters is not None, "rules.check wants --train-iters or --train-samples"
+    datasets = _open_datasets(config, launch, ctx, tokens, folder, train_iters, final_batch)
+    log = Log(
+        ctx,
+        open_writers(
+            config.telemetry, folder, resumed.iteration or 0, enabled=ctx.rank == 0
+        ),
+    )
+    log.say(*notices, *_description(run, blueprint))
+    log.warn(*resumed.notices[:-1])
+    log.say(*resumed.notices[-1:])
+    save = config.checkpoint.save
+    return Session(
+        run=run,
+        train=config.train,
+        telemetry=config.telemetry,
+        checkpoint=config.checkpoint,
+        loaders=_loaders(config, datasets, ctx, tokens),
+        learning_rate=LearningRateSchedule.from_config(
+            resumed.learning_rate, config.train, final_batch
+        ),
+        weight_decay=WeightDecaySchedule.from_config(
+            config.optim, resumed.learning_rate, config.train, final_batch
+        ),
+        log=log,
+        meter=IntervalMeter(
+            train_iters=train_iters,
+            world_size=ctx.world_size,
+            flops_per_token=blueprint.flops_per_token_full,
+            causal_flops_per_token=blueprint.flops_per_token_causal,
+            peak_tflops=device_peak(device),
+        ),
+        stop=StopRequests(config.train),
+        profiler=Profiler(config.telemetry, ctx.rank, folder / "traces"),
+        store=Store(Path(save), ctx) if save else None,
+        plain_config=plain(config),
+        train_iters=train_iters,
+        seq_length=config.model.seq_length,
+    )
+
+
+def plain(config: RunConfig) -> dict[str, Any]:
+    """The config as JSON-ready sections of plain values."""
+    return dataclasses.asdict(config)
+
+
+def _run_folder(config: RunConfig, ctx: ParallelContext) -> Path:
+    if config.checkpoint.save:
+        return Path(config.checkpoint.save)
+    now = torch.tensor([int(time.time()) if ctx.rank == 0 else 0], device=ctx.device)
+    seconds = int(all_reduce(now, ctx.world, MAX).item())  # one name on all ranks
+    return Path("runs") / time.strftime("%Y-%m-%d_%H-%M-%S", time.localtime(seconds))
+
+
+def _begin_folder(folder: Path, config: RunConfig) -> None:
+    disk = Disk()
+    disk.make_folder(folder)
+    write_atomically(folder / "config.yaml", dump(config).encode(), disk)
+
+
+def _open_datasets(
+    config: RunConfig,
+    launch: Launch,
+    ctx: ParallelContext,
+    tokens: Tokens,
+    folder: Path,
+    train_iters: int,
+    final_batch: int,
+) -> Datasets:
+    train = config.train
+    train_samples = train.train_samples or train_iters * final_batch
+    rounds = train_iters // train.eval_interval + 1 if train.eval_interval else 1
+    evaluated = train.eval_iters * final_batch
+    cache = config.data.data_cache_path or folder / "index-cache"
+
+    def build() -> Datasets:
+        return build_datasets(
+            config.data,
+            seq_length=config.model.seq_length,
+            seed=train.seed,
+            train_samples=0 if train.skip_train else train_samples,
+            valid_samples=rounds * evaluated,
+            test_samples=evaluated,
+            vocab_size=tokens.vocab_size,
+            eod=tokens.eod,
+            cache_folder=cache,
+        )
+
+    if launch.local_rank == 0:  # one rank per node builds, the others map what it built
+        datasets = build()
+        barrier(ctx.world)
+        return datasets
+    barrier(ctx.world)
+    return build()
+
+
+def _loaders(
+    config: RunConfig, datasets: Datasets, ctx: ParallelContext, tokens: Tokens
+) -> Loaders:
+    def loader(dataset: Samples | None) -> Loader | None:
+        if dataset is None:
+            return None
+        return Loader(
+            dataset,
+            dp_rank=ctx.dp.rank,
+            dp_size=ctx.dp.size,
+            num_workers=config.data.num_workers,
+            eod=tokens.eod,
+            eod_mask_loss=config.data.eod_mask_loss,
+            order=config.data.dataloader_type,
+            seed=config.train.seed,
+        )
+
+    return Loaders(loader(datasets.train), loader(datasets.valid), loader(datasets.test))
+
+
+def _description(run: Run, blueprint: Blueprint) -> list[str]:
+    grid, ctx = blueprint.grid, run.ctx
+    return [
+        f"using world size: {grid.world_size}, tensor-parallel {grid.tp} x pipeline-parallel {grid.pp} "
+        f"x data-parallel {grid.dp} on {ctx.device.type}, {run.setting.precision.name}",
+        choose_attention(run.setting, training=True).why,
+        f" > padded vocab (size: {run.setting.vocab_size}) to {run.setting.padded_vocab_size}",
+    ]
+
+
+def as_distributed(error: RuntimeError) -> DistributedError | None:
+    """A failed collective in the words of exit code 6; None for any other RuntimeError."""
+    text = str(error)
+    signs = ("Connection closed by peer", "Timed out", "timed out", "Connection reset", "Broken pipe",
+             "Socket", "NCCL", "connectFullMesh", "Gloo", "gloo", "recvBytes")  # fmt: skip
+    if not isinstance(error, torch.distributed.DistError) and not any(s in text for s in signs):
+        return None
+    return DistributedError(
+        f"a collective failed: {text.splitlines()[0] if text else type(error).__name__} - another "
+        "rank was lost or stopped; look for the first FATAL line of the other ranks"
+    )

@@ -1,0 +1,165 @@
+"""GPT-2 equals Hugging Face's with the same weights: logits, loss and every gradient."""
+
+import pytest
+import torch
+
+from megatron_lite.config.model import ModelConfig
+from megatron_lite.layers.cross_entropy import cross_entropy
+from megatron_lite.layers.setting import Positions, Setting
+from megatron_lite.models.decoder import Decoder, initialise, local_parameters
+from megatron_lite.models.gpt import huggingface_source
+from megatron_lite.parallel.context import Axis, ParallelContext
+
+transformers = pytest.importorskip("transformers", reason="the reference; extra huggingface")
+
+CONFIG = ModelConfig(
+    num_layers=2, hidden_size=48, num_attention_heads=3, seq_length=20, vocab_size=101,
+    hidden_dropout=0.0, attention_dropout=0.0,
+)  # fmt: skip
+
+
+def theirs():
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(
+        vocab_size=101, n_positions=20, n_embd=48, n_layer=2, n_head=3,
+        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, attn_implementation="eager",
+    )  # fmt: skip
+    model = transformers.GPT2LMHeadModel(config)
+    for parameter in model.parameters():  # biases are zero by default: give them something to show
+        torch.nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+def their_tensor(name: str, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+    source = huggingface_source(name)
+    tensor = tensors["transformer." + source.name]
+    if source.transposed:
+        tensor = tensor.t()
+    return tensor if source.part is None else tensor.chunk(3)[source.part]
+
+
+def ours(tensors):
+    setting = Setting(CONFIG, ParallelContext.serial(), padded_vocab_size=128, vocab_size=101)
+    model = Decoder(setting, range(2), has_embedding=True, has_head=True)
+    initialise(model)
+    with torch.no_grad():
+        for local in local_parameters(model):
+            for piece in local.pieces:
+                piece.of(local.parameter).copy_(their_tensor(piece.name, tensors))
+    return model
+
+
+@pytest.fixture
+def pair():
+    reference = theirs()
+    return reference, ours(dict(reference.named_parameters()))
+
+
+def run_ours(model, tokens):
+    at = Positions(samples=torch.arange(tokens.shape[0]), index=torch.arange(tokens.shape[1] - 1))
+    logits = model(tokens[:, :-1].t(), at)
+    return logits, cross_entropy(logits, tokens[:, 1:].t(), Axis("tp"), 101).mean()
+
+
+def test_logits_loss_and_gradients_equal_hugging_face(pair):
+    reference, model = pair
+    tokens = torch.randint(0, 101, (3, 21), generator=torch.Generator().manual_seed(1))
+    their_logits = reference(tokens[:, :-1]).logits
+    their_loss = torch.nn.functional.cross_entropy(
+        their_logits.reshape(-1, 101), tokens[:, 1:].reshape(-1)
+    )
+    their_loss.backward()
+    logits, loss = run_ours(model, tokens)
+    loss.backward()
+    torch.testing.assert_close(
+        logits[..., :101].transpose(0, 1), their_logits, rtol=1e-5, atol=1e-4
+    )
+    torch.testing.assert_close(loss, their_loss, rtol=1e-5, atol=0.0)
+    gradients = {name: p.grad for name, p in reference.named_parameters()}
+    for local in local_parameters(model):
+        for piece in local.pieces:
+            torch.testing.assert_close(
+                piece.of(local.parameter.grad), their_tensor(piece.name, gradients),
+                rtol=1e-4, atol=1e-5, msg=lambda m, n=piece.name: f"{n}: {m}",
+            )  # fmt: skip
+
+
+def test_padding_columns_get_no_gradient(pair):
+    _, model = pair
+    tokens = torch.randint(0, 101, (2, 21), generator=torch.Generator().manual_seed(2))
+    run_ours(model, tokens)[1].backward()
+    assert not model.embedding.tokens.weight.grad[101:].any()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"swiglu": True, "normalization": "RMSNorm", "position_embedding_type": "rope",
+         "add_bias_linear": False, "untie_embeddings_and_output_weights": True},
+        {"group_query_attention": True, "num_query_groups": 1, "position_embedding_type": "none"},
+    ],
+)  # fmt: skip
+def test_cached_decoding_equals_the_whole_forward(changes):
+    import dataclasses
+
+    from megatron_lite.inference.generate import generate
+
+    config = dataclasses.replace(CONFIG, **changes)
+    setting = Setting(config, ParallelContext.serial(), padded_vocab_size=128, vocab_size=101)
+    model = Decoder(setting, range(2), has_embedding=True, has_head=True)
+    initialise(model)
+    prompt = [5, 17, 3]
+    answer = generate(
+        model, prompt, max_new_tokens=8, pick=lambda logits, _: logits.argmax(-1), eod=None
+    )
+    tokens = list(prompt)
+    for _ in range(8):
+        at = Positions(samples=torch.zeros(1, dtype=torch.int64), index=torch.arange(len(tokens)))
+        with torch.no_grad():
+            logits = model(torch.tensor(tokens)[:, None], at)
+        tokens.append(int(logits[-1, 0, :101].argmax()))
+    assert answer.ids == tokens[3:]
+
+
+def test_llama_parts_equal_hugging_face_llama():
+    """RMSNorm, rotary positions, grouped queries and SwiGLU against an independent model."""
+    import dataclasses
+
+    config = dataclasses.replace(
+        CONFIG, swiglu=True, normalization="RMSNorm", position_embedding_type="rope",
+        add_bias_linear=False, untie_embeddings_and_output_weights=True, ffn_hidden_size=64,
+        num_attention_heads=4, group_query_attention=True, num_query_groups=2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    reference = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=101, hidden_size=48, intermediate_size=64, num_hidden_layers=2,
+            num_attention_heads=4, num_key_value_heads=2, rms_norm_eps=1e-5,
+            max_position_embeddings=20, tie_word_embeddings=False,
+        )
+    )  # fmt: skip
+    setting = Setting(config, ParallelContext.serial(), padded_vocab_size=128, vocab_size=101)
+    model = Decoder(setting, range(2), has_embedding=True, has_head=True)
+    initialise(model)
+    names = {
+        "attention_norm": "input_layernorm", "attention.q": "self_attn.q_proj",
+        "attention.k": "self_attn.k_proj", "attention.v": "self_attn.v_proj",
+        "attention.output": "self_attn.o_proj", "mlp_norm": "post_attention_layernorm",
+        "mlp.gate": "mlp.gate_proj", "mlp.up": "mlp.up_proj", "mlp.down": "mlp.down_proj",
+    }  # fmt: skip
+    tensors = dict(reference.named_parameters())
+    top = {"embedding.tokens.weight": "model.embed_tokens.weight",
+           "final_norm.weight": "model.norm.weight", "head.weight": "lm_head.weight"}  # fmt: skip
+    with torch.no_grad():
+        for local in local_parameters(model):
+            for piece in local.pieces:
+                if piece.name in top:
+                    source = top[piece.name]
+                else:
+                    _, layer, middle = piece.name.removesuffix(".weight").split(".", 2)
+                    source = f"model.layers.{layer}.{names[middle]}.weight"
+                piece.of(local.parameter).copy_(tensors[source])
+    tokens = torch.randint(0, 101, (2, 21), generator=torch.Generator().manual_seed(3))
+    logits, _ = run_ours(model, tokens)
+    expected = reference(tokens[:, :-1]).logits
+    torch.testing.assert_close(logits[..., :101].transpose(0, 1), expected, rtol=1e-4, atol=1e-5)
