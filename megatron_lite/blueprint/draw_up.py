@@ -137,9 +137,10 @@ def draw_grid(parallel: ParallelConfig, world_size: int) -> RankGrid:
     fixed = parallel.tp * parallel.cp * parallel.pp
     if min(parallel.tp, parallel.cp, parallel.pp) < 1 or world_size < 1 or world_size % fixed:
         raise ConfigError(
-            f"{world_size} ranks cannot be arranged as "
-            f"--tensor-model-parallel-size {parallel.tp} x --context-parallel-size {parallel.cp} x --pipeline-model-parallel-size {parallel.pp} "
-            f"= {fixed}; start a multiple of {fixed} ranks or choose sizes that divide {world_size}"
+            f"{world_size} ranks cannot be arranged as --tensor-model-parallel-size {parallel.tp} "
+            f"x --context-parallel-size {parallel.cp} "
+            f"x --pipeline-model-parallel-size {parallel.pp} = {fixed}; "
+            f"start a multiple of {fixed} ranks or choose sizes that divide {world_size}"
         )
     return RankGrid(
         tp=parallel.tp,

@@ -6,7 +6,7 @@ Attention's scores and their product with V have no parameters and are counted a
 
 Two conventions live in the field.  "full" counts the whole s x s square of attention (SC21
 arXiv:2104.04473, Megatron-DeepSpeed's log line, most MFU figures); "causal" counts the half a
-causal model needs (Megatron-LM since 2025).  The peak they are divided by is not this file's business.
+causal model needs (Megatron-LM since 2025).  Hardware peaks are not this file's business.
 """
 
 from __future__ import annotations

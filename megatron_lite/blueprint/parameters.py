@@ -48,7 +48,7 @@ class ParamSpec:
 def parameter_table(
     model: ModelConfig, stages: Sequence[Stage], *, padded_vocab_size: int, tp: int = 1
 ) -> tuple[ParamSpec, ...]:
-    """All parameters, stage by stage in the modules' order; ConfigError where tp does not divide."""
+    """All parameters, stage by stage in the modules' order; ConfigError if tp does not divide."""
     table = tuple(
         spec for stage in stages for spec in _stage_parameters(model, stage, padded_vocab_size)
     )

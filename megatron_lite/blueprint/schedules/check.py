@@ -35,7 +35,7 @@ def check(lowered: Lowered, placement: Placement, num_microbatches: int) -> None
 
     Each stage runs each micro batch forward once and backward once (B, or I and W) or never; each
     compute finds its input; the lists end even if every send blocks until its receive is posted;
-    two ranks agree on the order of the messages between them; REDUCE arms exactly the last backward.
+    two ranks agree on the order of the messages between them; REDUCE arms the last backward.
     """
     _check_complete(lowered, placement, num_microbatches)
     _check_reductions(lowered)

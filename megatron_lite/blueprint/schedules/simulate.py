@@ -48,7 +48,7 @@ _Value = tuple[bool, int, int]
 
 
 class _Run:
-    """The state of a simulation; linear in actions, since a rank sleeps until its input is there."""
+    """State of a simulation; linear in actions, since a rank sleeps until its input is there."""
 
     def __init__(self, schedule: Schedule, cost: Cost) -> None:
         self.lists, self.cost = schedule.lists, cost

@@ -1,0 +1,118 @@
+"""A Blueprint in words, for --dry-run: what would run, before anything does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from megatron_lite.blueprint.draw_up import Blueprint
+from megatron_lite.blueprint.schedules.simulate import simulate
+from megatron_lite.blueprint.stages import Stage
+
+_PHASES_SHOWN = 6
+
+
+def describe(blueprint: Blueprint) -> str:
+    """The plan as lines of `topic   facts`: grid, parameters, batches, schedule, FLOPs, notes."""
+    topics = [
+        ("grid", _grid(blueprint)),
+        ("model", _model(blueprint)),
+        ("parameters", _parameters(blueprint)),
+        ("batch", _batch(blueprint)),
+        ("length", _length(blueprint)),
+        ("schedule", _schedule(blueprint)),
+        ("FLOPs", _flops(blueprint)),
+        ("note", iter(blueprint.notes)),
+    ]
+    lines = [f"plan for {blueprint.grid.world_size} rank(s)"]
+    for topic, facts in topics:
+        for n, fact in enumerate(facts):
+            lines.append(f"  {topic if n == 0 else '':<12}{fact}")
+    return "\n".join(lines)
+
+
+def _grid(blueprint: Blueprint) -> Iterator[str]:
+    grid = blueprint.grid
+    yield (
+        f"tp {grid.tp} x cp {grid.cp} x dp {grid.dp} x pp {grid.pp} = {grid.world_size} ranks, "
+        f"numbered {grid.order} (first varies fastest)"
+    )
+
+
+def _model(blueprint: Blueprint) -> Iterator[str]:
+    m = blueprint.model
+    yield (
+        f"{m.num_layers} layers, hidden {m.hidden_size}, {m.num_attention_heads} heads of "
+        f"{m.head_size} ({m.num_kv_heads} for keys and values), feed-forward {m.ffn_size}, "
+        f"sequence {m.seq_length}"
+    )
+    yield (
+        f"vocabulary {blueprint.vocab_size:,} padded to {blueprint.padded_vocab_size:,}, "
+        f"a multiple of {m.make_vocab_size_divisible_by} x tp {blueprint.grid.tp}"
+    )
+
+
+def _parameters(blueprint: Blueprint) -> Iterator[str]:
+    yield f"{blueprint.num_parameters:,} in all"
+    for pp_rank in range(blueprint.grid.pp):
+        stages = "; ".join(_stage(stage) for stage in blueprint.stages_of(pp_rank))
+        yield f"{blueprint.rank_parameters(pp_rank):,} per rank of pp {pp_rank}: {stages}"
+
+
+def _stage(stage: Stage) -> str:
+    layers = f"layers {stage.layers[0]}-{stage.layers[-1]}" if stage.layers else "no layers"
+    before = "embedding, " if stage.has_embedding else ""
+    return f"stage {stage.index} with {before}{layers}{', head' if stage.has_head else ''}"
+
+
+def _batch(blueprint: Blueprint) -> Iterator[str]:
+    batches, seq = blueprint.batch_schedule, blueprint.model.seq_length
+    size = batches.final_batch_size
+    yield (
+        f"{size:,} sequences per step = {_num_microbatches(blueprint):,} micro batches x "
+        f"{batches.micro_batch_size} x dp {batches.dp}; {size * seq:,} tokens per step"
+    )
+    phases = batches.phases()
+    if len(phases) > 1:
+        shown = phases if len(phases) <= _PHASES_SHOWN else (*phases[:3], *phases[-2:])
+        steps = [
+            f"{p.global_batch_size:,} from iteration {p.iteration:,} (sample {p.samples:,})"
+            for p in shown
+        ]
+        if len(shown) < len(phases):
+            steps.insert(3, f"{len(phases) - len(shown)} sizes between")
+        yield "ramp: " + ", ".join(steps)
+
+
+def _length(blueprint: Blueprint) -> Iterator[str]:
+    if blueprint.train_iters is None or blueprint.train_samples is None:
+        yield "not given (--train-iters or --train-samples)"
+        return
+    tokens = blueprint.train_samples * blueprint.model.seq_length
+    yield (
+        f"{blueprint.train_iters:,} iterations = {blueprint.train_samples:,} samples "
+        f"= {tokens:,} tokens"
+    )
+
+
+def _schedule(blueprint: Blueprint) -> Iterator[str]:
+    result = simulate(blueprint.compute(_num_microbatches(blueprint)))
+    live = " ".join(map(str, result.peak_live))
+    yield (
+        f"{blueprint.schedule}, bubble {result.bubble:.2%} of the step; "
+        f"micro batches kept at once per pp rank: {live}"
+    )
+
+
+def _flops(blueprint: Blueprint) -> Iterator[str]:
+    per_step = blueprint.batch_schedule.final_batch_size * blueprint.model.seq_length
+    for convention, per_token in (
+        ("full attention square (SC21, Megatron-DeepSpeed)", blueprint.flops_per_token_full),
+        ("causal half of attention (Megatron-LM)", blueprint.flops_per_token_causal),
+    ):
+        yield f"{per_token * per_step:.4e} per step, {per_token:.4e} per token: {convention}"
+
+
+def _num_microbatches(blueprint: Blueprint) -> int:
+    """Micro batches per dp rank once the batch size has stopped growing."""
+    batches = blueprint.batch_schedule
+    return batches.final_batch_size // (batches.micro_batch_size * batches.dp)
