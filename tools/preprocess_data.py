@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import glob
 import signal
 import sys
-import time
+from collections.abc import Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -107,14 +108,22 @@ def print_summary(summary: Summary) -> None:
     print(f"{summary.input_bytes} bytes in {summary.seconds:.1f} s ({speed:.2f} MB/s)")
 
 
-def stop(*_: object) -> None:
+@contextlib.contextmanager
+def sigterm_is_ctrl_c() -> Iterator[None]:
     """SIGTERM ends the run like Ctrl-C: workers stopped, temporary files removed."""
-    raise KeyboardInterrupt
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def main() -> int:
     arguments = parse_arguments()
-    signal.signal(signal.SIGTERM, stop)
     job = Job(
         data=DataConfig(
             tokenizer_type=arguments.tokenizer_type,
@@ -126,17 +135,16 @@ def main() -> int:
         keys=tuple(arguments.json_keys),
         append_eod=arguments.append_eod,
     )
-    began = time.perf_counter()
-    summary = preprocess(
-        job,
-        inputs=find_inputs(arguments.input),
-        output_prefix=arguments.output_prefix,
-        workers=arguments.workers,
-        disk=Disk(),
-        overwrite=arguments.overwrite,
-        progress=Progress(arguments.log_interval),
-    )
-    summary.seconds = time.perf_counter() - began
+    with sigterm_is_ctrl_c():
+        summary = preprocess(
+            job,
+            inputs=find_inputs(arguments.input),
+            output_prefix=arguments.output_prefix,
+            workers=arguments.workers,
+            disk=Disk(),
+            overwrite=arguments.overwrite,
+            progress=Progress(arguments.log_interval),
+        )
     print_summary(summary)
     return 0
 

@@ -54,8 +54,8 @@ class IndexedDatasetBuilder:
         self._bounds = array("q", [0])
         self._pending: list[bytes] = []
         self._pending_bytes = 0
-        self._temporaries = [temporary_name(self.path)]
-        self._file = self._disk.create(self._temporaries[0])
+        self._unfinished = [temporary_name(self.path)]
+        self._file = self._disk.create(self._unfinished[0])
 
     def add_item(self, tokens: npt.ArrayLike) -> None:
         """Append one sequence to the current document; end_document closes it."""
@@ -113,7 +113,11 @@ class IndexedDatasetBuilder:
 
     def finalize(self, path: str | os.PathLike[str] | None = None) -> None:
         """Write the index (beside the .bin by default) and give both files their names."""
-        index = self.path.with_suffix(".idx") if path is None else Path(path)
+        self.prepare()
+        self.publish(path)
+
+    def prepare(self) -> None:
+        """Complete both files under their temporary names, checked and on the device."""
         if self._bounds[-1] != len(self._lengths):
             raise DataError(f"{self.path}: sequences after the last end_document()")
         self._flush()
@@ -121,13 +125,13 @@ class IndexedDatasetBuilder:
         self._file.close()
         lengths = np.frombuffer(self._lengths, np.int32)
         expected = int(lengths.sum(dtype=np.int64)) * self.dtype.itemsize
-        actual = self._temporaries[0].stat().st_size
+        actual = self._unfinished[0].stat().st_size
         if actual != expected:
             raise DataError(
                 f"{self.path}: {actual} bytes were written, expected {expected} by the lengths"
             )
-        self._temporaries.append(temporary_name(index))
-        with self._disk.create(self._temporaries[1]) as file:
+        self._unfinished.append(temporary_name(self.path.with_suffix(".idx")))
+        with self._disk.create(self._unfinished[1]) as file:
             code, sequences, bounds = CODES[self.dtype], len(lengths), len(self._bounds)
             file.write(HEADER.pack(MAGIC, VERSION, code, sequences, bounds))
             file.write(lengths.astype("<i4", copy=False).tobytes())
@@ -135,22 +139,28 @@ class IndexedDatasetBuilder:
             file.write((np.cumsum(nbytes) - nbytes).astype("<i8", copy=False).tobytes())
             file.write(np.frombuffer(self._bounds, np.int64).astype("<i8", copy=False).tobytes())
             file.fsync()
-        # an old .idx must never stand beside a new .bin: the .idx says that the pair is complete
-        self._disk.remove(index)
-        self._disk.sync_folder(index.parent)
-        self._disk.rename(self._temporaries[0], self.path)
-        self._disk.sync_folder(self.path.parent)
-        self._disk.rename(self._temporaries[1], index)
-        self._disk.sync_folder(index.parent)
-        self._temporaries.clear()
+
+    def publish(self, path: str | os.PathLike[str] | None = None) -> None:
+        """Give the prepared files their names; the index comes last, it says that both are whole."""
+        index = self.path.with_suffix(".idx") if path is None else Path(path)
+        disk = self._disk
+        # an old .idx must never stand beside a new .bin
+        disk.remove(index)
+        disk.sync_folder(index.parent)
+        disk.rename(self._unfinished[0], self.path)
+        self._unfinished[0] = self.path  # without its index it is removed again
+        disk.sync_folder(self.path.parent)
+        disk.rename(self._unfinished[1], index)
+        self._unfinished.clear()
+        disk.sync_folder(index.parent)
 
     def abort(self) -> None:
         """Remove what was written so far; after finalize it does nothing."""
         with contextlib.suppress(StorageError):
             self._file.close()
-        while self._temporaries:
+        while self._unfinished:
             with contextlib.suppress(StorageError):
-                self._disk.remove(self._temporaries.pop())
+                self._disk.remove(self._unfinished.pop())
 
     def __enter__(self) -> IndexedDatasetBuilder:
         return self

@@ -282,6 +282,7 @@ def preprocess(
     workers: int,
     disk: Disk,
     overwrite: bool = False,
+    batch_bytes: int = BATCH_BYTES,
     progress: Callable[[int, int, float], None] = lambda documents, size, seconds: None,
 ) -> Summary:
     """Write `{output_prefix}_{key}_document.{bin,idx}` for every key, whole or not at all.
@@ -307,7 +308,7 @@ def preprocess(
             stack.enter_context(IndexedDatasetBuilder(bin_path(prefix), dtype, disk))
             for prefix in prefixes
         ]
-        for lines, tokens in encoded_batches(job, read_batches(inputs), workers):
+        for lines, tokens in encoded_batches(job, read_batches(inputs, batch_bytes), workers):
             for builder, count, batch in zip(builders, summary.keys, tokens, strict=True):
                 builder.add_documents(batch.tokens, batch.lengths, batch.sequences)
                 _add(count, batch)
@@ -315,8 +316,10 @@ def preprocess(
             summary.input_bytes += len(lines.data)
             progress(summary.documents, summary.input_bytes, time.perf_counter() - began)
         _refuse_nothing(summary, inputs)
+        for builder in builders:
+            builder.prepare()
         for builder, prefix in zip(builders, prefixes, strict=True):
-            builder.finalize(idx_path(prefix))
+            builder.publish(idx_path(prefix))
     _verify(summary)
     summary.seconds = time.perf_counter() - began
     return summary

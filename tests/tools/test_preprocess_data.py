@@ -1,0 +1,311 @@
+"""Text to token files by the command line: the right bytes, or one clear line and nothing left."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from megatron_lite.config.data import DataConfig
+from megatron_lite.config.errors import StorageError
+from megatron_lite.config.exit import run_tool
+from megatron_lite.data import preprocess
+from megatron_lite.data.indexed import IndexedDataset
+from megatron_lite.storage.disk import Disk
+from megatron_lite.storage.faults import FaultyDisk, RecordingDisk
+from tools import preprocess_data
+
+TOOL = Path(preprocess_data.__file__)
+NULL = ["--tokenizer-type", "NullTokenizer", "--vocab-size", "1000"]
+
+
+def call(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
+    """The tool in this process, so that a case costs milliseconds."""
+    monkeypatch.setattr(sys, "argv", ["preprocess_data.py", *map(str, arguments)])
+    return run_tool(preprocess_data.main)
+
+
+def write_lines(path: Path, *records: Any) -> Path:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    return path
+
+
+def hashes(folder: Path, pattern: str = "*document.*") -> dict[str, str]:
+    return {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.glob(pattern)
+    }
+
+
+def test_documents_sentences_and_eods_are_megatrons(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = write_lines(
+        tmp_path / "a.json",
+        {"text": "1 2 3"},
+        {"text": ""},
+        {"text": ["4", "", "5 6"]},
+        {"text": "7", "other": 1},
+    )
+    prefix = tmp_path / "out" / "a"
+    arguments = ("--input", source, "--output-prefix", prefix, *NULL, "--append-eod")
+    assert call(monkeypatch, *arguments, "--dataset-impl", "mmap", "--log-interval", 2) == 0
+    ds = IndexedDataset(f"{prefix}_text_document")
+    assert [sequence.tolist() for sequence in ds] == [[1, 2, 3, 1000], [4], [5, 6, 1000], [7, 1000]]
+    assert ds.document_indices.tolist() == [0, 1, 1, 3, 4]
+    assert ds.dtype == np.uint16
+    captured = capsys.readouterr()
+    assert "4 documents (1 empty), 4 sequences, 10 tokens (3 EOD), uint16" in captured.out
+    assert "Processed 4 documents (" in captured.err and "docs/s, " in captured.err
+
+
+def test_golden_bytes_come_out_of_the_tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = write_lines(
+        tmp_path / "a.json", {"text": "11 12 13"}, {"text": "21 22"}, {"text": "31 32 33 34"}
+    )
+    null = ["--tokenizer-type", "NullTokenizer", "--vocab-size", "50256", "--append-eod"]
+    assert call(monkeypatch, "--input", source, "--output-prefix", tmp_path / "a", *null) == 0
+    assert hashes(tmp_path) == {
+        "a_text_document.bin": "bc35d075b25d7f63e4c36ad28996f70268d8fb38436e48f50d1ee046fe981143",
+        "a_text_document.idx": "a0f36eb2d41fae44730b192eab5e12309fbd9432d5f2617eab3366ecc32e9bac",
+    }
+
+
+def test_any_number_of_workers_writes_the_same_bytes(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    records = [
+        {"a": " ".join(map(str, random.integers(0, 999, n))), "b": [str(n % 7), "", "8 9"]}
+        for n in random.integers(0, 30, 300)
+    ]
+    source = str(write_lines(tmp_path / "a.json", *records))
+    found = []
+    for workers in (1, 2, 3):
+        job = preprocess.Job(
+            DataConfig(tokenizer_type="NullTokenizer"), 1000, ("a", "b"), append_eod=True
+        )
+        folder = tmp_path / str(workers)
+        preprocess.preprocess(
+            job,
+            inputs=[source, source],
+            output_prefix=str(folder / "x"),
+            workers=workers,
+            disk=Disk(),
+            batch_bytes=500,  # many small batches: order matters
+        )
+        found.append(hashes(folder))
+    assert len(found[0]) == 4 and found[0] == found[1] == found[2]
+    ds = IndexedDataset(tmp_path / "1" / "x_a_document")
+    flat = [[int(word) for word in record["a"].split()] for record in records * 2]
+    assert [s.tolist() for s in ds] == [[*words, 1000] for words in flat if words]
+
+
+def test_a_full_disk_at_any_operation_leaves_nothing_or_whole_pairs(tmp_path: Path) -> None:
+    source = str(write_lines(tmp_path / "a.json", {"a": "1 2", "b": "3"}, {"a": "4", "b": "5"}))
+
+    def attempt(folder: Path, disk: Disk) -> None:
+        data = DataConfig(tokenizer_type="NullTokenizer")
+        preprocess.preprocess(
+            preprocess.Job(data, 1000, ("a", "b"), append_eod=False),
+            inputs=[source],
+            output_prefix=str(folder / "x"),
+            workers=1,
+            disk=disk,
+        )
+
+    recorded = RecordingDisk()
+    attempt(tmp_path / "whole", recorded)
+    first_rename = [operation.kind for operation in recorded.operations].index("rename")
+    for k in range(len(recorded.operations)):
+        folder = tmp_path / str(k)
+        with pytest.raises(StorageError, match="No space left"):
+            attempt(folder, FaultyDisk(fail_at=k, error=errno.ENOSPC, tear=True, lasting=True))
+        names = os.listdir(folder) if folder.exists() else []
+        assert names == [] or k > first_rename
+        for key in "ab":
+            pair = [f"x_{key}_document.bin", f"x_{key}_document.idx"]
+            assert sorted(set(names) & set(pair)) in ([], pair)
+        assert not [name for name in names if "partial" in name]
+
+
+def test_bom_crlf_blank_lines_and_no_last_newline_are_fine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.json").write_bytes(
+        b'\xef\xbb\xbf{"text": "1"}\r\n\n   \n{"text": "2", "x": "\xe2\x80\xa8"}\n{"text": "3"}'
+    )
+    assert (
+        call(monkeypatch, "--input", tmp_path / "*.json", "--output-prefix", tmp_path / "a", *NULL)
+        == 0
+    )
+    ds = IndexedDataset(tmp_path / "a_text_document")
+    assert [sequence.tolist() for sequence in ds] == [[1], [2], [3]]
+
+
+BAD_LINES = {
+    "json": (b'{"text": ', "no JSON"),
+    "array": (b'["1"]', "a JSON list, not an object"),
+    "key": (b'{"txt": "1", "id": 2}', r"no key 'text', it has \['id', 'txt'\]"),
+    "null": (b'{"text": null}', "'text' is NoneType"),
+    "number": (b'{"text": 5}', "'text' is int"),
+    "nested": (b'{"text": [["1"]]}', "'text' is list"),
+    "utf8": (b'{"text": "\xff"}', "no JSON"),
+    "surrogate": (b'{"text": "\\ud800"}', "lone surrogate"),
+    "deep": (b"[" * 100_000, "no JSON"),
+    "tokenizer": (b'{"text": "one"}', "numbers separated by spaces"),
+    "range": (b'{"text": "1000"}', "1000 is not below"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_LINES)
+def test_a_bad_line_is_named_and_nothing_is_left(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    case: str,
+) -> None:
+    line, message = BAD_LINES[case]
+    (tmp_path / "a.json").write_bytes(b'{"text": "1"}\n' * 3 + line + b"\n" + b'{"text": "2"}\n')
+    assert (
+        call(monkeypatch, "--input", tmp_path / "a.json", "--output-prefix", tmp_path / "x", *NULL)
+        == 3
+    )
+    err = capsys.readouterr().err
+    assert err.startswith("FATAL[3] rank=- step=-: ") and len(err.splitlines()) == 1
+    where = "a.json:1-5: " if case in ("tokenizer", "range") else "a.json:4: "
+    assert where in err
+    assert re.search(message, err)
+    assert os.listdir(tmp_path) == ["a.json"]
+
+
+def test_a_bad_line_in_a_worker_ends_the_same_way(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_bytes(b'{"text": "1"}\n{"text": \n')
+    arguments = ["--input", tmp_path / "a.json", "--output-prefix", tmp_path / "x", *NULL]
+    done = subprocess.run(
+        [sys.executable, TOOL, *arguments, "--workers", "2"], capture_output=True, text=True
+    )
+    assert done.returncode == 3
+    assert done.stderr.startswith("FATAL[3] ") and "a.json:2: no JSON" in done.stderr
+    assert "Traceback" not in done.stderr and os.listdir(tmp_path) == ["a.json"]
+
+
+def test_what_is_there_stays_unless_overwrite_is_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = write_lines(tmp_path / "a.json", {"text": "1"})
+    second = write_lines(tmp_path / "b.json", {"text": "2 3"})
+    call(monkeypatch, "--input", first, "--output-prefix", tmp_path / "x", *NULL)
+    before = hashes(tmp_path)
+    arguments = ("--input", second, "--output-prefix", tmp_path / "x", *NULL)
+    assert call(monkeypatch, *arguments) == 2
+    assert "--overwrite" in capsys.readouterr().err and hashes(tmp_path) == before
+    (tmp_path / "x_text_document.idx").unlink()
+    assert call(monkeypatch, *arguments) == 2  # a .bin alone is somebody's, too
+    assert call(monkeypatch, *arguments, "--overwrite") == 0
+    assert IndexedDataset(tmp_path / "x_text_document")[0].tolist() == [2, 3]
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [(b"", "no documents"), (b"\n\n", "no documents"), (b'{"text": ""}\n' * 2, "have no tokens")],
+)
+def test_input_without_text_is_an_error(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    content: bytes,
+    message: str,
+) -> None:
+    (tmp_path / "a.json").write_bytes(content)
+    assert (
+        call(monkeypatch, "--input", tmp_path / "a.json", "--output-prefix", tmp_path / "x", *NULL)
+        == 3
+    )
+    assert message in capsys.readouterr().err and os.listdir(tmp_path) == ["a.json"]
+
+
+@pytest.mark.parametrize(
+    "extra, code, message",
+    [
+        (["--split-sentences"], 2, "--split-sentences"),
+        (["--dataset-impl", "lazy"], 2, "--dataset-impl lazy"),
+        (["--workers", "0"], 2, "--workers 0"),
+        (["--unknown"], 2, "--unknown"),
+        (["--json-keys", "a", "a"], 2, "names a key twice"),
+        (["--tokenizer-type", "Nope"], 2, "--tokenizer-type Nope"),
+        (["--tokenizer-type", "GPT2BPETokenizer", "--vocab-file", "/no"], 3, "--vocab-file /no"),
+        (["--input", "/no/file"], 3, "--input /no/file does not exist"),
+        (["--input", "/"], 3, "--input / is no file"),
+        (["--output-prefix", "/proc/no/x"], 5, "/proc/no"),
+    ],
+)
+def test_wrong_flags_end_with_their_code_in_one_line(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    extra: list[str],
+    code: int,
+    message: str,
+) -> None:
+    source = write_lines(tmp_path / "a.json", {"text": "1"})
+    arguments = ("--input", source, "--output-prefix", tmp_path / "x", *NULL, *extra)
+    assert call(monkeypatch, *arguments) == code
+    err = capsys.readouterr().err
+    assert err.startswith(f"FATAL[{code}] ") and message in err and len(err.splitlines()) == 1
+    assert os.listdir(tmp_path) == ["a.json"]
+
+
+def workers_of(pid: int) -> list[int]:
+    """The processes that multiprocessing started for work (not its resource tracker)."""
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [
+        int(child)
+        for child in children
+        if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()
+    ]
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.parametrize("victim, code", [("worker", 3), ("parent-term", 130), ("parent-kill", -9)])
+def test_a_death_ends_everything_soon_with_nothing_under_a_name(
+    tmp_path: Path, victim: str, code: int
+) -> None:
+    line = json.dumps({"text": "1 2 3 4 5 6 7 8 " * 500}) + "\n"
+    (tmp_path / "a.json").write_text(line * 6000)
+    arguments = ["--input", tmp_path / "a.json", "--output-prefix", tmp_path / "x", *NULL]
+    tool = subprocess.Popen(
+        [sys.executable, TOOL, *arguments, "--workers", "2"], stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 20
+    while not list(tmp_path.glob(".x*")) or len(workers := workers_of(tool.pid)) < 2:
+        assert time.monotonic() < deadline and tool.poll() is None
+        time.sleep(0.02)
+    if victim == "worker":
+        os.kill(workers[0], signal.SIGKILL)
+    else:
+        tool.send_signal(signal.SIGTERM if victim == "parent-term" else signal.SIGKILL)
+    began = time.monotonic()
+    _, err = tool.communicate(timeout=20)
+    assert tool.returncode == code
+    while any(is_alive(worker) for worker in workers):
+        assert time.monotonic() < began + 5
+        time.sleep(0.02)
+    assert time.monotonic() < began + 5
+    assert not list(tmp_path.glob("x_*"))
+    if victim != "parent-kill":
+        assert f"FATAL[{code}]" in err and os.listdir(tmp_path) == ["a.json"]
