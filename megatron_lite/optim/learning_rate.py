@@ -40,7 +40,7 @@ class LearningRateSchedule:
 
     @classmethod
     def from_config(
-        cls, lr: LearningRateConfig, *, train: TrainConfig, global_batch_size: int
+        cls, lr: LearningRateConfig, train: TrainConfig, global_batch_size: int
     ) -> LearningRateSchedule:
         """Iterations count as samples of the full global batch, also during a batch ramp.
 
@@ -111,7 +111,7 @@ class WeightDecaySchedule:
 
     @classmethod
     def from_config(
-        cls, optim: OptimConfig, *, train: TrainConfig, global_batch_size: int
+        cls, optim: OptimConfig, train: TrainConfig, global_batch_size: int
     ) -> WeightDecaySchedule:
         """Raises ConfigError where a style that moves has no start or no end."""
         samples = float(train_samples(train, global_batch_size))

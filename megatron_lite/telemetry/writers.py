@@ -1,6 +1,6 @@
 """Where records go: metrics.jsonl, TensorBoard, Weights & Biases, all behind one `write(record)`.
 
-One rank writes; the others hold a NullWriter, so that nobody asks who they are.
+One rank writes; the others hold an empty `Writers`, so that nobody asks who they are.
 """
 
 from __future__ import annotations
@@ -40,18 +40,8 @@ class Writer(Protocol):
         ...
 
 
-class NullWriter:
-    """For the ranks that do not write."""
-
-    def write(self, record: Record) -> None:
-        """Nothing is written."""
-
-    def close(self) -> None:
-        """Nothing is held."""
-
-
 class Writers:
-    """Several writers as one, in their order."""
+    """Several writers as one, in their order; none at all on a rank that does not write."""
 
     def __init__(self, writers: Sequence[Writer]) -> None:
         self.writers = tuple(writers)
@@ -157,13 +147,21 @@ class WeightsAndBiases:
 
 
 def open_writers(
-    config: TelemetryConfig, *, run_folder: Path, resumed_iteration: int, disk: Disk
+    config: TelemetryConfig,
+    run_folder: Path,
+    resumed_iteration: int,
+    *,
+    enabled: bool = True,
+    disk: Disk | None = None,
 ) -> Writers:
-    """The writers a configuration asks for; call it on the one rank that writes.
+    """The writers a configuration asks for; none where this rank is not the one that writes.
 
     resumed_iteration: 0 for a fresh run.  Raises ConfigError for a missing package and
     StorageError for a folder that cannot be written.
     """
+    if not enabled:
+        return Writers(())
+    disk = disk or Disk()
     wandb = _wandb(config.wandb_project) if config.wandb_project else None
     writers: list[Writer] = [
         JsonLines(run_folder / METRICS_FILE, resumed_iteration=resumed_iteration, disk=disk)

@@ -18,9 +18,7 @@ from megatron_lite.telemetry.event_file import crc32c, framed
 from megatron_lite.telemetry.record import read_metrics, to_json
 from megatron_lite.telemetry.writers import (
     JsonLines,
-    NullWriter,
     TensorBoard,
-    Writers,
     open_writers,
     scalars,
 )
@@ -188,7 +186,7 @@ def test_wandb_gets_the_same_scalars(tmp_path: Path, monkeypatch: pytest.MonkeyP
     module.init = init  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "wandb", module)
     config = TelemetryConfig(wandb_project="p", wandb_exp_name="e")
-    writers = open_writers(config, run_folder=tmp_path, resumed_iteration=0, disk=DISK)
+    writers = open_writers(config, tmp_path, 0)
     writers.write(step(3))
     writers.write(SAVE)
     writers.close()
@@ -202,18 +200,19 @@ def test_wandb_gets_the_same_scalars(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_missing_wandb_names_the_flag(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ConfigError, match="--wandb-project p .*pip install wandb"):
-        open_writers(
-            TelemetryConfig(wandb_project="p"), run_folder=tmp_path, resumed_iteration=0, disk=DISK
-        )
+        open_writers(TelemetryConfig(wandb_project="p"), tmp_path, 0)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_configuration_chooses_the_writers(tmp_path: Path):
-    plain = open_writers(TelemetryConfig(), run_folder=tmp_path, resumed_iteration=0, disk=DISK)
-    assert [type(writer) for writer in plain.writers] == [JsonLines]
     config = TelemetryConfig(tensorboard_dir=str(tmp_path / "tb"))
-    both = open_writers(config, run_folder=tmp_path, resumed_iteration=0, disk=DISK)
+    silent = open_writers(config, tmp_path, 0, enabled=False)
+    silent.write(step(1))
+    silent.close()
+    assert list(tmp_path.iterdir()) == []
+    plain = open_writers(TelemetryConfig(), tmp_path, 0)
+    assert [type(writer) for writer in plain.writers] == [JsonLines]
+    both = open_writers(config, tmp_path, 0)
     assert [type(writer) for writer in both.writers] == [JsonLines, TensorBoard]
-    for writer in (plain, both, Writers([NullWriter()])):
-        writer.write(step(1))
-        writer.close()
+    plain.close()
+    both.close()

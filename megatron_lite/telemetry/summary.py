@@ -1,0 +1,136 @@
+"""What a run's records say in a few numbers: how fast it was, where the loss ended."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megatron_lite.config.errors import DataError
+from megatron_lite.telemetry.record import EvaluationRecord, Record, StepRecord
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Speed:
+    """Tokens per second and GPU over the steady steps of a run."""
+
+    steps: int
+    left_out: int
+    """Warm-up steps: the first of each process."""
+
+    mean: float
+    """Tokens of all steady steps / their time / world size."""
+
+    median: float
+    smallest: float
+    largest: float
+    seconds_per_iteration: float
+    tflops_per_gpu: float
+    tflops_causal: float
+    mfu: float | None
+    world_size: int
+
+    def __str__(self) -> str:
+        mfu = "-" if self.mfu is None else f"{100.0 * self.mfu:.2f}%"
+        return (
+            f"tokens per gpu per second (tgs): mean {self.mean:.3f} | median {self.median:.3f}"
+            f" | min {self.smallest:.3f} | max {self.largest:.3f}\n"
+            f"  over {self.steps} steps on {self.world_size} ranks"
+            f" (without {self.left_out} of warm-up)"
+            f" | elapsed time per iteration (ms): {1000.0 * self.seconds_per_iteration:.1f}"
+            f" | TFLOPs: {self.tflops_per_gpu:.2f} (causal {self.tflops_causal:.2f}) | MFU: {mfu}"
+        )
+
+
+def train_records(records: Sequence[Record]) -> list[StepRecord]:
+    """The optimizer steps among the records."""
+    return [record for record in records if isinstance(record, StepRecord)]
+
+
+def evaluation_records(records: Sequence[Record], split: str) -> list[EvaluationRecord]:
+    """The evaluations of one split among the records."""
+    return [
+        record
+        for record in records
+        if isinstance(record, EvaluationRecord) and record.split == split
+    ]
+
+
+def measure_speed(records: Sequence[Record], *, source: str) -> Speed:
+    """Speed of the steps after warm-up, on the number of ranks the last step had.
+
+    Raises DataError naming the source where there is no such step.
+    """
+    steps = train_records(records)
+    ranks = steps[-1].world_size if steps else 0
+    steady = [
+        step
+        for step in steps
+        if not step.warmup
+        and step.world_size == ranks
+        and math.isfinite(step.tokens_per_second_per_gpu)
+    ]
+    if not steady:
+        raise DataError(
+            f"{source} has {len(steps)} steps and none after the warm-up step; "
+            f"run at least 2 iterations"
+        )
+    seconds = sum(step.seconds_per_iteration for step in steady)
+    rates = [step.tokens_per_second_per_gpu for step in steady]
+
+    def over_time(values: Sequence[float]) -> float:
+        weighted = zip(values, steady, strict=True)
+        return sum(value * step.seconds_per_iteration for value, step in weighted) / seconds
+
+    utilization = [step.mfu for step in steady if step.mfu is not None]
+    return Speed(
+        steps=len(steady),
+        left_out=sum(step.warmup for step in steps),
+        mean=over_time(rates),
+        median=statistics.median(rates),
+        smallest=min(rates),
+        largest=max(rates),
+        seconds_per_iteration=seconds / len(steady),
+        tflops_per_gpu=over_time([step.tflops_per_gpu for step in steady]),
+        tflops_causal=over_time([step.tflops_causal for step in steady]),
+        mfu=over_time(utilization) if len(utilization) == len(steady) else None,
+        world_size=ranks,
+    )
+
+
+def describe_losses(records: Sequence[Record]) -> list[str]:
+    """First and last training loss, best and last validation loss, test loss with perplexity."""
+    steps = train_records(records)
+    if not steps:
+        return ["no optimizer step yet"]
+    first, last = steps[0], steps[-1]
+    lines = [
+        f"iterations {first.iteration} to {last.iteration} of {last.train_iters}, "
+        f"{last.samples} samples, {last.tokens} tokens",
+        f"training loss {first.loss:.4f} -> {last.loss:.4f}",
+    ]
+    validation = evaluation_records(records, "validation")
+    if validation:
+        best = min(validation, key=lambda record: record.loss)
+        end = validation[-1]
+        lines.append(
+            f"validation loss {end.loss:.4f} (PPL {end.perplexity:.2f}) at iteration "
+            f"{end.iteration}; best {best.loss:.4f} at {best.iteration}"
+        )
+    test = evaluation_records(records, "test")
+    if test:
+        lines.append(f"test loss {test[-1].loss:.4f} (PPL {test[-1].perplexity:.2f})")
+    skipped = sum(step.skipped_iterations for step in steps)
+    if skipped:
+        lines.append(f"{skipped} steps were skipped")
+    return lines
+
+
+def smoothed(values: Sequence[float], *, window: int) -> list[float]:
+    """Mean over the finite values of the window that ends at each point."""
+    means = []
+    for end in range(1, len(values) + 1):
+        near = [value for value in values[max(0, end - window) : end] if math.isfinite(value)]
+        means.append(sum(near) / len(near) if near else math.nan)
+    return means
