@@ -141,7 +141,7 @@ class IndexedDatasetBuilder:
             file.fsync()
 
     def publish(self, path: str | os.PathLike[str] | None = None) -> None:
-        """Give the prepared files their names; the index comes last, it says that both are whole."""
+        """Give the prepared files their names; the index, last, says that both are whole."""
         index = self.path.with_suffix(".idx") if path is None else Path(path)
         disk = self._disk
         # an old .idx must never stand beside a new .bin
