@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout, installed or not
 
-from megatron_lite.blueprint.describe import describe
 from megatron_lite.blueprint.draw_up import draw_up
+from megatron_lite.blueprint.plan import describe
 from megatron_lite.config import rules
 from megatron_lite.config.errors import ConfigError, MegatronLiteError
 from megatron_lite.config.exit import BUG, fatal_line

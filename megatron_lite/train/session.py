@@ -14,6 +14,7 @@ from megatron_lite.checkpoint.store import Store
 from megatron_lite.config.errors import PREEMPTED, DistributedError
 from megatron_lite.config.files import dump
 from megatron_lite.config.run import RunConfig
+from megatron_lite.config.telemetry import TelemetryConfig
 from megatron_lite.data.build import Datasets, build_datasets
 from megatron_lite.data.loader import Loader
 from megatron_lite.data.pretrain import Samples
@@ -30,7 +31,7 @@ from megatron_lite.parallel.launch import (
 )
 from megatron_lite.storage.disk import Disk, write_atomically
 from megatron_lite.telemetry.throughput import IntervalMeter
-from megatron_lite.telemetry.writers import open_writers
+from megatron_lite.telemetry.writers import Writers, open_writers
 from megatron_lite.train.assemble import Run, assemble
 from megatron_lite.train.device import device_peak
 from megatron_lite.train.log import Log
@@ -118,12 +119,7 @@ def open_session(
     train_iters = blueprint.train_iters
     assert train_iters is not None, "rules.check wants --train-iters or --train-samples"
     datasets = _open_datasets(config, launch, ctx, tokens, folder, train_iters, final_batch)
-    log = Log(
-        ctx,
-        open_writers(
-            config.telemetry, folder, resumed.iteration or 0, enabled=ctx.rank == 0
-        ),
-    )
+    log = Log(ctx, _writers(config.telemetry, folder, resumed.iteration or 0, ctx))
     log.say(*notices, *_description(run, blueprint))
     log.warn(*resumed.notices[:-1])
     log.say(*resumed.notices[-1:])
@@ -135,10 +131,10 @@ def open_session(
         checkpoint=config.checkpoint,
         loaders=_loaders(config, datasets, ctx, tokens),
         learning_rate=LearningRateSchedule.from_config(
-            resumed.learning_rate, config.train, final_batch
+            resumed.learning_rate, train=config.train, global_batch_size=final_batch
         ),
         weight_decay=WeightDecaySchedule.from_config(
-            config.optim, resumed.learning_rate, config.train, final_batch
+            config.optim, train=config.train, global_batch_size=final_batch
         ),
         log=log,
         meter=IntervalMeter(
@@ -174,6 +170,17 @@ def _begin_folder(folder: Path, config: RunConfig) -> None:
     disk = Disk()
     disk.make_folder(folder)
     write_atomically(folder / "config.yaml", dump(config).encode(), disk)
+
+
+def _writers(
+    telemetry: TelemetryConfig, folder: Path, resumed_iteration: int, ctx: ParallelContext
+) -> Writers:
+    """Rank 0 writes; it may be without a writer's package, and then all ranks stop."""
+    if ctx.rank != 0:
+        return Writers([])
+    return open_writers(
+        telemetry, run_folder=folder, resumed_iteration=resumed_iteration, disk=Disk()
+    )
 
 
 def _open_datasets(

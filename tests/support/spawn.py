@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import socket
 import tempfile
 import time
 import traceback
@@ -22,22 +23,41 @@ def _context() -> Any:
     return context
 
 
+def free_port() -> int:
+    """A port of this machine that nobody uses right now."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+def _as_torchrun(rank: int, ranks: int, port: int) -> None:
+    """The environment torchrun would give."""
+    os.environ.update(
+        RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(ranks),
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
+    )  # fmt: skip
+
+
 def _rank_main(
-    pipe: Connection, check: Callable[..., Any], rank: int, ranks: int, store: str, arguments: tuple
-) -> None:
+    pipe: Connection, check: Callable[..., Any], rank: int, ranks: int, store: str,
+    port: int | None, arguments: tuple,
+) -> None:  # fmt: skip
     import torch
     import torch.distributed as dist
 
     torch.set_num_threads(1)
+    join = port is None and ranks > 1
     try:
-        if ranks > 1:
+        if port is not None:
+            _as_torchrun(rank, ranks, port)
+        if join:
             dist.init_process_group(
                 "gloo", init_method=f"file://{store}", rank=rank, world_size=ranks,
                 timeout=timedelta(seconds=60),
             )  # fmt: skip
         result = check(rank, ranks, *arguments)
         pipe.send((True, result))
-        if ranks > 1:
+        if join:
             dist.barrier()
             dist.destroy_process_group()
     except BaseException as error:  # the parent must hear of it, whatever it is
@@ -54,19 +74,27 @@ class RankFailed(AssertionError):
         self.errors = errors
 
 
-def spawn(check: Callable[..., Any], ranks: int, *arguments: Any, deadline: float = 90.0) -> list:
+def spawn(
+    check: Callable[..., Any],
+    ranks: int,
+    *arguments: Any,
+    deadline: float = 90.0,
+    join: bool = True,
+) -> list:
     """[check(rank, ranks, *arguments) of every rank]; the process group is up inside check.
 
+    join=False: the ranks get torchrun's environment instead and join by themselves.
     check must be a module-level function.  Past the deadline the ranks are killed and named.
     """
     context = _context()
+    port = None if join else free_port()
     with tempfile.TemporaryDirectory() as folder:
         store = str(Path(folder) / "store")
         processes, pipes = [], {}
         for rank in range(ranks):
             ours, theirs = context.Pipe(duplex=False)
             process = context.Process(
-                target=_rank_main, args=(theirs, check, rank, ranks, store, arguments), daemon=True
+                target=_rank_main, args=(theirs, check, rank, ranks, store, port, arguments), daemon=True
             )
             process.start()
             theirs.close()
