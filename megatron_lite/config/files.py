@@ -148,8 +148,8 @@ def _yaml(value: object) -> str:
     if isinstance(value, list):
         quoted = (_scalar(item, quote=isinstance(item, str)) for item in value)
         return f"[{', '.join(quoted)}]"
-    plain = _scalar(value, quote=False)
-    return _scalar(value, quote=True) if "\n" in plain else plain
+    # quotes escape what would otherwise need several lines or be folded away
+    return _scalar(value, quote=isinstance(value, str) and not value.isprintable())
 
 
 def _scalar(value: object, *, quote: bool) -> str:

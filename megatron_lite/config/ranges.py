@@ -102,6 +102,7 @@ RANGES: Mapping[str, Range] = {
     "train.train_iters": _SIZE,
     "train.train_samples": _SAMPLES,
     "train.seed": _COUNT,
+    "train.world_size": _SIZE,
     "train.eval_interval": _SIZE,
     "train.eval_iters": _COUNT,
     "train.exit_interval": _SIZE,

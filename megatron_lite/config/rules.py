@@ -206,7 +206,6 @@ def notices(config: RunConfig, world_size: int) -> tuple[str, ...]:
     if not _dp_above_one(config, world_size):
         for flag, given in (
             ("--use-distributed-optimizer", p.use_distributed_optimizer),
-            ("--overlap-grad-reduce", p.overlap_grad_reduce),
             ("--overlap-param-gather", p.overlap_param_gather),
         ):
             if given:

@@ -103,7 +103,7 @@ def whole_number(text: str) -> int:
 def finite_number(text: str) -> float:
     """A float that is neither NaN nor infinite; ValueError says what else it was."""
     try:
-        number = float(text)
+        number = float(text.replace("_", "?"))  # Python reads 1_0 as 10; nobody means that
     except ValueError:
         raise ValueError(f"takes a number, got {_short(text)}") from None
     if not math.isfinite(number):

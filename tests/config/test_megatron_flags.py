@@ -1,0 +1,275 @@
+"""Every flag a user of the Megatron 175B scripts has works, is mapped, is noticed or is refused."""
+
+from __future__ import annotations
+
+import pytest
+
+from megatron_lite.config.errors import ConfigError
+from megatron_lite.config.flags import parse, spellings
+from megatron_lite.config.legacy import LEGACY
+from megatron_lite.config.rules import check
+
+NATIVE = """
+--num-layers 96 | --hidden-size 12288 | --num-attention-heads 96 | --seq-length 2048
+--max-position-embeddings 2048 | --attention-backend auto | --attention-backend flash
+--attention-backend fused | --attention-backend unfused | --attention-backend local
+--micro-batch-size 1 | --global-batch-size 1536 | --rampup-batch-size 16 16 5859375
+--step-batch-size-schedule 0:16,2.4B:320 | --train-iters 500000 | --weight-decay 0.1
+--adam-beta1 0.9 | --adam-beta2 0.95 | --adam-eps 1e-8 | --init-method-std 0.006 | --clip-grad 1.0
+--fp16 | --bf16 | --lr 6.0e-5 | --lr-decay-style cosine | --min-lr 6.0e-6
+--lr-warmup-fraction .001 | --lr-decay-iters 430000 | --tensor-model-parallel-size 8
+--pipeline-model-parallel-size 16 | --data-path d | --vocab-file v.json | --merge-file m.txt
+--split 949,50,1 | --log-interval 100 | --save-interval 10000 | --eval-interval 1000
+--eval-iters 10 | --save c | --load c | --tensorboard-dir t
+--train-samples 146484375 | --lr-decay-samples 126953125 | --lr-warmup-samples 183105
+--lr-warmup-iters 5 | --lr-warmup-init 1e-7 | --sequence-parallel | --distributed-backend nccl
+--distributed-backend gloo | --no-query-key-layer-scaling | --disable-bias-linear
+--normalization rmsnorm | --normalization RMSNorm | --swiglu
+--untie-embeddings-and-output-weights | --tokenizer-model m | --recompute-granularity full
+--recompute-granularity selective | --recompute-method uniform | --recompute-method block
+--recompute-num-layers 2 | --distribute-saved-activations | --log-batch-size-to-tensorboard
+--log-validation-ppl-to-tensorboard | --log-timers-to-tensorboard | --tensorboard-queue-size 5
+--override-opt_param-scheduler | --override-opt-param-scheduler | --data-cache-path c
+--use-checkpoint-opt_param-scheduler | --use-distributed-optimizer | --overlap-grad-reduce
+--overlap-param-gather | --num-layers-per-virtual-pipeline-stage 2
+--num-virtual-stages-per-pipeline-rank 2 | --tokenizer-type GPT2BPETokenizer | --log-throughput
+--seed 1 | --finetune | --no-load-optim | --no-load-rng | --no-save-optim | --no-save-rng
+--exit-interval 10 | --exit-duration-in-mins 230 | --exit-signal-handler
+--distributed-timeout-minutes 10 | --num-workers 2 | --initial-loss-scale 65536
+--loss-scale 1024 | --loss-scale-window 500 | --hysteresis 2 | --min-loss-scale 1
+--make-vocab-size-divisible-by 128 | --mock-data | --train-data-path a | --valid-data-path b
+--test-data-path c | --per-split-data-args-path j | --data-args-path f | --log-params-norm
+--log-num-zeros-in-grad | --timing-log-level 2 | --timing-log-option minmax | --profile
+--profile-step-start 10 | --profile-step-end 12 | --profile-ranks 0 1 | --use-pytorch-profiler
+--wandb-project p | --wandb-exp-name n | --wandb-save-dir d | --wandb-entity e
+--no-masked-softmax-fusion | --no-bias-gelu-fusion | --no-bias-swiglu-fusion
+--no-bias-dropout-fusion | --no-gradient-accumulation-fusion | --hidden-dropout 0.1
+--attention-dropout 0.1 | --group-query-attention | --num-query-groups 8
+--position-embedding-type rope | --position-embedding-type learned_absolute
+--rotary-base 10000 | --rotary-percent 0.5 | --manual-gc | --manual-gc-interval 10
+--accumulate-allreduce-grads-in-fp32 | --no-accumulate-allreduce-grads-in-fp32
+--calculate-per-token-loss | --tensorboard-log-interval 5 | --kv-channels 128
+--ffn-hidden-size 49152 | --mid-level-dataset-surplus 0.005 | --sgd-momentum 0.9 | --optimizer adam
+--start-weight-decay 0.1 | --end-weight-decay 0.1 | --weight-decay-incr-style constant
+--attention-softmax-in-fp32 | --apply-query-key-layer-scaling | --ckpt-step 5
+--exit-on-missing-checkpoint | --skip-train | --reset-position-ids | --reset-attention-mask
+--eod-mask-loss | --dataloader-type single | --context-parallel-size 1 | --no-mmap-bin-files
+"""
+MAPPED = {
+    "--recompute-activations": {"parallel.recompute_granularity": "selective"},
+    "--checkpoint-activations": {
+        "parallel.recompute_granularity": "full",
+        "parallel.recompute_method": "uniform",
+        "parallel.recompute_num_layers": 1,
+    },
+    "--checkpoint-activations --checkpoint-num-layers 3": {
+        "parallel.recompute_granularity": "full",
+        "parallel.recompute_method": "uniform",
+        "parallel.recompute_num_layers": 3,
+    },
+    "--activations-checkpoint-method uniform": {
+        "parallel.recompute_granularity": "full",
+        "parallel.recompute_method": "uniform",
+        "parallel.recompute_num_layers": 1,
+    },
+    "--activations-checkpoint-method block --activations-checkpoint-num-layers 4": {
+        "parallel.recompute_granularity": "full",
+        "parallel.recompute_method": "block",
+        "parallel.recompute_num_layers": 4,
+    },
+    "--distribute-checkpointed-activations": {"parallel.distribute_saved_activations": True},
+    "--use-flash-attn": {"precision.attention_backend": "flash"},
+    "--use-flash-attn-v1": {"precision.attention_backend": "flash"},
+    "--use-flash-attn-v2": {"precision.attention_backend": "flash"},
+    "--use-flash-attn-triton": {"precision.attention_backend": "flash"},
+    "--use-flash-attn-builder": {"precision.attention_backend": "flash"},
+    "--use-rotary-position-embeddings": {"model.position_embedding_type": "rope"},
+    "--num-key-value-heads 8": {
+        "model.num_query_groups": 8,
+        "model.group_query_attention": True,
+    },
+    "--no-pipeline-parallel": {"parallel.pipeline_model_parallel_size": 1},
+    "--seq-length 2048 --train-tokens 300000000000": {"train.train_samples": 146484375},
+    "--seq-length 2048 --train-tokens 300000000000 --train-samples 999": {
+        "train.train_samples": 999
+    },
+    "--seq-length 2048 --lr-decay-tokens 2049": {"learning_rate.lr_decay_samples": 2},
+    "--seq-length 2048 --lr-warmup-tokens 375000000": {"learning_rate.lr_warmup_samples": 183106},
+}
+NO_OPS = """
+--data-impl mmap | --data-impl infer | --mmap-warmup | --DDP-impl local | --DDP-impl torch
+--transformer-impl local | --transformer-impl transformer_engine | --use-mcore-models
+--use-legacy-models | --use-cpu-initialization | --no-async-tensor-model-parallel-allreduce
+--no-overlap-p2p-communication | --overlap-p2p-communication | --no-persist-layer-norm
+--no-rope-fusion | --cross-entropy-loss-fusion | --tp-comm-overlap | --decoupled-weight-decay
+--create-attention-mask-in-dataloader | --no-create-attention-mask-in-dataloader
+--attention-mask-in-fp32 | --deepspeed-activation-checkpointing | --repeated-dataloader
+--universal-checkpoint | --log-optimizer-states-to-tensorboard | --use-dist-ckpt
+--auto-detect-ckpt-format | --ckpt-format torch_dist | --dist-ckpt-format zarr | --num-experts 1
+--expert-model-parallel-size 1 | --ds-sequence-parallel-size 1 | --local_rank 0
+"""
+REFUSED = {
+    "--batch-size 4": "use --micro-batch-size",
+    "--warmup 0.01": "use --lr-warmup-fraction",
+    "--model-parallel-size 8": "use --tensor-model-parallel-size",
+    "--deepspeed": "--use-distributed-optimizer",
+    "--deepspeed_config ds.json": "say with flags what the file says",
+    "--zero-stage 1": "stage 1 is --use-distributed-optimizer",
+    "--kill-switch-file f": "send SIGTERM",
+    "--train-data-exact-num-epochs 1": "--train-samples",
+    "--load-tag global_step5": "use --ckpt-step",
+    "--train-weighted-split-paths a": "use --train-data-path",
+    "--rotary-interleaved": "drop it",
+    "--rotary-seq-len-interpolation-factor 2": "use --rotary-base",
+    "--data-impl cached": "takes only mmap or infer here",
+    "--num-experts 8": "takes only 1 here",
+    "--activations-checkpoint-method custom": "takes only uniform or block here",
+    "--train-tokens 3e9": "write 3000000000",
+}
+
+
+def cases(table: str) -> list[str]:
+    return [case.strip() for line in table.strip().splitlines() for case in line.split("|")]
+
+
+@pytest.mark.parametrize("words", cases(NATIVE))
+def test_native(words: str) -> None:
+    flag, *_ = words.split()
+    parsed = parse(words.split())
+    key = spellings()[flag.replace("_", "-")].setting.key
+    assert parsed.origin[key] == f"flag {flag}"
+    assert parsed.notices == ()
+
+
+@pytest.mark.parametrize("words", MAPPED)
+def test_mapped(words: str) -> None:
+    parsed = parse(words.split())
+    for key, expected in MAPPED[words].items():
+        section, name = key.split(".")
+        assert getattr(getattr(parsed.config, section), name) == expected
+        assert parsed.origin[key].startswith("flag --")
+    assert parsed.notices and all(n.startswith("--") and "means" in n for n in parsed.notices)
+
+
+@pytest.mark.parametrize("words", cases(NO_OPS))
+def test_no_op(words: str) -> None:
+    parsed = parse(words.split())
+    assert parsed.config == parse([]).config
+    (notice,) = parsed.notices
+    assert notice.startswith(f"{words}: accepted, changes nothing: ")
+
+
+@pytest.mark.parametrize("words", REFUSED)
+def test_refused(words: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse(words.split())
+    assert str(caught.value).startswith(words.split()[0])
+    assert REFUSED[words] in str(caught.value)
+
+
+def test_the_cases_cover_the_whole_table() -> None:
+    rows = (*cases(NO_OPS), *MAPPED)
+    tried = {word.replace("_", "-") for row in rows for word in row.split() if word[:2] == "--"}
+    kept = {flag for flag, row in LEGACY.items() if row.kind != "refused"}
+    assert kept <= tried
+
+
+@pytest.mark.parametrize("flag", [flag for flag, row in LEGACY.items() if row.kind == "refused"])
+def test_every_refusal_names_the_flag_and_a_way_out(flag: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse([flag, "1"])
+    assert str(caught.value) == f"{flag} 1: not supported; {LEGACY[flag].say}"
+
+
+def test_tokens_and_samples_that_differ_are_refused() -> None:
+    words = "--seq-length 100 --lr-decay-tokens 1000 --lr-decay-samples 11"
+    with pytest.raises(ConfigError, match="is 10 samples of 100 tokens, but --lr-decay-samples"):
+        parse(words.split())
+
+
+_MODEL_175B = """
+--num-layers 96 --hidden-size 12288 --num-attention-heads 96 --seq-length 2048
+--max-position-embeddings 2048
+"""
+_SHARED_175B = f"""{_MODEL_175B}
+--micro-batch-size 1 --global-batch-size 1536 --weight-decay 0.1 --adam-beta1 0.9
+--adam-beta2 0.95 --init-method-std 0.006 --clip-grad 1.0 --fp16 --lr 6.0e-5
+--lr-decay-style cosine --min-lr 6.0e-6 --vocab-file gpt2-vocab.json --merge-file gpt2-merges.txt
+--save ckpt --load ckpt --tensorboard-dir tb
+"""
+_MLM = f"""{_SHARED_175B}
+--train-iters 500000 --lr-warmup-fraction .001 --lr-decay-iters 430000
+--tensor-model-parallel-size 8 --pipeline-model-parallel-size 16 --data-path corpus
+--split 949,50,1 --log-interval 100 --save-interval 10000 --eval-interval 1000 --eval-iters 10
+"""
+_STEPS = "0:16 2.4B:320 4.8B:624 7.2B:928 9.6B:1232 12B:1536"
+_MDS = f"""{_SHARED_175B}
+--rampup-batch-size 16 16 5859375 --train-samples 146484375 --lr-decay-samples 126953125
+--lr-warmup-samples 183105 --tensor-model-parallel-size 8 --pipeline-model-parallel-size 16
+--data-path 0.2 d1 0.3 d2 0.5 d3 --split 98,2,0 --log-interval 10 --save-interval 1000
+--eval-interval 1000 --eval-iters 40
+"""
+_MDS_WITH_MP = """
+--num-layers 24 --hidden-size 1024 --num-attention-heads 16 --micro-batch-size 4
+--global-batch-size 16 --seq-length 1024 --max-position-embeddings 1024 --train-iters 500000
+--lr-decay-iters 320000 --save ckpt --load ckpt --data-path corpus --vocab-file v.json
+--merge-file m.txt --data-impl mmap --split 949,50,1 --distributed-backend nccl --lr 0.00015
+--lr-decay-style cosine --min-lr 1.0e-5 --weight-decay 1e-2 --clip-grad 1.0
+--lr-warmup-fraction .01 --log-interval 100 --save-interval 10000 --eval-interval 1000
+--eval-iters 10 --fp16 --tensor-model-parallel-size 2 --pipeline-model-parallel-size 2
+--sequence-parallel
+"""
+_MDS_LLAMA = f"""{_MODEL_175B}
+--tensor-model-parallel-size 8 --pipeline-model-parallel-size 8 --micro-batch-size 1
+--global-batch-size 1536 --train-tokens 300000000000 --lr-decay-tokens 260000000000
+--lr-warmup-tokens 375000000 --lr 6e-5 --min-lr 6e-6 --lr-decay-style cosine --bf16
+--data-path corpus --data-impl mmap --data-cache-path cache
+--tokenizer-type GPTSentencePieceTokenizer --tokenizer-model tok.model --split 949,50,1
+--use-flash-attn-v2 --num-key-value-heads 8
+--no-query-key-layer-scaling --disable-bias-linear --normalization rmsnorm --swiglu
+--use-rotary-position-embeddings --untie-embeddings-and-output-weights --attention-dropout 0
+--hidden-dropout 0 --weight-decay 0.1 --clip-grad 1 --ffn-hidden-size 32768
+--log-batch-size-to-tensorboard --log-validation-ppl-to-tensorboard --log-timers-to-tensorboard
+--log-optimizer-states-to-tensorboard --tensorboard-queue-size 1 --override-opt_param-scheduler
+--repeated-dataloader --universal-checkpoint --seed 1234 --num-workers 0 --save ckpt
+--save-interval 1000 --load ckpt --tensorboard-dir tb --exit-duration-in-mins 30000000
+"""
+
+
+@pytest.mark.parametrize(
+    "words, world_size",
+    [
+        (_MLM.split(), 128),
+        ([*_MLM.split(), "--attention-backend", "auto"], 128),
+        ([*_MLM.split(), "--rampup-batch-size", "16", "16", "5859375"], 128),
+        ([*_MLM.split(), "--step-batch-size-schedule", _STEPS], 128),
+        (_MDS.split(), 1024),
+        (_MDS_WITH_MP.split(), 8),
+        (_MDS_LLAMA.split(), 64),
+    ],
+    ids=["mlm", "mlm-backend", "mlm-rampup", "mlm-steps", "mds", "mds-mp", "mds-llama"],
+)
+def test_whole_scripts_pass_all_rules(words: list[str], world_size: int) -> None:
+    check(parse(words).config, world_size)
+
+
+def test_the_old_deepspeed_script_fails_only_where_recomputation_is_not_built() -> None:
+    config = parse([*_MDS.split(), "--activations-checkpoint-method", "uniform"]).config
+    with pytest.raises(ConfigError) as caught:
+        check(config, 1024)
+    assert str(caught.value).startswith("--recompute-granularity is not built yet; use ")
+
+
+def test_a_deepspeed_launch_is_refused_flag_by_flag() -> None:
+    extra = "--deepspeed --deepspeed_config ds.json --zero-stage 0 --no-pipeline-parallel"
+    words = [w for w in _MDS_LLAMA.split()] + extra.split()
+    with pytest.raises(ConfigError) as caught:
+        parse(words)
+    heading, *listed = str(caught.value).splitlines()
+    assert heading == "4 problems on the command line:"
+    assert [line.split()[1].strip(":") for line in listed] == [
+        "--deepspeed",
+        "--deepspeed_config",
+        "--zero-stage",
+        "--pipeline-model-parallel-size",
+    ]
