@@ -157,7 +157,7 @@ def _draw_losses(axes: Any, story: Story, *, alone: bool) -> None:
 
 
 def _draw_speed(axes: Any, story: Story) -> None:
-    """TGS of the steps after warm-up; the median as a line to read it by."""
+    """Tokens per second and rank of the steps after warm-up."""
     steady = [step for step in story.steps if not step.warmup]
     x = [step.iteration for step in steady]
     rates = [step.tokens_per_second_per_gpu for step in steady]
@@ -177,25 +177,27 @@ def _finish(figure: Any, loss: Any, rate: Any, speed: Any, stories: list[Story])
         perplexity = loss.secondary_yaxis("right", functions=(_to_perplexity, _to_loss))
         perplexity.set_ylabel("perplexity")
         perplexity.set_yscale("log")
-        plain = importlib.import_module("matplotlib.ticker").FuncFormatter(lambda v, _: f"{v:g}")
-        perplexity.yaxis.set_major_formatter(plain)
-        perplexity.yaxis.set_minor_formatter(plain if max(finite) - min(finite) < 3 else "")
+        ticker = importlib.import_module("matplotlib.ticker")
+        perplexity.yaxis.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 5.0)))
+        perplexity.yaxis.set_major_formatter(ticker.FuncFormatter(lambda v, _: f"{v:g}"))
+        perplexity.yaxis.set_minor_locator(ticker.NullLocator())
     loss.legend(loc="upper right")
     rate.set_ylabel("learning rate")
     rate.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
-    rate.set_ylim(bottom=0.0)
-    speed.set_ylabel("tokens/s per rank")
-    speed.set_ylim(bottom=0.0)
-    speed.set_xlabel("iteration")
+    rate.set_ylim(0.0, 1.08 * max(rate.get_ylim()[1], 1e-9))
+    speed.set_ylabel("TGS")
+    speed.set_ylim(0.0, 1.15 * max(speed.get_ylim()[1], 1e-9))
+    speed.set_xlabel("iteration       (TGS: tokens per second and rank)")
     speed.xaxis.get_major_locator().set_params(integer=True)
     for story in stories:
         for iteration in story.resumed_at:
             for axes in (loss, rate, speed):
                 axes.axvline(iteration - 0.5, color="#9aa1aa", linewidth=0.9, linestyle=":")
             loss.annotate(
-                "resumed", (iteration - 0.5, 1.0), xycoords=("data", "axes fraction"),
-                xytext=(4, -10), textcoords="offset points", fontsize=8, color="#7a818a",
+                "resumed", (iteration - 0.5, 0.0), xycoords=("data", "axes fraction"),
+                xytext=(4, 5), textcoords="offset points", fontsize=8, color="#7a818a",
             )  # fmt: skip
+    figure.align_ylabels()
     title = " and ".join(story.name for story in stories)
     figure.suptitle(title, x=0.01, ha="left", fontweight="bold", fontsize=12)
 

@@ -128,9 +128,14 @@ def describe_losses(records: Sequence[Record]) -> list[str]:
 
 
 def smoothed(values: Sequence[float], *, window: int) -> list[float]:
-    """Mean over the finite values of the window that ends at each point."""
+    """Mean over the finite values of the window around each point, narrower at both ends.
+
+    The window always reaches equally far to both sides, so that a curve that falls is not moved.
+    """
     means = []
-    for end in range(1, len(values) + 1):
-        near = [value for value in values[max(0, end - window) : end] if math.isfinite(value)]
-        means.append(sum(near) / len(near) if near else math.nan)
+    for middle in range(len(values)):
+        reach = min(window // 2, middle, len(values) - 1 - middle)
+        near = values[middle - reach : middle + reach + 1]
+        finite = [value for value in near if math.isfinite(value)]
+        means.append(sum(finite) / len(finite) if finite else math.nan)
     return means
