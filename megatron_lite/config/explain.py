@@ -46,7 +46,10 @@ def help_text() -> str:
         lines = [f"{name}: {(cls.__doc__ or '').splitlines()[0]}"]
         for setting in (s for s in settings().values() if s.section == name):
             lines.append(f"  {usage(setting)}")
-            text = f"{documentation(setting.key).text} [{default_in_words(setting)}]"
+            default = default_in_words(setting)
+            if setting.kind is bool and setting.default:
+                default = "on; this switches it off"
+            text = f"{documentation(setting.key).text} [{default}]"
             lines += textwrap.wrap(text, 96, initial_indent=" " * 8, subsequent_indent=" " * 8)
         blocks.append("\n".join(lines) + "\n")
     for kind, title in (

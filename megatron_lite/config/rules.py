@@ -191,7 +191,7 @@ def problems(config: RunConfig, world_size: int) -> list[str]:
 def check(config: RunConfig, world_size: int) -> None:
     """Raise one ConfigError that lists every broken rule; pure, so it runs anywhere."""
     if world_size < 1:
-        raise ConfigError(f"{world_size} ranks: at least 1 is needed")
+        raise ConfigError(f"--world-size: {world_size} ranks; at least 1 is needed")
     found = problems(config, world_size)
     if found:
         raise all_together(found, f"with this config on {world_size} ranks")

@@ -324,7 +324,7 @@ def test_a_config_made_in_code_is_checked_too() -> None:
 
 
 def test_no_ranks_is_refused() -> None:
-    with pytest.raises(ConfigError, match="0 ranks: at least 1 is needed"):
+    with pytest.raises(ConfigError, match="--world-size: 0 ranks; at least 1 is needed"):
         check(parse(ITERS.split()).config, 0)
 
 
