@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Train a GPT-like model: what torchrun starts, and what runs alone in one process.
 
-    python tools/pretrain_gpt.py --preset gpt2-124m --mock-data --train-iters 10 --lr 6e-4 ...
-    python -m torch.distributed.run --nproc_per_node 4 tools/pretrain_gpt.py ...
-    python tools/pretrain_gpt.py ... --dry-run --world-size 64      plans only: no torch, no data
+python tools/pretrain_gpt.py --preset gpt2-124m --mock-data --train-iters 10 --lr 6e-4 ...
+python -m torch.distributed.run --nproc_per_node 4 tools/pretrain_gpt.py ...
+python tools/pretrain_gpt.py ... --dry-run --world-size 64      plans only: no torch, no data
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout, installed or not
+sys.path.insert(
+    0, str(Path(__file__).resolve().parents[1])
+)  # run from a checkout, installed or not
 
 from megatron_lite.blueprint.draw_up import draw_up
 from megatron_lite.blueprint.plan import describe

@@ -48,8 +48,12 @@ def fill(slices: Iterable[NamedSlice], manifest: Manifest, folder: Path) -> None
                     continue
                 if piece.file not in opened:
                     opened[piece.file] = _open(stack, folder / piece.file)
-                there = tuple(slice(a - o, b - o) for (a, b), o in zip(box, piece.offset))
-                here = tuple(slice(a - o, b - o) for (a, b), o in zip(box, wanted.offset))
+                there = tuple(
+                    slice(a - o, b - o) for (a, b), o in zip(box, piece.offset, strict=True)
+                )
+                here = tuple(
+                    slice(a - o, b - o) for (a, b), o in zip(box, wanted.offset, strict=True)
+                )
                 try:
                     wanted.data[here] = opened[piece.file].get_slice(piece.key)[there]
                 except (SafetensorError, RuntimeError, IndexError) as error:

@@ -1,10 +1,10 @@
 """Save and load: written aside, hashed, made visible by one rename, the pointer last.
 
-    <save>/iter_0000100/weights-00000.safetensors      slices of rank 0
-                        optimizer-00000.safetensors    masters and moments of rank 0
-                        ...                            other ranks
-                        manifest.json                  names, boxes, sizes, hashes, progress, config
-    <save>/latest_checkpointed_iteration.txt           100
+<save>/iter_0000100/weights-00000.safetensors      slices of rank 0
+                    optimizer-00000.safetensors    masters and moments of rank 0
+                    ...                            other ranks
+                    manifest.json                  names, boxes, sizes, hashes, progress, config
+<save>/latest_checkpointed_iteration.txt           100
 """
 
 from __future__ import annotations

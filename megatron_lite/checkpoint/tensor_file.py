@@ -70,4 +70,3 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], disk: Disk) -> Written
                 file.write(data.data)
         file.fsync()
         return Written(file.size, hashed.hexdigest())
-

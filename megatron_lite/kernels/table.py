@@ -99,7 +99,7 @@ def choose(op: str, need: Need, names: list[str] | None = None) -> Choice:
     rows = TABLE[op]
     if names is not None:
         rows = [row for name in names for row in rows if row.name == name]
-    passed_over = []
+    passed_over: list[str] = []
     for row in rows:
         reason = row.usable(need)
         if reason is None:

@@ -62,9 +62,7 @@ class SelfAttention(nn.Module):
         q, k, v = (y.permute(1, 2, 0, 3) for y in (q, k, v))  # [b, n/tp, s, d]
         if at.cache is not None:
             k, v = at.cache.extend(self.layer, k, v)  # type: ignore[attr-defined]
-        choice = choose_attention(
-            self.setting, training=at.training, masked=at.mask is not None
-        )
+        choice = choose_attention(self.setting, training=at.training, masked=at.mask is not None)
         y = choice.run(q, k, v, self._call(at, q.shape[2], k.shape[2]))
         return self.output(y.permute(2, 0, 1, 3).reshape(s, b, -1))
 

@@ -67,4 +67,3 @@ class PositionEmbedding(nn.Module):
             index = local_slice(index, at.tp)
         x = _Lookup.apply(index, self.weight, at.gradients)
         return x[:, None] if index.dim() == 1 else x
-

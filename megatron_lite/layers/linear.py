@@ -80,9 +80,7 @@ class ColumnParallelLinear(nn.Module):
 class RowParallelLinear(nn.Module):
     """y = x Wᵀ + b with the inputs split over tp; W: [out, in/tp]; b is whole and added once."""
 
-    def __init__(
-        self, setting: Setting, fan_in: int, fan_out: int, *, bias: bool = True
-    ) -> None:
+    def __init__(self, setting: Setting, fan_in: int, fan_out: int, *, bias: bool = True) -> None:
         super().__init__()
         self.setting = setting
         self.weight = setting.parameter(fan_out, fan_in // setting.tp.size, tp_dim=1)

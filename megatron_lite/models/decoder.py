@@ -107,8 +107,8 @@ def local_parameters(model: Decoder) -> list[LocalParameter]:
                     for piece in _pieces(parent, parts, leaf, parameter, setting)
                 ),
                 kind=_kind(name),
-                tp_dim=parameter.tp_dim,
-                partial=parameter.partial,
+                tp_dim=parameter.tp_dim,  # type: ignore[attr-defined]
+                partial=parameter.partial,  # type: ignore[attr-defined]
                 twin=twin,
                 replica=twin and not model.has_embedding,
                 uses=2 if token_table and tied_here else 1,

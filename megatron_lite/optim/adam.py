@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ class AdamW:
     eps: float
     needs_whole_matrix: bool = field(default=False, init=False)
 
-    state_names = ("exp_avg", "exp_avg_sq")
+    state_names: ClassVar[tuple[str, ...]] = ("exp_avg", "exp_avg_sq")
 
     def new_state(self, parameter: Tensor) -> dict[str, Tensor]:
         """Zeros for both moments, shaped like the parameter."""

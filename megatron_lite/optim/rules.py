@@ -16,7 +16,9 @@ class UpdateRule(Protocol):
     """What an engine needs of an optimizer; no communication here."""
 
     needs_whole_matrix: bool
-    state_names: tuple[str, ...]
+
+    @property
+    def state_names(self) -> tuple[str, ...]: ...
 
     def new_state(self, parameter: Tensor) -> dict[str, Tensor]: ...
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ class SGD:
     momentum: float
     needs_whole_matrix: bool = field(default=False, init=False)
 
-    state_names = ("momentum",)
+    state_names: ClassVar[tuple[str, ...]] = ("momentum",)
 
     def new_state(self, parameter: Tensor) -> dict[str, Tensor]:
         """A zero momentum buffer; none without momentum."""

@@ -61,7 +61,9 @@ def choose_device(launch: Launch, *, use_cpu: bool, backend: str | None) -> torc
     """The GPU of this local rank, or the CPU where there is none, it was asked for, or gloo was."""
     if use_cpu or backend == "gloo" or not torch.cuda.is_available():
         if backend == "nccl" and not use_cpu:
-            raise ConfigError("--distributed-backend nccl needs a GPU; here use gloo, or leave it out")
+            raise ConfigError(
+                "--distributed-backend nccl needs a GPU; here use gloo, or leave it out"
+            )
         return torch.device("cpu")
     if launch.local_rank >= torch.cuda.device_count():
         raise ConfigError(

@@ -1,11 +1,11 @@
 """The autograd pairs at the borders of tensor- and sequence-parallel regions (arXiv:1909.08053, 2205.05198).
 
-    name                    forward            backward
-    copy_to_tp (f)          identity           all-reduce
-    reduce_from_tp (g)      all-reduce         identity
-    gather_sequence         all-gather dim 0   reduce-scatter dim 0
-    scatter_sequence        split dim 0        all-gather dim 0
-    reduce_to_sequence      reduce-scatter     all-gather dim 0
+name                    forward            backward
+copy_to_tp (f)          identity           all-reduce
+reduce_from_tp (g)      all-reduce         identity
+gather_sequence         all-gather dim 0   reduce-scatter dim 0
+scatter_sequence        split dim 0        all-gather dim 0
+reduce_to_sequence      reduce-scatter     all-gather dim 0
 """
 
 from __future__ import annotations

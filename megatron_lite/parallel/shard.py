@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Container, Iterable, Iterator
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from torch import Tensor, nn
@@ -83,3 +83,16 @@ def weight_slices(
         if stands_for(local, ctx) or not owned:
             for piece in local.pieces:
                 yield piece.slice(local.parameter.detach())
+
+
+def exact_slices(wanted: Iterable[NamedSlice], stored: Container[str]) -> list[NamedSlice]:
+    """The same slices under their most exact stored names: the fp32 masters where there are any.
+
+    fp32 runs keep no masters beside their weights, fp16 and bf16 runs do; either loads the other.
+    """
+    exact = []
+    for piece in wanted:
+        weight = piece.name.removeprefix(MASTER)
+        name = MASTER + weight if MASTER + weight in stored else weight
+        exact.append(replace(piece, name=name))
+    return exact

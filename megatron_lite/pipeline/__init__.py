@@ -1,5 +1,5 @@
 """Carrying out a schedule: one executor for every list of actions, PP = 1 included.
 
 Imports blueprint and parallel; train and inference may import it.
-Begin with executor.py (the loop over actions), then stage.py (what F and B do) and mail.py (sends and receives).
+Begin with executor.py (the loop over actions), then stage.py and mail.py.
 """

@@ -63,15 +63,16 @@ class Mail:
                 key = (forward, stage, action.microbatch)
                 message = self._outgoing.pop(key)
                 sent.append(message)
-                peer, call = self.placement[stage], dist.isend
             else:
                 stage = action.stage + (-1 if forward else 1)
                 key = (forward, action.stage, action.microbatch)
                 message = torch.empty(self.shape, dtype=self.dtype, device=self.device)
                 self._incoming[key] = message
-                peer, call = self.placement[stage], dist.irecv
-            keys.append((call is dist.irecv, key))
-            operations.append(dist.P2POp(call, message, self.pp.ranks[peer], self.pp.group))
+            receives = action.op not in _SENDS
+            peer = self.pp.ranks[self.placement[stage]]
+            call: Any = dist.irecv if receives else dist.isend
+            keys.append((receives, key))
+            operations.append(dist.P2POp(call, message, peer, self.pp.group))
         works = dist.batch_isend_irecv(operations)
         each = [[w] for w in works] if len(works) == len(operations) else [works] * len(operations)
         for (receives, key), mine in zip(keys, each, strict=True):

@@ -23,7 +23,8 @@ class MicroBatch:
     positions: Any
 
 
-class Scored(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Scored:
     """An objective's answer for one micro batch: loss sum, token count and metrics (device scalars)."""
 
     total: Tensor

@@ -128,4 +128,3 @@ def assemble(
         engine=engine,
         parameters=[local for held in parameters.values() for local in held],
     )
-

@@ -148,7 +148,11 @@ class Session:
             )
         )
         self.log.write(record)
-        if not math.isfinite(loss) and self.train.check_for_nan_in_loss_and_grad and not result.update.skipped:
+        if (
+            not math.isfinite(loss)
+            and self.train.check_for_nan_in_loss_and_grad
+            and not result.update.skipped
+        ):
             raise NumericsError(
                 f"the loss of iteration {progress.step} is {loss}: look at the data of samples "
                 f"{progress.samples - size} to {progress.samples - 1}, or lower --lr"

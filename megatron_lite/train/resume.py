@@ -11,7 +11,7 @@ from megatron_lite.checkpoint.store import Store
 from megatron_lite.config.checkpoint import CheckpointConfig
 from megatron_lite.config.errors import CheckpointError
 from megatron_lite.config.optim import LearningRateConfig
-from megatron_lite.parallel.shard import MASTER, NamedSlice, weight_slices
+from megatron_lite.parallel.shard import MASTER, exact_slices, weight_slices
 from megatron_lite.train.assemble import Run
 
 
@@ -24,9 +24,7 @@ class Resumed:
     learning_rate: LearningRateConfig
 
 
-def resume(
-    run: Run, checkpoint: CheckpointConfig, learning_rate: LearningRateConfig
-) -> Resumed:
+def resume(run: Run, checkpoint: CheckpointConfig, learning_rate: LearningRateConfig) -> Resumed:
     """Fill the run from --load.  Collective over the world.
 
     Raises CheckpointError where there are checkpoints but none usable, where they do not fit the
@@ -67,18 +65,8 @@ def _fill(run: Run, store: Store, manifest: Manifest, *, optimizer: bool) -> Non
     masters = [s for s in state if s.name.startswith(MASTER)]
     moments = [s for s in state if not s.name.startswith(MASTER)] if optimizer else []
     weights = list(weight_slices(run.parameters, run.ctx, owned=False))
-    exact = [_exact(s, manifest) for s in (*weights, *masters)]
+    exact = exact_slices([*weights, *masters], manifest.tensors)
     store.load(manifest, [*exact, *moments])
-
-
-def _exact(wanted: NamedSlice, manifest: Manifest) -> NamedSlice:
-    """The same slice under its most exact stored name: the fp32 master where there is one.
-
-    fp32 runs keep no masters beside their weights, fp16 and bf16 runs do; either loads the other.
-    """
-    weight = wanted.name.removeprefix(MASTER)
-    name = MASTER + weight if MASTER + weight in manifest.tensors else weight
-    return dataclasses.replace(wanted, name=name)
 
 
 def _settle_learning_rate(
@@ -100,4 +88,3 @@ def _settle_learning_rate(
         "--override-opt-param-scheduler to take this command line's, or "
         "--use-checkpoint-opt-param-scheduler to keep the checkpoint's"
     )
-

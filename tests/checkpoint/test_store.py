@@ -101,9 +101,7 @@ SP = "parallel__sequence_parallel"
         ({TP: 2, PP: 2, "precision__bf16": True}, 4, {PP: 2, "precision__bf16": True}, 2),
     ],
 )
-def test_any_layout_loads_any_other_bit_by_bit(
-    tmp_path, saved, saved_ranks, loaded, loaded_ranks
-):
+def test_any_layout_loads_any_other_bit_by_bit(tmp_path, saved, saved_ranks, loaded, loaded_ranks):
     first, second = tmp_path / "first", tmp_path / "second"
     went_on = spawn(train_and_save, saved_ranks, saved, str(first), 2, 2)[0]
     resumed = spawn(load_and_save_again, loaded_ranks, loaded, str(first), str(second), 2)[0]
@@ -184,4 +182,6 @@ def test_another_shape_is_refused_with_all_names(two_checkpoints):
     _, _, wider = _run(0, 1, {"model__ffn_hidden_size": 64})
     manifest, _ = two_checkpoints.newest_intact()
     with pytest.raises(CheckpointError, match="mlp.up.weight: .*128, 32.* there, .*64, 32.* here"):
-        two_checkpoints.load(manifest, list(weight_slices(wider.parameters, wider.ctx, owned=False)))
+        two_checkpoints.load(
+            manifest, list(weight_slices(wider.parameters, wider.ctx, owned=False))
+        )

@@ -94,7 +94,9 @@ def spawn(
         for rank in range(ranks):
             ours, theirs = context.Pipe(duplex=False)
             process = context.Process(
-                target=_rank_main, args=(theirs, check, rank, ranks, store, port, arguments), daemon=True
+                target=_rank_main,
+                args=(theirs, check, rank, ranks, store, port, arguments),
+                daemon=True,
             )
             process.start()
             theirs.close()

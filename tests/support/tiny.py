@@ -67,7 +67,7 @@ def _batch(config: RunConfig, numbers: np.ndarray, ragged: bool) -> Batch:
     ).astype(np.int64)
     mask = np.ones((len(numbers), s), dtype=np.float32)
     if ragged:
-        for row, n in zip(mask, numbers):
+        for row, n in zip(mask, numbers, strict=True):
             row[int(n) % s :] = 0.0
     return Batch(tokens, numbers, mask)
 

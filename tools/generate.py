@@ -1,0 +1,134 @@
+#!/usr/bin/env python3
+"""Continue a prompt with a trained model, in one process, from a checkpoint of any layout.
+
+python tools/generate.py --load RUN_FOLDER --prompt "Return the" --max-new-tokens 60
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+sys.path.insert(
+    0, str(Path(__file__).resolve().parents[1])
+)  # run from a checkout, installed or not
+
+import torch
+from megatron_lite.inference.sampling import sample
+
+from megatron_lite.blueprint.batches import padded_vocab_size
+from megatron_lite.checkpoint.manifest import Manifest
+from megatron_lite.checkpoint.store import Store
+from megatron_lite.config.data import DataConfig
+from megatron_lite.config.errors import CheckpointError, ConfigError
+from megatron_lite.config.exit import ToolParser, run_tool
+from megatron_lite.config.model import ModelConfig
+from megatron_lite.data.tokenizers.base import Tokenizer
+from megatron_lite.data.tokenizers.build import build_tokenizer
+from megatron_lite.inference.generate import generate
+from megatron_lite.layers.setting import Setting
+from megatron_lite.models.decoder import Decoder, local_parameters
+from megatron_lite.parallel.context import ParallelContext
+from megatron_lite.parallel.shard import exact_slices, weight_slices
+
+Section = TypeVar("Section")
+
+
+def main() -> int:
+    """Load, continue every prompt, print."""
+    asked = _parse(sys.argv[1:])
+    device = torch.device("cuda" if torch.cuda.is_available() and not asked.use_cpu else "cpu")
+    ctx = ParallelContext.serial(device)
+    store = Store(Path(asked.load), ctx)
+    manifest, notices = store.newest_intact(asked.ckpt_step)
+    for line in notices:
+        print(f"WARNING: {line}", file=sys.stderr)
+    if manifest is None:
+        raise CheckpointError(f"--load {asked.load} holds no checkpoint: check the path")
+    tokenizer = _tokenizer(asked, manifest)
+    model = _load(store, manifest, ctx)
+    generator = torch.Generator(device=device).manual_seed(asked.seed)
+
+    def pick(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        return sample(
+            logits,
+            tokens,
+            temperature=asked.temperature,
+            top_k=asked.top_k,
+            top_p=asked.top_p,
+            repetition_penalty=asked.repetition_penalty,
+            generator=generator,
+        )
+
+    for number, prompt in enumerate(asked.prompt * asked.num_samples):
+        ids = tokenizer.encode(prompt) or [tokenizer.eod]
+        answer = generate(
+            model, ids, max_new_tokens=asked.max_new_tokens, pick=pick, eod=tokenizer.eod
+        )
+        if number:
+            print("-" * 80)
+        print(prompt + tokenizer.decode(answer.ids), flush=True)
+    return 0
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = ToolParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--load", required=True, help="run folder with checkpoints")
+    parser.add_argument("--ckpt-step", type=int, help="this iteration instead of the newest")
+    parser.add_argument("--prompt", nargs="+", default=[""], help="texts to continue")
+    parser.add_argument("--max-new-tokens", type=int, default=64)
+    parser.add_argument("--num-samples", type=int, default=1, help="continuations per prompt")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest")
+    parser.add_argument("--top-k", type=int, default=0, help="keep the k likeliest; 0 keeps all")
+    parser.add_argument("--top-p", type=float, default=1.0, help="keep this much probability")
+    parser.add_argument("--repetition-penalty", type=float, default=1.0)
+    parser.add_argument("--seed", type=int, default=1234)
+    parser.add_argument("--vocab-file", help="instead of the one the run was trained with")
+    parser.add_argument("--merge-file", help="instead of the one the run was trained with")
+    parser.add_argument("--use-cpu", action="store_true")
+    asked = parser.parse_args(argv)
+    if asked.max_new_tokens < 1 or asked.num_samples < 1:
+        raise ConfigError("--max-new-tokens and --num-samples must be at least 1")
+    return asked
+
+
+def _section(kind: type[Section], manifest: Manifest, name: str) -> Section:
+    """A config section as the checkpoint keeps it; fields it does not know are left out."""
+    known = {f.name for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    values: dict[str, Any] = manifest.config.get(name, {})
+    return kind(**{key: value for key, value in values.items() if key in known})
+
+
+def _tokenizer(asked: argparse.Namespace, manifest: Manifest) -> Tokenizer:
+    data = _section(DataConfig, manifest, "data")
+    given = {
+        name: value
+        for name in ("vocab_file", "merge_file")
+        if (value := getattr(asked, name)) is not None
+    }
+    model = _section(ModelConfig, manifest, "model")
+    return build_tokenizer(dataclasses.replace(data, **given), vocab_size=model.vocab_size)
+
+
+def _load(store: Store, manifest: Manifest, ctx: ParallelContext) -> Decoder:
+    config = _section(ModelConfig, manifest, "model")
+    if config.vocab_size is None:
+        raise CheckpointError(f"{store.root}: the checkpoint does not say its vocabulary size")
+    padded = padded_vocab_size(config.vocab_size, config.make_vocab_size_divisible_by, 1)
+    setting = Setting(config, ctx, padded_vocab_size=padded, vocab_size=config.vocab_size)
+    model = Decoder(setting, range(config.num_layers), has_embedding=True, has_head=True)
+    parameters = local_parameters(model)
+    with torch.no_grad():
+        for local in parameters:
+            local.parameter.zero_()
+    slices = weight_slices(parameters, ctx, owned=False)
+    store.load(manifest, exact_slices(slices, manifest.tensors))
+    return model.eval()
+
+
+if __name__ == "__main__":
+    sys.exit(run_tool(main))
