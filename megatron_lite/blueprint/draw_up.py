@@ -15,7 +15,7 @@ from megatron_lite.blueprint.schedules.check import check
 from megatron_lite.blueprint.schedules.forward_only import forward_only
 from megatron_lite.blueprint.schedules.lower import lower
 from megatron_lite.blueprint.stages import Placement, Stage, cut_stages, layers_per_stage
-from megatron_lite.config.errors import ConfigError
+from megatron_lite.config.errors import ConfigError, all_together
 from megatron_lite.config.model import ModelConfig
 from megatron_lite.config.parallel import ParallelConfig
 from megatron_lite.config.run import RunConfig
@@ -102,6 +102,7 @@ def draw_up(config: RunConfig, world_size: int) -> Blueprint:
     Raises ConfigError where the ranks, layers, heads, vocabulary or batch do not come out even.
     """
     model, parallel, train = config.model, config.parallel, config.train
+    check_model(model)
     grid = draw_grid(parallel, world_size)
     notes = []
     vocab_size = model.vocab_size
@@ -130,6 +131,30 @@ def draw_up(config: RunConfig, world_size: int) -> Blueprint:
         flops_per_token_causal=flops_per_token(model, padded, attention="causal"),
         notes=tuple(notes),
     )
+
+
+def check_model(model: ModelConfig) -> None:
+    """ConfigError with all sizes that no model has."""
+    sizes = {
+        "--num-layers": model.num_layers,
+        "--hidden-size": model.hidden_size,
+        "--num-attention-heads": model.num_attention_heads,
+        "--seq-length": model.seq_length,
+    }
+    problems = [f"{flag} {size} must be at least 1" for flag, size in sizes.items() if size < 1]
+    heads = max(model.num_attention_heads, 1)
+    if model.kv_channels is None and model.hidden_size % heads:
+        problems.append(
+            f"--hidden-size {model.hidden_size} cannot be split over "
+            f"--num-attention-heads {heads}; choose a divisor of the hidden size or give --kv-channels"
+        )
+    if model.num_kv_heads < 1 or heads % model.num_kv_heads:
+        problems.append(
+            f"--num-attention-heads {heads} cannot share --num-query-groups {model.num_kv_heads} "
+            "evenly; choose a divisor of the heads"
+        )
+    if problems:
+        raise all_together(problems, "in the model")
 
 
 def draw_grid(parallel: ParallelConfig, world_size: int) -> RankGrid:

@@ -1,0 +1,138 @@
+"""The floors as a test: an import that climbs, or is forbidden, fails with its line."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "megatron_lite"
+
+# folder -> folders it may import (its own is always allowed); a folder missing here is an error
+MAY_IMPORT: dict[str, set[str]] = {
+    "config": set(),
+    "storage": {"config"},
+    "blueprint": {"config"},
+    "planner": {"config", "blueprint"},
+    "telemetry": {"config", "blueprint", "storage"},
+    "data": {"config", "storage"},
+    "kernels": set(),
+    "parallel": {"config", "blueprint"},
+    "layers": {"config", "parallel", "kernels"},
+    "models": {"config", "parallel", "layers"},
+    "pipeline": {"blueprint", "parallel"},
+    "optim": {"config", "kernels"},
+    "engines": {"config", "blueprint", "parallel", "optim", "kernels"},
+    "checkpoint": {"config", "blueprint", "parallel", "models", "storage"},
+    "inference": {
+        "config", "blueprint", "parallel", "kernels", "models", "layers", "pipeline", "checkpoint",
+        "data", "telemetry", "storage",
+    },
+    "train": {
+        "config", "blueprint", "parallel", "kernels", "layers", "models", "pipeline", "optim",
+        "engines", "checkpoint", "inference", "data", "telemetry", "storage",
+    },
+}  # fmt: skip
+
+NEVER: dict[str, set[str]] = {
+    "config": {"torch", "numpy"},
+    "storage": {"torch", "numpy"},
+    "blueprint": {"torch", "numpy"},
+    "planner": {"torch", "numpy"},
+    "telemetry": {"torch"},
+    "data": {"torch.distributed"},
+    "kernels": {"torch.distributed"},
+}
+"""Libraries a folder must not import (torch: nor anything below it)."""
+
+OPTIONAL_EXTRAS = {"telemetry/writers.py": {"torch.utils.tensorboard"}}
+"""file -> what it may import inside a function although its folder may not."""
+
+
+def imports(path: Path, root: Path) -> Iterator[tuple[int, str]]:
+    """(line, dotted module) of every import, those inside functions and relative ones too."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                parts = path.relative_to(root.parent).with_suffix("").parts
+                base = ".".join([*parts[: len(parts) - node.level], *filter(None, [base])])
+            yield from ((node.lineno, f"{base}.{alias.name}") for alias in node.names)
+
+
+def violations(root: Path) -> Iterator[str]:
+    """One line per import that is not allowed under a package root."""
+    for path in sorted(root.rglob("*.py")):
+        inside = path.relative_to(root).as_posix()
+        folder = inside.split("/")[0]
+        where = f"{root.name}/{inside}"
+        if folder.endswith(".py"):
+            yield from (f"{where}:{line}: imports {m}" for line, m in imports(path, root))
+            continue
+        if folder not in MAY_IMPORT:
+            yield f"{where}: folder {folder!r} has no floor; add it to MAY_IMPORT"
+            continue
+        for line, module in imports(path, root):
+            parts = module.split(".")
+            if parts[0] in ("tests", "tools"):
+                yield f"{where}:{line}: nobody may import {parts[0]}"
+            if parts[0] == root.name and len(parts) > 1:
+                target = parts[1]
+                if target not in MAY_IMPORT[folder] | {folder}:
+                    yield f"{where}:{line}: {folder}/ may not import {target}/"
+            if any(module.startswith(extra) for extra in OPTIONAL_EXTRAS.get(inside, ())):
+                continue
+            for name in NEVER.get(folder, ()):
+                if module == name or module.startswith(name + "."):
+                    yield f"{where}:{line}: {folder}/ may not import {module}"
+
+
+def test_every_import_points_down() -> None:
+    assert list(violations(PACKAGE)) == []
+
+
+def test_the_floor_table_has_no_cycle() -> None:
+    order: list[str] = []
+    while len(order) < len(MAY_IMPORT):
+        free = [f for f, needs in MAY_IMPORT.items() if f not in order and needs <= set(order)]
+        assert free, f"these import each other: {set(MAY_IMPORT) - set(order)}"
+        order += free
+
+
+@pytest.mark.parametrize(
+    ("source", "complaint"),
+    [
+        ("from megatron_lite.train.loop import fit", "blueprint/ may not import train/"),
+        ("from megatron_lite import train", "blueprint/ may not import train/"),
+        ("from ..train import loop", "blueprint/ may not import train/"),
+        ("def late():\n    import torch.nn", "blueprint/ may not import torch.nn"),
+        ("import tools.pretrain_gpt", "nobody may import tools"),
+    ],
+)
+def test_a_climbing_import_is_found_with_its_line(
+    tmp_path: Path, source: str, complaint: str
+) -> None:
+    file = tmp_path / "megatron_lite" / "blueprint" / "bad.py"
+    file.parent.mkdir(parents=True)
+    file.write_text("\n" + source + "\n")
+    line = 2 + source.count("\n")
+    assert list(violations(tmp_path / "megatron_lite")) == [
+        f"megatron_lite/blueprint/bad.py:{line}: {complaint}"
+    ]
+
+
+def test_only_those_who_assemble_see_the_whole_config() -> None:
+    allowed = {"blueprint/draw_up.py"}
+    seen = {
+        path.relative_to(PACKAGE).as_posix()
+        for path in PACKAGE.rglob("*.py")
+        for _, module in imports(path, PACKAGE)
+        if module.startswith("megatron_lite.config.run")
+    }
+    strangers = {file for file in seen if file.split("/")[0] not in ("config", "train")}
+    assert strangers <= allowed
