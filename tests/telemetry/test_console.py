@@ -91,3 +91,5 @@ def test_save_line():
         "  successfully saved checkpoint from iteration     100 to runs/a | 1.500 GB in 2.00 s |"
     )
     assert format_save(record) == format_record(record) == golden
+    small = replace(record, bytes=1_234_567)
+    assert format_save(small) == golden.replace("1.500 GB", "1.235 MB")
