@@ -72,28 +72,27 @@ py::array_t<T> sample_index(const Array<std::int32_t>& sizes, const Array<std::i
 // limits[i] samples at most from dataset i.
 void walk_blend(const std::vector<double>& shares, std::vector<std::int64_t> limits,
                 std::int64_t size, std::int16_t* dataset, std::int64_t* sample) {
-  std::vector<std::int32_t> open;
-  for (std::size_t i = 0; i < shares.size(); ++i)
-    if (limits[i] > 0) open.push_back(static_cast<std::int32_t>(i));
-  std::vector<double> taken(shares.size(), 0.0);  // exact below 2^53
+  constexpr double kNever = std::numeric_limits<double>::infinity();
+  const std::size_t count = shares.size();
+  std::vector<double> taken(count, 0.0);  // exact below 2^53
+  for (std::size_t i = 0; i < count; ++i)
+    if (limits[i] <= 0) taken[i] = kNever;
   for (std::int64_t k = 0; k < size; ++k) {
     const double position = std::max(static_cast<double>(k), 1.0);
-    std::size_t best = 0;
+    std::size_t chosen = count;
     double furthest = std::numeric_limits<double>::lowest();
-    for (std::size_t slot = 0; slot < open.size(); ++slot) {
-      const auto i = static_cast<std::size_t>(open[slot]);
-      const double behind = shares[i] * position - taken[i];
-      if (behind > furthest) {
-        furthest = behind;
-        best = slot;
+    for (std::size_t i = 0; i < count; ++i) {
+      const double error = shares[i] * position - taken[i];
+      if (error > furthest) {
+        furthest = error;
+        chosen = i;
       }
     }
-    if (open.empty()) throw std::out_of_range("no dataset has samples left");
-    const auto chosen = static_cast<std::size_t>(open[best]);
+    if (chosen >= count) throw std::out_of_range("no dataset has samples left");
     dataset[k] = static_cast<std::int16_t>(chosen);
     sample[k] = static_cast<std::int64_t>(taken[chosen]);
     taken[chosen] += 1.0;
-    if (--limits[chosen] == 0) open.erase(open.begin() + static_cast<std::ptrdiff_t>(best));
+    if (--limits[chosen] == 0) taken[chosen] = kNever;
   }
 }
 
