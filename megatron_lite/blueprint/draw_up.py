@@ -142,7 +142,9 @@ def check_model(model: ModelConfig) -> None:
         "--seq-length": model.seq_length,
     }
     problems = [f"{flag} {size} must be at least 1" for flag, size in sizes.items() if size < 1]
-    heads = max(model.num_attention_heads, 1)
+    if problems:
+        raise all_together(problems, "in the model")
+    heads = model.num_attention_heads
     if model.kv_channels is None and model.hidden_size % heads:
         problems.append(
             f"--hidden-size {model.hidden_size} cannot be split over "

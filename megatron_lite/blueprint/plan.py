@@ -23,7 +23,8 @@ def describe(blueprint: Blueprint) -> str:
         ("FLOPs", _flops(blueprint)),
         ("note", iter(blueprint.notes)),
     ]
-    lines = [f"plan for {blueprint.grid.world_size} rank(s)"]
+    world = blueprint.grid.world_size
+    lines = [f"plan for {world} rank{'s' if world > 1 else ''}"]
     for topic, facts in topics:
         for n, fact in enumerate(facts):
             lines.append(f"  {topic if n == 0 else '':<12}{fact}")

@@ -25,9 +25,10 @@ def config(model: ModelConfig = GPT3_175B, **changes: Any) -> RunConfig:
 
 def users_run(**changes: Any) -> RunConfig:
     """The 175B run on 64 GPUs: tp 8 x pp 8, micro batch 1, global batch 1536."""
-    return config(
-        parallel__tensor_model_parallel_size=8,
-        parallel__pipeline_model_parallel_size=8,
-        train__global_batch_size=1536,
-        **{"train__train_iters": 500000, **changes},
-    )
+    wanted = {
+        "parallel__tensor_model_parallel_size": 8,
+        "parallel__pipeline_model_parallel_size": 8,
+        "train__global_batch_size": 1536,
+        "train__train_iters": 500000,
+    }
+    return config(**{**wanted, **changes})
