@@ -218,3 +218,17 @@ def test_null_tokenizer_takes_numbers_and_adds_eod() -> None:
     assert read_vocab_size(data, vocab_size=100) == 101
     with pytest.raises(DataError, match="--vocab-size"):
         build_tokenizer(data)
+
+
+def test_without_the_library_the_plain_version_works_and_without_both_the_extra_is_named(
+    files: tuple[str, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    expected = GPT2BPETokenizer(*files).encode("Hello 你好")
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    assert GPT2BPETokenizer(*files).encode("Hello 你好") == expected
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"megatron_lite\[tokenizers\]"):
+        HuggingFaceTokenizer(str(tmp_path))
+    monkeypatch.setitem(sys.modules, "regex", None)
+    with pytest.raises(ConfigError, match=r"megatron_lite\[tokenizers\]"):
+        GPT2BPETokenizer(*files)

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_lite.config.errors import DataError
+from megatron_lite.config.errors import ConfigError, DataError
 from megatron_lite.data.tokenizers.base import Encoded, gather, hash_of, read_bytes, read_vocab
 
 EOD = "<|endoftext|>"
@@ -133,7 +133,7 @@ class GPT2BPETokenizer:
         try:
             return PlainBPE(self._vocab, merges)
         except ImportError as error:
-            raise DataError(
+            raise ConfigError(
                 "GPT2BPETokenizer needs the package `tokenizers` (fast) or `regex` (slow): "
                 "pip install 'megatron_lite[tokenizers]'"
             ) from error

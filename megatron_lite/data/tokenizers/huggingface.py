@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_lite.config.errors import DataError
+from megatron_lite.config.errors import ConfigError, DataError
 from megatron_lite.data.tokenizers.base import Encoded, hash_of, read_bytes, read_json
 
 FLAG = "--tokenizer-model"
@@ -50,7 +50,7 @@ class HuggingFaceTokenizer:
         try:
             import tokenizers  # noqa: PLC0415  an optional extra
         except ImportError as error:
-            raise DataError(
+            raise ConfigError(
                 "HuggingFaceTokenizer needs the package `tokenizers`: "
                 "pip install 'megatron_lite[tokenizers]'"
             ) from error
