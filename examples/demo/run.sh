@@ -38,8 +38,8 @@ done
 export NUM_NODES=1 NODE_RANK=0 GPUS_PER_NODE=4 PRECISION=fp32
 export DATASET_1=$DEMO/tokens/docs_text_document DATASET_2=$DEMO/tokens/code_text_document SPLIT=90,5,5
 export NUM_LAYERS=4 HIDDEN_SIZE=128 NUM_ATTENTION_HEADS=4 SEQ_LENGTH=128 ATTENTION_BACKEND=auto
-export MICRO_BATCH_SIZE=8 GLOBAL_BATCH_SIZE=32 INIT_METHOD_STD=0.02
-export TRAIN_ITERS=300 LR=2.0e-3 MIN_LR=2.0e-4 LR_DECAY_ITERS=300 LR_WARMUP_FRACTION=.05
+export MICRO_BATCH_SIZE=16 GLOBAL_BATCH_SIZE=32 INIT_METHOD_STD=0.02
+export TRAIN_ITERS=300 LR=3.0e-3 MIN_LR=3.0e-4 LR_DECAY_ITERS=300 LR_WARMUP_FRACTION=.05
 export LOG_INTERVAL=20 SAVE_INTERVAL=300 EVAL_INTERVAL=100 EVAL_ITERS=4
 FLAGS="--use-cpu --hidden-dropout 0 --attention-dropout 0 --num-workers 1"
 
@@ -50,8 +50,8 @@ step "continue: the same checkpoint, 4 ranks, tp 2 x dp 2"
 TP=2 PP=1 EXTRA_ARGS="$FLAGS" train
 
 step "sample: one process, the same checkpoint"
-"$PYTHON" "$ROOT/tools/generate.py" --load "$RUN" --prompt "The following" --prompt "def " \
-    --max-new-tokens 60 --temperature 0.8 --top-k 40 --seed 1
+"$PYTHON" "$ROOT/tools/generate.py" --load "$RUN" --prompt "Return the " "def " "class " \
+    --max-new-tokens 40 --temperature 0.7 --top-k 40 --seed 1 --use-cpu
 
 step "see: the loss curve, and word counts as the mark to beat"
 "$PYTHON" "$ROOT/tools/report.py" "$RUN"

@@ -7,6 +7,8 @@ import json
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
 from megatron_lite.config.errors import DataError
 from megatron_lite.config.exit import ToolParser, run_tool
 from megatron_lite.telemetry.record import EvaluationRecord, read_metrics

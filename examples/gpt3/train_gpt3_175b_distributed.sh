@@ -13,7 +13,7 @@ usage: train_gpt3_175b_distributed.sh CHECKPOINT_PATH TENSORBOARD_LOGS_PATH VOCA
 
 Every number can be overridden from the environment, for example
   NUM_NODES=1 GPUS_PER_NODE=8 TP=8 PP=1 NUM_LAYERS=12 PRECISION=bf16 DATASET=/data/my_text_document
-  EXTRA_ARGS="--recompute-activations --seed 7"     any further flags of tools/pretrain_gpt.py
+  EXTRA_ARGS="--seed 7 --log-params-norm"     any further flags of tools/pretrain_gpt.py
   DRY_RUN=1        check every rule, print the plan and start nothing (the paths may be left out)
   PRINT_COMMAND=1  print the command, quoted for a shell, and start nothing
 The table of all variables: examples/gpt3/README.md

@@ -344,3 +344,42 @@ def test_shellcheck_finds_nothing() -> None:
         ["shellcheck", *map(str, filter(Path.is_file, scripts))], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("script", [TRAIN, TGS], ids=lambda path: path.stem)
+def test_the_dry_run_plans_175b_on_64_ranks_from_anywhere_and_writes_nothing(
+    script: Path, tmp_path: Path
+) -> None:
+    done = run(script, env={"DRY_RUN": "1"}, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "174,615,846,912" in done.stdout  # vocabulary padded to 51,200
+    assert "3.3862e+18" in done.stdout and "3.3406e+18" in done.stdout  # both FLOP conventions
+    assert "1,536 micro batches" in done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dry_run_that_cannot_be_names_the_rules_and_exits_2(tmp_path: Path) -> None:
+    env = {"DRY_RUN": "1", "NUM_ATTENTION_HEADS": "90", "NUM_LAYERS": "97"}
+    done = run(TRAIN, *PATHS, env=env, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "--num-attention-heads" in done.stderr and "--num-layers" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dry_run_with_the_wrong_world_size_exits_2(tmp_path: Path) -> None:
+    done = run(TRAIN, env={"DRY_RUN": "1", "NUM_NODES": "7"}, cwd=tmp_path)
+    assert done.returncode == 2 and "56" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "env",
+    [
+        {"PRECISION": "bf16", "TP": "4", "PP": "16"},
+        {"PRECISION": "fp32", "TP": "1", "PP": "1", "NUM_NODES": "1", "GPUS_PER_NODE": "1"},
+        {"EXTRA_ARGS": "--seed 7 --log-params-norm", "DATASET": "a"},
+    ],
+    ids=str,
+)
+def test_other_layouts_plan_too(env: dict[str, str], tmp_path: Path) -> None:
+    done = run(TRAIN, *PATHS, env={"DRY_RUN": "1", **env}, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
