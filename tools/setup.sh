@@ -10,7 +10,7 @@ ROOT=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$ROOT"
 VENV=${VENV:-.venv}
 STAMP=$VENV/setup-stamp
-EXTRAS=tokenizers,tensorboard,plot,huggingface,dev
+EXTRAS=tokenizers,tensorboard,plot,huggingface,test
 
 say() { printf 'setup: %s\n' "$*"; }
 die() {
@@ -141,7 +141,7 @@ pip_install -c "$constraints" --no-build-isolation -e ".[$EXTRAS]"
 # A ruff lent by another environment does not find its own program.
 "$VENV/bin/python" -m ruff --version >/dev/null 2>&1 ||
     pip_install -c "$constraints" --ignore-installed --no-deps ruff
-"$VENV/bin/python" -c 'import torch, numpy; torch.from_numpy(numpy.zeros(1))'
+"$VENV/bin/python" -c 'import matplotlib, numpy, pytest, tensorboard, tokenizers, torch, transformers; torch.from_numpy(numpy.zeros(1))'
 
 foundation "$python" >"$VENV/setup-python"
 printf '%s\n' "$now" >"$STAMP"

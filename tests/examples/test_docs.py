@@ -63,3 +63,19 @@ def test_make_alone_lists_every_target() -> None:
     assert done.returncode == 0
     listed = {line.split()[0] for line in done.stdout.splitlines() if line[:1].isalpha()}
     assert targets <= listed
+
+
+def test_setup_installs_extras_that_exist_and_pins_what_they_name() -> None:
+    setup = (ROOT / "setup.py").read_text(encoding="utf-8")
+    extras = next(
+        ast.literal_eval(node.value)
+        for node in ast.walk(ast.parse(setup))
+        if isinstance(node, ast.keyword) and node.arg == "extras_require"
+    )
+    script = (ROOT / "tools/setup.sh").read_text(encoding="utf-8")
+    asked = re.findall(r"^EXTRAS=(.*)$", script, flags=re.MULTILINE)[0].split(",")
+    assert set(asked) <= set(extras)
+    pins = (ROOT / "requirements/constraints.txt").read_text(encoding="utf-8")
+    pinned = set(re.findall(r"^([a-z0-9-]+)==", pins, flags=re.MULTILINE))
+    named = {re.split(r"[><=\[]", item)[0].lower() for name in asked for item in extras[name]}
+    assert named - pinned == set()
