@@ -49,8 +49,11 @@ setup(
     install_requires=["torch>=2.10", "numpy>=1.26", "safetensors>=0.4", "pyyaml>=6", "tqdm>=4.60"],
     extras_require={
         "tokenizers": ["tokenizers>=0.20", "regex>=2023.12"],
-        "plots": ["tensorboard>=2.14", "matplotlib>=3.8"],
-        "test": ["pytest>=8", "hypothesis>=6.100", "ruff>=0.6", "mypy>=1.10"],
+        "tensorboard": ["tensorboard>=2.14"],
+        "plot": ["matplotlib>=3.8"],
+        "wandb": ["wandb>=0.17"],
+        "huggingface": ["transformers>=4.44"],
+        "dev": ["pytest>=8", "hypothesis>=6.100", "ruff>=0.6", "mypy>=1.10", "pybind11>=2.11"],
     },
     ext_modules=extensions(),
 )

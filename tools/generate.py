@@ -18,7 +18,6 @@ sys.path.insert(
 )  # run from a checkout, installed or not
 
 import torch
-from megatron_lite.inference.sampling import sample
 
 from megatron_lite.blueprint.batches import padded_vocab_size
 from megatron_lite.checkpoint.manifest import Manifest
@@ -30,6 +29,7 @@ from megatron_lite.config.model import ModelConfig
 from megatron_lite.data.tokenizers.base import Tokenizer
 from megatron_lite.data.tokenizers.build import build_tokenizer
 from megatron_lite.inference.generate import generate
+from megatron_lite.inference.sampling import sample
 from megatron_lite.layers.setting import Setting
 from megatron_lite.models.decoder import Decoder, local_parameters
 from megatron_lite.parallel.context import ParallelContext
@@ -64,7 +64,7 @@ def main() -> int:
             generator=generator,
         )
 
-    for number, prompt in enumerate(asked.prompt * asked.num_samples):
+    for number, prompt in enumerate((asked.prompt or [""]) * asked.num_samples):
         ids = tokenizer.encode(prompt) or [tokenizer.eod]
         answer = generate(
             model, ids, max_new_tokens=asked.max_new_tokens, pick=pick, eod=tokenizer.eod
@@ -79,7 +79,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = ToolParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--load", required=True, help="run folder with checkpoints")
     parser.add_argument("--ckpt-step", type=int, help="this iteration instead of the newest")
-    parser.add_argument("--prompt", nargs="+", default=[""], help="texts to continue")
+    parser.add_argument("--prompt", nargs="+", action="extend", help="texts to continue")
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--num-samples", type=int, default=1, help="continuations per prompt")
     parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest")

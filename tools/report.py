@@ -235,7 +235,7 @@ def _matplotlib() -> Any:
     except ImportError as error:
         raise ConfigError(
             "drawing needs matplotlib, which is not installed: `pip install matplotlib` or, in the "
-            "checkout, `pip install '.[plots]'`; --tgs works without it"
+            "checkout, `pip install '.[plot]'`; --tgs works without it"
         ) from error
 
 

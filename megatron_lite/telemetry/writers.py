@@ -15,7 +15,6 @@ from typing import Any, Protocol
 from megatron_lite.config.errors import ConfigError
 from megatron_lite.config.telemetry import TelemetryConfig
 from megatron_lite.storage.disk import Disk, DiskFile, temporary_name
-from megatron_lite.telemetry.event_file import EventFile
 from megatron_lite.telemetry.record import (
     EvaluationRecord,
     Record,
@@ -26,6 +25,9 @@ from megatron_lite.telemetry.record import (
 )
 
 METRICS_FILE = "metrics.jsonl"
+
+FLUSH_SECONDS = 10
+"""TensorBoard sees a point at most this much later."""
 
 
 class Writer(Protocol):
@@ -85,11 +87,17 @@ class JsonLines:
 
 
 class TensorBoard:
-    """Megatron-LM's scalar names, each with a twin ` vs samples` whose x axis is samples."""
+    """Megatron-LM's scalars in an event file, through torch's SummaryWriter (extra tensorboard)."""
 
     def __init__(self, folder: Path, *, config: TelemetryConfig, disk: Disk) -> None:
         self._config = config
-        self._events = EventFile(folder, disk=disk, queue_size=config.tensorboard_queue_size)
+        summary_writer = _package(
+            "torch.utils.tensorboard", f"--tensorboard-dir {folder}", "tensorboard"
+        ).SummaryWriter
+        disk.make_folder(folder)
+        self._events: Any = summary_writer(
+            str(folder), max_queue=config.tensorboard_queue_size, flush_secs=FLUSH_SECONDS
+        )
 
     def write(self, record: Record) -> None:
         """Queue the record's points; training steps every --tensorboard-log-interval."""
@@ -103,9 +111,9 @@ class TensorBoard:
         points = scalars(record, self._config)
         if not points:
             return
-        self._events.add(points, step=record.iteration)
-        twins = {f"{name} vs samples": value for name, value in points.items()}
-        self._events.add(twins, step=record.samples)
+        for name, value in points.items():
+            self._events.add_scalar(name, value, record.iteration)
+            self._events.add_scalar(f"{name} vs samples", value, record.samples)
         if isinstance(record, EvaluationRecord):
             self._events.flush()
 
@@ -162,7 +170,8 @@ def open_writers(
     if not enabled:
         return Writers(())
     disk = disk or Disk()
-    wandb = _wandb(config.wandb_project) if config.wandb_project else None
+    project = config.wandb_project
+    wandb = _package("wandb", f"--wandb-project {project}", "wandb") if project else None
     writers: list[Writer] = [
         JsonLines(run_folder / METRICS_FILE, resumed_iteration=resumed_iteration, disk=disk)
     ]
@@ -173,14 +182,14 @@ def open_writers(
     return Writers(writers)
 
 
-def _wandb(project: str) -> types.ModuleType:
-    """The optional package, asked for before anything is written."""
+def _package(module: str, flag: str, extra: str) -> types.ModuleType:
+    """An optional package, asked for before anything is written."""
     try:
-        return importlib.import_module("wandb")
+        return importlib.import_module(module)
     except ImportError as error:
         raise ConfigError(
-            f"--wandb-project {project} needs the package wandb, which is not installed; "
-            f"`pip install wandb`, or leave the flag out"
+            f"{flag} needs the package {extra}, which is not installed; "
+            f"`pip install 'megatron_lite[{extra}]'`, or leave the flag out"
         ) from error
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import struct
 import sys
 import types
 from dataclasses import replace
@@ -14,7 +13,6 @@ import pytest
 from megatron_lite.config.errors import ConfigError, StorageError
 from megatron_lite.config.telemetry import TelemetryConfig
 from megatron_lite.storage.disk import Disk
-from megatron_lite.telemetry.event_file import crc32c, framed
 from megatron_lite.telemetry.record import read_metrics, to_json
 from megatron_lite.telemetry.writers import (
     JsonLines,
@@ -77,25 +75,15 @@ def test_a_folder_that_cannot_be_is_a_storage_error(tmp_path: Path):
         TensorBoard(tmp_path / "file" / "tb", config=TelemetryConfig(), disk=DISK)
 
 
-def test_crc_is_castagnolis():
-    assert crc32c(b"123456789") == 0xE3069283
-    assert crc32c(bytes(32)) == 0x8A9136AA  # RFC 3720, B.4
-
-
-def test_frame_is_length_crc_data_crc():
-    record = framed(b"abc")
-    assert len(record) == 8 + 4 + 3 + 4
-    assert struct.unpack_from("<Q", record) == (3,)
-    assert record[12:15] == b"abc"
-
-
 def read_events(folder: Path) -> dict[str, list[tuple[int, float]]]:
-    """Every scalar as TensorBoard's own reader sees it."""
-    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    accumulator = reader.EventAccumulator(str(folder), size_guidance={"scalars": 0})
+    """tag -> (step, value) as TensorBoard's own reader sees them."""
+    module = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    accumulator = module.EventAccumulator(str(folder))
     accumulator.Reload()
-    tags = accumulator.Tags()["scalars"]
-    return {tag: [(e.step, e.value) for e in accumulator.Scalars(tag)] for tag in tags}
+    return {
+        tag: [(event.step, event.value) for event in accumulator.Scalars(tag)]
+        for tag in accumulator.Tags()["scalars"]
+    }
 
 
 def test_tensorboard_reads_what_we_wrote(tmp_path: Path):
@@ -123,16 +111,25 @@ def test_nan_reaches_tensorboard(tmp_path: Path):
     assert math.isnan(read_events(tmp_path)["lm loss"][0][1])
 
 
-def test_tensorboard_interval_and_queue(tmp_path: Path):
-    config = TelemetryConfig(tensorboard_log_interval=2, tensorboard_queue_size=4)
-    writer = TensorBoard(tmp_path, config=config, disk=DISK)
-    sizes = []
+def test_tensorboard_interval(tmp_path: Path):
+    writer = TensorBoard(tmp_path, config=TelemetryConfig(tensorboard_log_interval=2), disk=DISK)
     for iteration in range(1, 5):
         writer.write(step(iteration))
-        sizes.append(next(tmp_path.iterdir()).stat().st_size)
-    assert sizes[0] == sizes[1] == sizes[2] < sizes[3]  # 2 events each at 2 and 4 fill the queue
     writer.close()
     assert [step for step, _ in read_events(tmp_path)["lm loss"]] == [2, 4]
+
+
+@pytest.mark.parametrize(
+    ("module", "config", "words"),
+    [
+        ("wandb", TelemetryConfig(wandb_project="p"), "--wandb-project p .*"),
+        ("torch.utils.tensorboard", TelemetryConfig(tensorboard_dir="t"), "--tensorboard-dir t .*"),
+    ],
+)
+def test_a_missing_package_names_flag_and_extra(tmp_path, monkeypatch, module, config, words):
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ConfigError, match=words + "pip install 'megatron_lite"):
+        open_writers(config, tmp_path, 0)
 
 
 def test_switches_choose_the_scalars():
@@ -195,13 +192,6 @@ def test_wandb_gets_the_same_scalars(tmp_path: Path, monkeypatch: pytest.MonkeyP
     expected = scalars(step(3), config) | {"samples": 48.0, "tokens": float(STEP.tokens)}
     assert run.logged == [(3, expected)]
     assert run.finished
-
-
-def test_missing_wandb_names_the_flag(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(ConfigError, match="--wandb-project p .*pip install wandb"):
-        open_writers(TelemetryConfig(wandb_project="p"), tmp_path, 0)
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_configuration_chooses_the_writers(tmp_path: Path):
