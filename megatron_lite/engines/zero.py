@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -62,7 +63,9 @@ class ZeroEngine:
         parallel: ParallelConfig,
         precision: PrecisionConfig,
         watch: Watch | None = None,
+        span: Callable[[str], AbstractContextManager[object]] = nullcontext,
     ) -> None:
+        self.span = span
         self.ctx, self.optim, self.watch = ctx, optim, watch or Watch()
         self.rule: UpdateRule = OPTIMIZERS[optim.optimizer](optim)
         self.scaler = LossScale.from_config(precision)
@@ -129,7 +132,8 @@ class ZeroEngine:
         Waits for the device once, to learn whether the gradients are finite (fp16, or where
         non-finite values stop the run).  Raises NumericsError on every rank alike.
         """
-        self._reduce()
+        with self.span("all-grads-sync"):
+            self._reduce()
         counted = [held for held in self._held if stands_for(held.local, self.ctx)]
         norm = global_norm([held.gradient for held in counted], self.ctx)
         num_zeros = self._num_zeros(counted) if self.watch.num_zeros else None
@@ -144,10 +148,12 @@ class ZeroEngine:
                 self._clear()
                 return Update(norm, skipped=True, num_zeros=num_zeros)
         if self.optim.clip_grad > 0.0:
-            coefficient = clip_coefficient(norm, self.optim.clip_grad)
-            for buckets in self._buckets.values():
-                buckets.buffer.mul_(coefficient)
-        self._apply(lr, weight_decay)
+            with self.span("optimizer-clip-main-grad"):
+                coefficient = clip_coefficient(norm, self.optim.clip_grad)
+                for buckets in self._buckets.values():
+                    buckets.buffer.mul_(coefficient)
+        with self.span("optimizer-inner-step"):
+            self._apply(lr, weight_decay)
         self._clear()
         params_norm = self._params_norm(counted) if self.watch.params_norm else None
         return Update(norm, skipped=False, num_zeros=num_zeros, params_norm=params_norm)
@@ -197,7 +203,8 @@ class ZeroEngine:
 
     def _num_zeros(self, counted: list[_Held]) -> float:
         rows = [p.of(h.gradient) for h in counted for p in h.local.pieces]
-        return count_zeros(rows, self.ctx).item()  # waits for the device
+        with self.span("optimizer-count-zeros"):
+            return count_zeros(rows, self.ctx).item()  # waits for the device
 
     def _params_norm(self, counted: list[_Held]) -> float:
         return global_norm([h.master.detach() for h in counted], self.ctx).item()  # waits

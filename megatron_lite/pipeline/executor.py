@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -14,11 +15,15 @@ from megatron_lite.pipeline.stage import MicroBatch, Scored, Stage
 
 @dataclass(slots=True)
 class Executor:
-    """Stages of this rank, its mail, and whom to tell that a stage's last backward comes next."""
+    """Stages of this rank, its mail, and whom to tell that a stage's last backward comes next.
+
+    span: measures a block under a name (forward-compute, forward-recv and so on).
+    """
 
     stages: dict[int, Stage]
     mail: Mail
     arm: Callable[[int], None]
+    span: Callable[[str], AbstractContextManager[object]] = nullcontext
 
     def run(
         self,
@@ -30,28 +35,41 @@ class Executor:
 
         scale: factor on each micro batch's loss sum; None for evaluation.
         """
-        mail = self.mail
         for group in actions:
             action = group[0]
-            n, m = action.stage, action.microbatch
             match action.op:
                 case Op.F:
-                    stage = self.stages[n]
-                    x = None if stage.is_first else mail.take(forward=True, stage=n, microbatch=m)
-                    y = stage.forward(m, batches[m], x, scale)
-                    if y is not None:
-                        mail.put(y, forward=True, stage=n + 1, microbatch=m)
+                    self._forward(action, batches[action.microbatch], scale)
                 case Op.B | Op.I:
-                    stage = self.stages[n]
-                    dy = None if stage.is_last else mail.take(forward=False, stage=n, microbatch=m)
-                    dx = stage.backward(m, dy, postpone_weights=action.op is Op.I)
-                    if dx is not None:
-                        mail.put(dx, forward=False, stage=n - 1, microbatch=m)
+                    self._backward(action)
                 case Op.W:
-                    self.stages[n].gradients.run()
+                    with self.span("backward-compute"):
+                        self.stages[action.stage].gradients.run()
                 case Op.REDUCE:
-                    self.arm(n)
+                    self.arm(action.stage)
                 case _:
-                    mail.post(group)
-        mail.finish()
+                    self.mail.post(group)
+        self.mail.finish()
         return [scored for stage in self.stages.values() for scored in stage.take_totals()]
+
+    def _forward(self, action: Action, batch: MicroBatch, scale: Tensor | None) -> None:
+        stage, n, m = self.stages[action.stage], action.stage, action.microbatch
+        x = None
+        if not stage.is_first:
+            with self.span("forward-recv"):
+                x = self.mail.take(forward=True, stage=n, microbatch=m)
+        with self.span("forward-compute"):
+            y = stage.forward(m, batch, x, scale)
+        if y is not None:
+            self.mail.put(y, forward=True, stage=n + 1, microbatch=m)
+
+    def _backward(self, action: Action) -> None:
+        stage, n, m = self.stages[action.stage], action.stage, action.microbatch
+        dy = None
+        if not stage.is_last:
+            with self.span("backward-recv"):
+                dy = self.mail.take(forward=False, stage=n, microbatch=m)
+        with self.span("backward-compute"):
+            dx = stage.backward(m, dy, postpone_weights=action.op is Op.I)
+        if dx is not None:
+            self.mail.put(dx, forward=False, stage=n - 1, microbatch=m)

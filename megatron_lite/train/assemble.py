@@ -20,6 +20,7 @@ from megatron_lite.pipeline.executor import Executor
 from megatron_lite.pipeline.mail import Mail
 from megatron_lite.pipeline.stage import Objective, Stage
 from megatron_lite.train.objectives.language_model import LanguageModel
+from megatron_lite.train.timing import RunTimers
 
 
 @dataclass(slots=True)
@@ -36,6 +37,7 @@ class Run:
     engine: ZeroEngine
     parameters: list[LocalParameter]
     progress: Progress = field(default_factory=Progress)
+    timers: RunTimers = field(default_factory=lambda: RunTimers(level=0))
 
     def actions(self, num_microbatches: int) -> Sequence[Sequence[Action]]:
         """This rank's lowered actions of a training step."""
@@ -69,12 +71,14 @@ def assemble(
     ctx: ParallelContext,
     *,
     objective: str = "language_model",
+    timers: RunTimers | None = None,
 ) -> Run:
     """Build this rank's stages, engine and executor; weights are filled from seed and names.
 
     Collective only in that all ranks must build alike; it communicates nothing.
     """
     assert config.model.vocab_size is not None, "the tool reads it from the tokenizer"
+    timers = timers or RunTimers(level=0)
     stages: dict[int, Stage] = {}
     parameters: dict[int, Sequence[LocalParameter]] = {}
     sinks: list[WeightGradients] = []
@@ -116,6 +120,7 @@ def assemble(
             num_zeros=config.telemetry.log_num_zeros_in_grad,
             params_norm=config.telemetry.log_params_norm,
         ),
+        span=timers.span,
     )
     for sink in sinks:
         sink.attach(engine.accumulators(), engine.ready)
@@ -124,7 +129,8 @@ def assemble(
         blueprint=blueprint,
         ctx=ctx,
         setting=setting,
-        pipeline=Executor(stages, mail, engine.arm),
+        pipeline=Executor(stages, mail, engine.arm, timers.span),
         engine=engine,
         parameters=[local for held in parameters.values() for local in held],
+        timers=timers,
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.telemetry.console import format_record
@@ -16,7 +16,7 @@ class Log:
     """Rank 0 says notices and writes records; the last rank prints the training line, as Megatron does."""
 
     ctx: ParallelContext
-    writers: Writers
+    writers: Writers = field(default_factory=lambda: Writers(()))
 
     def say(self, *lines: str) -> None:
         """Print on rank 0."""
@@ -34,10 +34,15 @@ class Log:
         """Into metrics.jsonl, TensorBoard and W&B (rank 0)."""
         self.writers.write(record)
 
-    def print(self, record: Record) -> None:
+    def print(self, record: Record | str) -> None:
         """On the console of the last rank."""
         if self.ctx.rank == self.ctx.world_size - 1:
-            print(format_record(record), flush=True)
+            print(record if isinstance(record, str) else format_record(record), flush=True)
+
+    def say_of_shard(self, line: str) -> None:
+        """Print on dp rank 0 of every model shard: what differs between tp and pp ranks."""
+        if self.ctx.dp.rank == 0:
+            print(line, flush=True)
 
     def close(self) -> None:
         """Flush and close every writer."""

@@ -15,16 +15,17 @@ from megatron_lite.config.errors import NumericsError
 from megatron_lite.config.telemetry import TelemetryConfig
 from megatron_lite.config.train import TrainConfig
 from megatron_lite.data.loader import Loader
-from megatron_lite.optim.learning_rate import LearningRateSchedule, WeightDecaySchedule
 from megatron_lite.parallel.shard import weight_slices
 from megatron_lite.telemetry.record import EvaluationRecord, SaveRecord
 from megatron_lite.telemetry.throughput import IntervalMeter, Step
+from megatron_lite.telemetry.timers import format_times, timing_record
 from megatron_lite.train.assemble import Run
-from megatron_lite.train.device import peak_memory_bytes
+from megatron_lite.train.device import memory_line, peak_memory_bytes
 from megatron_lite.train.log import Log
 from megatron_lite.train.profile import Profiler
+from megatron_lite.train.schedules import Schedules
 from megatron_lite.train.step import StepResult, evaluation_step, train_step
-from megatron_lite.train.stop import Reason, StopRequests
+from megatron_lite.train.stop import Reason, StopRequests, StopVote
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +52,7 @@ class Session:
     telemetry: TelemetryConfig
     checkpoint: CheckpointConfig
     loaders: Loaders
-    learning_rate: LearningRateSchedule
-    weight_decay: WeightDecaySchedule
+    schedules: Schedules
     log: Log
     meter: IntervalMeter
     stop: StopRequests
@@ -62,43 +62,46 @@ class Session:
     train_iters: int
     seq_length: int
     saved_at: int = field(init=False)
+    logged_at: int = field(init=False)
     progress: Progress = field(init=False)
     first_step: int = field(init=False)
+    reported_memory: bool = field(init=False, default=False)
 
     def __post_init__(self) -> None:
         self.progress = self.run.progress
-        self.first_step = self.saved_at = self.progress.step
+        self.first_step = self.saved_at = self.logged_at = self.progress.step
 
     def fit(self) -> Reason:
         """Train until the end or until somebody asks for a stop; returns why it ended."""
-        progress = self.progress
         if self.train.manual_gc:
             gc.disable()
             gc.collect()
-        reason: Reason | None = self.stop.reason(
-            progress.step, agreed=False, finished=self._finished()
-        )
-        while reason != "finished":
+        try:
+            reason = self._train()
+        finally:
+            self.profiler.close()
+            if self.train.manual_gc:
+                gc.enable()
+        if self.saved_at != self.progress.step and self.progress.step > 0:
+            self.save()
+        return reason
+
+    def _train(self) -> Reason:
+        progress = self.progress
+        reason: Reason | None = "finished" if self._finished() else None
+        while reason is None:
             self.profiler.before(progress.step + 1)
             agreed = self._step()
             self.profiler.after(progress.step)
-            finished = self._finished()
-            reason = self.stop.reason(progress.step, agreed=agreed, finished=finished)
+            reason = self.stop.reason(progress.step, agreed=agreed, finished=self._finished())
             self._log_interval(last=reason is not None)
-            every = self.train.eval_interval
-            if every and self.train.eval_iters and progress.step % every == 0:
+            if reason != "signal" and _is_due(self.train.eval_interval, progress.step):
                 self.evaluate("validation", final=False)
-            every = self.checkpoint.save_interval
-            if every and progress.step % every == 0:
+            if _is_due(self.checkpoint.save_interval, progress.step):
                 self.save()
-            every = self.train.manual_gc_interval
-            if self.train.manual_gc and every and progress.step % every == 0:
+            if self.train.manual_gc and _is_due(self.train.manual_gc_interval, progress.step):
                 gc.collect()
-            if reason is not None:
-                break
-        if self.saved_at != progress.step and progress.step > 0:
-            self.save()
-        return reason or "finished"
+        return reason
 
     def _finished(self) -> bool:
         by_samples = self.train.train_samples
@@ -106,26 +109,27 @@ class Session:
             return self.progress.samples >= by_samples
         return self.progress.step >= self.train_iters
 
-    def _step(self) -> bool:
-        """One optimizer step and its records; returns whether the ranks agreed to stop after it."""
+    def _step(self) -> StopVote:
+        """One optimizer step and its records; returns what the ranks agreed to stop for after it."""
         began = time.perf_counter()
         progress, run, loader = self.progress, self.run, self.loaders.train
         assert loader is not None, "nothing to train on"
         size = run.blueprint.batch_schedule.global_batch_size(progress.samples)
         micro = self.train.micro_batch_size
         waited = loader.seconds_waited
-        batches = loader.next_batches(
-            progress.samples, size, micro, size // (micro * run.ctx.dp.size)
-        )
+        with run.timers.span("batch-generator"):
+            batches = loader.next_batches(
+                progress.samples, size, micro, size // (micro * run.ctx.dp.size)
+            )
         result = train_step(
             run,
             batches,
-            lr=self.learning_rate.at(progress.lr_samples),
-            weight_decay=self.weight_decay.at(progress.lr_samples),
-            wants_stop=self.stop.wanted_here(),
+            lr=self.schedules.learning_rate.at(progress.lr_samples),
+            weight_decay=self.schedules.weight_decay.at(progress.lr_samples),
+            vote=self.stop.vote(),
         )
         loss = result.loss.item()  # waits for the device
-        agreed = result.wants_stop.item() > 0
+        agreed = StopVote(*(votes > 0 for votes in result.votes.tolist()))
         self._account(size, result)
         record = self.meter.add(
             Step(
@@ -137,8 +141,8 @@ class Session:
                 seconds=time.perf_counter() - began,
                 data_seconds=loader.seconds_waited - waited,
                 loss=loss,
-                learning_rate=self.learning_rate.at(progress.lr_samples),
-                weight_decay=self.weight_decay.at(progress.lr_samples),
+                learning_rate=self.schedules.learning_rate.at(progress.lr_samples),
+                weight_decay=self.schedules.weight_decay.at(progress.lr_samples),
                 loss_scale=run.engine.loss_scale,
                 grad_norm=result.update.grad_norm.item(),
                 num_zeros=result.update.num_zeros,
@@ -172,9 +176,34 @@ class Session:
         progress.loss_scale = self.run.engine.scaler.state()
 
     def _log_interval(self, *, last: bool) -> None:
-        every = self.telemetry.log_interval
-        if self.progress.step == self.first_step + 1 or last or self.progress.step % every == 0:
-            self.log.print(self.meter.take())
+        step, every = self.progress.step, self.telemetry.log_interval
+        if step != self.first_step + 1 and not last and step % every:
+            return
+        record = self.meter.take()
+        self.log.print(record)
+        if not self.reported_memory:
+            ctx = self.run.ctx
+            line = memory_line(ctx.device, rank=ctx.rank, iterations=step)
+            if line is not None:
+                self.log.say_of_shard(line)
+            self.reported_memory = True
+        self._log_times(step - self.logged_at)
+        self.logged_at = step
+
+    def _log_times(self, iterations: int) -> None:
+        """The spans of --timing-log-level, per iteration.  Collective from level 1 on."""
+        if self.telemetry.timing_log_level == 0:
+            return
+        times = self.run.timers.gather(self.run.ctx)
+        progress = self.progress
+        self.log.print(
+            format_times(times, option=self.telemetry.timing_log_option, iterations=iterations)
+        )
+        self.log.write(
+            timing_record(
+                times, iteration=progress.step, samples=progress.samples, iterations=iterations
+            )
+        )
 
     def evaluate(self, split: str, *, final: bool) -> None:
         """Mean loss over --eval-iters batches, on the console and in the records."""
@@ -190,7 +219,8 @@ class Session:
             batches = loader.next_batches(
                 start + index * size, size, micro, size // (micro * run.ctx.dp.size)
             )
-            batch_total, batch_count = evaluation_step(run, batches)
+            with run.timers.paused():
+                batch_total, batch_count = evaluation_step(run, batches)
             total, count = total + batch_total.item(), count + batch_count.item()  # waits
         if split == "validation":
             progress.validation_samples += self.train.eval_iters * size
@@ -212,14 +242,15 @@ class Session:
             return
         began = time.perf_counter()
         run = self.run
-        saved = self.store.save(
-            self.progress.step,
-            weights=weight_slices(run.parameters, run.ctx, owned=True),
-            optimizer=run.engine.state(owned=True) if self.checkpoint.save_optim else (),
-            progress=self.progress,
-            config=self.plain_config,
-            keep_last=self.checkpoint.keep_last,
-        )
+        with run.timers.span("save-checkpoint"):
+            saved = self.store.save(
+                self.progress.step,
+                weights=weight_slices(run.parameters, run.ctx, owned=True),
+                optimizer=run.engine.state(owned=True) if self.checkpoint.save_optim else (),
+                progress=self.progress,
+                config=self.plain_config,
+                keep_last=self.checkpoint.keep_last,
+            )
         self.saved_at = self.progress.step
         record = SaveRecord(
             iteration=self.progress.step,
@@ -230,3 +261,8 @@ class Session:
         )
         self.log.write(record)
         self.log.print(record)
+
+
+def _is_due(every: int | None, step: int) -> bool:
+    """Whether something done at multiples of `every` is done after this step; never for 0 or None."""
+    return every is not None and every > 0 and step % every == 0

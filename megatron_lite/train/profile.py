@@ -1,4 +1,4 @@
-"""--profile: a Chrome trace of some steps on some ranks, in the run folder."""
+"""--profile: some steps on some ranks, as Chrome traces in the run folder, or for Nsight Systems."""
 
 from __future__ import annotations
 
@@ -13,24 +13,46 @@ from megatron_lite.config.telemetry import TelemetryConfig
 
 @dataclass(slots=True)
 class Profiler:
-    """torch.profiler from --profile-step-start until before --profile-step-end."""
+    """From before --profile-step-start until before --profile-step-end.
+
+    torch.profiler by default: trace-rank<r>.json in `folder`, for chrome://tracing or Perfetto.
+    With --no-use-pytorch-profiler on a GPU only the range is marked, for
+    `nsys profile --capture-range=cudaProfilerApi`; without a GPU that marks nothing.
+    """
 
     telemetry: TelemetryConfig
     rank: int
     folder: Path
+    device: torch.device = torch.device("cpu")
     _profile: Any = field(default=None)
+    _marking: bool = False
 
     def before(self, step: int) -> None:
         """Start if this step is the first profiled one."""
         t = self.telemetry
-        if t.profile and self.rank in t.profile_ranks and step == t.profile_step_start:
+        if not t.profile or self.rank not in t.profile_ranks or step != t.profile_step_start:
+            return
+        if t.use_pytorch_profiler:
             self._profile = torch.profiler.profile(record_shapes=True)
             self._profile.start()
+        elif self.device.type == "cuda":
+            torch.cuda.synchronize()
+            torch.cuda.profiler.start()
+            self._marking = True
 
     def after(self, step: int) -> None:
-        """Stop after the last profiled step and write trace-rank<r>.json."""
-        if self._profile is not None and step + 1 >= self.telemetry.profile_step_end:
+        """Stop after the last profiled step."""
+        if step + 1 >= self.telemetry.profile_step_end:
+            self.close()
+
+    def close(self) -> None:
+        """Write what was profiled; also where the run ends before --profile-step-end."""
+        if self._profile is not None:
             self._profile.stop()
             self.folder.mkdir(parents=True, exist_ok=True)
             self._profile.export_chrome_trace(str(self.folder / f"trace-rank{self.rank}.json"))
             self._profile = None
+        if self._marking:
+            torch.cuda.synchronize()
+            torch.cuda.profiler.stop()
+            self._marking = False

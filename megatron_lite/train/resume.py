@@ -13,27 +13,36 @@ from megatron_lite.config.errors import CheckpointError
 from megatron_lite.config.optim import LearningRateConfig
 from megatron_lite.parallel.shard import MASTER, exact_slices, weight_slices
 from megatron_lite.train.assemble import Run
+from megatron_lite.train.schedules import Schedules
 
 
 @dataclass(frozen=True, slots=True)
 class Resumed:
-    """What was loaded: its iteration (None for a fresh start), lines to print, the LR settings to use."""
+    """What was loaded: its iteration (None where training starts at 0), what to say, the curves to use.
+
+    warnings: what went wrong on the way; notices: what was done.
+    """
 
     iteration: int | None
-    notices: list[str]
-    learning_rate: LearningRateConfig
+    schedules: Schedules
+    warnings: tuple[str, ...] = ()
+    notices: tuple[str, ...] = ()
 
 
-def resume(run: Run, checkpoint: CheckpointConfig, learning_rate: LearningRateConfig) -> Resumed:
+def resume(
+    run: Run, checkpoint: CheckpointConfig, learning_rate: LearningRateConfig, asked: Schedules
+) -> Resumed:
     """Fill the run from --load.  Collective over the world.
 
-    Raises CheckpointError where there are checkpoints but none usable, where they do not fit the
-    model, or where the learning-rate flags differ and no flag says which to take.
+    asked: the curves of this command line.  Raises CheckpointError where there are checkpoints but
+    none usable, where they do not fit the model, or where the curves differ from the checkpoint's
+    and no flag says which to take.
     """
     if checkpoint.load is None:
-        return Resumed(None, [], learning_rate)
+        return Resumed(None, asked)
     store = Store(Path(checkpoint.load), run.ctx)
-    manifest, notices = store.newest_intact(checkpoint.ckpt_step)
+    manifest, found = store.newest_intact(checkpoint.ckpt_step)
+    warnings = tuple(found)
     if manifest is None:
         if checkpoint.exit_on_missing_checkpoint:
             raise CheckpointError(
@@ -41,23 +50,39 @@ def resume(run: Run, checkpoint: CheckpointConfig, learning_rate: LearningRateCo
                 "set: check the path, or leave the flag out to start fresh"
             )
         line = f"*** no checkpoint in --load {checkpoint.load}: STARTING FRESH, from random weights ***"
-        return Resumed(None, [*notices, line], learning_rate)
+        return Resumed(None, asked, (*warnings, line))
     with_optimizer = checkpoint.load_optim and not checkpoint.finetune
-    if not checkpoint.finetune:
-        learning_rate = _settle_learning_rate(manifest, learning_rate, checkpoint.load)
+    schedules = asked
+    notices: list[str] = []
+    if with_optimizer:
+        _require_optimizer(run, manifest, checkpoint.load)
+        schedules, notices = _settle_schedules(manifest, learning_rate, asked, checkpoint.load)
     _fill(run, store, manifest, optimizer=with_optimizer)
+    loaded = (
+        f"  successfully loaded checkpoint from {checkpoint.load} at iteration {manifest.iteration}"
+    )
     if checkpoint.finetune:
-        notices.append("--finetune: weights loaded; iteration, samples and optimizer start anew")
-        return Resumed(None, notices, learning_rate)
+        notices.append("--finetune: weights only; iteration, samples and optimizer start anew")
+        return Resumed(None, schedules, warnings, (*notices, loaded))
     run.progress = dataclasses.replace(manifest.progress)
     if with_optimizer:
         run.engine.steps = manifest.progress.optimizer_steps
         if manifest.progress.loss_scale:
             run.engine.scaler.load(manifest.progress.loss_scale)
-    notices.append(
-        f"  successfully loaded checkpoint from {checkpoint.load} at iteration {manifest.iteration}"
-    )
-    return Resumed(manifest.iteration, notices, learning_rate)
+    else:
+        notices.append("--no-load-optim: optimizer state and loss scale start anew")
+    return Resumed(manifest.iteration, schedules, warnings, (*notices, loaded))
+
+
+def _require_optimizer(run: Run, manifest: Manifest, folder: str) -> None:
+    """Every rank holds moments, so all ranks find the same."""
+    names = [s.name for s in run.engine.state(owned=False) if not s.name.startswith(MASTER)]
+    if names and not any(name in manifest.tensors for name in names):
+        raise CheckpointError(
+            f"checkpoint {manifest.iteration} in {folder} holds no state of this optimizer (it was "
+            "saved with --no-save-optim or another --optimizer): add --no-load-optim to go on with "
+            "a fresh one, or --finetune to start at iteration 0 with its weights"
+        )
 
 
 def _fill(run: Run, store: Store, manifest: Manifest, *, optimizer: bool) -> None:
@@ -69,22 +94,30 @@ def _fill(run: Run, store: Store, manifest: Manifest, *, optimizer: bool) -> Non
     store.load(manifest, [*exact, *moments])
 
 
-def _settle_learning_rate(
-    manifest: Manifest, asked: LearningRateConfig, folder: str
-) -> LearningRateConfig:
-    """The settings to go on with: equal ones, or whichever the user chose by a flag."""
-    saved = manifest.config.get("learning_rate", {})
-    choices = {"override_opt_param_scheduler", "use_checkpoint_opt_param_scheduler"}
-    names = [f.name for f in dataclasses.fields(asked) if f.name not in choices]
-    differ = [n for n in names if n in saved and saved[n] != getattr(asked, n)]
-    if not differ or asked.override_opt_param_scheduler:
-        return asked
-    if asked.use_checkpoint_opt_param_scheduler:
-        return dataclasses.replace(asked, **{n: saved[n] for n in differ})
-    lines = "".join(f"\n  --{n.replace('_', '-')}: {saved[n]} in the checkpoint, "
-                    f"{getattr(asked, n)} on this command line" for n in differ)  # fmt: skip
+def _settle_schedules(
+    manifest: Manifest, flags: LearningRateConfig, asked: Schedules, folder: str
+) -> tuple[Schedules, list[str]]:
+    """The curves to go on with, and what to say: equal ones, or whichever a flag chose."""
+    try:
+        saved = Schedules.from_json(manifest.config["schedules"])
+    except (KeyError, TypeError) as error:
+        if flags.use_checkpoint_opt_param_scheduler:
+            raise CheckpointError(
+                f"checkpoint {manifest.iteration} in {folder} does not say its learning-rate "
+                f"schedule ({error}): leave out --use-checkpoint-opt-param-scheduler"
+            ) from None
+        return asked, ["learning rate: the checkpoint does not say its schedule; the flags count"]
+    differ = saved.differences(asked)
+    if not differ:
+        return asked, []
+    if flags.override_opt_param_scheduler:
+        return asked, [f"--override-opt-param-scheduler: {line}" for line in differ]
+    if flags.use_checkpoint_opt_param_scheduler:
+        kept = asked.differences(saved)
+        return saved, [f"--use-checkpoint-opt-param-scheduler: {line}" for line in kept]
+    lines = "".join(f"\n  {line}" for line in differ)
     raise CheckpointError(
-        f"{folder} was trained with other learning-rate settings:{lines}\nadd "
-        "--override-opt-param-scheduler to take this command line's, or "
+        f"{folder} was trained with another learning-rate schedule (checkpoint -> this command "
+        f"line):{lines}\nadd --override-opt-param-scheduler to take this command line's, or "
         "--use-checkpoint-opt-param-scheduler to keep the checkpoint's"
     )

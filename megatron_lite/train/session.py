@@ -19,7 +19,6 @@ from megatron_lite.data.build import Datasets, build_datasets
 from megatron_lite.data.loader import Loader
 from megatron_lite.data.pretrain import Samples
 from megatron_lite.layers.attention import choose_attention
-from megatron_lite.optim.learning_rate import LearningRateSchedule, WeightDecaySchedule
 from megatron_lite.parallel.collectives import MAX, all_reduce, barrier
 from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.parallel.launch import (
@@ -31,6 +30,7 @@ from megatron_lite.parallel.launch import (
 )
 from megatron_lite.storage.disk import Disk, write_atomically
 from megatron_lite.telemetry.throughput import IntervalMeter
+from megatron_lite.telemetry.timers import format_times
 from megatron_lite.telemetry.writers import Writers, open_writers
 from megatron_lite.train.assemble import Run, assemble
 from megatron_lite.train.device import device_peak
@@ -38,7 +38,10 @@ from megatron_lite.train.log import Log
 from megatron_lite.train.loop import Loaders, Session
 from megatron_lite.train.profile import Profiler
 from megatron_lite.train.resume import resume
+from megatron_lite.train.schedules import Schedules
+from megatron_lite.train.state_hash import state_hash
 from megatron_lite.train.stop import Reason, StopRequests
+from megatron_lite.train.timing import RunTimers
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -69,35 +72,41 @@ def train(config: RunConfig, launch: Launch, tokens: Tokens, notices: list[str])
 
 
 def _carry_out(session: Session) -> int:
-    if session.train.skip_train:
-        session.evaluate("validation", final=True)
-        session.evaluate("test", final=True)
-        return 0
-    if session.first_step >= session.train_iters:
-        session.log.say(
-            f"nothing left to do: the checkpoint has {session.first_step} of {session.train_iters} "
-            "iterations; raise --train-iters to go on"
-        )
-    session.stop.listen()
-    session.log.say("training ...")
-    reason = session.fit()
+    reason: Reason = "finished"
+    if not session.train.skip_train:
+        if session.first_step >= session.train_iters:
+            session.log.say(
+                f"nothing left to do: the checkpoint has {session.first_step} of "
+                f"{session.train_iters} iterations; raise --train-iters to go on"
+            )
+        session.stop.listen()
+        session.log.say("training ...")
+        reason = session.fit()
+        session.log.say(_farewell(session, reason))
     if reason == "finished":
         session.evaluate("validation", final=True)
         session.evaluate("test", final=True)
-    session.log.say(_farewell(session, reason))
+    if session.train.print_state_hash:
+        value = state_hash(session.run)
+        session.log.say(f" > state hash at iteration {session.progress.step}: {value}")
+    session.log.say(f"exiting program at iteration {session.progress.step} datetime: {_now()}")
     return PREEMPTED if reason == "signal" else 0
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S")
 
 
 def _farewell(session: Session, reason: Reason) -> str:
     step = session.progress.step
     kept = f"; checkpoint in {session.store.root}" if session.store is not None else ""
     why = {
-        "finished": "training is done",
+        "finished": "after training is done",
         "signal": "stopped by a signal: the step was finished",
         "exit-interval": "stopped by --exit-interval",
         "exit-duration": "stopped by --exit-duration-in-mins",
     }[reason]
-    return f"[{why} at iteration {step}{kept}]"
+    return f"[{why}] iteration {step}{kept} datetime: {_now()}"
 
 
 def open_session(
@@ -110,19 +119,29 @@ def open_session(
         if launch.world_size > 1
         else ParallelContext.serial(device)
     )
-    run = assemble(config, blueprint, ctx)
+    log = Log(ctx)
+    log.say(*notices)
+    timers = RunTimers(config.telemetry.timing_log_level, device)
+    with timers.span("model-and-optimizer-setup"):
+        run = assemble(config, blueprint, ctx, timers=timers)
+    log.say(*_description(run, blueprint))
+    log.say_of_shard(_shard_size(run))
     folder = _run_folder(config, ctx)
     if ctx.rank == 0:
         _begin_folder(folder, config)
-    resumed = resume(run, config.checkpoint, config.learning_rate)
     final_batch = blueprint.batch_schedule.final_batch_size
     train_iters = blueprint.train_iters
     assert train_iters is not None, "rules.check wants --train-iters or --train-samples"
-    datasets = _open_datasets(config, launch, ctx, tokens, folder, train_iters, final_batch)
-    log = Log(ctx, _writers(config.telemetry, folder, resumed.iteration or 0, ctx))
-    log.say(*notices, *_description(run, blueprint))
-    log.warn(*resumed.notices[:-1])
-    log.say(*resumed.notices[-1:])
+    asked = Schedules.from_config(config, final_batch)
+    with timers.span("load-checkpoint"):
+        resumed = resume(run, config.checkpoint, config.learning_rate, asked)
+    log.warn(*resumed.warnings)
+    log.say(*resumed.notices)
+    with timers.span("train/valid/test-data-iterators-setup"):
+        datasets = _open_datasets(config, launch, log, tokens, folder, train_iters, final_batch)
+    log.writers = _writers(config.telemetry, folder, resumed.iteration or 0, ctx)
+    log.say(f"done with setup ... datetime: {_now()}")
+    log.print(format_times(timers.gather(ctx), option=config.telemetry.timing_log_option))
     save = config.checkpoint.save
     return Session(
         run=run,
@@ -130,12 +149,7 @@ def open_session(
         telemetry=config.telemetry,
         checkpoint=config.checkpoint,
         loaders=_loaders(config, datasets, ctx, tokens),
-        learning_rate=LearningRateSchedule.from_config(
-            resumed.learning_rate, train=config.train, global_batch_size=final_batch
-        ),
-        weight_decay=WeightDecaySchedule.from_config(
-            config.optim, train=config.train, global_batch_size=final_batch
-        ),
+        schedules=resumed.schedules,
         log=log,
         meter=IntervalMeter(
             train_iters=train_iters,
@@ -145,9 +159,9 @@ def open_session(
             peak_tflops=device_peak(device),
         ),
         stop=StopRequests(config.train),
-        profiler=Profiler(config.telemetry, ctx.rank, folder / "traces"),
+        profiler=Profiler(config.telemetry, ctx.rank, folder / "traces", device),
         store=Store(Path(save), ctx) if save else None,
-        plain_config=plain(config),
+        plain_config=plain(config) | {"schedules": resumed.schedules.to_json()},
         train_iters=train_iters,
         seq_length=config.model.seq_length,
     )
@@ -186,24 +200,31 @@ def _writers(
 def _open_datasets(
     config: RunConfig,
     launch: Launch,
-    ctx: ParallelContext,
+    log: Log,
     tokens: Tokens,
     folder: Path,
     train_iters: int,
     final_batch: int,
 ) -> Datasets:
-    train = config.train
-    train_samples = train.train_samples or train_iters * final_batch
+    train, world = config.train, log.ctx.world
+    train_samples = 0 if train.skip_train else train.train_samples or train_iters * final_batch
     rounds = train_iters // train.eval_interval + 1 if train.eval_interval else 1
     evaluated = train.eval_iters * final_batch
     cache = config.data.data_cache_path or folder / "index-cache"
+    log.say(
+        "> building train, validation, and test datasets ...",
+        " > datasets target sizes (minimum size):",
+        f"    train:      {train_samples}",
+        f"    validation: {rounds * evaluated}",
+        f"    test:       {evaluated}",
+    )
 
     def build() -> Datasets:
         return build_datasets(
             config.data,
             seq_length=config.model.seq_length,
             seed=train.seed,
-            train_samples=0 if train.skip_train else train_samples,
+            train_samples=train_samples,
             valid_samples=rounds * evaluated,
             test_samples=evaluated,
             vocab_size=tokens.vocab_size,
@@ -213,9 +234,9 @@ def _open_datasets(
 
     if launch.local_rank == 0:  # one rank per node builds, the others map what it built
         datasets = build()
-        barrier(ctx.world)
+        barrier(world)
         return datasets
-    barrier(ctx.world)
+    barrier(world)
     return build()
 
 
@@ -239,11 +260,21 @@ def _loaders(
     return Loaders(loader(datasets.train), loader(datasets.valid), loader(datasets.test))
 
 
+def _shard_size(run: Run) -> str:
+    ctx = run.ctx
+    count = sum(local.parameter.numel() for local in run.parameters)
+    return (
+        " > number of parameters on (tensor, pipeline) model parallel rank "
+        f"({ctx.tp.rank}, {ctx.pp.rank}): {count}"
+    )
+
+
 def _description(run: Run, blueprint: Blueprint) -> list[str]:
     grid, ctx = blueprint.grid, run.ctx
     return [
         f"using world size: {grid.world_size}, tensor-parallel {grid.tp} x pipeline-parallel {grid.pp} "
         f"x data-parallel {grid.dp} on {ctx.device.type}, {run.setting.precision.name}",
+        f"setting training iterations to {blueprint.train_iters}",
         choose_attention(run.setting, training=True).why,
         f" > padded vocab (size: {run.setting.vocab_size}) to {run.setting.padded_vocab_size}",
     ]

@@ -14,6 +14,7 @@ from megatron_lite.engines.base import Update
 from megatron_lite.parallel.collectives import all_reduce
 from megatron_lite.pipeline.stage import Scored
 from megatron_lite.train.feed import loss_tokens, to_device
+from megatron_lite.train.stop import NO_VOTE, StopVote
 
 if TYPE_CHECKING:
     from megatron_lite.train.assemble import Run
@@ -21,15 +22,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """loss: mean per token over the global batch, nan if the world says so; wants_stop: any rank asked."""
+    """loss: mean per token over the global batch; votes: ranks that ask for a stop, by StopVote's fields."""
 
     loss: Tensor
     update: Update
-    wants_stop: Tensor
+    votes: Tensor
 
 
 def train_step(run: Run, batches: Sequence[Batch], *, lr: float, weight_decay: float,
-               wants_stop: bool = False) -> StepResult:  # fmt: skip
+               vote: StopVote = NO_VOTE) -> StepResult:  # fmt: skip
     """Forward and backward over this rank's micro batches, then the update.  Collective over the world.
 
     The gradient is that of the mean loss per token over the whole global batch: each micro batch's
@@ -40,10 +41,12 @@ def train_step(run: Run, batches: Sequence[Batch], *, lr: float, weight_decay: f
     micro = [to_device(b, device, step=run.progress.step, training=True) for b in batches]
     scale = (run.engine.loss_scale / tokens.clamp(min=1.0)).float()
     run.expect_messages(batches[0])
-    scored = run.pipeline.run(run.actions(len(batches)), micro, scale)
-    total, _, stop = _sum_over_world(run, scored, wants_stop)
-    update = run.engine.step(lr=lr, weight_decay=weight_decay)
-    return StepResult(total / tokens, update, stop)
+    with run.timers.span("forward-backward"):
+        scored = run.pipeline.run(run.actions(len(batches)), micro, scale)
+    total, _, votes = _sum_over_world(run, scored, vote)
+    with run.timers.span("optimizer"):
+        update = run.engine.step(lr=lr, weight_decay=weight_decay)
+    return StepResult(total / tokens, update, votes)
 
 
 @torch.no_grad()
@@ -53,19 +56,20 @@ def evaluation_step(run: Run, batches: Sequence[Batch]) -> tuple[Tensor, Tensor]
     micro = [to_device(b, device, step=run.progress.step, training=False) for b in batches]
     run.expect_messages(batches[0])
     scored = run.pipeline.run(run.forward_actions(len(batches)), micro, None)
-    total, count, _ = _sum_over_world(run, scored, False)
+    total, count, _ = _sum_over_world(run, scored, NO_VOTE)
     return total, count
 
 
 def _sum_over_world(
-    run: Run, scored: Sequence[Scored], wants_stop: bool
+    run: Run, scored: Sequence[Scored], vote: StopVote
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss sum, token count and stop requests; one collective, contributed by tp rank 0 only."""
-    sums = torch.zeros(3, dtype=torch.float64, device=run.ctx.device)
+    """Loss sum, token count and stop votes; one collective, contributed by tp rank 0 only."""
+    sums = torch.zeros(2 + len(vote), dtype=torch.float64, device=run.ctx.device)
     if scored and run.ctx.tp.rank == 0:
         sums[0] = torch.stack([s.total for s in scored]).double().sum()
         sums[1] = torch.stack([s.count for s in scored]).double().sum()
-    if wants_stop:
-        sums[2] += 1.0
-    total, count, stop = all_reduce(sums, run.ctx.world).unbind()
-    return total, count, stop
+    for position, asked in enumerate(vote, start=2):
+        if asked:
+            sums[position] = 1.0
+    all_reduce(sums, run.ctx.world)
+    return sums[0], sums[1], sums[2:]

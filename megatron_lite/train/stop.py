@@ -6,18 +6,28 @@ import signal
 import time
 from dataclasses import dataclass, field
 from types import FrameType
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from megatron_lite.config.train import TrainConfig
 
 Reason = Literal["finished", "signal", "exit-interval", "exit-duration"]
 
 
+class StopVote(NamedTuple):
+    """Why one rank asks for a stop; added up over the world, so that all ranks stop for one reason."""
+
+    signalled: bool = False
+    over_time: bool = False
+
+
+NO_VOTE = StopVote()
+
+
 @dataclass(slots=True)
 class StopRequests:
     """Collects requests on this rank; the step agrees on them over the world.
 
-    A second signal while the first is being carried out ends the process at once: the older
+    A second Ctrl-C while the first is being carried out ends the process at once: the older
     checkpoints are whole whatever happens.
     """
 
@@ -38,20 +48,19 @@ class StopRequests:
             raise KeyboardInterrupt
         self.signalled = signal.Signals(number).name
 
-    def wanted_here(self) -> bool:
-        """Whether this rank asks for a stop after the coming step."""
+    def vote(self) -> StopVote:
+        """What this rank asks for after the coming step."""
         minutes = self.train.exit_duration_in_mins
         over = minutes is not None and (time.monotonic() - self.started) / 60.0 >= minutes
-        return self.signalled is not None or over
+        return StopVote(self.signalled is not None, over)
 
-    def reason(self, step: int, *, agreed: bool, finished: bool) -> Reason | None:
-        """Why to stop after this step, or None; `agreed`: some rank asked for it."""
+    def reason(self, step: int, *, agreed: StopVote, finished: bool) -> Reason | None:
+        """Why to stop after this step, or None; `agreed`: what any rank of the world asked for."""
         if finished:
             return "finished"
-        if agreed:
-            # a rank that got no signal itself learns of one only through the others
-            minutes = self.train.exit_duration_in_mins
-            timed = minutes is not None and (time.monotonic() - self.started) / 60.0 >= minutes
-            return "exit-duration" if timed and self.signalled is None else "signal"
+        if agreed.signalled:
+            return "signal"
+        if agreed.over_time:
+            return "exit-duration"
         every = self.train.exit_interval
         return "exit-interval" if every and step % every == 0 else None

@@ -1,0 +1,96 @@
+"""Learning rate and weight decay of a run, as a checkpoint keeps them and a resume compares them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+from megatron_lite.config.run import RunConfig
+from megatron_lite.optim.learning_rate import LearningRateSchedule, WeightDecaySchedule
+
+_MEANS: Mapping[str, str] = MappingProxyType(
+    {
+        "learning_rate.max_lr": "--lr",
+        "learning_rate.min_lr": "--min-lr",
+        "learning_rate.style": "--lr-decay-style",
+        "learning_rate.decay_samples": (
+            "samples until the decay ends (--lr-decay-iters or --lr-decay-samples; without them "
+            "--train-iters or --train-samples)"
+        ),
+        "learning_rate.warmup_samples": (
+            "samples of warm-up (--lr-warmup-iters, --lr-warmup-samples or --lr-warmup-fraction)"
+        ),
+        "learning_rate.warmup_init": "--lr-warmup-init",
+        "learning_rate.wsd_style": "--lr-wsd-decay-style",
+        "learning_rate.wsd_samples": (
+            "samples of the final decay (--lr-wsd-decay-iters or --lr-wsd-decay-samples)"
+        ),
+        "weight_decay.start": "weight decay at the start (--weight-decay, --start-weight-decay)",
+        "weight_decay.end": "weight decay at the end (--weight-decay, --end-weight-decay)",
+        "weight_decay.style": "--weight-decay-incr-style",
+        "weight_decay.samples": "samples of the whole run (--train-iters or --train-samples)",
+    }
+)
+"""section.field of Schedules -> the flags that set it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Schedules:
+    """Both curves, everything in samples: what is derived from the run's length is in them."""
+
+    learning_rate: LearningRateSchedule
+    weight_decay: WeightDecaySchedule
+
+    @classmethod
+    def from_config(cls, config: RunConfig, global_batch_size: int) -> Schedules:
+        """The curves the flags ask for; iterations count at the full global batch."""
+        return cls(
+            LearningRateSchedule.from_config(
+                config.learning_rate, train=config.train, global_batch_size=global_batch_size
+            ),
+            WeightDecaySchedule.from_config(
+                config.optim, train=config.train, global_batch_size=global_batch_size
+            ),
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain numbers and words."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Schedules:
+        """Read back what to_json wrote; TypeError or KeyError for anything else."""
+        return cls(
+            LearningRateSchedule(**values["learning_rate"]),
+            WeightDecaySchedule(**values["weight_decay"]),
+        )
+
+    def differences(self, other: Schedules) -> list[str]:
+        """`flag: this one's value -> the other's` of all that gives the two another curve."""
+        mine, theirs = self._effective(), other._effective()
+        return [
+            f"{_MEANS[key]}: {_show(mine.get(key))} -> {_show(theirs.get(key))}"
+            for key in _MEANS
+            if mine.get(key) != theirs.get(key)
+        ]
+
+    def _effective(self) -> dict[str, object]:
+        """The values that have a say in the curves: a constant one has no end, for example."""
+        sections = self.to_json()
+        values = {f"{s}.{name}": v for s, fields in sections.items() for name, v in fields.items()}
+        if self.learning_rate.style == "constant":
+            del values["learning_rate.decay_samples"], values["learning_rate.min_lr"]
+        if self.learning_rate.style != "WSD":
+            del values["learning_rate.wsd_style"], values["learning_rate.wsd_samples"]
+        if not self.learning_rate.warmup_samples:
+            del values["learning_rate.warmup_init"]
+        if self.weight_decay.style == "constant":
+            del values["weight_decay.samples"]
+        return values
+
+
+def _show(value: object) -> str:
+    return f"{value:g}" if isinstance(value, float) else "not used" if value is None else str(value)

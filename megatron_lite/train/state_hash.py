@@ -1,0 +1,70 @@
+"""--print-state-hash: one number for the whole state, the same in every parallel layout."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from megatron_lite.parallel.collectives import all_reduce
+from megatron_lite.parallel.shard import NamedSlice, weight_slices
+from megatron_lite.train.assemble import Run
+
+
+def state_hash(run: Run) -> str:
+    """sha256 over names, shapes and bits of all weights, masters and optimizer tensors.
+
+    Tensors come whole, by sorted canonical name, without the vocabulary's padding, so that the
+    layout has no say in it.  Collective over the world; one whole tensor at a time is in memory.
+    """
+    digest = hashlib.sha256()
+    pieces: dict[str, list[NamedSlice]] = defaultdict(list)
+    if run.ctx.dp.rank == 0:  # the other dp ranks hold the same
+        for piece in _owned(run):
+            pieces[piece.name].append(piece)
+    for name, shape, dtype in _tensors(run):
+        whole = _whole(pieces[name], shape, dtype, run)
+        digest.update(f"{name} {dtype} {list(shape)}\n".encode())
+        digest.update(whole.cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _owned(run: Run) -> Iterator[NamedSlice]:
+    yield from weight_slices(run.parameters, run.ctx, owned=True)
+    yield from run.engine.state(owned=True)
+
+
+def _tensors(run: Run) -> list[tuple[str, tuple[int, ...], torch.dtype]]:
+    """Name, global shape and format of every tensor of the state; equal on all ranks."""
+    vocabulary = {"embedding.tokens.weight", "head.weight"}
+    shapes = {
+        spec.name: (run.setting.vocab_size, *spec.shape[1:])
+        if spec.name in vocabulary
+        else spec.shape
+        for spec in run.blueprint.parameters
+    }
+    kinds = {
+        piece.name.split(".", 1)[0]: piece.data.dtype for piece in run.engine.state(owned=False)
+    }
+    found = [(name, shape, run.setting.dtype) for name, shape in shapes.items()]
+    for kind, dtype in kinds.items():
+        found += [(f"{kind}.{name}", shape, dtype) for name, shape in shapes.items()]
+    return sorted(found, key=lambda tensor: tensor[0])
+
+
+def _whole(
+    pieces: list[NamedSlice], shape: tuple[int, ...], dtype: torch.dtype, run: Run
+) -> Tensor:
+    """The bits of a whole tensor as integers, put together from what each rank stands for.
+
+    Integers, because a sum of floats would lose the sign of zero; int32, because gloo has no int16.
+    """
+    bits = torch.int32 if dtype.itemsize == 4 else torch.int16
+    whole = torch.zeros(shape, dtype=torch.int32, device=run.ctx.device)
+    for piece in pieces:
+        box = tuple(slice(o, o + n) for o, n in zip(piece.offset, piece.data.shape, strict=True))
+        whole[box] = piece.data.detach().contiguous().view(bits).to(torch.int32)
+    return all_reduce(whole, run.ctx.world).to(bits)
