@@ -21,7 +21,7 @@ from megatron_lite.parallel.regions import reduce_from_tp, reduce_to_sequence
 
 
 class _Linear(torch.autograd.Function):
-    """x Wᵀ where x is equal on all tp ranks (axis of size > 1) or already local (size 1).
+    """x Wᵀ + b where x is equal on all tp ranks (axis of size > 1) or already local (size 1).
 
     With `split`, x is [s/tp, b, in] and is gathered, in backward again: keeping the gathered input
     would cost what sequence parallelism saves.  The input gradient's collective runs under the
@@ -30,14 +30,20 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, sink: WeightGradients, axis: Axis, split: bool
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        sink: WeightGradients,
+        axis: Axis,
+        split: bool,
     ) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.sink, ctx.axis, ctx.split = sink, axis, split
-        return F.linear(all_gather(x, axis) if split else x, weight)
+        return F.linear(all_gather(x, axis) if split else x, weight, bias)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         axis, split = ctx.axis, ctx.split
         gathered = start_all_gather(x, axis) if split else None
@@ -47,7 +53,8 @@ class _Linear(torch.autograd.Function):
             pending = start_reduce_scatter(dx, axis) if split else start_all_reduce(dx, axis)
         whole = gathered.wait() if gathered is not None else x
         dw = ctx.sink.matrix(weight, dy, whole) if ctx.needs_input_grad[1] else None
-        return (pending.wait() if pending is not None else None), dw, None, None, None
+        db = dy.sum(tuple(range(dy.dim() - 1))) if ctx.needs_input_grad[2] else None
+        return (pending.wait() if pending is not None else None), dw, db, None, None, None
 
 
 _ALONE = Axis("none")
@@ -73,8 +80,7 @@ class ColumnParallelLinear(nn.Module):
         """x: [s/tp, b, in] with sequence parallelism, else [s, b, in] -> [s, b, out/tp]."""
         at = self.setting
         split = at.sequence_parallel and at.tp.size > 1
-        y = _Linear.apply(x, self.weight, at.gradients, at.tp, split)
-        return y if self.bias is None else y + self.bias
+        return _Linear.apply(x, self.weight, self.bias, at.gradients, at.tp, split)
 
 
 class RowParallelLinear(nn.Module):
@@ -89,7 +95,9 @@ class RowParallelLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x: [s, b, in/tp] -> [s/tp, b, out] with sequence parallelism, else [s, b, out]."""
         at = self.setting
-        y = _Linear.apply(x, self.weight, at.gradients, _ALONE, False)
+        if at.tp.size == 1:  # nothing comes between the product and the bias
+            return _Linear.apply(x, self.weight, self.bias, at.gradients, _ALONE, False)
+        y = _Linear.apply(x, self.weight, None, at.gradients, _ALONE, False)
         y = reduce_to_sequence(y, at.tp) if at.sequence_parallel else reduce_from_tp(y, at.tp)
         return y if self.bias is None else y + self.bias
 
@@ -97,4 +105,4 @@ class RowParallelLinear(nn.Module):
 def project_to_vocabulary(x: Tensor, weight: Tensor, setting: Setting) -> Tensor:
     """x: [s/tp, b, h] with sequence parallelism, else [s, b, h]; weight [v/tp, h] -> [s, b, v/tp]."""
     split = setting.sequence_parallel and setting.tp.size > 1
-    return _Linear.apply(x, weight, setting.gradients, setting.tp, split)
+    return _Linear.apply(x, weight, None, setting.gradients, setting.tp, split)

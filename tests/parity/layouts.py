@@ -1,37 +1,59 @@
-"""The one table of named layouts, and how a layout is trained for a few steps on gloo ranks."""
+"""The one table of named layouts; tests/parity/compare.py trains and compares them."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 
-from megatron_lite.parallel.collectives import all_reduce
-from megatron_lite.train.assemble import assemble
-from megatron_lite.train.step import train_step
-from tests.support.tiny import context, draw, make_batches, tiny_config
+@dataclass(frozen=True)
+class Tolerance:
+    """Largest relative differences from the serial run; see compare.py for how they are measured."""
+
+    loss: float = 1e-5
+    grad_norm: float = 1e-4
+    gradients: float = 1e-4
+    parameters: float = 1e-4
+
+
+EXACT = Tolerance()
+HALF = Tolerance(loss=5e-3, grad_norm=5e-2, gradients=5e-2, parameters=3e-2)
+"""fp16 and bf16: another order of sums rounds to 3 or 2 digits; the sizes of the effect, not of a bug."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """A name, its world size and what it changes in the tiny configuration."""
+    """A name, its world size, what it changes against the serial run, and what both share."""
 
     name: str
     ranks: int = 1
     changes: dict[str, Any] = field(default_factory=dict)
+    shared: dict[str, Any] = field(default_factory=dict)
+    tolerance: Tolerance = EXACT
 
 
-def layout(name: str, *, tp: int = 1, pp: int = 1, dp: int = 1, **changes: Any) -> Layout:
+def layout(
+    name: str,
+    *,
+    tp: int = 1,
+    pp: int = 1,
+    dp: int = 1,
+    shared: dict[str, Any] | None = None,
+    tolerance: Tolerance = EXACT,
+    **changes: Any,
+) -> Layout:
     """A layout of tp x pp x dp ranks."""
     sizes = {
         "parallel__tensor_model_parallel_size": tp,
         "parallel__pipeline_model_parallel_size": pp,
     }
-    return Layout(name, tp * pp * dp, sizes | changes)
+    return Layout(name, tp * pp * dp, sizes | changes, shared or {}, tolerance)
 
 
 SP = {"parallel__sequence_parallel": True}
+DROP_ATTENTION = {"model__attention_dropout": 0.1, "precision__attention_backend": "local"}
+FP16 = {"precision__fp16": True, "precision__initial_loss_scale": 1024.0, "model__num_layers": 2}
+BF16 = {"precision__bf16": True}
 
 LAYOUTS = [
     layout("tp2", tp=2),
@@ -47,34 +69,14 @@ LAYOUTS = [
     layout("tp2-pp2-dp2", tp=2, pp=2, dp=2),
     layout("tp2-pp2-dp2-sp", tp=2, pp=2, dp=2, **SP),
     layout("micro-1x8", train__micro_batch_size=8),
+    layout("micro-2x4", train__micro_batch_size=4),
     layout("micro-8x1", train__micro_batch_size=1),
+    layout("tp2-attention-dropout", tp=2, shared=DROP_ATTENTION),
+    layout("pp2-dp2-attention-dropout", pp=2, dp=2, shared=DROP_ATTENTION),
+    layout("dp2-no-overlap", dp=2, parallel__overlap_grad_reduce=False),
+    layout("dp2-small-buckets", dp=2, parallel__ddp_bucket_size=1000),
+    layout("tp2-pp2-fp16", tp=2, pp=2, shared=FP16, tolerance=HALF),
+    layout("dp2-fp16", dp=2, shared=FP16, tolerance=HALF),
+    layout("tp2-pp2-bf16", tp=2, pp=2, shared=BF16, tolerance=HALF),
+    layout("pp2-dp2-bf16", pp=2, dp=2, shared=BF16, tolerance=HALF),
 ]
-
-
-@dataclass(frozen=True)
-class Curve:
-    """What one rank saw: loss and gradient norm of each step."""
-
-    losses: list[float]
-    grad_norms: list[float]
-
-
-def train_layout(
-    rank: int, ranks: int, changes: dict[str, Any], steps: int, ragged: bool = False
-) -> Curve:
-    """Train the tiny model for some steps in this layout; runs on every rank of it."""
-    torch.set_num_threads(1)
-    config = tiny_config(**changes)
-    blueprint = draw(config, ranks)
-    ctx = context(blueprint, rank)
-    run = assemble(config, blueprint, ctx)
-    losses, norms = [], []
-    for step in range(steps):
-        run.progress.step = step
-        batches = make_batches(config, blueprint, ctx.dp.rank, step, ragged=ragged)
-        assert config.learning_rate.lr is not None
-        result = train_step(run, batches, lr=config.learning_rate.lr, weight_decay=0.1)
-        losses.append(result.loss.item())
-        norms.append(result.update.grad_norm.item())
-    all_reduce(torch.zeros(1), ctx.world)
-    return Curve(losses, norms)

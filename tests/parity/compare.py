@@ -1,0 +1,164 @@
+"""Parallel equals serial: how a layout is trained for a few steps and compared with one process.
+
+    loss, gradient norm   every step, |a - b| / |b|: 10 SGD steps, then 5 Adam steps from anew
+    gradients             of step 1, all tensors in canonical order, |a - b| / |b| in the L2 norm
+    parameters            after 10 SGD steps, likewise
+
+Under Adam a parameter whose gradient is mathematically zero (the key bias) takes full steps of
+rounding noise, so parameters are compared under SGD and only losses under Adam.  Masks are ragged
+and hidden dropout is 0.1, so that token counts and random numbers must agree as well.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from megatron_lite.parallel.shard import NamedSlice, stands_for, weight_slices
+from megatron_lite.train.assemble import Run, assemble
+from megatron_lite.train.step import train_step
+from tests.parity.layouts import Layout
+from tests.support.spawn import spawn
+from tests.support.tiny import context, draw, make_batches, tiny_config
+
+SGD_STEPS, ADAM_STEPS = 10, 5
+ALWAYS = {"model__hidden_dropout": 0.1}
+SGD = {"optim__optimizer": "sgd", "optim__clip_grad": 0.0}
+
+Part = tuple[str, tuple[int, ...], tuple[int, ...], np.ndarray]
+"""name, global shape, offset, values of one rank's slice."""
+
+
+@dataclass
+class Curve:
+    """What one rank saw."""
+
+    losses: list[float] = field(default_factory=list)
+    grad_norms: list[float] = field(default_factory=list)
+    gradients: list[Part] = field(default_factory=list)
+    parameters: list[Part] = field(default_factory=list)
+
+
+def train_layout(rank: int, ranks: int, changes: dict[str, Any]) -> Curve:
+    """The curve of one rank: SGD, then Adam."""
+    torch.set_num_threads(1)
+    curve = Curve()
+    _train(rank, ranks, changes | SGD, SGD_STEPS, curve, keep=True)
+    _train(rank, ranks, changes, ADAM_STEPS, curve, keep=False)
+    return curve
+
+
+def _train(
+    rank: int, ranks: int, changes: dict[str, Any], steps: int, curve: Curve, *, keep: bool
+) -> None:
+    config = tiny_config(**changes)
+    blueprint = draw(config, ranks)
+    run = assemble(config, blueprint, context(blueprint, rank))
+    first_gradients: list[Part] = []
+    if keep:
+        _record_gradients(run, first_gradients)
+    lr = 0.05 if keep else 1e-2
+    for step in range(steps):
+        run.progress.step = step
+        batches = make_batches(config, blueprint, run.ctx.dp.rank, step, ragged=True)
+        result = train_step(run, batches, lr=lr, weight_decay=0.1)
+        curve.losses.append(result.loss.item())
+        curve.grad_norms.append(result.update.grad_norm.item())
+    if keep:
+        curve.gradients = first_gradients
+        curve.parameters = [
+            _part(s) for s in weight_slices(run.parameters, run.ctx, owned=run.ctx.dp.rank == 0)
+            if run.ctx.dp.rank == 0
+        ]  # fmt: skip
+
+
+def _part(piece: NamedSlice) -> Part:
+    return piece.name, piece.shape, piece.offset, piece.data.float().numpy().copy()
+
+
+def _record_gradients(run: Run, into: list[Part]) -> None:
+    """Copy the reduced gradients of the first update, as the update rule will see them."""
+    apply = run.engine._apply
+    views = {id(p): g for p, g in run.engine.accumulators()}
+
+    def record(*arguments: Any) -> None:
+        if not into and run.ctx.dp.rank == 0:
+            for local in run.parameters:
+                if stands_for(local, run.ctx):
+                    for piece in local.pieces:
+                        into.append(_part(piece.slice(views[id(local.parameter)])))
+        apply(*arguments)
+
+    run.engine._apply = record  # type: ignore[method-assign]
+
+
+def _whole(parts: list[Part]) -> dict[str, np.ndarray]:
+    """Slices of all ranks -> global tensors."""
+    whole: dict[str, np.ndarray] = {}
+    for name, shape, offset, values in parts:
+        target = whole.setdefault(name, np.full(shape, np.nan, dtype=np.float32))
+        target[tuple(slice(o, o + n) for o, n in zip(offset, values.shape, strict=True))] = values
+    return whole
+
+
+@functools.cache
+def _serial(shared: tuple[tuple[str, Any], ...]) -> Curve:
+    (curve,) = spawn(train_layout, 1, ALWAYS | dict(shared))
+    return curve
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Largest relative differences of a layout from the serial run."""
+
+    loss: float
+    grad_norm: float
+    gradients: float
+    parameters: float
+
+    @property
+    def largest(self) -> float:
+        """The largest of them."""
+        return max(dataclasses.astuple(self))
+
+
+def compare(layout: Layout) -> Difference:
+    """Train the layout and the serial run of the same settings; every rank's curve is compared."""
+    shared = ALWAYS | layout.shared
+    reference = _serial(tuple(sorted(layout.shared.items())))
+    curves = spawn(train_layout, layout.ranks, shared | layout.changes)
+    return Difference(
+        loss=max(_relative(c.losses, reference.losses) for c in curves),
+        grad_norm=max(_relative(c.grad_norms, reference.grad_norms) for c in curves),
+        gradients=_largest(curves, [reference], "gradients"),
+        parameters=_largest(curves, [reference], "parameters"),
+    )
+
+
+def _relative(ours: list[float], serial: list[float]) -> float:
+    assert len(ours) == len(serial)
+    return max(abs(a - b) / abs(b) for a, b in zip(ours, serial, strict=True))
+
+
+def _largest(curves: list[Curve], reference: list[Curve], what: str) -> float:
+    ours = _whole([part for curve in curves for part in getattr(curve, what)])
+    serial = _whole([part for curve in reference for part in getattr(curve, what)])
+    assert ours.keys() == serial.keys(), ours.keys() ^ serial.keys()
+    scale = max(float(np.linalg.norm(values)) for values in serial.values())
+    # a tensor that is zero but for rounding (the key bias' gradient) is held against the largest
+    return max(
+        float(np.linalg.norm(ours[name] - values))
+        / max(float(np.linalg.norm(values)), 1e-3 * scale)
+        for name, values in serial.items()
+    )
+
+
+def passes(layout: Layout, difference: Difference) -> bool:
+    """Whether every difference is within the layout's tolerance."""
+    limits = dataclasses.asdict(layout.tolerance)
+    return all(value <= limits[name] for name, value in dataclasses.asdict(difference).items())
