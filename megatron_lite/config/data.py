@@ -44,8 +44,7 @@ class DataConfig:
     """Build exactly the samples the blend takes instead of the surplus."""
 
     tokenizer_type: str = "GPT2BPETokenizer"
-    """GPT2BPETokenizer, HuggingFaceTokenizer, SentencePieceTokenizer, GPTSentencePieceTokenizer,
-    TikTokenizer or NullTokenizer."""
+    """GPT2BPETokenizer, HuggingFaceTokenizer or NullTokenizer."""
 
     vocab_file: str | None = None
     """Vocabulary of the GPT-2 tokenizer (gpt2-vocab.json)."""

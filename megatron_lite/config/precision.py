@@ -38,16 +38,16 @@ class PrecisionConfig:
     """Let the attention kernel fuse mask and softmax; off takes the plain reference kernel."""
 
     bias_gelu_fusion: bool = True
-    """Allow a fused bias + GELU kernel."""
+    """Kept for Megatron's --no-bias-gelu-fusion; the kernels are not fused."""
 
     bias_swiglu_fusion: bool = True
-    """Allow a fused bias + SwiGLU kernel."""
+    """Kept for Megatron's --no-bias-swiglu-fusion; the kernels are not fused."""
 
     bias_dropout_fusion: bool = True
-    """Allow a fused bias + dropout + add kernel."""
+    """Kept for Megatron's --no-bias-dropout-fusion; the kernels are not fused."""
 
     gradient_accumulation_fusion: bool = True
-    """Accumulate weight gradients straight into the fp32 accumulators."""
+    """Linear layers add weight gradients straight to the accumulators; off goes through autograd."""
 
     tf32: bool = False
     """Allow TF32 matrix products for fp32 tensors on a GPU."""

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from megatron_lite.config import layout_rules as layout
 from megatron_lite.config import training_rules as training
 from megatron_lite.config.errors import ConfigError, all_together
 from megatron_lite.config.ranges import out_of_range
 from megatron_lite.config.run import RunConfig
+from megatron_lite.config.settings import settings
 
 _TP = "parallel.tensor_model_parallel_size"
 _PP = "parallel.pipeline_model_parallel_size"
@@ -197,10 +199,26 @@ def check(config: RunConfig, world_size: int) -> None:
         raise all_together(found, f"with this config on {world_size} ranks")
 
 
+OFF_CHANGES_NOTHING: Mapping[str, str] = MappingProxyType(
+    {
+        "precision.bias_gelu_fusion": "bias and GELU are separate kernels in any case",
+        "precision.bias_swiglu_fusion": "bias and SwiGLU are separate kernels in any case",
+        "precision.bias_dropout_fusion": "bias, dropout and addition are separate in any case",
+        "checkpoint.load_rng": "randomness is counters: a checkpoint holds no random state",
+        "checkpoint.save_rng": "randomness is counters: a checkpoint holds no random state",
+    }
+)
+"""section.field of a bool -> why switching it off changes nothing; nothing else reads the field."""
+
+
 def notices(config: RunConfig, world_size: int) -> tuple[str, ...]:
     """One line for each setting of a valid config that changes nothing on so many ranks."""
     p = config.parallel
     found: list[str] = []
+    for key, why in OFF_CHANGES_NOTHING.items():
+        section, name = key.split(".")
+        if not getattr(getattr(config, section), name):
+            found.append(f"{settings()[key].off[0]}: changes nothing; {why}")
     if p.sequence_parallel and p.tp == 1:
         found.append("--sequence-parallel: nothing to split at tensor-parallel size 1; off")
     if not _dp_above_one(config, world_size):

@@ -178,6 +178,11 @@ def recompute(config: RunConfig, world_size: int) -> Iterator[str]:
             "--recompute-method and --recompute-num-layers need --recompute-granularity full; "
             f"it is {given}"
         )
+    if p.recompute_modules != ["core_attn"] and p.recompute_granularity != "selective":
+        yield (
+            f"--recompute-modules {' '.join(p.recompute_modules)} needs --recompute-granularity "
+            f"selective; it is {p.recompute_granularity or 'not given'}"
+        )
     if p.distribute_saved_activations and (
         p.tp == 1 or p.sequence_parallel or p.recompute_granularity != "full"
     ):

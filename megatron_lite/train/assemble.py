@@ -122,8 +122,9 @@ def assemble(
         ),
         span=timers.span,
     )
-    for sink in sinks:
-        sink.attach(engine.accumulators(), engine.ready)
+    if config.precision.gradient_accumulation_fusion:
+        for sink in sinks:
+            sink.attach(engine.accumulators(), engine.ready)
     mail = Mail(ctx.pp, blueprint.placement)
     return Run(
         blueprint=blueprint,

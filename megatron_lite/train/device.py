@@ -4,12 +4,30 @@ from __future__ import annotations
 
 import torch
 
+from megatron_lite.config.precision import PrecisionConfig
+from megatron_lite.config.telemetry import TelemetryConfig
 from megatron_lite.telemetry.throughput import peak_tflops
 
 
 def device_peak(device: torch.device) -> float | None:
     """Dense bf16 TFLOP/s of the device, None where it is not known (a CPU, say)."""
     return peak_tflops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+
+
+def cpu_notices(
+    precision: PrecisionConfig, telemetry: TelemetryConfig, device: torch.device
+) -> list[str]:
+    """One line for each setting that is about a GPU and changes nothing on a CPU."""
+    if device.type == "cuda":
+        return []
+    given = {
+        "--tf32": precision.tf32,
+        "--log-memory-to-tensorboard": telemetry.log_memory_to_tensorboard,
+        "--profile --no-use-pytorch-profiler": (
+            telemetry.profile and not telemetry.use_pytorch_profiler
+        ),
+    }
+    return [f"{flag}: changes nothing on a CPU" for flag, on in given.items() if on]
 
 
 def peak_memory_bytes(device: torch.device) -> int | None:

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-from megatron_lite.config.run import RunConfig
+from megatron_lite.config.optim import LearningRateConfig, OptimConfig
+from megatron_lite.config.train import TrainConfig
 from megatron_lite.optim.learning_rate import LearningRateSchedule, WeightDecaySchedule
 
 _MEANS: Mapping[str, str] = MappingProxyType(
@@ -45,15 +46,18 @@ class Schedules:
     weight_decay: WeightDecaySchedule
 
     @classmethod
-    def from_config(cls, config: RunConfig, global_batch_size: int) -> Schedules:
+    def from_config(
+        cls,
+        learning_rate: LearningRateConfig,
+        optim: OptimConfig,
+        train: TrainConfig,
+        *,
+        global_batch_size: int,
+    ) -> Schedules:
         """The curves the flags ask for; iterations count at the full global batch."""
         return cls(
-            LearningRateSchedule.from_config(
-                config.learning_rate, train=config.train, global_batch_size=global_batch_size
-            ),
-            WeightDecaySchedule.from_config(
-                config.optim, train=config.train, global_batch_size=global_batch_size
-            ),
+            LearningRateSchedule.from_config(learning_rate, train, global_batch_size),
+            WeightDecaySchedule.from_config(optim, train, global_batch_size),
         )
 
     def to_json(self) -> dict[str, Any]:

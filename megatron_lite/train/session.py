@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import time
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ import torch
 
 from megatron_lite.blueprint.draw_up import Blueprint, draw_up
 from megatron_lite.checkpoint.store import Store
-from megatron_lite.config.errors import PREEMPTED, DistributedError
+from megatron_lite.config.errors import PREEMPTED
 from megatron_lite.config.files import dump
 from megatron_lite.config.run import RunConfig
 from megatron_lite.config.telemetry import TelemetryConfig
@@ -24,16 +26,21 @@ from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.parallel.launch import (
     Launch,
     choose_device,
+    compare_ranks,
+    gather,
     set_device_environment,
     start_process_group,
     stop_process_group,
 )
+from megatron_lite.parallel.shard import weight_slices
 from megatron_lite.storage.disk import Disk, write_atomically
 from megatron_lite.telemetry.throughput import IntervalMeter
 from megatron_lite.telemetry.timers import format_times
 from megatron_lite.telemetry.writers import Writers, open_writers
 from megatron_lite.train.assemble import Run, assemble
-from megatron_lite.train.device import device_peak
+from megatron_lite.train.device import cpu_notices, device_peak
+from megatron_lite.train.failures import Failures
+from megatron_lite.train.faults import Fault, NoFaults, read_fault
 from megatron_lite.train.log import Log
 from megatron_lite.train.loop import Loaders, Session
 from megatron_lite.train.profile import Profiler
@@ -52,23 +59,49 @@ class Tokens:
     eod: int | None
 
 
-def train(config: RunConfig, launch: Launch, tokens: Tokens, notices: list[str]) -> int:
-    """Train as asked and return the exit code.  Every rank of the world calls it alike."""
+def train(
+    config: RunConfig, launch: Launch, tokens: Tokens, notices: list[str], failures: Failures
+) -> int:
+    """Train as asked and return the exit code.  Every rank of the world calls it alike.
+
+    After an exception the process group is left as it is: report it and end the process.
+    """
+    faults = read_fault(launch.fault, launch.rank, launch.world_size)
     device = choose_device(
         launch, use_cpu=config.train.use_cpu, backend=config.parallel.distributed_backend
     )
-    notices = [*notices, *set_device_environment(config.parallel, device)]
+    notices += set_device_environment(config.parallel, device)
+    notices += cpu_notices(config.precision, config.telemetry, device)
     torch.backends.cuda.matmul.allow_tf32 = config.precision.tf32
-    start_process_group(launch, config.parallel, device)
+    world = gather(launch, config.parallel, end=failures.lost)
+    failures.presence = world.presence
+    compare_ranks(launch, world, _facts(config, tokens))
+    start_process_group(launch, config.parallel, device, world)
+    session = open_session(config, launch, tokens, device, notices, failures, faults)
     try:
-        session = open_session(config, launch, tokens, device, notices)
-        try:
-            return _carry_out(session)
-        finally:
-            session.loaders.close()
-            session.log.close()
+        code = _carry_out(session)
     finally:
-        stop_process_group()
+        session.loaders.close()
+        session.log.close()
+    stop_process_group()
+    world.presence.leave()
+    return code
+
+
+def _facts(config: RunConfig, tokens: Tokens) -> dict[str, str]:
+    """What must be the same on every rank; a cache may lie elsewhere on every node."""
+    facts = {
+        f"{section}.{name}": json.dumps(value)
+        for section, fields in plain(config).items()
+        for name, value in fields.items()
+        if name != "data_cache_path"
+    }
+    code = hashlib.sha256()
+    package = Path(__file__).parents[1]
+    for path in sorted(package.rglob("*.py")):
+        code.update(path.relative_to(package).as_posix().encode() + path.read_bytes())
+    versions = {"megatron_lite (hash of its code)": code.hexdigest()[:16], "torch": torch.__version__}
+    return facts | versions | {"tokenizer": f"vocabulary {tokens.vocab_size}, eod {tokens.eod}"}
 
 
 def _carry_out(session: Session) -> int:
@@ -110,7 +143,13 @@ def _farewell(session: Session, reason: Reason) -> str:
 
 
 def open_session(
-    config: RunConfig, launch: Launch, tokens: Tokens, device: torch.device, notices: list[str]
+    config: RunConfig,
+    launch: Launch,
+    tokens: Tokens,
+    device: torch.device,
+    notices: list[str],
+    failures: Failures,
+    faults: Fault | NoFaults,
 ) -> Session:
     """Open data, model, checkpoint and logs.  Collective over the world."""
     blueprint = draw_up(config, launch.world_size)
@@ -126,13 +165,22 @@ def open_session(
         run = assemble(config, blueprint, ctx, timers=timers)
     log.say(*_description(run, blueprint))
     log.say_of_shard(_shard_size(run))
+    faults.attach(run)
     folder = _run_folder(config, ctx)
+    save = config.checkpoint.save
+    store = Store(Path(save), ctx, at=faults.at) if save else None
+    if store is not None and not config.train.skip_train:
+        state = run.engine.state(owned=True) if config.checkpoint.save_optim else ()
+        store.prepare(weight_slices(run.parameters, ctx, owned=True), state)
     if ctx.rank == 0:
         _begin_folder(folder, config)
+    failures.folder = folder
     final_batch = blueprint.batch_schedule.final_batch_size
     train_iters = blueprint.train_iters
     assert train_iters is not None, "rules.check wants --train-iters or --train-samples"
-    asked = Schedules.from_config(config, final_batch)
+    asked = Schedules.from_config(
+        config.learning_rate, config.optim, config.train, global_batch_size=final_batch
+    )
     with timers.span("load-checkpoint"):
         resumed = resume(run, config.checkpoint, config.learning_rate, asked)
     log.warn(*resumed.warnings)
@@ -142,7 +190,7 @@ def open_session(
     log.writers = _writers(config.telemetry, folder, resumed.iteration or 0, ctx)
     log.say(f"done with setup ... datetime: {_now()}")
     log.print(format_times(timers.gather(ctx), option=config.telemetry.timing_log_option))
-    save = config.checkpoint.save
+    faults.at("start")
     return Session(
         run=run,
         train=config.train,
@@ -160,7 +208,9 @@ def open_session(
         ),
         stop=StopRequests(config.train),
         profiler=Profiler(config.telemetry, ctx.rank, folder / "traces", device),
-        store=Store(Path(save), ctx) if save else None,
+        store=store,
+        presence=failures.presence,
+        faults=faults,
         plain_config=plain(config) | {"schedules": resumed.schedules.to_json()},
         train_iters=train_iters,
         seq_length=config.model.seq_length,
@@ -183,6 +233,7 @@ def _run_folder(config: RunConfig, ctx: ParallelContext) -> Path:
 def _begin_folder(folder: Path, config: RunConfig) -> None:
     disk = Disk()
     disk.make_folder(folder)
+    disk.remove_tree(folder / "errors")  # those of an earlier start
     write_atomically(folder / "config.yaml", dump(config).encode(), disk)
 
 
@@ -278,16 +329,3 @@ def _description(run: Run, blueprint: Blueprint) -> list[str]:
         choose_attention(run.setting, training=True).why,
         f" > padded vocab (size: {run.setting.vocab_size}) to {run.setting.padded_vocab_size}",
     ]
-
-
-def as_distributed(error: RuntimeError) -> DistributedError | None:
-    """A failed collective in the words of exit code 6; None for any other RuntimeError."""
-    text = str(error)
-    signs = ("Connection closed by peer", "Timed out", "timed out", "Connection reset", "Broken pipe",
-             "Socket", "NCCL", "connectFullMesh", "Gloo", "gloo", "recvBytes")  # fmt: skip
-    if not isinstance(error, torch.distributed.DistError) and not any(s in text for s in signs):
-        return None
-    return DistributedError(
-        f"a collective failed: {text.splitlines()[0] if text else type(error).__name__} - another "
-        "rank was lost or stopped; look for the first FATAL line of the other ranks"
-    )

@@ -340,6 +340,17 @@ def test_what_changes_nothing_gives_a_notice() -> None:
     )
 
 
+def test_a_switch_that_nothing_fuses_gives_a_notice() -> None:
+    words = f"{ITERS} --no-bias-gelu-fusion --no-bias-dropout-fusion --no-load-rng"
+    assert notices(parse(words.split()).config, 1) == (
+        "--no-bias-gelu-fusion: changes nothing; bias and GELU are separate kernels in any case",
+        "--no-bias-dropout-fusion: changes nothing; bias, dropout and addition are separate in any "
+        "case",
+        "--no-load-rng: changes nothing; randomness is counters: a checkpoint holds no random state",
+    )
+    assert notices(parse(f"{ITERS} --overlap-grad-reduce".split()).config, 1) == ()
+
+
 def test_huge_sizes_are_refused_quickly() -> None:
     big = str(2**31 - 1)
     words = (
