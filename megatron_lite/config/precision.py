@@ -49,6 +49,9 @@ class PrecisionConfig:
     gradient_accumulation_fusion: bool = True
     """Linear layers add weight gradients straight to the accumulators; off goes through autograd."""
 
+    torch_compile: bool = False
+    """Run norms and activations through torch.compile: fused kernels, compiled at the first step."""
+
     tf32: bool = False
     """Allow TF32 matrix products for fp32 tensors on a GPU."""
 

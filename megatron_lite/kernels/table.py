@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from megatron_lite.kernels import reference, vendor
+from megatron_lite.kernels import compiled, reference, vendor
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +21,7 @@ class Need:
     dropout: float = 0.0
     layer_scaling: bool = False
     masked: bool = False
+    compile: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,16 +73,32 @@ def _sdpa(need: Need) -> str | None:
     return None
 
 
+def _compile(need: Need) -> str | None:
+    return None if need.compile else "--torch-compile is off"
+
+
 TABLE: dict[str, list[Implementation]] = {
     "attention": [
         Implementation("flash-attn", vendor.flash, _flash),
         Implementation("torch-sdpa", vendor.sdpa, _sdpa),
         Implementation("reference", reference.attention, _always),
     ],
-    "layer_norm": [Implementation("reference", reference.layer_norm, _always)],
-    "rms_norm": [Implementation("reference", reference.rms_norm, _always)],
-    "gelu": [Implementation("reference", reference.gelu, _always)],
-    "swiglu": [Implementation("reference", reference.swiglu, _always)],
+    "layer_norm": [
+        Implementation("torch-compile", compiled.layer_norm, _compile),
+        Implementation("reference", reference.layer_norm, _always),
+    ],
+    "rms_norm": [
+        Implementation("torch-compile", compiled.rms_norm, _compile),
+        Implementation("reference", reference.rms_norm, _always),
+    ],
+    "gelu": [
+        Implementation("torch-compile", compiled.gelu, _compile),
+        Implementation("reference", reference.gelu, _always),
+    ],
+    "swiglu": [
+        Implementation("torch-compile", compiled.swiglu, _compile),
+        Implementation("reference", reference.swiglu, _always),
+    ],
 }
 
 PREFERENCES: dict[str, list[str]] = {

@@ -18,14 +18,15 @@ class WeightGradients:
     """Weight-gradient work of one stage.
 
     Unattached, layers return their weight gradients to autograd as usual.  Attached to an engine's
-    fp32 accumulators, they add to them in place and report the parameter ready.  While `postponed`,
-    the work waits in a queue until run(): the W action of a zero-bubble schedule.
+    fp32 accumulators, they add to them in place and report the parameter ready.  After postpone(m)
+    the matrix products wait in the queue of micro batch m until run(m): the W action of a
+    zero-bubble schedule.  Tables, biases and norms cost no product and are never postponed.
     """
 
     accumulators: dict[Tensor, Tensor] = field(default_factory=dict)
     ready: Callable[[Tensor], None] = _nothing
-    postponed: bool = False
-    _jobs: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
+    _postponed: dict[int, list[tuple[Tensor, Tensor, Tensor]]] = field(default_factory=dict)
+    _queue: list[tuple[Tensor, Tensor, Tensor]] | None = None
 
     def attach(
         self, accumulators: Iterable[tuple[Tensor, Tensor]], ready: Callable[[Tensor], None]
@@ -42,8 +43,8 @@ class WeightGradients:
         dy, x = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
         if weight not in self.accumulators:
             return dy.t() @ x
-        if self.postponed:
-            self._jobs.append((weight, dy, x))
+        if self._queue is not None:
+            self._queue.append((weight, dy, x))
         else:
             self._accumulate(weight, dy, x)
         return None
@@ -61,11 +62,21 @@ class WeightGradients:
         self.ready(weight)
         return None
 
-    def run(self) -> None:
-        """Carry out the postponed work, in the order it came."""
-        jobs, self._jobs = self._jobs, []
-        for weight, dy, x in jobs:
-            self._accumulate(weight, dy, x)
+    def postpone(self, microbatch: int | None) -> None:
+        """From now on leave matrix products to run(microbatch); None: carry them out at once."""
+        self._queue = None if microbatch is None else self._postponed.setdefault(microbatch, [])
+
+    def run(self, microbatch: int) -> None:
+        """Carry out what was postponed, in the order it came; each input is freed once it is used."""
+        jobs = self._postponed.pop(microbatch)
+        jobs.reverse()
+        while jobs:
+            self._accumulate(*jobs.pop())
+
+    @property
+    def num_postponed(self) -> int:
+        """Micro batches whose products have not run."""
+        return len(self._postponed)
 
     def _accumulate(self, weight: Tensor, dy: Tensor, x: Tensor) -> None:
         target = self.accumulators[weight]

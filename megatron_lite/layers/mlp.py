@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from megatron_lite.kernels.table import Need, choose
+from megatron_lite.kernels.table import choose
 from megatron_lite.layers.linear import ColumnParallelLinear, RowParallelLinear
 from megatron_lite.layers.setting import Setting
 
@@ -18,7 +18,7 @@ class MLP(nn.Module):
         h, f, bias = model.hidden_size, model.ffn_size, model.add_bias_linear
         self.up = ColumnParallelLinear(setting, h, {"up": f}, bias=bias)
         self.down = RowParallelLinear(setting, f, h, bias=bias)
-        self.gelu = choose("gelu", Need(setting.ctx.device, setting.dtype)).run
+        self.gelu = choose("gelu", setting.need()).run
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [s/tp, b, h] with sequence parallelism, else [s, b, h] -> the same."""
@@ -34,7 +34,7 @@ class GatedMLP(nn.Module):
         h, f, bias = model.hidden_size, model.ffn_size, model.add_bias_linear
         self.gate_up = ColumnParallelLinear(setting, h, {"gate": f, "up": f}, bias=bias)
         self.down = RowParallelLinear(setting, f, h, bias=bias)
-        self.swiglu = choose("swiglu", Need(setting.ctx.device, setting.dtype)).run
+        self.swiglu = choose("swiglu", setting.need()).run
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [s/tp, b, h] with sequence parallelism, else [s, b, h] -> the same."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from megatron_lite.kernels.table import Need, choose
+from megatron_lite.kernels.table import choose
 from megatron_lite.layers.setting import Setting
 
 
@@ -18,9 +18,7 @@ class Norm(nn.Module):
         self.weight = setting.parameter(model.hidden_size, partial=True)
         layer = model.normalization == "LayerNorm"
         self.bias = setting.parameter(model.hidden_size, partial=True) if layer else None
-        self.run = choose(
-            "layer_norm" if layer else "rms_norm", Need(setting.ctx.device, setting.dtype)
-        ).run
+        self.run = choose("layer_norm" if layer else "rms_norm", setting.need()).run
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [s/tp, b, h] -> [s/tp, b, h]."""

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from megatron_lite.config.model import ModelConfig
 from megatron_lite.config.precision import PrecisionConfig
+from megatron_lite.kernels.table import Need
 from megatron_lite.layers.gradients import WeightGradients
 from megatron_lite.parallel.context import Axis, ParallelContext
 
@@ -35,6 +36,10 @@ class Setting:
         """The parameters' and activations' number format."""
         formats = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
         return formats[self.precision.name]
+
+    def need(self) -> Need:
+        """What a pointwise kernel of this stage must cope with."""
+        return Need(self.ctx.device, self.dtype, compile=self.precision.torch_compile)
 
     @property
     def tp(self) -> Axis:

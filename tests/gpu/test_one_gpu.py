@@ -1,0 +1,87 @@
+"""One GPU equals the CPU: losses of a tiny model, dropout masks, weights, every kernel."""
+
+import pytest
+import torch
+
+from megatron_lite.kernels.table import TABLE, Need
+from megatron_lite.parallel.context import ParallelContext
+from megatron_lite.parallel.random import keep_mask, key, normal, token_numbers
+from megatron_lite.train.assemble import assemble
+from megatron_lite.train.step import train_step
+from tests.kernels.test_table import arguments
+from tests.support.tiny import draw, make_batches, tiny_config
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+]
+
+
+def losses(device, **changes):
+    config = tiny_config(model__hidden_dropout=0.1, **changes)
+    blueprint = draw(config, 1)
+    run = assemble(config, blueprint, ParallelContext.serial(device))
+    seen = []
+    for step in range(5):
+        run.progress.step = step
+        batches = make_batches(config, blueprint, 0, step, ragged=True)
+        seen.append(train_step(run, batches, lr=1e-2, weight_decay=0.1).loss.item())
+    return seen
+
+
+def test_losses_equal_the_cpus():
+    assert losses("cuda") == pytest.approx(losses("cpu"), rel=1e-4)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_follows_fp32(precision):
+    changes = {f"precision__{precision}": True, "precision__initial_loss_scale": 1024.0}
+    assert losses("cuda", **changes) == pytest.approx(losses("cpu"), rel=2e-2)
+
+
+def test_compiled_kernels_give_the_same_losses():
+    assert losses("cuda", precision__torch_compile=True) == pytest.approx(losses("cpu"), rel=1e-4)
+
+
+def test_weights_and_masks_are_those_of_the_cpu():
+    def draw_on(device):
+        x = normal(torch.empty(64, 48, device=device), key(1), std=1.0, offset=(3, 5), columns=99)
+        tokens = token_numbers(torch.arange(4, device=device), torch.arange(9, device=device))
+        return x.cpu(), keep_mask(key(2), tokens, torch.arange(32, device=device), 0.2).cpu()
+
+    (x, mask), (y, other) = draw_on("cuda"), draw_on("cpu")
+    torch.testing.assert_close(x, y, rtol=1e-6, atol=1e-6)
+    assert torch.equal(mask, other)
+
+
+@pytest.mark.parametrize("op", TABLE)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_kernel_equals_its_reference(op, dtype):
+    device = torch.device("cuda")
+
+    def run(row):
+        inputs = [
+            x.detach().to(device, dtype).requires_grad_(True) if isinstance(x, torch.Tensor) else x
+            for x in arguments(op)
+        ]
+        y = row.run(*inputs)
+        (
+            y.float() * torch.linspace(0.0, 1.0, y.numel(), device=device).view(y.shape)
+        ).sum().backward()
+        return [y, *(x.grad for x in inputs if isinstance(x, torch.Tensor))]
+
+    expected = run(TABLE[op][-1])
+    tolerance = 1e-4 if dtype == torch.float32 else 3e-2
+    tried = 0
+    for row in TABLE[op][:-1]:
+        need = Need(device, dtype, compile=True)
+        if row.usable(need) is None:
+            tried += 1
+            for ours, theirs in zip(run(row), expected, strict=True):
+                torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
+    assert tried, f"no faster twin of {op} runs here"
+
+
+def test_attention_dropout_of_a_vendor_kernel_is_reproducible():
+    changes = {"model__attention_dropout": 0.1, "precision__bf16": True}
+    assert losses("cuda", **changes) == losses("cuda", **changes)
