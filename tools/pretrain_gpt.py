@@ -9,10 +9,9 @@ python tools/pretrain_gpt.py ... --dry-run --world-size 64      plans only: no t
 from __future__ import annotations
 
 import dataclasses
-import json
+import os
+import signal
 import sys
-import time
-import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,13 +24,14 @@ from megatron_lite.blueprint.draw_up import draw_up
 from megatron_lite.blueprint.plan import describe
 from megatron_lite.config import rules
 from megatron_lite.config.errors import ConfigError, MegatronLiteError
-from megatron_lite.config.exit import BUG, fatal_line
+from megatron_lite.config.exit import fatal_line
 from megatron_lite.config.flags import Parsed, parse
 from megatron_lite.config.run import RunConfig
 from megatron_lite.data.tokenizers.build import build_tokenizer, read_vocab_size
 
 if TYPE_CHECKING:
     from megatron_lite.parallel.launch import Launch
+    from megatron_lite.train.failures import Failures
 
 
 def main(argv: Sequence[str]) -> int:
@@ -39,17 +39,23 @@ def main(argv: Sequence[str]) -> int:
     parsed = parse(argv)
     if parsed.config.train.dry_run:
         return _plan(parsed)
+    # when a rank is lost, our one line says so; torch's C++ stack traces of it say less
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     # torch is imported only now: a plan needs none
     from megatron_lite.parallel.launch import read_launch  # noqa: PLC0415
+    from megatron_lite.train.failures import Failures, end_process, stop_at_once  # noqa: PLC0415
 
+    signal.signal(signal.SIGTERM, stop_at_once)  # until the loop listens for it
     launch = read_launch()
-    errors = _Errors(parsed.config, launch.rank)
+    save = parsed.config.checkpoint.save
+    failures = Failures(launch.rank, folder=Path(save) if save else None, debug="--debug" in argv)
     try:
-        return _train(parsed, launch)
-    except KeyboardInterrupt:
-        raise
+        return _train(parsed, launch, failures)
     except BaseException as error:
-        return errors.report(error, debug="--debug" in argv)
+        code = failures.report(error)
+        if launch.world_size > 1:
+            end_process(code)
+        return code
 
 
 def _plan(parsed: Parsed) -> int:
@@ -74,7 +80,7 @@ def _with_vocabulary(config: RunConfig) -> RunConfig:
     return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=size))
 
 
-def _train(parsed: Parsed, launch: Launch) -> int:
+def _train(parsed: Parsed, launch: Launch, failures: Failures) -> int:
     from megatron_lite.train.session import Tokens, train  # noqa: PLC0415
 
     config = parsed.config
@@ -89,53 +95,15 @@ def _train(parsed: Parsed, launch: Launch) -> int:
     size = max(tokenizer.vocab_size, config.model.vocab_size or 0)
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=size))
     notices = [*parsed.notices, *rules.notices(config, launch.world_size)]
-    return train(config, launch, Tokens(size, tokenizer.eod), notices)
-
-
-class _Errors:
-    """How a rank reports its failure: one FATAL line, and errors/rank<r>.json in the run folder.
-
-    torchrun hides a worker's exit code; the file keeps it.
-    """
-
-    def __init__(self, config: RunConfig, rank: int) -> None:
-        self.rank = rank
-        save = config.checkpoint.save
-        self.folder = Path(save) / "errors" if save else None
-
-    def report(self, error: BaseException, *, debug: bool) -> int:
-        """Print, write, and return the exit code."""
-        known = self._as_known(error)
-        print(fatal_line(known, rank=self.rank), file=sys.stderr, flush=True)
-        code = known.exit_code if isinstance(known, MegatronLiteError) else BUG
-        if debug or code == BUG:
-            traceback.print_exception(error)
-        if self.folder is not None and self.folder.parent.is_dir():
-            self._write(known, code)
-        return code
-
-    def _as_known(self, error: BaseException) -> BaseException:
-        if isinstance(error, RuntimeError):
-            from megatron_lite.train.session import as_distributed  # noqa: PLC0415
-
-            return as_distributed(error) or error
-        return error
-
-    def _write(self, error: BaseException, code: int) -> None:
-        assert self.folder is not None
-        text = {"rank": self.rank, "exit_code": code, "error": str(error), "time": time.time()}
-        try:
-            self.folder.mkdir(exist_ok=True)
-            path = self.folder / f"rank{self.rank}.json"
-            path.write_text(json.dumps(text, indent=1) + "\n")
-        except OSError as problem:  # the failure itself has been printed already
-            print(f"({self.folder} cannot be written: {problem})", file=sys.stderr)
+    return train(config, launch, Tokens(size, tokenizer.eod), notices, failures)
 
 
 def _start() -> int:
     try:
         return main(sys.argv[1:])
-    except KeyboardInterrupt:
+    except KeyboardInterrupt:  # while torch was being imported
+        print("FATAL[130] rank=- step=-: stopped by Ctrl-C before anything was started",
+              file=sys.stderr, flush=True)  # fmt: skip
         return 130
     except MegatronLiteError as error:  # before it was known which rank this is
         print(fatal_line(error), file=sys.stderr, flush=True)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ from megatron_lite.config.errors import CheckpointError, MegatronLiteError, Stor
 from megatron_lite.parallel.collectives import MAX, SUM, all_reduce, barrier
 from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.parallel.shard import NamedSlice
-from megatron_lite.storage.disk import Disk, write_atomically
+from megatron_lite.storage.disk import Disk, temporary_name, write_atomically
 
 POINTER = "latest_checkpointed_iteration.txt"
 _FOLDER = re.compile(r"iter_(\d{7,})")
@@ -48,13 +48,42 @@ class Saved:
     bytes: int
 
 
+def _go_on(point: str) -> None:
+    """What happens at the named points of a save, unless a test wants something to."""
+
+
 @dataclass(slots=True)
 class Store:
-    """The checkpoints of one folder.  Collective: every rank of ctx.world makes the same calls."""
+    """The checkpoints of one folder.  Collective: every rank of ctx.world makes the same calls.
+
+    at: called with save.begin, save.after_share, save.before_complete and save.end.
+    """
 
     root: Path
     ctx: ParallelContext
     disk: Disk = field(default_factory=Disk)
+    at: Callable[[str], None] = _go_on
+
+    def prepare(self, weights: Iterable[NamedSlice], optimizer: Iterable[NamedSlice]) -> None:
+        """Find out at the start, not hours later, whether a checkpoint of these slices can be saved.
+
+        Makes the folder, writes and removes a file, compares the free space with the size, and
+        clears away what a crash left half-written.  Raises StorageError on every rank alike.
+        """
+        mine = {"weights": _share(weights, self.ctx), "optimizer": _share(optimizer, self.ctx)}
+        total = self._total_bytes(mine)
+        with self._together(None):
+            if self.ctx.rank == 0:
+                self.disk.make_folder(self.root)
+                self._finish_replacement()
+                for stale in self.root.glob(".*.partial"):
+                    self.disk.remove_tree(stale) if stale.is_dir() else self.disk.remove(stale)
+                probe = temporary_name(self.root / "can-this-be-written")
+                with self.disk.create(probe) as file:
+                    file.write(b"yes")
+                    file.fsync()
+                self.disk.remove(probe)
+                self._require_space(total)
 
     def save(
         self,
@@ -76,6 +105,7 @@ class Store:
         mine = {kind: _share(slices, self.ctx) for kind, slices in
                 (("weights", weights), ("optimizer", optimizer))}  # fmt: skip
         total = self._total_bytes(mine)
+        self.at("save.begin")
         with self._together(partial):
             if self.ctx.rank == 0:
                 self._require_space(total)
@@ -83,9 +113,12 @@ class Store:
                 self.disk.make_folder(partial)
         with self._together(partial):
             self._write_share(partial, mine)
+        self.at("save.after_share")
         with self._together(partial):
             if self.ctx.rank == 0:
+                self.at("save.before_complete")
                 self._complete(partial, final, iteration, progress, config)
+        self.at("save.end")
         if self.ctx.rank == 0 and keep_last is not None:
             self._retain(keep_last, iteration)
         return Saved(final, total)
@@ -97,10 +130,12 @@ class Store:
 
     def _require_space(self, total: int) -> None:
         free = self.disk.free_bytes(self.root)
-        if free < total * 1.02 + (1 << 20):
+        needed = int(total * 1.02) + (1 << 20)  # the manifest and the folder's own blocks
+        if free < needed:
             raise StorageError(
-                f"{self.root} has {free / 1e9:.3f} GB free, a checkpoint needs {total / 1e9:.3f} GB: "
-                "free some space or choose another --save; the older checkpoints are untouched"
+                f"{self.root} has {free} bytes free, but a checkpoint needs {needed} bytes "
+                f"({needed / 1e9:.3f} GB) - free some space or choose another --save; the older "
+                "checkpoints are untouched"
             )
 
     def _write_share(self, partial: Path, mine: dict[str, list[NamedSlice]]) -> None:
@@ -154,7 +189,7 @@ class Store:
             self.disk.remove_tree(self.root / f"iter_{iteration:07d}")
 
     @contextlib.contextmanager
-    def _together(self, partial: Path) -> Iterator[None]:
+    def _together(self, partial: Path | None) -> Iterator[None]:
         """Run a part of the save; if it failed on any rank, all ranks give up alike."""
         failure: MegatronLiteError | None = None
         try:
@@ -164,13 +199,13 @@ class Store:
         flag = torch.tensor([failure is not None], dtype=torch.int32, device=self.ctx.device)
         if not all_reduce(flag, self.ctx.world, MAX).item():  # waits for the device
             return
-        if self.ctx.rank == 0:
+        if self.ctx.rank == 0 and partial is not None:
             with contextlib.suppress(StorageError):
                 self.disk.remove_tree(partial)
         if failure is None:
             failure = StorageError(
-                f"another rank could not write its share of {partial.name}: see its FATAL line; the "
-                "older checkpoints are untouched"
+                f"another rank could not write to {self.root}: see its FATAL line; the older "
+                "checkpoints are untouched"
             )
         raise failure
 

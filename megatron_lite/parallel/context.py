@@ -75,13 +75,10 @@ def _axis(grid: RankGrid, axes: str, rank: int) -> Axis:
 
 def _tied(grid: RankGrid, rank: int) -> Axis:
     mine = Axis("tied", ranks=(rank,))
-    if grid.pp == 1:
-        return mine
-    for ranks in grid.groups("pp"):
-        ends = (ranks[0], ranks[-1])
-        group = dist.new_group(list(ends))
-        if rank in ends:
-            mine = Axis("tied", ends.index(rank), 2, ends, group)
+    for ranks in grid.tied_groups():
+        group = dist.new_group(list(ranks)) if len(ranks) > 1 else None
+        if rank in ranks:
+            mine = Axis("tied", ranks.index(rank), len(ranks), ranks, group)
     return mine
 
 

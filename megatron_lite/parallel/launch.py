@@ -3,58 +3,90 @@
 from __future__ import annotations
 
 import os
+import socket
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
 from megatron_lite.config.errors import ConfigError, DistributedError
 from megatron_lite.config.parallel import ParallelConfig
+from megatron_lite.parallel.liveness import Alone, Liveness, Presence, differences, roll_call
+from megatron_lite.parallel.watch import Limits
 
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """Who this process is, as torchrun says it; alone without torchrun."""
+    """Who this process is, as torchrun says it; alone without torchrun.
+
+    host, port: of the rendezvous store, which torchrun's agent holds (agent_holds_store) or rank 0.
+    attempt: how often torchrun has restarted the ranks.  fault: MLITE_FAULT, see train/faults.py.
+    """
 
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0
     local_world_size: int = 1
     under_torchrun: bool = False
+    host: str = ""
+    port: int = 0
+    agent_holds_store: bool = False
+    attempt: int = 0
+    fault: str | None = None
 
 
 def read_launch() -> Launch:
-    """RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE; raises ConfigError where they contradict."""
+    """Everything the environment says; raises ConfigError where it contradicts itself."""
+    fault = os.environ.get("MLITE_FAULT") or None
     given = {n: os.environ[n] for n in ("RANK", "WORLD_SIZE", "LOCAL_RANK") if n in os.environ}
     if "RANK" not in given and "WORLD_SIZE" not in given:
-        return Launch()
+        return Launch(fault=fault)
     if not {"RANK", "WORLD_SIZE"} <= given.keys():
         raise ConfigError(
             f"the environment has {sorted(given)} but RANK and WORLD_SIZE belong together; start "
             "with `python -m torch.distributed.run`, or unset them for one process"
         )
-    numbers = {}
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
-        text = os.environ.get(name, given.get("RANK" if name == "LOCAL_RANK" else name, "1"))
-        if not text.isdigit():
-            raise ConfigError(f"{name}={text!r} in the environment is not a number from 0 on")
-        numbers[name] = int(text)
-    if numbers["RANK"] >= numbers["WORLD_SIZE"]:
+    rank, world_size = _number("RANK"), _number("WORLD_SIZE")
+    if rank >= world_size:
         raise ConfigError(
-            f"RANK={numbers['RANK']} is not below WORLD_SIZE={numbers['WORLD_SIZE']}; ranks count "
-            "from 0"
+            f"RANK={rank} is not below WORLD_SIZE={world_size}; ranks count from 0 - start with "
+            "`python -m torch.distributed.run`, which numbers them"
         )
     missing = [n for n in ("MASTER_ADDR", "MASTER_PORT") if n not in os.environ]
-    if missing and numbers["WORLD_SIZE"] > 1:
+    if missing and world_size > 1:
         raise ConfigError(
             f"{' and '.join(missing)} are not set in the environment: name the host and port of "
             "rank 0, or start with `python -m torch.distributed.run`, which sets them"
         )
+    port = _number("MASTER_PORT", "0")
+    if world_size > 1 and not 0 < port < 1 << 16:
+        raise ConfigError(f"MASTER_PORT={port} is no port: choose one from 1024 to 65535")
     return Launch(
-        numbers["RANK"], numbers["WORLD_SIZE"], numbers["LOCAL_RANK"],
-        max(numbers["LOCAL_WORLD_SIZE"], 1), under_torchrun=True,
-    )  # fmt: skip
+        rank,
+        world_size,
+        local_rank=_number("LOCAL_RANK", str(rank)),
+        local_world_size=max(_number("LOCAL_WORLD_SIZE", "1"), 1),
+        under_torchrun=True,
+        host=os.environ.get("MASTER_ADDR", ""),
+        port=port,
+        agent_holds_store=os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
+        attempt=_number("TORCHELASTIC_RESTART_COUNT", "0"),
+        fault=fault,
+    )
+
+
+def _number(name: str, otherwise: str = "") -> int:
+    text = os.environ.get(name, otherwise)
+    if not (text.isascii() and text.isdigit()):
+        raise ConfigError(
+            f"{name}={text!r} in the environment is not a number from 0 on - start with "
+            "`python -m torch.distributed.run`, which sets it"
+        )
+    return int(text)
 
 
 def choose_device(launch: Launch, *, use_cpu: bool, backend: str | None) -> torch.device:
@@ -85,26 +117,165 @@ def set_device_environment(parallel: ParallelConfig, device: torch.device) -> li
     return ["CUDA_DEVICE_MAX_CONNECTIONS set to 1: tensor-parallel overlap needs it"]
 
 
-def start_process_group(launch: Launch, parallel: ParallelConfig, device: torch.device) -> None:
-    """Join the world; raises DistributedError when not all ranks come within the timeout."""
+@dataclass(frozen=True, slots=True)
+class World:
+    """All ranks have come: the store they share (None for one process), and who is still there."""
+
+    presence: Presence
+    store: Store | None = None
+    prefix: str = ""
+
+
+def gather(launch: Launch, parallel: ParallelConfig, *, end: Callable[[str], None]) -> World:
+    """Wait for all ranks and begin to watch over them; `end` ends this process with a verdict.
+
+    Raises DistributedError naming the ranks that did not come within the timeout, ConfigError
+    where two processes have the same rank.
+    """
     if launch.world_size == 1:
+        return World(Alone())
+    seconds = parallel.distributed_timeout_minutes * 60.0
+    began = time.monotonic()
+    prefix = f"megatron_lite/{launch.attempt}"
+    hosts = launch.rank == 0 and not launch.agent_holds_store
+    store = _open_store(launch, seconds, hosts=hosts)
+    liveness = Liveness(
+        _connect(launch, seconds),
+        prefix=prefix,
+        rank=launch.rank,
+        world_size=launch.world_size,
+        limits=Limits.from_timeout(seconds),
+        hosts_store=hosts,
+        holder="the launcher, which holds the store," if launch.agent_holds_store
+        else "rank 0, which holds the store,",
+        end=end,
+    )  # fmt: skip
+    try:
+        liveness.announce()
+        missing = roll_call(
+            store,
+            prefix=prefix,
+            rank=launch.rank,
+            world_size=launch.world_size,
+            seconds=max(seconds - (time.monotonic() - began), 1.0),
+        )
+    except ValueError as error:
+        raise ConfigError(f"{error}: give every process its own RANK") from error
+    except RuntimeError as error:
+        raise _cannot_join(
+            launch, seconds, f"the store broke off ({_first_line(error)})"
+        ) from error
+    if missing:
+        came = launch.world_size - len(missing)
+        shown = ", ".join(map(str, missing[:16])) + (" ..." if missing[16:] else "")
+        raise _cannot_join(
+            launch, seconds, f"{came} of {launch.world_size} ranks came, missing: rank {shown}"
+        )
+    liveness.start()
+    return World(liveness, store, prefix)
+
+
+def compare_ranks(launch: Launch, world: World, facts: dict[str, str]) -> None:
+    """Raise ConfigError, on every rank alike, where the ranks do not agree on the facts."""
+    if world.store is None:
+        return
+    lines = differences(
+        world.store,
+        facts,
+        prefix=world.prefix,
+        rank=launch.rank,
+        world_size=launch.world_size,
+    )
+    if lines:
+        listed = "".join(f"\n  {line}" for line in lines[:20])
+        more = f"\n  and {len(lines) - 20} more" if lines[20:] else ""
+        raise ConfigError(
+            f"the ranks were not started alike:{listed}{more}\ngive every rank the same flags, files "
+            "and version"
+        )
+
+
+def start_process_group(
+    launch: Launch, parallel: ParallelConfig, device: torch.device, world: World
+) -> None:
+    """Join the process group over the gathered ranks; raises DistributedError."""
+    if world.store is None:
         return
     backend = parallel.distributed_backend or ("nccl" if device.type == "cuda" else "gloo")
+    seconds = parallel.distributed_timeout_minutes * 60.0
     try:
         dist.init_process_group(
             backend,
+            store=PrefixStore(f"{world.prefix}/group", world.store),
             rank=launch.rank,
             world_size=launch.world_size,
-            timeout=timedelta(minutes=parallel.distributed_timeout_minutes),
+            timeout=timedelta(seconds=seconds),
             device_id=device if device.type == "cuda" else None,
         )
     except (RuntimeError, ValueError) as error:
-        host, port = (os.environ.get(n, "?") for n in ("MASTER_ADDR", "MASTER_PORT"))
         raise DistributedError(
-            f"rank {launch.rank} of {launch.world_size} could not join at {host}:{port} within "
-            f"{parallel.distributed_timeout_minutes:g} minutes: {error} - check that every node was "
-            "started with the same MASTER_ADDR and MASTER_PORT and its own NODE_RANK"
+            world.presence.explain(f"{backend} could not start: {_first_line(error)}")
         ) from error
+
+
+def _open_store(launch: Launch, seconds: float, *, hosts: bool) -> Store:
+    if not hosts:
+        return _connect(launch, seconds)
+    try:
+        return _tcp_store(launch, seconds, is_master=True)
+    except (RuntimeError, ValueError) as error:
+        raise DistributedError(
+            f"rank 0 cannot listen on port {launch.port}: {_first_line(error)} - is another run "
+            "using it? - choose another MASTER_PORT (torchrun's --master-port)"
+        ) from error
+
+
+def _connect(launch: Launch, seconds: float) -> Store:
+    """A connection to the store, tried until the time is over; a signal is heard in between."""
+    end = time.monotonic() + seconds
+    _wait_for_port(launch, end, seconds)
+    try:
+        store = _tcp_store(launch, max(end - time.monotonic(), 1.0), is_master=False)
+    except (RuntimeError, ValueError) as error:
+        raise _cannot_join(launch, seconds, _first_line(error)) from error
+    store.set_timeout(timedelta(seconds=seconds))
+    return store
+
+
+def _wait_for_port(launch: Launch, end: float, seconds: float) -> None:
+    """torch's client logs every refusal with a stack; knocking first keeps a slow start quiet."""
+    while True:
+        try:
+            socket.create_connection((launch.host, launch.port), timeout=2.0).close()
+            return
+        except OSError as error:
+            if time.monotonic() > end:
+                what = f"nobody answers there ({error}): rank 0, which holds the store, is missing"
+                raise _cannot_join(launch, seconds, what) from error
+        time.sleep(0.05)
+
+
+def _tcp_store(launch: Launch, seconds: float, *, is_master: bool) -> Store:
+    return TCPStore(
+        launch.host,
+        launch.port,
+        launch.world_size,
+        is_master=is_master,
+        timeout=timedelta(seconds=seconds),
+        wait_for_workers=False,
+    )
+
+
+def _cannot_join(launch: Launch, seconds: float, what: str) -> DistributedError:
+    return DistributedError(
+        f"rank {launch.rank} of {launch.world_size} could not join at {launch.host}:{launch.port} "
+        f"within {seconds / 60:g} minutes: {what} - start every node with the same MASTER_ADDR and "
+        "MASTER_PORT and its own NODE_RANK, or raise --distributed-timeout-minutes"
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
 def stop_process_group() -> None:

@@ -15,12 +15,14 @@ from megatron_lite.config.errors import NumericsError
 from megatron_lite.config.telemetry import TelemetryConfig
 from megatron_lite.config.train import TrainConfig
 from megatron_lite.data.loader import Loader
+from megatron_lite.parallel.liveness import Presence
 from megatron_lite.parallel.shard import weight_slices
 from megatron_lite.telemetry.record import EvaluationRecord, SaveRecord
 from megatron_lite.telemetry.throughput import IntervalMeter, Step
 from megatron_lite.telemetry.timers import format_times, timing_record
 from megatron_lite.train.assemble import Run
 from megatron_lite.train.device import memory_line, peak_memory_bytes
+from megatron_lite.train.faults import Fault, NoFaults
 from megatron_lite.train.log import Log
 from megatron_lite.train.profile import Profiler
 from megatron_lite.train.schedules import Schedules
@@ -61,6 +63,8 @@ class Session:
     plain_config: dict[str, Any]
     train_iters: int
     seq_length: int
+    presence: Presence
+    faults: Fault | NoFaults
     saved_at: int = field(init=False)
     logged_at: int = field(init=False)
     progress: Progress = field(init=False)
@@ -91,6 +95,7 @@ class Session:
         reason: Reason | None = "finished" if self._finished() else None
         while reason is None:
             self.profiler.before(progress.step + 1)
+            self.faults.at("step")
             agreed = self._step()
             self.profiler.after(progress.step)
             reason = self.stop.reason(progress.step, agreed=agreed, finished=self._finished())
@@ -166,6 +171,7 @@ class Session:
     def _account(self, size: int, result: StepResult) -> None:
         progress = self.progress
         progress.step += 1
+        self.presence.reached(progress.step)
         progress.samples += size
         progress.tokens += size * self.seq_length
         if result.update.skipped:
@@ -216,6 +222,8 @@ class Session:
         start = progress.validation_samples if split == "validation" else 0
         total, count = 0.0, 0.0
         for index in range(self.train.eval_iters):
+            self.presence.tick()
+            self.faults.at("evaluate")
             batches = loader.next_batches(
                 start + index * size, size, micro, size // (micro * run.ctx.dp.size)
             )

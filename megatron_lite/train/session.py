@@ -100,7 +100,10 @@ def _facts(config: RunConfig, tokens: Tokens) -> dict[str, str]:
     package = Path(__file__).parents[1]
     for path in sorted(package.rglob("*.py")):
         code.update(path.relative_to(package).as_posix().encode() + path.read_bytes())
-    versions = {"megatron_lite (hash of its code)": code.hexdigest()[:16], "torch": torch.__version__}
+    versions = {
+        "megatron_lite (hash of its code)": code.hexdigest()[:16],
+        "torch": torch.__version__,
+    }
     return facts | versions | {"tokenizer": f"vocabulary {tokens.vocab_size}, eod {tokens.eod}"}
 
 

@@ -1,0 +1,302 @@
+"""Who is still there: every rank beats into the rendezvous store, and one that stops is named.
+
+    rank r   ── beat: count, step, ticks, where ──▶  store  ◀── rank 0 reads all beats, the others
+    (thread)                                           │        rank 0's; whoever sees a rank lost
+                                                    verdict     writes the verdict, once
+                                                       │
+    every rank reads the verdict: FATAL[6] names the lost rank, also where the main thread is stuck
+
+No collective, no device work: two sleeping threads and a few hundred bytes per rank and second.
+watch.py judges; this file talks to the store.  A rank that fails by itself leaves its FATAL line as
+the verdict, a rank that ends says so, and neither is then taken for lost.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+from torch.distributed import Store  # type: ignore[attr-defined]
+
+from megatron_lite.parallel.watch import Beat, Limits, Watch, place_of
+
+NO_VERDICT = b"-"
+
+
+class Presence(Protocol):
+    """What a run tells about itself while it lives; Alone where there is nobody to tell."""
+
+    step: int | None
+
+    def reached(self, step: int) -> None:
+        """The step is finished."""
+        ...
+
+    def tick(self) -> None:
+        """Something else than a step went on: an evaluation batch, a part of a save."""
+        ...
+
+    def explain(self, what: str) -> str:
+        """Which rank was lost, after a collective failed with the text `what`."""
+        ...
+
+    def leave(self, last_words: str | None = None) -> None:
+        """Say goodbye, with the FATAL line where there is one."""
+        ...
+
+
+class Alone:
+    """A world of one process: only the last finished step is kept."""
+
+    def __init__(self) -> None:
+        self.step: int | None = None
+
+    def reached(self, step: int) -> None:
+        """The step is finished."""
+        self.step = step
+
+    def tick(self) -> None:
+        """Nobody watches."""
+
+    def explain(self, what: str) -> str:
+        """There is no other rank to name."""
+        return what
+
+    def leave(self, last_words: str | None = None) -> None:
+        """Nobody listens."""
+
+
+class Liveness:
+    """Beats for this rank and listens to the others, in two daemon threads.
+
+    store: a connection of its own, because a call may block as long as the store is silent.
+    hosts_store: this process holds the store, so it leaves last.
+    end: called in a thread with the verdict when the main thread does not end by itself.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        *,
+        prefix: str,
+        rank: int,
+        world_size: int,
+        limits: Limits,
+        hosts_store: bool,
+        holder: str,
+        end: Callable[[str], None],
+    ) -> None:
+        self.step: int | None = None
+        self._store, self._prefix = store, prefix
+        self._rank, self._world_size = rank, world_size
+        self._limits, self._hosts_store, self._holder, self._end = limits, hosts_store, holder, end
+        self._watch = Watch(rank, limits)
+        self._main = threading.main_thread().ident
+        self._ticks = self._count = 0
+        self._phase = "start"
+        self._verdict: str | None = None
+        self._last_words: str | None = None
+        self._answered = time.monotonic()
+        self._wake, self._left = threading.Event(), threading.Event()
+        self._talker = threading.Thread(target=self._talk, name="liveness-beat", daemon=True)
+        self._judge = threading.Thread(target=self._listen, name="liveness-judge", daemon=True)
+
+    def announce(self) -> None:
+        """The first beat; every rank must have made it before any starts."""
+        self._store.set(self._key("beat", self._rank), self._beat().to_bytes())
+        self._store.compare_set(self._key("verdict"), "", NO_VERDICT.decode())
+
+    def start(self) -> None:
+        """Begin to beat and to listen."""
+        self._answered = time.monotonic()
+        self._talker.start()
+        self._judge.start()
+
+    def reached(self, step: int) -> None:
+        """The step is finished."""
+        self.step = step
+        self._phase = "train"
+
+    def tick(self) -> None:
+        """Something else than a step went on: an evaluation batch, a part of a save."""
+        self._ticks += 1
+
+    def explain(self, what: str) -> str:
+        """Which rank was lost, after a collective failed with the text `what`; waits for the answer.
+
+        At most a few beats: a living rank keeps beating while it waits here itself.
+        """
+        self._phase = "failed"
+        self._wake.set()
+        deadline = time.monotonic() + 6 * self._limits.grace
+        while self._verdict is None and time.monotonic() < deadline:
+            time.sleep(0.02)
+        return self._verdict or f"a collective failed and no rank is missing: {what}"
+
+    def leave(self, last_words: str | None = None) -> None:
+        """Say goodbye, with the FATAL line where there is one; the store's host waits for the others."""
+        self._last_words = last_words
+        self._phase = "ended"
+        self._wake.set()
+        if self._talker.is_alive():
+            self._left.wait(self._patience() + 2 * self._limits.grace)
+        self._left.set()
+
+    # -- the thread that talks to the store -------------------------------------------------
+
+    def _talk(self) -> None:
+        try:
+            while self._phase != "ended":
+                self._exchange()
+                self._wake.wait(self._limits.interval)
+                self._wake.clear()
+            self._say_goodbye()
+        except (RuntimeError, ValueError) as error:  # the store is gone, not only silent
+            if self._verdict is None:
+                self._verdict = (
+                    f"{self._holder} was lost: the connection to the store broke "
+                    f"({str(error).splitlines()[0][:120]}) - last finished step here "
+                    f"{_step(self.step)} - look for its last lines and at its node"
+                )
+        finally:
+            if self._phase == "ended":
+                self._left.set()
+
+    def _exchange(self) -> None:
+        self._store.set(self._key("beat", self._rank), self._beat().to_bytes())
+        everybody = self._rank == 0 or self._phase in ("failed", "ended")
+        ranks = range(self._world_size) if everybody else range(1)
+        keys = [self._key("verdict"), *(self._key("beat", rank) for rank in ranks)]
+        verdict, *beats = self._store.multi_get(keys)
+        now = time.monotonic()
+        if now - self._answered > self._limits.stall:
+            self._watch.forgive()  # this process slept: the others are not to blame
+        self._answered = now
+        for rank, data in zip(ranks, beats, strict=True):
+            self._watch.see(rank, Beat.from_bytes(data), now)
+        if bytes(verdict) != NO_VERDICT:
+            self._verdict = bytes(verdict).decode()
+        elif self._verdict is None:
+            failed = self._phase == "failed"
+            found = self._watch.blame(now) if failed else self._watch.verdict(now)
+            if found is not None:
+                self._verdict = self._publish(found)
+
+    def _publish(self, text: str) -> str:
+        """The first verdict stands; returns it."""
+        written = self._store.compare_set(self._key("verdict"), NO_VERDICT.decode(), text)
+        return bytes(written).decode()
+
+    def _say_goodbye(self) -> None:
+        if self._last_words is not None and self._verdict is None:
+            self._publish(f"rank {self._rank} failed first: {self._last_words}")
+        self._store.set(self._key("beat", self._rank), self._beat().to_bytes())
+        if not self._hosts_store:
+            return
+        deadline = time.monotonic() + self._patience()
+        while time.monotonic() < deadline:
+            self._exchange()
+            silence = min(self._patience(), self._limits.stale)
+            if self._watch.all_gone(time.monotonic(), silence=silence):
+                return
+            time.sleep(0.05)
+
+    def _patience(self) -> float:
+        """How long the store's host waits for the others to leave."""
+        if not self._hosts_store:
+            return 0.0
+        failing = self._last_words is not None or self._verdict is not None
+        return self._limits.grace + 1.0 if failing else self._limits.stale
+
+    # -- the thread that ends a process whose main thread is stuck ----------------------------
+
+    def _listen(self) -> None:
+        before = time.monotonic()
+        while not self._left.wait(self._limits.interval):
+            now = time.monotonic()
+            if now - before > self._limits.stall:
+                self._answered = now
+            before = now
+            limit = self._limits.stale if self.step is not None else self._limits.start
+            if self._verdict is None and now - self._answered > limit:
+                self._verdict = (
+                    f"{self._holder} was lost: its store gives no answer for "
+                    f"{now - self._answered:.0f} s (stopped, or its network is down) - last finished "
+                    f"step here {_step(self.step)} - look for its last lines and at its node"
+                )
+            if self._verdict is not None:
+                # the main thread may be about to say it, or to fail of the same cause as the others
+                if not self._left.wait(self._limits.grace):
+                    self._end(self._verdict)
+                return
+
+    def _beat(self) -> Beat:
+        self._count += 1
+        place, waits = place_of(self._main)
+        return Beat(self._count, self._phase, self.step, self._ticks, place, waits)
+
+    def _key(self, *parts: object) -> str:
+        return "/".join([self._prefix, *map(str, parts)])
+
+
+def _step(step: int | None) -> str:
+    return "none" if step is None else str(step)
+
+
+def roll_call(
+    store: Store, *, prefix: str, rank: int, world_size: int, seconds: float
+) -> list[int]:
+    """Wait until all ranks have called; returns the ranks still missing after `seconds`.
+
+    Raises ValueError where two processes say they are this rank.
+    """
+    if store.add(f"{prefix}/present/{rank}", 1) > 1:
+        raise ValueError(f"two processes say they are rank {rank}")
+    missing = list(range(world_size))
+    end = time.monotonic() + seconds
+    pause = 0.005
+    while True:
+        # the first missing rank is enough to know that we are not complete
+        while missing and store.check([f"{prefix}/present/{missing[0]}"]):
+            missing.pop(0)
+        if not missing or time.monotonic() > end:
+            return [r for r in missing if not store.check([f"{prefix}/present/{r}"])]
+        time.sleep(pause)
+        pause = min(2 * pause, 0.25)
+
+
+def differences(
+    store: Store, facts: dict[str, str], *, prefix: str, rank: int, world_size: int
+) -> list[str]:
+    """Lines `key: value on ranks ..., value on rank ...` where the ranks' facts differ.
+
+    Every rank gets the same lines.  All ranks must have called in before.
+    """
+    text = "\n".join(f"{key}\t{value}" for key, value in sorted(facts.items()))
+    store.set(f"{prefix}/facts/{rank}", text)
+    texts = store.multi_get([f"{prefix}/facts/{r}" for r in range(world_size)])
+    groups: dict[bytes, list[int]] = {}
+    for other, data in enumerate(texts):
+        groups.setdefault(bytes(data), []).append(other)
+    if len(groups) == 1:
+        return []
+    tables = [
+        (dict(line.partition("\t")[::2] for line in data.decode().split("\n")), ranks)
+        for data, ranks in groups.items()
+    ]
+    lines = []
+    for key in sorted({key for table, _ in tables for key in table}):
+        held: dict[str, list[int]] = {}
+        for table, ranks in tables:
+            held.setdefault(table.get(key, "(absent)"), []).extend(ranks)
+        if len(held) > 1:
+            said = (f"{value} on {_ranks(sorted(ranks))}" for value, ranks in held.items())
+            lines.append(f"{key}: {', '.join(said)}")
+    return lines
+
+
+def _ranks(ranks: list[int]) -> str:
+    shown = ", ".join(map(str, ranks[:8])) + (f" and {len(ranks) - 8} more" if ranks[8:] else "")
+    return f"rank {shown}" if len(ranks) == 1 else f"ranks {shown}"

@@ -1,0 +1,225 @@
+"""Which rank is lost or hangs, judged from the beats seen; no store, no thread, its own clock."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass, field, replace
+from types import FrameType
+
+MISSED_BEATS = 5
+"""Own beats without one of another rank, after a collective failed, before that rank is named."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Seconds: between beats, until a silent rank is lost (before its first step: start), until a hang.
+
+    stall: own pause after which the others' silence proves nothing.
+    """
+
+    interval: float
+    stale: float
+    start: float
+
+    @classmethod
+    def from_timeout(cls, seconds: float) -> Limits:
+        """From --distributed-timeout-minutes; a minute of silence is enough once a run steps."""
+        stale = min(seconds, 60.0)
+        return cls(min(1.0, stale / 20.0), stale, seconds)
+
+    @property
+    def grace(self) -> float:
+        """Time for the main thread to find the words itself."""
+        return MISSED_BEATS * self.interval + 0.5
+
+    @property
+    def stall(self) -> float:
+        """A loop of beats that paused this long was asleep itself."""
+        return max(4 * self.interval, 2.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Beat:
+    """What a rank says of itself: phase is start, train, failed (a collective) or ended."""
+
+    count: int
+    phase: str = "start"
+    step: int | None = None
+    ticks: int = 0
+    place: str = "?"
+    waits: bool = False
+
+    def to_bytes(self) -> str:
+        """As JSON."""
+        return json.dumps([self.count, self.phase, self.step, self.ticks, self.place, self.waits])
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Beat:
+        """From JSON."""
+        return cls(*json.loads(bytes(data)))
+
+
+WAITING_IN = (
+    "torch/distributed/", "megatron_lite/parallel/", "megatron_lite/pipeline/mail.py",
+    "megatron_lite/engines/", "megatron_lite/train/step.py", "megatron_lite/train/loop.py",
+)  # fmt: skip
+"""Files whose innermost call waits for other ranks or for the device, if it stays for minutes."""
+
+
+def place_of(thread: int | None) -> tuple[str, bool]:
+    """(our innermost line of the thread, whether it waits for others there)."""
+    frame: FrameType | None = sys._current_frames().get(thread or -1)
+    innermost = frame
+    while frame is not None and "megatron_lite/" not in _file(frame):
+        frame = frame.f_back
+    if innermost is None or frame is None:
+        return "?", False
+    waits = any(part in _file(innermost) for part in WAITING_IN)
+    name = _file(frame).rpartition("megatron_lite/")[2]
+    return f"megatron_lite/{name}:{frame.f_lineno} {frame.f_code.co_name}", waits
+
+
+def _file(frame: FrameType) -> str:
+    return frame.f_code.co_filename.replace("\\", "/")
+
+
+@dataclass(slots=True)
+class _Seen:
+    """The last beat of a rank, when it came, since when it says the same, own beats since."""
+
+    beat: Beat
+    came: float
+    same_since: float
+    missed: int = 0
+
+
+@dataclass(slots=True)
+class Watch:
+    """Beats as one rank sees them.
+
+    A rank is *lost* when no beat of it came for too long, and *hangs* when it beats, does not move
+    and does not wait for others while others wait for it.
+    """
+
+    me: int
+    limits: Limits
+    _seen: dict[int, _Seen] = field(default_factory=dict)
+    _failing_beats: int = 0
+
+    def see(self, rank: int, beat: Beat, now: float) -> None:
+        """Take note of what the store holds of a rank; call it once per own beat."""
+        old = self._seen.get(rank)
+        if old is None:
+            self._seen[rank] = _Seen(beat, now, now)
+            return
+        moved = replace(beat, count=old.beat.count) != old.beat
+        fresh = beat.count != old.beat.count
+        self._seen[rank] = _Seen(
+            beat,
+            now if fresh else old.came,
+            now if moved else old.same_since,
+            0 if fresh else old.missed + 1,
+        )
+
+    def forgive(self) -> None:
+        """Forget all silences: this process slept itself."""
+        self._seen.clear()
+        self._failing_beats = 0
+
+    def verdict(self, now: float) -> str | None:
+        """Who is lost or hangs while nothing has failed yet; None as long as all is well."""
+        lost = [
+            rank
+            for rank, seen in self._others()
+            if now - seen.came
+            > (self.limits.stale if seen.beat.step is not None else self.limits.start)
+        ]
+        return self._lost(lost, now) or self._hanging(now)
+
+    def blame(self, now: float) -> str | None:
+        """Who is to blame for a failed collective; None until the beats say so."""
+        self._failing_beats += 1
+        lost = [rank for rank, seen in self._others() if seen.missed >= MISSED_BEATS]
+        if lost:
+            return self._lost(lost, now)
+        if self._failing_beats <= MISSED_BEATS + 2:
+            return None
+        busy = [
+            rank
+            for rank, seen in self._others()
+            if seen.beat.phase in ("start", "train") and not seen.beat.waits
+        ]
+        if busy:
+            return self._hangs(busy)
+        ended = [rank for rank, seen in self._seen.items() if seen.beat.phase == "ended"]
+        if ended:
+            return (
+                f"{_names(ended)} ended before the others were done - "
+                f"last finished step {self._step()} - look for what it printed last"
+            )
+        if self._failing_beats <= 4 * MISSED_BEATS:
+            return None
+        places = "; ".join(f"rank {r} in {s.beat.place}" for r, s in list(self._seen.items())[:8])
+        return (
+            f"a collective failed though every rank is alive - {places} - ranks that are at "
+            "different places wait for each other: report it with these lines"
+        )
+
+    def all_gone(self, now: float, *, silence: float) -> bool:
+        """Whether nobody needs the store any more: all others said goodbye or are silent that long."""
+        return all(
+            seen.beat.phase == "ended" or now - seen.came > silence
+            for rank, seen in self._seen.items()
+            if rank != self.me
+        )
+
+    def _others(self) -> list[tuple[int, _Seen]]:
+        """Ranks that should be alive."""
+        return [
+            (rank, seen)
+            for rank, seen in sorted(self._seen.items())
+            if rank != self.me and seen.beat.phase != "ended"
+        ]
+
+    def _hanging(self, now: float) -> str | None:
+        living = [(r, s) for r, s in self._seen.items() if s.beat.phase != "ended"]
+        if any(seen.beat.phase == "start" for _, seen in living):
+            return (
+                None  # data is indexed or kernels are compiled: the process group has its timeout
+            )
+        moves = any(now - seen.same_since <= self.limits.start for _, seen in living)
+        busy = [rank for rank, seen in living if not seen.beat.waits]
+        if moves or not busy or len(busy) == len(living):
+            return None
+        return self._hangs(busy)
+
+    def _lost(self, ranks: list[int], now: float) -> str | None:
+        if not ranks:
+            return None
+        silent = max(now - self._seen[rank].came for rank in ranks)
+        place = self._seen[ranks[0]].beat.place
+        return (
+            f"{_names(ranks)} {'was' if len(ranks) == 1 else 'were'} lost: no sign of life for "
+            f"{silent:.1f} s - last finished step {self._step()}, last seen in {place} - look at its "
+            "last lines and its node: killed, out of memory, stopped, or cut off?"
+        )
+
+    def _hangs(self, ranks: list[int]) -> str:
+        places = "; ".join(f"rank {rank} in {self._seen[rank].beat.place}" for rank in ranks[:8])
+        verb = "hangs" if len(ranks) == 1 else "hang"
+        return (
+            f"{_names(ranks)} {verb} while the others wait in a collective - last finished step "
+            f"{self._step()}, {places} - look at what it does there, or raise "
+            "--distributed-timeout-minutes if it only needs longer"
+        )
+
+    def _step(self) -> str:
+        """The last step anybody finished: a step is collective, so all have or nearly have."""
+        steps = [s.beat.step for s in self._seen.values() if s.beat.step is not None]
+        return str(max(steps)) if steps else "none"
+
+
+def _names(ranks: list[int]) -> str:
+    shown = ", ".join(map(str, ranks[:16])) + (" ..." if len(ranks) > 16 else "")
+    return f"rank {shown}" if len(ranks) == 1 else f"ranks {shown}"

@@ -1,0 +1,139 @@
+"""How a rank ends badly: one FATAL line, errors/rank<r>.json, and the others told why."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from pathlib import Path
+from types import FrameType
+
+import torch
+
+from megatron_lite.config.errors import DistributedError, MegatronLiteError
+from megatron_lite.config.exit import BUG, fatal_line
+from megatron_lite.parallel.liveness import Alone, Presence
+from megatron_lite.storage.disk import Disk, write_atomically
+
+SIGNS = (
+    "Connection closed by peer", "Connection reset", "Broken pipe", "Timed out", "timed out",
+    "Socket", "NCCL", "connectFullMesh", "Gloo", "gloo", "recvBytes", "sendBytes",
+)  # fmt: skip
+"""Parts of the texts by which gloo and NCCL say that a collective failed."""
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal before the first step: there is nothing to save."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.number = number
+
+
+def stop_at_once(number: int, frame: FrameType | None) -> None:
+    """Signal handler of the start: end with a FATAL line, not silently."""
+    raise Stopped(number)
+
+
+class Failures:
+    """Reports the failure that ends this process, once; the main thread or the watch over the ranks.
+
+    folder: the run folder, as soon as there is one.  torchrun hides a worker's exit code, so
+    errors/rank<r>.json there keeps it.
+    """
+
+    def __init__(self, rank: int, *, folder: Path | None, debug: bool) -> None:
+        self.rank, self.folder, self.debug = rank, folder, debug
+        self.presence: Presence = Alone()
+        self._once = threading.Lock()
+
+    def report(self, error: BaseException) -> int:
+        """Print, write, tell the other ranks; returns the exit code.  In the main thread."""
+        if not self._once.acquire(blocking=False):
+            threading.Event().wait()  # the watch is ending this process with its own line
+        known = self._in_our_words(error)
+        line, code = self._say(known)
+        self.presence.leave(line)
+        return code
+
+    def lost(self, verdict: str) -> None:
+        """End the process with code 6: the main thread may be stuck in a collective for good."""
+        if not self._once.acquire(blocking=False):
+            return  # the main thread has found the words
+        _, code = self._say(DistributedError(verdict))
+        _flush()
+        os._exit(code)
+
+    def _in_our_words(self, error: BaseException) -> BaseException:
+        if isinstance(error, RuntimeError) and failed_collective(error):
+            return DistributedError(self.presence.explain(_first_line(error)))
+        return error
+
+    def _say(self, error: BaseException) -> tuple[str, int]:
+        line, code = _line_and_code(error, self.rank, self.presence.step)
+        print(line, file=sys.stderr, flush=True)
+        if self.debug or code == BUG:
+            traceback.print_exception(error)
+        if self.folder is not None and self.folder.is_dir():
+            self._write(error, code, line)
+        return line, code
+
+    def _write(self, error: BaseException, code: int, line: str) -> None:
+        assert self.folder is not None
+        text = {
+            "rank": self.rank,
+            "exit_code": code,
+            "step": self.presence.step,
+            "error": str(error),
+            "fatal": line,
+            "time": time.time(),
+        }
+        if code == BUG:
+            text["traceback"] = "".join(traceback.format_exception(error))
+        disk = Disk()
+        path = self.folder / "errors" / f"rank{self.rank}.json"
+        try:
+            disk.make_folder(path.parent)
+            write_atomically(path, (json.dumps(text, indent=1) + "\n").encode(), disk)
+        except MegatronLiteError as problem:  # the failure itself has been printed already
+            print(f"({path} cannot be written: {problem})", file=sys.stderr)
+
+
+def failed_collective(error: RuntimeError) -> bool:
+    """Whether a collective failed, rather than our code."""
+    text = str(error)
+    return isinstance(error, torch.distributed.DistError) or any(sign in text for sign in SIGNS)
+
+
+def end_process(code: int) -> None:
+    """Leave without destructors: those of a process group wait for ranks that are gone."""
+    _flush()
+    os._exit(code)
+
+
+def _flush() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _line_and_code(error: BaseException, rank: int, step: int | None) -> tuple[str, int]:
+    if isinstance(error, KeyboardInterrupt):
+        number = error.number if isinstance(error, Stopped) else signal.SIGINT
+        name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+        done = "before the first step" if step is None else f"after step {step}"
+        where = f"rank={rank} step={'-' if step is None else step}"
+        return (
+            f"FATAL[{128 + number}] {where}: stopped by {name} {done} - no checkpoint was written "
+            "for this - start again to go on from the last one",
+            128 + number,
+        )
+    code = error.exit_code if isinstance(error, MegatronLiteError) else BUG
+    return fatal_line(error, rank=rank, step=step), code
