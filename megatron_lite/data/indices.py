@@ -6,7 +6,8 @@
     blend            which dataset, and which of its samples, at each step
 
 The shuffles are one numpy RandomState consumed in a fixed order; all counts are integers.
-Where the C++ helpers are built they do the two walks; the numpy twins give the same arrays.
+Where the C++ helpers are built they do the walks and the shuffles; the numpy twins give the
+same arrays.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ Index = npt.NDArray[np.integer[Any]]
 Array = TypeVar("Array", bound=npt.NDArray[Any])
 
 MAX_DATASETS = 32767  # dataset numbers of a blend are int16
+MOST_SHUFFLED = 1 << 32  # the helper draws 32-bit numbers, as RandomState does up to here
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,9 +68,9 @@ def plan_epochs(tokens_per_epoch: int, seq_length: int, num_samples: int | None)
 def document_index(documents: Int32, plan: EpochPlan, random: np.random.RandomState) -> Int32:
     """documents: numbers of the split -> int32 [epochs * documents], shuffled."""
     if not plan.separate_last:
-        return _shuffled(np.tile(documents.astype(np.int32), plan.epochs), random)
-    first = _shuffled(np.tile(documents.astype(np.int32), plan.epochs - 1), random)
-    last = _shuffled(documents.astype(np.int32), random)
+        return shuffled(np.tile(documents.astype(np.int32), plan.epochs), random)
+    first = shuffled(np.tile(documents.astype(np.int32), plan.epochs - 1), random)
+    last = shuffled(documents.astype(np.int32), random)
     return np.concatenate((first, last))
 
 
@@ -78,14 +80,27 @@ def shuffle_index(plan: EpochPlan, random: np.random.RandomState) -> Index:
     if plan.samples >= np.iinfo(np.uint32).max - 1:
         dtype = np.int64
     border = plan.samples_before_last if plan.separate_last else plan.samples
-    first = _shuffled(np.arange(border, dtype=dtype), random)
+    first = shuffled(np.arange(border, dtype=dtype), random)
     if border == plan.samples:
         return first
-    return np.concatenate((first, _shuffled(np.arange(border, plan.samples, dtype=dtype), random)))
+    return np.concatenate((first, shuffled(np.arange(border, plan.samples, dtype=dtype), random)))
 
 
-def _shuffled(values: Array, random: np.random.RandomState) -> Array:
-    random.shuffle(values)
+def shuffled(
+    values: Array, random: np.random.RandomState, helpers: ModuleType | None = COMPILED
+) -> Array:
+    """The same array, shuffled in place as RandomState.shuffle does; `random` moves on alike."""
+    if helpers is None or len(values) >= MOST_SHUFFLED or values.itemsize not in (4, 8):
+        random.shuffle(values)
+        return values
+    state = random.get_state(legacy=False)
+    assert isinstance(state, dict) and state["bit_generator"] == "MT19937", state
+    inner = state["state"]
+    if values.itemsize == 4:
+        inner["pos"] = helpers.shuffle_4(values.view(np.uint32), inner["key"], inner["pos"])
+    else:
+        inner["pos"] = helpers.shuffle_8(values.view(np.uint64), inner["key"], inner["pos"])
+    random.set_state(state)
     return values
 
 
