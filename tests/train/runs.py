@@ -1,0 +1,115 @@
+"""Tiny runs of the real tool, in this process or on ranks, and what they leave behind."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+import re
+import signal
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_lite.telemetry.record import EvaluationRecord, Record, StepRecord, read_metrics
+from tests.support.launch import TOOL, launch
+
+TINY = [
+    "--use-cpu", "--num-layers", "2", "--hidden-size", "32", "--num-attention-heads", "4",
+    "--seq-length", "16", "--tokenizer-type", "NullTokenizer", "--vocab-size", "60",
+    "--make-vocab-size-divisible-by", "8", "--attention-dropout", "0", "--hidden-dropout", "0",
+    "--micro-batch-size", "2", "--global-batch-size", "4", "--train-iters", "4", "--lr", "1e-2",
+    "--lr-warmup-iters", "1", "--lr-decay-style", "cosine", "--log-interval", "1",
+    "--eval-iters", "0", "--num-workers", "0", "--print-state-hash",
+]  # fmt: skip
+"""Four steps of four samples; what a test gives stands in the place of what stands here."""
+
+HANDLED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Exit code, stdout and stderr of a run; of all ranks together where there are several."""
+
+    rc: int
+    out: str
+    err: str
+
+    @property
+    def state_hash(self) -> str:
+        """What --print-state-hash printed."""
+        (found,) = re.findall(r"state hash at iteration \d+: ([0-9a-f]{64})", self.out)
+        return found
+
+
+def argv(*words: str, without: Sequence[str] = ()) -> list[str]:
+    """TINY and the words of a test, of which the last value of a flag counts, `without` some."""
+    flags: dict[str, list[str]] = {}
+    values: list[str] = []
+    for word in (*TINY, *words):
+        if word.startswith("--"):
+            values = flags[word] = []
+        else:
+            values.append(word)
+    return [w for flag, given in flags.items() if flag not in without for w in (flag, *given)]
+
+
+def tool() -> Any:
+    """tools/pretrain_gpt.py as a module."""
+    spec = importlib.util.spec_from_file_location("pretrain_gpt_in_this_process", TOOL)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def alone(*words: str, without: Sequence[str] = ()) -> Outcome:
+    """One rank, in this process; the signal handlers are put back afterwards."""
+    handlers = {number: signal.getsignal(number) for number in HANDLED}
+    out, err = io.StringIO(), io.StringIO()
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            rc = tool().main(argv(*words, without=without))
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    return Outcome(rc, out.getvalue(), err.getvalue())
+
+
+def on_ranks(ranks: int, *words: str) -> Outcome:
+    """Several ranks as torchrun would start them; their exit codes must be the same."""
+    if ranks == 1:
+        return alone(*words)
+    ended = launch(ranks, argv(*words))
+    codes = {rank.rc for rank in ended}
+    assert len(codes) == 1, [(rank.rc, rank.err[-500:]) for rank in ended]
+    return Outcome(
+        codes.pop(), "".join(rank.out for rank in ended), "".join(rank.err for rank in ended)
+    )
+
+
+def records(folder: Path) -> list[Record]:
+    """metrics.jsonl of a run folder."""
+    return read_metrics(folder / "metrics.jsonl")
+
+
+def steps(folder: Path) -> list[StepRecord]:
+    """Its training steps."""
+    return [record for record in records(folder) if isinstance(record, StepRecord)]
+
+
+def evaluations(folder: Path) -> list[EvaluationRecord]:
+    """Its evaluations."""
+    return [record for record in records(folder) if isinstance(record, EvaluationRecord)]
+
+
+def curve(found: Sequence[StepRecord]) -> list[tuple[str, ...]]:
+    """All that must not depend on how often a run was interrupted, to the last bit."""
+    return [
+        tuple(map(repr, (  # nan is not equal to itself, its name is
+            r.iteration, r.samples, r.tokens, r.loss, r.grad_norm, r.learning_rate, r.loss_scale,
+            r.global_batch_size, r.skipped_iterations,
+        )))
+        for r in found
+    ]  # fmt: skip

@@ -1,0 +1,235 @@
+"""Interrupted is uninterrupted, to the last bit; and the checkpoint's flags do what they say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megatron_lite.checkpoint.manifest import Manifest, read_manifest
+from megatron_lite.config.errors import CheckpointError
+from megatron_lite.data.loader import Loader
+from tests.train.runs import Outcome, alone, curve, on_ranks, records, steps
+
+BIT_EXACT = {
+    "serial": (1, ""),
+    "tp2": (2, "--tensor-model-parallel-size 2"),
+    "pp2": (2, "--pipeline-model-parallel-size 2"),
+    "dp2": (2, "--micro-batch-size 1"),
+    "dropout": (1, "--hidden-dropout 0.1 --attention-dropout 0.1"),
+    "bf16": (1, "--bf16"),
+    "fp16-scaling": (1, "--fp16 --initial-loss-scale 1e6 --hysteresis 1 --loss-scale-window 1"),
+    "ramp-up": (1, "--rampup-batch-size 2 2 4 --micro-batch-size 1"),
+    "accumulation": (1, "--global-batch-size 16"),
+    "sgd": (1, "--optimizer sgd"),
+    "workers": (1, "--num-workers 2"),
+}
+
+
+def saved(data: list[str], folder: Path, *words: str, ranks: int = 1) -> Outcome:
+    """A run that saves every two steps."""
+    done = on_ranks(ranks, *data, "--save", str(folder), "--save-interval", "2", *words)
+    assert done.rc == 0, done.err
+    return done
+
+
+def manifest(folder: Path, iteration: int) -> Manifest:
+    return read_manifest(folder / f"iter_{iteration:07d}")
+
+
+@pytest.mark.parametrize("name", BIT_EXACT)
+def test_two_steps_and_two_more_are_four(name: str, data: list[str], tmp_path: Path) -> None:
+    ranks, extra = BIT_EXACT[name]
+    once, again = tmp_path / "once", tmp_path / "again"
+    straight = saved(data, once, *extra.split(), ranks=ranks)
+    load = ["--load", str(once), "--ckpt-step", "2"]
+    resumed = saved(data, again, *extra.split(), *load, ranks=ranks)
+    assert f"loaded checkpoint from {once} at iteration 2" in resumed.out
+    assert [r.iteration for r in steps(again)] == [3, 4]
+    assert curve(steps(again)) == curve(steps(once)[2:])
+    assert resumed.state_hash == straight.state_hash
+    if name == "fp16-scaling":
+        assert any(r.skipped_iterations for r in steps(once)), "nothing overflowed"
+        assert any(not r.skipped_iterations for r in steps(again))
+    if name == "ramp-up":
+        assert len({r.global_batch_size for r in steps(once)}) > 1
+
+
+def test_a_stop_by_interval_and_a_second_call_make_one_run(data: list[str], folder: Path) -> None:
+    """The same command line twice, as a cluster's scheduler calls it: one metrics.jsonl, no gap."""
+    words = ["--save", str(folder), "--load", str(folder)]
+    straight = alone(*data)
+    first = alone(*data, *words, "--exit-interval", "2")
+    assert first.rc == 0 and "[stopped by --exit-interval] iteration 2" in first.out
+    assert "STARTING FRESH" in first.err
+    second = alone(*data, *words, "--save-interval", "4")
+    assert second.rc == 0, second.err
+    assert [r.iteration for r in steps(folder)] == [1, 2, 3, 4]
+    assert second.state_hash == straight.state_hash
+    third = alone(*data, *words, "--save-interval", "4")
+    assert third.rc == 0 and "nothing left to do" in third.out
+    assert third.state_hash == straight.state_hash
+
+
+@pytest.mark.parametrize("precision", ["", "--bf16"])
+def test_the_state_hash_is_the_same_in_every_layout(
+    precision: str, data: list[str], tmp_path: Path
+) -> None:
+    """Nothing is trained after the load, so that the states are equal and not only close."""
+    folder = tmp_path / "run"
+    straight = saved(data, folder, *precision.split())
+    load = ["--load", str(folder), "--skip-train", *precision.split()]
+    hashes = {
+        on_ranks(ranks, *data, *load, *layout.split()).state_hash
+        for ranks, layout in (
+            (1, ""),
+            (2, "--tensor-model-parallel-size 2 --sequence-parallel"),
+            (2, "--pipeline-model-parallel-size 2"),
+            (2, ""),
+        )
+    }
+    assert hashes == {straight.state_hash}
+    other = alone(*data, *load, "--ckpt-step", "2").state_hash
+    assert other != straight.state_hash, "the hash does not see the state"
+
+
+def test_a_run_goes_on_at_another_layout(data: list[str], tmp_path: Path) -> None:
+    once, again = tmp_path / "once", tmp_path / "again"
+    saved(data, once, "--pipeline-model-parallel-size", "2", ranks=2)
+    load = ["--load", str(once), "--ckpt-step", "2"]
+    saved(data, again, *load, "--tensor-model-parallel-size", "2", ranks=2)
+    assert [r.loss for r in steps(again)] == pytest.approx(
+        [r.loss for r in steps(once)[2:]], rel=1e-5
+    )
+
+
+def resumed_with(data: list[str], folder: Path, *words: str) -> Outcome:
+    return alone(*data, "--load", str(folder), "--ckpt-step", "2", *words)
+
+
+def test_changed_learning_rate_flags_are_refused_with_both_values(
+    data: list[str], folder: Path
+) -> None:
+    saved(data, folder)
+    changed = ["--lr", "2e-2", "--weight-decay", "0.1"]
+    done = resumed_with(data, folder, *changed)
+    assert done.rc == CheckpointError.exit_code
+    assert "--lr: 0.01 -> 0.02" in done.err
+    assert "weight decay at the end (--weight-decay, --end-weight-decay): 0.01 -> 0.1" in done.err
+    assert "--override-opt-param-scheduler" in done.err
+    assert "--use-checkpoint-opt-param-scheduler" in done.err
+
+
+def test_the_run_s_length_is_part_of_the_curve(data: list[str], folder: Path) -> None:
+    saved(data, folder)
+    done = resumed_with(data, folder, "--train-iters", "8")
+    assert done.rc == CheckpointError.exit_code
+    assert "--train-iters or --train-samples): 16 -> 32" in done.err
+    same = resumed_with(data, folder, "--train-iters", "8", "--lr-decay-iters", "4")
+    assert same.rc == 0, "the decay's length is what it was"
+
+
+def test_either_flag_says_which_learning_rate_to_take(data: list[str], tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    saved(data, folder)
+    changed = ["--lr", "2e-2", "--train-iters", "8"]
+    rates = {}
+    for flag in ("--override-opt-param-scheduler", "--use-checkpoint-opt-param-scheduler"):
+        out = tmp_path / flag
+        done = resumed_with(
+            data, folder, *changed, flag, "--save", str(out), "--save-interval", "8"
+        )
+        assert done.rc == 0, done.err
+        assert f"{flag}: --lr: 0.0" in done.out
+        rates[flag] = [r.learning_rate for r in steps(out)]
+    kept = [r.learning_rate for r in steps(folder)]
+    assert rates["--use-checkpoint-opt-param-scheduler"] == [*kept[2:], 0.0, 0.0, 0.0, 0.0]
+    fresh = tmp_path / "fresh"
+    alone(*data, *changed, "--save", str(fresh), "--save-interval", "8")
+    assert rates["--override-opt-param-scheduler"] == [r.learning_rate for r in steps(fresh)[2:]]
+
+
+def test_finetune_starts_at_zero_with_the_weights(data: list[str], tmp_path: Path) -> None:
+    folder, tuned = tmp_path / "run", tmp_path / "tuned"
+    saved(data, folder)
+    words = ["--finetune", "--lr", "1e-3", "--save", str(tuned), "--exit-interval", "1"]
+    done = alone(*data, "--load", str(folder), *words)
+    assert done.rc == 0, done.err
+    (first,) = steps(tuned)
+    assert (first.iteration, first.samples) == (1, 4)
+    assert first.loss < steps(folder)[0].loss - 0.1, "these are not trained weights"
+    assert manifest(tuned, 1).progress.optimizer_steps == 1
+    assert manifest(folder, 4).progress.optimizer_steps == 4
+
+
+def test_without_its_optimizer_a_run_goes_on_with_a_fresh_one(
+    data: list[str], tmp_path: Path
+) -> None:
+    folder, fresh = tmp_path / "run", tmp_path / "fresh"
+    whole = saved(data, folder)
+    words = ["--no-load-optim", "--no-load-rng", "--save", str(fresh), "--save-interval", "2"]
+    done = resumed_with(data, folder, *words)
+    assert done.rc == 0, done.err
+    assert "optimizer state and loss scale start anew" in done.out
+    assert "--no-load-rng: changes nothing" in done.out
+    assert [r.iteration for r in steps(fresh)] == [3, 4]
+    assert steps(fresh)[0].loss == steps(folder)[2].loss, "same weights, same samples"
+    assert manifest(fresh, 4).progress.optimizer_steps == 2
+    assert done.state_hash != whole.state_hash
+
+
+def test_a_checkpoint_without_optimizer_is_smaller_and_says_so(
+    data: list[str], tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    saved(data, folder, "--no-save-optim")
+    names = manifest(folder, 4).tensors
+    assert "embedding.tokens.weight" in names
+    assert not any(name.startswith(("exp_avg", "master.")) for name in names)
+    done = resumed_with(data, folder)
+    assert done.rc == CheckpointError.exit_code
+    assert "--no-save-optim" in done.err and "--no-load-optim" in done.err
+    assert resumed_with(data, folder, "--no-load-optim").rc == 0
+
+
+def test_keep_last_and_a_missing_step(data: list[str], folder: Path) -> None:
+    done = alone(*data, "--save", str(folder), "--save-interval", "1", "--keep-last", "2")
+    assert done.rc == 0, done.err
+    assert sorted(p.name for p in folder.glob("iter_*")) == ["iter_0000003", "iter_0000004"]
+    done = alone(*data, "--load", str(folder), "--ckpt-step", "1")
+    assert done.rc == CheckpointError.exit_code and "iteration 1" in done.err
+
+
+def test_a_missing_checkpoint_is_a_fresh_start_or_an_exit(data: list[str], folder: Path) -> None:
+    done = alone(*data, "--load", str(folder), "--train-iters", "2")
+    assert done.rc == 0 and "STARTING FRESH" in done.err
+    done = alone(*data, "--load", str(folder), "--exit-on-missing-checkpoint")
+    assert done.rc == CheckpointError.exit_code and "--exit-on-missing-checkpoint" in done.err
+
+
+def test_another_global_batch_goes_on_without_gap_or_repeat(
+    data: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+    read = Loader.next_batches
+
+    def record(self, *asked):
+        batches = read(self, *asked)
+        seen.extend(int(n) for batch in batches for n in batch.sample_numbers)
+        return batches
+
+    monkeypatch.setattr(Loader, "next_batches", record)
+    flat = ["--lr-decay-style", "constant", "--lr-warmup-iters", "0"]
+    saved(data, folder, *flat, "--exit-interval", "2")
+    load = ["--load", str(folder), *flat, "--train-iters", "5"]
+    done = alone(*data, *load, "--global-batch-size", "6", "--micro-batch-size", "1")
+    assert done.rc == 0, done.err
+    assert seen == list(range(2 * 4 + 3 * 6))
+
+
+def test_metrics_of_steps_that_are_made_again_are_dropped(data: list[str], folder: Path) -> None:
+    saved(data, folder)
+    before = records(folder)
+    resumed_with(data, folder, "--save", str(folder), "--save-interval", "2")
+    kinds = [(r.kind, r.iteration) for r in records(folder)]
+    assert kinds == [(r.kind, r.iteration) for r in before]

@@ -1,0 +1,119 @@
+"""A run that is asked to stop finishes its step, saves, and says by its exit code who asked."""
+
+from __future__ import annotations
+
+import gc
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from megatron_lite.config.errors import PREEMPTED
+from megatron_lite.config.train import TrainConfig
+from megatron_lite.train.step import train_step
+from megatron_lite.train.stop import NO_VOTE, StopRequests, StopVote
+from tests.support.launch import start
+from tests.train.runs import alone, argv, steps
+
+LONG = ["--train-iters", "100000", "--lr-decay-iters", "100000"]
+
+
+def pointer(folder: Path) -> int:
+    return int((folder / "latest_checkpointed_iteration.txt").read_text())
+
+
+@pytest.mark.parametrize("layout", ["--micro-batch-size 1", "--pipeline-model-parallel-size 2"])
+def test_a_signal_to_one_rank_stops_all_with_a_checkpoint(
+    layout: str, data: list[str], folder: Path
+) -> None:
+    words = [*data, *LONG, "--save", str(folder), "--save-interval", "100000", *layout.split()]
+    with start(2, argv(*words)) as running:
+        running.wait_for(1, "iteration        3/")
+        running.kill(1, signal.SIGTERM)
+        ended = running.wait(60)
+    assert [rank.rc for rank in ended] == [PREEMPTED, PREEMPTED], ended[0].err
+    assert "stopped by a signal: the step was finished" in ended[0].out
+    stopped_at = pointer(folder)
+    assert steps(folder)[-1].iteration == stopped_at >= 3
+    resumed = [*LONG, "--load", str(folder), "--exit-interval", str(stopped_at + 1)]
+    again = alone(*data, *resumed, *layout.split()[:0], "--micro-batch-size", "1")
+    assert again.rc == 0, again.err
+    assert f"loaded checkpoint from {folder} at iteration {stopped_at}" in again.out
+
+
+def test_a_signal_in_one_process_is_the_same(
+    data: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def step_and_signal(run, batches, **settings):
+        if run.progress.step == 1:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return train_step(run, batches, **settings)
+
+    monkeypatch.setattr("megatron_lite.train.loop.train_step", step_and_signal)
+    words = ["--save", str(folder), "--save-interval", "100000", "--eval-iters", "1"]
+    done = alone(*data, *LONG, *words)
+    assert done.rc == PREEMPTED
+    assert pointer(folder) in (2, 3)  # asked during step 2: known before or after its vote
+    assert "validation loss" not in done.out, "a preempted run has no time for an evaluation"
+
+
+def test_exit_interval_stops_with_exit_code_0(data: list[str], folder: Path) -> None:
+    done = alone(*data, *LONG, "--save", str(folder), "--exit-interval", "3")
+    assert done.rc == 0, done.err
+    assert "[stopped by --exit-interval] iteration 3" in done.out
+    assert pointer(folder) == 3
+
+
+def test_exit_duration_stops_after_the_step(data: list[str], folder: Path) -> None:
+    done = alone(*data, *LONG, "--save", str(folder), "--exit-duration-in-mins", "0.0001")
+    assert done.rc == 0, done.err
+    assert "[stopped by --exit-duration-in-mins]" in done.out
+    assert pointer(folder) == steps(folder)[-1].iteration < 100
+
+
+def test_without_the_handler_a_signal_ends_the_process(data: list[str], folder: Path) -> None:
+    words = [*data, *LONG, "--save", str(folder), "--save-interval", "100000"]
+    with start(1, argv(*words, "--no-exit-signal-handler")) as running:
+        running.wait_for(0, "iteration        1/")
+        running.kill(0, signal.SIGTERM)
+        (ended,) = running.wait(60)
+    assert ended.rc not in (0, PREEMPTED)
+    assert not (folder / "latest_checkpointed_iteration.txt").exists()
+
+
+@pytest.mark.parametrize(
+    ("vote", "finished", "step", "reason"),
+    [
+        (NO_VOTE, False, 7, None),
+        (NO_VOTE, False, 10, "exit-interval"),
+        (StopVote(over_time=True), False, 10, "exit-duration"),
+        (StopVote(signalled=True, over_time=True), False, 10, "signal"),
+        (StopVote(signalled=True, over_time=True), True, 10, "finished"),
+    ],
+)
+def test_all_ranks_give_one_reason(
+    vote: StopVote, finished: bool, step: int, reason: str | None
+) -> None:
+    asked = StopRequests(TrainConfig(exit_interval=5))
+    assert asked.reason(step, agreed=vote, finished=finished) == reason
+
+
+def test_manual_gc_collects_at_its_interval_only(
+    data: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    enabled, collected = [], []
+    collect = gc.collect
+
+    def step_and_look(run, batches, **settings):
+        enabled.append(gc.isenabled())
+        return train_step(run, batches, **settings)
+
+    monkeypatch.setattr("megatron_lite.train.loop.train_step", step_and_look)
+    monkeypatch.setattr(
+        "megatron_lite.train.loop.gc.collect", lambda: collected.append(len(enabled)) or collect()
+    )
+    assert alone(*data, "--manual-gc", "--manual-gc-interval", "2").rc == 0
+    assert enabled == [False] * 4
+    assert collected == [0, 2, 4]
+    assert gc.isenabled()
