@@ -14,10 +14,11 @@ from megatron_lite.blueprint.schedules.actions import Lowered, Schedule
 from megatron_lite.blueprint.schedules.check import check
 from megatron_lite.blueprint.schedules.forward_only import forward_only
 from megatron_lite.blueprint.schedules.lower import lower
-from megatron_lite.blueprint.stages import Placement, Stage, cut_stages, layers_per_stage
+from megatron_lite.blueprint.stages import Placement, Stage, cut_stages
 from megatron_lite.config.errors import ConfigError, all_together
 from megatron_lite.config.model import ModelConfig
 from megatron_lite.config.parallel import ParallelConfig
+from megatron_lite.config.pipeline import pipeline
 from megatron_lite.config.run import RunConfig
 from megatron_lite.config.train import TrainConfig
 
@@ -103,22 +104,22 @@ def draw_up(config: RunConfig, world_size: int) -> Blueprint:
     """
     model, parallel, train = config.model, config.parallel, config.train
     check_model(model)
-    grid = draw_grid(parallel, world_size)
+    asked = pipeline(model.num_layers, parallel)
+    placement = SCHEDULES[asked.schedule].place(parallel.pp, asked.chunks)
+    grid = draw_grid(parallel, world_size, folded=parallel.pp > 1 and placement[0] == placement[-1])
     notes = []
     vocab_size = model.vocab_size
     if vocab_size is None:
         vocab_size = GPT2_VOCABULARY
         notes.append(f"vocabulary size not known: GPT-2's {GPT2_VOCABULARY:,} is assumed")
     padded = padded_vocab_size(vocab_size, model.make_vocab_size_divisible_by, grid.tp)
-    schedule = schedule_name(parallel)
-    placement = SCHEDULES[schedule].place(grid.pp, 1)
-    stages = cut_stages(layers_per_stage(model.num_layers, len(placement), parallel))
+    stages = cut_stages(asked.layers)
     batches = batch_schedule(train, seq_length=model.seq_length, dp=grid.dp)
     iterations, samples = run_length(train, batches)
     return Blueprint(
         model=model,
         grid=grid,
-        schedule=schedule,
+        schedule=asked.schedule,
         stages=stages,
         placement=placement,
         vocab_size=vocab_size,
@@ -159,8 +160,11 @@ def check_model(model: ModelConfig) -> None:
         raise all_together(problems, "in the model")
 
 
-def draw_grid(parallel: ParallelConfig, world_size: int) -> RankGrid:
-    """The grid of this many ranks; what tp, cp and pp leave over is dp."""
+def draw_grid(parallel: ParallelConfig, world_size: int, *, folded: bool = False) -> RankGrid:
+    """The grid of this many ranks; what tp, cp and pp leave over is dp.
+
+    folded: the last stage sits on the first pp rank.
+    """
     fixed = parallel.tp * parallel.cp * parallel.pp
     if min(parallel.tp, parallel.cp, parallel.pp) < 1 or world_size < 1 or world_size % fixed:
         raise ConfigError(
@@ -175,22 +179,8 @@ def draw_grid(parallel: ParallelConfig, world_size: int) -> RankGrid:
         dp=world_size // fixed,
         pp=parallel.pp,
         order="tp-cp-pp-dp" if parallel.use_tp_pp_dp_mapping else "tp-cp-dp-pp",
+        folded=folded,
     )
-
-
-def schedule_name(parallel: ParallelConfig) -> str:
-    """The schedule asked for; ConfigError for one that is not built."""
-    chunked = (
-        parallel.num_layers_per_virtual_pipeline_stage
-        or parallel.num_virtual_stages_per_pipeline_rank
-    )
-    name = parallel.pipeline_schedule or ("interleaved" if chunked else "1f1b")
-    if name not in SCHEDULES or (chunked and name == "1f1b"):
-        raise ConfigError(
-            f"--pipeline-schedule {name}{' with virtual stages' if chunked else ''} is not built; "
-            f"choose from {', '.join(SCHEDULES)} without virtual stages"
-        )
-    return name
 
 
 def run_length(train: TrainConfig, batches: BatchSchedule) -> tuple[int | None, int | None]:

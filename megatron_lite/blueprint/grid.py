@@ -27,6 +27,7 @@ class RankGrid:
 
     rank = tp + TP * (cp + CP * (dp + DP * pp)) in the usual order tp-cp-dp-pp, so that
     tensor-parallel ranks are neighbours on one node (Megatron's numbering).
+    folded: the pipeline ends on the pp rank where it begins (zb-v).
     """
 
     tp: int = 1
@@ -34,6 +35,7 @@ class RankGrid:
     dp: int = 1
     pp: int = 1
     order: str = "tp-cp-dp-pp"
+    folded: bool = False
 
     def __post_init__(self) -> None:
         if sorted(self.order.split("-")) != sorted(AXES):
@@ -94,23 +96,14 @@ class RankGrid:
         )
         return tuple(sorted(self.rank(**Coords(*at)._asdict()) for at in itertools.product(*spans)))
 
-    def tied_groups(self, first_pp: int = 0, last_pp: int | None = None) -> list[tuple[int, ...]]:
-        """Pairs of ranks that hold the same slice of a tied embedding, first stage first.
+    def tied_groups(self) -> list[tuple[int, ...]]:
+        """The ranks that hold one slice of a tied embedding, first stage first; one if folded."""
+        ends = slice(0, 1) if self.folded else slice(None, None, max(self.pp - 1, 1))
+        return [ranks[ends] for ranks in self.groups("pp")]
 
-        first_pp, last_pp: pp ranks of the first and the last stage; one rank alone if the same.
-        """
-        last_pp = self.pp - 1 if last_pp is None else last_pp
-        pairs: list[tuple[int, ...]] = []
-        for ranks in self.groups("pp"):
-            ends = (ranks[first_pp], ranks[last_pp])
-            pairs.append(ends[:1] if first_pp == last_pp else ends)
-        return pairs
-
-    def tied_group(
-        self, rank: int, first_pp: int = 0, last_pp: int | None = None
-    ) -> tuple[int, ...]:
+    def tied_group(self, rank: int) -> tuple[int, ...]:
         """The holders of this rank's slice of a tied embedding; itself alone on stages between."""
-        for ranks in self.tied_groups(first_pp, last_pp):
+        for ranks in self.tied_groups():
             if rank in ranks:
                 return ranks
         return (rank,)

@@ -5,9 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_lite.config.errors import ConfigError
-from megatron_lite.config.parallel import ParallelConfig
-
 Placement = tuple[int, ...]
 """placement[stage] is the pp rank that holds the stage."""
 
@@ -27,30 +24,10 @@ def round_robin(pp: int, num_chunks: int = 1) -> Placement:
     return tuple(range(pp)) * num_chunks
 
 
-def layers_per_stage(num_layers: int, num_stages: int, parallel: ParallelConfig) -> tuple[int, ...]:
-    """How many layers each stage gets: the same number each.
-
-    Raises ConfigError where that does not come out even, naming what would.
-    """
-    for flag in (
-        "decoder_first_pipeline_num_layers",
-        "decoder_last_pipeline_num_layers",
-        "account_for_embedding_in_pipeline_split",
-        "account_for_loss_in_pipeline_split",
-        "pipeline_model_parallel_layout",
-    ):
-        if getattr(parallel, flag):
-            raise ConfigError(
-                f"--{flag.replace('_', '-')} {getattr(parallel, flag)}: stages of different sizes "
-                "are not built yet; leave it out and every stage gets as many layers"
-            )
-    if num_layers < 1 or num_layers % num_stages:
-        fitting = [n for n in range(1, num_layers + 1) if num_layers % n == 0]
-        raise ConfigError(
-            f"--num-layers {num_layers} cannot be dealt evenly to {num_stages} pipeline stages; "
-            f"choose --pipeline-model-parallel-size from {fitting}"
-        )
-    return (num_layers // num_stages,) * num_stages
+def folded(pp: int, num_chunks: int = 2) -> Placement:
+    """There and back: 0, 1, ..., pp - 1, pp - 1, ..., 1, 0; the ends meet on one rank."""
+    there = tuple(range(pp))
+    return (*there, *there[::-1]) * (num_chunks // 2)
 
 
 def cut_stages(counts: Sequence[int]) -> tuple[Stage, ...]:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 from megatron_lite.config.batch_schedule import parse_schedule
 from megatron_lite.config.errors import ConfigError
+from megatron_lite.config.pipeline import SPLIT_BACKWARD, pipeline
 from megatron_lite.config.run import RunConfig
 
 
@@ -134,54 +135,58 @@ def positions(config: RunConfig, world_size: int) -> Iterator[str]:
         )
 
 
-def layers_per_stage(config: RunConfig, world_size: int) -> Iterator[str]:
-    """pp divides the layers, unless the stages are uneven on purpose."""
-    m, p = config.model, config.parallel
-    first, last = p.decoder_first_pipeline_num_layers, p.decoder_last_pipeline_num_layers
-    if first is not None or last is not None or p.pipeline_model_parallel_layout is not None:
+def pipeline_stages(config: RunConfig, world_size: int) -> Iterator[str]:
+    """The schedule has as many stages per rank as it needs, and the layers come out."""
+    try:
+        pipeline(config.model.num_layers, config.parallel)
+    except ConfigError as error:
+        yield str(error)
+
+
+def whole_groups(config: RunConfig, world_size: int) -> Iterator[str]:
+    """Interleaved micro batches walk through the chunks in groups of pp."""
+    t, p, dp = config.train, config.parallel, data_parallel_size(config, world_size)
+    try:
+        name = pipeline(config.model.num_layers, p).schedule
+    except ConfigError:
         return
-    extra = p.account_for_embedding_in_pipeline_split + p.account_for_loss_in_pipeline_split
-    dealt = m.num_layers + extra
-    if dealt % p.pp == 0:
+    if name != "interleaved" or dp is None:
         return
-    counted = f" + {extra} for embedding and loss" if extra else ""
-    yield (
-        f"--num-layers {m.num_layers}{counted} cannot be dealt to --pipeline-model-parallel-size "
-        f"{p.pp} stages; choose pp from {one_of(divisors(dealt))}, or "
-        f"{' or '.join(_minus(nearest(dealt, p.pp), extra))} layers"
-    )
+    unit = t.micro_batch_size * dp * p.pp
+    for flag, size in _batch_sizes(config, dp):
+        if size % unit:
+            yield (
+                f"{flag} {size} is {size / (t.micro_batch_size * dp):g} micro batches per "
+                "data-parallel rank; the interleaved schedule takes multiples of "
+                f"--pipeline-model-parallel-size {p.pp}: use {nearest(size, unit)}, or 1f1b or zb-v"
+            )
 
 
-def _minus(multiples: str, extra: int) -> list[str]:
-    layers = (int(multiple) - extra for multiple in multiples.split(" or "))
-    return [str(count) for count in layers if count > 0]
+def _batch_sizes(config: RunConfig, dp: int) -> Iterator[tuple[str, int]]:
+    """What the batch size is made of, with the flag that says so."""
+    t = config.train
+    if t.step_batch_size_schedule is not None:
+        try:
+            steps = parse_schedule(t.step_batch_size_schedule)
+        except ConfigError:  # another rule says so
+            return
+        for size in dict.fromkeys(step.size for step in steps):
+            yield "--step-batch-size-schedule:", size
+        return
+    if t.rampup_batch_size and len(t.rampup_batch_size) == 3:
+        yield "--rampup-batch-size: start", t.rampup_batch_size[0]
+        yield "--rampup-batch-size: increment", t.rampup_batch_size[1]
+    yield "--global-batch-size", t.global_batch_size or t.micro_batch_size * dp
 
 
-def virtual_stages(config: RunConfig, world_size: int) -> Iterator[str]:
-    """Chunks of the interleaved schedule are whole layers of a stage."""
-    m, p = config.model, config.parallel
-    per_chunk, chunks = (
-        p.num_layers_per_virtual_pipeline_stage,
-        p.num_virtual_stages_per_pipeline_rank,
-    )
-    if per_chunk is not None and chunks is not None:
+def split_backward(config: RunConfig, world_size: int) -> Iterator[str]:
+    """Only gradients that layers add up themselves can be postponed."""
+    name = config.parallel.pipeline_schedule
+    if name in SPLIT_BACKWARD and not config.precision.gradient_accumulation_fusion:
         yield (
-            f"--num-layers-per-virtual-pipeline-stage {per_chunk} and "
-            f"--num-virtual-stages-per-pipeline-rank {chunks} say the same thing; give one"
+            f"--pipeline-schedule {name} postpones weight gradients, which "
+            "--no-gradient-accumulation-fusion leaves to autograd; drop one of them"
         )
-    if (per_chunk is not None or (chunks or 1) > 1) and p.pp == 1:
-        yield "virtual pipeline stages need --pipeline-model-parallel-size of at least 2"
-    per_stage = m.num_layers // p.pp
-    if m.num_layers % p.pp == 0 and per_stage:
-        for flag, size in (
-            ("--num-layers-per-virtual-pipeline-stage", per_chunk),
-            ("--num-virtual-stages-per-pipeline-rank", chunks),
-        ):
-            if size is not None and per_stage % size:
-                yield (
-                    f"{flag} {size} does not divide the {per_stage} layers of a stage; "
-                    f"choose from {one_of(divisors(per_stage))}"
-                )
 
 
 def sequence_parallel(config: RunConfig, world_size: int) -> Iterator[str]:

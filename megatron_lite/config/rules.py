@@ -23,6 +23,14 @@ _HEADS = "model.num_attention_heads"
 _GROUPS = "model.num_query_groups"
 _SEQ = "model.seq_length"
 _BATCH = (*_WORLD, "train.micro_batch_size", "train.global_batch_size")
+_STAGES = (
+    _LAYERS,
+    _PP,
+    "parallel.num_layers_per_virtual_pipeline_stage",
+    "parallel.num_virtual_stages_per_pipeline_rank",
+    "parallel.decoder_first_pipeline_num_layers",
+    "parallel.decoder_last_pipeline_num_layers",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,16 +48,9 @@ RULES: tuple[Rule, ...] = (
     Rule(layout.tensor_parallel_heads, (_TP, _HIDDEN, _HEADS, _GROUPS, "model.ffn_hidden_size")),
     Rule(layout.rotary_channels, (_HIDDEN, _HEADS, "model.kv_channels", "model.rotary_percent")),
     Rule(layout.positions, (_SEQ, "model.max_position_embeddings")),
-    Rule(layout.layers_per_stage, (_LAYERS, _PP)),
-    Rule(
-        layout.virtual_stages,
-        (
-            _LAYERS,
-            _PP,
-            "parallel.num_layers_per_virtual_pipeline_stage",
-            "parallel.num_virtual_stages_per_pipeline_rank",
-        ),
-    ),
+    Rule(layout.pipeline_stages, _STAGES),
+    Rule(layout.whole_groups, (*_STAGES, *_BATCH, "train.rampup_batch_size")),
+    Rule(layout.split_backward),
     Rule(layout.sequence_parallel, (_SEQ, _TP, _CP)),
     Rule(layout.global_batch, _BATCH),
     Rule(layout.ramp_up, (*_BATCH, "train.rampup_batch_size")),
@@ -86,53 +87,11 @@ def _dp_above_one(config: RunConfig, world_size: int) -> bool:
     return (layout.data_parallel_size(config, world_size) or 1) > 1
 
 
-_EVEN = "use the same number of layers on every stage"
-
 NOT_YET: tuple[NotYet, ...] = (
     NotYet(
         "--context-parallel-size above 1",
         lambda c, w: c.parallel.cp > 1,
         "use --tensor-model-parallel-size with --sequence-parallel for long sequences",
-    ),
-    NotYet(
-        "--pipeline-schedule other than 1f1b",
-        lambda c, w: c.parallel.pipeline_schedule not in (None, "1f1b"),
-        "use 1f1b",
-    ),
-    NotYet(
-        "--num-layers-per-virtual-pipeline-stage",
-        lambda c, w: c.parallel.num_layers_per_virtual_pipeline_stage is not None,
-        "drop it; 1f1b needs no virtual stages",
-    ),
-    NotYet(
-        "--num-virtual-stages-per-pipeline-rank above 1",
-        lambda c, w: (c.parallel.num_virtual_stages_per_pipeline_rank or 1) > 1,
-        "drop it; 1f1b needs no virtual stages",
-    ),
-    NotYet(
-        "--decoder-first-pipeline-num-layers",
-        lambda c, w: c.parallel.decoder_first_pipeline_num_layers is not None,
-        _EVEN,
-    ),
-    NotYet(
-        "--decoder-last-pipeline-num-layers",
-        lambda c, w: c.parallel.decoder_last_pipeline_num_layers is not None,
-        _EVEN,
-    ),
-    NotYet(
-        "--account-for-embedding-in-pipeline-split",
-        lambda c, w: c.parallel.account_for_embedding_in_pipeline_split,
-        _EVEN,
-    ),
-    NotYet(
-        "--account-for-loss-in-pipeline-split",
-        lambda c, w: c.parallel.account_for_loss_in_pipeline_split,
-        _EVEN,
-    ),
-    NotYet(
-        "--pipeline-model-parallel-layout",
-        lambda c, w: c.parallel.pipeline_model_parallel_layout is not None,
-        _EVEN,
     ),
     NotYet(
         "--use-distributed-optimizer over more than one data-parallel rank",

@@ -66,6 +66,7 @@ class WeightGradients:
         """From now on leave matrix products to run(microbatch); None: carry them out at once."""
         self._queue = None if microbatch is None else self._postponed.setdefault(microbatch, [])
 
+    @torch.no_grad()
     def run(self, microbatch: int) -> None:
         """Carry out what was postponed, in the order it came; each input is freed once it is used."""
         jobs = self._postponed.pop(microbatch)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -49,16 +50,29 @@ class Head(nn.Module):
 
 
 class Decoder(nn.Module):
-    """The layers of one stage; parameters are named canonically but for the fused q/k/v and gate/up."""
+    """The layers of one stage; parameters are named canonically but for the fused q/k/v and gate/up.
+
+    table: the token table of another stage on this rank; a tied head multiplies with it, not with
+    a copy.
+    """
 
     def __init__(
-        self, setting: Setting, layers: Sequence[int], *, has_embedding: bool, has_head: bool
+        self,
+        setting: Setting,
+        layers: Sequence[int],
+        *,
+        has_embedding: bool,
+        has_head: bool,
+        table: nn.Parameter | None = None,
     ) -> None:
         super().__init__()
         self.setting, self.has_embedding, self.has_head = setting, has_embedding, has_head
         self.tied = not setting.model.untie_embeddings_and_output_weights
         if has_embedding or (has_head and self.tied):
             self.embedding = Embedding(setting, lookup=has_embedding)
+        self.borrows_table = table is not None and has_head and self.tied
+        if table is not None and self.borrows_table:
+            self.embedding.tokens.weight = table
         self.blocks = nn.ModuleDict({str(layer): GPTBlock(setting, layer) for layer in layers})
         if has_head:
             self.final_norm = Norm(setting)
@@ -80,16 +94,24 @@ class Decoder(nn.Module):
         return project_to_vocabulary(x, weight, self.setting)
 
 
-_VOCABULARY_TABLES = ("embedding.tokens.weight", "head.weight")
+TOKEN_TABLE = "embedding.tokens.weight"
+
+_VOCABULARY_TABLES = (TOKEN_TABLE, "head.weight")
 """Tensors whose rows are the padded vocabulary; pieces cover the real rows only."""
+
+
+def _uses(model: Decoder) -> int:
+    """Gradients of a tied table in the stage's last backward; past counting where it is lent."""
+    return 2 if model.has_head else sys.maxsize
 
 
 def local_parameters(model: Decoder) -> list[LocalParameter]:
     """Every parameter of the stage with its canonical pieces, in order of definition."""
     setting = model.setting
-    tied_here = model.tied and model.has_embedding and model.has_head
     found = []
     for name, parameter in model.named_parameters():
+        if name == TOKEN_TABLE and model.borrows_table:
+            continue
         module, leaf = name.rpartition(".")[::2]
         parts = getattr(model.get_submodule(module), "parts", None)
         if parts is None:
@@ -97,8 +119,8 @@ def local_parameters(model: Decoder) -> list[LocalParameter]:
         else:
             stem = module
         parent = stem.rpartition(".")[0]
-        token_table = name == "embedding.tokens.weight"
-        twin = token_table and model.tied and not tied_here
+        tied = name == TOKEN_TABLE and model.tied
+        twin = tied and setting.ctx.tied.size > 1
         found.append(
             LocalParameter(
                 parameter=parameter,
@@ -111,7 +133,7 @@ def local_parameters(model: Decoder) -> list[LocalParameter]:
                 partial=parameter.partial,  # type: ignore[attr-defined]
                 twin=twin,
                 replica=twin and not model.has_embedding,
-                uses=2 if token_table and tied_here else 1,
+                uses=_uses(model) if tied and not twin else 1,
             )
         )
     return found

@@ -18,12 +18,14 @@ class Executor:
     """Stages of this rank, its mail, and whom to tell that a stage's last backward comes next.
 
     span: measures a block under a name (forward-compute, forward-recv and so on).
+    peak_live: of the last run, the most micro batches (of one stage each) held at once on this rank.
     """
 
     stages: dict[int, Stage]
     mail: Mail
     arm: Callable[[int], None]
     span: Callable[[str], AbstractContextManager[object]] = nullcontext
+    peak_live: int = 0
 
     def run(
         self,
@@ -35,6 +37,7 @@ class Executor:
 
         scale: factor on each micro batch's loss sum; None for evaluation.
         """
+        self.peak_live = 0
         for group in actions:
             action = group[0]
             match action.op:
@@ -44,7 +47,7 @@ class Executor:
                     self._backward(action)
                 case Op.W:
                     with self.span("backward-compute"):
-                        self.stages[action.stage].gradients.run()
+                        self.stages[action.stage].weight_gradients(action.microbatch)
                 case Op.REDUCE:
                     self.arm(action.stage)
                 case _:
@@ -60,6 +63,7 @@ class Executor:
                 x = self.mail.take(forward=True, stage=n, microbatch=m)
         with self.span("forward-compute"):
             y = stage.forward(m, batch, x, scale)
+        self.peak_live = max(self.peak_live, sum(s.num_live for s in self.stages.values()))
         if y is not None:
             self.mail.put(y, forward=True, stage=n + 1, microbatch=m)
 

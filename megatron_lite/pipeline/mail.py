@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -32,7 +33,7 @@ class Mail:
     _outgoing: dict[tuple[bool, int, int], Tensor] = field(default_factory=dict)
     _incoming: dict[tuple[bool, int, int], Tensor] = field(default_factory=dict)
     _works: dict[tuple[bool, int, int], list[Any]] = field(default_factory=dict)
-    _sent: list[tuple[list[Any], list[Tensor]]] = field(default_factory=list)
+    _sent: deque[tuple[list[Any], list[Tensor]]] = field(default_factory=deque)
 
     def expect(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
         """The form of all messages of the coming step: [s/tp, b, h]."""
@@ -73,12 +74,18 @@ class Mail:
             call: Any = dist.irecv if receives else dist.isend
             keys.append((receives, key))
             operations.append(dist.P2POp(call, message, peer, self.pp.group))
+        self._drop_sent()
         works = dist.batch_isend_irecv(operations)
         each = [[w] for w in works] if len(works) == len(operations) else [works] * len(operations)
         for (receives, key), mine in zip(keys, each, strict=True):
             if receives:
                 self._works[key] = mine
         self._sent.append(([w for m in each for w in m], sent))
+
+    def _drop_sent(self) -> None:
+        """Free the messages that have left, oldest first."""
+        while self._sent and all(work.is_completed() for work in self._sent[0][0]):
+            self._sent.popleft()
 
     def finish(self) -> None:
         """Wait until everything sent has left; nothing may be in the box."""

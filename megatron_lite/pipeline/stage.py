@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,18 +39,29 @@ Objective = Callable[[Tensor, MicroBatch], Scored]
 class PostponedGradients(Protocol):
     """The queue on which a split backward leaves weight gradients."""
 
-    postponed: bool
+    def postpone(self, microbatch: int | None) -> None:
+        """Leave coming weight gradients to run(microbatch); None: compute them at once again."""
+        ...
 
-    def run(self) -> None:
+    def run(self, microbatch: int) -> None:
         """Compute what was postponed."""
+        ...
+
+    @property
+    def num_postponed(self) -> int:
+        """Micro batches that still hold inputs for their weight gradients."""
         ...
 
 
 class _Kept(NamedTuple):
-    """Input and output of a forward, until backward comes."""
+    """What a forward leaves for backward: its input, and where its graph ends.
+
+    The output itself is not kept: once it is sent, its memory is free.  Of the last stage the end
+    is the scaled loss.
+    """
 
     entered: Tensor | None
-    left: Tensor
+    end: GradientEdge | Tensor
 
 
 @dataclass(slots=True)
@@ -63,7 +75,6 @@ class Stage:
     objective: Objective
     gradients: PostponedGradients
     totals: list[Scored] = field(default_factory=list)
-    peak_live: int = 0
     _kept: dict[int, _Kept] = field(default_factory=dict)
 
     def forward(
@@ -86,8 +97,8 @@ class Stage:
                 if scale is not None:
                     left = scored.total * scale
         if training:
-            self._kept[microbatch] = _Kept(received, left)
-            self.peak_live = max(self.peak_live, len(self._kept))
+            end = left if self.is_last else get_gradient_edge(left)
+            self._kept[microbatch] = _Kept(received, end)
         return None if self.is_last else left.detach()
 
     def backward(
@@ -96,13 +107,22 @@ class Stage:
         """Run backward; returns the gradient for the stage before, None on the first.
 
         received: gradient of what forward returned.  postpone_weights: leave the weight
-        gradients of linear layers to weight_gradients() (zero-bubble's I and W).
+        gradients of linear layers to weight_gradients() (zero bubble's I and W).
         """
-        entered, left = self._kept.pop(microbatch)
-        self.gradients.postponed = postpone_weights
-        torch.autograd.backward(left, received)
-        self.gradients.postponed = False
+        entered, end = self._kept.pop(microbatch)
+        self.gradients.postpone(microbatch if postpone_weights else None)
+        torch.autograd.backward(end, received)
+        self.gradients.postpone(None)
         return None if entered is None else entered.grad
+
+    def weight_gradients(self, microbatch: int) -> None:
+        """Compute the weight gradients that backward postponed."""
+        self.gradients.run(microbatch)
+
+    @property
+    def num_live(self) -> int:
+        """Micro batches that hold memory here until their backward, or its postponed half, has run."""
+        return len(self._kept) + self.gradients.num_postponed
 
     def take_totals(self) -> list[Scored]:
         """The objective's answers since the last call, in order of micro batches."""

@@ -82,7 +82,7 @@ def assemble(
     stages: dict[int, Stage] = {}
     parameters: dict[int, Sequence[LocalParameter]] = {}
     sinks: list[WeightGradients] = []
-    setting = None
+    setting, table = None, None
     for placed in blueprint.stages_of(ctx.pp.rank):
         setting = Setting(
             model=config.model,
@@ -95,8 +95,14 @@ def assemble(
             gradients=WeightGradients(),
         )
         decoder = Decoder(
-            setting, placed.layers, has_embedding=placed.has_embedding, has_head=placed.has_head
+            setting,
+            placed.layers,
+            has_embedding=placed.has_embedding,
+            has_head=placed.has_head,
+            table=table,
         )
+        if placed.has_embedding:
+            table = decoder.embedding.tokens.weight
         initialise(decoder)
         parameters[placed.index] = local_parameters(decoder)
         sinks.append(setting.gradients)

@@ -102,10 +102,14 @@ def test_no_length_is_none() -> None:
     [
         ({}, 60, r"60 ranks cannot be arranged as .*8 .* 8 = 64; start a multiple of 64"),
         ({"train__global_batch_size": 3}, 128, "3 is not divisible by .* 1 times .* 2 = 2"),
-        ({"parallel__pipeline_model_parallel_size": 7}, 56, "96 cannot be dealt evenly to 7"),
+        ({"parallel__pipeline_model_parallel_size": 7}, 56, "96 cannot be dealt to .* 7 stages"),
         ({"parallel__tensor_model_parallel_size": 5}, 40, "96 cannot be split over .* 5"),
-        ({"parallel__pipeline_schedule": "zb-v"}, 64, "--pipeline-schedule zb-v is not built"),
-        ({"parallel__num_virtual_stages_per_pipeline_rank": 2}, 64, "interleaved with virtual"),
+        ({"parallel__pipeline_schedule": "interleaved"}, 64, "interleaved needs 2 or more stages"),
+        (
+            {"parallel__num_virtual_stages_per_pipeline_rank": 5},
+            64,
+            "8 x 5 stages per rank; use 80",
+        ),
         ({"train__train_samples": 9}, 64, "both set the length"),
         ({"train__train_samples": 9, "train__train_iters": None}, 64, "less than one batch"),
         ({"model__seq_length": 0}, 64, "--seq-length 0 must be at least 1"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import pytest
@@ -55,7 +56,9 @@ def test_tied_groups_join_first_and_last_stage_of_the_same_slice() -> None:
     assert SIXTEEN.tied_groups() == [(0, 12), (1, 13), (2, 14), (3, 15)]
     assert SIXTEEN.tied_group(13) == (1, 13)
     assert SIXTEEN.tied_group(5) == (5,)
-    assert SIXTEEN.tied_groups(0, 0) == [(0,), (1,), (2,), (3,)]
+    folded = dataclasses.replace(SIXTEEN, folded=True)
+    assert folded.tied_groups() == [(0,), (1,), (2,), (3,)]
+    assert folded.tied_group(13) == (13,)
     assert RankGrid(tp=2, dp=2).tied_groups() == [(0,), (1,), (2,), (3,)]
 
 

@@ -29,10 +29,14 @@ MODELS = {
 } | {"variant": VARIANT}
 
 
-def built(model: ModelConfig, stage: Stage, *, padded: int, tp: int) -> dict[str, tuple]:
+def built(model: ModelConfig, stage: Stage, *, padded: int, tp: int, pp: int) -> dict[str, tuple]:
     """(shape, tp dim, kind, replica, elements held) by canonical name, from the modules of tp rank 0."""
     assert model.vocab_size is not None
-    ctx = ParallelContext(torch.device("meta"), tp=Axis("tp", 0, tp, tuple(range(tp))))
+    ctx = ParallelContext(
+        torch.device("meta"),
+        tp=Axis("tp", 0, tp, tuple(range(tp))),
+        tied=Axis("tied", size=pp),
+    )
     setting = Setting(model, ctx, padded_vocab_size=padded, vocab_size=model.vocab_size)
     decoder = Decoder(
         setting, stage.layers, has_embedding=stage.has_embedding, has_head=stage.has_head
@@ -65,4 +69,4 @@ def test_every_stage_of_every_preset_equals_the_table(name: str, pp: int) -> Non
                 shape = (model.vocab_size, *shape[1:])
                 size = min(padded // tp, model.vocab_size) * shape[1]
             expected[spec.name] = (shape, spec.tp_dim, spec.kind, spec.replica, size)
-        assert built(model, stage, padded=padded, tp=tp) == expected
+        assert built(model, stage, padded=padded, tp=tp, pp=pp) == expected

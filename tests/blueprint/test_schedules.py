@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 from typing import Any
 
@@ -36,6 +36,14 @@ COSTS: dict[str, Cost] = {
         (0.1 + 0.7 * (action.op is Op.B)) * (1 + action.stage / 3)
     ),
 }
+
+
+def layouts(pp: int) -> Iterator[tuple[str, Placement]]:
+    """Every schedule on pp ranks, interleaved with 2 to 4 chunks."""
+    chunks = {"interleaved": (2, 3, 4), "zb-v": (2,)}
+    for name, kind in SCHEDULES.items():
+        for count in chunks.get(name, (1,)):
+            yield name, kind.place(pp, count)
 
 
 def text(row: Sequence[Group]) -> str:
@@ -115,10 +123,11 @@ def test_forward_only_keeps_nothing_and_fills_the_pipeline() -> None:
 @pytest.mark.parametrize("cost", COSTS.values(), ids=COSTS.keys())
 @pytest.mark.parametrize("pp", range(1, 9))
 def test_lowered_schedules_are_sound(pp: int, cost: Cost) -> None:
-    for kind in SCHEDULES.values():
-        placement = kind.place(pp, 1)
-        for m in (1, 2, pp, 2 * pp + 1, 4 * pp):
-            check(lower(kind.generate(placement, m), cost), placement, m)
+    for name, placement in layouts(pp):
+        for m in (1, 2, pp, 2 * pp - 2, 2 * pp - 1, 2 * pp, 2 * pp + 1, 4 * pp):
+            if m == 0 or (name == "interleaved" and m % pp):
+                continue
+            check(lower(SCHEDULES[name].generate(placement, m), cost), placement, m)
             evaluation = lower(forward_only(placement, m), cost)
             check(evaluation, placement, m)
             assert not [a for row in evaluation for g in row for a in g if a.op is Op.REDUCE]

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import pytest
-
-from megatron_lite.blueprint.stages import Stage, cut_stages, layers_per_stage, round_robin
-from megatron_lite.config.errors import ConfigError
-from megatron_lite.config.parallel import ParallelConfig
+from megatron_lite.blueprint.stages import Stage, cut_stages, folded, round_robin
 
 
-def test_layers_are_dealt_evenly_with_global_numbers() -> None:
-    stages = cut_stages(layers_per_stage(6, 3, ParallelConfig()))
+def test_layers_keep_their_global_numbers() -> None:
+    stages = cut_stages((2, 2, 2))
     assert stages == (
         Stage(0, (0, 1), has_embedding=True, has_head=False),
         Stage(1, (2, 3), has_embedding=False, has_head=False),
@@ -31,15 +27,6 @@ def test_chunk_c_of_rank_r_is_stage_c_pp_plus_r() -> None:
     assert all(placement[c * 4 + r] == r for c in range(3) for r in range(4))
 
 
-def test_layers_that_do_not_divide_name_what_would() -> None:
-    with pytest.raises(ConfigError, match=r"--num-layers 6 .* 4 pipeline stages.*\[1, 2, 3, 6\]"):
-        layers_per_stage(6, 4, ParallelConfig())
-
-
-@pytest.mark.parametrize(
-    "field",
-    ["decoder_first_pipeline_num_layers", "account_for_loss_in_pipeline_split"],
-)
-def test_uneven_splits_are_refused_not_ignored(field: str) -> None:
-    with pytest.raises(ConfigError, match="--" + field.replace("_", "-")):
-        layers_per_stage(8, 4, ParallelConfig(**{field: 1}))
+def test_a_folded_pipeline_ends_where_it_begins() -> None:
+    assert folded(3) == (0, 1, 2, 2, 1, 0)
+    assert folded(1) == (0, 0)

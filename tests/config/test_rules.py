@@ -245,14 +245,6 @@ def test_what_is_missing_is_named(words: str, message: str) -> None:
 
 NOT_BUILT = [
     "--context-parallel-size 2",
-    "--pipeline-schedule zb-h1",
-    "--num-layers-per-virtual-pipeline-stage 2",
-    "--num-virtual-stages-per-pipeline-rank 2",
-    "--decoder-first-pipeline-num-layers 2",
-    "--decoder-last-pipeline-num-layers 2",
-    "--account-for-embedding-in-pipeline-split",
-    "--account-for-loss-in-pipeline-split",
-    "--pipeline-model-parallel-layout Et*3|L",
     "--use-distributed-optimizer",
     "--overlap-param-gather",
     "--recompute-granularity selective",

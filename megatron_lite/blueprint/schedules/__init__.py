@@ -8,8 +8,11 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from megatron_lite.blueprint.schedules.actions import Generator
+from megatron_lite.blueprint.schedules.gpipe import gpipe
+from megatron_lite.blueprint.schedules.interleaved import interleaved
 from megatron_lite.blueprint.schedules.one_f_one_b import one_f_one_b
-from megatron_lite.blueprint.stages import Placement, round_robin
+from megatron_lite.blueprint.schedules.zero_bubble import zb_h1, zb_v
+from megatron_lite.blueprint.stages import Placement, folded, round_robin
 
 
 class ScheduleKind(NamedTuple):
@@ -21,5 +24,9 @@ class ScheduleKind(NamedTuple):
 
 SCHEDULES = {
     "1f1b": ScheduleKind(round_robin, one_f_one_b),
+    "gpipe": ScheduleKind(round_robin, gpipe),
+    "interleaved": ScheduleKind(round_robin, interleaved),
+    "zb-h1": ScheduleKind(round_robin, zb_h1),
+    "zb-v": ScheduleKind(folded, zb_v),
 }
 """Value of --pipeline-schedule -> how stages are placed and what each rank does."""
