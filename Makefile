@@ -9,7 +9,7 @@ PY := $(abspath $(VENV))/bin/python
 export OMP_NUM_THREADS ?= 1
 PYTEST_ARGS ?=
 
-.PHONY: help setup demo test test-all check parity bench bench-gpu format clean distclean
+.PHONY: help setup demo test test-all check parity bench bench-gpu flags format clean distclean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -33,7 +33,7 @@ check: setup ## lint, format, types, shell scripts, import directions
 	@if command -v shellcheck >/dev/null; then \
 	    shellcheck .ci/run tools/*.sh examples/*/*.sh; \
 	else echo "shellcheck is not installed: shell scripts not linted"; fi
-	$(PY) -m pytest -q tests/architecture
+	$(PY) -m pytest -q tests/architecture tests/docs
 
 parity: setup ## every layout against the serial run: a table of differences
 	$(PY) -m tests.parity
@@ -43,6 +43,9 @@ bench: setup ## tokens/s of a small GPT beside a plain PyTorch loop, and where t
 
 bench-gpu: setup ## gpt2-124m in bf16 on one GPU: tokens/s, TFLOP/s, MFU, memory, kernels
 	$(PY) benchmarks/bench_gpu.py
+
+flags: setup ## write docs/FLAGS.md anew from the config sections
+	$(PY) tools/flags.py
 
 format: setup ## let ruff rewrite what it can
 	$(PY) -m ruff check --fix .

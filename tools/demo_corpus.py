@@ -119,6 +119,7 @@ def write(path: Path, documents: Iterator[str], megabytes: float | None) -> str:
 
 
 def parse_arguments() -> argparse.Namespace:
+    """The command line; ConfigError for a size that is not positive."""
     parser = ToolParser(prog="demo_corpus.py", description=__doc__)
     parser.add_argument("outdir", metavar="OUTDIR")
     parser.add_argument("--megabytes", type=float, help="at most so much per corpus (all)")
@@ -129,6 +130,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> int:
+    """Write both corpora."""
     arguments = parse_arguments()
     folder = Path(arguments.outdir)
     Disk().make_folder(folder)

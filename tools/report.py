@@ -45,6 +45,7 @@ class Story:
 
     @property
     def iterations(self) -> list[int]:
+        """The steps' numbers, the x axis."""
         return [step.iteration for step in self.steps]
 
     @property

@@ -95,6 +95,7 @@ def measure(data_path: list[str], *, split: str, held_out: str, vocab_size: int 
 
 
 def parse_arguments() -> argparse.Namespace:
+    """The command line."""
     parser = ToolParser(prog="unigram.py", description=__doc__)
     parser.add_argument("--data-path", nargs="+", required=True, help="as for training")
     parser.add_argument("--split", default=DEFAULT_SPLIT, help="as for training; 969,30,1")
@@ -110,6 +111,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> int:
+    """Count, print, and write --json where it is asked for."""
     arguments: Any = parse_arguments()
     found = measure(
         arguments.data_path,

@@ -26,6 +26,7 @@ class ToolParser(argparse.ArgumentParser):
         self.add_argument("--debug", action="store_true", help="a traceback for every failure")
 
     def error(self, message: str) -> NoReturn:
+        """Raise ConfigError where argparse would print its usage and exit."""
         raise ConfigError(f"{message} - see {self.prog} --help")
 
 

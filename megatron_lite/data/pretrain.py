@@ -31,13 +31,19 @@ class TokenSource(Protocol):
     """Documents by number: an IndexedDataset or synthetic ones."""
 
     @property
-    def sequence_lengths(self) -> npt.NDArray[np.int32]: ...
+    def sequence_lengths(self) -> npt.NDArray[np.int32]:
+        """Tokens of every document."""
+        ...
 
     def get(
         self, index: int, offset: int = 0, length: int | None = None
-    ) -> npt.NDArray[np.integer[Any]]: ...
+    ) -> npt.NDArray[np.integer[Any]]:
+        """`length` tokens (the rest by default) of a document from token `offset` on."""
+        ...
 
-    def fingerprint(self) -> str: ...
+    def fingerprint(self) -> str:
+        """Names the content: equal for equal documents only."""
+        ...
 
 
 class Range(NamedTuple):

@@ -18,9 +18,13 @@ class UpdateRule(Protocol):
     needs_whole_matrix: bool
 
     @property
-    def state_names(self) -> tuple[str, ...]: ...
+    def state_names(self) -> tuple[str, ...]:
+        """Keys of new_state's dict, as checkpoints name them."""
+        ...
 
-    def new_state(self, parameter: Tensor) -> dict[str, Tensor]: ...
+    def new_state(self, parameter: Tensor) -> dict[str, Tensor]:
+        """State of a parameter before its first update; every tensor has the parameter's shape."""
+        ...
 
     def update(
         self,
@@ -31,7 +35,9 @@ class UpdateRule(Protocol):
         steps: int,
         lr: float,
         weight_decay: float,
-    ) -> None: ...
+    ) -> None:
+        """Change parameters and states in place; steps: updates done before this one."""
+        ...
 
 
 OPTIMIZERS: dict[str, Callable[[OptimConfig], UpdateRule]] = {
