@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import math
 import platform
 import sys
 import time
@@ -37,25 +38,26 @@ def baseline() -> ModuleType | None:
         return None
 
 
-def best(run: Callable[[], Arrays], repeats: int) -> tuple[float, Arrays]:
-    """Seconds of the fastest of some runs, and what the last one gave."""
-    seconds = []
-    for _ in range(repeats):
-        began = time.perf_counter()
-        arrays = run()
-        seconds.append(time.perf_counter() - began)
-    return min(seconds), arrays
+def timed(run: Callable[[], Arrays]) -> tuple[float, Arrays]:
+    """Seconds of one run, and what it gave."""
+    began = time.perf_counter()
+    arrays = run()
+    return time.perf_counter() - began, arrays
 
 
 def row(name: str, ours: Callable[[], Arrays], theirs: Callable[[], Arrays] | None,
         repeats: int, items: int) -> float | None:  # fmt: skip
     """Print one line; returns how many times faster ours is, having compared the arrays."""
-    mine, found = best(ours, repeats)
+    pairs = []
+    for _ in range(repeats):  # in turn, so that a busy machine is as bad for one as for the other
+        mine, found = timed(ours)
+        other, expected = timed(theirs) if theirs is not None else (math.inf, found)
+        pairs.append((mine, other))
+    mine, other = (min(seconds) for seconds in zip(*pairs, strict=True))
     line = f"{name:<42} ours {mine:7.3f} s ({mine / items * 1e9:5.1f} ns each)"
     if theirs is None:
         print(f"{line}   baseline skipped: megatron-core is not installed (extra bench)")
         return None
-    other, expected = best(theirs, repeats)
     equal = all(np.array_equal(a, b) for a, b in zip(found, expected, strict=True))
     print(f"{line}   baseline {other:7.3f} s   {other / mine:5.2f} x   arrays equal: {equal}")
     if not equal:
@@ -137,7 +139,7 @@ def shuffling(size: int, repeats: int) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Print every row."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--small", action="store_true", help="a hundredth of the work")
     asked = parser.parse_args(argv)
     scale = 100 if asked.small else 1

@@ -33,7 +33,13 @@ namespace {
 
 // ---------------------------------------------------------------- sample index
 
-constexpr std::int64_t kPrefetch = 32;  // documents are visited in random order: fetch ahead
+constexpr std::int64_t kPrefetch = 64;  // documents are visited in random order: fetch ahead
+
+// A hint only, so that a wrong document number does no harm here.
+inline void prefetch(const std::int32_t* sizes, std::int32_t document) {
+  const auto offset = sizeof(std::int32_t) * static_cast<std::uint32_t>(document);
+  __builtin_prefetch(reinterpret_cast<const char*>(reinterpret_cast<std::uintptr_t>(sizes) + offset));
+}
 
 // rows [num_samples + 1, 2]: position in document_index and token offset of each sample's start
 template <typename T>
@@ -48,10 +54,7 @@ void walk_samples(const std::int32_t* sizes, std::int64_t num_sizes, const std::
   std::int64_t end = 0;             // tokens up to the end of the current document
   for (std::int64_t position = 0; row <= last; ++position) {
     if (position >= num_documents) throw std::out_of_range("fewer tokens than samples need");
-    if (position + kPrefetch < num_documents) {
-      const auto ahead = static_cast<std::uint32_t>(documents[position + kPrefetch]);
-      if (ahead < static_cast<std::uint64_t>(num_sizes)) __builtin_prefetch(sizes + ahead);
-    }
+    if (position + kPrefetch < num_documents) prefetch(sizes, documents[position + kPrefetch]);
     const auto document = static_cast<std::uint32_t>(documents[position]);
     if (document >= static_cast<std::uint64_t>(num_sizes))
       throw std::out_of_range("a document number is outside the lengths");
