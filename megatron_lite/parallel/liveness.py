@@ -157,8 +157,8 @@ class Liveness:
             if self._verdict is None:
                 self._verdict = (
                     f"{self._holder} was lost: the connection to the store broke "
-                    f"({str(error).splitlines()[0][:120]}) - last finished step here "
-                    f"{_step(self.step)} - look for its last lines and at its node"
+                    f"({str(error).splitlines()[0][:120]}) - last finished step "
+                    f"{_step(self.step)} - look at its last lines and its node"
                 )
         finally:
             if self._phase == "ended":
@@ -224,7 +224,7 @@ class Liveness:
                 self._verdict = (
                     f"{self._holder} was lost: its store gives no answer for "
                     f"{now - self._answered:.0f} s (stopped, or its network is down) - last finished "
-                    f"step here {_step(self.step)} - look for its last lines and at its node"
+                    f"step {_step(self.step)} - look at its last lines and its node"
                 )
             if self._verdict is not None:
                 # the main thread may be about to say it, or to fail of the same cause as the others

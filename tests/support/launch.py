@@ -37,6 +37,20 @@ TINY = [
 ]  # fmt: skip
 """A run of a fraction of a second per rank, for one to four ranks."""
 
+
+def with_flags(argv: Sequence[str], *words: str) -> list[str]:
+    """The command line with the words' flags instead of its own of the same name."""
+    flags: dict[str, list[str]] = {}
+    values: list[str] = []
+    for word in argv:
+        if word.startswith("--"):
+            values = flags[word] = []
+        else:
+            values.append(word)
+    flags = {name: given for name, given in flags.items() if name not in words}
+    return [*(word for name, given in flags.items() for word in (name, *given)), *words]
+
+
 LAUNCHER_NAMES = (
     "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT",
     "MLITE_FAULT", "TORCHELASTIC_USE_AGENT_STORE", "TORCHELASTIC_RESTART_COUNT",

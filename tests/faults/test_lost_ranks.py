@@ -1,0 +1,174 @@
+"""A killed, stopped, hanging or failing rank is named by all the others, in time, with code 6.
+
+The runs of a group are started together: most of their time is waiting.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.launch import TINY, Ended, Running, StillAlive, launch, start, with_flags
+
+TIMEOUT_MINUTES = 0.15  # 9 s: what a stopped or hanging rank costs, and a killed one far less
+TIMED = [*TINY, "--distributed-timeout-minutes", str(TIMEOUT_MINUTES)]
+PP2 = ["--pipeline-model-parallel-size", "2"]
+
+# name: (ranks, fault, more flags)
+KILLED = {
+    "start": (2, "start:1:sigkill", []),
+    "step": (2, "step3:1:sigkill", []),
+    "forward of a stage": (2, "step3.forward:1:sigkill", PP2),
+    "backward of one of four": (4, "step3.backward:2:sigkill", PP2),
+    "gradient": (2, "step3.gradient:1:sigkill", []),
+    "reduce": (2, "step3.reduce:1:exit", []),
+    "evaluation": (2, "evaluate:1:sigkill", ["--eval-iters", "2", "--eval-interval", "2"]),
+    "the store's host": (2, "step3.forward:0:sigkill", []),
+}
+SILENT = {
+    "stopped": (2, "step3:1:sigstop", []),
+    "store stopped": (2, "step3:0:sigstop", []),
+    "hangs": (2, "step3:1:hang", []),
+}
+Case = tuple[int, str, list[str]]
+
+
+def begin(case: Case) -> Running:
+    ranks, fault, flags = case
+    return start(ranks, with_flags(TIMED, *flags), fault=fault)
+
+
+def fault_of(case: Case) -> tuple[int, int]:
+    """(rank that fails, last finished step)."""
+    point, rank, _ = case[1].split(":")
+    step = re.match(r"step(\d+)", point)
+    return int(rank), int(step[1]) - 1 if step else 2 if point == "evaluate" else -1
+
+
+def require_named(ended: list[Ended], case: Case) -> None:
+    lost, step = fault_of(case)
+    for rank in ended:
+        if rank.rank == lost:
+            continue
+        assert rank.rc == 6, (rank.rc, rank.err[-2000:])
+        # the sums of a step may be complete when the lost rank leaves: then the others finish it
+        at = "-" if step < 0 else f"[{step}{step + 1}]" if ".reduce" in case[1] else step
+        begins = rf"FATAL\[6\] rank={rank.rank} step={at}: rank {lost}\b"
+        assert re.match(begins, rank.fatal), rank.err
+        assert re.search(r"(was lost|hangs)\b.* - last finished step .* - look at", rank.fatal), (
+            rank.fatal
+        )
+        assert rank.err.count("FATAL") == 1 and "Traceback" not in rank.err
+
+
+@pytest.fixture(scope="module")
+def killed() -> Iterator[dict[str, Running]]:
+    running = {name: begin(case) for name, case in KILLED.items()}
+    yield running
+    for run in running.values():
+        run.close()
+
+
+@pytest.mark.parametrize("name", KILLED)
+def test_a_killed_rank_is_named(killed, name):
+    require_named(killed[name].wait(45), KILLED[name])
+
+
+@pytest.fixture(scope="module")
+def silent() -> Iterator[dict[str, Running]]:
+    running = {name: begin(case) for name, case in SILENT.items()}
+    yield running
+    for run in running.values():
+        run.close()
+
+
+@pytest.mark.parametrize("name", SILENT)
+def test_a_silent_rank_is_named_within_the_timeout(silent, name):
+    lost, _ = fault_of(SILENT[name])
+    ended = silent[name].wait(45, stopped=[lost] if "stopped" in name else [])
+    require_named(ended, SILENT[name])
+    if name == "hangs":
+        assert all(rank.rc == 6 and "faults.py" in rank.fatal for rank in ended)
+
+
+# fault: (exit code and words of the rank itself, of the other)
+FAILING = {
+    "step2:1:error3": (3, "on purpose", 6, "rank 1 failed first: FATAL[3] rank=1 step=1:"),
+    "start:0:error4": (4, "on purpose", 6, "rank 0 failed first: FATAL[4] rank=0 step=-:"),
+    "step2.backward:1:bug": (70, "RuntimeError: a bug", 6, "rank 1 failed first: FATAL[70]"),
+    "step2.gradient:0:nan": (7, "gradient norm is nan", 7, "gradient norm is nan"),
+    "start:1:sigterm": (143, "stopped by SIGTERM before the first step", 6, "rank 1 failed first"),
+    "start:0:sigint": (130, "stopped by Ctrl-C before the first step", 6, "rank 0 failed first"),
+}
+
+
+@pytest.fixture(scope="module")
+def failing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, tuple[Running, Path]]]:
+    running = {}
+    for number, fault in enumerate(FAILING):
+        save = tmp_path_factory.mktemp("failing") / str(number)
+        flags = [*TIMED, "--save", str(save), "--save-interval", "100"]
+        running[fault] = (start(2, flags, fault=fault), save)
+    yield running
+    for run, _ in running.values():
+        run.close()
+
+
+@pytest.mark.parametrize("fault", FAILING)
+def test_the_first_failure_is_what_the_others_print(failing, fault):
+    run, save = failing[fault]
+    own_code, own_words, others_code, others_words = FAILING[fault]
+    one = int(fault.split(":")[1])
+    ended = run.wait(45)
+    expected = {one: (own_code, own_words), 1 - one: (others_code, others_words)}
+    for rank in ended:
+        code, words = expected[rank.rank]
+        assert rank.rc == code, (rank.rc, rank.err[-2000:])
+        assert rank.fatal.startswith(f"FATAL[{code}] rank={rank.rank} step=")
+        assert words in rank.fatal.splitlines()[0], rank.fatal
+        assert ("Traceback" in rank.err) == (code == 70)
+        kept = json.loads((save / "errors" / f"rank{rank.rank}.json").read_text())
+        assert (kept["rank"], kept["exit_code"]) == (rank.rank, code) and words in kept["fatal"]
+
+
+def test_slow_is_not_lost_and_a_stopped_run_can_go_on():
+    """A rank that sleeps or is stopped for less than the timeout holds nobody up for good."""
+    running = start(2, TIMED, fault="step3:1:sleep2")
+    running.wait_for(1, "iteration        2/")
+    for number in (signal.SIGSTOP, signal.SIGCONT):
+        for rank in (0, 1):
+            running.kill(rank, number)
+    ended = running.wait(45)
+    assert [rank.rc for rank in ended] == [0, 0], ended
+    assert "FATAL" not in ended[0].err + ended[1].err
+
+
+def test_the_launcher_names_and_kills_who_still_runs():
+    running = start(2, TINY, fault="step2:1:hang")
+    with pytest.raises(StillAlive, match=r"ranks \[0, 1\] still ran after 4 s"):
+        running.wait(4)
+    assert not any(process.is_alive() for process in running.processes.values())
+
+
+@pytest.mark.slow
+def test_a_checkpoint_in_progress_survives_the_loss_of_any_rank(tmp_path):
+    """The save of iteration 2 is interrupted; what loads then is iteration 1, or 2 if complete."""
+    for point in ("save.begin", "save.after_share", "save.before_complete", "save.end"):
+        for rank in (0, 1):
+            save = tmp_path / f"{point}-{rank}"
+            flags = [*TIMED, "--save", str(save), "--save-interval", "1"]
+            launch(2, [*flags, "--exit-interval", "1"])
+            flags += ["--load", str(save)]
+            ended = launch(2, flags, fault=f"{point}:{rank}:sigkill", deadline=60)
+            if not (point == "save.before_complete" and rank == 1):  # only rank 0 passes there
+                assert ended[1 - rank].rc == 6 and f"rank {rank}" in ended[1 - rank].fatal
+            again = launch(2, flags)
+            assert [r.rc for r in again] == [0, 0], again[0].err
+            resumed = int(re.search(r"at iteration (\d+)", again[0].out)[1])
+            assert resumed in ((2, 3, 4, 5, 6) if point == "save.end" else (1, 6))
+            assert not list(save.glob(".*partial"))

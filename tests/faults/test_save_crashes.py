@@ -1,0 +1,142 @@
+"""A crash or a full disk at every file operation of a save: the old or the new checkpoint, whole."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_lite.checkpoint.progress import Progress
+from megatron_lite.checkpoint.store import Store
+from megatron_lite.config.errors import StorageError
+from megatron_lite.parallel.context import ParallelContext
+from megatron_lite.parallel.shard import NamedSlice
+from megatron_lite.storage.disk import Disk
+from megatron_lite.storage.faults import FaultyDisk, RecordingDisk, SimulatedCrash
+
+SHAPES = {"a.weight": (4, 3), "b.bias": (5,), "c.weight": (2, 2, 2)}
+
+
+def state(seed: int, prefix: str = "") -> list[NamedSlice]:
+    random = torch.Generator().manual_seed(seed)
+    return [
+        NamedSlice(prefix + name, shape, (0,) * len(shape), torch.randn(shape, generator=random))
+        for name, shape in SHAPES.items()
+    ]
+
+
+def save(folder: Path, seed: int, iteration: int, disk: Disk, keep_last: int | None = None) -> None:
+    Store(folder, ParallelContext.serial(), disk).save(
+        iteration,
+        weights=state(seed),
+        optimizer=state(seed + 100, "exp_avg."),
+        progress=Progress(step=iteration, samples=seed),
+        config={"seed": seed},
+        keep_last=keep_last,
+    )
+
+
+def loaded(folder: Path) -> int:
+    """The seed of the checkpoint that loads, all of which must be of that seed, bit by bit."""
+    store = Store(folder, ParallelContext.serial())
+    manifest, _ = store.newest_intact()
+    assert manifest is not None
+    seed = manifest.config["seed"]
+    assert manifest.progress.samples == seed
+    expected = [*state(seed), *state(seed + 100, "exp_avg.")]
+    found = [
+        NamedSlice(s.name, s.shape, s.offset, torch.full_like(s.data, torch.nan)) for s in expected
+    ]
+    store.load(manifest, found)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert torch.equal(ours.data, theirs.data), (ours.name, seed)
+    return seed
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thousand saves need not reach the device; that fsync is called is another test's claim."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+
+
+CASES = {"the next iteration": (2, None), "the same iteration": (1, None), "keep last": (2, 1)}
+OLD, NEW = 1, 2
+
+
+@pytest.fixture(scope="module")
+def old(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("old")
+    save(folder, OLD, 1, Disk())
+    return folder
+
+
+def at_every_operation(
+    old: Path, tmp_path: Path, case: str, disk_at: Callable[[int], FaultyDisk],
+    error: type[BaseException],
+) -> list[tuple[str, Path, int]]:  # fmt: skip
+    """(operation, folder, seed that loads) for a save that fails at each of its operations."""
+    iteration, keep_last = CASES[case]
+    recorded = RecordingDisk()
+    shutil.copytree(old, tmp_path / "recorded")
+    save(tmp_path / "recorded", NEW, iteration, recorded, keep_last)
+    assert len(recorded.operations) > 25
+    found = []
+    for k, operation in enumerate(recorded.operations):
+        folder = tmp_path / str(k)
+        shutil.copytree(old, folder)
+        with pytest.raises(error):
+            save(folder, NEW, iteration, disk_at(k), keep_last)
+        found.append((operation.kind, folder, loaded(folder)))
+    return found
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("tear", [False, True], ids=["", "torn"])
+def test_after_a_crash_the_old_or_the_new_checkpoint_loads(old, tmp_path, case, tear):
+    found = at_every_operation(
+        old, tmp_path, case, lambda k: FaultyDisk(fail_at=k, crash="raise", tear=tear),
+        SimulatedCrash,
+    )  # fmt: skip
+    seeds = [seed for _, _, seed in found]
+    assert seeds == sorted(seeds) and set(seeds) == {OLD, NEW}  # once new, never old again
+    for _, folder, seed in found:
+        Store(folder, ParallelContext.serial()).prepare(state(3), state(103, "exp_avg."))
+        assert not list(folder.glob(".*")), "the next start clears away what the crash left"
+        assert loaded(folder) == seed
+        save(folder, 3, 3, Disk())
+        assert loaded(folder) == 3
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
+def test_a_disk_that_fails_is_a_storage_error_and_the_old_one_stays(old, tmp_path, case, number):
+    found = at_every_operation(
+        old, tmp_path, case,
+        lambda k: FaultyDisk(fail_at=k, error=number, tear=True, lasting=number == errno.ENOSPC),
+        StorageError,
+    )  # fmt: skip
+    seeds = [seed for _, _, seed in found]
+    assert seeds == sorted(seeds) and seeds[0] == OLD
+    for kind, folder, seed in found:
+        left = [path.name for path in folder.glob(".*")]
+        assert left == [] or kind.startswith("remove"), (kind, seed, left)
+
+
+def test_every_file_is_on_the_device_before_the_rename_that_shows_it(old, tmp_path):
+    """What a power cut may lose is then never visible: writes before the fsync of their file only."""
+    disk = RecordingDisk()
+    save(tmp_path, NEW, 2, disk)
+    kinds = [(o.kind, o.path.name) for o in disk.operations]
+    shown = next(i for i, o in enumerate(disk.operations) if o.kind == "rename")
+    removed = {name for kind, name in kinds if kind == "remove"}
+    for name in {name for kind, name in kinds[:shown] if kind == "create"} - removed:
+        last_write = max(i for i, k in enumerate(kinds) if k == ("write", name))
+        assert ("fsync", name) in kinds[last_write:shown], name
+    assert ("sync_folder", disk.operations[shown].path.name) in kinds[:shown]
+    pointer = max(i for i, o in enumerate(disk.operations) if o.kind == "rename")
+    assert ("sync_folder", tmp_path.name) in kinds[shown:pointer]

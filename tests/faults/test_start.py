@@ -1,0 +1,247 @@
+"""What is wrong before the first step: told at the start, with its code, and nothing is left behind."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from megatron_lite.checkpoint.store import Store
+from megatron_lite.config.errors import ConfigError, StorageError
+from megatron_lite.parallel.context import ParallelContext
+from megatron_lite.parallel.launch import read_launch
+from megatron_lite.storage.disk import Disk
+from megatron_lite.train.faults import Fault, NoFaults, read_fault
+from tests.faults.test_save_crashes import state
+from tests.support.launch import LAUNCHER_NAMES, TINY, TOOL, Ended, free_port, launch, start
+
+QUICK = [*TINY, "--distributed-timeout-minutes", "0.05"]
+
+GOOD = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+ENVIRONMENTS: dict[str, tuple[dict[str, str | None], str]] = {
+    "no MASTER_ADDR": ({"MASTER_ADDR": None}, "MASTER_ADDR are not set.*torch.distributed.run"),
+    "no MASTER_PORT": ({"MASTER_PORT": None}, "MASTER_PORT are not set.*torch.distributed.run"),
+    "no RANK": ({"RANK": None}, "RANK and WORLD_SIZE belong together.*torch.distributed.run"),
+    "no WORLD_SIZE": ({"WORLD_SIZE": None}, "RANK and WORLD_SIZE belong together"),
+    "rank beyond the world": ({"RANK": "2"}, "RANK=2 is not below WORLD_SIZE=2"),
+    "rank no number": ({"RANK": "one"}, "RANK='one' in the environment is not a number"),
+    "negative rank": ({"RANK": "-1"}, "RANK='-1' in the environment is not a number"),
+    "port no number": ({"MASTER_PORT": "http"}, "MASTER_PORT='http' .* is not a number"),
+    "port too large": ({"MASTER_PORT": "70000"}, "MASTER_PORT=70000 is no port: choose"),
+}
+
+
+def set_environment(monkeypatch: pytest.MonkeyPatch, values: dict[str, str | None]) -> None:
+    for name in LAUNCHER_NAMES:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in values.items():
+        if value is not None:
+            monkeypatch.setenv(name, value)
+
+
+@pytest.mark.parametrize("name", ENVIRONMENTS)
+def test_a_wrong_environment_is_a_usage_error(monkeypatch, name):
+    change, message = ENVIRONMENTS[name]
+    set_environment(monkeypatch, GOOD | change)
+    with pytest.raises(ConfigError, match=message):
+        read_launch()
+
+
+def test_the_environment_of_torchrun_is_read(monkeypatch):
+    more = {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "3"}
+    set_environment(monkeypatch, GOOD | more | {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"})
+    read = read_launch()
+    assert (read.rank, read.world_size, read.local_rank, read.attempt) == (1, 2, 0, 3)
+    assert (read.host, read.port, read.agent_holds_store) == ("127.0.0.1", 29500, True)
+
+
+WRONG_FAULTS = {
+    "step3": "'' is no rank of 2",
+    "step3:2:exit": "'2' is no rank of 2",
+    "step3.foward:0:exit": "'step3.foward' is no point; choose step<N>, step<N>.forward",
+    "later:0:exit": "'later' is no point",
+    "step:0:exit": "'step' is no point",
+    "step3:0:explode": "'explode' is no action; choose sigkill",
+    "step3:0:sleep": "'sleep' is no action",
+    "step3:0:error70": "'error70' is no action",
+    "step3:0:nan": "nan is for step<N>.gradient",
+}
+
+
+@pytest.mark.parametrize("text", WRONG_FAULTS)
+def test_a_fault_that_does_not_exist_is_a_usage_error(text):
+    with pytest.raises(ConfigError, match=re.escape(WRONG_FAULTS[text])):
+        read_fault(text, 0, 2)
+
+
+def test_a_fault_is_for_one_rank_and_without_one_nothing_is_installed():
+    assert read_fault("step3.forward:1:sleep0.5", 1, 2) == Fault("forward", 3, "sleep0.5")
+    assert read_fault("save.begin:0:sigkill", 0, 2) == Fault("save.begin", None, "sigkill")
+    assert isinstance(read_fault("step3.forward:1:hang", 0, 2), NoFaults)
+    assert isinstance(read_fault(None, 0, 2), NoFaults)
+
+
+def fatal(ended: list[Ended], code: int) -> str:
+    """The FATAL lines of all ranks, which all end with this code and no traceback."""
+    assert [rank.rc for rank in ended] == [code] * len(ended), [r.err[-1500:] for r in ended]
+    assert all(rank.err.count("FATAL[") == 1 for rank in ended)
+    assert all("Traceback" not in rank.err for rank in ended)
+    return "".join(rank.fatal for rank in ended)
+
+
+def test_ranks_that_disagree_are_told_in_what():
+    def argv(rank: int) -> list[str]:
+        return [*TINY, "--seed", str(7 + rank), *(["--bf16"] if rank else [])]
+
+    said = fatal(launch(2, argv), 2)
+    assert said.count("train.seed: 7 on rank 0, 8 on rank 1") == 2
+    assert said.count("precision.bf16: false on rank 0, true on rank 1") == 2
+    assert "train.micro_batch_size" not in said and "give every rank the same" in said
+
+
+@pytest.mark.parametrize("only", [0, 1])
+def test_a_world_that_never_completes_names_who_is_missing(only):
+    said = fatal(launch(2, QUICK, only=[only], deadline=30), 6)
+    missing = "1 of 2 ranks came, missing: rank 1" if only == 0 else "rank 0, .* is missing"
+    assert re.search(missing, said) and "within 0.05 minutes" in said and "MASTER_ADDR" in said
+
+
+def test_two_processes_with_one_rank_and_a_port_in_use_are_named():
+    def env(rank: int) -> dict[str, str | None]:
+        return {"RANK": "1"} if rank == 2 else {}
+
+    ended = launch(3, [*QUICK, "--global-batch-size", "6"][:-2], env=env, deadline=30)
+    assert sorted(rank.rc for rank in ended) in ([2, 2, 2], [2, 6, 6])
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        said = fatal(launch(2, QUICK, env={"MASTER_PORT": port}, only=[0], deadline=30), 6)
+    assert f"port {port}" in said and "choose another MASTER_PORT" in said
+
+
+def test_a_signal_while_waiting_for_the_others_ends_at_once():
+    running = start(2, TINY, only=[0])
+    with running:
+        port = int(_listening(running.processes[0].pid))
+        assert port
+        running.kill(0, signal.SIGTERM)
+        ended = running.wait(20)
+    assert "stopped by SIGTERM before the first step" in fatal(ended, 143)
+
+
+def _listening(pid: int) -> int:
+    """Waits until the process has a listening socket; returns how many."""
+    import time
+
+    end = time.monotonic() + 15
+    while time.monotonic() < end:
+        inodes = set()
+        for link in Path(f"/proc/{pid}/fd").iterdir():
+            try:
+                inodes.add(os.readlink(link))
+            except OSError:
+                continue
+        for table in ("tcp", "tcp6"):
+            for line in (Path("/proc/net") / table).read_text().splitlines()[1:]:
+                fields = line.split()
+                if fields[3] == "0A" and f"socket:[{fields[9]}]" in inodes:
+                    return 1
+        time.sleep(0.02)
+    return 0
+
+
+# -- the place for checkpoints ---------------------------------------------------------------
+
+
+def a_file_in_place_of_the_folder(folder: Path) -> Path:
+    (folder / "taken").write_text("a file")
+    return folder / "taken"
+
+
+def a_file_on_the_way(folder: Path) -> Path:
+    (folder / "taken").write_text("a file")
+    return folder / "taken" / "run"
+
+
+@pytest.mark.parametrize("place", [a_file_in_place_of_the_folder, a_file_on_the_way])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_save_path_that_cannot_be_a_folder_ends_the_start(
+    tmp_path: Path, place: Callable[[Path], Path], ranks: int
+) -> None:
+    save = place(tmp_path)
+    ended = launch(ranks, [*TINY, "--save", str(save), "--save-interval", "2"])
+    said = fatal(ended, 5)
+    assert str(save) in said and "choose another" in said
+    assert "iteration        1/" not in ended[-1].out
+    assert [path.name for path in tmp_path.iterdir()] == ["taken"]
+
+
+class SmallDisk(Disk):
+    """A disk with this much space left."""
+
+    def free_bytes(self, path: str | os.PathLike[str]) -> int:
+        return 1000
+
+
+def test_no_room_for_one_checkpoint_is_found_at_the_start(tmp_path):
+    store = Store(tmp_path / "run", ParallelContext.serial(), SmallDisk())
+    with pytest.raises(StorageError, match=r"has 1000 bytes free, .* needs (\d+) bytes") as caught:
+        store.prepare(state(1), state(2))
+    assert "--save" in str(caught.value) and not list((tmp_path / "run").iterdir())
+    Store(tmp_path / "run", ParallelContext.serial()).prepare(state(1), state(2))
+    assert not list((tmp_path / "run").iterdir())
+
+
+MOUNTED = """
+set -e
+mount -t tmpfs -o size={size}{options} none "$1"
+shift
+exec "$@"
+"""
+
+
+def in_a_mount(folder: Path, size: str, *, read_only: bool) -> subprocess.CompletedProcess[str]:
+    """The tool with --save on a file system of its own, in a namespace of its own."""
+    if shutil.which("unshare") is None:
+        pytest.skip("needs unshare (util-linux)")
+    if subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode:
+        pytest.skip("this machine does not allow user namespaces")
+    folder.mkdir()
+    script = MOUNTED.format(size=size, options=",ro" if read_only else "")
+    flags = [*TINY, "--save", str(folder), "--save-interval", "2"]
+    clean = {name: v for name, v in os.environ.items() if name not in LAUNCHER_NAMES}
+    return subprocess.run(
+        ["unshare", "-rm", "sh", "-c", script, "sh", str(folder), sys.executable, str(TOOL), *flags],
+        capture_output=True, text=True, timeout=60, env=clean | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
+def test_a_full_file_system_is_found_at_the_start(tmp_path):
+    done = in_a_mount(tmp_path / "small", "1m", read_only=False)
+    assert done.returncode == 5, done.stderr
+    needed = re.search(r"FATAL\[5\] rank=0 step=-: (\S+) has (\d+) bytes free, but a checkpoint "
+                       r"needs (\d+) bytes", done.stderr)  # fmt: skip
+    assert needed and needed[1] == str(tmp_path / "small")
+    assert int(needed[2]) <= 1 << 20 < int(needed[3]) and "iteration        1/" not in done.stdout
+
+
+def test_a_read_only_file_system_is_found_at_the_start(tmp_path):
+    done = in_a_mount(tmp_path / "fixed", "1m", read_only=True)
+    assert done.returncode == 5, done.stderr
+    assert "FATAL[5] rank=0 step=-:" in done.stderr and str(tmp_path / "fixed") in done.stderr
+    assert "Read-only file system" in done.stderr and "choose a folder that can be" in done.stderr
+    assert "iteration        1/" not in done.stdout and "Traceback" not in done.stderr
+
+
+def test_the_port_helper_gives_free_ports():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", free_port()))
