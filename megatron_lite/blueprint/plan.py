@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from megatron_lite.blueprint.draw_up import Blueprint
 from megatron_lite.blueprint.schedules.simulate import simulate
+from megatron_lite.blueprint.stage_cost import flops_cost
 from megatron_lite.blueprint.stages import Stage
 
 _PHASES_SHOWN = 6
@@ -96,12 +97,19 @@ def _length(blueprint: Blueprint) -> Iterator[str]:
 
 
 def _schedule(blueprint: Blueprint) -> Iterator[str]:
-    result = simulate(blueprint.compute(_num_microbatches(blueprint)))
+    schedule = blueprint.compute(_num_microbatches(blueprint))
+    result = simulate(schedule)
     live = " ".join(map(str, result.peak_live))
+    chunks = len(blueprint.placement) // blueprint.grid.pp
+    per_rank = f" with {chunks} stages per rank" if chunks > 1 else ""
+    each = " (each of one stage)" if chunks > 1 else ""
     yield (
-        f"{blueprint.schedule}, bubble {result.bubble:.2%} of the step; "
-        f"micro batches kept at once per pp rank: {live}"
+        f"{blueprint.schedule}{per_rank}, bubble {result.bubble:.2%} of the step; "
+        f"micro batches{each} kept at once per pp rank: {live}"
     )
+    if blueprint.grid.pp > 1:
+        cost = flops_cost(blueprint.model, blueprint.stages, blueprint.padded_vocab_size)
+        yield f"bubble {simulate(schedule, cost).bubble:.2%} if stages take the time of their FLOPs"
 
 
 def _flops(blueprint: Blueprint) -> Iterator[str]:

@@ -50,8 +50,9 @@ _Value = tuple[bool, int, int]
 class _Run:
     """State of a simulation; linear in actions, since a rank sleeps until its input is there."""
 
-    def __init__(self, schedule: Schedule, cost: Cost) -> None:
-        self.lists, self.cost = schedule.lists, cost
+    def __init__(self, schedule: Schedule, cost: Cost, latency: float) -> None:
+        self.lists, self.cost, self.latency = schedule.lists, cost, latency
+        self.placement = schedule.placement
         self.last_stage = len(schedule.placement) - 1
         self.done: dict[_Value, float] = {}
         self.sleeping: dict[_Value, list[int]] = {}
@@ -72,7 +73,7 @@ class _Run:
 
     def advance(self, rank: int) -> None:
         """Run a rank's list until an input is missing."""
-        actions, done = self.lists[rank], self.done
+        actions, done, latency = self.lists[rank], self.done, self.latency
         while self.at[rank] < len(actions):
             action = actions[self.at[rank]]
             start = self.clock[rank]
@@ -80,7 +81,10 @@ class _Run:
                 if value not in done:
                     self.sleeping.setdefault(value, []).append(rank)
                     return
-                start = max(start, done[value])
+                there = done[value]
+                if latency and self.placement[value[1]] != rank:
+                    there += latency
+                start = max(start, there)
             end = start + self.cost(action)
             self.clock[rank] = end
             self.spans[rank].append(Span(start, end, action))
@@ -91,12 +95,12 @@ class _Run:
                 self.awake.extend(self.sleeping.pop(made, ()))
 
 
-def simulate(schedule: Schedule, cost: Cost = unit_cost) -> Simulation:
-    """Run every rank's list in virtual time, messages taking none.
+def simulate(schedule: Schedule, cost: Cost = unit_cost, *, latency: float = 0.0) -> Simulation:
+    """Run every rank's list in virtual time; a message arrives `latency` after what it carries.
 
     Raises ScheduleError if some rank can never go on.
     """
-    run = _Run(schedule, cost)
+    run = _Run(schedule, cost, latency)
     while run.awake:
         run.advance(run.awake.popleft())
     stuck = {r: str(row[i]) for r, (i, row) in enumerate(zip(run.at, run.lists, strict=True))
