@@ -53,6 +53,8 @@ setup(
         "plot": ["matplotlib>=3.8"],
         "wandb": ["wandb>=0.17"],
         "huggingface": ["transformers>=4.44"],
+        # the peer our tests and benchmarks stand beside; its wheels are for these
+        "bench": ['megatron-core>=0.16; python_version < "3.14" and platform_machine == "x86_64"'],
         "dev": ["pytest>=8", "hypothesis>=6.100", "ruff>=0.6", "mypy>=1.10", "pybind11>=2.11"],
     },
     ext_modules=extensions(),

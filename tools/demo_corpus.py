@@ -24,7 +24,8 @@ from megatron_lite.config.errors import ConfigError, DataError
 from megatron_lite.config.exit import ToolParser, run_tool
 from megatron_lite.storage.disk import Disk, write_atomically
 
-LEFT_OUT = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idlelib", "lib2to3"}
+LEFT_OUT = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idlelib", "lib2to3",
+            "encodings"}  # fmt: skip  # tables of characters read like noise
 DEFINITIONS = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 PIECE = 4000  # characters
 SHORTEST = 100  # characters; a shorter document says nothing

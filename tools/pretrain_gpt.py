@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -110,5 +111,16 @@ def _start() -> int:
         return error.exit_code
 
 
+def _leave(code: int) -> None:
+    """End the process without tearing Python down: everything of ours is closed and written.
+
+    gloo's worker threads outlive destroy_process_group() while a context still names a group; one
+    that frees its last collective during interpreter shutdown aborts the process.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(_start())
+    _leave(_start())
