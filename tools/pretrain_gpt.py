@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import os
 import signal
 import sys
 from collections.abc import Sequence
