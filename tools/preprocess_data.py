@@ -1,22 +1,29 @@
-"""JSON lines to Megatron's token files: `{output-prefix}_{key}_document.{bin,idx}`."""
+"""Text to Megatron's token files: `{output-prefix}_{key}_document.{bin,idx,meta.json}`."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import glob
+import logging
+import os
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from tqdm import tqdm
+
 from megatron_lite.config.data import DataConfig
-from megatron_lite.config.errors import ConfigError, DataError
+from megatron_lite.config.errors import ConfigError
 from megatron_lite.config.exit import ToolParser, run_tool
-from megatron_lite.data.preprocess import Job, Summary, preprocess
+from megatron_lite.data.encode import Job
+from megatron_lite.data.inputs import find_inputs
+from megatron_lite.data.preprocess import Summary, preprocess
 from megatron_lite.data.tokenizers.build import TOKENIZERS
+from megatron_lite.data.tokenizers.engines import AUTO, ENGINES
 from megatron_lite.storage.disk import Disk
 
 REFUSED = {
@@ -28,25 +35,47 @@ REFUSED = {
 def parse_arguments() -> argparse.Namespace:
     """Megatron's flags; what has no meaning here is refused by name or said to be unnecessary."""
     parser = ToolParser(prog="preprocess_data.py", description=__doc__)
-    add = parser.add_argument
-    add("--input", nargs="+", required=True, help="JSON-lines files or globs")
-    add("--output-prefix", required=True, help="folder and first part of the files' names")
+    add = parser.add_argument_group("input").add_argument
+    add(
+        "--input", nargs="+", action="extend", required=True,
+        help=".json/.jsonl (lines or one array), .gz, .zst, .parquet; files, globs or folders",
+    )  # fmt: skip
     add("--json-keys", nargs="+", default=["text"], help="each gives its own pair of files")
+    add(
+        "--template",
+        help="text of a record, e.g. '{title}\\n\\n{content}'; see docs/guides/data.md",
+    )
+    add("--on-bad-line", choices=["error", "skip"], default="error")
+    add(
+        "--shard", metavar="I/N", help="only the I-th of N parts, I from 1; merge_datasets.py joins"
+    )
+    add = parser.add_argument_group("tokenizer").add_argument
     add("--tokenizer-type", default="GPT2BPETokenizer", help=", ".join(TOKENIZERS))
     add("--vocab-file", help="gpt2-vocab.json")
     add("--merge-file", help="gpt2-merges.txt")
     add("--tokenizer-model", help="folder or file of the other tokenizers")
     add("--vocab-size", type=int, help="for NullTokenizer")
+    add("--tokenizer-engine", choices=ENGINES, default=AUTO, help="library; the fastest exact one")
     add("--append-eod", action="store_true", help="end every document with the EOD token")
-    add("--workers", type=int, default=1, help="processes that tokenize")
+    add = parser.add_argument_group("output").add_argument
+    add("--output-prefix", required=True, help="folder and first part of the files' names")
+    add("--overwrite", action="store_true", help="replace files that are there")
+    add("--resume", action="store_true", help="go on with an interrupted run")
+    add = parser.add_argument_group("work").add_argument
+    add("--workers", type=int, help="processes or threads that tokenize; the cores there are")
     add("--log-interval", type=int, default=1000, help="documents between two progress lines")
     add("--partitions", type=int, default=1, help="accepted; reading is streamed anyway")
     add("--chunk-size", type=int, help="accepted; batches are cut by bytes")
     add("--dataset-impl", default="mmap", help="mmap, the only format")
-    add("--overwrite", action="store_true", help="replace files that are there")
     add("--split-sentences", action="store_true", help=argparse.SUPPRESS)
     add("--keep-newlines", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    check_arguments(arguments)
+    return arguments
+
+
+def check_arguments(arguments: argparse.Namespace) -> None:
+    """ConfigError for what cannot work."""
     for name, reason in REFUSED.items():
         if getattr(arguments, name):
             raise ConfigError(reason)
@@ -58,54 +87,84 @@ def parse_arguments() -> argparse.Namespace:
             raise ConfigError(f"--{name.replace('_', '-')} {value} must be at least 1")
     if len(set(arguments.json_keys)) != len(arguments.json_keys):
         raise ConfigError(f"--json-keys {' '.join(arguments.json_keys)} names a key twice")
+    if arguments.template is not None and len(arguments.json_keys) > 1:
+        raise ConfigError("--template makes one text; give one --json-keys, which names the files")
+    if arguments.resume and arguments.overwrite:
+        raise ConfigError("--resume and --overwrite: go on with a run, or replace it?")
     if arguments.partitions > 1:
         print("note: --partitions has no effect: the input is streamed", file=sys.stderr)
     if arguments.chunk_size is not None:
         print("note: --chunk-size has no effect: batches are cut by bytes", file=sys.stderr)
-    return arguments
 
 
-def find_inputs(patterns: list[str]) -> list[str]:
-    """The files the patterns name, each pattern's in sorted order."""
-    found: list[str] = []
-    for pattern in patterns:
-        names = [pattern] if Path(pattern).exists() else sorted(glob.glob(pattern))
-        if not names:
-            raise DataError(f"--input {pattern} does not exist")
-        for name in names:
-            if not Path(name).is_file():
-                raise DataError(f"--input {name} is no file - name its files or a glob")
-        found += names
-    return found
+def parse_shard(text: str | None) -> tuple[int, int] | None:
+    """`3/8` as (3, 8)."""
+    if text is None:
+        return None
+    index, _, count = text.partition("/")
+    if not (index.isdecimal() and count.isdecimal() and 1 <= int(index) <= int(count)):
+        raise ConfigError(f"--shard {text}: write I/N with I from 1 to N, e.g. 1/8 to 8/8")
+    return int(index), int(count)
 
 
 class Progress:
-    """Megatron's progress line on stderr, every so many documents."""
+    """A bar on a terminal; in a log Megatron's line every so many documents."""
 
     def __init__(self, interval: int) -> None:
         self.interval = interval
         self.next = interval
+        self.began = time.perf_counter()
+        self.before: tuple[int, int, int] | None = None
+        self.bar: tqdm[None] | None = None
 
-    def __call__(self, documents: int, size: int, seconds: float) -> None:
-        if documents < self.next:
-            return
-        self.next = documents - documents % self.interval + self.interval
-        rate, speed = documents / seconds, size / seconds / 1e6
-        print(
-            f"Processed {documents} documents ({rate:.1f} docs/s, {speed:.2f} MB/s).",
-            file=sys.stderr,
+    def __call__(self, summary: Summary) -> None:
+        now = (summary.documents, summary.read_bytes, summary.tokens)
+        if self.before is None:  # rates are of this run, not of what --resume found
+            self.before = now if summary.resumed else (0, 0, 0)
+        seconds = max(time.perf_counter() - self.began, 1e-9)
+        documents, size, tokens = (a - b for a, b in zip(now, self.before, strict=True))
+        if sys.stderr.isatty():
+            self._draw(summary, documents / seconds)
+        elif summary.documents >= self.next:
+            self.next = summary.documents - summary.documents % self.interval + self.interval
+            left = (summary.total_bytes - summary.read_bytes) * seconds / max(size, 1)
+            print(
+                f"Processed {summary.documents} documents ({documents / seconds:.1f} docs/s, "
+                f"{size / seconds / 1e6:.2f} MB/s); {summary.tokens} tokens, "
+                f"{tokens / seconds / 1e6:.2f} M tokens/s, ETA {left:.0f} s",
+                file=sys.stderr,
+            )
+
+    def _draw(self, summary: Summary, rate: float) -> None:
+        if self.bar is None:
+            self.bar = tqdm(
+                total=summary.total_bytes, unit="B", unit_scale=True, smoothing=0.1,
+                initial=summary.read_bytes if summary.resumed else 0, desc="tokenizing",
+            )  # fmt: skip
+        self.bar.update(summary.read_bytes - self.bar.n)
+        self.bar.set_postfix_str(
+            f"{rate:,.0f} docs/s, {summary.documents:,} docs, {summary.tokens / 1e6:,.1f} M tokens",
+            refresh=False,
         )
+
+    def close(self) -> None:
+        """Leave the bar as it is."""
+        if self.bar is not None:
+            self.bar.close()
 
 
 def print_summary(summary: Summary) -> None:
     """What was written, one line per pair of files."""
-    speed = summary.input_bytes / max(summary.seconds, 1e-9) / 1e6
-    for count in summary.keys:
+    speed = summary.read_bytes / max(summary.seconds, 1e-9) / 1e6
+    for prefix, count in zip(summary.prefixes, summary.keys, strict=True):
         print(
-            f"{count.prefix}.bin/.idx: {count.documents} documents ({count.empty} empty), "
-            f"{count.sequences} sequences, {count.tokens} tokens ({count.eods} EOD), {count.dtype}"
+            f"{prefix}.bin/.idx: {count.documents} documents ({count.empty} empty), "
+            f"{count.sequences} sequences, {count.tokens} tokens ({count.eods} EOD), "
+            f"{summary.dtype}"
         )
-    print(f"{summary.input_bytes} bytes in {summary.seconds:.1f} s ({speed:.2f} MB/s)")
+    reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(summary.skipped.items()))
+    print(f"skipped: {summary.skipped.total()} records" + (f" ({reasons})" if reasons else ""))
+    print(f"{summary.read_bytes} bytes in {summary.seconds:.1f} s ({speed:.2f} MB/s)")
 
 
 @contextlib.contextmanager
@@ -123,7 +182,12 @@ def sigterm_is_ctrl_c() -> Iterator[None]:
 
 
 def main() -> int:
+    """Preprocess as the command line says."""
+    logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr)
     arguments = parse_arguments()
+    workers = arguments.workers or len(os.sched_getaffinity(0))
+    # read by the libraries that have threads of their own; before they are imported
+    os.environ["RAYON_NUM_THREADS"] = str(workers)
     job = Job(
         data=DataConfig(
             tokenizer_type=arguments.tokenizer_type,
@@ -134,16 +198,22 @@ def main() -> int:
         vocab_size=arguments.vocab_size,
         keys=tuple(arguments.json_keys),
         append_eod=arguments.append_eod,
+        template=arguments.template,
+        on_bad_line=arguments.on_bad_line,
+        engine=arguments.tokenizer_engine,
     )
-    with sigterm_is_ctrl_c():
+    progress = Progress(arguments.log_interval)
+    with sigterm_is_ctrl_c(), contextlib.closing(progress):
         summary = preprocess(
             job,
             inputs=find_inputs(arguments.input),
             output_prefix=arguments.output_prefix,
-            workers=arguments.workers,
+            workers=workers,
             disk=Disk(),
             overwrite=arguments.overwrite,
-            progress=Progress(arguments.log_interval),
+            resume=arguments.resume,
+            shard=parse_shard(arguments.shard),
+            progress=progress,
         )
     print_summary(summary)
     return 0

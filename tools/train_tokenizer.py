@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
 from collections.abc import Iterator
@@ -12,7 +13,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_lite.config.errors import ConfigError, DataError
 from megatron_lite.config.exit import ToolParser, run_tool
-from megatron_lite.data.preprocess import read_records
+from megatron_lite.data.inputs import plan, read_batches
+from megatron_lite.data.records import Reader
 from megatron_lite.data.tokenizers.gpt2_bpe import EOD
 from megatron_lite.storage.disk import Disk, write_atomically
 
@@ -20,6 +22,7 @@ BYTES = 256
 
 
 def parse_arguments() -> argparse.Namespace:
+    """The command line."""
     parser = ToolParser(prog="train_tokenizer.py", description=__doc__)
     parser.add_argument("--input", nargs="+", required=True, help="JSON-lines files")
     parser.add_argument("--vocab-size", type=int, required=True, help="ids, <|endoftext|> included")
@@ -36,9 +39,13 @@ def parse_arguments() -> argparse.Namespace:
 
 def texts(paths: list[str], keys: list[str]) -> Iterator[str]:
     """The texts of all records, one after the other; nothing but the current batch is held."""
-    for record in read_records(paths, keys):
-        for sentences in record:
-            yield from sentences
+    reader = Reader(keys)
+    for batch in read_batches(plan(paths), 1 << 20, columns=reader.columns):
+        parsed = reader.parse(batch)
+        places = [iter(key.texts) for key in parsed.keys]
+        for record in range(len(parsed.lines)):
+            for key, rest in zip(parsed.keys, places, strict=True):
+                yield from itertools.islice(rest, key.counts[record])
 
 
 def train(texts: Iterator[str], vocab_size: int) -> tuple[dict[str, int], list[list[str]]]:
@@ -68,6 +75,7 @@ def train(texts: Iterator[str], vocab_size: int) -> tuple[dict[str, int], list[l
 
 
 def main() -> int:
+    """Train, write both files, say what they hold."""
     arguments = parse_arguments()
     vocab, merges = train(texts(arguments.input, arguments.json_keys), arguments.vocab_size)
     folder, disk = Path(arguments.output_dir), Disk()

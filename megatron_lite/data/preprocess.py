@@ -1,277 +1,75 @@
-"""JSON lines to token files: batches of lines go to workers, arrays come back, one writer writes.
+"""A corpus to token files: whole or not at all, the same bytes however the work is divided.
 
-    reader (bytes, cut at newlines) ─▶ workers (parse, tokenize) ─▶ writer, in the order read
+    read_batches ─▶ encoded_batches (threads or processes) ─▶ PairWriter per key ─▶ publish
+                                                    └─ a mark every few seconds: --resume
 
-The batches depend on the input alone and are written in order, so any number of workers gives
-the same bytes.  At most a few batches are under way: memory follows the batch, not the file.
+What depends on --workers is only who does the work: batches are written in the order read.
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import logging
-import multiprocessing
-import multiprocessing.connection
 import os
-import signal
-import threading
 import time
-from collections import deque
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from megatron_lite.config.data import DataConfig
 from megatron_lite.config.errors import ConfigError, DataError, StorageError
+from megatron_lite.data.encode import Job, Result, WorkerDied, batch_bytes_for, encoded_batches
 from megatron_lite.data.indexed import IndexedDataset, bin_path, idx_path, token_dtype
-from megatron_lite.data.indexed_builder import IndexedDatasetBuilder
+from megatron_lite.data.inputs import Part, Place, plan, read_batches, size_of
+from megatron_lite.data.pair_writer import Counts, PairWriter
 from megatron_lite.data.tokenizers.base import Tokenizer
-from megatron_lite.data.tokenizers.build import build_tokenizer
-from megatron_lite.storage.disk import Disk
+from megatron_lite.storage.disk import Disk, write_atomically
 
-BATCH_BYTES = 1 << 20
-BATCHES_PER_WORKER = 3  # one at work, two waiting: a worker never waits for the reader
-BOM = b"\xef\xbb\xbf"
+MARK_SECONDS = 15.0  # what a killed run loses at most, besides the batches under way
+JOURNAL = "journal.json"
 
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class Job:
-    """What is tokenized and how; travels to every worker."""
-
-    data: DataConfig
-    vocab_size: int | None
-    keys: tuple[str, ...]
-    append_eod: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Lines:
-    """A batch of whole lines of one file."""
-
-    path: str
-    first_line: int
-    data: bytes
-
-
-@dataclass(frozen=True, slots=True)
-class TokenBatch:
-    """The documents of a batch for one key: tokens, sequence lengths, sequences per document."""
-
-    tokens: npt.NDArray[Any]
-    lengths: npt.NDArray[np.int32]
-    sequences: npt.NDArray[np.int32]
-    num_eods: int
-
-
-@dataclass(slots=True)
-class KeySummary:
-    """What one key gave."""
-
-    prefix: str
-    dtype: str
-    documents: int = 0
-    empty: int = 0
-    sequences: int = 0
-    tokens: int = 0
-    eods: int = 0
+class ResumeRefused(ConfigError):
+    """--resume with other settings; what the interrupted run left stays."""
 
 
 @dataclass(slots=True)
 class Summary:
-    """What a whole run gave."""
+    """What a whole run gave so far."""
 
-    keys: list[KeySummary] = field(default_factory=list)
-    input_bytes: int = 0
-    documents: int = 0
+    prefixes: list[str]
+    dtype: str
+    tokenizer: str
+    fingerprint: str
+    keys: list[Counts]
+    skipped: Counter[str] = field(default_factory=Counter)
+    input_bytes: int = 0  # of texts and keys, decompressed
+    read_bytes: int = 0  # of files on disk
+    total_bytes: int = 0  # of files on disk there are to read
     seconds: float = 0.0
+    resumed: bool = False
+    hashes: list[dict[str, str]] = field(default_factory=list)
+
+    @property
+    def documents(self) -> int:
+        """Documents so far."""
+        return self.keys[0].documents
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all keys so far."""
+        return sum(key.tokens for key in self.keys)
 
 
-def read_batches(paths: Sequence[str], batch_bytes: int = BATCH_BYTES) -> Iterator[Lines]:
-    """Batches of whole lines, split on newline only; a byte order mark at the beginning is cut."""
-    for path in paths:
-        try:
-            with open(path, "rb") as file:
-                line, first = 1, True
-                while data := file.read(batch_bytes):
-                    data += file.readline()
-                    if first and data.startswith(BOM):
-                        data = data[len(BOM) :]
-                    first = False
-                    yield Lines(path, line, data)
-                    line += data.count(b"\n")
-        except OSError as error:
-            raise DataError(f"--input {path} cannot be read: {error.strerror}") from error
-
-
-def parse_lines(lines: Lines, keys: Sequence[str]) -> Iterator[tuple[int, list[list[str]]]]:
-    """Line number and, for every key, the texts of each record; DataError names file and line."""
-    for number, line in enumerate(lines.data.split(b"\n"), start=lines.first_line):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise bad_line(lines.path, number, line, f"no JSON ({error})") from error
-        if not isinstance(record, dict):
-            what = f"a JSON {type(record).__name__}, not an object"
-            raise bad_line(lines.path, number, line, what)
-        try:
-            yield number, [texts_of(record, key) for key in keys]
-        except ValueError as error:
-            raise bad_line(lines.path, number, line, str(error)) from error
-
-
-def texts_of(record: dict[str, Any], key: str) -> list[str]:
-    """The text of a key: a string, or a list of strings that become sequences of their own."""
-    if key not in record:
-        raise ValueError(f"no key {key!r}, it has {sorted(record)}")
-    text = record[key]
-    texts = [text] if isinstance(text, str) else text
-    if not isinstance(texts, list) or not all(isinstance(part, str) for part in texts):
-        raise ValueError(f"key {key!r} is {type(text).__name__}, not text or a list of texts")
-    for part in texts:
-        try:
-            part.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise ValueError(f"key {key!r} holds a lone surrogate") from error
-    return texts
-
-
-def read_records(paths: Sequence[str], keys: Sequence[str]) -> Iterator[list[list[str]]]:
-    """For every record the texts of each key, streamed."""
-    for lines in read_batches(paths):
-        for _, record in parse_lines(lines, keys):
-            yield record
-
-
-class Encoder:
-    """Turns batches of lines into token arrays; one per worker."""
-
-    def __init__(self, job: Job) -> None:
-        self.job = job
-        self.tokenizer: Tokenizer = build_tokenizer(job.data, vocab_size=job.vocab_size)
-        self.dtype = token_dtype(self.tokenizer.vocab_size)
-        self.eod = self.tokenizer.eod if job.append_eod else None
-
-    def encode(self, lines: Lines) -> list[TokenBatch]:
-        """One TokenBatch per key; DataError names file and line."""
-        records = list(parse_lines(lines, self.job.keys))
-        numbers = [number for number, _ in records]
-        return [
-            self._tokenize(lines.path, numbers, [record[k] for _, record in records])
-            for k in range(len(self.job.keys))
-        ]
-
-    def _tokenize(
-        self, path: str, numbers: Sequence[int], documents: Sequence[Sequence[str]]
-    ) -> TokenBatch:
-        flat = [sentence for document in documents for sentence in document]
-        try:
-            encoded = self.tokenizer.encode_batch(flat)
-        except DataError as error:
-            raise DataError(f"{path}:{numbers[0]}-{numbers[-1]}: {error}") from error
-        per_document = np.fromiter((len(document) for document in documents), np.int64)
-        owner = np.repeat(np.arange(len(documents)), per_document)
-        kept = encoded.lengths > 0  # a sentence without tokens is no sequence
-        owner, lengths = owner[kept], encoded.lengths[kept]
-        sequences = np.bincount(owner, minlength=len(documents))
-        tokens, num_eods = encoded.ids, 0
-        if self.eod is not None and len(lengths):
-            last = np.flatnonzero(np.append(owner[1:] != owner[:-1], True))
-            ends = np.cumsum(lengths)[last]
-            tokens = np.insert(tokens, ends, self.eod)
-            lengths[last] += 1
-            num_eods = len(last)
-        self._check_range(path, numbers, tokens)
-        return TokenBatch(
-            tokens.astype(self.dtype),
-            lengths.astype(np.int32),
-            sequences.astype(np.int32),
-            num_eods,
-        )
-
-    def _check_range(
-        self, path: str, numbers: Sequence[int], tokens: npt.NDArray[np.int32]
-    ) -> None:
-        size = self.tokenizer.vocab_size
-        if len(tokens) and (int(tokens.min()) < 0 or int(tokens.max()) >= size):
-            raise DataError(
-                f"{path}:{numbers[0]}-{numbers[-1]}: the tokenizer gave id {int(tokens.max())}, "
-                f"its vocabulary has {size} - the tokenizer's files do not belong together"
-            )
-
-
-def bad_line(path: str, number: int, line: bytes, what: str) -> DataError:
-    """The error for one line of the input: where, what, and how it begins."""
-    start = line[:80].decode("utf-8", errors="replace")
-    return DataError(f"{path}:{number}: {what} - mend or remove the line: {start}")
-
-
-_encoders: list[Encoder] = []  # of a worker process: made once by _start_worker
-
-
-def _start_worker(job: Job) -> None:
-    """Runs first in a worker: the parent handles Ctrl-C, and no worker outlives its parent."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    # the tokenizers library would start threads of its own in every worker
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def follow() -> None:
-        multiprocessing.connection.wait([parent.sentinel])
-        os._exit(1)
-
-    threading.Thread(target=follow, daemon=True).start()
-    _encoders.append(Encoder(job))
-
-
-def _encode(lines: Lines) -> list[TokenBatch]:
-    return _encoders[0].encode(lines)
-
-
-def encoded_batches(
-    job: Job, batches: Iterator[Lines], workers: int
-) -> Iterator[tuple[Lines, list[TokenBatch]]]:
-    """Every batch with its tokens, in order; one worker works in this process.
-
-    A worker that dies ends the run with a DataError at once.
-    """
-    if workers == 1:
-        encoder = Encoder(job)
-        for lines in batches:
-            yield lines, encoder.encode(lines)
-        return
-    pool = ProcessPoolExecutor(
-        workers, multiprocessing.get_context("spawn"), initializer=_start_worker, initargs=(job,)
-    )
-    waiting: deque[tuple[Lines, Future[list[TokenBatch]]]] = deque()
-    try:
-        for lines in batches:
-            waiting.append((lines, pool.submit(_encode, lines)))
-            if len(waiting) >= BATCHES_PER_WORKER * workers:
-                oldest, future = waiting.popleft()
-                yield oldest, future.result()
-        while waiting:
-            oldest, future = waiting.popleft()
-            yield oldest, future.result()
-    except BrokenProcessPool as error:
-        raise DataError(
-            "a worker process died while tokenizing (killed, or out of memory?) - "
-            "nothing was written; try fewer --workers"
-        ) from error
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+Progress = Callable[[Summary], None]
 
 
 def preprocess(
@@ -282,80 +80,306 @@ def preprocess(
     workers: int,
     disk: Disk,
     overwrite: bool = False,
-    batch_bytes: int = BATCH_BYTES,
-    progress: Callable[[int, int, float], None] = lambda documents, size, seconds: None,
+    resume: bool = False,
+    shard: tuple[int, int] | None = None,
+    batch_bytes: int | None = None,
+    mark_seconds: float = MARK_SECONDS,
+    progress: Progress = lambda summary: None,
 ) -> Summary:
-    """Write `{output_prefix}_{key}_document.{bin,idx}` for every key, whole or not at all.
+    """Write `{output_prefix}_{key}_document.{bin,idx,meta.json}` for every key, whole or not at all.
 
-    progress(documents, bytes, seconds) is called after every batch.  ConfigError where an output
-    is there and overwrite is not given; DataError for bad input; StorageError for the disk.
+    progress is called after every batch.  ConfigError where an output is there and overwrite is
+    not given, or where resume is asked for with other settings; DataError for bad input;
+    StorageError for the disk.  An interrupted run leaves a hidden folder with which resume goes
+    on; a failed one leaves nothing.
     """
     began = time.perf_counter()
-    prefixes = [f"{output_prefix}_{key}_document" for key in job.keys]
-    for prefix in prefixes:
-        for path in (bin_path(prefix), idx_path(prefix)):
-            if path.exists() and not overwrite:
-                raise ConfigError(f"{path} is there already - give --overwrite to replace it")
-    # a broken tokenizer is found here, before processes are started
-    tokenizer = build_tokenizer(job.data, vocab_size=job.vocab_size)
-    if job.append_eod:
-        assert tokenizer.eod >= 0
-    dtype = token_dtype(tokenizer.vocab_size)
-    disk.make_folder(Path(output_prefix).absolute().parent)
-    summary = Summary([KeySummary(prefix, str(dtype)) for prefix in prefixes])
-    with ExitStack() as stack:
-        builders = [
-            stack.enter_context(IndexedDatasetBuilder(bin_path(prefix), dtype, disk))
-            for prefix in prefixes
-        ]
-        for lines, tokens in encoded_batches(job, read_batches(inputs, batch_bytes), workers):
-            for builder, count, batch in zip(builders, summary.keys, tokens, strict=True):
-                builder.add_documents(batch.tokens, batch.lengths, batch.sequences)
-                _add(count, batch)
-            summary.documents += len(tokens[0].sequences)
-            summary.input_bytes += len(lines.data)
-            progress(summary.documents, summary.input_bytes, time.perf_counter() - began)
-        _refuse_nothing(summary, inputs)
-        for builder in builders:
-            builder.prepare()
-        for builder, prefix in zip(builders, prefixes, strict=True):
-            builder.publish(idx_path(prefix))
-    _verify(summary)
-    summary.seconds = time.perf_counter() - began
+    prefix = output_prefix if shard is None else shard_prefix(output_prefix, shard)
+    run = Run(job, inputs, prefix, disk, shard)
+    run.refuse_to_replace(overwrite=overwrite, resume=resume)
+    with run.workplace(resume):
+        summary = run.summary
+        if not run.published:
+            size = batch_bytes or batch_bytes_for(run.tokenizer.choice.engine.threaded)
+            columns = job.reader().columns
+            batches = read_batches(run.parts, size, start=run.place, columns=columns)
+            with contextlib.closing(
+                encoded_batches(job, run.tokenizer, batches, workers)
+            ) as results:
+                marked = time.perf_counter()
+                for result in results:
+                    run.add(result)
+                    summary.seconds = time.perf_counter() - began
+                    progress(summary)
+                    if time.perf_counter() - marked >= mark_seconds:
+                        run.mark()
+                        marked = time.perf_counter()
+            run.complete()
+        run.publish()
+        summary.seconds = time.perf_counter() - began
+        run.write_facts()
     return summary
 
 
-def _add(count: KeySummary, batch: TokenBatch) -> None:
-    count.documents += len(batch.sequences)
-    count.empty += int((batch.sequences == 0).sum())
-    count.sequences += len(batch.lengths)
-    count.tokens += len(batch.tokens)
-    count.eods += batch.num_eods
+def shard_prefix(prefix: str, shard: tuple[int, int]) -> str:
+    """The prefix of one shard's files; sorted by name the shards are in order."""
+    index, count = shard
+    digits = len(str(count))
+    return f"{prefix}_{index:0{digits}}-of-{count}"
 
 
-def _refuse_nothing(summary: Summary, inputs: Sequence[str]) -> None:
-    names = ", ".join(inputs)
-    if summary.documents == 0:
-        raise DataError(f"{names}: no documents - the input has no line with text")
-    for count in summary.keys:
-        if count.tokens == 0:
-            raise DataError(
-                f"{names}: the {count.documents} documents for {count.prefix} have no tokens"
+class Run:
+    """One run's files, counts and place in the input."""
+
+    def __init__(
+        self,
+        job: Job,
+        inputs: Sequence[str],
+        prefix: str,
+        disk: Disk,
+        shard: tuple[int, int] | None,
+    ) -> None:
+        self.job, self.inputs, self.disk, self.shard = job, inputs, disk, shard
+        self.parts: list[Part] = plan(inputs, shard)
+        # a broken tokenizer is found here, before anything is written
+        self.tokenizer: Tokenizer = job.tokenizer()
+        if job.append_eod:
+            assert self.tokenizer.eod >= 0
+        self.dtype = token_dtype(self.tokenizer.vocab_size)
+        self.place = Place()
+        self.published = False
+        path = Path(prefix).absolute()
+        self.folder = path.with_name(f".{path.name}.partial")
+        self.prefixes = [f"{prefix}_{key}_document" for key in job.keys]
+        self.writers: list[PairWriter] = []
+        self.summary = Summary(
+            self.prefixes,
+            str(self.dtype),
+            self.tokenizer.choice.describe(),
+            self.tokenizer.fingerprint(),
+            [],
+            total_bytes=sum((part.end or size_of(part.path)) - part.begin for part in self.parts),
+        )
+
+    def refuse_to_replace(self, *, overwrite: bool, resume: bool) -> None:
+        """Files of a finished run stay unless the user says otherwise."""
+        if overwrite or (resume and self._journal().get("stage") == "publish"):
+            return
+        for prefix in self.prefixes:
+            for path in (bin_path(prefix), idx_path(prefix)):
+                if path.exists():
+                    raise ConfigError(f"{path} is there already - give --overwrite to replace it")
+
+    def _journal(self) -> dict[str, Any]:
+        try:
+            found = json.loads((self.folder / JOURNAL).read_bytes())
+        except (OSError, ValueError):
+            return {}
+        return found if isinstance(found, dict) else {}
+
+    @contextlib.contextmanager
+    def workplace(self, resume: bool) -> Iterator[None]:
+        """The folder of unfinished files: made or found, locked, removed at the end.
+
+        It stays only where the run was interrupted after a mark.
+        """
+        self.disk.make_folder(self.folder)
+        with ExitStack() as stack:
+            self._lock(stack)
+            try:
+                self._open(resume)
+                yield
+                self.disk.remove_tree(self.folder)
+            except (KeyboardInterrupt, WorkerDied, ResumeRefused):
+                self._close()
+                if not self._journal():
+                    self.disk.remove_tree(self.folder)
+                raise
+            except BaseException:
+                self._close()
+                for writer, prefix in zip(self.writers, self.prefixes, strict=False):
+                    with contextlib.suppress(StorageError):
+                        writer.withdraw(prefix)
+                with contextlib.suppress(StorageError):
+                    self.disk.remove_tree(self.folder)
+                raise
+
+    def _lock(self, stack: ExitStack) -> None:
+        """Two runs must not write the same files; the lock ends with the process."""
+        descriptor = os.open(self.folder, os.O_RDONLY | os.O_CLOEXEC)
+        stack.callback(os.close, descriptor)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigError(
+                f"another run is writing {self.prefixes[0]} at this moment - wait for it, or "
+                "choose another --output-prefix"
+            ) from error
+        except OSError:  # a network file system without locks
+            log.info("%s cannot be locked; do not start two runs with one prefix", self.folder)
+
+    def _open(self, resume: bool) -> None:
+        journal = self._journal()
+        if journal and resume:
+            self._continue(journal)
+            return
+        if journal:
+            log.warning(
+                "note: an interrupted run had written %d documents; starting anew, --resume would "
+                "have gone on",
+                journal["keys"][0]["documents"],
             )
+        elif resume:
+            log.warning("note: --resume: no interrupted run is there; starting from the beginning")
+        for path in self.folder.iterdir():
+            self.disk.remove(path)
+        for number in range(len(self.prefixes)):
+            self.writers.append(PairWriter(self.folder, str(number), self.dtype, self.disk))
+        self.summary.keys = [writer.counts for writer in self.writers]
 
-
-def _verify(summary: Summary) -> None:
-    """Read back what was written: a count that differs is the disk's doing."""
-    for count in summary.keys:
-        written = IndexedDataset(count.prefix)
-        found = [
-            len(written.document_indices) - 1,
-            len(written),
-            int(written.sequence_lengths.sum(dtype=np.int64)),
+    def _continue(self, journal: dict[str, Any]) -> None:
+        settings = self._settings()
+        different = [
+            f"{name} was {journal['settings'].get(name)}, is {value}"
+            for name, value in settings.items()
+            if journal["settings"].get(name) != value
         ]
-        expected = [count.documents, count.sequences, count.tokens]
-        if found != expected:
-            raise StorageError(
-                f"{count.prefix}: wrote {expected} documents, sequences and tokens, read back "
-                f"{found} - the disk does not keep what is written"
+        if different:
+            raise ResumeRefused(
+                "--resume goes on only with the same settings and input: "
+                + "; ".join(different)
+                + " - run without --resume to start anew"
             )
+        self.published = journal["stage"] == "publish"
+        self.place = Place(**journal["place"])
+        counts = [Counts(**key) for key in journal["keys"]]
+        summary = self.summary
+        summary.resumed = True
+        summary.skipped.update(journal["skipped"])
+        summary.input_bytes, summary.read_bytes = journal["input_bytes"], journal["read_bytes"]
+        summary.hashes = journal["hashes"]
+        self.writers = [
+            PairWriter(
+                self.folder,
+                str(n),
+                self.dtype,
+                self.disk,
+                counts=key,
+                complete=self.published,
+            )
+            for n, key in enumerate(counts)
+        ]
+        summary.keys = [writer.counts for writer in self.writers]
+
+    def _settings(self) -> dict[str, Any]:
+        """What must be the same for a run to be continued."""
+        job = self.job
+        stats = [Path(path).stat() for path in self.inputs]
+        return {
+            "--input": [
+                [path, stat.st_size, stat.st_mtime_ns]
+                for path, stat in zip(self.inputs, stats, strict=True)
+            ],
+            "--shard": list(self.shard) if self.shard else None,
+            "--json-keys": list(job.keys),
+            "--template": job.template,
+            "--append-eod": job.append_eod,
+            "--on-bad-line": job.on_bad_line,
+            "tokenizer": [job.data.tokenizer_type, self.summary.fingerprint],
+            "dtype": str(self.dtype),
+        }
+
+    def add(self, result: Result) -> None:
+        """Write a batch; the place moves behind it."""
+        for writer, tokens in zip(self.writers, result.tokens, strict=True):
+            writer.add(tokens)
+        summary = self.summary
+        summary.skipped += result.skipped
+        summary.input_bytes += result.input_bytes
+        summary.read_bytes += result.batch.read
+        self.place = result.batch.next
+
+    def mark(self, stage: str = "tokens") -> None:
+        """From here a killed run goes on."""
+        summary = self.summary
+        journal = {
+            "stage": stage,
+            "settings": self._settings(),
+            "place": asdict(self.place),
+            "keys": [writer.mark() if stage == "tokens" else asdict(writer.counts)
+                     for writer in self.writers],
+            "skipped": summary.skipped,
+            "input_bytes": summary.input_bytes,
+            "read_bytes": summary.read_bytes,
+            "hashes": summary.hashes,
+        }  # fmt: skip
+        write_atomically(self.folder / JOURNAL, json.dumps(journal).encode(), self.disk)
+
+    def complete(self) -> None:
+        """All tokens are there: finish both files of every pair under their temporary names."""
+        if self.shard is None:
+            self._refuse_nothing()
+        self.summary.tokenizer = self.tokenizer.choice.describe()
+        self.summary.hashes = [writer.prepare() for writer in self.writers]
+        self.mark("publish")
+
+    def publish(self) -> None:
+        """Give the files their names."""
+        for writer, prefix in zip(self.writers, self.prefixes, strict=True):
+            writer.publish(prefix)
+        for prefix, counts in zip(self.prefixes, self.summary.keys, strict=True):
+            _verify(prefix, counts)
+
+    def write_facts(self) -> None:
+        """`{prefix}.meta.json`: the counts, the tokenizer and the hashes of both files."""
+        summary = self.summary
+        for prefix, counts, hashes in zip(self.prefixes, summary.keys, summary.hashes, strict=True):
+            facts = {
+                "format": 1,
+                **asdict(counts),
+                "skipped": dict(summary.skipped),
+                "dtype": summary.dtype,
+                "append_eod": self.job.append_eod,
+                "tokenizer": {
+                    "type": self.job.data.tokenizer_type,
+                    "vocab_size": self.tokenizer.vocab_size,
+                    "fingerprint": summary.fingerprint,
+                    "engine": summary.tokenizer,
+                },
+                "sha256": hashes,
+                "input": list(self.inputs),
+                "shard": list(self.shard) if self.shard else None,
+                "input_bytes": summary.input_bytes,
+                "seconds": round(summary.seconds, 3),
+            }
+            text = json.dumps(facts, indent=1, ensure_ascii=False) + "\n"
+            write_atomically(f"{prefix}.meta.json", text.encode("utf-8"), self.disk)
+
+    def _refuse_nothing(self) -> None:
+        names = ", ".join(self.inputs[:3]) + (", ..." if len(self.inputs) > 3 else "")
+        skipped = f"; skipped: {dict(self.summary.skipped)}" if self.summary.skipped else ""
+        if self.summary.documents == 0:
+            raise DataError(f"{names}: no documents - the input has no line with text{skipped}")
+        for prefix, counts in zip(self.prefixes, self.summary.keys, strict=True):
+            if counts.tokens == 0:
+                raise DataError(
+                    f"{names}: the {counts.documents} documents for {prefix} have no tokens"
+                )
+
+    def _close(self) -> None:
+        for writer in self.writers:
+            with contextlib.suppress(StorageError):
+                writer.close()
+
+
+def _verify(prefix: str, counts: Counts) -> None:
+    """Open what was written as a trainer would: a count that differs is the disk's doing."""
+    written = IndexedDataset(prefix)
+    tokens = int(written.sequence_lengths.sum(dtype=np.int64))
+    found = [len(written.document_indices) - 1, len(written), tokens]
+    expected = [counts.documents, counts.sequences, counts.tokens]
+    if found != expected:
+        raise StorageError(
+            f"{prefix}: wrote {expected} documents, sequences and tokens, read back "
+            f"{found} - the disk does not keep what is written"
+        )

@@ -154,6 +154,24 @@ class Disk:
         descriptor = self._run(Operation("create", new), lambda: os.open(new, CREATE_FLAGS, 0o666))
         return DiskFile(self, new, descriptor)
 
+    def reopen(self, path: str | os.PathLike[str], size: int) -> DiskFile:
+        """Open a file to be continued after its first `size` bytes; what follows is cut off."""
+        old = Path(path)
+
+        def cut() -> int:
+            descriptor = os.open(old, os.O_WRONLY | os.O_CLOEXEC | getattr(os, "O_NOFOLLOW", 0))
+            try:
+                os.ftruncate(descriptor, size)
+                os.lseek(descriptor, size, os.SEEK_SET)
+            except OSError:
+                os.close(descriptor)
+                raise
+            return descriptor
+
+        file = DiskFile(self, old, self._run(Operation("reopen", old), cut))
+        file.size = size
+        return file
+
     def rename(self, a: str | os.PathLike[str], b: str | os.PathLike[str]) -> None:
         """Give a the name b in one step, replacing what was there; sync_folder makes it last."""
         self._run(Operation("rename", Path(a), target=Path(b)), lambda: os.replace(a, b))

@@ -73,7 +73,7 @@ def test_plain_fast_and_transformers_give_equal_ids_and_the_text_comes_back(
     files: tuple[str, str], text: str
 ) -> None:
     pytest.importorskip("tokenizers", reason="the library is not installed")
-    plain, fast = GPT2BPETokenizer(*files, plain=True), GPT2BPETokenizer(*files)
+    plain, fast = GPT2BPETokenizer(*files, engine="plain"), GPT2BPETokenizer(*files)
     ids = plain.encode(text)
     assert fast.encode(text) == ids
     assert plain.decode(ids) == fast.decode(ids) == text
@@ -84,21 +84,23 @@ def test_plain_fast_and_transformers_give_equal_ids_and_the_text_comes_back(
 @given(text=st.text(max_size=60))
 def test_plain_equals_fast_on_any_text(files: tuple[str, str], text: str) -> None:
     pytest.importorskip("tokenizers", reason="the library is not installed")
-    plain, fast = GPT2BPETokenizer(*files, plain=True), GPT2BPETokenizer(*files)
+    plain, fast = GPT2BPETokenizer(*files, engine="plain"), GPT2BPETokenizer(*files)
     assert plain.encode(text) == fast.encode(text)
 
 
 def test_ids_equal_transformers_gpt2(files: tuple[str, str]) -> None:
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     reference = transformers.GPT2Tokenizer(vocab=files[0], merges=files[1])
-    plain = GPT2BPETokenizer(*files, plain=True)
+    plain = GPT2BPETokenizer(*files, engine="plain")
     for text in HARD[:-1]:  # the last spells a special token, which stays text here
         assert plain.encode(text) == reference.encode(text, add_special_tokens=False)
 
 
-@pytest.mark.parametrize("plain", [True, False])
-def test_a_batch_equals_its_texts(files: tuple[str, str], plain: bool) -> None:
-    tokenizer = GPT2BPETokenizer(*files, plain=plain)
+@pytest.mark.parametrize("engine", ["plain", "tokenizers", "tiktoken", "gigatoken"])
+def test_a_batch_equals_its_texts(files: tuple[str, str], engine: str) -> None:
+    if engine != "plain":
+        pytest.importorskip(engine, reason=f"{engine} is not installed")
+    tokenizer = GPT2BPETokenizer(*files, engine=engine)
     batch = tokenizer.encode_batch(HARD)
     expected = [tokenizer.encode(text) for text in HARD]
     assert batch.lengths.tolist() == [len(ids) for ids in expected]
@@ -114,7 +116,7 @@ def test_vocabulary_size_and_eod(files: tuple[str, str]) -> None:
     tokenizer = build_tokenizer(data)
     assert tokenizer.vocab_size == read_vocab_size(data) == tokenizer.eod + 1
     assert tokenizer.decode([tokenizer.eod]) == EOD
-    again = GPT2BPETokenizer(*files, plain=True)
+    again = GPT2BPETokenizer(*files, engine="plain")
     assert again.fingerprint() == tokenizer.fingerprint()
 
 
@@ -224,11 +226,14 @@ def test_without_the_library_the_plain_version_works_and_without_both_the_extra_
     files: tuple[str, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     expected = GPT2BPETokenizer(*files).encode("Hello 你好")
-    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    for package in ("tokenizers", "tiktoken", "gigatoken"):
+        monkeypatch.setitem(sys.modules, package, None)
+    assert "plain; " in GPT2BPETokenizer(*files).choice.describe()
     assert GPT2BPETokenizer(*files).encode("Hello 你好") == expected
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(ConfigError, match=r"megatron_lite\[tokenizers\]"):
         HuggingFaceTokenizer(str(tmp_path))
-    monkeypatch.setitem(sys.modules, "regex", None)
-    with pytest.raises(ConfigError, match=r"megatron_lite\[tokenizers\]"):
-        GPT2BPETokenizer(*files)
+    for package in ("regex", "tiktoken", "gigatoken"):
+        monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ConfigError, match=r"megatron_lite\[tokenizers\].*megatron_lite\[fast\]"):
+        GPT2BPETokenizer(*files).encode("x")

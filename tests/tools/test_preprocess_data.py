@@ -20,8 +20,9 @@ import pytest
 from megatron_lite.config.data import DataConfig
 from megatron_lite.config.errors import StorageError
 from megatron_lite.config.exit import run_tool
-from megatron_lite.data import preprocess
+from megatron_lite.data.encode import Job
 from megatron_lite.data.indexed import IndexedDataset
+from megatron_lite.data.preprocess import preprocess
 from megatron_lite.storage.disk import Disk
 from megatron_lite.storage.faults import FaultyDisk, RecordingDisk
 from tools import preprocess_data
@@ -41,7 +42,7 @@ def write_lines(path: Path, *records: Any) -> Path:
     return path
 
 
-def hashes(folder: Path, pattern: str = "*document.*") -> dict[str, str]:
+def hashes(folder: Path, pattern: str = "*document.[bi]*") -> dict[str, str]:
     return {
         path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.glob(pattern)
     }
@@ -90,11 +91,9 @@ def test_any_number_of_workers_writes_the_same_bytes(tmp_path: Path) -> None:
     source = str(write_lines(tmp_path / "a.json", *records))
     found = []
     for workers in (1, 2, 3):
-        job = preprocess.Job(
-            DataConfig(tokenizer_type="NullTokenizer"), 1000, ("a", "b"), append_eod=True
-        )
+        job = Job(DataConfig(tokenizer_type="NullTokenizer"), 1000, ("a", "b"), append_eod=True)
         folder = tmp_path / str(workers)
-        preprocess.preprocess(
+        preprocess(
             job,
             inputs=[source, source],
             output_prefix=str(folder / "x"),
@@ -114,8 +113,8 @@ def test_a_full_disk_at_any_operation_leaves_nothing_or_whole_pairs(tmp_path: Pa
 
     def attempt(folder: Path, disk: Disk) -> None:
         data = DataConfig(tokenizer_type="NullTokenizer")
-        preprocess.preprocess(
-            preprocess.Job(data, 1000, ("a", "b"), append_eod=False),
+        preprocess(
+            Job(data, 1000, ("a", "b"), append_eod=False),
             inputs=[source],
             output_prefix=str(folder / "x"),
             workers=1,
@@ -158,7 +157,7 @@ BAD_LINES = {
     "null": (b'{"text": null}', "'text' is NoneType"),
     "number": (b'{"text": 5}', "'text' is int"),
     "nested": (b'{"text": [["1"]]}', "'text' is list"),
-    "utf8": (b'{"text": "\xff"}', "no JSON"),
+    "utf8": (b'{"text": "\xff"}', "no UTF-8"),
     "surrogate": (b'{"text": "\\ud800"}', "lone surrogate"),
     "deep": (b"[" * 100_000, "no JSON"),
     "tokenizer": (b'{"text": "one"}', "numbers separated by spaces"),
@@ -181,8 +180,7 @@ def test_a_bad_line_is_named_and_nothing_is_left(
     )
     err = capsys.readouterr().err
     assert err.startswith("FATAL[3] rank=- step=-: ") and len(err.splitlines()) == 1
-    where = "a.json:1-5: " if case in ("tokenizer", "range") else "a.json:4: "
-    assert where in err
+    assert "a.json:4: " in err
     assert re.search(message, err)
     assert os.listdir(tmp_path) == ["a.json"]
 
@@ -244,7 +242,7 @@ def test_input_without_text_is_an_error(
         (["--tokenizer-type", "Nope"], 2, "--tokenizer-type Nope"),
         (["--tokenizer-type", "GPT2BPETokenizer", "--vocab-file", "/no"], 3, "--vocab-file /no"),
         (["--input", "/no/file"], 3, "--input /no/file does not exist"),
-        (["--input", "/"], 3, "--input / is no file"),
+        (["--input", "/dev/null"], 3, "--input /dev/null is no file"),
         (["--output-prefix", "/proc/no/x"], 5, "/proc/no"),
     ],
 )

@@ -39,7 +39,7 @@ def test_vocabulary_is_trained_streaming_and_ends_with_eod(
     tokenizer = GPT2BPETokenizer(*files)
     assert len(tokenizer.encode(" the")) == 1 and tokenizer.eod == 299
     assert tokenizer.decode(tokenizer.encode(words)) == words
-    assert GPT2BPETokenizer(*files, plain=True).encode(words) == tokenizer.encode(words)
+    assert GPT2BPETokenizer(*files, engine="plain").encode(words) == tokenizer.encode(words)
     # the same again gives the same bytes
     assert (
         call(monkeypatch, train_tokenizer, *arguments, tmp_path / "w", "--json-keys", "text", "b")

@@ -6,12 +6,15 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from megatron_lite.config.errors import DataError
+
+if TYPE_CHECKING:
+    from megatron_lite.data.tokenizers.engines import EngineChoice
 
 
 class Encoded(NamedTuple):
@@ -23,6 +26,9 @@ class Encoded(NamedTuple):
 
 class Tokenizer(Protocol):
     """Text <-> token ids.  Plain text never gives a special id, whatever it spells."""
+
+    choice: EngineChoice
+    """Which library carries it out."""
 
     @property
     def vocab_size(self) -> int:

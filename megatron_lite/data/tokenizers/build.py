@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from megatron_lite.config.data import DataConfig
 from megatron_lite.config.errors import ConfigError
 from megatron_lite.data.tokenizers.base import Tokenizer, read_vocab
+from megatron_lite.data.tokenizers.engines import AUTO
 from megatron_lite.data.tokenizers.gpt2_bpe import GPT2BPETokenizer
 from megatron_lite.data.tokenizers.huggingface import HuggingFaceTokenizer, count_ids
 from megatron_lite.data.tokenizers.null import NullTokenizer
@@ -17,21 +18,21 @@ from megatron_lite.data.tokenizers.null import NullTokenizer
 class Kind:
     """How one tokenizer is made and how its ids are counted; the integer is --vocab-size."""
 
-    build: Callable[[DataConfig, int | None], Tokenizer]
+    build: Callable[[DataConfig, int | None, str], Tokenizer]
     count: Callable[[DataConfig, int | None], int]
 
 
 TOKENIZERS = {
     "GPT2BPETokenizer": Kind(
-        lambda data, _: GPT2BPETokenizer(data.vocab_file, data.merge_file),
+        lambda data, _, engine: GPT2BPETokenizer(data.vocab_file, data.merge_file, engine=engine),
         lambda data, _: len(read_vocab(data.vocab_file)),
     ),
     "HuggingFaceTokenizer": Kind(
-        lambda data, _: HuggingFaceTokenizer(data.tokenizer_model),
+        lambda data, _, engine: HuggingFaceTokenizer(data.tokenizer_model, engine=engine),
         lambda data, _: count_ids(data.tokenizer_model),
     ),
     "NullTokenizer": Kind(
-        lambda _, size: NullTokenizer(size),
+        lambda _, size, engine: NullTokenizer(size, engine=engine),
         lambda _, size: NullTokenizer(size).vocab_size,
     ),
 }
@@ -45,9 +46,14 @@ def kind_of(name: str) -> Kind:
     return TOKENIZERS[name]
 
 
-def build_tokenizer(data: DataConfig, *, vocab_size: int | None = None) -> Tokenizer:
-    """The tokenizer of --tokenizer-type; vocab_size is --vocab-size, which NullTokenizer needs."""
-    return kind_of(data.tokenizer_type).build(data, vocab_size)
+def build_tokenizer(
+    data: DataConfig, *, vocab_size: int | None = None, engine: str = AUTO
+) -> Tokenizer:
+    """The tokenizer of --tokenizer-type; vocab_size is --vocab-size, which NullTokenizer needs.
+
+    engine: the library that carries it out, one of ENGINES; the fastest exact one by default.
+    """
+    return kind_of(data.tokenizer_type).build(data, vocab_size, engine)
 
 
 def read_vocab_size(data: DataConfig, *, vocab_size: int | None = None) -> int:

@@ -1,20 +1,31 @@
 """GPT-2's byte-level BPE from a vocab and a merges file.
 
 Text is cut into words by GPT-2's pattern, each word's bytes become printable characters, and the
-earliest learned merges join them (Radford et al. 2019, section 2.2).  The `tokenizers` library
-does it where it is installed; a plain version with the `regex` package otherwise, same ids.
+earliest learned merges join them (Radford et al. 2019, section 2.2).  The fastest library that is
+installed does it; a plain version with the `regex` package where there is none, same ids.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
 
-import numpy as np
-
-from megatron_lite.config.errors import ConfigError, DataError
-from megatron_lite.data.tokenizers.base import Encoded, gather, hash_of, read_bytes, read_vocab
+from megatron_lite.config.errors import DataError
+from megatron_lite.data.tokenizers.base import hash_of, read_bytes, read_vocab
+from megatron_lite.data.tokenizers.engines import (
+    AUTO,
+    Candidate,
+    Engine,
+    EngineChoice,
+    EngineTokenizer,
+    FunctionEngine,
+    GigatokenEngine,
+    TiktokenEngine,
+    TokenizersEngine,
+    Unavailable,
+    missing,
+)
 
 EOD = "<|endoftext|>"
 WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -84,33 +95,79 @@ class PlainBPE:
         return [self._vocab[part] for part in parts]
 
 
-def library_bpe(vocab: dict[str, int], merges: Sequence[Merge]) -> Any:
-    """The same by the `tokenizers` library, or None where it is not installed."""
+def library_bpe(vocab: dict[str, int], merges: Sequence[Merge]) -> TokenizersEngine:
+    """The same by the `tokenizers` library."""
     try:
         import tokenizers  # noqa: PLC0415  an optional extra
-    except ImportError:
-        return None
+    except ImportError as error:
+        raise missing("tokenizers", "tokenizers") from error
     fast = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocab, merges=list(merges)))
     fast.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    return fast
+    return TokenizersEngine(fast)
 
 
-class GPT2BPETokenizer:
-    """`plain=True` takes the Python version even where the library is installed."""
+def tokenizer_json(vocab: dict[str, int], merges: Sequence[Merge]) -> str:
+    """Vocabulary and merges as a tokenizer.json, which gigatoken reads."""
+    words = {
+        "type": "ByteLevel",
+        "add_prefix_space": False,
+        "trim_offsets": True,
+        "use_regex": True,
+    }
+    model = {"type": "BPE", "vocab": vocab, "merges": [list(pair) for pair in merges]}
+    return json.dumps(
+        {"version": "1.0", "added_tokens": [], "pre_tokenizer": words, "model": model},
+        ensure_ascii=False,
+    )
+
+
+def ranks_of(vocab: dict[str, int], merges: Sequence[Merge]) -> dict[bytes, int]:
+    """Bytes -> id for tiktoken, which merges by lowest id: only if ids follow the merges."""
+    ids = [vocab[a + b] for a, b in merges]
+    ordered = all(first < second for first, second in zip(ids, ids[1:], strict=False))
+    singles = [vocab[character] for character in byte_characters()]
+    if not ordered or (ids and max(singles) > ids[0]):
+        raise Unavailable("tiktoken cannot carry out merges whose ids are in another order")
+    number = {character: byte for byte, character in enumerate(byte_characters())}
+    names = [*byte_characters(), *(a + b for a, b in merges)]
+    return {bytes(number[character] for character in name): vocab[name] for name in names}
+
+
+def plain_bpe(vocab: dict[str, int], merges: Sequence[Merge]) -> Engine:
+    """Our own version."""
+    try:
+        return FunctionEngine("plain", PlainBPE(vocab, merges).encode)
+    except ImportError as error:
+        raise missing("regex", "tokenizers") from error
+
+
+class GPT2BPETokenizer(EngineTokenizer):
+    """`engine` names one of the libraries, or "plain" for the Python version."""
 
     def __init__(
-        self, vocab_file: str | None, merge_file: str | None, *, plain: bool = False
+        self, vocab_file: str | None, merge_file: str | None, *, engine: str = AUTO
     ) -> None:
         self._vocab_file = vocab_file
-        self._vocab = read_vocab(vocab_file)
+        self._vocab = vocab = read_vocab(vocab_file)
         merges = read_merges(merge_file)
         self._check(merges, merge_file)
         self._hash = hash_of(
             read_bytes(vocab_file, "--vocab-file"), read_bytes(merge_file, "--merge-file")
         )
-        self._fast = None if plain else library_bpe(self._vocab, merges)
-        self._plain = self._load_plain(merges) if self._fast is None else None
-        self._names = [name for name, _ in sorted(self._vocab.items(), key=lambda item: item[1])]
+        self.choice = EngineChoice(
+            [
+                Candidate(
+                    "gigatoken",
+                    lambda: GigatokenEngine(lambda t: t.from_json(tokenizer_json(vocab, merges))),
+                ),
+                Candidate("tiktoken", lambda: TiktokenEngine(ranks_of(vocab, merges), WORDS)),
+                Candidate("tokenizers", lambda: library_bpe(vocab, merges)),
+                Candidate("plain", lambda: plain_bpe(vocab, merges)),
+            ],
+            reference=("tokenizers", "plain"),
+            asked=engine,
+        )
+        self._names = [name for name, _ in sorted(vocab.items(), key=lambda item: item[1])]
         self._bytes = {character: byte for byte, character in enumerate(byte_characters())}
 
     def _check(self, merges: Sequence[Merge], merge_file: str | None) -> None:
@@ -129,15 +186,6 @@ class GPT2BPETokenizer:
                 f"e.g. {missing[0]!r} - it is no byte-level vocabulary"
             )
 
-    def _load_plain(self, merges: Sequence[Merge]) -> PlainBPE:
-        try:
-            return PlainBPE(self._vocab, merges)
-        except ImportError as error:
-            raise ConfigError(
-                "GPT2BPETokenizer needs the package `tokenizers` (fast) or `regex` (slow): "
-                "pip install 'megatron_lite[tokenizers]'"
-            ) from error
-
     @property
     def vocab_size(self) -> int:
         """Number of ids."""
@@ -151,25 +199,6 @@ class GPT2BPETokenizer:
                 f"--vocab-file {self._vocab_file} has no {EOD!r}, the end-of-document token"
             )
         return self._vocab[EOD]
-
-    def encode(self, text: str) -> list[int]:
-        """Ids of one text; a lone surrogate raises UnicodeEncodeError."""
-        text.encode("utf-8")
-        if self._plain is not None:
-            return self._plain.encode(text)
-        ids: list[int] = self._fast.encode(text).ids  # type: ignore[union-attr]
-        return ids
-
-    def encode_batch(self, texts: Sequence[str]) -> Encoded:
-        """Ids of many texts; a lone surrogate raises UnicodeEncodeError."""
-        for text in texts:
-            text.encode("utf-8")
-        if self._plain is not None:
-            return gather([self._plain.encode(text) for text in texts])
-        encodings = self._fast.encode_batch_fast(list(texts))  # type: ignore[union-attr]
-        parts = [np.array(encoding.ids, np.int32) for encoding in encodings]
-        lengths = np.fromiter((len(part) for part in parts), np.int64, len(parts))
-        return Encoded(np.concatenate(parts) if parts else np.empty(0, np.int32), lengths)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of the ids; <|endoftext|> is written out, broken UTF-8 becomes U+FFFD."""

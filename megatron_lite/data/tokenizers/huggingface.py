@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from megatron_lite.config.errors import ConfigError, DataError
-from megatron_lite.data.tokenizers.base import Encoded, hash_of, read_bytes, read_json
+from megatron_lite.data.tokenizers.base import hash_of, read_bytes, read_json
+from megatron_lite.data.tokenizers.engines import (
+    AUTO,
+    Candidate,
+    EngineChoice,
+    EngineTokenizer,
+    GigatokenEngine,
+    TokenizersEngine,
+)
 
 FLAG = "--tokenizer-model"
 EOD_NAMES = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>", "[SEP]")
@@ -42,10 +49,18 @@ def count_ids(path: str | None) -> int:
         raise DataError(f"{FLAG} {path} is no tokenizer.json: it has no model.vocab") from error
 
 
-class HuggingFaceTokenizer:
+def without_specials(content: bytes) -> str:
+    """A tokenizer.json in which text that spells a special token is text."""
+    found = json.loads(content)
+    added = found.get("added_tokens") or []
+    found["added_tokens"] = [token for token in added if not token.get("special")]
+    return json.dumps(found, ensure_ascii=False)
+
+
+class HuggingFaceTokenizer(EngineTokenizer):
     """Encodes without adding special tokens; the end of a document is the configured eos token."""
 
-    def __init__(self, path: str | None) -> None:
+    def __init__(self, path: str | None, *, engine: str = AUTO) -> None:
         self._file = tokenizer_json(path)
         try:
             import tokenizers  # noqa: PLC0415  an optional extra
@@ -63,6 +78,17 @@ class HuggingFaceTokenizer:
         self._fast.no_truncation()
         self._fast.no_padding()
         self._fast.encode_special_tokens = True  # text that spells one stays text
+        self.choice = EngineChoice(
+            [
+                Candidate(
+                    "gigatoken",
+                    lambda: GigatokenEngine(lambda t: t.from_json(without_specials(self._content))),
+                ),
+                Candidate("tokenizers", lambda: TokenizersEngine(self._fast)),
+            ],
+            reference=("tokenizers",),
+            asked=engine,
+        )
 
     @property
     def vocab_size(self) -> int:
@@ -86,21 +112,6 @@ class HuggingFaceTokenizer:
             f"{FLAG} {self._file} has no end-of-document token: neither eos_token in "
             f"tokenizer_config.json nor one of {', '.join(EOD_NAMES)}"
         )
-
-    def encode(self, text: str) -> list[int]:
-        """Ids of one text; a lone surrogate raises UnicodeEncodeError."""
-        text.encode("utf-8")
-        ids: list[int] = self._fast.encode(text, add_special_tokens=False).ids
-        return ids
-
-    def encode_batch(self, texts: Sequence[str]) -> Encoded:
-        """Ids of many texts; a lone surrogate raises UnicodeEncodeError."""
-        for text in texts:
-            text.encode("utf-8")
-        encodings = self._fast.encode_batch_fast(list(texts), add_special_tokens=False)
-        parts = [np.array(encoding.ids, np.int32) for encoding in encodings]
-        lengths = np.fromiter((len(part) for part in parts), np.int64, len(parts))
-        return Encoded(np.concatenate(parts) if parts else np.empty(0, np.int32), lengths)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of the ids, special tokens written out."""

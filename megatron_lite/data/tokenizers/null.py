@@ -5,16 +5,25 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from megatron_lite.config.errors import DataError
-from megatron_lite.data.tokenizers.base import Encoded, gather, hash_of
+from megatron_lite.data.tokenizers.base import hash_of
+from megatron_lite.data.tokenizers.engines import (
+    AUTO,
+    Candidate,
+    EngineChoice,
+    EngineTokenizer,
+    FunctionEngine,
+)
 
 
-class NullTokenizer:
+class NullTokenizer(EngineTokenizer):
     """Text is ids separated by spaces; EOD is one more id after the vocab_size given ones."""
 
-    def __init__(self, vocab_size: int | None) -> None:
+    def __init__(self, vocab_size: int | None, *, engine: str = AUTO) -> None:
         if vocab_size is None or vocab_size < 1:
             raise DataError("NullTokenizer needs --vocab-size, the number of ids without EOD")
         self._words = vocab_size
+        plain = Candidate("plain", lambda: FunctionEngine("plain", self._numbers))
+        self.choice = EngineChoice([plain], reference=("plain",), asked=engine)
 
     @property
     def vocab_size(self) -> int:
@@ -26,8 +35,7 @@ class NullTokenizer:
         """The id after the given ones."""
         return self._words
 
-    def encode(self, text: str) -> list[int]:
-        """The numbers in the text."""
+    def _numbers(self, text: str) -> list[int]:
         try:
             ids = [int(word) for word in text.split()]
         except ValueError as error:
@@ -36,10 +44,6 @@ class NullTokenizer:
             if not 0 <= number < self._words:
                 raise DataError(f"id {number} is not below --vocab-size {self._words}")
         return ids
-
-    def encode_batch(self, texts: Sequence[str]) -> Encoded:
-        """The numbers in many texts."""
-        return gather([self.encode(text) for text in texts])
 
     def decode(self, ids: Sequence[int]) -> str:
         """The numbers as text."""

@@ -1,0 +1,263 @@
+"""Batches of records become batches of tokens, in order, by threads or by worker processes.
+
+read ─▶ parse ─▶ tokenize ─▶ (caller writes)     an engine with threads of its own: one process,
+                                                 a thread per stage
+read ─▶ [parse, tokenize] x workers ─▶           any other: processes
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import multiprocessing.connection
+import os
+import signal
+import threading
+from collections import Counter, deque
+from collections.abc import Generator, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_lite.config.data import DataConfig
+from megatron_lite.config.errors import DataError
+from megatron_lite.data.indexed import token_dtype
+from megatron_lite.data.inputs import Batch
+from megatron_lite.data.pair_writer import TokenBatch
+from megatron_lite.data.records import OnBadLine, Parsed, Reader, Texts, bad_line
+from megatron_lite.data.tokenizers.base import Encoded, Tokenizer
+from megatron_lite.data.tokenizers.build import build_tokenizer
+from megatron_lite.data.tokenizers.engines import AUTO
+
+THREADED_BATCH_BYTES = 4 << 20
+BATCH_BYTES = 1 << 19  # half a second of the slowest tokenizer: every worker ends at the same time
+BATCHES_PER_WORKER = 3  # one at work, two waiting: a worker never waits for the reader
+SAMPLE_TEXTS, SAMPLE_CHARACTERS = 64, 1 << 16  # compared with the reference at the start
+CHECK_EVERY = 16  # batches, of which one text is compared
+CHECK_CHARACTERS = 1 << 14
+
+Item = TypeVar("Item")
+
+
+class WorkerDied(DataError):
+    """A worker process is gone; what was marked before can be gone on with."""
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What is tokenized and how; travels to every worker."""
+
+    data: DataConfig
+    vocab_size: int | None = None
+    keys: tuple[str, ...] = ("text",)
+    append_eod: bool = False
+    template: str | None = None
+    on_bad_line: OnBadLine = "error"
+    engine: str = AUTO
+
+    def tokenizer(self) -> Tokenizer:
+        """Built anew."""
+        return build_tokenizer(self.data, vocab_size=self.vocab_size, engine=self.engine)
+
+    def reader(self) -> Reader:
+        """Built anew."""
+        return Reader(self.keys, self.template, self.on_bad_line)
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """A batch as tokens, one TokenBatch per key; the batch itself without its data."""
+
+    batch: Batch
+    tokens: list[TokenBatch]
+    input_bytes: int
+    skipped: Counter[str]
+
+
+class Encoder:
+    """Turns batches of records into token arrays."""
+
+    def __init__(self, job: Job, tokenizer: Tokenizer) -> None:
+        self._job = job
+        self.tokenizer = tokenizer
+        self._reader = job.reader()
+        self._dtype = token_dtype(tokenizer.vocab_size)
+        self._eod = tokenizer.eod if job.append_eod else None
+        self._batches = 0
+
+    def parse(self, batch: Batch) -> tuple[Batch, Parsed]:
+        """The texts of a batch; DataError names file and line."""
+        return batch, self._reader.parse(batch)
+
+    def encode(self, item: tuple[Batch, Parsed]) -> Result:
+        """The tokens of a batch; DataError names file and line."""
+        batch, parsed = item
+        self._compare(parsed)
+        try:
+            encoded = [self.tokenizer.encode_batch(key.texts) for key in parsed.keys]
+        except DataError:
+            parsed = self._without_refused(batch, parsed)
+            encoded = [self.tokenizer.encode_batch(key.texts) for key in parsed.keys]
+        tokens = [
+            self._arrange(batch, parsed, texts, ids)
+            for texts, ids in zip(parsed.keys, encoded, strict=True)
+        ]
+        size = len(batch.data) if batch.records is None else sum(len(t.tokens) for t in tokens)
+        bare = replace(batch, data=b"", records=None, numbers=None)
+        return Result(bare, tokens, size, parsed.skipped)
+
+    def run(self, batch: Batch) -> Result:
+        """Both steps."""
+        return self.encode(self.parse(batch))
+
+    def _compare(self, parsed: Parsed) -> None:
+        """Real text against the reference: many at the start, now and then one more."""
+        choice, texts = self.tokenizer.choice, parsed.keys[0].texts
+        if self._batches == 0:
+            sample, size = [], 0
+            for text in texts[:SAMPLE_TEXTS]:
+                sample.append(text[:SAMPLE_CHARACTERS])
+                size += len(sample[-1])
+                if size >= SAMPLE_CHARACTERS:
+                    break
+            choice.check(sample)
+        elif self._batches % CHECK_EVERY == 0 and texts:
+            choice.check_again(texts[self._batches % len(texts)][:CHECK_CHARACTERS])
+        self._batches += 1
+
+    def _without_refused(self, batch: Batch, parsed: Parsed) -> Parsed:
+        """A text the tokenizer refuses makes its record a bad one: an error, or skipped."""
+        kept = Parsed([Texts() for _ in parsed.keys], [], parsed.skipped)
+        starts = [np.cumsum([0, *key.counts]) for key in parsed.keys]
+        for record, line in enumerate(parsed.lines):
+            found = [
+                key.texts[start[record] : start[record + 1]]
+                for key, start in zip(parsed.keys, starts, strict=True)
+            ]
+            try:
+                for texts in found:
+                    self.tokenizer.encode_batch(texts)
+            except DataError as error:
+                if self._job.on_bad_line == "error":
+                    raw = batch.data.split(b"\n")[line] if batch.records is None else found
+                    raise bad_line(batch, line, raw, str(error)) from error
+                parsed.skipped["refused by the tokenizer"] += 1
+                continue
+            kept.lines.append(line)
+            for key, texts in zip(kept.keys, found, strict=True):
+                key.texts += texts
+                key.counts.append(len(texts))
+        return kept
+
+    def _arrange(self, batch: Batch, parsed: Parsed, texts: Texts, encoded: Encoded) -> TokenBatch:
+        """Lengths and document bounds, EODs in their places, the file's dtype."""
+        self._check_range(batch, parsed, encoded.ids)
+        tokens = encoded.ids.astype(self._dtype)
+        counts = np.array(texts.counts, np.int64)
+        lengths, eods = encoded.lengths, 0
+        owner = np.repeat(np.arange(len(counts)), counts)
+        kept = lengths > 0  # a sentence without tokens is no sequence
+        if not kept.all():
+            owner, lengths = owner[kept], lengths[kept]
+        sequences = np.bincount(owner, minlength=len(counts))
+        if self._eod is not None and len(lengths):
+            last = np.flatnonzero(np.append(owner[1:] != owner[:-1], True))
+            tokens = np.insert(tokens, np.cumsum(lengths)[last], self._eod)
+            lengths = lengths.copy()
+            lengths[last] += 1
+            eods = len(last)
+        return TokenBatch(tokens, lengths.astype(np.int32), sequences, eods)
+
+    def _check_range(self, batch: Batch, parsed: Parsed, ids: npt.NDArray[np.int32]) -> None:
+        size = self.tokenizer.vocab_size
+        if len(ids) and (int(ids.min()) < 0 or int(ids.max()) >= size):
+            first, last = batch.where(parsed.lines[0]), batch.where(parsed.lines[-1])
+            wrong = int(ids.min()) if int(ids.min()) < 0 else int(ids.max())
+            raise DataError(
+                f"{first} to {last}: the tokenizer gave id {wrong}, its vocabulary has {size} - "
+                "the tokenizer's files do not belong together"
+            )
+
+
+def ahead(items: Iterable[Item], depth: int = 2) -> Iterator[Item]:
+    """The same items, made by a thread that is at most `depth` items ahead."""
+    source, end = iter(items), object()
+    with ThreadPoolExecutor(1) as pool:
+        waiting: deque[Future[object]] = deque()
+        try:
+            for _ in range(depth):
+                waiting.append(pool.submit(next, source, end))
+            while (item := waiting.popleft().result()) is not end:
+                waiting.append(pool.submit(next, source, end))
+                yield item  # type: ignore[misc]
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+_encoders: list[Encoder] = []  # of a worker process: made once by _start_worker
+
+
+def _start_worker(job: Job) -> None:
+    """Runs first in a worker: the parent handles Ctrl-C, and no worker outlives its parent."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    # the tokenizers library would start threads of its own in every worker
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def follow() -> None:
+        multiprocessing.connection.wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
+    _encoders.append(Encoder(job, job.tokenizer()))
+
+
+def _run(batch: Batch) -> Result:
+    return _encoders[0].run(batch)
+
+
+def encoded_batches(
+    job: Job, tokenizer: Tokenizer, batches: Iterator[Batch], workers: int
+) -> Generator[Result, None, None]:
+    """Every batch as tokens, in order; a worker that dies ends the run with a DataError at once."""
+    encoder = Encoder(job, tokenizer)
+    if tokenizer.choice.engine.threaded and workers > 1:
+        parsed = ahead(encoder.parse(batch) for batch in batches)
+        yield from ahead(encoder.encode(item) for item in parsed)
+    elif workers == 1:
+        yield from map(encoder.run, batches)
+    else:
+        yield from in_processes(job, batches, workers)
+
+
+def in_processes(job: Job, batches: Iterator[Batch], workers: int) -> Iterator[Result]:
+    """The same by worker processes."""
+    pool = ProcessPoolExecutor(
+        workers, multiprocessing.get_context("spawn"), initializer=_start_worker, initargs=(job,)
+    )
+    waiting: deque[Future[Result]] = deque()
+    try:
+        for batch in batches:
+            waiting.append(pool.submit(_run, batch))
+            if len(waiting) >= BATCHES_PER_WORKER * workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    except BrokenProcessPool as error:
+        raise WorkerDied(
+            "a worker process died while tokenizing (killed, or out of memory?) - "
+            "nothing was written under a final name; try fewer --workers"
+        ) from error
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def batch_bytes_for(threaded: bool) -> int:
+    """How much is read at a time."""
+    return THREADED_BATCH_BYTES if threaded else BATCH_BYTES

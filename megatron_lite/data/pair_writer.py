@@ -1,0 +1,217 @@
+"""Writes a `.bin`/`.idx` pair that a killed run can go on with; memory does not grow with it.
+
+<folder>/0.bin  0.lengths  0.bounds      appended to, cut back to the last mark on --resume
+<folder>/0.idx                           made from the last two at the end
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_lite.config.errors import DataError, StorageError
+from megatron_lite.data.indexed import CODES, HEADER, MAGIC, VERSION
+from megatron_lite.storage.disk import Disk, DiskFile
+
+WRITE_BYTES = 4 << 20  # small batches are gathered into writes of this size
+BLOCK = 1 << 20  # lengths turned into pointers at a time
+
+
+@dataclass(slots=True)
+class Counts:
+    """What has been written of one key."""
+
+    documents: int = 0
+    empty: int = 0
+    sequences: int = 0
+    tokens: int = 0
+    eods: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class TokenBatch:
+    """The documents of a batch for one key: tokens, sequence lengths, sequences per document."""
+
+    tokens: npt.NDArray[Any]
+    lengths: npt.NDArray[np.int32]
+    sequences: npt.NDArray[np.int64]
+    num_eods: int
+
+
+class Appender:
+    """A file that is appended to in large writes."""
+
+    def __init__(self, path: Path, disk: Disk, size: int | None) -> None:
+        """size: go on after so many bytes of the file; None: make it."""
+        self._file: DiskFile = disk.create(path) if size is None else disk.reopen(path, size)
+        self._pending: list[bytes] = []
+        self._pending_bytes = 0
+
+    def append(self, data: bytes) -> None:
+        """Append; the bytes reach the system in large pieces."""
+        self._pending.append(data)
+        self._pending_bytes += len(data)
+        if self._pending_bytes >= WRITE_BYTES:
+            self.flush()
+
+    def flush(self) -> None:
+        """Hand all bytes to the system."""
+        self._file.write(b"".join(self._pending))
+        self._pending.clear()
+        self._pending_bytes = 0
+
+    def sync(self) -> None:
+        """Return only when all bytes are on the device."""
+        self.flush()
+        self._file.fsync()
+
+    def close(self) -> None:
+        """Close without flushing."""
+        self._file.close()
+
+
+class PairWriter:
+    """The pair of one key, in a folder of its own until it is complete."""
+
+    def __init__(
+        self,
+        folder: Path,
+        name: str,
+        dtype: np.dtype[Any],
+        disk: Disk,
+        *,
+        counts: Counts | None = None,
+        complete: bool = False,
+    ) -> None:
+        """counts: of a run to be continued; what was written after them is cut off.
+
+        complete: both files are finished, only their names are missing.
+        """
+        self.dtype = dtype
+        self.counts = counts or Counts()
+        self.bin, self.idx = folder / f"{name}.bin", folder / f"{name}.idx"
+        self._lengths, self._bounds = folder / f"{name}.lengths", folder / f"{name}.bounds"
+        self._disk = disk
+        self._digest = hashlib.sha256()
+        self._files: list[Appender] = []
+        if complete:
+            return
+        sizes: list[int | None] = [None] * 3
+        if counts is not None:
+            sizes = [
+                counts.tokens * dtype.itemsize,
+                counts.sequences * 4,
+                counts.documents * 8,
+            ]
+            disk.remove(self.idx)
+            _hash_into(self._digest, self.bin, sizes[0])
+        paths = (self.bin, self._lengths, self._bounds)
+        self._files = [Appender(p, disk, s) for p, s in zip(paths, sizes, strict=True)]
+
+    def add(self, batch: TokenBatch) -> None:
+        """Append a batch; its tokens have the file's dtype."""
+        assert batch.tokens.dtype == self.dtype, f"{batch.tokens.dtype} is not {self.dtype}"
+        counts = self.counts
+        bounds = counts.sequences + np.cumsum(batch.sequences, dtype=np.int64)
+        tokens = batch.tokens.astype(self.dtype.newbyteorder("<"), copy=False).tobytes()
+        self._digest.update(tokens)
+        self._files[0].append(tokens)
+        self._files[1].append(batch.lengths.astype("<i4", copy=False).tobytes())
+        self._files[2].append(bounds.astype("<i8", copy=False).tobytes())
+        counts.documents += len(batch.sequences)
+        counts.empty += int(np.count_nonzero(batch.sequences == 0))
+        counts.sequences += len(batch.lengths)
+        counts.tokens += len(batch.tokens)
+        counts.eods += batch.num_eods
+
+    def mark(self) -> dict[str, int]:
+        """Everything so far is on the device; its counts, with which a run can go on."""
+        for file in self._files:
+            file.sync()
+        return asdict(self.counts)
+
+    def prepare(self) -> dict[str, str]:
+        """Complete both files, read them back and return their sha256 by suffix."""
+        self.mark()
+        self.close()
+        counts = self.counts
+        lengths = np.memmap(self._lengths, "<i4", "r") if counts.sequences else np.empty(0, "<i4")
+        total = int(lengths.sum(dtype=np.int64))
+        if total != counts.tokens:
+            raise DataError(f"{self.bin}: {counts.tokens} tokens, {total} by the lengths")
+        digest = hashlib.sha256()
+        with self._disk.create(self.idx) as file:
+            header = (MAGIC, VERSION, CODES[self.dtype], counts.sequences, counts.documents + 1)
+            _write(file, digest, HEADER.pack(*header))
+            for begin in range(0, len(lengths), BLOCK):
+                _write(file, digest, lengths[begin : begin + BLOCK].tobytes())
+            offset = 0
+            for begin in range(0, len(lengths), BLOCK):
+                sizes = lengths[begin : begin + BLOCK].astype("<i8") * self.dtype.itemsize
+                _write(file, digest, (offset + np.cumsum(sizes) - sizes).astype("<i8").tobytes())
+                offset += int(sizes.sum())
+            _write(file, digest, bytes(8))  # the first document begins at sequence 0
+            with open(self._bounds, "rb") as bounds:
+                while data := bounds.read(8 * BLOCK):
+                    _write(file, digest, data)
+            file.fsync()
+        return {
+            "bin": _verified(self.bin, self._digest.hexdigest()),
+            "idx": _verified(self.idx, digest.hexdigest()),
+        }
+
+    def publish(self, prefix: str) -> None:
+        """Give both files their names; the index, last, says that both are whole.
+
+        Goes on where a killed run left off.
+        """
+        disk = self._disk
+        bin_path, idx_path = Path(f"{prefix}.bin"), Path(f"{prefix}.idx")
+        if self.bin.exists():
+            # an old .idx must never stand beside a new .bin
+            disk.remove(idx_path)
+            disk.sync_folder(idx_path.parent)
+            disk.rename(self.bin, bin_path)
+            disk.sync_folder(bin_path.parent)
+        if self.idx.exists():
+            disk.rename(self.idx, idx_path)
+            disk.sync_folder(idx_path.parent)
+
+    def withdraw(self, prefix: str) -> None:
+        """After a failure between the two renames: no .bin without its .idx."""
+        if self.idx.exists() and not self.bin.exists():
+            self._disk.remove(f"{prefix}.bin")
+
+    def close(self) -> None:
+        """Close the files as they are."""
+        for file in self._files:
+            file.close()
+
+
+def _write(file: DiskFile, digest: Any, data: bytes) -> None:
+    file.write(data)
+    digest.update(data)
+
+
+def _hash_into(digest: Any, path: Path, size: int | None) -> None:
+    with open(path, "rb") as file:
+        while (size is None or size > 0) and (data := file.read(min(size or BLOCK, BLOCK))):
+            digest.update(data)
+            size = None if size is None else size - len(data)
+
+
+def _verified(path: Path, expected: str) -> str:
+    """The hash of what is on the disk; StorageError where it is not what was written."""
+    digest = hashlib.sha256()
+    _hash_into(digest, path, None)
+    if digest.hexdigest() != expected:
+        raise StorageError(
+            f"{path} reads back differently from what was written - the disk or its memory is "
+            "broken; write to another one"
+        )
+    return expected
