@@ -16,12 +16,13 @@ import os
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn, overload
+from typing import Any, NamedTuple, NoReturn, TypeAlias, overload
 
 import numpy as np
 import numpy.typing as npt
 
 from megatron_lite.config.errors import DataError, StorageError
+from megatron_lite.data.maps import FileMaps
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
@@ -37,10 +38,11 @@ DTYPES: dict[int, npt.DTypeLike] = {
 FLOAT_CODES = (6, 7)  # float64 and float32, in either order depending on who wrote the file
 CODES = {np.dtype(dtype): code for code, dtype in DTYPES.items()}
 
-IN_MEMORY_INDEX_BYTES = 16 << 20  # a small index is read whole: a mapping costs a file handle
+IN_MEMORY_INDEX_BYTES = 1 << 20  # a small index is read whole: a mapping costs a file handle
 CHECK_BLOCK = 1 << 20  # sequences checked at a time, so that checking needs no copy of the index
 
 Tokens = npt.NDArray[np.integer[Any]]
+Buffer: TypeAlias = "bytes | mmap.mmap"
 
 
 def token_dtype(vocab_size: int | None) -> np.dtype[Any]:
@@ -69,13 +71,40 @@ class Index:
     documents: npt.NDArray[np.int64]
 
 
+class Layout(NamedTuple):
+    """What the header of an .idx says, and how many bytes follow from it."""
+
+    dtype: np.dtype[Any]
+    sequences: int
+    bounds: int
+
+    @property
+    def size(self) -> int:
+        """Bytes of the whole .idx."""
+        return HEADER.size + 12 * self.sequences + 8 * self.bounds
+
+    def arrays(self, buffer: Buffer) -> Index:
+        """The arrays of an .idx of this layout, without a copy."""
+        lengths = np.frombuffer(buffer, np.dtype("<i4"), self.sequences, HEADER.size)
+        at = HEADER.size + 4 * self.sequences
+        pointers = np.frombuffer(buffer, np.dtype("<i8"), self.sequences, at)
+        at += 8 * self.sequences
+        documents = np.frombuffer(buffer, np.dtype("<i8"), self.bounds, at)
+        return Index(self.dtype, lengths, pointers, documents)
+
+
 def read_index(path: Path) -> Index:
     """Read and check everything an .idx says about itself; DataError names what is wrong."""
+    buffer = _read_or_map(path)
+    return check_index(path, buffer).arrays(buffer)
+
+
+def check_index(path: Path, buffer: Buffer) -> Layout:
+    """Check the content of an .idx; DataError names what is wrong."""
 
     def refuse(what: str) -> NoReturn:
         raise DataError(f"{path}: {what} - it is no intact index; write the pair anew")
 
-    buffer = _read_or_map(path)
     if len(buffer) < HEADER.size:
         refuse(f"{len(buffer)} bytes, but the header alone has {HEADER.size}")
     magic, version, code, sequences, bounds = HEADER.unpack_from(buffer)
@@ -95,20 +124,17 @@ def read_index(path: Path) -> Index:
             f"{len(buffer)} bytes, expected {expected} for {sequences} sequences "
             f"and {bounds} document bounds"
         )
-    offset = HEADER.size
-    lengths = np.frombuffer(buffer, np.dtype("<i4"), sequences, offset)
-    pointers = np.frombuffer(buffer, np.dtype("<i8"), sequences, offset + 4 * sequences)
-    documents = np.frombuffer(buffer, np.dtype("<i8"), bounds, offset + 12 * sequences)
-
+    layout = Layout(np.dtype(DTYPES[code]), sequences, bounds)
+    index = layout.arrays(buffer)
+    documents = index.documents
     if bounds == 0 or documents[0] != 0 or documents[-1] != sequences:
         ends = "none" if bounds == 0 else f"{documents[0]} .. {documents[-1]}"
         refuse(f"document bounds run from {ends}, expected 0 .. {sequences}")
     if np.any(documents[1:] < documents[:-1]):
         at = int(np.argmax(documents[1:] < documents[:-1]))
         refuse(f"document bound {at + 1} is {documents[at + 1]}, below {documents[at]} before it")
-    index = Index(np.dtype(DTYPES[code]), lengths, pointers, documents)
     _check_pointers(index, refuse)
-    return index
+    return layout
 
 
 def _read_or_map(path: Path) -> bytes | mmap.mmap:
@@ -143,6 +169,19 @@ def _check_pointers(index: Index, refuse: Any) -> None:
         running = int(ends[-1])
 
 
+def _hash_of(buffer: Buffer) -> str:
+    """Hash of an .idx; above 64 MiB of its ends and 16 blocks between."""
+    block = 1 << 20
+    digest = hashlib.blake2b(str(len(buffer)).encode(), digest_size=16)
+    if len(buffer) <= 64 * block:
+        digest.update(buffer)
+    else:
+        for part in range(18):
+            at = (len(buffer) - block) * part // 17
+            digest.update(buffer[at : at + block])
+    return digest.hexdigest()
+
+
 class IndexedDataset:
     """Sequences of tokens in a `.bin`/`.idx` pair, mapped into memory on first use.
 
@@ -151,20 +190,37 @@ class IndexedDataset:
     Raises DataError where the pair is missing, broken or does not belong together.
     """
 
-    def __init__(self, prefix: str | os.PathLike[str], *, mmap_bin: bool = True) -> None:
+    def __init__(
+        self,
+        prefix: str | os.PathLike[str],
+        *,
+        mmap_bin: bool = True,
+        maps: FileMaps | None = None,
+    ) -> None:
         self.prefix = os.fspath(prefix)
         self.mmap_bin = mmap_bin
-        self._index = read_index(idx_path(prefix))
-        self._bin = bin_path(prefix)
-        self._map: mmap.mmap | None = None
-        self._check_bin()
+        self._maps = FileMaps() if maps is None else maps
+        self._bin, self._idx = bin_path(prefix), idx_path(prefix)
+        buffer = _read_or_map(self._idx)
+        self._layout = check_index(self._idx, buffer)
+        self._small = self._layout.arrays(buffer) if isinstance(buffer, bytes) else None
+        self._content = _hash_of(buffer)
+        self._bin_size = self._check_bin(self._layout.arrays(buffer))
+
+    @property
+    def _index(self) -> Index:
+        """The arrays; a large index is mapped for as long as somebody uses it."""
+        if self._small is not None:
+            return self._small
+        return self._layout.arrays(self._maps.get(self._idx, self._layout.size))
 
     @staticmethod
     def exists(prefix: str | os.PathLike[str]) -> bool:
         """Both files are there; the .idx is written last, so they are complete."""
         return idx_path(prefix).exists() and bin_path(prefix).exists()
 
-    def _check_bin(self) -> None:
+    def _check_bin(self, index: Index) -> int:
+        """Bytes of the .bin; DataError if they are not those of the index."""
         try:
             actual = self._bin.stat().st_size
         except FileNotFoundError as error:
@@ -172,11 +228,11 @@ class IndexedDataset:
                 f"{self._bin} does not exist, but {idx_path(self.prefix)} does - copy both files"
             ) from error
         itemsize = self.dtype.itemsize
-        tokens = int(self.sequence_lengths.sum(dtype=np.int64))
+        tokens = int(index.lengths.sum(dtype=np.int64))
         expected = tokens * itemsize
         if actual == expected:
-            return
-        bounds = self.document_indices
+            return actual
+        bounds = index.documents
         documents = {len(bounds) - 1, int(np.count_nonzero(bounds[1:] > bounds[:-1]))}
         if actual % itemsize == 0 and actual // itemsize - tokens in documents:
             raise DataError(
@@ -184,7 +240,8 @@ class IndexedDataset:
                 f"for each of the {actual // itemsize - tokens} documents. Megatron-DeepSpeed's "
                 "preprocess_data.py --append-eod writes such pairs: the end-of-document tokens "
                 "are in .bin but not in the lengths, so every document after the first would be "
-                "read shifted - write the pair anew with tools/preprocess_data.py"
+                f"read shifted - mend it with tools/check_dataset.py {self.prefix} --repair OUT, or write "
+                "the pair anew with tools/preprocess_data.py"
             )
         raise DataError(
             f"{self._bin} has {actual} bytes, expected {expected} ({tokens} tokens of {itemsize} "
@@ -194,7 +251,7 @@ class IndexedDataset:
     @property
     def dtype(self) -> np.dtype[Any]:
         """The tokens' type in the file."""
-        return self._index.dtype
+        return self._layout.dtype
 
     @property
     def sequence_lengths(self) -> npt.NDArray[np.int32]:
@@ -217,7 +274,7 @@ class IndexedDataset:
         return self._index.documents
 
     def __len__(self) -> int:
-        return len(self._index.lengths)
+        return self._layout.sequences
 
     @overload
     def __getitem__(self, key: int) -> Tokens: ...
@@ -230,8 +287,9 @@ class IndexedDataset:
                 raise ValueError(f"{self.prefix}: only slices of step 1 are contiguous, not {step}")
             if stop <= start:
                 return []
-            lengths = self._index.lengths[start:stop].astype(np.int64)
-            tokens = self._read(int(self._index.pointers[start]), int(lengths.sum()))
+            arrays = self._index
+            lengths = arrays.lengths[start:stop].astype(np.int64)
+            tokens = self._read(int(arrays.pointers[start]), int(lengths.sum()))
             return np.split(tokens, np.cumsum(lengths)[:-1])
         return self.get(key)
 
@@ -242,14 +300,15 @@ class IndexedDataset:
             index += len(self)
         if not 0 <= index < len(self):
             raise IndexError(f"{self.prefix}: no sequence {index}, it has {len(self)}")
-        size = int(self._index.lengths[index])
+        arrays = self._index
+        size = int(arrays.lengths[index])
         length = size - offset if length is None else int(length)
         if offset < 0 or length < 0 or offset + length > size:
             raise IndexError(
                 f"{self.prefix}: sequence {index} has {size} tokens, not [{offset}, "
                 f"{offset + length})"
             )
-        begin = int(self._index.pointers[index]) + int(offset) * self.dtype.itemsize
+        begin = int(arrays.pointers[index]) + int(offset) * self.dtype.itemsize
         return self._read(begin, length)
 
     def _read(self, begin: int, count: int) -> Tokens:
@@ -258,15 +317,22 @@ class IndexedDataset:
             return np.empty(0, self.dtype)
         dtype = self.dtype.newbyteorder("<")
         if self.mmap_bin:
-            if self._map is None:
-                with self._opened() as file:
-                    self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            return np.frombuffer(self._map, dtype, count, begin)
+            mapped = self._maps.get(self._bin, self._bin_size)
+            # a map's pages behind the end of a file that was cut kill the process (SIGBUS)
+            if mapped.size() < begin + count * dtype.itemsize:
+                self._refuse_shorter(mapped.size())
+            return np.frombuffer(mapped, dtype, count, begin)
         with self._opened() as file:
             data = os.pread(file.fileno(), count * dtype.itemsize, begin)
         if len(data) != count * dtype.itemsize:
-            raise DataError(f"{self._bin} became shorter while it was read - copy it again")
+            self._refuse_shorter(begin + len(data))
         return np.frombuffer(data, dtype)
+
+    def _refuse_shorter(self, size: int) -> NoReturn:
+        raise DataError(
+            f"{self._bin} was cut to {size} bytes while it was in use, it had {self._bin_size} - "
+            "copy it again and continue from the last checkpoint"
+        )
 
     def _opened(self) -> Any:
         try:
@@ -274,24 +340,19 @@ class IndexedDataset:
         except OSError as error:
             raise StorageError(f"reading {self._bin} failed: {error.strerror}") from error
 
-    def fingerprint(self) -> str:
-        """Names the content of the index: size, time and hash of the .idx, size of the .bin.
-
-        Above 64 MiB only the ends and 16 blocks between are hashed.
-        """
-        path = idx_path(self.prefix)
-        status = path.stat()
-        digest = hashlib.blake2b(digest_size=16)
-        digest.update(f"{status.st_size} {status.st_mtime_ns} {self._bin.stat().st_size}".encode())
-        block = 1 << 20
-        with open(path, "rb") as file:
-            if status.st_size <= 64 * block:
-                digest.update(file.read())
-            else:
-                for part in range(18):
-                    file.seek((status.st_size - block) * part // 17)
-                    digest.update(file.read(block))
+    def content(self) -> str:
+        """Names the content wherever it lies: hash of the .idx, size and four blocks of the .bin."""
+        digest = hashlib.blake2b(f"{self._content} {self._bin_size}".encode(), digest_size=16)
+        block = 4096
+        with self._opened() as file:
+            for part in range(4):
+                file.seek(max(0, self._bin_size - block) * part // 3)
+                digest.update(file.read(block))
         return digest.hexdigest()
+
+    def fingerprint(self) -> str:
+        """Names the content and the moment it was written: hash of the .idx and its time."""
+        return f"{self._content} {self._bin_size} {self._idx.stat().st_mtime_ns}"
 
     def __getstate__(self) -> dict[str, Any]:
         return {"prefix": self.prefix, "mmap_bin": self.mmap_bin}
