@@ -92,10 +92,15 @@ def _train(parsed: Parsed, launch: Launch, failures: Failures) -> int:
         )
     rules.check(config, launch.world_size)
     tokenizer = build_tokenizer(config.data, vocab_size=config.model.vocab_size)
-    size = max(tokenizer.vocab_size, config.model.vocab_size or 0)
-    config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=size))
+    tokens = Tokens(
+        vocab_size=max(tokenizer.vocab_size, config.model.vocab_size or 0),
+        eod=tokenizer.eod,
+        asked=config.model.vocab_size,
+    )
+    model = dataclasses.replace(config.model, vocab_size=tokens.vocab_size)
+    config = dataclasses.replace(config, model=model)
     notices = [*parsed.notices, *rules.notices(config, launch.world_size)]
-    return train(config, launch, Tokens(size, tokenizer.eod), notices, failures)
+    return train(config, launch, tokens, notices, failures)
 
 
 def _start() -> int:

@@ -53,10 +53,14 @@ from megatron_lite.train.timing import RunTimers
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Tokens:
-    """What training needs to know of the tokenizer."""
+    """What training needs to know of the tokenizer.
+
+    asked: what --vocab-size said, to which NullTokenizer adds its EOD.
+    """
 
     vocab_size: int
     eod: int | None
+    asked: int | None = None
 
 
 def train(
@@ -176,7 +180,7 @@ def open_session(
         state = run.engine.state(owned=True) if config.checkpoint.save_optim else ()
         store.prepare(weight_slices(run.parameters, ctx, owned=True), state)
     if ctx.rank == 0:
-        _begin_folder(folder, config)
+        _begin_folder(folder, config, tokens)
     failures.folder = folder
     final_batch = blueprint.batch_schedule.final_batch_size
     train_iters = blueprint.train_iters
@@ -233,7 +237,10 @@ def _run_folder(config: RunConfig, ctx: ParallelContext) -> Path:
     return Path("runs") / time.strftime("%Y-%m-%d_%H-%M-%S", time.localtime(seconds))
 
 
-def _begin_folder(folder: Path, config: RunConfig) -> None:
+def _begin_folder(folder: Path, config: RunConfig, tokens: Tokens) -> None:
+    """config.yaml is what starts the same run again, so the vocabulary is the one asked for."""
+    model = dataclasses.replace(config.model, vocab_size=tokens.asked or tokens.vocab_size)
+    config = dataclasses.replace(config, model=model)
     disk = Disk()
     disk.make_folder(folder)
     disk.remove_tree(folder / "errors")  # those of an earlier start

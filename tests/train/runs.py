@@ -64,17 +64,22 @@ def tool() -> Any:
     return module
 
 
-def alone(*words: str, without: Sequence[str] = ()) -> Outcome:
-    """One rank, in this process; the signal handlers are put back afterwards."""
+def run_main(*words: str) -> Outcome:
+    """The tool's main in this process; the signal handlers are put back afterwards."""
     handlers = {number: signal.getsignal(number) for number in HANDLED}
     out, err = io.StringIO(), io.StringIO()
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            rc = tool().main(argv(*words, without=without))
+            rc = tool().main(words)
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
     return Outcome(rc, out.getvalue(), err.getvalue())
+
+
+def alone(*words: str, without: Sequence[str] = ()) -> Outcome:
+    """One rank of TINY, in this process."""
+    return run_main(*argv(*words, without=without))
 
 
 def on_ranks(ranks: int, *words: str) -> Outcome:

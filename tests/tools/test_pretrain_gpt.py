@@ -1,0 +1,105 @@
+"""The command itself: plans without torch, trains in one process, and whole public flag lists."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from megatron_lite.config.errors import ConfigError
+from tests.train.runs import alone, argv, run_main
+
+ROOT = Path(__file__).resolve().parents[2]
+TOOL = ROOT / "tools/pretrain_gpt.py"
+
+MEGATRON_LM = """
+--num-layers 96 --hidden-size 12288 --num-attention-heads 96 --seq-length 2048
+--max-position-embeddings 2048 --attention-backend auto --micro-batch-size 1
+--global-batch-size 1536 --train-iters 500000 --weight-decay 0.1 --adam-beta1 0.9 --adam-beta2 0.95
+--init-method-std 0.006 --clip-grad 1.0 --fp16 --lr 6.0e-5 --lr-decay-style cosine --min-lr 6.0e-6
+--lr-warmup-fraction .001 --lr-decay-iters 430000 --tensor-model-parallel-size 8
+--pipeline-model-parallel-size 16 --data-path d --vocab-file v --merge-file m --split 949,50,1
+--log-interval 100 --save-interval 10000 --eval-interval 1000 --save c --load c --eval-iters 10
+--tensorboard-dir t
+"""
+MEGATRON_DEEPSPEED = """
+--tensor-model-parallel-size 8 --pipeline-model-parallel-size 16 --num-layers 96
+--hidden-size 12288 --num-attention-heads 96 --seq-length 2048 --max-position-embeddings 2048
+--micro-batch-size 1 --global-batch-size 1536 --rampup-batch-size 16 16 5859375
+--train-samples 146484375 --lr-decay-samples 126953125 --lr-warmup-samples 183105 --lr 6.0e-5
+--min-lr 6.0e-6 --lr-decay-style cosine --log-interval 10 --eval-iters 40 --eval-interval 1000
+--data-path 0.2 a 0.3 b 0.5 c --vocab-file v --merge-file m --save-interval 1000 --save s --load s
+--split 98,2,0 --clip-grad 1.0 --weight-decay 0.1 --adam-beta1 0.9 --adam-beta2 0.95
+--init-method-std 0.006 --tensorboard-dir t --fp16
+"""
+RAMP = "--rampup-batch-size 16 16 5859375"
+STEPS = "--step-batch-size-schedule 0:16,2.4B:320,4.8B:624,7.2B:928,9.6B:1232,12B:1536"
+
+
+def tool(*words: str, python: Sequence[str] = ()) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *python, str(TOOL), *words], capture_output=True, text=True, timeout=120
+    )
+
+
+@pytest.mark.parametrize(
+    "words",
+    [MEGATRON_LM, f"{MEGATRON_LM} {RAMP}", f"{MEGATRON_LM} {STEPS}", MEGATRON_DEEPSPEED,
+     f"{MEGATRON_DEEPSPEED} --sequence-parallel --data-impl mmap --distributed-backend nccl"],
+    ids=["megatron-lm", "with-ramp-up", "with-step-schedule", "megatron-deepspeed", "with-mp"],
+)  # fmt: skip
+def test_the_public_175b_scripts_flags_are_a_plan(words: str) -> None:
+    done = tool(*words.split(), "--dry-run", "--world-size", "128")
+    assert done.returncode == 0, done.stderr
+    assert "tp 8 x cp 1 x dp 1 x pp 16 = 128 ranks" in done.stdout
+    assert "174,615,846,912 in all" in done.stdout
+    assert "dry run: every rule holds; nothing was started" in done.stdout
+
+
+def imported(stderr: str) -> set[str]:
+    """Top-level packages of `python -X importtime`."""
+    return set(re.findall(r"^import time: .*\| +(\w+)", stderr, re.MULTILINE))
+
+
+def test_a_dry_run_imports_no_torch_and_writes_nothing(tmp_path: Path) -> None:
+    save = ["--save", str(tmp_path / "run"), "--save-interval", "5", "--mock-data"]
+    done = tool(*argv(*save), "--dry-run", python=["-X", "importtime"])
+    assert done.returncode == 0, done.stderr
+    assert "megatron_lite" in imported(done.stderr)
+    assert "torch" not in imported(done.stderr)
+    assert list(tmp_path.iterdir()) == []
+    help_text = tool("--help", python=["-X", "importtime"])
+    assert "--micro-batch-size" in help_text.stdout
+    assert "torch" not in imported(help_text.stderr)
+
+
+def test_one_process_needs_no_launcher(tmp_path: Path) -> None:
+    words = ["--mock-data", "--save", str(tmp_path / "run"), "--save-interval", "4"]
+    done = tool(*argv(*words))
+    assert done.returncode == 0, done.stderr
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    kinds = [json.loads(line)["kind"] for line in lines]
+    assert kinds == ["train"] * 4 + ["save"]
+    assert (tmp_path / "run" / "config.yaml").is_file()
+
+
+def test_the_saved_config_starts_the_same_run(tmp_path: Path) -> None:
+    save = ["--save", str(tmp_path / "run"), "--save-interval", "4"]
+    first = alone("--mock-data", *save)
+    again = run_main(
+        "--config", str(tmp_path / "run" / "config.yaml"), "--save", str(tmp_path / "b")
+    )
+    assert again.rc == 0, again.err
+    assert again.state_hash == first.state_hash
+
+
+def test_a_world_size_that_is_not_there_is_refused() -> None:
+    done = alone("--mock-data", "--world-size", "4")
+    assert done.rc == ConfigError.exit_code
+    assert "--world-size 4, but 1 processes were started" in done.err
+    assert done.err.startswith("FATAL[2] rank=0 step=-: ")
