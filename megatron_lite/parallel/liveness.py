@@ -130,7 +130,7 @@ class Liveness:
         """
         self._phase = "failed"
         self._wake.set()
-        deadline = time.monotonic() + 6 * self._limits.grace
+        deadline = time.monotonic() + 6 * self._limits.grace + 15.0
         while self._verdict is None and time.monotonic() < deadline:
             time.sleep(0.02)
         return self._verdict or f"a collective failed and no rank is missing: {what}"
@@ -172,7 +172,7 @@ class Liveness:
         verdict, *beats = self._store.multi_get(keys)
         now = time.monotonic()
         if now - self._answered > self._limits.stall:
-            self._watch.forgive()  # this process slept: the others are not to blame
+            self._watch.forgive(now)  # this process slept: the others are not to blame
         self._answered = now
         for rank, data in zip(ranks, beats, strict=True):
             self._watch.see(rank, Beat.from_bytes(data), now)

@@ -122,10 +122,10 @@ class Watch:
             0 if fresh else old.missed + 1,
         )
 
-    def forgive(self) -> None:
-        """Forget all silences: this process slept itself."""
-        self._seen.clear()
-        self._failing_beats = 0
+    def forgive(self, now: float) -> None:
+        """Count all silences from now: this process slept itself.  Missed beats count own ones: kept."""
+        for seen in self._seen.values():
+            seen.came = seen.same_since = now
 
     def verdict(self, now: float) -> str | None:
         """Who is lost or hangs while nothing has failed yet; None as long as all is well."""

@@ -67,30 +67,22 @@ def require_named(ended: list[Ended], case: Case) -> None:
 
 
 @pytest.fixture(scope="module")
-def killed() -> Iterator[dict[str, Running]]:
-    running = {name: begin(case) for name, case in KILLED.items()}
+def running() -> Iterator[dict[str, Running]]:
+    running = {name: begin(case) for name, case in (SILENT | KILLED).items()}
     yield running
     for run in running.values():
         run.close()
 
 
 @pytest.mark.parametrize("name", KILLED)
-def test_a_killed_rank_is_named(killed, name):
-    require_named(killed[name].wait(45), KILLED[name])
-
-
-@pytest.fixture(scope="module")
-def silent() -> Iterator[dict[str, Running]]:
-    running = {name: begin(case) for name, case in SILENT.items()}
-    yield running
-    for run in running.values():
-        run.close()
+def test_a_killed_rank_is_named(running, name):
+    require_named(running[name].wait(45), KILLED[name])
 
 
 @pytest.mark.parametrize("name", SILENT)
-def test_a_silent_rank_is_named_within_the_timeout(silent, name):
+def test_a_silent_rank_is_named_within_the_timeout(running, name):
     lost, _ = fault_of(SILENT[name])
-    ended = silent[name].wait(45, stopped=[lost] if "stopped" in name else [])
+    ended = running[name].wait(45, stopped=[lost] if "stopped" in name else [])
     require_named(ended, SILENT[name])
     if name == "hangs":
         assert all(rank.rc == 6 and "faults.py" in rank.fatal for rank in ended)

@@ -1,0 +1,148 @@
+"""The judgement over beats, with a clock made by hand: who is lost, who hangs, who is let alone."""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+from dataclasses import replace
+
+import pytest
+
+from megatron_lite.parallel.watch import MISSED_BEATS, Beat, Limits, Watch, place_of
+
+LIMITS = Limits.from_timeout(600.0)
+WAITS = {"place": "megatron_lite/parallel/collectives.py:1 barrier", "waits": True}
+
+
+class World:
+    """Ranks that beat once a second unless told otherwise, as rank `me` sees them."""
+
+    def __init__(self, ranks: int, me: int = 0) -> None:
+        self.now = 0.0
+        self.beats = {rank: Beat(0) for rank in range(ranks)}
+        self.watch = Watch(me, LIMITS)
+
+    def pass_time(self, seconds: int, *, silent: tuple[int, ...] = (), failed: bool = False) -> str:
+        """What the watch says in these seconds, "" for nothing."""
+        for _ in range(seconds):
+            self.now += 1.0
+            for rank, beat in self.beats.items():
+                if rank not in silent:
+                    beat = self.beats[rank] = replace(beat, count=beat.count + 1)
+                self.watch.see(rank, beat, self.now)
+            said = (self.watch.blame if failed else self.watch.verdict)(self.now)
+            if said is not None:
+                return said
+        return ""
+
+    def say(self, *ranks: int, **changes: object) -> None:
+        """The ranks' beats say this from now on."""
+        for rank in ranks:
+            self.beats[rank] = replace(self.beats[rank], **changes)
+
+
+def test_limits_follow_the_timeout_and_a_minute_of_silence_is_enough():
+    assert (LIMITS.interval, LIMITS.stale, LIMITS.start) == (1.0, 60.0, 600.0)
+    short = Limits.from_timeout(6.0)
+    assert (short.interval, short.stale, short.start) == pytest.approx((0.3, 6.0, 6.0))
+
+
+def test_a_beat_survives_the_store():
+    beat = Beat(3, "train", 7, 2, "there", True)
+    assert Beat.from_bytes(beat.to_bytes().encode()) == beat and json.loads(beat.to_bytes())
+
+
+def test_a_silent_rank_is_lost_after_a_minute_and_before_its_first_step_after_the_timeout():
+    world = World(3)
+    world.pass_time(5)
+    assert world.pass_time(590, silent=(1,)) == ""
+    assert "rank 1 was lost: no sign of life for" in world.pass_time(20, silent=(1,))
+    world = World(3)
+    world.say(0, 1, 2, step=4, phase="train")
+    world.pass_time(5)
+    assert world.pass_time(58, silent=(1, 2)) == ""
+    said = world.pass_time(5, silent=(1, 2))
+    assert said.startswith(
+        "ranks 1, 2 were lost: no sign of life for 61.0 s - last finished step 4"
+    )
+
+
+def test_who_said_goodbye_is_not_lost():
+    world = World(2)
+    world.say(0, 1, step=4, phase="train")
+    world.pass_time(5)
+    world.say(1, phase="ended")
+    assert world.pass_time(500, silent=(1,)) == ""
+    assert world.watch.all_gone(world.now, silence=60.0)
+
+
+def test_after_a_failed_collective_a_few_missed_beats_are_enough():
+    world = World(4)
+    world.say(0, 1, 2, 3, step=9, phase="train")
+    world.pass_time(3)
+    world.say(0, phase="failed")
+    assert world.pass_time(MISSED_BEATS - 1, silent=(2,), failed=True) == ""
+    assert world.pass_time(2, silent=(2,), failed=True).startswith("rank 2 was lost")
+
+
+def test_a_rank_that_beats_but_does_not_move_while_others_wait_hangs():
+    world = World(3)
+    world.say(0, 1, 2, step=4, phase="train", **WAITS)
+    world.say(1, place="megatron_lite/train/faults.py:9 _sleep", waits=False)
+    world.pass_time(2)
+    assert world.pass_time(599) == ""
+    said = world.pass_time(5)
+    assert said.startswith("rank 1 hangs") and "faults.py:9 _sleep" in said
+    assert "--distributed-timeout-minutes" in said
+
+
+@pytest.mark.parametrize("kind", ["evaluation", "all busy", "all wait", "start", "steps"])
+def test_slow_is_not_hanging(kind):
+    """Evaluation ticks; a compile or a save keeps all busy; waiting alone is the group's timeout."""
+    world = World(2)
+    world.say(0, 1, step=4, phase="train", **WAITS)
+    if kind in ("evaluation", "steps"):
+        world.say(1, waits=False)
+    if kind == "all busy":
+        world.say(0, 1, waits=False)
+    if kind == "start":
+        world.say(0, 1, phase="start", step=None)
+        world.say(1, waits=False)
+    for n in range(6):
+        world.say(1, **{"evaluation": {"ticks": n}, "steps": {"step": 5 + n}}.get(kind, {}))
+        assert world.pass_time(500) == ""
+
+
+def test_after_a_timeout_the_rank_that_does_not_wait_is_named():
+    world = World(3)
+    world.say(0, 1, 2, step=4, phase="train", **WAITS)
+    world.say(2, place="megatron_lite/data/loader.py:7 read", waits=False)
+    world.pass_time(2)
+    world.say(0, phase="failed")
+    assert world.pass_time(30, failed=True).startswith("rank 2 hangs while the others wait")
+
+
+def test_when_all_are_alive_and_wait_their_places_are_told():
+    world = World(2)
+    world.say(0, 1, step=4, phase="train", **WAITS)
+    world.say(0, 1, phase="failed")
+    said = world.pass_time(60, failed=True)
+    assert "though every rank is alive" in said and "rank 1 in megatron_lite/parallel" in said
+
+
+def test_own_sleep_accuses_nobody():
+    world = World(2)
+    world.say(0, 1, step=4, phase="train")
+    world.pass_time(5)
+    world.now += 1000.0  # a suspended laptop
+    world.watch.forgive(world.now)
+    assert world.pass_time(30) == ""
+
+
+def test_the_place_is_the_line_of_ours_and_a_sleep_there_waits_for_nobody():
+    thread = threading.Thread(target=_sleep, args=(0.5,), daemon=True)
+    thread.start()
+    place, waits = place_of(thread.ident)
+    assert re.fullmatch(r"megatron_lite/train/faults.py:\d+ _sleep", place) and not waits
+    assert place_of(None) == ("?", False)
