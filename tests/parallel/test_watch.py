@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 
 from megatron_lite.parallel.watch import MISSED_BEATS, Beat, Limits, Watch, place_of
+from megatron_lite.train.faults import _sleep
 
 LIMITS = Limits.from_timeout(600.0)
 WAITS = {"place": "megatron_lite/parallel/collectives.py:1 barrier", "waits": True}

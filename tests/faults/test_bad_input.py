@@ -1,0 +1,250 @@
+"""Bad input, one row each: the exit code, the file or flag by name, the way out, nothing left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import struct
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_lite.config.exit import run_tool
+from megatron_lite.data.indexed_builder import IndexedDatasetBuilder
+from tests.support.launch import LAUNCHER_NAMES, TINY, with_flags
+from tests.train.runs import tool
+from tools import preprocess_data
+
+NULL = ["--tokenizer-type", "NullTokenizer", "--vocab-size", "60"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """What is wrong: `make` prepares a folder and gives the flags; what must come of it.
+
+    words: each must be in the FATAL line; {folder} stands for the folder.
+    """
+
+    make: Callable[[Path], list[str]]
+    code: int
+    words: list[str]
+    env: dict[str, str] = field(default_factory=dict)
+
+
+def flags(*words: str) -> Callable[[Path], list[str]]:
+    return lambda folder: list(words)
+
+
+def pair(folder: Path, *documents: list[int]) -> Path:
+    """A .bin/.idx pair; 40 documents of 30 tokens below 60 by default."""
+    random = np.random.default_rng(0)
+    found = documents or [random.integers(0, 60, 30).tolist() for _ in range(40)]
+    with IndexedDatasetBuilder(folder / "d.bin", np.uint16) as builder:
+        for document in found:
+            builder.add_document(document, [len(document)])
+        builder.finalize()
+    return folder / "d"
+
+
+def data(change: Callable[[Path], object], *more: str) -> Callable[[Path], list[str]]:
+    """Flags that train on a pair to which something was done."""
+
+    def make(folder: Path) -> list[str]:
+        prefix = pair(folder)
+        change(folder)
+        return ["--data-path", str(prefix), "--split", "100,0,0", *more]
+
+    return make
+
+
+def overwrite(path: Path, at: int, new: bytes) -> None:
+    with path.open("r+b") as file:
+        file.seek(at)
+        file.write(new)
+
+
+def beyond_the_vocabulary(folder: Path) -> list[str]:
+    documents = [[1, 2, 3, 4711] * 10 for _ in range(40)]
+    return ["--data-path", str(pair(folder, *documents)), "--split", "100,0,0"]
+
+
+def three_documents(folder: Path) -> list[str]:
+    prefix = pair(folder, *([[1, 2, 3] * 20] * 3))
+    return ["--data-path", str(prefix), "--split", "949,50,1", "--eval-iters", "1"]
+
+
+def too_few_tokens(folder: Path) -> list[str]:
+    return ["--data-path", str(pair(folder, [], [])), "--split", "100,0,0"]
+
+
+HEADS = ["--tensor-model-parallel-size", "3", "--world-size", "3", "--dry-run"]
+LAYERS = ["--pipeline-model-parallel-size", "4", "--world-size", "4", "--dry-run"]
+BATCH = ["--world-size", "4", "--dry-run", "--global-batch-size", "10"]
+
+TRAINING: dict[str, Row] = {
+    "data missing": Row(
+        lambda folder: ["--data-path", str(folder / "no")], 3, ["{folder}/no", "prefix"]
+    ),
+    "index missing": Row(data(lambda f: os.remove(f / "d.idx")), 3, ["{folder}/d", "prefix"]),
+    "tokens missing": Row(data(lambda f: os.remove(f / "d.bin")), 3, ["{folder}/d.bin", "exist"]),
+    "truncated by a byte": Row(
+        data(lambda f: os.truncate(f / "d.bin", 2399)), 3,
+        ["{folder}/d.bin", "2399 bytes, expected 2400"],
+    ),
+    "truncated to nothing": Row(
+        data(lambda f: os.truncate(f / "d.bin", 0)), 3, ["{folder}/d.bin", "0 bytes"]
+    ),
+    "index truncated": Row(
+        data(lambda f: os.truncate(f / "d.idx", 100)), 3, ["{folder}/d.idx", "100 bytes"]
+    ),
+    "wrong magic": Row(
+        data(lambda f: overwrite(f / "d.idx", 0, b"TNTIDX")), 3, ["{folder}/d.idx", "MMIDIDX"]
+    ),
+    "wrong version": Row(
+        data(lambda f: overwrite(f / "d.idx", 9, struct.pack("<Q", 9))), 3,
+        ["{folder}/d.idx", "version 9"],
+    ),
+    "a folder in place of the tokens": Row(
+        data(lambda f: (os.remove(f / "d.bin"), (f / "d.bin").mkdir())), 3, ["{folder}/d.bin"]
+    ),
+    "id beyond the vocabulary": Row(
+        beyond_the_vocabulary, 3, ["{folder}/d", "token id 4711", "the vocabulary has"]
+    ),
+    "empty split": Row(three_documents, 3, ["{folder}/d", "0 documents", "--split"]),
+    "no tokens": Row(too_few_tokens, 3, ["{folder}/d", "no tokens"]),
+    "weight 0": Row(flags("--data-path", "0", "a", "1", "b"), 2, ["--data-path", "item 1, '0'"]),
+    "weight negative": Row(flags("--data-path", "1", "a", "-2", "b"), 2, ["item 3, '-2'"]),
+    "weight nan": Row(flags("--data-path", "nan", "a", "1", "b"), 2, ["item 1, 'nan'"]),
+    "weight inf": Row(flags("--data-path", "1", "a", "inf", "b"), 2, ["item 3, 'inf'"]),
+    "weight no number": Row(flags("--data-path", "1", "a", "x3", "b"), 2, ["item 3, 'x3'"]),
+    "weight without prefix": Row(flags("--data-path", "1", "a", "2"), 2, ["has no prefix"]),
+    "prefix twice": Row(flags("--data-path", "1", "a", "2", "a"), 2, ["a is named twice"]),
+    "split of words": Row(flags("--split", "most,some,few"), 2, ["--split", "949,50,1"]),
+    "world size": Row(flags("--world-size", "4"), 2, ["--world-size 4", "1 processes"]),
+    "world size for tp x pp": Row(
+        flags("--tensor-model-parallel-size", "2", "--world-size", "3", "--dry-run"), 2,
+        ["3", "--tensor-model-parallel-size", "2"],
+    ),
+    "heads": Row(flags(*HEADS), 2, ["--num-attention-heads 4", "1, 2, 4"]),
+    "layers": Row(flags(*LAYERS), 2, ["--num-layers 2", "--pipeline-model-parallel-size 4"]),
+    "batch": Row(flags(*BATCH), 2, ["--global-batch-size 10", "8", "16"]),
+    "micro batch": Row(flags("--micro-batch-size", "3"), 2, ["--global-batch-size 4", "3"]),
+    "hidden size": Row(flags("--hidden-size", "30"), 2, ["--hidden-size 30", "4"]),
+    "sequence beyond positions": Row(
+        flags("--seq-length", "32"), 2, ["--seq-length 32", "--max-position-embeddings 16"]
+    ),
+    "unknown flag": Row(flags("--gloal-batch-size", "4"), 2, ["--global-batch-size"]),
+    "learning rate": Row(flags("--lr", "-1"), 2, ["--lr"]),
+    "no save interval": Row(
+        lambda folder: ["--save", str(folder / "run")], 2, ["--save", "--save-interval"]
+    ),
+    "no checkpoint to load": Row(
+        lambda folder: ["--load", str(folder), "--exit-on-missing-checkpoint"], 4,
+        ["--load {folder}", "leave the flag out"],
+    ),
+    "fault of another world": Row(
+        flags(), 2, ["MLITE_FAULT='step1:5:exit'", "no rank of 1"], {"MLITE_FAULT": "step1:5:exit"}
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def clean(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """No launcher's environment, a folder of its own to run in, signal handlers as before."""
+    for name in LAUNCHER_NAMES:
+        monkeypatch.delenv(name, raising=False)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    handlers = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def require(row: Row, folder: Path, code: int, err: str) -> None:
+    """One FATAL line of the row's code with all its words, and no traceback."""
+    assert code == row.code, err[-3000:]
+    first = err[err.find("FATAL[") :]
+    assert first.startswith(f"FATAL[{row.code}] ") and err.count("FATAL[") == 1, err
+    assert "Traceback" not in err
+    for word in row.words:
+        assert word.replace("{folder}", str(folder)) in first, first
+
+
+@pytest.mark.parametrize("name", TRAINING)
+def test_training(name, tmp_path, monkeypatch, capsys):
+    row = TRAINING[name]
+    folder = tmp_path / "data"
+    folder.mkdir()
+    words = row.make(folder)
+    base = [w for w in TINY if w != "--mock-data"] if "--data-path" in words else TINY
+    for variable, value in row.env.items():
+        monkeypatch.setenv(variable, value)
+    before = sorted(path.name for path in folder.iterdir())
+    monkeypatch.setattr(sys, "argv", ["pretrain_gpt.py", *with_flags(base, *words)])
+    code = tool()._start()
+    require(row, folder, code, capsys.readouterr().err)
+    assert sorted(path.name for path in folder.iterdir()) == before
+    if row.code == 2:
+        assert not list(Path.cwd().iterdir()), "nothing was started, so nothing was made"
+
+
+def lines(*records: object) -> Callable[[Path], list[str]]:
+    """A JSON-lines file of these records; text is written as it is."""
+
+    def make(folder: Path) -> list[str]:
+        text = "".join(r if isinstance(r, str) else json.dumps(r) + "\n" for r in records)
+        (folder / "in.json").write_text(text)
+        return ["--input", str(folder / "in.json"), "--output-prefix", str(folder / "out")]
+
+    return make
+
+
+def existing(folder: Path) -> list[str]:
+    (folder / "out_text_document.bin").write_bytes(b"precious")
+    return lines({"text": "1 2"})(folder)
+
+
+def unreadable(folder: Path) -> list[str]:
+    made = lines({"text": "1"})(folder)
+    os.remove(folder / "in.json")
+    (folder / "in.json").mkdir()
+    return made
+
+
+PREPARING: dict[str, Row] = {
+    "input missing": Row(
+        lambda f: ["--input", str(f / "no.json"), "--output-prefix", str(f / "out")], 3,
+        ["{folder}/no.json"],
+    ),
+    "a folder as input": Row(unreadable, 3, ["{folder}/in.json"]),
+    "bad JSON": Row(lines({"text": "1"}, '{"text": \n', {"text": "2"}), 3, ["{folder}/in.json:2"]),
+    "a key missing": Row(lines({"text": "1"}, {"txt": "2"}), 3, ["{folder}/in.json:2", "text"]),
+    "text is a number": Row(lines({"text": "1"}, {"text": 5}), 3, ["{folder}/in.json:2"]),
+    "id beyond the vocabulary": Row(lines({"text": "1"}, {"text": "77"}), 3, ["in.json:2", "77"]),
+    "no documents": Row(lines(), 3, ["{folder}/in.json"]),
+    "prefix exists": Row(existing, 2, ["{folder}/out_text_document", "--overwrite"]),
+    "output folder is a file": Row(
+        lambda f: [*lines({"text": "1"})(f)[:-1], str(f / "in.json" / "out")], 5,
+        ["{folder}/in.json"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PREPARING)
+def test_preparing_data(name, tmp_path, monkeypatch, capsys):
+    row = PREPARING[name]
+    folder = tmp_path / "data"
+    folder.mkdir()
+    words = row.make(folder)
+    before = {path.name: path.is_file() and path.read_bytes() for path in folder.iterdir()}
+    monkeypatch.setattr(sys, "argv", ["preprocess_data.py", *words, *NULL])
+    code = run_tool(preprocess_data.main)
+    require(row, folder, code, capsys.readouterr().err)
+    after = {path.name: path.is_file() and path.read_bytes() for path in folder.iterdir()}
+    assert after == before
