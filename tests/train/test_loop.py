@@ -271,6 +271,22 @@ def test_flags_that_must_not_change_the_numbers_do_not(data: list[str], tmp_path
         assert other == pytest.approx(plain, rel=1e-5), words
 
 
+@pytest.mark.parametrize("layout", ["--micro-batch-size 1", "--pipeline-model-parallel-size 2"])
+def test_gradients_through_autograd_reduce_alike(
+    layout: str, data: list[str], tmp_path: Path
+) -> None:
+    """Small buckets, so that reductions start while the backward still runs."""
+    found = []
+    for number, words in enumerate(["", "--no-gradient-accumulation-fusion"]):
+        folder = tmp_path / str(number)
+        wanted = [*layout.split(), "--ddp-bucket-size", "1000", *words.split()]
+        done = on_ranks(2, *data, *save_to(folder), *wanted)
+        assert done.rc == 0, done.err
+        found.append([(r.loss, r.grad_norm) for r in steps(folder)])
+    for fused, through_autograd in zip(*found, strict=True):
+        assert through_autograd == pytest.approx(fused, rel=1e-5)
+
+
 def test_the_index_cache_lies_where_it_is_told(
     data: list[str], folder: Path, tmp_path: Path
 ) -> None:
