@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from megatron_lite.config.errors import DataError
-from megatron_lite.data.cache import Arrays, build_or_load
+from megatron_lite.data.cache import Arrays
 from megatron_lite.data.indices import blend_index, exhaustive_blend_index
 from megatron_lite.data.pretrain import Samples
-from megatron_lite.storage.disk import Disk
 
 
 def normalized(weights: Sequence[float]) -> list[float]:
@@ -30,42 +29,50 @@ def samples_per_dataset(
     return [int(math.ceil(math.ceil(num_samples * weight) * (1 + surplus))) for weight in weights]
 
 
+@dataclass(frozen=True, slots=True)
+class BlendPlan:
+    """How many samples of which datasets; size None takes every sample of every dataset once."""
+
+    weights: tuple[float, ...]
+    size: int | None
+    lengths: tuple[int, ...]
+
+    @staticmethod
+    def draw_up(weights: Sequence[float], size: int | None, lengths: Sequence[int]) -> BlendPlan:
+        """weights: any positive numbers, as many as datasets."""
+        return BlendPlan(tuple(normalized(weights)), size, tuple(lengths))
+
+    def key(self) -> dict[str, Any]:
+        """All that the arrays depend on."""
+        lengths = list(self.lengths) if self.size is None else None
+        return {"weights": list(self.weights), "size": self.size, "lengths": lengths}
+
+    def build(self) -> Arrays:
+        """Which dataset and which of its samples at every step, and the samples of each."""
+        if self.size is None:
+            index = exhaustive_blend_index(self.lengths)
+        else:
+            index = blend_index(self.weights, self.size)
+        counts = np.bincount(index.dataset, minlength=len(self.weights)).astype(np.int64)
+        return {"dataset": index.dataset, "sample": index.sample, "counts": counts}
+
+
 class BlendedDataset:
     """A dataset of `size` samples drawn from several in proportion to their weights.
 
-    weights: as many as datasets, any positive numbers; size None takes every sample of every
-    dataset once.  Step k is Megatron's: the order does not depend on size.
+    Step k is Megatron's: the order does not depend on size.
+    arrays: what plan.build() gives, from a cache perhaps.
     """
 
     def __init__(
-        self,
-        datasets: Sequence[Samples],
-        weights: Sequence[float],
-        size: int | None,
-        *,
-        name: str,
-        cache_folder: str | os.PathLike[str] | None = None,
-        disk: Disk | None = None,
+        self, datasets: Sequence[Samples], plan: BlendPlan, arrays: Arrays, *, name: str
     ) -> None:
         self.datasets = list(datasets)
         self.name = name
-        self.weights = normalized(weights)
-        lengths = [len(dataset) for dataset in datasets]
-        key: dict[str, Any] = {"kind": "blend", "weights": self.weights, "size": size}
-        if size is None:
-            key["lengths"] = lengths
-
-        def build() -> Arrays:
-            if size is None:
-                index = exhaustive_blend_index(lengths)
-            else:
-                index = blend_index(self.weights, size)
-            return {"dataset": index.dataset, "sample": index.sample}
-
-        arrays = build_or_load(cache_folder, key, build, Disk() if disk is None else disk)
+        self.weights = plan.weights
         self.dataset_index: npt.NDArray[np.int16] = arrays["dataset"]
         self.dataset_sample_index: npt.NDArray[np.int64] = arrays["sample"]
-        self.counts = np.bincount(self.dataset_index, minlength=len(datasets)).tolist()
+        self.counts: list[int] = arrays["counts"].tolist()
         for dataset, taken in zip(datasets, self.counts, strict=True):
             if taken > len(dataset):
                 raise DataError(

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
 
 from megatron_lite.config.blend import SPLITS, Blend, blends
 from megatron_lite.config.data import DataConfig
 from megatron_lite.config.errors import ConfigError
-from megatron_lite.data.blended import BlendedDataset, normalized, samples_per_dataset
+from megatron_lite.data.blended import BlendedDataset, BlendPlan, normalized, samples_per_dataset
+from megatron_lite.data.cache import build_or_load, digest_of
 from megatron_lite.data.indexed import IndexedDataset
 from megatron_lite.data.indices import blend_index
+from megatron_lite.data.maps import FileMaps
 from megatron_lite.data.mock import MockTokens
 from megatron_lite.data.pretrain import (
     GPTDataset,
+    GPTPlan,
     Range,
     Samples,
     TokenSource,
@@ -22,16 +29,25 @@ from megatron_lite.data.pretrain import (
 )
 from megatron_lite.storage.disk import Disk
 
+Array = npt.NDArray[Any]
+Asked: TypeAlias = "tuple[int | None, int | None, int | None]"
+GPT_ARRAYS = ("documents", "samples", "shuffle")
+BLEND_ARRAYS = ("dataset", "sample", "counts")
 MOCK_SPLIT = (1 / 3, 1 / 3, 1 / 3)  # what Megatron takes
 
 
 @dataclass(frozen=True, slots=True)
 class Datasets:
-    """One dataset per split; None where nothing is asked for or --split gives it no share."""
+    """One dataset per split; None where nothing is asked for or --split gives it no share.
+
+    digest: 64 bits of all index arrays and of the files' content: ranks that read the same have
+    the same, wherever their copies lie.
+    """
 
     train: Samples | None
     valid: Samples | None
     test: Samples | None
+    digest: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,12 +62,13 @@ class Recipe:
     mmap_bin: bool
     cache_folder: str | None
     disk: Disk
+    maps: FileMaps
 
-    def dataset(
+    def plan(
         self, source: TokenSource, name: str, split: str, documents: Range, samples: int | None
-    ) -> GPTDataset:
+    ) -> GPTPlan:
         """One file's samples of one split."""
-        return GPTDataset(
+        return GPTPlan.draw_up(
             source,
             name=name,
             split=split,
@@ -60,9 +77,55 @@ class Recipe:
             seq_length=self.seq_length,
             seed=self.seed,
             vocab_size=self.vocab_size,
-            cache_folder=self.cache_folder,
-            disk=self.disk,
         )
+
+
+class Made(NamedTuple):
+    """The dataset of a split and the digest of all it reads."""
+
+    dataset: Samples
+    digest: int
+
+
+def _make(plans: Sequence[GPTPlan], blend: BlendPlan | None, recipe: Recipe) -> Made:
+    """Build the arrays of a split, or take them from the cache, all of its datasets together."""
+
+    def build() -> Iterator[tuple[str, Array]]:
+        for number, plan in enumerate(plans):
+            for part, values in plan.build().items():
+                yield f"{number}/{part}", values
+        if blend is not None:
+            for part, values in blend.build().items():
+                yield f"blend/{part}", values
+
+    asked = {
+        "names": [plan.name for plan in plans],
+        "split": plans[0].split,
+        "seq_length": recipe.seq_length,
+        "seed": recipe.seed,
+        "blend": None if blend is None else blend.key(),
+    }
+    data = {"files": [plan.key() for plan in plans]}
+    kept = build_or_load(recipe.cache_folder, asked, build, recipe.disk, data=data)
+    datasets = [
+        GPTDataset(plan, {part: kept.arrays[f"{number}/{part}"] for part in GPT_ARRAYS})
+        for number, plan in enumerate(plans)
+    ]
+    content = "".join(plan.source.content() for plan in plans)
+    digest = digest_of(np.frombuffer(content.encode(), np.uint8), kept.digest)
+    if blend is None:
+        return Made(datasets[0], digest)
+    arrays = {part: kept.arrays[f"blend/{part}"] for part in BLEND_ARRAYS}
+    name = f"{plans[0].split} blend"
+    return Made(BlendedDataset(datasets, blend, arrays, name=name), digest)
+
+
+def _together(made: Sequence[Made | None], asked: Asked) -> Datasets:
+    digest = 0
+    for one in made:
+        digest = digest_of(np.array([0 if one is None else one.digest], np.uint64), digest)
+    train, valid, test = (None if one is None else one.dataset for one in made)
+    return Datasets(train, valid, test, digest, asked)
 
 
 def build_datasets(
@@ -92,8 +155,9 @@ def build_datasets(
         mmap_bin=data.mmap_bin_files,
         cache_folder=None if cache_folder is None else os.fspath(cache_folder),
         disk=Disk() if disk is None else disk,
+        maps=FileMaps(),
     )
-    asked = [train_samples, valid_samples, test_samples]
+    asked = (train_samples, valid_samples, test_samples)
     found = blends(data)
     if found.mock:
         return _mock(recipe, asked, MOCK_SPLIT if data.split is None else found.split, eod)
@@ -101,30 +165,31 @@ def build_datasets(
         return _per_split(found.by_split, asked, recipe)
     assert found.shared is not None and found.split is not None
     opened = _open(found.shared, recipe)
-    return Datasets(
-        *[_blend(found.shared, opened, found.split, k, asked[k], recipe) for k in range(3)]
+    return _together(
+        [_blend(found.shared, opened, found.split, k, asked[k], recipe) for k in range(3)], asked
     )
 
 
-def _per_split(
-    by_split: Mapping[str, Blend], asked: Sequence[int | None], recipe: Recipe
-) -> Datasets:
+def _per_split(by_split: Mapping[str, Blend], asked: Asked, recipe: Recipe) -> Datasets:
     """Each split has its own files, read whole."""
-    datasets: list[Samples | None] = []
+    made: list[Made | None] = []
     for k, split in enumerate(SPLITS):
         blend = by_split.get(split)
         if blend is None or asked[k] == 0:
-            datasets.append(None)
+            made.append(None)
             continue
         if len(blend.prefixes) == 1:  # as Megatron: one file is no blend, whatever its weight
             blend = Blend(blend.prefixes, None)
         whole = [float(j == k) for j in range(3)]
-        datasets.append(_blend(blend, _open(blend, recipe), whole, k, asked[k], recipe))
-    return Datasets(*datasets)
+        made.append(_blend(blend, _open(blend, recipe), whole, k, asked[k], recipe))
+    return _together(made, asked)
 
 
 def _open(blend: Blend, recipe: Recipe) -> list[IndexedDataset]:
-    return [IndexedDataset(prefix, mmap_bin=recipe.mmap_bin) for prefix in blend.prefixes]
+    return [
+        IndexedDataset(prefix, mmap_bin=recipe.mmap_bin, maps=recipe.maps)
+        for prefix in blend.prefixes
+    ]
 
 
 def _blend(
@@ -134,7 +199,7 @@ def _blend(
     number: int,
     samples: int | None,
     recipe: Recipe,
-) -> Samples | None:
+) -> Made | None:
     """The dataset of split `number` (0 train, 1 valid, 2 test), or None."""
     ranges = [split_ranges(shares, len(source))[number] for source in opened]
     if samples == 0 or ranges[0] is None:
@@ -144,29 +209,23 @@ def _blend(
     if weights is not None and samples is None:
         raise ConfigError(f"a blend with weights needs a number of {name} samples")
     if len(opened) == 1 and weights is None:
-        only = opened[0]
-        return recipe.dataset(only, only.prefix, name, _present(ranges[0]), samples)
+        plan = recipe.plan(opened[0], opened[0].prefix, name, _present(ranges[0]), samples)
+        return _make([plan], None, recipe)
     counts = _counts(weights, samples, recipe)
-    datasets = [
-        recipe.dataset(source, source.prefix, name, _present(documents), count)
+    plans = [
+        recipe.plan(source, source.prefix, name, _present(documents), count)
         for source, documents, count in zip(
             opened, ranges, counts or [None] * len(opened), strict=True
         )
     ]
+    lengths = [len(plan) for plan in plans]
     if weights is not None:
         assert samples is not None
         size: int | None = sum(samples_per_dataset(weights, samples))
     else:
-        weights = [float(len(dataset)) for dataset in datasets]
-        size = None if samples is None else min(samples, sum(len(d) for d in datasets))
-    return BlendedDataset(
-        datasets,
-        weights,
-        size,
-        name=f"{name} blend",
-        cache_folder=recipe.cache_folder,
-        disk=recipe.disk,
-    )
+        weights = [float(length) for length in lengths]
+        size = None if samples is None else min(samples, sum(lengths))
+    return _make(plans, BlendPlan.draw_up(weights, size, lengths), recipe)
 
 
 def _present(documents: Range | None) -> Range:
@@ -188,18 +247,19 @@ def _counts(
 
 
 def _mock(
-    recipe: Recipe, asked: Sequence[int | None], shares: Sequence[float] | None, eod: int | None
+    recipe: Recipe, asked: Asked, shares: Sequence[float] | None, eod: int | None
 ) -> Datasets:
     if recipe.vocab_size is None or eod is None:
         raise ConfigError("--mock-data needs a tokenizer or --vocab-size")
     source = MockTokens(recipe.vocab_size, eod)
     assert shares is not None
     ranges = split_ranges(shares, len(source.sequence_lengths))
-    return Datasets(
-        *[
+    return _together(
+        [
             None
             if samples == 0 or documents is None
-            else recipe.dataset(source, "mock data", split, documents, samples)
+            else _make([recipe.plan(source, "mock data", split, documents, samples)], None, recipe)
             for split, documents, samples in zip(SPLITS, ranges, asked, strict=True)
-        ]
+        ],
+        asked,
     )

@@ -1,97 +1,174 @@
-"""Index arrays kept between runs: keyed by content, whole or absent, mapped when read."""
+"""Index arrays kept between runs: keyed by content, whole or absent, mapped when read.
+
+    <asked>-<data>.arrays    all arrays of a split, one after the other, each at a whole 64 bytes
+    <asked>-<data>.json      where each begins, the key, and a digest of their content; written last
+
+One file for all arrays of all datasets: a blend of a thousand costs one file handle.
+"""
 
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import logging
+import mmap
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from megatron_lite.storage.disk import Disk, temporary_name, write_atomically
+from megatron_lite.storage.disk import Disk, DiskFile, temporary_name, write_atomically
 
-FORMAT = 1  # part of the key: arrays of another format are not found
+FORMAT = 2  # part of the key: arrays of another format are not found
+ALIGNMENT = 64
 Arrays = dict[str, npt.NDArray[Any]]
+Build = Callable[[], Iterable[tuple[str, npt.NDArray[Any]]]]
+
+MASK = (1 << 64) - 1
+BLOCK = 1 << 16
+# odd numbers: each of a block's words has its own weight, and none loses a bit
+WEIGHTS = (np.arange(BLOCK, dtype=np.uint64) * np.uint64(2) + np.uint64(1)) * np.uint64(
+    0x9E3779B97F4A7C15
+)
 
 log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """Arrays by name, and 64 bits that are equal where all of them are."""
+
+    arrays: Arrays
+    digest: int
+
+
+def digest_of(values: npt.NDArray[Any], before: int = 0) -> int:
+    """64 bits of the array's bytes, type and shape; `before` chains several arrays."""
+    total = (before * 0x100000001B3 + values.nbytes + 1) & MASK
+    for text in (str(values.dtype), str(values.shape)):
+        total ^= int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+        total = total * 0xBF58476D1CE4E5B9 & MASK
+    flat = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
+    whole = len(flat) // 8 * 8
+    words = flat[:whole].view(np.uint64)
+    for start in range(0, len(words), BLOCK):
+        block = words[start : start + BLOCK]
+        total = (total * 0x94D049BB133111EB + int(np.dot(block, WEIGHTS[: len(block)]))) & MASK
+    rest = int.from_bytes(flat[whole:].tobytes(), "little")
+    total = (total * 0x94D049BB133111EB + rest) & MASK
+    return total ^ (total >> 32)
+
+
 def build_or_load(
     folder: str | os.PathLike[str] | None,
-    key: Mapping[str, Any],
-    build: Callable[[], Arrays],
+    asked: Mapping[str, Any],
+    build: Build,
     disk: Disk,
-) -> Arrays:
+    *,
+    data: Mapping[str, Any] | None = None,
+) -> Kept:
     """The arrays `build` gives, from the cache folder if they are there; no folder builds anew.
 
-    Everything the arrays depend on must be in `key`, the data's fingerprint included: a changed
-    file then has another key.  One rank per node should call it first and the others after a
-    barrier; ranks that come at the same time do the same work and write the same bytes.
+    asked and data name everything the arrays depend on: what the user wrote, and what the files
+    held (fingerprints).  Arrays for the same words but other files are reported and built anew.
+    One rank per node should call it first and the others after it; ranks that come at the same
+    time do the same work and write the same bytes.
     """
     if folder is None:
-        return build()
-    text = json.dumps({"format": FORMAT, **key}, sort_keys=True, indent=1)
-    name = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
-    found = _load(Path(folder), name)
+        arrays = dict(build())
+        digest = 0
+        for values in arrays.values():
+            digest = digest_of(values, digest)
+        return Kept(arrays, digest)
+    place = Path(folder)
+    key = {"format": FORMAT, "asked": dict(asked), "data": dict(data or {})}
+    name = f"{_hash(key['format'], key['asked'])}-{_hash(key['data'])}"
+    found = _load(place, name)
     if found is not None:
         return found
-    arrays = build()
-    _save(Path(folder), name, text, arrays, disk)
-    return _load(Path(folder), name) or arrays
+    _report_other_data(place, name)
+    _save(place, name, key, build, disk)
+    made = _load(place, name)
+    assert made is not None, f"{place / name} was written, but cannot be read"
+    return made
 
 
-def _save(folder: Path, name: str, key: str, arrays: Arrays, disk: Disk) -> None:
+def _hash(*parts: Any) -> str:
+    text = json.dumps(parts, sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def _report_other_data(folder: Path, name: str) -> None:
+    asked = name.partition("-")[0]
+    other = sorted(folder.glob(f"{asked}-*.json"))
+    if other:
+        log.warning(
+            "the data changed since its index was built (%s was for other files of the same "
+            "names); building the index anew", other[-1],
+        )  # fmt: skip
+
+
+def _save(folder: Path, name: str, key: Mapping[str, Any], build: Build, disk: Disk) -> None:
     disk.make_folder(folder)
-    for part, values in arrays.items():
-        temporary = temporary_name(folder / f"{name}-{part}.npy")
-        try:
-            with disk.create(temporary) as file:
-                file.write(_npy_header(values))
-                if values.size:
-                    file.write(np.ascontiguousarray(values).data)
-                file.fsync()
-            disk.rename(temporary, folder / f"{name}-{part}.npy")
-        finally:
-            disk.remove(temporary)
+    path = folder / f"{name}.arrays"
+    temporary = temporary_name(path)
+    described: dict[str, Any] = {}
+    digest = 0
+    try:
+        with disk.create(temporary) as file:
+            for part, values in build():
+                described[part] = {
+                    "dtype": str(values.dtype),
+                    "shape": list(values.shape),
+                    "offset": _append(file, values),
+                }
+                digest = digest_of(values, digest)
+            size = file.size
+            file.fsync()
+        disk.rename(temporary, path)
+    finally:
+        disk.remove(temporary)
     # the description comes last: where it stands, every array is complete
-    described = {
-        "key": json.loads(key),
-        "arrays": {
-            part: {"dtype": str(values.dtype), "shape": list(values.shape)}
-            for part, values in arrays.items()
-        },
-    }
-    write_atomically(folder / f"{name}.json", json.dumps(described, indent=1).encode(), disk)
+    text = {**key, "size": size, "digest": f"{digest:016x}", "arrays": described}
+    write_atomically(folder / f"{name}.json", json.dumps(text).encode(), disk)
 
 
-def _npy_header(values: npt.NDArray[Any]) -> bytes:
-    buffer = io.BytesIO()
-    np.lib.format.write_array_header_1_0(buffer, np.lib.format.header_data_from_array_1_0(values))
-    return buffer.getvalue()
+def _append(file: DiskFile, values: npt.NDArray[Any]) -> int:
+    """Write the array at a whole multiple of the alignment; returns where it begins."""
+    file.write(bytes(-file.size % ALIGNMENT))
+    begin = file.size
+    if values.size:
+        file.write(np.ascontiguousarray(values).data)
+    return begin
 
 
-def _load(folder: Path, name: str) -> Arrays | None:
+def _load(folder: Path, name: str) -> Kept | None:
     try:
         described = json.loads((folder / f"{name}.json").read_text())
+        size = described["size"]
+        path = folder / f"{name}.arrays"
+        buffer: bytes | mmap.mmap = b""
+        with open(path, "rb") as file:
+            actual = os.fstat(file.fileno()).st_size
+            if actual != size:
+                raise ValueError(f"{path} has {actual} bytes, expected {size}")
+            if size:
+                buffer = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         arrays: Arrays = {}
-        for part, expected in described["arrays"].items():
-            path = folder / f"{name}-{part}.npy"
-            if 0 in expected["shape"]:  # nothing to map
-                values = np.load(path, allow_pickle=False)
-            else:
-                values = np.load(path, mmap_mode="r", allow_pickle=False)
-            if str(values.dtype) != expected["dtype"] or list(values.shape) != expected["shape"]:
-                raise ValueError(f"{path} holds {values.dtype} {values.shape}")
-            arrays[part] = values
-        return arrays
+        for part, at in described["arrays"].items():
+            count = int(np.prod(at["shape"], dtype=np.int64))
+            if count == 0:
+                arrays[part] = np.empty(at["shape"], at["dtype"])
+                continue
+            flat = np.frombuffer(buffer, np.dtype(at["dtype"]), count, at["offset"])
+            arrays[part] = flat.reshape(at["shape"])
+        return Kept(arrays, int(described["digest"], 16))
     except FileNotFoundError:
         return None
-    except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         log.warning("index cache %s/%s is broken (%s); building it anew", folder, name, error)
         return None

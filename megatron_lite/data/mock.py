@@ -32,3 +32,7 @@ class MockTokens:
     def fingerprint(self) -> str:
         """Names the content."""
         return f"mock {self.vocab_size} {self.eod} {len(self._lengths)}"
+
+    def content(self) -> str:
+        """As fingerprint: there are no files."""
+        return self.fingerprint()

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from megatron_lite.config.errors import DataError
-from megatron_lite.data.cache import Arrays, build_or_load
-from megatron_lite.data.indices import document_index, plan_epochs, sample_index, shuffle_index
-from megatron_lite.storage.disk import Disk
+from megatron_lite.data.cache import Arrays
+from megatron_lite.data.indices import (
+    EpochPlan,
+    document_index,
+    plan_epochs,
+    sample_index,
+    shuffle_index,
+)
 
 Tokens = npt.NDArray[np.int64]
 
@@ -45,6 +50,10 @@ class TokenSource(Protocol):
         """Names the content: equal for equal documents only."""
         ...
 
+    def content(self) -> str:
+        """The same for copies that lie elsewhere."""
+        ...
+
 
 class Range(NamedTuple):
     """Documents start to stop - 1 of a file."""
@@ -69,16 +78,22 @@ def split_ranges(shares: Sequence[float], num_documents: int) -> list[Range | No
     return ranges
 
 
-class GPTDataset:
-    """Samples of seq_length + 1 tokens across document borders, in Megatron's order.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GPTPlan:
+    """Which samples of one file's split are asked for, before any array of it is built."""
 
-    num_samples: at least so many samples, from as many epochs as that takes; None: one epoch.
-    `dataset[i]` is int64 [s + 1]; its last token is the first of the sample that follows in the
-    stream.  Token ids are checked against vocab_size when they are read.
-    """
+    source: TokenSource
+    name: str
+    split: str
+    documents: Range
+    tokens_per_epoch: int
+    epochs: EpochPlan
+    seq_length: int
+    seed: int
+    vocab_size: int | None
 
-    def __init__(
-        self,
+    @staticmethod
+    def draw_up(
         source: TokenSource,
         *,
         name: str,
@@ -88,69 +103,93 @@ class GPTDataset:
         seq_length: int,
         seed: int,
         vocab_size: int | None = None,
-        cache_folder: str | os.PathLike[str] | None = None,
-        disk: Disk | None = None,
-    ) -> None:
-        self.source = source
-        self.name = name
-        self.split = split
-        self.documents = documents
-        self.seq_length = seq_length
-        self.seed = seed
-        self.vocab_size = vocab_size
-        total = len(source.sequence_lengths)
+    ) -> GPTPlan:
+        """At least num_samples samples, from as many epochs as that takes; None: one epoch.
+
+        Raises DataError for a split without documents or tokens, or shorter than one sample.
+        """
+        lengths = source.sequence_lengths
+        total = len(lengths)
         if documents.stop <= documents.start:
             raise DataError(
                 f"{name}: split {split} of {total} documents has 0 documents - give it a larger "
                 "share in --split, or ask for no samples of it (--eval-iters 0)"
             )
-        lengths = source.sequence_lengths[documents.start : documents.stop]
-        self.tokens_per_epoch = int(lengths.sum(dtype=np.int64))
-        if self.tokens_per_epoch == 0:
+        lengths = lengths[documents.start : documents.stop]
+        tokens = int(lengths.sum(dtype=np.int64))
+        if tokens == 0:
             raise DataError(
                 f"{name}: the {len(lengths)} documents of split {split} have no tokens - "
                 "use other data or another --split"
             )
-        self.plan = plan_epochs(self.tokens_per_epoch, seq_length, num_samples)
-        if self.plan.samples == 0:
+        epochs = plan_epochs(tokens, seq_length, num_samples)
+        if epochs.samples == 0:
             raise DataError(
-                f"{name}: split {split} has {self.tokens_per_epoch} tokens, one sample needs "
+                f"{name}: split {split} has {tokens} tokens, one sample needs "
                 f"{seq_length + 1} - use more data or a smaller --seq-length"
             )
-        key = {
-            "kind": "gpt",
-            "source": source.fingerprint(),
-            "documents": list(documents),
-            "plan": [self.plan.epochs, self.plan.samples, self.plan.separate_last],
-            "seq_length": seq_length,
-            "seed": seed,
+        return GPTPlan(
+            source=source,
+            name=name,
+            split=split,
+            documents=documents,
+            tokens_per_epoch=tokens,
+            epochs=epochs,
+            seq_length=seq_length,
+            seed=seed,
+            vocab_size=vocab_size,
+        )
+
+    def __len__(self) -> int:
+        return self.epochs.samples
+
+    def key(self) -> dict[str, Any]:
+        """All that the arrays depend on."""
+        return {
+            "source": self.source.fingerprint(),
+            "documents": list(self.documents),
+            "plan": [self.epochs.epochs, self.epochs.samples, self.epochs.separate_last],
         }
-        arrays = build_or_load(cache_folder, key, self._build, Disk() if disk is None else disk)
+
+    def build(self) -> Arrays:
+        """The document, sample and shuffle index."""
+        # one RandomState, consumed in this order: documents, then samples
+        random = np.random.RandomState(self.seed)
+        numbers = np.arange(self.documents.start, self.documents.stop, dtype=np.int32)
+        documents = document_index(numbers, self.epochs, random)
+        samples = sample_index(
+            self.source.sequence_lengths, documents, self.seq_length, self.epochs.samples
+        )
+        shuffle = shuffle_index(self.epochs, random)
+        return {"documents": documents, "samples": samples, "shuffle": shuffle}
+
+
+class GPTDataset:
+    """Samples of seq_length + 1 tokens across document borders, in Megatron's order.
+
+    `dataset[i]` is int64 [s + 1]; its last token is the first of the sample that follows in the
+    stream.  Token ids are checked against vocab_size when they are read.
+    arrays: what plan.build() gives, from a cache perhaps.
+    """
+
+    def __init__(self, plan: GPTPlan, arrays: Arrays) -> None:
+        self.plan = plan
+        self.source = plan.source
+        self.name = plan.name
+        self.split = plan.split
+        self.seq_length = plan.seq_length
+        self.vocab_size = plan.vocab_size
         self.document_index = arrays["documents"]
         self.sample_index = arrays["samples"]
         self.shuffle_index = arrays["shuffle"]
 
-    def _build(self) -> Arrays:
-        # one RandomState, consumed in this order: documents, then samples
-        random = np.random.RandomState(self.seed)
-        numbers = np.arange(self.documents.start, self.documents.stop, dtype=np.int32)
-        documents = document_index(numbers, self.plan, random)
-        samples = sample_index(
-            self.source.sequence_lengths, documents, self.seq_length, self.plan.samples
-        )
-        return {
-            "documents": documents,
-            "samples": samples,
-            "shuffle": shuffle_index(self.plan, random),
-        }
-
     @property
     def epochs(self) -> int:
         """Times every document of the split is read."""
-        return self.plan.epochs
+        return self.plan.epochs.epochs
 
     def __len__(self) -> int:
-        return self.plan.samples
+        return len(self.plan)
 
     def __getitem__(self, sample: int) -> Tokens:
         if not 0 <= sample < len(self):

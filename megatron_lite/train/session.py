@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,16 @@ import torch
 
 from megatron_lite.blueprint.draw_up import Blueprint, draw_up
 from megatron_lite.checkpoint.store import Store
-from megatron_lite.config.errors import PREEMPTED
+from megatron_lite.config.errors import PREEMPTED, DataError, MegatronLiteError
 from megatron_lite.config.files import dump
 from megatron_lite.config.run import RunConfig
 from megatron_lite.config.telemetry import TelemetryConfig
 from megatron_lite.data.build import Datasets, build_datasets
 from megatron_lite.data.loader import Loader
+from megatron_lite.data.overview import overview
 from megatron_lite.data.pretrain import Samples
 from megatron_lite.layers.attention import choose_attention
-from megatron_lite.parallel.collectives import MAX, all_reduce, barrier
+from megatron_lite.parallel.collectives import MAX, all_reduce
 from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.parallel.launch import (
     Launch,
@@ -267,7 +269,7 @@ def _open_datasets(
     train_iters: int,
     final_batch: int,
 ) -> Datasets:
-    train, world = config.train, log.ctx.world
+    train = config.train
     train_samples = 0 if train.skip_train else train.train_samples or train_iters * final_batch
     rounds = train_iters // train.eval_interval + 1 if train.eval_interval else 1
     evaluated = train.eval_iters * final_batch
@@ -293,12 +295,47 @@ def _open_datasets(
             cache_folder=cache,
         )
 
-    if launch.local_rank == 0:  # one rank per node builds, the others map what it built
-        datasets = build()
-        barrier(world)
-        return datasets
-    barrier(world)
-    return build()
+    datasets = _in_turn(build, launch, log.ctx)
+    log.say(*overview(datasets))
+    return datasets
+
+
+def _in_turn(build: Callable[[], Datasets], launch: Launch, ctx: ParallelContext) -> Datasets:
+    """Rank 0 builds, then one rank of every node, then the others map what is there.
+
+    A node that shares no file system with rank 0 finds nothing and builds its own.  Collective
+    over the world: where one rank fails all stop, and where two read different data, too.
+    """
+    datasets: Datasets | None = None
+    turns = (launch.rank == 0, launch.local_rank == 0, True)
+    for turn in turns if ctx.world.size > 1 else (True,):
+        problem: MegatronLiteError | None = None
+        if turn and datasets is None:
+            try:
+                datasets = build()
+            except MegatronLiteError as error:
+                problem = error
+        failed = torch.tensor([int(problem is not None)], device=ctx.device)
+        failed = all_reduce(failed, ctx.world, MAX)
+        if problem is not None:
+            raise problem
+        if failed.item():
+            raise DataError("another rank could not open the data - see the first FATAL line")
+    assert datasets is not None
+    _check_equal(datasets.digest, ctx)
+    return datasets
+
+
+def _check_equal(digest: int, ctx: ParallelContext) -> None:
+    signed = digest - (1 << 63)  # int64; its negation must fit, too
+    both = torch.tensor([max(signed, 1 - (1 << 63))], device=ctx.device)
+    low, high = all_reduce(-both, ctx.world, MAX), all_reduce(both, ctx.world, MAX)
+    if high.item() != -low.item():
+        raise DataError(
+            f"rank {ctx.rank}: the ranks read different data or built different indices (digest "
+            f"{digest:016x} here) - copy the same --data-path files to every node, and remove "
+            "--data-cache-path"
+        )
 
 
 def _loaders(

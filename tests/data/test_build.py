@@ -11,7 +11,7 @@ import pytest
 
 from megatron_lite.config.data import DataConfig
 from megatron_lite.config.errors import ConfigError, DataError
-from megatron_lite.data.blended import BlendedDataset
+from megatron_lite.data.blended import BlendedDataset, BlendPlan
 from megatron_lite.data.build import Datasets, build_datasets
 from megatron_lite.data.pretrain import GPTDataset, Range, split_ranges
 from tests.data.conftest import WriteDocuments
@@ -221,4 +221,5 @@ def test_a_blend_that_takes_more_than_there_is_says_what_to_do() -> None:
         def __getitem__(self, sample: int) -> Any: ...
 
     with pytest.raises(DataError, match="takes 5 samples of three, which has 3.*surplus"):
-        BlendedDataset([Three(), Three()], [0.5, 0.5], 10, name="blend")
+        plan = BlendPlan.draw_up([0.5, 0.5], 10, [3, 3])
+        BlendedDataset([Three(), Three()], plan, plan.build(), name="blend")

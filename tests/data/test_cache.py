@@ -14,7 +14,7 @@ import pytest
 from megatron_lite.config.data import DataConfig
 from megatron_lite.config.errors import StorageError
 from megatron_lite.data.build import build_datasets
-from megatron_lite.data.cache import build_or_load
+from megatron_lite.data.cache import Kept, build_or_load, digest_of
 from megatron_lite.storage.disk import Disk
 from megatron_lite.storage.faults import FaultyDisk, RecordingDisk, SimulatedCrash
 from tests.data.conftest import WriteDocuments
@@ -26,38 +26,56 @@ ARRAYS = {
 }
 
 
+def arrays() -> Any:
+    return ARRAYS.items()
+
+
 def never() -> Any:
     raise AssertionError("was in the cache")
 
 
-def assert_same(found: dict[str, Any]) -> None:
+def assert_same(kept: Kept) -> None:
+    found = kept.arrays
+    assert kept.digest == build_or_load(None, {}, arrays, Disk()).digest
     assert set(found) == set(ARRAYS)
     for name, values in ARRAYS.items():
         assert np.array_equal(found[name], values) and found[name].dtype == values.dtype
 
 
 def test_a_second_call_maps_what_the_first_built(tmp_path: Path) -> None:
-    assert_same(build_or_load(tmp_path / "c", {"a": 1}, lambda: dict(ARRAYS), Disk()))
+    assert_same(build_or_load(tmp_path / "c", {"a": 1}, arrays, Disk()))
     found = build_or_load(tmp_path / "c", {"a": 1}, never, Disk())
     assert_same(found)
-    assert isinstance(found["rows"], np.memmap) and not found["rows"].flags.writeable
+    assert not found.arrays["rows"].flags.writeable and not found.arrays["rows"].flags.owndata
+    assert all(values.ctypes.data % 64 == 0 for values in found.arrays.values() if values.size)
     with pytest.raises(AssertionError, match="was in the cache"):
         build_or_load(tmp_path / "c", {"a": 2}, never, Disk())
-    assert_same(build_or_load(None, {"a": 1}, lambda: dict(ARRAYS), Disk()))
+    assert_same(build_or_load(None, {"a": 1}, arrays, Disk()))
 
 
-def test_numpy_reads_the_files(tmp_path: Path) -> None:
-    build_or_load(tmp_path, {}, lambda: dict(ARRAYS), Disk())
-    (path,) = tmp_path.glob("*-rows.npy")
-    assert np.array_equal(np.load(path, allow_pickle=False), ARRAYS["rows"])
+def test_any_changed_bit_type_or_order_changes_the_digest() -> None:
+    random = np.random.default_rng(0)
+    values = random.integers(0, 1 << 62, 70_000)  # more than a block
+    digest = digest_of(values)
+    for at in (0, 1, 65_535, 65_536, 69_999):
+        other = values.copy()
+        other[at] ^= 1 << int(random.integers(63))
+        assert digest_of(other) != digest
+    swapped = values.copy()
+    swapped[[3, 65_539]] = swapped[[65_539, 3]]  # the same place of two blocks
+    assert digest_of(swapped) != digest
+    assert digest_of(values.view(np.uint64)) != digest
+    assert digest_of(values.reshape(2, -1)) != digest
+    assert digest_of(np.arange(3, dtype=np.int16)) != digest_of(np.arange(4, dtype=np.int16))
+    assert digest_of(values, before=1) != digest
 
 
-@pytest.mark.parametrize("damage", ["truncate", "empty", "json", "remove", "other"])
+@pytest.mark.parametrize("damage", ["truncate", "empty", "json", "remove", "offset"])
 def test_a_broken_cache_is_built_anew(
     tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    build_or_load(tmp_path, {}, lambda: dict(ARRAYS), Disk())
-    (path,), (key,) = tmp_path.glob("*-rows.npy"), tmp_path.glob("*.json")
+    build_or_load(tmp_path, {}, arrays, Disk())
+    (path,), (key,) = tmp_path.glob("*.arrays"), tmp_path.glob("*.json")
     if damage == "truncate":
         os.truncate(path, path.stat().st_size - 8)
     elif damage == "empty":
@@ -67,29 +85,31 @@ def test_a_broken_cache_is_built_anew(
     elif damage == "remove":
         path.unlink()
     else:
-        np.save(path, ARRAYS["rows"].astype(np.int32))
+        key.write_text(key.read_text().replace('"offset": 0', '"offset": 999'))
     with caplog.at_level(logging.WARNING):
-        assert_same(build_or_load(tmp_path, {}, lambda: dict(ARRAYS), Disk()))
+        assert_same(build_or_load(tmp_path, {}, arrays, Disk()))
     assert_same(build_or_load(tmp_path, {}, never, Disk()))
     assert damage == "remove" or "building it anew" in caplog.text
 
 
 def test_a_fault_at_any_operation_leaves_a_cache_that_works(tmp_path: Path) -> None:
     recorded = RecordingDisk()
-    build_or_load(tmp_path / "all", {}, lambda: dict(ARRAYS), recorded)
+    build_or_load(tmp_path / "all", {}, arrays, recorded)
     for k in range(len(recorded.operations)):
         crashing = FaultyDisk(fail_at=k, crash="raise", tear=True)
         with pytest.raises(SimulatedCrash):
-            build_or_load(tmp_path / f"c{k}", {}, lambda: dict(ARRAYS), crashing)
-        assert_same(build_or_load(tmp_path / f"c{k}", {}, lambda: dict(ARRAYS), Disk()))
+            build_or_load(tmp_path / f"c{k}", {}, arrays, crashing)
+        assert_same(build_or_load(tmp_path / f"c{k}", {}, arrays, Disk()))
     with pytest.raises(StorageError, match="No space left"):
         full = FaultyDisk(fail_at=3, error=errno.ENOSPC)
-        build_or_load(tmp_path / "full", {}, lambda: dict(ARRAYS), full)
+        build_or_load(tmp_path / "full", {}, arrays, full)
     assert not [name for name in os.listdir(tmp_path / "full") if "partial" in name]
 
 
 def test_data_that_changed_is_not_read_through_an_old_index(
-    write_documents: WriteDocuments, tmp_path: Path
+    write_documents: WriteDocuments,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     def read() -> list[int]:
         datasets = build_datasets(
@@ -113,3 +133,4 @@ def test_data_that_changed_is_not_read_through_an_old_index(
     write_documents("a", 40, seed=2)
     second = read()
     assert second != first and len(os.listdir(tmp_path / "cache")) == 2 * len(files)
+    assert "the data changed since its index was built" in caplog.text

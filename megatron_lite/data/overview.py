@@ -1,0 +1,81 @@
+"""What a run will read, as a table: weight asked and achieved, samples, tokens, epochs per dataset."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from megatron_lite.data.blended import BlendedDataset
+from megatron_lite.data.build import Datasets
+from megatron_lite.data.pretrain import GPTDataset, Samples
+
+MOST_ROWS = 40  # of a split; a blend may have thousands of datasets
+NAME_WIDTH = 48
+COLUMNS = f"{'asked':>9} {'achieved':>9} {'samples':>14} {'tokens':>18} {'epochs':>9}"
+
+
+class Share(NamedTuple):
+    """One dataset's part of a split; samples it gives, of tokens_per_epoch tokens in all."""
+
+    name: str
+    asked: float
+    achieved: float
+    samples: int
+    tokens: int
+    epochs: float
+
+
+def shares(dataset: Samples, asked: int | None = None) -> list[Share]:
+    """The parts of a split, in the order of --data-path; asked: samples the run takes."""
+    if isinstance(dataset, GPTDataset):
+        return [_share(dataset, 1.0, 1.0, len(dataset) if asked is None else asked)]
+    if not isinstance(dataset, BlendedDataset):
+        return []
+    return [
+        _share(part, weight, taken / len(dataset), taken)
+        for part, weight, taken in zip(
+            dataset.datasets, dataset.weights, dataset.counts, strict=True
+        )
+        if isinstance(part, GPTDataset)
+    ]
+
+
+def _share(dataset: GPTDataset, asked: float, achieved: float, samples: int) -> Share:
+    tokens = samples * dataset.seq_length
+    epochs = tokens / dataset.plan.tokens_per_epoch
+    return Share(dataset.name, asked, achieved, samples, tokens, epochs)
+
+
+def overview(datasets: Datasets) -> list[str]:
+    """Lines to print before training; a split without data has none."""
+    lines: list[str] = []
+    named = {"train": datasets.train, "validation": datasets.valid, "test": datasets.test}
+    for (name, dataset), asked in zip(named.items(), datasets.asked, strict=True):
+        if dataset is not None:
+            lines += _table(name, shares(dataset, asked))
+    return lines
+
+
+def _table(split: str, rows: Sequence[Share]) -> list[str]:
+    lines = [f" > {split + ' data':<{NAME_WIDTH}} {COLUMNS}"]
+    lines += [_line(row) for row in rows[:MOST_ROWS]]
+    rest = rows[MOST_ROWS:]
+    if rest:
+        both = [f"{sum(getattr(row, what) for row in rest):.5f}" for what in ("asked", "achieved")]
+        samples, tokens = sum(row.samples for row in rest), sum(row.tokens for row in rest)
+        name = f"and {len(rest)} more datasets"
+        lines.append(
+            f"   {name:<{NAME_WIDTH}} {both[0]:>9} {both[1]:>9} {samples:>14} {tokens:>18}"
+        )
+    if len(rows) > 1:
+        samples, tokens = sum(row.samples for row in rows), sum(row.tokens for row in rows)
+        lines.append(f"   {'all':<{NAME_WIDTH}} {'':>9} {'':>9} {samples:>14} {tokens:>18}")
+    return lines
+
+
+def _line(row: Share) -> str:
+    name = row.name if len(row.name) <= NAME_WIDTH else "..." + row.name[3 - NAME_WIDTH :]
+    return (
+        f"   {name:<{NAME_WIDTH}} {row.asked:>9.5f} {row.achieved:>9.5f} {row.samples:>14} "
+        f"{row.tokens:>18} {row.epochs:>9.3f}"
+    )
