@@ -48,6 +48,7 @@ class Datasets:
     valid: Samples | None
     test: Samples | None
     digest: int = 0
+    asked: Asked = (None, None, None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
