@@ -308,6 +308,7 @@ class Store:
 
 
 def _share(slices: Iterable[NamedSlice], ctx: ParallelContext) -> list[NamedSlice]:
-    """Every dp-th slice: the dp ranks hold the same tensors and share the writing."""
+    """What this rank writes: its own shards, and every dp-th slice of what all dp ranks hold."""
     filled = [s for s in slices if s.data.numel()]
-    return filled[ctx.dp.rank :: ctx.dp.size]
+    dealt = [s for s in filled if s.replicated][ctx.dp.rank :: ctx.dp.size]
+    return [*dealt, *(s for s in filled if not s.replicated)]

@@ -94,16 +94,6 @@ NOT_YET: tuple[NotYet, ...] = (
         "use --tensor-model-parallel-size with --sequence-parallel for long sequences",
     ),
     NotYet(
-        "--use-distributed-optimizer over more than one data-parallel rank",
-        lambda c, w: c.parallel.use_distributed_optimizer and _dp_above_one(c, w),
-        "drop it, or raise tp or pp where memory is short",
-    ),
-    NotYet(
-        "--overlap-param-gather over more than one data-parallel rank",
-        lambda c, w: c.parallel.overlap_param_gather and _dp_above_one(c, w),
-        "drop it",
-    ),
-    NotYet(
         "--recompute-granularity",
         lambda c, w: c.parallel.recompute_granularity is not None,
         "use --sequence-parallel, more tp or pp, or a smaller --micro-batch-size",

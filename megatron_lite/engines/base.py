@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -45,6 +45,14 @@ class Engine(Protocol):
 
     def step(self, *, lr: float, weight_decay: float) -> Update:
         """Finish reductions, unscale, clip, update, clear.  Collective over the grid."""
+        ...
+
+    def settle(self) -> None:
+        """Return when every parameter is whole: before anybody reads them outside a forward."""
+        ...
+
+    def wait_for(self, parameters: Iterable[Tensor]) -> None:
+        """Return when these parameters are whole: what a layer asks before its forward."""
         ...
 
     def state(self, *, owned: bool) -> Iterator[NamedSlice]:

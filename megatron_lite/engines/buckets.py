@@ -2,28 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from megatron_lite.parallel.collectives import Pending, start_all_reduce
+from megatron_lite.blueprint.ownership import Rows
+from megatron_lite.engines.shards import ShardLayout
+from megatron_lite.parallel.collectives import (
+    Pending,
+    start_all_gather,
+    start_all_reduce,
+    start_reduce_scatter,
+)
 from megatron_lite.parallel.context import ParallelContext
-from megatron_lite.parallel.shard import LocalParameter
+from megatron_lite.parallel.shard import LocalParameter, Piece
 
 _ALIGN = 16  # elements: every parameter starts on a cache line
 
 
 @dataclass(slots=True, eq=False)
 class Bucket:
-    """A contiguous part of the gradient buffer and the parameters in it."""
+    """A contiguous part of the gradient buffer, the parameters in it, and what is under way.
+
+    layout is None where every dp rank keeps the whole state: gradients are then all-reduced in
+    place instead of reduce-scattered.
+    """
 
     buffer: Tensor
     locals: list[LocalParameter]
+    layout: ShardLayout | None
     missing: int = 0
-    pending: Pending | None = None
-    started: bool = False
+    reducing: Pending | None = None
+    gathering: Pending | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -51,9 +63,14 @@ class GradientBuckets:
         *,
         bucket_size: int,
         overlap: bool,
+        sharded: bool = False,
+        whole: bool = False,
         dtype: torch.dtype = torch.float32,
     ) -> GradientBuckets:
-        """Lay the accumulators out; bucket_size in elements."""
+        """Lay the accumulators out; bucket_size in elements.
+
+        sharded: each dp rank keeps its rows of the state only; whole: its tensors.
+        """
         groups: list[list[LocalParameter]] = [[]]
         filled = 0
         for local in reversed(parameters):
@@ -62,21 +79,40 @@ class GradientBuckets:
                 filled = 0
             groups[-1].append(local)
             filled += local.parameter.numel()
+        groups = [group for group in groups if group]
         sizes = [sum(_padded(p) for p in group) for group in groups]
         buffer = torch.zeros(sum(sizes), dtype=dtype, device=ctx.device)
         made = cls(buffer, [], ctx, overlap and ctx.dp.size > 1)
         start = 0
         for group, size in zip(groups, sizes, strict=True):
-            bucket = Bucket(buffer[start : start + size], group)
+            layout = ShardLayout.build(group, ctx.dp.size, whole=whole) if sharded else None
+            bucket = Bucket(buffer[start : start + size], group, layout)
             made.buckets.append(bucket)
             for local in group:
                 count = local.parameter.numel()
-                made.views[local.parameter] = buffer[start : start + count].view(
-                    local.parameter.shape
-                )
+                view = buffer[start : start + count].view(local.parameter.shape)
+                made.views[local.parameter] = view
                 made._bucket_of[local.parameter] = bucket
                 start += _padded(local)
         return made
+
+    def view(self, local: LocalParameter) -> Tensor:
+        """The accumulator of a parameter, shaped like it."""
+        return self.views[local.parameter]
+
+    def owned(self, local: LocalParameter) -> Iterator[tuple[Piece, Rows]]:
+        """The rows of each of its pieces whose state this rank keeps."""
+        bucket = self._bucket_of[local.parameter]
+        if bucket.layout is None:
+            for piece in local.pieces:
+                if piece.stop > piece.start:
+                    yield piece, Rows(0, piece.stop - piece.start)
+            return
+        for place in bucket.layout.places:
+            if place.local is local:
+                rows = place.owned(self.ctx.dp.rank, self.ctx.dp.size)
+                if rows.stop > rows.start:
+                    yield place.piece, rows
 
     def arm(self) -> None:
         """From now on count gradients, and reduce each bucket when its last one arrives."""
@@ -96,18 +132,57 @@ class GradientBuckets:
             self._next += 1
 
     def finish(self) -> None:
-        """Reduce what is not yet reduced and wait for all.  Collective over dp."""
+        """Reduce what is not yet reduced and wait for all.  Collective over dp.
+
+        Afterwards the accumulators hold the sum: all of it, or this rank's rows where sharded.
+        """
         for bucket in self.buckets:
-            if not bucket.started:
+            if bucket.reducing is None:
                 self._start(bucket)
         for bucket in self.buckets:
-            assert bucket.pending is not None
-            bucket.pending.wait()
-            bucket.pending, bucket.started = None, False
+            assert bucket.reducing is not None
+            summed = bucket.reducing.wait()
+            if bucket.layout is not None:
+                for place, rows, values in bucket.layout.own_rows(self.ctx.dp.rank, summed):
+                    target = place.piece.of(self.view(place.local))[rows.start : rows.stop]
+                    target.copy_(values.view(target.shape))
+            bucket.reducing = None
         self._armed = False
 
     def _start(self, bucket: Bucket) -> None:
-        bucket.pending, bucket.started = start_all_reduce(bucket.buffer, self.ctx.dp), True
+        if bucket.layout is None:
+            bucket.reducing = start_all_reduce(bucket.buffer, self.ctx.dp)
+        else:
+            packed = bucket.layout.pack(self.view, self.buffer)
+            bucket.reducing = start_reduce_scatter(packed.view(-1), self.ctx.dp)
+
+    def start_gather(self) -> None:
+        """Begin sending every rank its missing parameter rows, in the order forward needs them."""
+        for bucket in reversed(self.buckets):
+            assert bucket.layout is not None and bucket.gathering is None
+            like = bucket.locals[0].parameter.detach()
+            own = like.new_zeros(bucket.layout.columns)
+            for place, rows, values in bucket.layout.own_rows(self.ctx.dp.rank, own):
+                source = place.piece.of(place.local.parameter.detach())[rows.start : rows.stop]
+                values.copy_(source.reshape(values.shape))
+            bucket.gathering = start_all_gather(own, self.ctx.dp)
+
+    def wait_for(self, parameter: Tensor) -> None:
+        """Return when the parameter is whole again (its bucket with it)."""
+        self._complete(self._bucket_of[parameter])
+
+    def settle(self) -> None:
+        """Return when every parameter is whole again."""
+        for bucket in reversed(self.buckets):
+            self._complete(bucket)
+
+    def _complete(self, bucket: Bucket) -> None:
+        if bucket.gathering is None:
+            return
+        assert bucket.layout is not None
+        rows = bucket.gathering.wait().view(bucket.layout.ranks, bucket.layout.columns)
+        bucket.gathering = None
+        bucket.layout.unpack(rows, lambda local: local.parameter.detach())
 
 
 def _padded(local: LocalParameter) -> int:

@@ -8,19 +8,20 @@ import torch
 from torch import Tensor
 
 from megatron_lite.parallel.collectives import all_reduce
-from megatron_lite.parallel.context import ParallelContext
+from megatron_lite.parallel.context import Axis
 
 
-def global_norm(tensors: Sequence[Tensor], ctx: ParallelContext) -> Tensor:
-    """The L2 norm (fp32 scalar on the device) of the counted tensors over tp and pp.
+def global_norm(tensors: Sequence[Tensor], axis: Axis, device: torch.device) -> Tensor:
+    """The L2 norm (fp32 scalar on the device) of the ranks' tensors together.
 
-    Collective over ctx.model.  Infinite or nan if any element on any rank is.
+    Collective over the axis (tp x pp, and dp where the ranks hold shards).  Infinite or nan if any
+    element on any rank is.
     """
-    total = torch.zeros((), device=ctx.device)
+    total = torch.zeros((), device=device)
     if tensors:
         norms = torch._foreach_norm([t.float() for t in tensors])
         total = torch.stack(norms).square().sum()
-    return all_reduce(total, ctx.model).sqrt()
+    return all_reduce(total, axis).sqrt()
 
 
 def clip_coefficient(norm: Tensor, max_norm: float) -> Tensor:
@@ -28,9 +29,9 @@ def clip_coefficient(norm: Tensor, max_norm: float) -> Tensor:
     return (max_norm / (norm + 1e-6)).clamp(max=1.0)
 
 
-def count_zeros(tensors: Sequence[Tensor], ctx: ParallelContext) -> Tensor:
-    """How many elements of the counted tensors are zero, over tp and pp (fp64 scalar)."""
-    total = torch.zeros((), device=ctx.device, dtype=torch.float64)
+def count_zeros(tensors: Sequence[Tensor], axis: Axis, device: torch.device) -> Tensor:
+    """How many elements of the ranks' tensors are zero (fp64 scalar).  Collective over the axis."""
+    total = torch.zeros((), device=device, dtype=torch.float64)
     for tensor in tensors:
         total += tensor.numel() - tensor.count_nonzero()
-    return all_reduce(total, ctx.model)
+    return all_reduce(total, axis)

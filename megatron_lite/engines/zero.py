@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from megatron_lite.blueprint.ownership import Rows
 from megatron_lite.config.errors import NumericsError
 from megatron_lite.config.optim import OptimConfig
 from megatron_lite.config.parallel import ParallelConfig
@@ -21,7 +22,13 @@ from megatron_lite.engines.loss_scale import LossScale
 from megatron_lite.optim.rules import OPTIMIZERS, UpdateRule
 from megatron_lite.parallel.collectives import all_reduce
 from megatron_lite.parallel.context import ParallelContext
-from megatron_lite.parallel.shard import MASTER, LocalParameter, NamedSlice, stands_for
+from megatron_lite.parallel.shard import (
+    MASTER,
+    LocalParameter,
+    NamedSlice,
+    Piece,
+    stands_for,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,16 +42,31 @@ class Watch:
 
 @dataclass(slots=True, eq=False)
 class _Held:
-    """A parameter with its accumulator, its fp32 master and its optimizer state."""
+    """Rows of a canonical tensor whose update this rank carries out.
+
+    weight and gradient are views of the parameter and of its accumulator; master is the weight
+    itself in fp32 runs.
+    """
 
     local: LocalParameter
+    piece: Piece
+    rows: Rows
+    weight: Tensor
     gradient: Tensor
     master: Tensor
     state: dict[str, Tensor]
 
     @property
     def has_master(self) -> bool:
-        return self.master is not self.local.parameter
+        """Whether the fp32 master is a tensor of its own."""
+        return self.master is not self.weight
+
+    def slice(self, data: Tensor, prefix: str, *, replicated: bool) -> NamedSlice:
+        """One of this rank's tensors with its place in the global one."""
+        first, *others = self.piece.offset
+        offset = (first + self.rows.start, *others)
+        name = prefix + self.piece.name
+        return NamedSlice(name, self.piece.shape, offset, data, replicated=replicated)
 
 
 class ZeroEngine:
@@ -71,7 +93,11 @@ class ZeroEngine:
         self.scaler = LossScale.from_config(precision)
         self.fp16 = precision.fp16
         self.steps = 0
+        self.sharded = parallel.use_distributed_optimizer and ctx.dp.size > 1
+        self._overlap_gather = parallel.overlap_param_gather
+        self._sums = ctx.world if self.sharded else ctx.model
         self._stage_of = {p.parameter: stage for stage, held in stages.items() for p in held}
+        self._locals = [local for held in stages.values() for local in held]
         bucket_size = parallel.ddp_bucket_size or max(40_000_000, 1_000_000 * ctx.dp.size)
         in_fp32 = parallel.accumulate_allreduce_grads_in_fp32 or precision.name == "fp32"
         self._buckets = {
@@ -80,20 +106,26 @@ class ZeroEngine:
                 ctx,
                 bucket_size=bucket_size,
                 overlap=parallel.overlap_grad_reduce,
+                sharded=self.sharded,
+                whole=self.rule.needs_whole_matrix,
                 dtype=torch.float32 if in_fp32 else held[0].parameter.dtype,
             )
             for stage, held in stages.items()
         }
-        self._held = [self._hold(p) for held in stages.values() for p in held]
-        for held in self._held:
-            held.local.parameter.register_post_accumulate_grad_hook(self._take_gradient())
+        self._held = [held for local in self._locals for held in self._hold(local)]
+        for local in self._locals:
+            local.parameter.register_post_accumulate_grad_hook(self._take_gradient())
 
-    def _hold(self, local: LocalParameter) -> _Held:
-        parameter = local.parameter
-        gradient = self._buckets[self._stage_of[parameter]].views[parameter]
-        fp32 = parameter.dtype == torch.float32
-        master = parameter if fp32 else parameter.detach().float()
-        return _Held(local, gradient, master, self.rule.new_state(master.detach()))
+    def _hold(self, local: LocalParameter) -> Iterator[_Held]:
+        """The rows of this parameter that this rank updates: all, or its share."""
+        buckets = self._buckets[self._stage_of[local.parameter]]
+        gradient = buckets.view(local)
+        for piece, rows in buckets.owned(local):
+            here = slice(piece.start + rows.start, piece.start + rows.stop)
+            weight = local.parameter.detach()[here]
+            master = weight if weight.dtype == torch.float32 else weight.float()
+            state = self.rule.new_state(master)
+            yield _Held(local, piece, rows, weight, gradient[here], master, state)
 
     def _take_gradient(self) -> Callable[[Tensor], None]:
         def take(parameter: Tensor) -> None:
@@ -115,7 +147,7 @@ class ZeroEngine:
 
     def accumulators(self) -> list[tuple[Tensor, Tensor]]:
         """(parameter, accumulator) pairs for layers that add their gradients themselves."""
-        return [(held.local.parameter, held.gradient) for held in self._held]
+        return [(local.parameter, self._view(local.parameter)) for local in self._locals]
 
     def ready(self, parameter: Tensor) -> None:
         """One gradient contribution of the parameter has been accumulated."""
@@ -135,7 +167,7 @@ class ZeroEngine:
         with self.span("all-grads-sync"):
             self._reduce()
         counted = [held for held in self._held if stands_for(held.local, self.ctx)]
-        norm = global_norm([held.gradient for held in counted], self.ctx)
+        norm = global_norm([held.gradient for held in counted], self._sums, self.ctx.device)
         num_zeros = self._num_zeros(counted) if self.watch.num_zeros else None
         if self.fp16 or self.watch.non_finite_stops:
             value = norm.item()  # waits for the device
@@ -150,8 +182,11 @@ class ZeroEngine:
         if self.optim.clip_grad > 0.0:
             with self.span("optimizer-clip-main-grad"):
                 coefficient = clip_coefficient(norm, self.optim.clip_grad)
-                for buckets in self._buckets.values():
-                    buckets.buffer.mul_(coefficient)
+                if self.sharded:
+                    torch._foreach_mul_([held.gradient for held in self._held], coefficient)
+                else:
+                    for buckets in self._buckets.values():
+                        buckets.buffer.mul_(coefficient)
         with self.span("optimizer-inner-step"):
             self._apply(lr, weight_decay)
         self._clear()
@@ -189,33 +224,46 @@ class ZeroEngine:
             )
         self.steps += 1
         self.copy_masters()
+        if self.sharded:
+            for buckets in self._buckets.values():
+                buckets.start_gather()
+            if not self._overlap_gather:
+                self.settle()
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Return when every parameter is whole: before anybody reads them outside a forward."""
+        for buckets in self._buckets.values():
+            buckets.settle()
+
+    @torch.no_grad()
+    def wait_for(self, parameters: Iterable[Tensor]) -> None:
+        """Return when these parameters are whole: what a layer asks before its forward."""
+        for parameter in parameters:
+            self._buckets[self._stage_of[parameter]].wait_for(parameter)  # type: ignore[index]
 
     def copy_masters(self) -> None:
         """Round the masters into the parameters the model computes with."""
         low = [held for held in self._held if held.has_master]
         if low:
             with torch.no_grad():
-                torch._foreach_copy_([h.local.parameter for h in low], [h.master for h in low])
+                torch._foreach_copy_([h.weight for h in low], [h.master for h in low])
 
     def _clear(self) -> None:
         for buckets in self._buckets.values():
             buckets.buffer.zero_()
 
     def _num_zeros(self, counted: list[_Held]) -> float:
-        rows = [p.of(h.gradient) for h in counted for p in h.local.pieces]
         with self.span("optimizer-count-zeros"):
-            return count_zeros(rows, self.ctx).item()  # waits for the device
+            return count_zeros(
+                [h.gradient for h in counted], self._sums, self.ctx.device
+            ).item()  # waits
 
     def _params_norm(self, counted: list[_Held]) -> float:
-        return global_norm([h.master.detach() for h in counted], self.ctx).item()  # waits
+        return global_norm([h.master for h in counted], self._sums, self.ctx.device).item()  # waits
 
     def _non_finite(self, value: float) -> str:
-        bad = [
-            piece.name
-            for held in self._held
-            for piece in held.local.pieces
-            if not torch.isfinite(piece.of(held.gradient)).all()
-        ]
+        bad = [h.piece.name for h in self._held if not torch.isfinite(h.gradient).all()]
         where = f"first seen here in the gradient of {bad[0]}" if bad else "on another rank"
         return (
             f"the gradient norm is {value} ({where}; {len(bad)} tensors of this rank); lower --lr or "
@@ -230,12 +278,12 @@ class ZeroEngine:
         for held in self._held:
             if owned and not stands_for(held.local, self.ctx):
                 continue
-            for piece in held.local.pieces:
-                if held.has_master:
-                    yield piece.slice(held.master, MASTER)
-                for kind, tensor in held.state.items():
-                    yield piece.slice(tensor, f"{kind}.")
+            same = not self.sharded
+            if held.has_master:
+                yield held.slice(held.master, MASTER, replicated=same)
+            for kind, tensor in held.state.items():
+                yield held.slice(tensor, f"{kind}.", replicated=same)
 
     def parameters(self) -> list[nn.Parameter]:
         """The parameters this engine updates."""
-        return [held.local.parameter for held in self._held]
+        return [local.parameter for local in self._locals]

@@ -40,12 +40,16 @@ class Piece:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class NamedSlice:
-    """This rank's tensor is the box at `offset` of the global tensor `name` of `shape`."""
+    """This rank's tensor is the box at `offset` of the global tensor `name` of `shape`.
+
+    replicated: every dp rank holds the same box; otherwise it is this rank's alone.
+    """
 
     name: str
     shape: tuple[int, ...]
     offset: tuple[int, ...]
     data: Tensor
+    replicated: bool = True
 
 
 @dataclass(frozen=True, slots=True, eq=False)

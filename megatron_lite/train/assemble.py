@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from torch import nn
+
 from megatron_lite.blueprint.draw_up import Blueprint
 from megatron_lite.blueprint.schedules.actions import Action
 from megatron_lite.checkpoint.progress import Progress
@@ -131,6 +133,9 @@ def assemble(
     if config.precision.gradient_accumulation_fusion:
         for sink in sinks:
             sink.attach(engine.accumulators(), engine.ready)
+    if config.parallel.overlap_param_gather:
+        for stage in stages.values():
+            _wait_before_use(stage.module, engine)
     mail = Mail(ctx.pp, blueprint.placement)
     return Run(
         blueprint=blueprint,
@@ -141,3 +146,22 @@ def assemble(
         parameters=[local for held in parameters.values() for local in held],
         timers=timers,
     )
+
+
+def _wait_before_use(decoder: nn.Module, engine: ZeroEngine) -> None:
+    """Have every module ask for its own parameters before its forward (--overlap-param-gather)."""
+    for module in decoder.modules():
+        own = list(module.parameters(recurse=False))
+        if own:
+            module.register_forward_pre_hook(_waits_for(engine, own))
+    if isinstance(decoder, Decoder) and decoder.has_head:
+        # the decoder multiplies with the head's matrix (or the tied table) after the final norm
+        table = decoder.embedding.tokens if decoder.tied else decoder.head
+        decoder.final_norm.register_forward_pre_hook(_waits_for(engine, list(table.parameters())))
+
+
+def _waits_for(engine: ZeroEngine, own: list[nn.Parameter]) -> Callable[..., None]:
+    def wait(module: nn.Module, arguments: object) -> None:
+        engine.wait_for(own)
+
+    return wait

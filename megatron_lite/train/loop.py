@@ -250,6 +250,7 @@ class Session:
             return
         began = time.perf_counter()
         run = self.run
+        run.engine.settle()
         with run.timers.span("save-checkpoint"):
             saved = self.store.save(
                 self.progress.step,

@@ -22,8 +22,9 @@ def state_hash(run: Run) -> str:
     """
     digest = hashlib.sha256()
     pieces: dict[str, list[NamedSlice]] = defaultdict(list)
-    if run.ctx.dp.rank == 0:  # the other dp ranks hold the same
-        for piece in _owned(run):
+    run.engine.settle()
+    for piece in _owned(run):
+        if run.ctx.dp.rank == 0 or not piece.replicated:  # else dp rank 0 has the same
             pieces[piece.name].append(piece)
     for name, shape, dtype in _tensors(run):
         whole = _whole(pieces[name], shape, dtype, run)

@@ -87,7 +87,7 @@ def _whole(folder: Path) -> dict[str, str]:
 
 
 TP, PP = "parallel__tensor_model_parallel_size", "parallel__pipeline_model_parallel_size"
-SP = "parallel__sequence_parallel"
+SP, ZERO = "parallel__sequence_parallel", "parallel__use_distributed_optimizer"
 
 
 @pytest.mark.parametrize(
@@ -99,6 +99,9 @@ SP = "parallel__sequence_parallel"
         ({TP: 4}, 4, {PP: 4}, 4),
         ({PP: 2}, 4, {TP: 2, PP: 2}, 4),
         ({TP: 2, PP: 2, "precision__bf16": True}, 4, {PP: 2, "precision__bf16": True}, 2),
+        ({TP: 2, ZERO: True}, 4, {PP: 2}, 2),
+        ({PP: 2}, 2, {ZERO: True}, 4),
+        ({ZERO: True, "precision__bf16": True}, 4, {TP: 2, ZERO: True, "precision__bf16": True}, 4),
     ],
 )
 def test_any_layout_loads_any_other_bit_by_bit(tmp_path, saved, saved_ranks, loaded, loaded_ranks):

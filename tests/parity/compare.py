@@ -70,6 +70,7 @@ def _train(
         curve.losses.append(result.loss.item())
         curve.grad_norms.append(result.update.grad_norm.item())
     if keep:
+        run.engine.settle()
         curve.gradients = first_gradients
         curve.parameters = [
             _part(s) for s in weight_slices(run.parameters, run.ctx, owned=run.ctx.dp.rank == 0)
@@ -83,15 +84,15 @@ def _part(piece: NamedSlice) -> Part:
 
 def _record_gradients(run: Run, into: list[Part]) -> None:
     """Copy the reduced gradients of the first update, as the update rule will see them."""
-    apply = run.engine._apply
-    views = {id(p): g for p, g in run.engine.accumulators()}
+    engine, apply = run.engine, run.engine._apply
 
     def record(*arguments: Any) -> None:
-        if not into and run.ctx.dp.rank == 0:
-            for local in run.parameters:
-                if stands_for(local, run.ctx):
-                    for piece in local.pieces:
-                        into.append(_part(piece.slice(views[id(local.parameter)])))
+        if not into and (engine.sharded or run.ctx.dp.rank == 0):
+            into.extend(
+                _part(held.slice(held.gradient, "", replicated=not engine.sharded))
+                for held in engine._held
+                if stands_for(held.local, run.ctx)
+            )
         apply(*arguments)
 
     run.engine._apply = record  # type: ignore[method-assign]

@@ -51,6 +51,8 @@ def layout(
 
 
 SP = {"parallel__sequence_parallel": True}
+ZERO = {"parallel__use_distributed_optimizer": True}
+OVERLAP_GATHER = {"parallel__overlap_param_gather": True}
 DROP_ATTENTION = {"model__attention_dropout": 0.1, "precision__attention_backend": "local"}
 FP16 = {"precision__fp16": True, "precision__initial_loss_scale": 1024.0, "model__num_layers": 2}
 BF16 = {"precision__bf16": True}
@@ -75,6 +77,11 @@ LAYOUTS = [
     layout("pp2-dp2-attention-dropout", pp=2, dp=2, shared=DROP_ATTENTION),
     layout("dp2-no-overlap", dp=2, parallel__overlap_grad_reduce=False),
     layout("dp2-small-buckets", dp=2, parallel__ddp_bucket_size=1000),
+    layout("dp2-zero", dp=2, **ZERO),
+    layout("dp4-zero-small-buckets", dp=4, parallel__ddp_bucket_size=3000, **ZERO),
+    layout("dp2-zero-overlap", dp=2, **ZERO, **OVERLAP_GATHER),
+    layout("tp2-pp2-dp2-sp-zero-overlap", tp=2, pp=2, dp=2, **SP, **ZERO, **OVERLAP_GATHER),
+    layout("dp4-zero-bf16", dp=4, shared=BF16, tolerance=HALF, **ZERO, **OVERLAP_GATHER),
     layout("tp2-pp2-fp16", tp=2, pp=2, shared=FP16, tolerance=HALF),
     layout("dp2-fp16", dp=2, shared=FP16, tolerance=HALF),
     layout("tp2-pp2-bf16", tp=2, pp=2, shared=BF16, tolerance=HALF),

@@ -1,0 +1,47 @@
+"""Which dp rank keeps which rows of which optimizer state.
+
+Rows of every canonical tensor are cut into equal blocks, one per rank, so that each shard is a
+named slice of a named tensor and any layout can read it.  Rules that need whole matrices own whole
+tensors instead, the largest first onto the least loaded rank.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+from typing import NamedTuple
+
+
+class Rows(NamedTuple):
+    """Rows [start, stop) of a tensor; empty where start == stop."""
+
+    start: int
+    stop: int
+
+
+def rows_per_rank(rows: int, ranks: int) -> int:
+    """Rows of one block: the last blocks may be short or empty."""
+    return -(-rows // ranks)
+
+
+def cut_rows(rows: int, ranks: int) -> tuple[Rows, ...]:
+    """One block per rank, in order; together all rows, each once."""
+    block = rows_per_rank(rows, ranks)
+    return tuple(Rows(min(k * block, rows), min((k + 1) * block, rows)) for k in range(ranks))
+
+
+def whole_owners(sizes: Sequence[int], ranks: int) -> tuple[int, ...]:
+    """The owner of each tensor by its size in elements; deterministic."""
+    load = [(0, rank) for rank in range(ranks)]
+    owners = [0] * len(sizes)
+    for index in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
+        size, rank = heapq.heappop(load)
+        owners[index] = rank
+        heapq.heappush(load, (size + sizes[index], rank))
+    return tuple(owners)
+
+
+def balance(elements_per_rank: Sequence[int]) -> float:
+    """Largest share over the mean share: 1.0 is even."""
+    mean = sum(elements_per_rank) / len(elements_per_rank)
+    return max(elements_per_rank) / mean if mean else 1.0

@@ -1,0 +1,132 @@
+"""Where each canonical tensor of a bucket lies in the [dp, n] buffer that collectives carry.
+
+    gradients   accumulators ──pack──▶ [dp, n] ──reduce-scatter──▶ [n] ──▶ this rank's rows
+    parameters  this rank's rows ──▶ [n] ──all-gather──▶ [dp, n] ──unpack──▶ parameters
+
+A tensor's rows are cut into dp equal blocks (or one rank owns it whole), so that row k of the
+buffer is what rank k owns: named rows of named tensors, not an arbitrary slice of a flat buffer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from megatron_lite.blueprint.ownership import Rows, cut_rows, rows_per_rank, whole_owners
+from megatron_lite.parallel.shard import LocalParameter, Piece
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Place:
+    """A piece of a parameter and its columns in the buffer; owner is None where its rows are cut."""
+
+    local: LocalParameter
+    piece: Piece
+    block: int
+    column: int
+    owner: int | None = None
+
+    @property
+    def rows(self) -> int:
+        """Rows of the piece on this tp rank."""
+        return self.piece.stop - self.piece.start
+
+    @property
+    def width(self) -> int:
+        """Elements per row."""
+        parameter = self.local.parameter
+        return parameter.numel() // max(parameter.shape[0], 1)
+
+    def owned(self, rank: int, ranks: int) -> Rows:
+        """The rows, counted from the piece's first, whose state `rank` keeps."""
+        if self.owner is not None:
+            return Rows(0, self.rows) if self.owner == rank else Rows(0, 0)
+        return cut_rows(self.rows, ranks)[rank]
+
+    def copy(self, buffer: Tensor, tensor: Tensor, *, into_buffer: bool) -> None:
+        """Move the piece between a tensor shaped like the parameter and the buffer [dp, n]."""
+        matrix = self.piece.of(tensor).reshape(self.rows, -1)
+        for inside, outside in self._blocks(buffer, matrix):
+            if into_buffer:
+                inside.copy_(outside)
+            else:
+                outside.copy_(inside)
+
+    def _blocks(self, buffer: Tensor, matrix: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Pairs of views, (in the buffer, in the matrix): all full blocks at once, then the rest."""
+        rows, width = matrix.shape
+        end = self.column + self.block * width
+        if self.owner is not None:
+            return [(buffer[self.owner, self.column : end].view(rows, width), matrix)]
+        full = rows // self.block if self.block else 0
+        pairs = []
+        if full:
+            inside = buffer[:full, self.column : end].view(full, self.block, width)
+            pairs.append((inside, matrix[: full * self.block].view(full, self.block, width)))
+        rest = rows - full * self.block
+        if rest:
+            inside = buffer[full, self.column : self.column + rest * width].view(rest, width)
+            pairs.append((inside, matrix[full * self.block :]))
+        return pairs
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ShardLayout:
+    """Places of all pieces of one bucket, and n: the elements each rank sends and receives."""
+
+    places: tuple[Place, ...]
+    ranks: int
+    columns: int
+
+    @classmethod
+    def build(cls, parameters: Sequence[LocalParameter], ranks: int, *, whole: bool) -> ShardLayout:
+        """Lay the pieces of these parameters out; whole: one owner per tensor."""
+        pieces = [
+            (local, piece)
+            for local in parameters
+            for piece in local.pieces
+            if piece.stop > piece.start
+        ]
+        places, used = [], [0] * ranks
+        if whole:
+            sizes = [_size(local, piece) for local, piece in pieces]
+            for (local, piece), owner in zip(pieces, whole_owners(sizes, ranks), strict=True):
+                rows = piece.stop - piece.start
+                places.append(Place(local, piece, rows, used[owner], owner))
+                used[owner] += _size(local, piece)
+        else:
+            for local, piece in pieces:
+                rows = piece.stop - piece.start
+                block = rows_per_rank(rows, ranks)
+                places.append(Place(local, piece, block, used[0]))
+                used[0] += block * (_size(local, piece) // rows)
+        return cls(tuple(places), ranks, max(used))
+
+    def pack(self, tensor_of: Callable[[LocalParameter], Tensor], dtype_like: Tensor) -> Tensor:
+        """[dp, n]: every rank's rows of every piece; padding is zero."""
+        buffer = dtype_like.new_zeros(self.ranks, self.columns)
+        for place in self.places:
+            place.copy(buffer, tensor_of(place.local), into_buffer=True)
+        return buffer
+
+    def unpack(self, buffer: Tensor, tensor_of: Callable[[LocalParameter], Tensor]) -> None:
+        """Write every rank's rows back."""
+        for place in self.places:
+            place.copy(buffer, tensor_of(place.local), into_buffer=False)
+
+    def own_rows(self, rank: int, row: Tensor) -> list[tuple[Place, Rows, Tensor]]:
+        """This rank's rows of each piece, and their view [rows, width] in its row [n] of the buffer."""
+        views = []
+        for place in self.places:
+            rows = place.owned(rank, self.ranks)
+            if rows.stop > rows.start:
+                size = (rows.stop - rows.start) * place.width
+                view = row[place.column : place.column + size].view(-1, place.width)
+                views.append((place, rows, view))
+        return views
+
+
+def _size(local: LocalParameter, piece: Piece) -> int:
+    return piece.of(local.parameter).numel()

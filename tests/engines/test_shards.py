@@ -1,0 +1,104 @@
+"""The distributed optimizer: named rows, 6 + 12/d bytes per parameter, whole tensors on request."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_lite.blueprint.ownership import balance, cut_rows, whole_owners
+from megatron_lite.engines.shards import ShardLayout
+from megatron_lite.parallel.shard import LocalParameter, Piece
+from megatron_lite.train.assemble import assemble
+from tests.support.spawn import spawn
+from tests.support.tiny import context, draw, tiny_config
+
+
+@given(st.integers(0, 200), st.integers(1, 17))
+def test_rows_are_cut_without_gap_or_repeat(rows, ranks):
+    cut = cut_rows(rows, ranks)
+    assert len(cut) == ranks
+    assert [r for block in cut for r in range(block.start, block.stop)] == list(range(rows))
+
+
+@given(st.lists(st.integers(1, 1000), min_size=1, max_size=60), st.integers(1, 8))
+def test_whole_tensors_go_to_the_least_loaded(sizes, ranks):
+    owners = whole_owners(sizes, ranks)
+    load = [sum(s for s, o in zip(sizes, owners, strict=True) if o == k) for k in range(ranks)]
+    # greedy: nobody is ahead of the least loaded by more than the largest tensor
+    assert max(load) - min(load) <= max(sizes)
+    assert balance(load) >= 1.0
+
+
+def test_seven_billion_parameters_balance_as_whole_tensors():
+    layer = [4096 * 4096] * 4 + [4096 * 11008] * 3
+    sizes = [32000 * 4096, *layer * 32, 32000 * 4096]
+    for ranks in (8, 16, 32):
+        owners = whole_owners(sizes, ranks)
+        load = [sum(s for s, o in zip(sizes, owners, strict=True) if o == k) for k in range(ranks)]
+        assert balance(load) < 1.05
+
+
+def parameters(shapes):
+    made = []
+    for index, shape in enumerate(shapes):
+        tensor = torch.nn.Parameter(torch.randn(*shape))
+        half = shape[0] // 2  # two pieces, as a fused matrix has
+        pieces = (
+            Piece(f"{index}.a", 0, half, (half, *shape[1:]), (0,) * len(shape)),
+            Piece(f"{index}.b", half, shape[0], (shape[0] - half, *shape[1:]), (0,) * len(shape)),
+        )
+        made.append(LocalParameter(tensor, pieces, "weight"))
+    return made
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(1, 13), st.integers(1, 5)), min_size=1, max_size=5),
+    st.integers(1, 5),
+    st.booleans(),
+)
+def test_packing_is_undone_by_unpacking_and_owned_rows_cover_everything(shapes, ranks, whole):
+    made = parameters([shape if shape[1] > 1 else shape[:1] for shape in shapes])
+    layout = ShardLayout.build(made, ranks, whole=whole)
+    tensors = {id(local): local.parameter.detach() for local in made}
+    buffer = layout.pack(lambda local: tensors[id(local)], torch.zeros(1))
+    assert buffer.shape == (ranks, layout.columns)
+    back = {key: torch.full_like(value, float("nan")) for key, value in tensors.items()}
+    layout.unpack(buffer, lambda local: back[id(local)])
+    assert all(torch.equal(back[key], tensors[key]) for key in tensors)
+    owned = {key: torch.full_like(value, float("nan")) for key, value in tensors.items()}
+    for rank in range(ranks):
+        for place, rows, values in layout.own_rows(rank, buffer[rank]):
+            target = place.piece.of(owned[id(place.local)])[rows.start : rows.stop]
+            assert target.isnan().all(), "owned twice"
+            target.copy_(values.view(target.shape))
+    assert all(torch.equal(owned[key], tensors[key]) for key in tensors)
+
+
+def bytes_per_parameter(rank, ranks, changes):
+    config = tiny_config(model__vocab_size=64, **changes)
+    blueprint = draw(config, ranks)
+    run = assemble(config, blueprint, context(blueprint, rank))
+    tensors = [
+        *run.engine.parameters(),
+        *(gradient for _, gradient in run.engine.accumulators()),
+        *(piece.data for piece in run.engine.state(owned=False)),
+    ]
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    return sum(storages.values()) / sum(p.numel() for p in run.engine.parameters())
+
+
+@pytest.mark.parametrize(
+    ("ranks", "changes", "expected"),
+    [
+        (1, {"precision__bf16": True}, 18.0),
+        (2, {"precision__bf16": True}, 18.0),
+        (2, {"precision__bf16": True, "parallel__use_distributed_optimizer": True}, 12.0),
+        (4, {"precision__bf16": True, "parallel__use_distributed_optimizer": True}, 9.0),
+        (4, {"parallel__use_distributed_optimizer": True}, 10.0),
+    ],
+)
+def test_bytes_per_parameter_are_6_plus_12_over_d(ranks, changes, expected):
+    """bf16: 2 + 4 and 12/d; fp32, whose weights are their own masters: 8 + 8/d."""
+    for measured in spawn(bytes_per_parameter, ranks, changes):
+        assert measured == pytest.approx(expected, rel=1e-3)
