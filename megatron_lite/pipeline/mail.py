@@ -16,6 +16,10 @@ from megatron_lite.parallel.context import Axis
 
 _SENDS = (Op.SEND_F, Op.SEND_B)
 
+_IN_FLIGHT = 2
+"""Batches of sends that may be under way.  Gloo does not tell before one waits that a send is done;
+lists that end even with blocking sends may wait for any of them."""
+
 
 @dataclass(slots=True)
 class Mail:
@@ -56,42 +60,46 @@ class Mail:
 
     def post(self, group: Sequence[Action]) -> None:
         """Start the sends and receives that meet here, as one batch."""
-        operations, keys, sent = [], [], []
-        for action in group:
-            forward = action.op in (Op.SEND_F, Op.RECV_F)
-            if action.op in _SENDS:
-                stage = action.stage + (1 if forward else -1)
-                key = (forward, stage, action.microbatch)
-                message = self._outgoing.pop(key)
-                sent.append(message)
-            else:
-                stage = action.stage + (-1 if forward else 1)
-                key = (forward, action.stage, action.microbatch)
-                message = torch.empty(self.shape, dtype=self.dtype, device=self.device)
-                self._incoming[key] = message
-            receives = action.op not in _SENDS
-            peer = self.pp.ranks[self.placement[stage]]
-            call: Any = dist.irecv if receives else dist.isend
-            keys.append((receives, key))
-            operations.append(dist.P2POp(call, message, peer, self.pp.group))
-        self._drop_sent()
+        operations = [self._operation(action) for action in group]
         works = dist.batch_isend_irecv(operations)
-        each = [[w] for w in works] if len(works) == len(operations) else [works] * len(operations)
-        for (receives, key), mine in zip(keys, each, strict=True):
-            if receives:
+        together = len(works) < len(operations)  # NCCL answers with one work for the batch
+        leaving: list[Any] = []
+        for i, action in enumerate(group):
+            mine = works if together else [works[i]]
+            if action.op in _SENDS:
+                leaving += mine
+            else:
+                key = (action.op is Op.RECV_F, action.stage, action.microbatch)
                 self._works[key] = mine
-        self._sent.append(([w for m in each for w in m], sent))
+        if leaving:
+            sent = [op.tensor for op, a in zip(operations, group, strict=True) if a.op in _SENDS]
+            self._sent.append((leaving, sent))
+            self._free_sent(but=_IN_FLIGHT)
 
-    def _drop_sent(self) -> None:
-        """Free the messages that have left, oldest first."""
-        while self._sent and all(work.is_completed() for work in self._sent[0][0]):
+    def _operation(self, action: Action) -> dist.P2POp:
+        """The message of a send or the empty box of a receive, with its peer."""
+        op, n, m = action
+        stage = n + (1 if op in (Op.SEND_F, Op.RECV_B) else -1)
+        if op in _SENDS:
+            call: Any = dist.isend
+            message = self._outgoing.pop((op is Op.SEND_F, stage, m))
+        else:
+            call = dist.irecv
+            message = torch.empty(self.shape, dtype=self.dtype, device=self.device)
+            self._incoming[op is Op.RECV_F, n, m] = message
+        return dist.P2POp(call, message, self.pp.ranks[self.placement[stage]], self.pp.group)
+
+    def _free_sent(self, *, but: int) -> None:
+        """Let go of sent messages, oldest first: all that have left, and wait for them but the last."""
+        while self._sent:
+            works = [work for work in self._sent[0][0] if not work.is_completed()]
+            if works and len(self._sent) <= but:
+                return
+            for work in works:
+                work.wait()
             self._sent.popleft()
 
     def finish(self) -> None:
         """Wait until everything sent has left; nothing may be in the box."""
-        for works, _ in self._sent:
-            for work in works:
-                if not work.is_completed():
-                    work.wait()
-        self._sent.clear()
+        self._free_sent(but=0)
         assert not (self._incoming or self._outgoing), "a message was never taken"
