@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
@@ -14,7 +15,8 @@ from megatron_lite.config.blend import SPLITS, Blend, blends
 from megatron_lite.config.data import DataConfig
 from megatron_lite.config.errors import ConfigError
 from megatron_lite.data.blended import BlendedDataset, BlendPlan, normalized, samples_per_dataset
-from megatron_lite.data.cache import build_or_load, digest_of
+from megatron_lite.data.cache import build_or_load
+from megatron_lite.data.digest import digest_of
 from megatron_lite.data.indexed import IndexedDataset
 from megatron_lite.data.indices import blend_index
 from megatron_lite.data.maps import FileMaps
@@ -32,6 +34,7 @@ from megatron_lite.storage.disk import Disk
 Array = npt.NDArray[Any]
 Asked: TypeAlias = "tuple[int | None, int | None, int | None]"
 GPT_ARRAYS = ("documents", "samples", "shuffle")
+OPENERS = 8  # threads that open and check files
 BLEND_ARRAYS = ("dataset", "sample", "counts")
 MOCK_SPLIT = (1 / 3, 1 / 3, 1 / 3)  # what Megatron takes
 
@@ -187,10 +190,12 @@ def _per_split(by_split: Mapping[str, Blend], asked: Asked, recipe: Recipe) -> D
 
 
 def _open(blend: Blend, recipe: Recipe) -> list[IndexedDataset]:
-    return [
-        IndexedDataset(prefix, mmap_bin=recipe.mmap_bin, maps=recipe.maps)
-        for prefix in blend.prefixes
-    ]
+    def open_one(prefix: str) -> IndexedDataset:
+        return IndexedDataset(prefix, mmap_bin=recipe.mmap_bin, maps=recipe.maps)
+
+    # each waits for the disk several times; the first error in the order of the list is raised
+    with ThreadPoolExecutor(min(OPENERS, len(blend.prefixes)), "open") as threads:
+        return list(threads.map(open_one, blend.prefixes))
 
 
 def _blend(

@@ -21,19 +21,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from megatron_lite.data.digest import digest_of
 from megatron_lite.storage.disk import Disk, DiskFile, temporary_name, write_atomically
 
 FORMAT = 2  # part of the key: arrays of another format are not found
 ALIGNMENT = 64
 Arrays = dict[str, npt.NDArray[Any]]
 Build = Callable[[], Iterable[tuple[str, npt.NDArray[Any]]]]
-
-MASK = (1 << 64) - 1
-BLOCK = 1 << 16
-# odd numbers: each of a block's words has its own weight, and none loses a bit
-WEIGHTS = (np.arange(BLOCK, dtype=np.uint64) * np.uint64(2) + np.uint64(1)) * np.uint64(
-    0x9E3779B97F4A7C15
-)
 
 log = logging.getLogger(__name__)
 
@@ -44,23 +38,6 @@ class Kept:
 
     arrays: Arrays
     digest: int
-
-
-def digest_of(values: npt.NDArray[Any], before: int = 0) -> int:
-    """64 bits of the array's bytes, type and shape; `before` chains several arrays."""
-    total = (before * 0x100000001B3 + values.nbytes + 1) & MASK
-    for text in (str(values.dtype), str(values.shape)):
-        total ^= int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
-        total = total * 0xBF58476D1CE4E5B9 & MASK
-    flat = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
-    whole = len(flat) // 8 * 8
-    words = flat[:whole].view(np.uint64)
-    for start in range(0, len(words), BLOCK):
-        block = words[start : start + BLOCK]
-        total = (total * 0x94D049BB133111EB + int(np.dot(block, WEIGHTS[: len(block)]))) & MASK
-    rest = int.from_bytes(flat[whole:].tobytes(), "little")
-    total = (total * 0x94D049BB133111EB + rest) & MASK
-    return total ^ (total >> 32)
 
 
 def build_or_load(
