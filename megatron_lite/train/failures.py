@@ -135,5 +135,7 @@ def _line_and_code(error: BaseException, rank: int, step: int | None) -> tuple[s
             "for this - start again to go on from the last one",
             128 + number,
         )
-    code = error.exit_code if isinstance(error, MegatronLiteError) else BUG
-    return fatal_line(error, rank=rank, step=step), code
+    if isinstance(error, MegatronLiteError):
+        return fatal_line(error, rank=rank, step=step), error.exit_code
+    line = fatal_line(error, rank=rank, step=step).splitlines()[0]  # the traceback has the rest
+    return f"{line} - a bug of ours - please report it with the traceback that follows", BUG
