@@ -50,10 +50,33 @@ def layout(
     return Layout(name, tp * pp * dp, sizes | changes, shared or {}, tolerance)
 
 
+def recompute(
+    granularity: str,
+    method: str | None = None,
+    layers: int | None = None,
+    *,
+    split: bool = False,
+    modules: list[str] | None = None,
+) -> dict[str, Any]:
+    """The recompute flags."""
+    flags: dict[str, Any] = {
+        "parallel__recompute_granularity": granularity,
+        "parallel__recompute_method": method,
+        "parallel__recompute_num_layers": layers,
+        "parallel__distribute_saved_activations": split,
+    }
+    return flags | ({"parallel__recompute_modules": modules} if modules else {})
+
+
 SP = {"parallel__sequence_parallel": True}
 ZERO = {"parallel__use_distributed_optimizer": True}
 OVERLAP_GATHER = {"parallel__overlap_param_gather": True}
 DROP_ATTENTION = {"model__attention_dropout": 0.1, "precision__attention_backend": "local"}
+CHUNKS2 = {"parallel__num_virtual_stages_per_pipeline_rank": 2}
+GPIPE, ZB_H1, ZB_V = ({"parallel__pipeline_schedule": name} for name in ("gpipe", "zb-h1", "zb-v"))
+LAYERS6, LAYERS8 = {"model__num_layers": 6}, {"model__num_layers": 8}
+UNTIED = {"model__untie_embeddings_and_output_weights": True}
+ROPE = {"model__position_embedding_type": "rope", "model__add_bias_linear": False}
 FP16 = {"precision__fp16": True, "precision__initial_loss_scale": 1024.0, "model__num_layers": 2}
 BF16 = {"precision__bf16": True}
 
@@ -82,6 +105,47 @@ LAYOUTS = [
     layout("dp2-zero-overlap", dp=2, **ZERO, **OVERLAP_GATHER),
     layout("tp2-pp2-dp2-sp-zero-overlap", tp=2, pp=2, dp=2, **SP, **ZERO, **OVERLAP_GATHER),
     layout("dp4-zero-bf16", dp=4, shared=BF16, tolerance=HALF, **ZERO, **OVERLAP_GATHER),
+    layout("pp4-gpipe", pp=4, **GPIPE),
+    layout("pp2-interleaved", pp=2, **CHUNKS2),
+    layout("pp4-interleaved", pp=4, shared=LAYERS8, **CHUNKS2),
+    layout("tp2-pp2-sp-interleaved", tp=2, pp=2, **SP, **CHUNKS2),
+    layout("pp2-dp2-interleaved", pp=2, dp=2, **CHUNKS2),
+    layout("pp2-zb-h1", pp=2, **ZB_H1),
+    layout("pp4-zb-h1", pp=4, **ZB_H1),
+    layout("tp2-pp2-sp-zb-h1", tp=2, pp=2, **SP, **ZB_H1),
+    layout("pp2-dp2-zb-h1", pp=2, dp=2, **ZB_H1),
+    layout("pp2-zb-v", pp=2, **ZB_V),
+    layout("pp4-zb-v", pp=4, shared=LAYERS8, **ZB_V),
+    layout("pp2-zb-v-untied", pp=2, shared=UNTIED | ROPE, **ZB_V),
+    layout("tp2-pp2-sp-zb-v", tp=2, pp=2, **SP, **ZB_V),
+    layout("pp2-dp2-zb-v-small-buckets", pp=2, dp=2, parallel__ddp_bucket_size=1000, **ZB_V),
+    layout("tp2-pp2-dp2-sp-zb-v", tp=2, pp=2, dp=2, **SP, **ZB_V),
+    layout("pp2-dp2-zb-v-zero", pp=2, dp=2, **ZB_V, **ZERO, **OVERLAP_GATHER),
+    layout("pp2-dp2-zb-h1-zero", pp=2, dp=2, **ZB_H1, **ZERO),
+    layout("pp2-dp2-interleaved-zero", pp=2, dp=2, **CHUNKS2, **ZERO, **OVERLAP_GATHER),
+    layout("pp2-uneven", pp=2, parallel__decoder_first_pipeline_num_layers=1),
+    layout("pp3-head-alone", pp=3, parallel__pipeline_model_parallel_layout="Ettt|t|L"),
+    layout(
+        "pp4-ends-counted",
+        pp=4,
+        shared=LAYERS6,
+        parallel__account_for_embedding_in_pipeline_split=True,
+        parallel__account_for_loss_in_pipeline_split=True,
+    ),
+    layout("pp2-zb-v-layout", pp=2, parallel__pipeline_model_parallel_layout="Ett|t|t|L", **ZB_V),
+    layout("pp2-dp2-zb-v-fp16", pp=2, dp=2, shared=FP16 | LAYERS8, tolerance=HALF, **ZB_V),
+    layout("tp2-pp2-zb-v-bf16", tp=2, pp=2, shared=BF16, tolerance=HALF, **ZB_V),
+    layout("recompute-uniform-2", **recompute("full", "uniform", 2)),
+    layout("pp2-recompute-block-1", pp=2, **recompute("full", "block", 1)),
+    layout("tp2-recompute-distributed", tp=2, **recompute("full", "uniform", 1, split=True)),
+    layout("tp2-pp2-sp-recompute", tp=2, pp=2, **SP, **recompute("full", "uniform", 1)),
+    layout(
+        "dp2-zero-recompute-selective",
+        dp=2,
+        shared=DROP_ATTENTION,
+        **ZERO,
+        **recompute("selective", modules=["core_attn", "mlp", "layernorm"]),
+    ),
     layout("tp2-pp2-fp16", tp=2, pp=2, shared=FP16, tolerance=HALF),
     layout("dp2-fp16", dp=2, shared=FP16, tolerance=HALF),
     layout("tp2-pp2-bf16", tp=2, pp=2, shared=BF16, tolerance=HALF),
