@@ -93,31 +93,6 @@ NOT_YET: tuple[NotYet, ...] = (
         lambda c, w: c.parallel.cp > 1,
         "use --tensor-model-parallel-size with --sequence-parallel for long sequences",
     ),
-    NotYet(
-        "--recompute-granularity",
-        lambda c, w: c.parallel.recompute_granularity is not None,
-        "use --sequence-parallel, more tp or pp, or a smaller --micro-batch-size",
-    ),
-    NotYet(
-        "--distribute-saved-activations",
-        lambda c, w: c.parallel.distribute_saved_activations,
-        "use --sequence-parallel",
-    ),
-    NotYet(
-        "--reset-position-ids",
-        lambda c, w: c.data.reset_position_ids,
-        "drop it; positions run through a sample",
-    ),
-    NotYet(
-        "--reset-attention-mask",
-        lambda c, w: c.data.reset_attention_mask,
-        "drop it; attention runs through a sample",
-    ),
-    NotYet(
-        "--dataloader-type cyclic",
-        lambda c, w: c.data.dataloader_type == "cyclic",
-        "use single; the dataset is shuffled already",
-    ),
 )
 """Delete a line when its feature is built."""
 

@@ -57,13 +57,14 @@ class SelfAttention(nn.Module):
         q = q.view(s, b, self.heads, -1)
         k, v = (y.view(s, b, self.kv_heads, -1) for y in (k, v))
         if model.position_embedding_type == "rope":
-            cos, sin = rotary_tables(model, at.index)
+            cos, sin = rotary_tables(model, at.encoded)
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         q, k, v = (y.permute(1, 2, 0, 3) for y in (q, k, v))  # [b, n/tp, s, d]
         if at.cache is not None:
             k, v = at.cache.extend(self.layer, k, v)  # type: ignore[attr-defined]
         choice = choose_attention(self.setting, training=at.training, masked=at.mask is not None)
-        y = choice.run(q, k, v, self._call(at, q.shape[2], k.shape[2]))
+        call = self._call(at, q.shape[2], k.shape[2])
+        y = self.setting.recompute.part("core_attn", choice.run, q, k, v, call)
         return self.output(y.permute(2, 0, 1, 3).reshape(s, b, -1))
 
     def _call(self, at: Positions, queries: int, keys: int) -> AttentionCall:

@@ -11,6 +11,7 @@ from megatron_lite.config.model import ModelConfig
 from megatron_lite.config.precision import PrecisionConfig
 from megatron_lite.kernels.table import Need
 from megatron_lite.layers.gradients import WeightGradients
+from megatron_lite.layers.recompute import Recompute
 from megatron_lite.parallel.context import Axis, ParallelContext
 
 
@@ -30,6 +31,7 @@ class Setting:
     sequence_parallel: bool = False
     seed: int = 1234
     gradients: WeightGradients = field(default_factory=WeightGradients)
+    recompute: Recompute = field(default_factory=Recompute)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -63,9 +65,10 @@ class Setting:
 class Positions:
     """Where the tokens of one micro batch stand; every stage has it.
 
-    samples: int64 [b], numbers in the global training stream; index: int64 [s] or [s, b], positions;
-    step: the optimizer step, for dropout; training: whether dropout is on;
+    samples: int64 [b], numbers in the global training stream; index: int64 [s] or [s, b], positions
+    in the sample; step: the optimizer step, for dropout; training: whether dropout is on;
     mask: bool [b, 1, s, s] of allowed attention, None for plain causal.
+    restarted: int64 [s, b], positions in the document; None: those in the sample.
     """
 
     samples: Tensor
@@ -74,3 +77,9 @@ class Positions:
     training: bool = False
     mask: Tensor | None = None
     cache: object | None = None
+    restarted: Tensor | None = None
+
+    @property
+    def encoded(self) -> Tensor:
+        """The positions that embeddings and rotations show; dropout goes by `index` always."""
+        return self.index if self.restarted is None else self.restarted

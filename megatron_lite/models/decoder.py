@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +14,10 @@ from megatron_lite.layers.dropout import hidden_dropout
 from megatron_lite.layers.embedding import PositionEmbedding, VocabParallelEmbedding
 from megatron_lite.layers.linear import project_to_vocabulary
 from megatron_lite.layers.norm import Norm
+from megatron_lite.layers.recompute import recomputed
 from megatron_lite.layers.setting import Positions, Setting
 from megatron_lite.models.gpt import GPTBlock
+from megatron_lite.parallel.context import Axis
 from megatron_lite.parallel.random import key, normal
 from megatron_lite.parallel.shard import Kind, LocalParameter, Piece
 
@@ -37,7 +40,7 @@ class Embedding(nn.Module):
     def forward(self, tokens: Tensor, at: Positions) -> Tensor:
         """tokens: int64 [s, b] -> [s/tp, b, h] with sequence parallelism, else [s, b, h]."""
         x = self.tokens(tokens)
-        return x if self.positions is None else x + self.positions(at.index)
+        return x if self.positions is None else x + self.positions(at.encoded)
 
 
 class Head(nn.Module):
@@ -85,13 +88,26 @@ class Decoder(nn.Module):
             x = hidden_dropout(
                 self.embedding(x, at), at, self.setting, EMBEDDING_LAYER, "embedding"
             )
-        for block in self.blocks.values():
-            x = block(x, at)
+        x = self._run_blocks(x, at)
         if not self.has_head:
             return x
         x = self.final_norm(x)
         weight = self.embedding.tokens.weight if self.tied else self.head.weight
         return project_to_vocabulary(x, weight, self.setting)
+
+    def _run_blocks(self, x: Tensor, at: Positions) -> Tensor:
+        """All blocks in order, in recomputed groups where that was asked for."""
+        blocks, plan = list(self.blocks.values()), self.setting.recompute
+        axis = self.setting.tp if plan.split else Axis("none")
+
+        def run(positions: range, x: Tensor) -> Tensor:
+            for index in positions:
+                x = blocks[index](x, at)
+            return x
+
+        for positions, again in plan.groups(len(blocks)):
+            x = recomputed(partial(run, positions), x, axis) if again else run(positions, x)
+        return x
 
 
 TOKEN_TABLE = "embedding.tokens.weight"

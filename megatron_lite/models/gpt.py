@@ -27,8 +27,11 @@ class GPTBlock(nn.Module):
 
     def forward(self, x: Tensor, at: Positions) -> Tensor:
         """x: [s/tp, b, h] with sequence parallelism, else [s, b, h] -> the same."""
-        x = x + self._drop(self.attention(self.attention_norm(x), at), at, "attention.output")
-        return x + self._drop(self.mlp(self.mlp_norm(x)), at, "mlp.output")
+        again = self.setting.recompute.part
+        y = self.attention(again("layernorm", self.attention_norm, x), at)
+        x = x + self._drop(y, at, "attention.output")
+        y = again("mlp", self.mlp, again("layernorm", self.mlp_norm, x))
+        return x + self._drop(y, at, "mlp.output")
 
     def _drop(self, x: Tensor, at: Positions, site: str) -> Tensor:
         return hidden_dropout(x, at, self.setting, self.layer, site)

@@ -14,6 +14,7 @@ from megatron_lite.config.run import RunConfig
 from megatron_lite.data.batch import Batch
 from megatron_lite.engines.zero import Watch, ZeroEngine
 from megatron_lite.layers.gradients import WeightGradients
+from megatron_lite.layers.recompute import Recompute
 from megatron_lite.layers.setting import Setting
 from megatron_lite.models.decoder import Decoder, initialise, local_parameters
 from megatron_lite.parallel.context import ParallelContext
@@ -95,6 +96,7 @@ def assemble(
             sequence_parallel=config.parallel.sequence_parallel and ctx.tp.size > 1,
             seed=config.train.seed,
             gradients=WeightGradients(),
+            recompute=Recompute.from_config(config.parallel),
         )
         decoder = Decoder(
             setting,
