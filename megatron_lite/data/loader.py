@@ -39,6 +39,8 @@ class Loader:
         num_workers: int = 2,
         eod: int | None = None,
         eod_mask_loss: bool = False,
+        reset_position_ids: bool = False,
+        reset_attention_mask: bool = False,
         order: Literal["single", "cyclic"] = "single",
         seed: int = 1234,
     ) -> None:
@@ -47,6 +49,8 @@ class Loader:
         self.dp_size = dp_size
         self.eod = eod
         self.eod_mask_loss = eod_mask_loss
+        self.reset_position_ids = reset_position_ids
+        self.reset_attention_mask = reset_attention_mask
         self.seconds_waited = 0.0
         self._order = Order(order, len(dataset), seed, dataset.name)
         self._threads: ThreadPoolExecutor | None = None
@@ -89,7 +93,14 @@ class Loader:
 
     def _read(self, positions: Int64) -> Batch:
         samples = [self.dataset[int(number)] for number in self._order(positions)]
-        return collate(samples, positions, eod=self.eod, eod_mask_loss=self.eod_mask_loss)
+        return collate(
+            samples,
+            positions,
+            eod=self.eod,
+            eod_mask_loss=self.eod_mask_loss,
+            reset_position_ids=self.reset_position_ids,
+            reset_attention_mask=self.reset_attention_mask,
+        )
 
     def _submit(self, request: Request) -> list[Future[Batch]]:
         assert self._threads is not None

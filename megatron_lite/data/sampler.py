@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_lite.config.errors import DataError
+from megatron_lite.data.indices import shuffled
 
 Int64 = npt.NDArray[np.int64]
 
@@ -61,5 +62,7 @@ class Order:
         if epoch not in known:
             for old in [other for other in known if abs(other - epoch) > 1]:
                 known.pop(old, None)
-            known[epoch] = np.random.default_rng((self.seed, epoch)).permutation(self.size)
+            # RandomState's stream never changes, whatever the version of numpy
+            random = np.random.RandomState((self.seed, epoch))
+            known[epoch] = shuffled(np.arange(self.size, dtype=np.int64), random)
         return known[epoch]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 import torch
 
 from megatron_lite.data.batch import Batch
@@ -17,14 +19,27 @@ def to_device(batch: Batch, device: torch.device, *, step: int, training: bool) 
     if device.type == "cuda":
         host = host.pin_memory()
     tokens = host.to(device, non_blocking=True).t().contiguous()  # [s + 1, b]
-    mask = torch.from_numpy(batch.loss_mask).to(device, non_blocking=True).t().contiguous()
+    mask = _columns(batch.loss_mask, device)
     positions = Positions(
         samples=torch.from_numpy(batch.sample_numbers).to(device, non_blocking=True),
         index=torch.arange(tokens.shape[0] - 1, device=device),
         step=step,
         training=training,
+        mask=None if batch.documents is None else _same_document(batch.documents, device),
+        restarted=None if batch.positions is None else _columns(batch.positions, device),
     )
     return MicroBatch(tokens[:-1], tokens[1:], mask, positions)
+
+
+def _columns(rows: np.ndarray[Any, Any], device: torch.device) -> torch.Tensor:
+    """[b, s] on the host -> [s, b] on the device."""
+    return torch.from_numpy(rows).to(device, non_blocking=True).t().contiguous()
+
+
+def _same_document(documents: np.ndarray[Any, Any], device: torch.device) -> torch.Tensor:
+    """[b, s] numbers of documents -> bool [b, 1, s, s]: both tokens are of one document."""
+    number = torch.from_numpy(documents).to(device, non_blocking=True)
+    return (number[:, :, None] == number[:, None, :])[:, None]
 
 
 def loss_tokens(batches: Sequence[Batch], device: torch.device) -> torch.Tensor:

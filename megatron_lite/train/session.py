@@ -14,7 +14,7 @@ import torch
 
 from megatron_lite.blueprint.draw_up import Blueprint, draw_up
 from megatron_lite.checkpoint.store import Store
-from megatron_lite.config.errors import PREEMPTED, DataError, MegatronLiteError
+from megatron_lite.config.errors import PREEMPTED, ConfigError, DataError, MegatronLiteError
 from megatron_lite.config.files import dump
 from megatron_lite.config.run import RunConfig
 from megatron_lite.config.telemetry import TelemetryConfig
@@ -341,6 +341,19 @@ def _check_equal(digest: int, ctx: ParallelContext) -> None:
 def _loaders(
     config: RunConfig, datasets: Datasets, ctx: ParallelContext, tokens: Tokens
 ) -> Loaders:
+    data = config.data
+    needing = {
+        "--eod-mask-loss": data.eod_mask_loss,
+        "--reset-position-ids": data.reset_position_ids,
+        "--reset-attention-mask": data.reset_attention_mask,
+    }
+    asked = [flag for flag, given in needing.items() if given]
+    if asked and tokens.eod is None:
+        raise ConfigError(
+            f"{', '.join(asked)}: the tokenizer ({data.tokenizer_type}) names no end-of-document "
+            "token - use one that does, or drop the flag"
+        )
+
     def loader(dataset: Samples | None) -> Loader | None:
         if dataset is None:
             return None
@@ -348,10 +361,12 @@ def _loaders(
             dataset,
             dp_rank=ctx.dp.rank,
             dp_size=ctx.dp.size,
-            num_workers=config.data.num_workers,
+            num_workers=data.num_workers,
             eod=tokens.eod,
-            eod_mask_loss=config.data.eod_mask_loss,
-            order=config.data.dataloader_type,
+            eod_mask_loss=data.eod_mask_loss,
+            reset_position_ids=data.reset_position_ids,
+            reset_attention_mask=data.reset_attention_mask,
+            order=data.dataloader_type,
             seed=config.train.seed,
         )
 

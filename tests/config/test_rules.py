@@ -249,9 +249,6 @@ NOT_BUILT = [
     "--overlap-param-gather",
     "--recompute-granularity selective",
     "--distribute-saved-activations",
-    "--reset-position-ids",
-    "--reset-attention-mask",
-    "--dataloader-type cyclic",
 ]
 
 
