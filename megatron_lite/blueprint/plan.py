@@ -61,7 +61,9 @@ def _parameters(blueprint: Blueprint) -> Iterator[str]:
 
 
 def _stage(stage: Stage) -> str:
-    layers = f"layers {stage.layers[0]}-{stage.layers[-1]}" if stage.layers else "no layers"
+    many = len(stage.layers) > 1
+    layers = f"layer{'s' * many} {stage.layers[0]}" if stage.layers else "no layers"
+    layers += f"-{stage.layers[-1]}" if many else ""
     before = "embedding, " if stage.has_embedding else ""
     return f"stage {stage.index} with {before}{layers}{', head' if stage.has_head else ''}"
 
