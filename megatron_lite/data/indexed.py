@@ -186,6 +186,16 @@ def _digest_of_index(buffer: Buffer) -> str:
     return f"{digest:016x}"
 
 
+def extra_tokens(index: Index, bin_size: int) -> int | None:
+    """Tokens that .bin has beyond the index if they are one for each document (all, or those not
+    empty), as Megatron-DeepSpeed's --append-eod leaves it; else None."""
+    bounds, itemsize = index.documents, index.dtype.itemsize
+    extra, rest = divmod(bin_size, itemsize)
+    extra -= int(index.lengths.sum(dtype=np.int64))
+    documents = (len(bounds) - 1, int(np.count_nonzero(bounds[1:] > bounds[:-1])))
+    return extra if rest == 0 and extra > 0 and extra in documents else None
+
+
 class IndexedDataset:
     """Sequences of tokens in a `.bin`/`.idx` pair, mapped into memory on first use.
 
@@ -236,12 +246,11 @@ class IndexedDataset:
         expected = tokens * itemsize
         if actual == expected:
             return actual
-        bounds = index.documents
-        documents = {len(bounds) - 1, int(np.count_nonzero(bounds[1:] > bounds[:-1]))}
-        if actual % itemsize == 0 and actual // itemsize - tokens in documents:
+        extra = extra_tokens(index, actual)
+        if extra is not None:
             raise DataError(
-                f"{self._bin} holds {actual // itemsize} tokens, its index {tokens}: one more "
-                f"for each of the {actual // itemsize - tokens} documents. Megatron-DeepSpeed's "
+                f"{self._bin} holds {tokens + extra} tokens, its index {tokens}: one more "
+                f"for each of the {extra} documents. Megatron-DeepSpeed's "
                 "preprocess_data.py --append-eod writes such pairs: the end-of-document tokens "
                 "are in .bin but not in the lengths, so every document after the first would be "
                 f"read shifted - mend it with tools/check_dataset.py {self.prefix} --repair OUT, or write "

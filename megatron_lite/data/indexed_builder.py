@@ -8,6 +8,7 @@ from array import array
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +27,35 @@ from megatron_lite.data.indexed import (
 from megatron_lite.storage.disk import Disk, temporary_name
 
 WRITE_BYTES = 4 << 20  # small documents are gathered into writes of this size
+
+
+def write_index(
+    path: Path, dtype: npt.DTypeLike, lengths: npt.ArrayLike, bounds: npt.ArrayLike, disk: Disk
+) -> None:
+    """Write the .idx of a .bin that is already there; whole or not at all.
+
+    lengths: tokens of every sequence; bounds: sequences before every document and after the last.
+    """
+    temporary = temporary_name(path)
+    try:
+        _write_index(temporary, np.dtype(dtype), np.asarray(lengths), np.asarray(bounds), disk)
+        disk.rename(temporary, path)
+    finally:
+        with contextlib.suppress(StorageError):
+            disk.remove(temporary)
+    disk.sync_folder(path.parent)
+
+
+def _write_index(
+    path: Path, dtype: np.dtype[Any], lengths: Tokens, bounds: Tokens, disk: Disk
+) -> None:
+    with disk.create(path) as file:
+        file.write(HEADER.pack(MAGIC, VERSION, CODES[dtype], len(lengths), len(bounds)))
+        file.write(lengths.astype("<i4", copy=False).tobytes())
+        nbytes = lengths.astype("<i8") * dtype.itemsize
+        file.write((np.cumsum(nbytes) - nbytes).astype("<i8", copy=False).tobytes())
+        file.write(bounds.astype("<i8", copy=False).tobytes())
+        file.fsync()
 
 
 class IndexedDatasetBuilder:
@@ -131,14 +161,8 @@ class IndexedDatasetBuilder:
                 f"{self.path}: {actual} bytes were written, expected {expected} by the lengths"
             )
         self._unfinished.append(temporary_name(self.path.with_suffix(".idx")))
-        with self._disk.create(self._unfinished[1]) as file:
-            code, sequences, bounds = CODES[self.dtype], len(lengths), len(self._bounds)
-            file.write(HEADER.pack(MAGIC, VERSION, code, sequences, bounds))
-            file.write(lengths.astype("<i4", copy=False).tobytes())
-            nbytes = lengths.astype("<i8") * self.dtype.itemsize
-            file.write((np.cumsum(nbytes) - nbytes).astype("<i8", copy=False).tobytes())
-            file.write(np.frombuffer(self._bounds, np.int64).astype("<i8", copy=False).tobytes())
-            file.fsync()
+        bounds = np.frombuffer(self._bounds, np.int64)
+        _write_index(self._unfinished[1], self.dtype, lengths, bounds, self._disk)
 
     def publish(self, path: str | os.PathLike[str] | None = None) -> None:
         """Give the prepared files their names; the index, last, says that both are whole."""
