@@ -1,0 +1,151 @@
+"""AdamW and SGD equal their closed formulas, evaluated in float64 with plain Python numbers."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from megatron_lite.config.optim import OptimConfig
+from megatron_lite.optim.adam import AdamW
+from megatron_lite.optim.rules import OPTIMIZERS
+from megatron_lite.optim.sgd import SGD
+
+STEPS = 7
+LEARNING_RATES = [0.0, 1e-3, 5e-3, 2e-2, 1e-2, 3e-3, 1e-3]  # as a schedule changes them
+
+
+def drawn(shape=(5, 3), steps=STEPS, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(11)
+
+    def draw(scale=1.0):
+        return (torch.randn(*shape, generator=generator, dtype=torch.float64) * scale).to(dtype)
+
+    # gradients over six orders of magnitude: epsilon counts in the small ones
+    return draw(), [draw(10.0 ** -(k % 7)) for k in range(steps)]
+
+
+def moments(gradients, beta, power):
+    """The bias-corrected moment after each step, as the sum the recursion stands for."""
+    found = []
+    for t in range(1, len(gradients) + 1):
+        weights = [(1 - beta) * beta ** (t - k) for k in range(1, t + 1)]
+        total = sum(w * g**power for w, g in zip(weights, gradients[:t], strict=True))
+        found.append(total / (1 - beta**t))
+    return found
+
+
+def adamw_formula(parameter, gradients, lrs, *, beta1, beta2, eps, weight_decay):
+    """theta_t = theta - lr (m^ / (sqrt(v^) + eps) + wd theta) (arXiv:1711.05101, algorithm 2)."""
+    first, second = moments(gradients, beta1, 1), moments(gradients, beta2, 2)
+    values = []
+    for m, v, lr in zip(first, second, lrs, strict=True):
+        parameter = parameter - lr * (m / (v.sqrt() + eps) + weight_decay * parameter)
+        values.append(parameter)
+    return values
+
+
+def run(rule, parameter, gradients, lrs, weight_decay):
+    parameter = parameter.clone()
+    state = rule.new_state(parameter)
+    values = []
+    for step, (gradient, lr) in enumerate(zip(gradients, lrs, strict=True)):
+        before = gradient.clone()
+        rule.update([parameter], [gradient], [state], steps=step, lr=lr, weight_decay=weight_decay)
+        assert torch.equal(gradient, before), "a rule may not touch the gradient"
+        values.append(parameter.clone())
+    return values, state
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+@pytest.mark.parametrize(("beta1", "beta2", "eps"), [(0.9, 0.999, 1e-8), (0.8, 0.95, 1e-2)])
+def test_adamw_is_its_formula_at_every_step(beta1, beta2, eps, weight_decay):
+    parameter, gradients = drawn()
+    settings = {"beta1": beta1, "beta2": beta2, "eps": eps}
+    ours, state = run(AdamW(**settings), parameter, gradients, LEARNING_RATES, weight_decay)
+    theirs = adamw_formula(
+        parameter, gradients, LEARNING_RATES, weight_decay=weight_decay, **settings
+    )
+    for step, (a, b) in enumerate(zip(ours, theirs, strict=True), start=1):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14, msg=lambda m, n=step: f"{n}: {m}")
+    # the stored moments are those before the correction
+    torch.testing.assert_close(
+        state["exp_avg"], moments(gradients, beta1, 1)[-1] * (1 - beta1**STEPS), rtol=1e-12, atol=0
+    )
+    torch.testing.assert_close(
+        state["exp_avg_sq"], moments(gradients, beta2, 2)[-1] * (1 - beta2**STEPS),
+        rtol=1e-12, atol=0,
+    )  # fmt: skip
+
+
+def test_adamw_in_fp32_stays_within_its_rounding():
+    parameter, gradients = drawn(dtype=torch.float32)
+    settings = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8}
+    ours, _ = run(AdamW(**settings), parameter, gradients, LEARNING_RATES, 0.1)
+    theirs = adamw_formula(
+        parameter.double(), [g.double() for g in gradients], LEARNING_RATES, weight_decay=0.1,
+        **settings,
+    )  # fmt: skip
+    torch.testing.assert_close(ours[-1].double(), theirs[-1], rtol=1e-6, atol=1e-6)
+
+
+def test_the_first_adamw_step_is_the_learning_rate_whatever_the_gradients_size():
+    rule = AdamW(beta1=0.9, beta2=0.95, eps=0.0)
+    parameter = torch.zeros(3, dtype=torch.float64)
+    gradient = torch.tensor([1e-6, -1.0, 1e6], dtype=torch.float64)
+    state = rule.new_state(parameter)
+    rule.update([parameter], [gradient], [state], steps=0, lr=0.25, weight_decay=0.0)
+    torch.testing.assert_close(parameter, torch.tensor([-0.25, 0.25, -0.25], dtype=torch.float64))
+
+
+def test_bias_correction_goes_by_the_steps_done():
+    """A resumed run passes its count: the same moments with another count make another step."""
+    parameter, (gradient,) = drawn(steps=1)
+    rule = AdamW(beta1=0.9, beta2=0.999, eps=1e-8)
+    sizes = {}
+    for steps in (0, 9):
+        moved, state = parameter.clone(), rule.new_state(parameter)
+        rule.update([moved], [gradient], [state], steps=steps, lr=1.0, weight_decay=0.0)
+        sizes[steps] = (moved - parameter).abs().mean().item()
+    # fresh moments taken for old ones: (1 - b1) / (1 - b1^10) over the root of the same with b2
+    expected = (0.1 / (1 - 0.9**10)) / math.sqrt(0.001 / (1 - 0.999**10))
+    assert sizes[9] / sizes[0] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_sgd_is_its_formula_at_every_step(momentum, weight_decay):
+    parameter, gradients = drawn()
+    ours, state = run(SGD(momentum), parameter, gradients, LEARNING_RATES, weight_decay)
+    assert set(state) == ({"momentum"} if momentum else set())
+    theta = parameter
+    for t, (value, lr) in enumerate(zip(ours, LEARNING_RATES, strict=True), start=1):
+        buffer = sum(momentum ** (t - k) * gradients[k - 1] for k in range(1, t + 1))
+        theta = theta - lr * (buffer + weight_decay * theta)
+        torch.testing.assert_close(value, theta, rtol=1e-12, atol=1e-14)
+
+
+def test_several_tensors_are_updated_as_if_alone():
+    rules = {name: make(OptimConfig(sgd_momentum=0.9)) for name, make in OPTIMIZERS.items()}
+    assert set(rules) == {"adam", "sgd"}
+    for rule in rules.values():
+        tensors = [drawn((n, 2))[0] for n in (1, 4, 3)]
+        gradients = [drawn((n, 2))[1][0] for n in (1, 4, 3)]
+        together = [t.clone() for t in tensors]
+        rule.update(
+            together, gradients, [rule.new_state(t) for t in tensors],
+            steps=2, lr=0.1, weight_decay=0.1,
+        )  # fmt: skip
+        for tensor, gradient, result in zip(tensors, gradients, together, strict=True):
+            alone = tensor.clone()
+            rule.update([alone], [gradient], [rule.new_state(alone)], steps=2, lr=0.1,
+                        weight_decay=0.1)  # fmt: skip
+            torch.testing.assert_close(result, alone, rtol=1e-14, atol=0)
+        rule.update([], [], [], steps=0, lr=0.1, weight_decay=0.1)  # a rank may own nothing
+
+
+def test_the_flags_reach_the_rules():
+    optim = OptimConfig(adam_beta1=0.8, adam_beta2=0.7, adam_eps=1e-3, sgd_momentum=0.6)
+    assert OPTIMIZERS["adam"](optim) == AdamW(beta1=0.8, beta2=0.7, eps=1e-3)
+    assert OPTIMIZERS["sgd"](optim) == SGD(momentum=0.6)
