@@ -18,7 +18,7 @@ from megatron_lite.config.errors import PREEMPTED, ConfigError, DataError, Megat
 from megatron_lite.config.files import dump
 from megatron_lite.config.run import RunConfig
 from megatron_lite.config.telemetry import TelemetryConfig
-from megatron_lite.data.build import Datasets, build_datasets
+from megatron_lite.data.build import Datasets, build_datasets, sample_counts
 from megatron_lite.data.loader import Loader
 from megatron_lite.data.overview import overview
 from megatron_lite.data.pretrain import Samples
@@ -270,16 +270,14 @@ def _open_datasets(
     final_batch: int,
 ) -> Datasets:
     train = config.train
-    train_samples = 0 if train.skip_train else train.train_samples or train_iters * final_batch
-    rounds = train_iters // train.eval_interval + 1 if train.eval_interval else 1
-    evaluated = train.eval_iters * final_batch
+    counts = sample_counts(train, train_iters, final_batch)
     cache = config.data.data_cache_path or folder / "index-cache"
     log.say(
         "> building train, validation, and test datasets ...",
         " > datasets target sizes (minimum size):",
-        f"    train:      {train_samples}",
-        f"    validation: {rounds * evaluated}",
-        f"    test:       {evaluated}",
+        f"    train:      {counts['train_samples']}",
+        f"    validation: {counts['valid_samples']}",
+        f"    test:       {counts['test_samples']}",
     )
 
     def build() -> Datasets:
@@ -287,12 +285,10 @@ def _open_datasets(
             config.data,
             seq_length=config.model.seq_length,
             seed=train.seed,
-            train_samples=train_samples,
-            valid_samples=rounds * evaluated,
-            test_samples=evaluated,
             vocab_size=tokens.vocab_size,
             eod=tokens.eod,
             cache_folder=cache,
+            **counts,
         )
 
     datasets = _in_turn(build, launch, log.ctx)

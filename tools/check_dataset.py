@@ -1,0 +1,101 @@
+#!/usr/bin/env python3
+"""Verify token pairs completely: every length, offset, document bound and token; hashes if recorded.
+
+python tools/check_dataset.py PREFIX [PREFIX ...] [--vocab-size N] [--eod ID]
+python tools/check_dataset.py PREFIX --repair OUT     rebuild what Megatron-DeepSpeed's --append-eod broke
+
+Ends with 3 where a pair is broken, having named what is wrong with each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from megatron_lite.config.errors import ConfigError, DataError
+from megatron_lite.config.exit import ToolParser, run_tool
+from megatron_lite.data.check import Report, repair, verify
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = ToolParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("prefix", nargs="+", help="path of a pair without .bin/.idx")
+    parser.add_argument("--vocab-size", type=int, help="no token may be this or above")
+    parser.add_argument("--eod", type=int, help="count the documents that end with this id")
+    parser.add_argument("--repair", metavar="OUT", help="write the pair anew under this prefix")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Check, or repair; returns the exit code."""
+    asked = _parse(sys.argv[1:] if argv is None else argv)
+    if asked.repair is not None:
+        if len(asked.prefix) != 1:
+            raise ConfigError("--repair takes one PREFIX")
+        return _repair(asked.prefix[0], asked.repair, asked)
+    problems = []
+    for prefix in asked.prefix:
+        try:
+            _print(prefix, _check(prefix, asked))
+        except DataError as error:
+            problems.append(str(error))
+    if problems:
+        raise DataError("\n".join(problems))
+    return 0
+
+
+def _check(prefix: str, asked: argparse.Namespace) -> Report:
+    report = verify(prefix, vocab_size=asked.vocab_size, eod=asked.eod)
+    facts = Path(f"{prefix}.meta.json")
+    if facts.exists():
+        _check_hashes(prefix, facts)
+    return report
+
+
+def _check_hashes(prefix: str, facts: Path) -> None:
+    try:
+        recorded = json.loads(facts.read_bytes()).get("sha256", {})
+        expected = {kind: str(recorded[kind]) for kind in ("bin", "idx")}
+    except (ValueError, AttributeError, KeyError, TypeError) as error:
+        raise DataError(f"{facts} cannot be read ({error}) - remove it or copy it again") from error
+    for kind, value in expected.items():
+        with open(f"{prefix}.{kind}", "rb") as file:
+            digest = hashlib.sha256()
+            while chunk := file.read(1 << 22):
+                digest.update(chunk)
+            actual = digest.hexdigest()
+        if actual != value:
+            raise DataError(
+                f"{prefix}.{kind} has another SHA-256 ({actual[:16]}...) than {facts.name} recorded "
+                f"({value[:16]}...) - it changed after it was written; copy it again"
+            )
+
+
+def _print(prefix: str, report: Report) -> None:
+    parts = [
+        f"{report.documents:,} documents ({report.empty_documents:,} empty)",
+        f"{report.sequences:,} sequences",
+        f"{report.tokens:,} tokens of {report.dtype}",
+    ]
+    if report.tokens:
+        parts.append(f"ids {report.lowest} to {report.highest}")
+    if report.ended_by_eod is not None:
+        parts.append(f"{report.ended_by_eod:,} documents end with the EOD")
+    print(f"{prefix}: good: {', '.join(parts)}")
+
+
+def _repair(prefix: str, out: str, asked: argparse.Namespace) -> int:
+    eod = repair(prefix, out)
+    print(f"{prefix}: repaired as {out}; every document ends with token {eod}")
+    _print(out, verify(out, vocab_size=asked.vocab_size, eod=eod))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_tool(main))
