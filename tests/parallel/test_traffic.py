@@ -1,0 +1,122 @@
+"""No needless collective: messages and bytes of one training step equal the published formulas.
+
+Per layer and micro batch, tp all-reduces of s b h elements: 2 forward + 2 backward
+(arXiv:1909.08053 § 3); with sequence parallelism 10 all-gathers and reduce-scatters, as Megatron
+gathers column inputs again in backward (arXiv:2205.05198 § 4.2.2).  Embedding, head, loss, gradient
+norm and the sum of the loss come on top.
+"""
+
+from collections import Counter
+
+import pytest
+import torch.distributed as dist
+
+from megatron_lite.parallel import collectives
+from megatron_lite.train.assemble import assemble
+from megatron_lite.train.step import train_step
+from tests.support.spawn import spawn
+from tests.support.tiny import context, draw, make_batches, tiny_config
+
+S, B, H, LAYERS = 16, 2, 32, 4
+ACTIVATION = S * B * H * 4  # bytes of one fp32 activation
+TOKENS = S * B * 4
+
+
+def traffic(rank, ranks, changes):
+    """(collective, bytes of the whole tensor) -> how often, on this rank in one step."""
+    config = tiny_config(
+        train__micro_batch_size=B, train__global_batch_size=B * ranks_dp(changes, ranks), **changes
+    )
+    blueprint = draw(config, ranks)
+    run = assemble(config, blueprint, context(blueprint, rank))
+    batches = make_batches(config, blueprint, run.ctx.dp.rank, 0)
+    seen = Counter()
+    reduce, gather, scatter = dist.all_reduce, collectives._gather_into, collectives._scatter_into
+    send = dist.isend
+
+    def count(name, call, whole):
+        def counted(*arguments, **keywords):
+            seen[name, arguments[whole].numel() * arguments[whole].element_size()] += 1
+            return call(*arguments, **keywords)
+
+        return counted
+
+    dist.all_reduce = count("all-reduce", reduce, 0)
+    collectives._gather_into = count("all-gather", gather, 0)
+    collectives._scatter_into = count("reduce-scatter", scatter, 1)
+    batch = dist.batch_isend_irecv
+
+    def counted_batch(operations):
+        for operation in operations:
+            if operation.op is send:
+                seen["send", operation.tensor.numel() * operation.tensor.element_size()] += 1
+        return batch(operations)
+
+    dist.batch_isend_irecv = counted_batch
+    try:
+        train_step(run, batches, lr=1e-3, weight_decay=0.0)
+    finally:
+        dist.all_reduce, dist.batch_isend_irecv = reduce, batch
+        collectives._gather_into, collectives._scatter_into = gather, scatter
+    return seen, sum(p.numel() for p in run.engine.parameters())
+
+
+def ranks_dp(changes, ranks):
+    """Data-parallel size of a layout."""
+    tp = changes.get("parallel__tensor_model_parallel_size", 1)
+    return ranks // tp // changes.get("parallel__pipeline_model_parallel_size", 1)
+
+
+ALWAYS = Counter({("all-reduce", 4 * 8): 1})  # loss, count and two stop votes over the world
+NORM = Counter({("all-reduce", 4): 1})
+LOSS = Counter({("all-reduce", TOKENS): 3})  # largest, sum of exponentials, the label's
+TP, PP = "parallel__tensor_model_parallel_size", "parallel__pipeline_model_parallel_size"
+SP, ZERO = "parallel__sequence_parallel", "parallel__use_distributed_optimizer"
+
+
+def test_tensor_parallel_reduces_four_activations_a_layer():
+    for seen, _ in spawn(traffic, 2, {TP: 2}):
+        embedding, head = 1, 1
+        activations = Counter({("all-reduce", ACTIVATION): 4 * LAYERS + embedding + head})
+        assert seen == activations + LOSS + NORM + ALWAYS
+
+
+def test_sequence_parallel_moves_ten_slices_a_layer():
+    for seen, _ in spawn(traffic, 2, {TP: 2, SP: True}):
+        # head: gathered forward, again backward, scattered; embedding: scattered, gathered
+        assert seen["all-gather", ACTIVATION] == 6 * LAYERS + 2 + 1
+        assert seen["reduce-scatter", ACTIVATION] == 4 * LAYERS + 1 + 1
+        norms_and_row_biases = (2 * 2 + 2) * H * LAYERS + 2 * H
+        partial = Counter({("all-reduce", 4 * (norms_and_row_biases + S * H)): 1})
+        rest = seen - Counter(
+            {key: n for key, n in seen.items() if key[1] == ACTIVATION and key[0] != "all-reduce"}
+        )
+        assert rest == partial + LOSS + NORM + ALWAYS
+
+
+def test_pipeline_sends_one_activation_each_way():
+    both = spawn(traffic, 2, {PP: 2})
+    for seen, _ in both:
+        assert seen["send", ACTIVATION] == 1
+    first = both[0][0]
+
+    expected = Counter({("send", ACTIVATION): 1, ("all-reduce", 61 * H * 4): 1}) + NORM + ALWAYS
+    assert first == expected
+
+
+def test_data_parallel_reduces_every_gradient_once():
+    for seen, parameters in spawn(traffic, 2, {}):
+        (gradients,) = [key for key in seen if key[1] > 4 * 1000]
+        assert gradients[0] == "all-reduce" and seen[gradients] == 1
+        assert 4 * parameters <= gradients[1] <= 4 * parameters + 64 * 100  # aligned to 16 elements
+        tokens = Counter({("all-reduce", 8): 1})
+        assert seen - Counter({gradients: 1}) == tokens + ALWAYS
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_distributed_optimizer_moves_the_bytes_of_one_all_reduce(ranks):
+    for seen, parameters in spawn(traffic, ranks, {ZERO: True, "model__vocab_size": 64}):
+        large = {key: n for key, n in seen.items() if key[1] > 4 * 1000}
+        assert {key[0] for key in large} == {"reduce-scatter", "all-gather"}
+        for (_, size), times in large.items():
+            assert times == 1 and size == pytest.approx(4 * parameters, rel=0.01)
