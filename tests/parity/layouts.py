@@ -93,8 +93,10 @@ LAYOUTS = [
     layout("pp2-dp2", pp=2, dp=2),
     layout("tp2-pp2-dp2", tp=2, pp=2, dp=2),
     layout("tp2-pp2-dp2-sp", tp=2, pp=2, dp=2, **SP),
+    # micro batches x their size; the serial run has 4x2, so that row is held against 1x8
     layout("micro-1x8", train__micro_batch_size=8),
     layout("micro-2x4", train__micro_batch_size=4),
+    layout("micro-4x2", shared={"train__micro_batch_size": 8}, train__micro_batch_size=2),
     layout("micro-8x1", train__micro_batch_size=1),
     layout("tp2-attention-dropout", tp=2, shared=DROP_ATTENTION),
     layout("pp2-dp2-attention-dropout", pp=2, dp=2, shared=DROP_ATTENTION),

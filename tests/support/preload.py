@@ -2,4 +2,7 @@
 
 import torch
 
+import megatron_lite.train.assemble
+import megatron_lite.train.step  # noqa: F401
+
 torch.set_num_threads(1)
