@@ -14,12 +14,12 @@ from megatron_lite.blueprint.schedules.actions import Action, Op, Schedule, Sche
 Cost = Callable[[Action], float]
 """Time an action takes, in any unit; greater than zero."""
 
-_UNIT = {"F": 1.0, "B": 2.0, "I": 1.0, "W": 1.0}
+_UNIT = {Op.F: 1.0, Op.B: 2.0, Op.I: 1.0, Op.W: 1.0}
 
 
 def unit_cost(action: Action) -> float:
     """A whole backward takes twice a forward: two matrix products for one."""
-    return _UNIT[action.op.value]
+    return _UNIT[action.op]
 
 
 class Span(NamedTuple):
