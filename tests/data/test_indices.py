@@ -16,6 +16,7 @@ from megatron_lite.data.indices import (
     plan_epochs,
     sample_index,
     shuffle_index,
+    shuffled,
 )
 
 needs_compiled = pytest.mark.skipif(
@@ -202,3 +203,85 @@ def test_blends_equal_megatron_cores(number: int) -> None:
     for twin in {None, COMPILED}:
         found = exhaustive_blend_index(counts, helpers=twin)
         assert np.array_equal(found.dataset, dataset) and np.array_equal(found.sample, sample)
+
+
+@needs_compiled
+@pytest.mark.parametrize("dtype", [np.int32, np.uint32, np.int64])
+@pytest.mark.parametrize("size", [0, 1, 2, 3, 255, 256, 257, 624, 1000, 70_001])
+def test_shuffling_equals_numpys_and_leaves_the_generator_where_numpy_does(
+    size: int, dtype: type
+) -> None:
+    ours, theirs = np.random.RandomState(size), np.random.RandomState(size)
+    for _ in range(2):
+        mine, other = np.arange(size, dtype=dtype), np.arange(size, dtype=dtype)
+        shuffled(mine, ours)
+        theirs.shuffle(other)
+        assert np.array_equal(mine, other)
+    assert ours.randint(0, 1 << 30, 700).tolist() == theirs.randint(0, 1 << 30, 700).tolist()
+    assert np.array_equal(
+        shuffled(np.arange(size, dtype=dtype), ours, helpers=None),
+        shuffled(np.arange(size, dtype=dtype), theirs),
+    )
+
+
+LONG = 70_000  # above this the helper walks four stretches and joins them
+MANY = {
+    "two": [0.35, 0.65],
+    "nearly one": [1 - 1e-6, 1e-6],
+    "ties": [1.0] * 10,
+    "powers": [2.0**-i for i in range(14)],
+    "as many as registers hold": list(np.random.default_rng(1).random(16)),
+    "one more": list(np.random.default_rng(2).random(17)),
+    "many ties": [1.0] * 33,
+    "many": list(np.random.default_rng(3).random(50) ** 3 + 1e-4),
+}
+
+
+@needs_compiled
+@pytest.mark.parametrize("weights", MANY.values(), ids=MANY.keys())
+def test_joined_stretches_equal_the_one_walk(weights: list[float]) -> None:
+    shares = np.array(weights) / np.sum(weights)
+    ours, twin = blend_index(shares, LONG), blend_index(shares, LONG, helpers=None)
+    assert np.array_equal(ours.dataset, twin.dataset)
+    assert np.array_equal(ours.sample, twin.sample)
+
+
+@needs_compiled
+@pytest.mark.parametrize("weights", [MANY["two"], MANY["ties"], MANY["many"]])
+def test_joined_stretches_use_every_dataset_up(weights: list[float]) -> None:
+    counts = np.maximum(1, (np.array(weights) / np.sum(weights) * LONG).astype(np.int64))
+    ours, twin = exhaustive_blend_index(counts), exhaustive_blend_index(counts, helpers=None)
+    assert np.array_equal(ours.dataset, twin.dataset)
+    assert np.array_equal(ours.sample, twin.sample)
+
+
+@needs_compiled
+def test_a_limit_in_the_middle_of_a_stretch_is_kept() -> None:
+    shares, limits = [0.5, 0.3, 0.2], [10_000, 50_000, 60_000]
+    ours = blend_index(shares, LONG, limits)
+    twin = blend_index(shares, LONG, limits, helpers=None)
+    assert np.array_equal(ours.dataset, twin.dataset)
+    assert np.bincount(ours.dataset).max() <= 60_000 and (ours.dataset == 0).sum() == 10_000
+    with pytest.raises(IndexError, match="no dataset has samples left"):
+        blend_index(shares, LONG, [10, 20, 30])
+
+
+@settings(max_examples=60, deadline=None)
+@given(weights=st.lists(st.floats(0.01, 10), min_size=2, max_size=6))
+def test_every_prefix_of_any_blend_is_near_its_shares(weights: list[float]) -> None:
+    shares = np.array(weights) / np.sum(weights)
+    index = blend_index(shares, 400)
+    taken = np.cumsum(np.eye(len(weights))[index.dataset], axis=0)
+    off = np.abs(taken - np.arange(1, 401)[:, None] * shares[None, :]).max()
+    assert off <= (1.0 + 1e-9 if len(weights) == 2 else 2.0)
+
+
+@pytest.mark.parametrize("helpers", HELPERS)
+def test_token_counts_pass_two_to_the_31(helpers: object) -> None:
+    sizes = np.full(6, 2**31 - 1, np.int32)
+    documents = np.arange(6, dtype=np.int32)
+    seq_length = 2**20 + 3
+    samples = (int(sizes.sum(dtype=np.int64)) - 1) // seq_length
+    rows = sample_index(sizes, documents, seq_length, samples, helpers)  # type: ignore[arg-type]
+    starts = rows[:, 0].astype(np.int64) * (2**31 - 1) + rows[:, 1]
+    assert samples > 12_000 and np.array_equal(starts, np.arange(samples + 1) * seq_length)
