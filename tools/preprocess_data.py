@@ -21,7 +21,9 @@ from megatron_lite.config.errors import ConfigError
 from megatron_lite.config.exit import ToolParser, run_tool
 from megatron_lite.data.encode import Job
 from megatron_lite.data.inputs import find_inputs
-from megatron_lite.data.preprocess import Summary, preprocess
+from megatron_lite.data.preprocess import preprocess
+from megatron_lite.data.ray_engine import preprocess_on_ray
+from megatron_lite.data.summary import Summary
 from megatron_lite.data.tokenizers.build import TOKENIZERS
 from megatron_lite.data.tokenizers.engines import AUTO, ENGINES
 from megatron_lite.storage.disk import Disk
@@ -54,7 +56,11 @@ def parse_arguments() -> argparse.Namespace:
     add("--vocab-file", help="gpt2-vocab.json")
     add("--merge-file", help="gpt2-merges.txt")
     add("--tokenizer-model", help="folder or file of the other tokenizers")
-    add("--vocab-size", type=int, help="for NullTokenizer")
+    add("--vocab-size", type=int, help="for NullTokenizer; cuts TikTokenizer's .json")
+    add("--tiktoken-pattern", help="v1, v2, gpt2, cl100k or o200k; by the file's name")
+    add("--tiktoken-num-special-tokens", type=int, default=1000, help="before the ranks of a .json")
+    add("--tiktoken-special-tokens", nargs="+", default=[], help="names of the first of them")
+    add("--chatglm-special-tokens", action="store_true", help="ChatGLM2's five, appended")
     add("--tokenizer-engine", choices=ENGINES, default=AUTO, help="library; the fastest exact one")
     add("--append-eod", action="store_true", help="end every document with the EOD token")
     add = parser.add_argument_group("output").add_argument
@@ -63,6 +69,9 @@ def parse_arguments() -> argparse.Namespace:
     add("--resume", action="store_true", help="go on with an interrupted run")
     add = parser.add_argument_group("work").add_argument
     add("--workers", type=int, help="processes or threads that tokenize; the cores there are")
+    add("--engine", choices=["local", "ray"], default="local", help="where the work is done")
+    add("--shards", type=int, help="tasks of --engine ray; one per --workers CPUs of the cluster")
+    add("--ray-address", default="auto", help="auto: the cluster there is; host:port; or local")
     add("--log-interval", type=int, default=1000, help="documents between two progress lines")
     add("--partitions", type=int, default=1, help="accepted; reading is streamed anyway")
     add("--chunk-size", type=int, help="accepted; batches are cut by bytes")
@@ -81,7 +90,7 @@ def check_arguments(arguments: argparse.Namespace) -> None:
             raise ConfigError(reason)
     if arguments.dataset_impl != "mmap":
         raise ConfigError(f"--dataset-impl {arguments.dataset_impl}: only mmap is written")
-    for name in ("workers", "log_interval", "partitions", "chunk_size"):
+    for name in ("workers", "shards", "log_interval", "partitions", "chunk_size"):
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise ConfigError(f"--{name.replace('_', '-')} {value} must be at least 1")
@@ -91,6 +100,10 @@ def check_arguments(arguments: argparse.Namespace) -> None:
         raise ConfigError("--template makes one text; give one --json-keys, which names the files")
     if arguments.resume and arguments.overwrite:
         raise ConfigError("--resume and --overwrite: go on with a run, or replace it?")
+    if arguments.engine == "ray" and arguments.shard is not None:
+        raise ConfigError("--shard is for your own scheduler; with --engine ray give --shards N")
+    if arguments.engine == "local" and arguments.shards is not None:
+        raise ConfigError("--shards is for --engine ray; --shard I/N makes one of N parts here")
     if arguments.partitions > 1:
         print("note: --partitions has no effect: the input is streamed", file=sys.stderr)
     if arguments.chunk_size is not None:
@@ -181,6 +194,42 @@ def sigterm_is_ctrl_c() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
+def here(arguments: argparse.Namespace, job: Job, workers: int) -> Summary:
+    """The work is done by this machine."""
+    with contextlib.closing(Progress(arguments.log_interval)) as progress:
+        return preprocess(
+            job,
+            inputs=find_inputs(arguments.input),
+            output_prefix=arguments.output_prefix,
+            workers=workers,
+            disk=Disk(),
+            overwrite=arguments.overwrite,
+            resume=arguments.resume,
+            shard=parse_shard(arguments.shard),
+            progress=progress,
+        )
+
+
+def by_ray(arguments: argparse.Namespace, job: Job, workers: int) -> Summary:
+    """The work is done by tasks on a Ray cluster; finished shards are always gone on with."""
+
+    def report(done: int, count: int, seconds: float) -> None:
+        left = seconds / done * (count - done)
+        print(f"{done} of {count} shards, {seconds:.0f} s, ETA {left:.0f} s", file=sys.stderr)
+
+    return preprocess_on_ray(
+        job,
+        inputs=find_inputs(arguments.input),
+        output_prefix=arguments.output_prefix,
+        shards=arguments.shards,
+        workers=arguments.workers or 1,
+        address=arguments.ray_address,
+        disk=Disk(),
+        overwrite=arguments.overwrite,
+        report=report,
+    )
+
+
 def main() -> int:
     """Preprocess as the command line says."""
     logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr)
@@ -194,6 +243,10 @@ def main() -> int:
             vocab_file=arguments.vocab_file,
             merge_file=arguments.merge_file,
             tokenizer_model=arguments.tokenizer_model,
+            tiktoken_pattern=arguments.tiktoken_pattern,
+            tiktoken_num_special_tokens=arguments.tiktoken_num_special_tokens,
+            tiktoken_special_tokens=arguments.tiktoken_special_tokens,
+            chatglm_special_tokens=arguments.chatglm_special_tokens,
         ),
         vocab_size=arguments.vocab_size,
         keys=tuple(arguments.json_keys),
@@ -202,19 +255,8 @@ def main() -> int:
         on_bad_line=arguments.on_bad_line,
         engine=arguments.tokenizer_engine,
     )
-    progress = Progress(arguments.log_interval)
-    with sigterm_is_ctrl_c(), contextlib.closing(progress):
-        summary = preprocess(
-            job,
-            inputs=find_inputs(arguments.input),
-            output_prefix=arguments.output_prefix,
-            workers=workers,
-            disk=Disk(),
-            overwrite=arguments.overwrite,
-            resume=arguments.resume,
-            shard=parse_shard(arguments.shard),
-            progress=progress,
-        )
+    with sigterm_is_ctrl_c():
+        summary = (by_ray if arguments.engine == "ray" else here)(arguments, job, workers)
     print_summary(summary)
     return 0
 

@@ -1,46 +1,73 @@
-"""Train a byte-level BPE on JSON lines and write gpt2-vocab.json and gpt2-merges.txt."""
+"""Train a tokenizer on a corpus: byte-level BPE (GPT-2's files) or SentencePiece (BPE, unigram)."""
 
 from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_lite.config.errors import ConfigError, DataError
+from megatron_lite.config.errors import ConfigError
 from megatron_lite.config.exit import ToolParser, run_tool
-from megatron_lite.data.inputs import plan, read_batches
+from megatron_lite.data.inputs import find_inputs, plan, read_batches
 from megatron_lite.data.records import Reader
-from megatron_lite.data.tokenizers.gpt2_bpe import EOD
+from megatron_lite.data.tokenizers.base import Tokenizer
+from megatron_lite.data.tokenizers.gpt2_bpe import GPT2BPETokenizer
+from megatron_lite.data.tokenizers.sentencepiece import GPTSentencePieceTokenizer
+from megatron_lite.data.tokenizers.training import (
+    Sample,
+    SentencePieceSettings,
+    report_lines,
+    train_bpe,
+    train_sentencepiece,
+)
 from megatron_lite.storage.disk import Disk, write_atomically
 
-BYTES = 256
+SMALLEST = {"bpe": 257, "sentencepiece-bpe": 260, "sentencepiece-unigram": 260}
 
 
 def parse_arguments() -> argparse.Namespace:
-    """The command line."""
+    """The flags; ConfigError for sizes that cannot work."""
     parser = ToolParser(prog="train_tokenizer.py", description=__doc__)
-    parser.add_argument("--input", nargs="+", required=True, help="JSON-lines files")
-    parser.add_argument("--vocab-size", type=int, required=True, help="ids, <|endoftext|> included")
-    parser.add_argument("--output-dir", required=True)
-    parser.add_argument("--json-keys", nargs="+", default=["text"])
+    add = parser.add_argument
+    add("--input", nargs="+", action="extend", required=True, help="as for preprocess_data.py")
+    add("--json-keys", nargs="+", default=["text"])
+    add("--template", help="as for preprocess_data.py")
+    add("--on-bad-line", choices=["error", "skip"], default="error")
+    add("--type", choices=list(SMALLEST), default="bpe", help="bpe writes GPT-2's two files")
+    add("--vocab-size", type=int, required=True, help="ids, special tokens included")
+    add("--output-dir", required=True)
+    add("--max-token-chars", type=int, default=16, help="longest token in characters")
+    add = parser.add_argument_group("SentencePiece").add_argument
+    add("--character-coverage", type=float, default=0.9995, help="share of characters in pieces")
+    add("--normalizer", choices=["identity", "nfkc", "nmt_nfkc"], default="identity",
+        help="identity keeps full-width punctuation")  # fmt: skip
+    add("--no-byte-fallback", action="store_true", help="rare characters become <unk>")
+    add("--input-sentence-size", type=int, default=0, help="sample so many lines; 0: all")
     arguments = parser.parse_args()
-    if arguments.vocab_size < BYTES + 1:
+    smallest = SMALLEST[arguments.type]
+    if arguments.vocab_size < smallest:
         raise ConfigError(
-            f"--vocab-size {arguments.vocab_size} must be at least {BYTES + 1}: "
-            f"{BYTES} bytes and {EOD}"
+            f"--vocab-size {arguments.vocab_size} must be at least {smallest}: "
+            "256 bytes and the special tokens"
+        )
+    if arguments.max_token_chars < 1:
+        raise ConfigError(f"--max-token-chars {arguments.max_token_chars} must be at least 1")
+    if not 0.9 <= arguments.character_coverage <= 1:
+        raise ConfigError(
+            f"--character-coverage {arguments.character_coverage} must be from 0.9 to 1"
         )
     return arguments
 
 
-def texts(paths: list[str], keys: list[str]) -> Iterator[str]:
+def texts(arguments: argparse.Namespace) -> Iterator[str]:
     """The texts of all records, one after the other; nothing but the current batch is held."""
-    reader = Reader(keys)
-    for batch in read_batches(plan(paths), 1 << 20, columns=reader.columns):
+    reader = Reader(arguments.json_keys, arguments.template, arguments.on_bad_line)
+    parts = plan(find_inputs(arguments.input))
+    for batch in read_batches(parts, 1 << 20, columns=reader.columns):
         parsed = reader.parse(batch)
         places = [iter(key.texts) for key in parsed.keys]
         for record in range(len(parsed.lines)):
@@ -48,50 +75,41 @@ def texts(paths: list[str], keys: list[str]) -> Iterator[str]:
                 yield from itertools.islice(rest, key.counts[record])
 
 
-def train(texts: Iterator[str], vocab_size: int) -> tuple[dict[str, int], list[list[str]]]:
-    """Vocabulary and merges of vocab_size - 1 byte-level tokens, and <|endoftext|> as last id."""
-    try:
-        import tokenizers  # noqa: PLC0415  an optional extra
-    except ImportError as error:
-        raise ConfigError(
-            "training a tokenizer needs the package `tokenizers`: "
-            "pip install 'megatron_lite[tokenizers]'"
-        ) from error
-    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
-    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=vocab_size - 1,
-        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    bpe.train_from_iterator(texts, trainer)
-    model = json.loads(bpe.to_str())["model"]
-    vocab = dict(sorted(model["vocab"].items(), key=lambda item: item[1]))
-    if EOD in vocab:
-        raise DataError(f"the text made {EOD} a word of its own; remove it from the input")
-    vocab[EOD] = len(vocab)
-    merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
-    return vocab, merges
-
-
 def main() -> int:
-    """Train, write both files, say what they hold."""
+    """Train, write the files whole, and print the report."""
     arguments = parse_arguments()
-    vocab, merges = train(texts(arguments.input, arguments.json_keys), arguments.vocab_size)
-    folder, disk = Path(arguments.output_dir), Disk()
+    folder, disk, sample = Path(arguments.output_dir), Disk(), Sample()
     disk.make_folder(folder)
-    merge_lines = "".join(f"{a} {b}\n" for a, b in merges)
-    write_atomically(folder / "gpt2-merges.txt", f"#version: 0.2\n{merge_lines}".encode(), disk)
-    write_atomically(
-        folder / "gpt2-vocab.json", json.dumps(vocab, ensure_ascii=False).encode(), disk
-    )
-    if len(vocab) < arguments.vocab_size:
+    corpus = sample.watch(texts(arguments))
+    tokenizer: Tokenizer
+    if arguments.type == "bpe":
+        files = train_bpe(corpus, arguments.vocab_size, arguments.max_token_chars)
+        for name, content in files.items():
+            write_atomically(folder / name, content, disk)
+        names = [str(folder / name) for name in ("gpt2-vocab.json", "gpt2-merges.txt")]
+        tokenizer = GPT2BPETokenizer(*names)
+    else:
+        settings = SentencePieceSettings(
+            kind=arguments.type.removeprefix("sentencepiece-"),
+            vocab_size=arguments.vocab_size,
+            max_token_chars=arguments.max_token_chars,
+            character_coverage=arguments.character_coverage,
+            normalizer=arguments.normalizer,
+            byte_fallback=not arguments.no_byte_fallback,
+            sample=arguments.input_sentence_size,
+        )
+        names = [str(folder / "tokenizer.model")]
+        write_atomically(names[0], train_sentencepiece(corpus, settings), disk)
+        tokenizer = GPTSentencePieceTokenizer(names[0])
+    if tokenizer.vocab_size < arguments.vocab_size:
         print(
-            f"note: the text has only {len(vocab)} tokens worth learning, "
+            f"note: the text has only {tokenizer.vocab_size} tokens worth learning, "
             f"fewer than --vocab-size {arguments.vocab_size}",
             file=sys.stderr,
         )
-    print(f"{folder}/gpt2-vocab.json: {len(vocab)} tokens, {len(merges)} merges, last {EOD}")
+    print(f"{', '.join(names)}: {tokenizer.vocab_size} tokens, end of document {tokenizer.eod}")
+    for line in report_lines(tokenizer, sample.texts):
+        print(line)
     return 0
 
 

@@ -44,7 +44,8 @@ class DataConfig:
     """Build exactly the samples the blend takes instead of the surplus."""
 
     tokenizer_type: str = "GPT2BPETokenizer"
-    """GPT2BPETokenizer, HuggingFaceTokenizer or NullTokenizer."""
+    """GPT2BPETokenizer, HuggingFaceTokenizer, SentencePieceTokenizer, GPTSentencePieceTokenizer,
+    TikTokenizer or NullTokenizer."""
 
     vocab_file: str | None = None
     """Vocabulary of the GPT-2 tokenizer (gpt2-vocab.json)."""
@@ -54,6 +55,18 @@ class DataConfig:
 
     tokenizer_model: str | None = None
     """Model file or folder of the other tokenizers."""
+
+    tiktoken_pattern: str | None = None
+    """How TikTokenizer cuts text into words: v1, v2, gpt2, cl100k or o200k; by the file's name."""
+
+    tiktoken_num_special_tokens: int = 1000
+    """Ids TikTokenizer keeps for special tokens before the ranks of a .json file."""
+
+    tiktoken_special_tokens: list[str] = field(default_factory=list)
+    """Names of the first of them; <unk> <s> </s> <mask> <pad> <cls> <sep> by default."""
+
+    chatglm_special_tokens: bool = False
+    """ChatGLM2's [MASK] [gMASK] [sMASK] sop eop behind the pieces of GPTSentencePieceTokenizer."""
 
     num_workers: int = 2
     """Threads that read samples ahead; 0 reads in the training thread."""

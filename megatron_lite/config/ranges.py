@@ -95,6 +95,7 @@ RANGES: Mapping[str, Range] = {
     "learning_rate.lr_wsd_decay_iters": _SIZE,
     "learning_rate.lr_wsd_decay_samples": _SAMPLES,
     "data.mid_level_dataset_surplus": Range(0.0, 1.0),
+    "data.tiktoken_num_special_tokens": Range(7, 1 << 20),
     "data.num_workers": Range(0, 1024),
     "train.micro_batch_size": _SIZE,
     "train.global_batch_size": _SIZE,

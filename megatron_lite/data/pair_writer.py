@@ -95,6 +95,7 @@ class PairWriter:
         self.dtype = dtype
         self.counts = counts or Counts()
         self.bin, self.idx = folder / f"{name}.bin", folder / f"{name}.idx"
+        self.meta = folder / f"{name}.meta.json"
         self._lengths, self._bounds = folder / f"{name}.lengths", folder / f"{name}.bounds"
         self._disk = disk
         self._digest = hashlib.sha256()
@@ -165,8 +166,15 @@ class PairWriter:
             "idx": _verified(self.idx, digest.hexdigest()),
         }
 
+    def write_facts(self, content: bytes) -> None:
+        """What is known about the pair, for `.meta.json`."""
+        self._disk.remove(self.meta)
+        with self._disk.create(self.meta) as file:
+            file.write(content)
+            file.fsync()
+
     def publish(self, prefix: str) -> None:
-        """Give both files their names; the index, last, says that both are whole.
+        """Give the files their names; the index, last, says that all are whole.
 
         Goes on where a killed run left off.
         """
@@ -177,7 +185,9 @@ class PairWriter:
             disk.remove(idx_path)
             disk.sync_folder(idx_path.parent)
             disk.rename(self.bin, bin_path)
-            disk.sync_folder(bin_path.parent)
+        if self.meta.exists():
+            disk.rename(self.meta, f"{prefix}.meta.json")
+        disk.sync_folder(bin_path.parent)
         if self.idx.exists():
             disk.rename(self.idx, idx_path)
             disk.sync_folder(idx_path.parent)
@@ -186,6 +196,7 @@ class PairWriter:
         """After a failure between the two renames: no .bin without its .idx."""
         if self.idx.exists() and not self.bin.exists():
             self._disk.remove(f"{prefix}.bin")
+            self._disk.remove(f"{prefix}.meta.json")
 
     def close(self) -> None:
         """Close the files as they are."""
@@ -205,11 +216,16 @@ def _hash_into(digest: Any, path: Path, size: int | None) -> None:
             size = None if size is None else size - len(data)
 
 
-def _verified(path: Path, expected: str) -> str:
-    """The hash of what is on the disk; StorageError where it is not what was written."""
+def file_hash(path: Path) -> str:
+    """sha256 of a file."""
     digest = hashlib.sha256()
     _hash_into(digest, path, None)
-    if digest.hexdigest() != expected:
+    return digest.hexdigest()
+
+
+def _verified(path: Path, expected: str) -> str:
+    """The hash of what is on the disk; StorageError where it is not what was written."""
+    if file_hash(path) != expected:
         raise StorageError(
             f"{path} reads back differently from what was written - the disk or its memory is "
             "broken; write to another one"

@@ -17,7 +17,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from megatron_lite.data.encode import Job, Result, WorkerDied, batch_bytes_for, 
 from megatron_lite.data.indexed import IndexedDataset, bin_path, idx_path, token_dtype
 from megatron_lite.data.inputs import Part, Place, plan, read_batches, size_of
 from megatron_lite.data.pair_writer import Counts, PairWriter
+from megatron_lite.data.summary import Summary
 from megatron_lite.data.tokenizers.base import Tokenizer
 from megatron_lite.storage.disk import Disk, write_atomically
 
@@ -39,34 +40,6 @@ log = logging.getLogger(__name__)
 
 class ResumeRefused(ConfigError):
     """--resume with other settings; what the interrupted run left stays."""
-
-
-@dataclass(slots=True)
-class Summary:
-    """What a whole run gave so far."""
-
-    prefixes: list[str]
-    dtype: str
-    tokenizer: str
-    fingerprint: str
-    keys: list[Counts]
-    skipped: Counter[str] = field(default_factory=Counter)
-    input_bytes: int = 0  # of texts and keys, decompressed
-    read_bytes: int = 0  # of files on disk
-    total_bytes: int = 0  # of files on disk there are to read
-    seconds: float = 0.0
-    resumed: bool = False
-    hashes: list[dict[str, str]] = field(default_factory=list)
-
-    @property
-    def documents(self) -> int:
-        """Documents so far."""
-        return self.keys[0].documents
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of all keys so far."""
-        return sum(key.tokens for key in self.keys)
 
 
 Progress = Callable[[Summary], None]
@@ -96,6 +69,8 @@ def preprocess(
     began = time.perf_counter()
     prefix = output_prefix if shard is None else shard_prefix(output_prefix, shard)
     run = Run(job, inputs, prefix, disk, shard)
+    if resume and run.is_finished():
+        return run.summary
     run.refuse_to_replace(overwrite=overwrite, resume=resume)
     with run.workplace(resume):
         summary = run.summary
@@ -114,10 +89,10 @@ def preprocess(
                     if time.perf_counter() - marked >= mark_seconds:
                         run.mark()
                         marked = time.perf_counter()
+            summary.seconds = time.perf_counter() - began
             run.complete()
         run.publish()
         summary.seconds = time.perf_counter() - began
-        run.write_facts()
     return summary
 
 
@@ -169,6 +144,27 @@ class Run:
             for path in (bin_path(prefix), idx_path(prefix)):
                 if path.exists():
                     raise ConfigError(f"{path} is there already - give --overwrite to replace it")
+
+    def is_finished(self) -> bool:
+        """These very files are there already, made with these settings; fills the summary."""
+        facts = []
+        for prefix in self.prefixes:
+            try:
+                facts.append(json.loads(Path(f"{prefix}.meta.json").read_bytes()))
+            except (OSError, ValueError):
+                return False
+            if not IndexedDataset.exists(prefix) or facts[-1].get("settings") != self._settings():
+                return False
+        summary = self.summary
+        summary.resumed = True
+        summary.keys = [Counts(**{name: fact[name] for name in Counts.__slots__}) for fact in facts]
+        summary.hashes = [fact["sha256"] for fact in facts]
+        summary.skipped = Counter(facts[0]["skipped"])
+        summary.input_bytes = facts[0]["input_bytes"]
+        summary.read_bytes = summary.total_bytes
+        log.warning("note: --resume: the files of this run are complete; nothing to do")
+        self.disk.remove_tree(self.folder)
+        return True
 
     def _journal(self) -> dict[str, Any]:
         try:
@@ -321,6 +317,7 @@ class Run:
             self._refuse_nothing()
         self.summary.tokenizer = self.tokenizer.choice.describe()
         self.summary.hashes = [writer.prepare() for writer in self.writers]
+        self._write_facts()
         self.mark("publish")
 
     def publish(self) -> None:
@@ -330,13 +327,13 @@ class Run:
         for prefix, counts in zip(self.prefixes, self.summary.keys, strict=True):
             _verify(prefix, counts)
 
-    def write_facts(self) -> None:
+    def _write_facts(self) -> None:
         """`{prefix}.meta.json`: the counts, the tokenizer and the hashes of both files."""
         summary = self.summary
-        for prefix, counts, hashes in zip(self.prefixes, summary.keys, summary.hashes, strict=True):
+        for writer, hashes in zip(self.writers, summary.hashes, strict=True):
             facts = {
                 "format": 1,
-                **asdict(counts),
+                **asdict(writer.counts),
                 "skipped": dict(summary.skipped),
                 "dtype": summary.dtype,
                 "append_eod": self.job.append_eod,
@@ -347,13 +344,13 @@ class Run:
                     "engine": summary.tokenizer,
                 },
                 "sha256": hashes,
-                "input": list(self.inputs),
-                "shard": list(self.shard) if self.shard else None,
+                "settings": self._settings(),
                 "input_bytes": summary.input_bytes,
+                "read_bytes": summary.read_bytes,
                 "seconds": round(summary.seconds, 3),
             }
             text = json.dumps(facts, indent=1, ensure_ascii=False) + "\n"
-            write_atomically(f"{prefix}.meta.json", text.encode("utf-8"), self.disk)
+            writer.write_facts(text.encode("utf-8"))
 
     def _refuse_nothing(self) -> None:
         names = ", ".join(self.inputs[:3]) + (", ..." if len(self.inputs) > 3 else "")

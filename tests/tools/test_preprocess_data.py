@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gzip
 import hashlib
 import json
 import os
@@ -23,6 +24,7 @@ from megatron_lite.config.exit import run_tool
 from megatron_lite.data.encode import Job
 from megatron_lite.data.indexed import IndexedDataset
 from megatron_lite.data.preprocess import preprocess
+from megatron_lite.data.tokenizers.training import train_bpe
 from megatron_lite.storage.disk import Disk
 from megatron_lite.storage.faults import FaultyDisk, RecordingDisk
 from tools import preprocess_data
@@ -307,3 +309,165 @@ def test_a_death_ends_everything_soon_with_nothing_under_a_name(
     assert not list(tmp_path.glob("x_*"))
     if victim != "parent-kill":
         assert f"FATAL[{code}]" in err and os.listdir(tmp_path) == ["a.json"]
+
+
+def job(**given: Any) -> Job:
+    return Job(DataConfig(tokenizer_type="NullTokenizer"), 1000, **given)
+
+
+def numbers(path: Path, count: int, seed: int = 0) -> str:
+    random = np.random.default_rng(seed)
+    return str(
+        write_lines(
+            path,
+            *(
+                {"text": " ".join(map(str, random.integers(0, 999, n))), "b": f"{n}"}
+                for n in random.integers(0, 30, count)
+            ),
+        )
+    )
+
+
+def test_skipped_lines_are_counted_and_the_rest_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bad = [line for case, (line, _) in BAD_LINES.items() if case != "deep"]
+    (tmp_path / "a.json").write_bytes(b'{"text": "1"}\n' + b"\n".join(bad) + b'\n{"text": "2"}\n')
+    for workers in (1, 2):
+        prefix = tmp_path / f"x{workers}"
+        arguments = ("--input", tmp_path / "a.json", "--output-prefix", prefix, *NULL)
+        assert call(
+            monkeypatch, *arguments, "--on-bad-line", "skip", "--workers", workers
+        ) == 0  # fmt: skip
+        ds = IndexedDataset(f"{prefix}_text_document")
+        assert [sequence.tolist() for sequence in ds] == [[1], [2]]
+        facts = json.loads((tmp_path / f"x{workers}_text_document.meta.json").read_text())
+        assert facts["skipped"] == {
+            "no JSON": 1, "no object": 1, "key missing": 1, "no text": 3, "no UTF-8": 1,
+            "lone surrogate": 1, "refused by the tokenizer": 2,
+        }  # fmt: skip
+        out = capsys.readouterr().out
+        assert "skipped: 10 records (1 key missing, 1 lone surrogate, " in out
+
+
+def test_facts_name_counts_tokenizer_and_hashes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write_lines(tmp_path / "a.json", {"text": "1 2"}, {"text": ""}, {"text": "3"})
+    arguments = ("--input", source, "--output-prefix", tmp_path / "x", *NULL, "--append-eod")
+    assert call(monkeypatch, *arguments) == 0
+    facts = json.loads((tmp_path / "x_text_document.meta.json").read_text())
+    assert {key: facts[key] for key in ("documents", "empty", "sequences", "tokens", "eods")} == {
+        "documents": 3, "empty": 1, "sequences": 2, "tokens": 5, "eods": 2,
+    }  # fmt: skip
+    digests = hashes(tmp_path)
+    assert facts["sha256"] == {s: digests[f"x_text_document.{s}"] for s in ("bin", "idx")}
+    assert facts["dtype"] == "uint16" and facts["tokenizer"]["vocab_size"] == 1001
+    assert facts["tokenizer"]["fingerprint"] == job().tokenizer().fingerprint()
+
+
+@pytest.mark.parametrize("ids, dtype", [(65498, "uint16"), (65499, "int32"), (70000, "int32")])
+def test_the_dtype_follows_the_vocabulary_and_the_largest_id_survives(
+    tmp_path: Path, ids: int, dtype: str
+) -> None:
+    source = write_lines(tmp_path / "a.json", {"text": f"{ids - 1} 0"})
+    data = DataConfig(tokenizer_type="NullTokenizer")
+    preprocess(
+        Job(data, ids, append_eod=True), inputs=[str(source)],
+        output_prefix=str(tmp_path / "x"), workers=1, disk=Disk(),
+    )  # fmt: skip
+    ds = IndexedDataset(tmp_path / "x_text_document")
+    assert ds.dtype == dtype and ds[0].tolist() == [ids - 1, 0, ids]
+
+
+def test_a_template_and_every_input_kind_go_through_the_tool(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    records = [{"a": n, "b": str(n + 1)} for n in range(20)]
+    write_lines(folder / "1.jsonl", *records)
+    (folder / "2.json").write_text(json.dumps(records, indent=2))
+    (folder / "3.jsonl.gz").write_bytes(gzip.compress((folder / "1.jsonl").read_bytes()))
+    arguments = ("--input", folder, "--input", folder / "1*", "--output-prefix", tmp_path / "x")
+    assert call(monkeypatch, *arguments, *NULL, "--template", "{a} {b}") == 0
+    ds = IndexedDataset(tmp_path / "x_text_document")
+    assert [s.tolist() for s in ds] == [[n, n + 1] for n in range(20)] * 4
+
+
+@pytest.fixture(scope="module")
+def vocabulary(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    pytest.importorskip("tokenizers", reason="training needs tokenizers")
+    folder = tmp_path_factory.mktemp("vocabulary")
+    texts = ["the quick brown fox, 你好世界 42 times;"] * 5
+    for name, content in train_bpe(texts, 400, 8).items():
+        (folder / name).write_bytes(content)
+    names = ("--vocab-file", "gpt2-vocab.json", "--merge-file", "gpt2-merges.txt")
+    return [str(folder / name) if n % 2 else name for n, name in enumerate(names)]
+
+
+def test_every_engine_and_number_of_workers_writes_the_same_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, vocabulary: list[str]
+) -> None:
+    records = [{"text": f"the {n} foxes 你好 {'x' * (n % 9)}\n\n" * (n % 4)} for n in range(200)]
+    source = write_lines(tmp_path / "a.json", *records)
+    found = {}
+    for engine, workers in [
+        ("gigatoken", 1), ("gigatoken", 2), ("tiktoken", 1), ("tokenizers", 2), ("plain", 1),
+    ]:  # fmt: skip
+        if engine != "plain":
+            pytest.importorskip(engine, reason=f"{engine} is not installed")
+        folder = tmp_path / f"{engine}{workers}"
+        assert call(
+            monkeypatch, "--input", source, "--output-prefix", folder / "x", *vocabulary,
+            "--append-eod", "--workers", workers, "--tokenizer-engine", engine,
+        ) == 0  # fmt: skip
+        found[engine, workers] = hashes(folder)
+    assert len({json.dumps(digests) for digests in found.values()}) == 1
+
+
+@pytest.mark.slow
+def test_a_local_ray_cluster_writes_the_same_bytes_and_names_a_bad_line(
+    tmp_path: Path, vocabulary: list[str]
+) -> None:
+    pytest.importorskip("ray", reason="ray is not installed")
+    records = [{"text": f"the {n} foxes 你好 " * (n % 9)} for n in range(500)]
+    source = write_lines(tmp_path / "a.json", *records)
+    common = [sys.executable, str(TOOL), "--input", str(source), *vocabulary, "--append-eod"]
+    ray = ["--engine", "ray", "--ray-address", "local", "--shards", "3"]
+    subprocess.run([*common, "--output-prefix", tmp_path / "here"], check=True)
+    subprocess.run([*common, "--output-prefix", tmp_path / "there", *ray], check=True)
+    for suffix in ("bin", "idx"):
+        here = (tmp_path / f"here_text_document.{suffix}").read_bytes()
+        assert (tmp_path / f"there_text_document.{suffix}").read_bytes() == here
+    assert not list(tmp_path.glob("there_*-of-3*"))
+    with source.open("a") as file:
+        file.write("{\n")
+    done = subprocess.run(
+        [*common, "--output-prefix", tmp_path / "bad", *ray], capture_output=True, text=True
+    )
+    assert done.returncode == 3 and "a.json:501: no JSON" in done.stderr
+    assert not list(tmp_path.glob("bad_text*"))
+
+
+@pytest.mark.slow
+def test_memory_follows_the_batch_and_not_the_file(tmp_path: Path, vocabulary: list[str]) -> None:
+    """400 MB of text with ever new words, which no cache may keep: under 1.2 GB at any time."""
+    random = np.random.default_rng(0)
+    path = tmp_path / "a.jsonl"
+    with path.open("wb") as file:
+        for _ in range(50_000):
+            letters = random.integers(97, 123, 8000, dtype=np.uint8)
+            letters[random.random(8000) < 0.12] = 32
+            file.write(b'{"text":"' + letters.tobytes() + b'"}\n')
+    arguments = ["--input", path, "--output-prefix", tmp_path / "x", *vocabulary, "--workers", "2"]
+    program = (
+        "import resource, runpy, sys; sys.argv[0] = sys.argv.pop(1)\n"
+        "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        "finally: print('KB', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, TOOL, *arguments], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout.split("KB ")[1]) < 1_200_000

@@ -12,6 +12,11 @@ from megatron_lite.data.tokenizers.engines import AUTO
 from megatron_lite.data.tokenizers.gpt2_bpe import GPT2BPETokenizer
 from megatron_lite.data.tokenizers.huggingface import HuggingFaceTokenizer, count_ids
 from megatron_lite.data.tokenizers.null import NullTokenizer
+from megatron_lite.data.tokenizers.sentencepiece import (
+    GPTSentencePieceTokenizer,
+    SentencePieceTokenizer,
+)
+from megatron_lite.data.tokenizers.tiktoken import TikTokenizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +27,25 @@ class Kind:
     count: Callable[[DataConfig, int | None], int]
 
 
+def gpt_sentencepiece(data: DataConfig, engine: str = AUTO) -> GPTSentencePieceTokenizer:
+    """GPTSentencePieceTokenizer of a DataConfig."""
+    return GPTSentencePieceTokenizer(
+        data.tokenizer_model, chatglm_specials=data.chatglm_special_tokens, engine=engine
+    )
+
+
+def tiktoken(data: DataConfig, vocab_size: int | None, engine: str = AUTO) -> TikTokenizer:
+    """TikTokenizer of a DataConfig."""
+    return TikTokenizer(
+        data.tokenizer_model,
+        pattern=data.tiktoken_pattern,
+        num_special_tokens=data.tiktoken_num_special_tokens,
+        special_tokens=data.tiktoken_special_tokens,
+        vocab_size=vocab_size,
+        engine=engine,
+    )
+
+
 TOKENIZERS = {
     "GPT2BPETokenizer": Kind(
         lambda data, _, engine: GPT2BPETokenizer(data.vocab_file, data.merge_file, engine=engine),
@@ -30,6 +54,18 @@ TOKENIZERS = {
     "HuggingFaceTokenizer": Kind(
         lambda data, _, engine: HuggingFaceTokenizer(data.tokenizer_model, engine=engine),
         lambda data, _: count_ids(data.tokenizer_model),
+    ),
+    "SentencePieceTokenizer": Kind(
+        lambda data, _, engine: SentencePieceTokenizer(data.tokenizer_model, engine=engine),
+        lambda data, _: SentencePieceTokenizer(data.tokenizer_model).vocab_size,
+    ),
+    "GPTSentencePieceTokenizer": Kind(
+        lambda data, _, engine: gpt_sentencepiece(data, engine),
+        lambda data, _: gpt_sentencepiece(data).vocab_size,
+    ),
+    "TikTokenizer": Kind(
+        lambda data, size, engine: tiktoken(data, size, engine),
+        lambda data, size: tiktoken(data, size).vocab_size,
     ),
     "NullTokenizer": Kind(
         lambda _, size, engine: NullTokenizer(size, engine=engine),

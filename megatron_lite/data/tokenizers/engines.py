@@ -23,7 +23,7 @@ from megatron_lite.data.tokenizers.base import Encoded, gather
 
 AUTO = "auto"
 ENGINES = (AUTO, "gigatoken", "tiktoken", "tokenizers", "sentencepiece", "plain")
-CACHE_BYTES = 384 << 20  # gigatoken remembers every word it met; beyond this it starts anew
+CACHE_BYTES = 256 << 20  # gigatoken remembers every word it met; beyond this it starts anew
 
 HARD = (
     "",
@@ -161,6 +161,8 @@ class GigatokenEngine:
         self._load: Callable[[], Any] = lambda: load(gigatoken.Tokenizer)
         try:
             self._fast: Any = self._load()
+        except Unavailable:
+            raise
         except Exception as error:  # the library raises bare Exceptions
             raise Unavailable(f"{self.name} cannot load this vocabulary: {error}") from error
         self._base = resident_bytes()

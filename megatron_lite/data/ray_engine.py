@@ -1,0 +1,196 @@
+"""The shards of a corpus as tasks on a Ray cluster, joined in order when all are there.
+
+    plan n shards ─▶ one task each (preprocess(shard=(i, n)) on any node) ─▶ join, remove shards
+
+All nodes must see the input and the output folder.  Scheduling, retries and placement are Ray's.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_lite.config.errors import (
+    ConfigError,
+    DataError,
+    DistributedError,
+    MegatronLiteError,
+    StorageError,
+)
+from megatron_lite.data.encode import Job
+from megatron_lite.data.indexed import bin_path, idx_path, token_dtype
+from megatron_lite.data.indexed_builder import IndexedDatasetBuilder
+from megatron_lite.data.pair_writer import Counts, file_hash
+from megatron_lite.data.preprocess import ResumeRefused, preprocess, shard_prefix
+from megatron_lite.data.summary import Summary
+from megatron_lite.storage.disk import Disk, write_atomically
+
+ERRORS = {kind.exit_code: kind for kind in (ConfigError, DataError, StorageError)}
+ROOT = str(Path(__file__).resolve().parents[2])
+
+Report = Callable[[int, int, float], None]
+
+
+def run_shard(
+    job: Job, inputs: Sequence[str], prefix: str, shard: tuple[int, int], workers: int
+) -> tuple[int, str]:
+    """One task: (0, "") or the exit code and the text of the failure.
+
+    A task that Ray starts again goes on where the lost one was.
+    """
+    os.environ["RAYON_NUM_THREADS"] = str(workers)
+
+    def attempt(resume: bool) -> None:
+        preprocess(
+            job,
+            inputs=inputs,
+            output_prefix=prefix,
+            workers=workers,
+            disk=Disk(),
+            shard=shard,
+            resume=resume,
+            overwrite=True,
+        )
+
+    try:
+        try:
+            attempt(resume=True)
+        except ResumeRefused:  # left by a run with other settings
+            attempt(resume=False)
+    except MegatronLiteError as error:
+        return error.exit_code, str(error)
+    return 0, ""
+
+
+def preprocess_on_ray(
+    job: Job,
+    *,
+    inputs: Sequence[str],
+    output_prefix: str,
+    shards: int | None,
+    workers: int,
+    address: str,
+    disk: Disk,
+    overwrite: bool = False,
+    report: Report = lambda done, all, seconds: None,
+) -> Summary:
+    """Like preprocess, by tasks of `workers` CPUs each; address: "auto", a host:port or "local".
+
+    Finished shards stay where the run is interrupted, and the same command goes on with them.
+    """
+    try:
+        import ray  # noqa: PLC0415  an optional extra
+    except ImportError as error:
+        raise ConfigError(
+            "--engine ray needs the package `ray`: pip install 'megatron_lite[ray]'"
+        ) from error
+    began = time.perf_counter()
+    final = [f"{output_prefix}_{key}_document" for key in job.keys]
+    for path in (path for prefix in final for path in (bin_path(prefix), idx_path(prefix))):
+        if path.exists() and not overwrite:
+            raise ConfigError(f"{path} is there already - give --overwrite to replace it")
+    tokenizer = job.tokenizer()  # a broken one is found here
+    _connect(ray, address, workers)
+    try:
+        count = shards or _cpus(ray) // workers or 1
+        _run_all(ray, job, [str(Path(p).absolute()) for p in inputs], output_prefix, count, workers,
+                 report)  # fmt: skip
+    finally:
+        ray.shutdown()
+    summary = join(job, output_prefix, count, disk)
+    summary.dtype = str(token_dtype(tokenizer.vocab_size))
+    summary.seconds = time.perf_counter() - began
+    return summary
+
+
+def _connect(ray: Any, address: str, workers: int) -> None:
+    runtime = {"env_vars": {"PYTHONPATH": ROOT}}
+    options: dict[str, Any] = {"runtime_env": runtime, "log_to_driver": False}
+    if address == "local":
+        cores = max(len(os.sched_getaffinity(0)), workers)
+        options |= {"num_cpus": cores, "include_dashboard": False}
+    try:
+        ray.init(address=address, **options)
+    except ConnectionError as error:
+        raise DistributedError(
+            f"--ray-address {address}: no cluster answers ({error}) - start one with `ray start "
+            "--head`, or give --ray-address local"
+        ) from error
+
+
+def _cpus(ray: Any) -> int:
+    return int(ray.cluster_resources().get("CPU", 1))
+
+
+def _run_all(
+    ray: Any,
+    job: Job,
+    inputs: Sequence[str],
+    prefix: str,
+    count: int,
+    workers: int,
+    report: Report,
+) -> None:
+    began = time.perf_counter()
+    task = ray.remote(num_cpus=workers, max_retries=3)(run_shard)
+    where = str(Path(prefix).absolute())
+    waiting = [task.remote(job, inputs, where, (i + 1, count), workers) for i in range(count)]
+    try:
+        while waiting:
+            done, waiting = ray.wait(waiting)
+            for code, text in ray.get(done):
+                if code:
+                    raise ERRORS.get(code, MegatronLiteError)(text)
+            report(count - len(waiting), count, time.perf_counter() - began)
+    except ray.exceptions.RayError as error:
+        raise DistributedError(
+            f"a Ray task was lost: {type(error).__name__}: {str(error)[:300]} - the finished "
+            "shards are kept; run the same command again"
+        ) from error
+    finally:
+        for reference in waiting:
+            ray.cancel(reference, force=True)
+
+
+def join(job: Job, prefix: str, count: int, disk: Disk) -> Summary:
+    """The shards' pairs as one, in order; the shards are removed."""
+    pieces = [shard_prefix(prefix, (i + 1, count)) for i in range(count)]
+    finals = [f"{prefix}_{key}_document" for key in job.keys]
+    summary = Summary(finals, "", "", "", [])
+    for key, final in zip(job.keys, finals, strict=True):
+        sources = [f"{piece}_{key}_document" for piece in pieces]
+        facts = [json.loads(Path(f"{source}.meta.json").read_bytes()) for source in sources]
+        total = Counts(**{name: sum(f[name] for f in facts) for name in Counts.__slots__})
+        if total.tokens == 0:
+            raise DataError(f"{final}: {total.documents} documents without tokens")
+        with IndexedDatasetBuilder(bin_path(final), facts[0]["dtype"], disk) as builder:
+            for source in sources:
+                builder.add_index(source)
+            builder.finalize()
+        skipped = sum((Counter(f["skipped"]) for f in facts), Counter[str]())
+        whole = facts[0] | {name: getattr(total, name) for name in Counts.__slots__}
+        whole |= {
+            "skipped": skipped,
+            "input_bytes": sum(f["input_bytes"] for f in facts),
+            "read_bytes": sum(f["read_bytes"] for f in facts),
+            "seconds": sum(f["seconds"] for f in facts),
+            "sha256": {"bin": file_hash(bin_path(final)), "idx": file_hash(idx_path(final))},
+        }
+        whole["settings"] = facts[0]["settings"] | {"--shard": None}
+        text = json.dumps(whole, indent=1, ensure_ascii=False) + "\n"
+        write_atomically(f"{final}.meta.json", text.encode("utf-8"), disk)
+        summary.keys.append(total)
+        summary.skipped = skipped
+        summary.tokenizer = facts[0]["tokenizer"]["engine"]
+        summary.fingerprint = facts[0]["tokenizer"]["fingerprint"]
+        summary.read_bytes = sum(f["read_bytes"] for f in facts)
+    for piece in pieces:
+        for key in job.keys:
+            for suffix in ("bin", "idx", "meta.json"):
+                disk.remove(f"{piece}_{key}_document.{suffix}")
+    return summary

@@ -1,0 +1,36 @@
+"""What a preprocessing run gave, for the progress bar, the last lines and the facts file."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from megatron_lite.data.pair_writer import Counts
+
+
+@dataclass(slots=True)
+class Summary:
+    """What a whole run gave so far."""
+
+    prefixes: list[str]
+    dtype: str
+    tokenizer: str
+    fingerprint: str
+    keys: list[Counts]
+    skipped: Counter[str] = field(default_factory=Counter)
+    input_bytes: int = 0  # of texts and keys, decompressed
+    read_bytes: int = 0  # of files on disk
+    total_bytes: int = 0  # of files on disk there are to read
+    seconds: float = 0.0
+    resumed: bool = False
+    hashes: list[dict[str, str]] = field(default_factory=list)
+
+    @property
+    def documents(self) -> int:
+        """Documents so far."""
+        return self.keys[0].documents
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all keys so far."""
+        return sum(key.tokens for key in self.keys)

@@ -1,0 +1,189 @@
+"""The fastest engine runs only where it gives the reference's ids; otherwise the next, visibly."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_lite.config.errors import ConfigError, DataError
+from megatron_lite.data.tokenizers import engines
+from megatron_lite.data.tokenizers.base import Encoded
+from megatron_lite.data.tokenizers.engines import (
+    Candidate,
+    EngineChoice,
+    FunctionEngine,
+    GigatokenEngine,
+    Unavailable,
+)
+from megatron_lite.data.tokenizers.gpt2_bpe import EOD, GPT2BPETokenizer, tokenizer_json
+from megatron_lite.data.tokenizers.training import train_bpe
+
+LIBRARIES = ("gigatoken", "tiktoken", "tokenizers")
+SENTENCES = [
+    "The quick brown fox jumps over the lazy dog, doesn't it? I'll see.",
+    "def f(x):\n\treturn x ** 2  # 3,14\r\n",
+    "今天天气很好，我们去公园玩吧！（真的）",
+    "naïve café, Straße, Ελλάδα, русский язык 123",
+]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    pytest.importorskip("tokenizers", reason="training needs tokenizers")
+    folder = tmp_path_factory.mktemp("trained")
+    for name, content in train_bpe(SENTENCES * 5, 600, 8).items():
+        (folder / name).write_bytes(content)
+    return str(folder / "gpt2-vocab.json"), str(folder / "gpt2-merges.txt")
+
+
+def installed() -> list[str]:
+    return [name for name in LIBRARIES if __import__("importlib.util").util.find_spec(name)]
+
+
+def hard_texts(step: int = 211) -> list[str]:
+    """Every so manieth code point between letters, digits and spaces, and very long runs."""
+    points = [c for c in range(0, 0x110000, step) if not 0xD800 <= c < 0xE000]
+    return [
+        *engines.HARD,
+        *(f"a{chr(c)}b1{chr(c)}2 {chr(c)}, {chr(c)} " for c in points),
+        "a" * 100_000,
+        " " * 20_000 + "x",
+        "字" * 34_000,
+        "!" * 100_000,
+        "".join(chr(c) for c in range(32)) * 50,
+    ]
+
+
+@pytest.mark.parametrize("step", [211, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("engine", LIBRARIES)
+def test_every_engine_gives_the_ids_of_the_plain_one(
+    files: tuple[str, str], engine: str, step: int
+) -> None:
+    pytest.importorskip("regex", reason="the plain engine needs regex")
+    pytest.importorskip(engine, reason=f"{engine} is not installed")
+    texts = hard_texts(step)
+    expected = GPT2BPETokenizer(*files, engine="plain").encode_batch(texts)
+    found = GPT2BPETokenizer(*files, engine=engine).encode_batch(texts)
+    assert np.array_equal(found.lengths, expected.lengths)
+    assert np.array_equal(found.ids, expected.ids)
+
+
+def test_the_fastest_installed_engine_is_chosen_and_said(files: tuple[str, str]) -> None:
+    pytest.importorskip("gigatoken", reason="gigatoken is not installed")
+    text = GPT2BPETokenizer(*files).choice
+    assert text.engine.name.startswith("gigatoken ") and text.engine.threaded
+    assert "ids equal tokenizers " in text.describe()
+
+
+@pytest.mark.parametrize("absent", [("gigatoken",), ("gigatoken", "tiktoken"), LIBRARIES])
+def test_what_is_not_installed_is_named_with_its_extra(
+    files: tuple[str, str], monkeypatch: pytest.MonkeyPatch, absent: Sequence[str]
+) -> None:
+    pytest.importorskip("regex", reason="the plain engine needs regex")
+    rest = [name for name in installed() if name not in absent] or ["plain"]
+    for name in absent:
+        monkeypatch.setitem(sys.modules, name, None)
+    choice = GPT2BPETokenizer(*files).choice
+    assert choice.engine.name.split()[0] == rest[0]
+    for name in absent:
+        assert f"{name} is not installed (pip install 'megatron_lite[" in choice.describe()
+
+
+class Lying:
+    """Gives the plain ids, but for texts that hold a certain word."""
+
+    name, threaded = "lying 1.0", True
+
+    def __init__(self, word: str) -> None:
+        self.word = word
+
+    def encode_batch(self, texts: Sequence[str]) -> Encoded:
+        ids = [[ord(c) for c in text.replace(self.word, self.word[::-1])] for text in texts]
+        lengths = np.array([len(part) for part in ids], np.int64)
+        return Encoded(np.array([i for part in ids for i in part], np.int32), lengths)
+
+
+def choice_with(word: str) -> EngineChoice:
+    plain = FunctionEngine("plain", lambda text: [ord(c) for c in text])
+    return EngineChoice(
+        [Candidate("lying", lambda: Lying(word)), Candidate("plain", lambda: plain)],
+        reference=("plain",),
+    )
+
+
+def test_an_engine_that_differs_on_hard_strings_is_not_used() -> None:
+    choice = choice_with("don't")
+    assert choice.engine.name == "plain"
+    assert "lying 1.0 is not used: " in choice.describe() and "at token" in choice.describe()
+
+
+def test_an_engine_that_differs_on_the_input_is_replaced_at_the_start() -> None:
+    choice = choice_with("rare word")
+    assert choice.engine.name == "lying 1.0"
+    choice.check(["fine", "a rare word"])
+    assert choice.engine.name == "plain" and "'a rare word' parts from plain" in choice.describe()
+
+
+def test_an_engine_that_differs_later_stops_the_run_with_the_way_out() -> None:
+    choice = choice_with("rare word")
+    choice.check(["fine"])
+    choice.check_again("fine, too")
+    with pytest.raises(DataError, match="lying 1.0 disagrees.*--tokenizer-engine plain"):
+        choice.check_again("a rare word")
+
+
+def test_an_engine_that_cannot_do_it_is_refused_by_name(files: tuple[str, str]) -> None:
+    with pytest.raises(ConfigError, match="--tokenizer-engine sentencepiece cannot.*gigatoken"):
+        GPT2BPETokenizer(*files, engine="sentencepiece")
+
+    def broken() -> Lying:
+        raise Unavailable("not today")
+
+    with pytest.raises(ConfigError, match="no engine.*not today"):
+        _ = EngineChoice([Candidate("x", broken)], reference=("x",)).engine
+
+
+def test_ids_in_another_order_than_the_merges_are_not_left_to_tiktoken(
+    files: tuple[str, str], tmp_path: Path
+) -> None:
+    pytest.importorskip("tiktoken", reason="tiktoken is not installed")
+    vocab = json.loads(Path(files[0]).read_text(encoding="utf-8"))
+    top = len(vocab) - 1
+    swapped = {name: top - number for name, number in vocab.items()}
+    (tmp_path / "v.json").write_text(json.dumps(swapped), encoding="utf-8")
+    with pytest.raises(ConfigError, match="in another order"):
+        _ = GPT2BPETokenizer(str(tmp_path / "v.json"), files[1], engine="tiktoken").choice.engine
+    tokenizer = GPT2BPETokenizer(str(tmp_path / "v.json"), files[1])
+    expected = [top - i for i in GPT2BPETokenizer(*files).encode_batch(SENTENCES).ids.tolist()]
+    assert tokenizer.encode_batch(SENTENCES).ids.tolist() == expected
+
+
+def test_gigatoken_starts_anew_when_its_cache_has_grown_and_gives_the_same(
+    files: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("gigatoken", reason="gigatoken is not installed")
+    vocab = json.loads(Path(files[0]).read_text(encoding="utf-8"))
+    del vocab[EOD]
+    merges = [
+        tuple(line.split(" "))
+        for line in Path(files[1]).read_text(encoding="utf-8").split("\n")[1:-1]
+    ]
+    loads = []
+    content = tokenizer_json(vocab, merges)  # type: ignore[arg-type]
+
+    def load(kind: object) -> object:
+        loads.append(1)
+        return kind.from_json(content)  # type: ignore[attr-defined]
+
+    engine = GigatokenEngine(load)
+    first = engine.encode_batch(SENTENCES)
+    assert len(loads) == 1
+    monkeypatch.setattr(engines, "CACHE_BYTES", -(1 << 40))
+    engine.encode_batch(SENTENCES)
+    assert len(loads) == 2
+    assert engine.encode_batch(SENTENCES).ids.tolist() == first.ids.tolist()
