@@ -88,6 +88,8 @@ def _whole(folder: Path) -> dict[str, str]:
 
 TP, PP = "parallel__tensor_model_parallel_size", "parallel__pipeline_model_parallel_size"
 SP, ZERO = "parallel__sequence_parallel", "parallel__use_distributed_optimizer"
+SCHEDULE = "parallel__pipeline_schedule"
+CHUNKS = "parallel__num_virtual_stages_per_pipeline_rank"
 
 
 @pytest.mark.parametrize(
@@ -100,6 +102,8 @@ SP, ZERO = "parallel__sequence_parallel", "parallel__use_distributed_optimizer"
         ({PP: 2}, 4, {TP: 2, PP: 2}, 4),
         ({TP: 2, PP: 2, "precision__bf16": True}, 4, {PP: 2, "precision__bf16": True}, 2),
         ({TP: 2, ZERO: True}, 4, {PP: 2}, 2),
+        ({PP: 2, SCHEDULE: "zb-v"}, 2, {PP: 2, CHUNKS: 2}, 2),
+        ({PP: 2, SCHEDULE: "zb-h1", ZERO: True}, 4, {TP: 2, PP: 2, SCHEDULE: "zb-v"}, 4),
         ({PP: 2}, 2, {ZERO: True}, 4),
         ({ZERO: True, "precision__bf16": True}, 4, {TP: 2, ZERO: True, "precision__bf16": True}, 4),
     ],
