@@ -337,8 +337,9 @@ class IndexedDataset:
             return np.frombuffer(mapped, dtype, count, begin)
         with self._opened() as file:
             data = os.pread(file.fileno(), count * dtype.itemsize, begin)
+            size = os.fstat(file.fileno()).st_size
         if len(data) != count * dtype.itemsize:
-            self._refuse_shorter(begin + len(data))
+            self._refuse_shorter(size)
         return np.frombuffer(data, dtype)
 
     def _refuse_shorter(self, size: int) -> NoReturn:

@@ -323,8 +323,7 @@ def _in_turn(build: Callable[[], Datasets], launch: Launch, ctx: ParallelContext
 
 
 def _check_equal(digest: int, ctx: ParallelContext) -> None:
-    signed = digest - (1 << 63)  # int64; its negation must fit, too
-    both = torch.tensor([max(signed, 1 - (1 << 63))], device=ctx.device)
+    both = torch.tensor([digest & ((1 << 63) - 1)], device=ctx.device)  # int64, and its negation
     low, high = all_reduce(-both, ctx.world, MAX), all_reduce(both, ctx.world, MAX)
     if high.item() != -low.item():
         raise DataError(

@@ -1,0 +1,160 @@
+"""Packed documents that do not see one another: the loss of both is the loss of each alone."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_lite.config.errors import DataError
+from megatron_lite.data.batch import Batch, collate
+from megatron_lite.data.build import Datasets
+from megatron_lite.layers.dropout import hidden_dropout
+from megatron_lite.layers.setting import Positions
+from megatron_lite.parallel.context import ParallelContext
+from megatron_lite.parallel.launch import Launch
+from megatron_lite.train.assemble import assemble
+from megatron_lite.train.feed import to_device
+from megatron_lite.train.session import _in_turn
+from megatron_lite.train.step import train_step
+from tests.support.spawn import RankFailed, spawn
+from tests.support.tiny import SEQ, VOCAB, context, draw, tiny_config
+
+EOD = VOCAB - 1
+FLAGS = {"eod": EOD, "eod_mask_loss": True, "reset_position_ids": True}
+LEARNED: dict[str, Any] = {"train__micro_batch_size": 1, "train__global_batch_size": 1}
+ROPE = LEARNED | {"model__position_embedding_type": "rope"}
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "serial": (1, {}),
+    "tp2": (2, {"parallel__tensor_model_parallel_size": 2}),
+    "tp2-sp": (
+        2,
+        {"parallel__tensor_model_parallel_size": 2, "parallel__sequence_parallel": True},
+    ),
+    "pp2": (2, {"parallel__pipeline_model_parallel_size": 2}),
+}
+
+
+def documents() -> tuple[np.ndarray, np.ndarray]:
+    random = np.random.default_rng(5)
+    return tuple(  # type: ignore[return-value]
+        np.append(random.integers(0, EOD, size), EOD) for size in (6, SEQ - 6 - 2)
+    )
+
+
+def packed(*, reset_attention_mask: bool = True) -> list[Batch]:
+    tokens = np.concatenate([*documents(), [3]]).astype(np.int64)
+    assert len(tokens) == SEQ + 1
+    return [collate([tokens], np.array([0]), reset_attention_mask=reset_attention_mask, **FLAGS)]
+
+
+def alone() -> list[Batch]:
+    """Each document at the beginning of a sample of its own; nothing behind it counts."""
+    batches = []
+    for number, document in enumerate(documents()):
+        tokens = np.zeros((1, SEQ + 1), np.int64)
+        tokens[0, : len(document)] = document
+        mask = np.zeros((1, SEQ), np.float32)
+        mask[0, : len(document) - 1] = 1.0
+        batches.append(Batch(tokens, np.array([number]), mask))
+    return batches
+
+
+def one_step(rank: int, ranks: int, changes: dict[str, Any], kind: str) -> tuple[float, float]:
+    torch.set_num_threads(1)
+    micro = 2 if kind == "alone" else 1
+    config = tiny_config(**(changes | {"train__global_batch_size": micro}))
+    blueprint = draw(config, ranks)
+    run = assemble(config, blueprint, context(blueprint, rank))
+    batches = {
+        "alone": alone,
+        "packed": packed,
+        "seeing": lambda: packed(reset_attention_mask=False),
+    }[kind]()
+    result = train_step(run, batches, lr=0.0, weight_decay=0.0)
+    return result.loss.item(), result.update.grad_norm.item()
+
+
+@pytest.mark.parametrize("positions", [LEARNED, ROPE], ids=["learned", "rope"])
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
+def test_two_packed_documents_give_the_loss_of_the_two_alone(
+    layout: tuple[int, dict[str, Any]], positions: dict[str, Any]
+) -> None:
+    ranks, changes = layout
+    ((loss, norm), *_) = spawn(one_step, 1, positions, "alone")
+    for found_loss, found_norm in spawn(one_step, ranks, positions | changes, "packed"):
+        assert found_loss == pytest.approx(loss, rel=1e-6)
+        assert found_norm == pytest.approx(norm, rel=1e-5)
+
+
+def test_without_the_mask_the_second_document_sees_the_first() -> None:
+    ((alone_loss, _),) = spawn(one_step, 1, ROPE, "alone")
+    ((seeing_loss, _),) = spawn(one_step, 1, ROPE, "seeing")
+    assert seeing_loss != pytest.approx(alone_loss, rel=1e-4)
+
+
+def test_a_document_ends_with_its_eod() -> None:
+    tokens = [np.array([5, 9, 9, 6, 7, 9]), np.array([9, 1, 2, 3, 4, 5])]
+    batch = collate(tokens, np.arange(2), eod=9, reset_position_ids=True, reset_attention_mask=True)
+    assert batch.positions is not None and batch.documents is not None
+    assert batch.positions.tolist() == [[0, 1, 0, 0, 1], [0, 0, 1, 2, 3]]
+    assert batch.documents.tolist() == [[0, 0, 1, 2, 2], [0, 1, 1, 1, 1]]
+    assert batch.loss_mask.min() == 1.0
+    fed = to_device(batch, torch.device("cpu"), step=0, training=True).positions
+    assert fed.encoded[:, 0].tolist() == [0, 1, 0, 0, 1] and fed.index.tolist() == [0, 1, 2, 3, 4]
+    seen = fed.mask[0, 0] & torch.ones(5, 5, dtype=torch.bool).tril()
+    assert seen.sum(dim=1).tolist() == [1, 2, 1, 1, 2]
+
+
+def test_dropout_goes_by_the_place_in_the_sample() -> None:
+    config = tiny_config(model__hidden_dropout=0.5)
+    run = assemble(config, draw(config, 1), ParallelContext.serial())
+    x = torch.ones(8, 1, 32)
+    at = Positions(samples=torch.tensor([3]), index=torch.arange(8), training=True)
+    restarted = dataclasses.replace(at, restarted=torch.zeros(8, 1, dtype=torch.int64))
+    plain = hidden_dropout(x, at, run.setting, 0, "site")
+    assert torch.equal(hidden_dropout(x, restarted, run.setting, 0, "site"), plain)
+    assert not torch.equal(plain[0], plain[1])
+
+
+def _turns(rank: int, ranks: int, folder: str, case: str) -> list[str]:
+    """Two nodes of one rank each; a node of its own file system writes into its own folder."""
+    launch = Launch(rank=rank, world_size=ranks, local_rank=0 if case == "nodes" else rank,
+                    local_world_size=1 if case == "nodes" else ranks)  # fmt: skip
+    config = tiny_config()
+    blueprint = draw(config, ranks)
+    ctx = context(blueprint, rank)
+    place = Path(folder) / (str(rank) if case == "nodes" else "shared")
+    happened: list[str] = []
+
+    def build() -> Datasets:
+        if case == "broken" and rank == 0:
+            raise DataError("the data is broken")
+        happened.append("found" if place.exists() else "built")
+        place.mkdir(exist_ok=True)
+        return Datasets(None, None, None, digest=rank if case == "different" else 7)
+
+    _in_turn(build, launch, ctx)
+    return happened
+
+
+def test_one_rank_builds_and_the_others_find(tmp_path: Path) -> None:
+    assert spawn(_turns, 2, str(tmp_path), "shared") == [["built"], ["found"]]
+
+
+def test_a_node_without_the_files_builds_its_own(tmp_path: Path) -> None:
+    assert spawn(_turns, 2, str(tmp_path), "nodes") == [["built"], ["built"]]
+
+
+@pytest.mark.parametrize(
+    "case, words", [("different", "read different data"), ("broken", "the data is broken")]
+)
+def test_all_ranks_stop_where_one_cannot_go_on(tmp_path: Path, case: str, words: str) -> None:
+    with pytest.raises(RankFailed) as caught:
+        spawn(_turns, 2, str(tmp_path), case)
+    assert any(words in text for text in caught.value.errors.values())
+    assert all("DataError" in text for text in caught.value.errors.values())
