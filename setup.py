@@ -49,6 +49,12 @@ setup(
     install_requires=["torch>=2.10", "numpy>=1.26", "safetensors>=0.4", "pyyaml>=6", "tqdm>=4.60"],
     extras_require={
         "tokenizers": ["tokenizers>=0.20", "regex>=2023.12"],
+        "fast": ["gigatoken>=0.10", "orjson>=3.10"],
+        "sentencepiece": ["sentencepiece>=0.2"],
+        "tiktoken": ["tiktoken>=0.7"],
+        "zstd": ["zstandard>=0.22"],
+        "parquet": ["pyarrow>=15"],
+        "ray": ["ray>=2.40"],
         "tensorboard": ["tensorboard>=2.14"],
         "plot": ["matplotlib>=3.8"],
         "wandb": ["wandb>=0.17"],

@@ -10,7 +10,7 @@ ROOT=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$ROOT"
 VENV=${VENV:-.venv}
 STAMP=$VENV/setup-stamp
-EXTRAS=tokenizers,tensorboard,plot,huggingface,bench,dev
+EXTRAS=tokenizers,fast,sentencepiece,tiktoken,zstd,parquet,tensorboard,plot,huggingface,bench,dev
 
 say() { printf 'setup: %s\n' "$*"; }
 die() {
