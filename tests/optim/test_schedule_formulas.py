@@ -1,0 +1,106 @@
+"""Learning rate and weight decay against the closed formulas in float64, and torch's own schedulers."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_lite.optim.learning_rate import LearningRateSchedule, WeightDecaySchedule
+
+PEAK, LOW, START = 3e-3, 2e-4, 1e-5
+
+
+def cosine(x: float) -> float:
+    return (1.0 + math.cos(math.pi * x)) / 2.0
+
+
+# share of (peak - low) that is left when x of the decay is done
+SHARE = {"linear": lambda x: 1.0 - x, "cosine": cosine}
+FINAL = {
+    "linear": lambda x: 1.0 - x,
+    "cosine": cosine,
+    "exponential": lambda x: 2.0 * 2.0**-x - 1.0,
+    "minus_sqrt": lambda x: 1.0 - math.sqrt(x),
+}
+
+
+def formula(style: str, n: int, warmup: int, decay: int, final: str, last: int) -> float:
+    if n <= warmup and warmup:
+        return START + (PEAK - START) * n / warmup
+    if style == "constant":
+        return PEAK
+    if n > decay:
+        return LOW
+    if style == "inverse-square-root":
+        return max(LOW, PEAK * math.sqrt(max(warmup, 1) / max(n, 1)))
+    if style == "WSD":
+        past = n - (decay - last)
+        return PEAK if past <= 0 else LOW + (PEAK - LOW) * FINAL[final](past / last)
+    return LOW + (PEAK - LOW) * SHARE[style]((n - warmup) / (decay - warmup))
+
+
+@given(
+    style=st.sampled_from(["constant", "linear", "cosine", "inverse-square-root", "WSD"]),
+    final=st.sampled_from(sorted(FINAL)),
+    warmup=st.integers(0, 1000),
+    rest=st.integers(1, 10**6),
+    last=st.integers(1, 10**6),
+    where=st.floats(0.0, 1.2),
+)
+def test_the_curve_is_the_formula_everywhere(style, final, warmup, rest, last, where):
+    decay = warmup + rest
+    last = min(last, rest)
+    schedule = LearningRateSchedule(
+        max_lr=PEAK, min_lr=LOW, style=style, decay_samples=decay, warmup_samples=warmup,
+        warmup_init=START, wsd_style=final, wsd_samples=last,
+    )  # fmt: skip
+    for n in {0, warmup, warmup + 1, decay - 1, decay, decay + 1, int(where * decay)}:
+        expected = formula(style, n, warmup, decay, final, last)
+        assert schedule.at(n) == pytest.approx(expected, rel=1e-12)
+        assert min(START, LOW) <= schedule.at(n) <= PEAK
+
+
+@pytest.mark.parametrize("style", ["linear", "cosine"])
+def test_warm_up_and_decay_are_torchs_schedulers_one_after_the_other(style):
+    warmup, total = 20, 100
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=PEAK)
+    after = (
+        torch.optim.lr_scheduler.LinearLR(
+            optimizer, start_factor=1.0, end_factor=LOW / PEAK, total_iters=total - warmup
+        )
+        if style == "linear"
+        else torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, total - warmup, eta_min=LOW)
+    )
+    rising = torch.optim.lr_scheduler.LinearLR(
+        optimizer, start_factor=START / PEAK, end_factor=1.0, total_iters=warmup
+    )
+    theirs = torch.optim.lr_scheduler.SequentialLR(optimizer, [rising, after], [warmup])
+    ours = LearningRateSchedule(
+        max_lr=PEAK, min_lr=LOW, style=style, decay_samples=total, warmup_samples=warmup,
+        warmup_init=START,
+    )  # fmt: skip
+    for n in range(total + 1):
+        assert ours.at(n) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-9), n
+        optimizer.step()
+        theirs.step()
+
+
+@given(
+    style=st.sampled_from(["linear", "cosine"]),
+    start=st.floats(0.0, 0.1),
+    growth=st.floats(0.0, 0.5),
+    samples=st.integers(1, 10**6),
+    where=st.floats(0.0, 1.2),
+)
+def test_weight_decay_is_the_formula_everywhere(style, start, growth, samples, where):
+    end = start + growth
+    schedule = WeightDecaySchedule(start=start, end=end, style=style, samples=samples)
+    for n in {0, samples, samples + 1, int(where * samples)}:
+        done = min(n / samples, 1.0)
+        share = done if style == "linear" else 1.0 - cosine(done)
+        expected = start + (end - start) * share
+        assert schedule.at(n) == pytest.approx(expected, rel=1e-12, abs=1e-15)
