@@ -253,11 +253,12 @@ def test_whole_scripts_pass_all_rules(words: list[str], world_size: int) -> None
     check(parse(words).config, world_size)
 
 
-def test_the_old_deepspeed_script_fails_only_where_recomputation_is_not_built() -> None:
+def test_the_old_deepspeed_script_recomputes_layer_by_layer() -> None:
     config = parse([*_MDS.split(), "--activations-checkpoint-method", "uniform"]).config
-    with pytest.raises(ConfigError) as caught:
-        check(config, 1024)
-    assert str(caught.value).startswith("--recompute-granularity is not built yet; use ")
+    check(config, 1024)
+    asked = config.parallel
+    assert asked.recompute_granularity == "full"
+    assert (asked.recompute_method, asked.recompute_num_layers) == ("uniform", 1)
 
 
 def test_a_deepspeed_launch_is_refused_flag_by_flag() -> None:

@@ -17,8 +17,8 @@ DOCUMENTS = sorted(
      *ROOT.glob("tools/*.md")]
 )  # fmt: skip
 OF_OTHERS = {
-    # pip, docker, srun, tensorboard
-    "--gpus", "--gpus-per-node", "--ipc", "--logdir", "--no-build-isolation", "--nodes",
+    # pip, docker, srun, tensorboard, torchrun
+    "--nproc_per_node", "--gpus", "--gpus-per-node", "--ipc", "--logdir", "--no-build-isolation", "--nodes",
     "--ntasks-per-node", "--target",
 }  # fmt: skip
 """Flags of other programs that the documents show."""
