@@ -9,7 +9,7 @@ PY := $(abspath $(VENV))/bin/python
 export OMP_NUM_THREADS ?= 1
 PYTEST_ARGS ?=
 
-.PHONY: help setup demo test test-all check parity bench bench-gpu flags format clean distclean
+.PHONY: help setup demo test test-all check parity bench bench-gpu bench-data flags format clean distclean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -43,6 +43,9 @@ bench: setup ## tokens/s of a small GPT beside a plain PyTorch loop, and where t
 
 bench-gpu: setup ## gpt2-124m in bf16 on one GPU: tokens/s, TFLOP/s, MFU, memory, kernels
 	$(PY) benchmarks/bench_gpu.py
+
+bench-data: setup ## the data side beside its named baselines: indices, start-up, preprocessing
+	@for file in benchmarks/bench_data_*.py; do echo "== $$file"; $(PY) -W ignore $$file; done
 
 flags: setup ## write docs/FLAGS.md anew from the config sections
 	$(PY) tools/flags.py

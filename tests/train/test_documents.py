@@ -23,6 +23,7 @@ from megatron_lite.train.session import _in_turn
 from megatron_lite.train.step import train_step
 from tests.support.spawn import RankFailed, spawn
 from tests.support.tiny import SEQ, VOCAB, context, draw, tiny_config
+from tests.train.runs import alone as train_alone
 
 EOD = VOCAB - 1
 FLAGS = {"eod": EOD, "eod_mask_loss": True, "reset_position_ids": True}
@@ -158,3 +159,22 @@ def test_all_ranks_stop_where_one_cannot_go_on(tmp_path: Path, case: str, words:
         spawn(_turns, 2, str(tmp_path), case)
     assert any(words in text for text in caught.value.errors.values())
     assert all("DataError" in text for text in caught.value.errors.values())
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--reset-position-ids --reset-attention-mask --eod-mask-loss",
+        "--dataloader-type cyclic --num-workers 2",
+    ],
+    ids=["documents", "cyclic"],
+)
+def test_two_steps_and_two_more_are_four(words: str, data: list[str], tmp_path: Path) -> None:
+    once, again, plain = (tmp_path / name for name in ("once", "again", "plain"))
+    save = ["--save-interval", "2", *words.split(), "--save"]
+    straight = train_alone(*data, *save, str(once))
+    resumed = train_alone(*data, *save, str(again), "--load", str(once), "--ckpt-step", "2")
+    assert straight.rc == resumed.rc == 0, straight.err + resumed.err
+    assert "loaded checkpoint" in resumed.out and resumed.state_hash == straight.state_hash
+    without = train_alone(*data, "--save", str(plain), "--save-interval", "2")
+    assert without.state_hash != straight.state_hash
