@@ -80,6 +80,16 @@ def test_a_killed_rank_is_named(running, name):
     require_named(running[name].wait(45), KILLED[name])
 
 
+def test_a_killed_rank_is_named_long_before_the_timeout():
+    """Its connections break: nobody waits the minutes that a silent rank may take."""
+    argv = with_flags(TINY, "--distributed-timeout-minutes", "5")
+    case = (2, "step3.backward:1:sigkill", [])
+    ended = launch(2, argv, fault=case[1], deadline=60)
+    require_named(ended, case)
+    assert ended[1].rc == -signal.SIGKILL
+    assert ended[0].seconds - ended[1].seconds < 20
+
+
 @pytest.mark.parametrize("name", SILENT)
 def test_a_silent_rank_is_named_within_the_timeout(running, name):
     lost, _ = fault_of(SILENT[name])

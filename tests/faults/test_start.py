@@ -21,7 +21,16 @@ from megatron_lite.parallel.launch import read_launch
 from megatron_lite.storage.disk import Disk
 from megatron_lite.train.faults import Fault, NoFaults, read_fault
 from tests.faults.test_save_crashes import state
-from tests.support.launch import LAUNCHER_NAMES, TINY, TOOL, Ended, free_port, launch, start
+from tests.support.launch import (
+    LAUNCHER_NAMES,
+    TINY,
+    TOOL,
+    Ended,
+    free_port,
+    launch,
+    start,
+    with_flags,
+)
 
 QUICK = [*TINY, "--distributed-timeout-minutes", "0.05"]
 
@@ -118,8 +127,12 @@ def test_two_processes_with_one_rank_and_a_port_in_use_are_named():
     def env(rank: int) -> dict[str, str | None]:
         return {"RANK": "1"} if rank == 2 else {}
 
-    ended = launch(3, [*QUICK, "--global-batch-size", "6"][:-2], env=env, deadline=30)
-    assert sorted(rank.rc for rank in ended) in ([2, 2, 2], [2, 6, 6])
+    # a batch that three ranks can share: nothing else is wrong
+    ended = launch(3, with_flags(QUICK, "--global-batch-size", "6"), env=env, deadline=30)
+    assert sorted(rank.rc for rank in ended) == [2, 6, 6], [rank.err[-500:] for rank in ended]
+    (told,) = [rank.fatal for rank in ended if rank.rc == 2]
+    assert "two processes say they are rank 1: give every process its own RANK" in told
+    assert "2 of 3 ranks came, missing: rank 2" in ended[0].fatal
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
