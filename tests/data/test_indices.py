@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -285,3 +287,20 @@ def test_token_counts_pass_two_to_the_31(helpers: object) -> None:
     rows = sample_index(sizes, documents, seq_length, samples, helpers)  # type: ignore[arg-type]
     starts = rows[:, 0].astype(np.int64) * (2**31 - 1) + rows[:, 1]
     assert samples > 12_000 and np.array_equal(starts, np.arange(samples + 1) * seq_length)
+
+
+@needs_compiled
+def test_other_threads_run_while_the_helper_works() -> None:
+    done = threading.Event()
+
+    def work() -> None:
+        blend_index(np.full(100, 0.01), 200_000)
+        done.set()
+
+    thread = threading.Thread(target=work)
+    turns = 0
+    thread.start()
+    while not done.is_set():
+        turns += 1  # with the lock held this loop would not turn before the blend is done
+    thread.join()
+    assert turns > 1000
