@@ -39,12 +39,15 @@ class Written:
 
 
 def file_bytes(tensors: Sequence[Tensor]) -> int:
-    """About what write_tensors will write."""
+    """Bytes that write_tensors will write, to within the length of the names."""
     return sum(t.numel() * t.element_size() + 160 for t in tensors)
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], disk: Disk) -> Written:
-    """Write and fsync a new safetensors file; raises StorageError."""
+    """Write and fsync a new safetensors file of named tensors of any shapes; its size and hash.
+
+    Raises StorageError where the file exists, or cannot be written whole.
+    """
     header: dict[str, object] = {}
     start = 0
     for name, tensor in tensors.items():

@@ -97,7 +97,7 @@ class GradientBuckets:
         return made
 
     def view(self, local: LocalParameter) -> Tensor:
-        """The accumulator of a parameter, shaped like it."""
+        """The accumulator of a parameter: a view of its shape in the flat buffer, fp32 by default."""
         return self.views[local.parameter]
 
     def owned(self, local: LocalParameter) -> Iterator[tuple[Piece, Rows]]:
@@ -123,7 +123,10 @@ class GradientBuckets:
             bucket.missing = sum(local.uses for local in bucket.locals)
 
     def ready(self, parameter: Tensor) -> None:
-        """One contribution to the parameter's accumulator is complete."""
+        """One contribution to the parameter's accumulator is complete; starts each bucket that is full now.
+
+        All dp ranks must report the same parameters, in whatever order.
+        """
         if not self._armed:
             return
         self._bucket_of[parameter].missing -= 1
@@ -168,7 +171,7 @@ class GradientBuckets:
             bucket.gathering = start_all_gather(own, self.ctx.dp)
 
     def wait_for(self, parameter: Tensor) -> None:
-        """Return when the parameter is whole again (its bucket with it)."""
+        """Return when the parameter is whole again (its bucket with it); at once where no gather runs."""
         self._complete(self._bucket_of[parameter])
 
     def settle(self) -> None:

@@ -12,8 +12,9 @@ from megatron_lite.parallel.context import Axis
 
 
 def global_norm(tensors: Sequence[Tensor], axis: Axis, device: torch.device) -> Tensor:
-    """The L2 norm (fp32 scalar on the device) of the ranks' tensors together.
+    """The L2 norm (fp32 scalar on the device) of the ranks' tensors, of any shapes, together.
 
+    Pass only what this rank stands for, or replicas count twice.
     Collective over the axis (tp x pp, and dp where the ranks hold shards).  Infinite or nan if any
     element on any rank is.
     """
@@ -25,7 +26,7 @@ def global_norm(tensors: Sequence[Tensor], axis: Axis, device: torch.device) -> 
 
 
 def clip_coefficient(norm: Tensor, max_norm: float) -> Tensor:
-    """min(1, max_norm / (norm + 1e-6)) on the device, as Megatron does."""
+    """norm: scalar -> scalar min(1, max_norm / (norm + 1e-6)), on the device; Megatron's epsilon."""
     return (max_norm / (norm + 1e-6)).clamp(max=1.0)
 
 

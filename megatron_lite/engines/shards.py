@@ -46,7 +46,7 @@ class Place:
         return cut_rows(self.rows, ranks)[rank]
 
     def copy(self, buffer: Tensor, tensor: Tensor, *, into_buffer: bool) -> None:
-        """Move the piece between a tensor shaped like the parameter and the buffer [dp, n]."""
+        """Move the piece from a tensor shaped like the parameter into the buffer [dp, n], or back."""
         matrix = self.piece.of(tensor).reshape(self.rows, -1)
         for inside, outside in self._blocks(buffer, matrix):
             if into_buffer:
@@ -112,7 +112,7 @@ class ShardLayout:
         return buffer
 
     def unpack(self, buffer: Tensor, tensor_of: Callable[[LocalParameter], Tensor]) -> None:
-        """Write every rank's rows back."""
+        """buffer: [dp, n] -> every rank's rows written to the tensors that tensor_of gives."""
         for place in self.places:
             place.copy(buffer, tensor_of(place.local), into_buffer=False)
 

@@ -28,7 +28,11 @@ def choose_attention(setting: Setting, *, training: bool, masked: bool = False) 
 
 
 class SelfAttention(nn.Module):
-    """Causal self-attention of block `layer`; n/tp query heads, m/tp key and value heads here."""
+    """Causal self-attention of block `layer`; n/tp query heads, m/tp key and value heads here.
+
+    Heads are split over tp (arXiv:1909.08053 § 3); m < n is grouped-query attention
+    (arXiv:2305.13245).  tp must divide n and m: config/ has checked that.
+    """
 
     def __init__(self, setting: Setting, layer: int) -> None:
         super().__init__()

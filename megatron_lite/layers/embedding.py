@@ -30,7 +30,10 @@ class _Lookup(torch.autograd.Function):
 
 
 class VocabParallelEmbedding(nn.Module):
-    """Token table with its rows split over tp; W: [v/tp, h] of the padded vocabulary."""
+    """Token table with its rows split over tp; W: [v/tp, h] of the padded vocabulary (arXiv:1909.08053 § 3).
+
+    A rank looks up its own ids, gives zeros for the others', and the sum over tp is the embedding.
+    """
 
     def __init__(self, setting: Setting) -> None:
         super().__init__()
@@ -39,7 +42,10 @@ class VocabParallelEmbedding(nn.Module):
         self.weight = setting.parameter(rows, setting.model.hidden_size, tp_dim=0)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """tokens: int64 [s, b] -> [s/tp, b, h] with sequence parallelism, else [s, b, h]."""
+        """tokens: int64 [s, b] -> [s/tp, b, h] with sequence parallelism, else [s, b, h].
+
+        Every id must be below the padded vocabulary: data/ has checked that.
+        """
         at = self.setting
         if at.tp.size == 1:
             return _Lookup.apply(tokens, self.weight, at.gradients)

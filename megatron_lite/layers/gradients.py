@@ -31,14 +31,17 @@ class WeightGradients:
     def attach(
         self, accumulators: Iterable[tuple[Tensor, Tensor]], ready: Callable[[Tensor], None]
     ) -> None:
-        """Send gradients of these parameters to their accumulators and report each to `ready`."""
+        """Send gradients of these parameters to their accumulators and report each to `ready`.
+
+        accumulators: (parameter, accumulator of its shape), usually fp32, which are added to.
+        """
         self.accumulators = dict(accumulators)
         self.ready = ready
 
     def matrix(self, weight: Tensor, dy: Tensor, x: Tensor) -> Tensor | None:
         """The gradient dyᵀx of weight [out, in] from dy [..., out] and x [..., in].
 
-        Returns it for autograd when unattached, else None.
+        Returns it for autograd when unattached, else None: it is added now, or on the queue.
         """
         dy, x = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
         if weight not in self.accumulators:

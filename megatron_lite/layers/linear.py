@@ -61,7 +61,7 @@ _ALONE = Axis("none")
 
 
 class ColumnParallelLinear(nn.Module):
-    """y = x Wᵀ + b with the outputs split over tp; W: [out/tp, in].
+    """y = x Wᵀ + b with the outputs split over tp; W: [out/tp, in] (arXiv:1909.08053 § 3).
 
     parts: sizes of the canonical tensors fused in it (q, k, v), each split over tp by itself.
     """
@@ -84,7 +84,11 @@ class ColumnParallelLinear(nn.Module):
 
 
 class RowParallelLinear(nn.Module):
-    """y = x Wᵀ + b with the inputs split over tp; W: [out, in/tp]; b is whole and added once."""
+    """y = x Wᵀ + b with the inputs split over tp; W: [out, in/tp]; b is whole and added once.
+
+    The ranks' products are summed over tp (arXiv:1909.08053 § 3), with sequence parallelism into
+    slices of the sequence (arXiv:2205.05198 § 4.2.2).
+    """
 
     def __init__(self, setting: Setting, fan_in: int, fan_out: int, *, bias: bool = True) -> None:
         super().__init__()
@@ -103,6 +107,9 @@ class RowParallelLinear(nn.Module):
 
 
 def project_to_vocabulary(x: Tensor, weight: Tensor, setting: Setting) -> Tensor:
-    """x: [s/tp, b, h] with sequence parallelism, else [s, b, h]; weight [v/tp, h] -> [s, b, v/tp]."""
+    """x: [s/tp, b, h] with sequence parallelism, else [s, b, h]; weight [v/tp, h] -> [s, b, v/tp].
+
+    The logits of this rank's part of the vocabulary, padding included; cross_entropy masks it.
+    """
     split = setting.sequence_parallel and setting.tp.size > 1
     return _Linear.apply(x, weight, None, setting.gradients, setting.tp, split)

@@ -10,7 +10,7 @@ from megatron_lite.layers.setting import Setting
 
 
 class MLP(nn.Module):
-    """down(gelu(up(x)))."""
+    """down(gelu(up(x))) with one all-reduce, after down (arXiv:1909.08053 § 3)."""
 
     def __init__(self, setting: Setting) -> None:
         super().__init__()
@@ -26,7 +26,7 @@ class MLP(nn.Module):
 
 
 class GatedMLP(nn.Module):
-    """down(silu(gate(x)) * up(x)); gate and up are one matrix in memory."""
+    """down(silu(gate(x)) * up(x)) (arXiv:2002.05202); gate and up are one matrix in memory."""
 
     def __init__(self, setting: Setting) -> None:
         super().__init__()

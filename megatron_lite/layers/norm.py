@@ -9,7 +9,7 @@ from megatron_lite.layers.setting import Setting
 
 
 class Norm(nn.Module):
-    """The model's norm over h; weight [h], and bias [h] for LayerNorm."""
+    """The model's norm over h; weight [h], and bias [h] for LayerNorm (arXiv:1607.06450, 1910.07467)."""
 
     def __init__(self, setting: Setting) -> None:
         super().__init__()
@@ -21,5 +21,5 @@ class Norm(nn.Module):
         self.run = choose("layer_norm" if layer else "rms_norm", setting.need()).run
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: [s/tp, b, h] -> [s/tp, b, h]."""
+        """x: [s/tp, b, h] with sequence parallelism, else [s, b, h] -> the same; statistics over h in fp32."""
         return self.run(x, self.weight, self.bias, self.epsilon)

@@ -64,7 +64,10 @@ class Recompute:
         return [*cut, (range(until, num_layers), False)] if until < num_layers else cut
 
     def part(self, name: str, run: Callable[..., Tensor], *inputs: Any) -> Tensor:
-        """Call run(*inputs), recomputed in backward if this part was asked for."""
+        """run(*inputs), computed again in backward if --recompute-modules names this part.
+
+        Its inputs stay in memory, what it computes in between does not.
+        """
         if name not in self.modules or not torch.is_grad_enabled():
             return run(*inputs)
         result: Tensor = checkpoint(run, *inputs, use_reentrant=False, preserve_rng_state=False)

@@ -19,7 +19,10 @@ def rotary_tables(model: ModelConfig, index: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x: [s, b, n, d] -> the same with its first r channels rotated pairwise (i, i + r/2)."""
+    """x: [s, b, n, d] -> the same with its first r channels rotated pairwise (i, i + r/2), in fp32.
+
+    cos, sin: fp32 [s, 1 or b, 1, r/2] of rotary_tables.
+    """
     half = cos.shape[-1]
     first, second, rest = x.float().split([half, half, x.shape[-1] - 2 * half], dim=-1)
     turned = torch.cat((first * cos - second * sin, second * cos + first * sin, rest), dim=-1)

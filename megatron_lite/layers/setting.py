@@ -81,5 +81,5 @@ class Positions:
 
     @property
     def encoded(self) -> Tensor:
-        """The positions that embeddings and rotations show; dropout goes by `index` always."""
+        """int64 [s] or [s, b]: the positions that embeddings and rotations show; dropout goes by `index`."""
         return self.index if self.restarted is None else self.restarted

@@ -40,7 +40,10 @@ class AdamW:
         lr: float,
         weight_decay: float,
     ) -> None:
-        """One step, in place.  steps: updates done before this one."""
+        """One step, in place, of tensors of any shapes with gradients and moments of the same.
+
+        steps: updates done before this one, for the bias correction; lr and weight_decay: this step's.
+        """
         if not parameters:
             return
         # a counter of its own per tensor, all from one fill: torch's kernels add one to each

@@ -34,7 +34,7 @@ class SGD:
         lr: float,
         weight_decay: float,
     ) -> None:
-        """One step, in place.  steps: updates done before this one (unused)."""
+        """One step, in place, of tensors of any shapes; steps: updates done before this one (unused)."""
         for parameter, gradient, state in zip(parameters, gradients, states, strict=True):
             change = gradient
             if self.momentum:

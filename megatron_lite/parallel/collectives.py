@@ -1,4 +1,8 @@
-"""all_reduce, all_gather and reduce_scatter over an Axis; a size-1 axis returns its input."""
+"""all_reduce, all_gather and reduce_scatter over an Axis; a size-1 axis returns its input.
+
+Every rank of the axis must make the same call with the same shape and dtype; the shapes in the
+docstrings are one rank's, n is the axis' size.  A lost rank or a timeout is torch's RuntimeError.
+"""
 
 from __future__ import annotations
 
@@ -37,21 +41,24 @@ def _to_dim(stacked: Tensor, dim: int) -> Tensor:
 
 
 def all_reduce(x: Tensor, axis: Axis, op: Any = SUM) -> Tensor:
-    """Combine x over the axis, in place; returns x."""
+    """x: [...] -> the same, combined over the axis by op, in place."""
     if axis.size > 1:
         dist.all_reduce(x, op=op, group=axis.group)
     return x
 
 
 def start_all_reduce(x: Tensor, axis: Axis, op: Any = SUM) -> Pending:
-    """Begin combining x over the axis, in place."""
+    """Begin combining x [...] over the axis by op, in place; x may not be touched before wait()."""
     if axis.size == 1:
         return Pending(x)
     return Pending(x, dist.all_reduce(x, op=op, group=axis.group, async_op=True))
 
 
 def start_all_gather(x: Tensor, axis: Axis, dim: int = 0) -> Pending:
-    """Begin putting the ranks' x side by side along dim; dim 0 needs no copy afterwards."""
+    """Begin putting the ranks' x side by side along dim: [k, ...] -> [n k, ...] for dim 0.
+
+    Any other dim costs a copy in wait().
+    """
     if axis.size == 1:
         return Pending(x)
     x = x.contiguous()
@@ -64,12 +71,12 @@ def start_all_gather(x: Tensor, axis: Axis, dim: int = 0) -> Pending:
 
 
 def all_gather(x: Tensor, axis: Axis, dim: int = 0) -> Tensor:
-    """The ranks' x side by side along dim."""
+    """x: [k, ...] -> [n k, ...] for dim 0: the ranks' x side by side along dim."""
     return start_all_gather(x, axis, dim).wait()
 
 
 def start_reduce_scatter(x: Tensor, axis: Axis) -> Pending:
-    """Begin summing x over the axis and keeping this rank's slice of dim 0."""
+    """Begin summing x [n k, ...] over the axis; wait() gives this rank's slice [k, ...] of dim 0."""
     if axis.size == 1:
         return Pending(x)
     x = x.contiguous()
@@ -78,14 +85,15 @@ def start_reduce_scatter(x: Tensor, axis: Axis) -> Pending:
 
 
 def reduce_scatter(x: Tensor, axis: Axis) -> Tensor:
-    """The sum of x over the axis, this rank's slice of dim 0."""
+    """x: [n k, ...] -> [k, ...]: the sum over the axis, this rank's slice of dim 0."""
     return start_reduce_scatter(x, axis).wait()
 
 
 def local_slice(x: Tensor, axis: Axis, dim: int = 0) -> Tensor:
-    """This rank's slice of x along dim (a view)."""
+    """x: [n k, ...] -> [k, ...] for dim 0: this rank's slice along dim, a view; no communication."""
     if axis.size == 1:
         return x
+    assert x.shape[dim] % axis.size == 0, f"{tuple(x.shape)} cut along {dim} over {axis.size}"
     size = x.shape[dim] // axis.size
     return x.narrow(dim, axis.rank * size, size)
 
