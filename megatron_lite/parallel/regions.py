@@ -27,7 +27,8 @@ class _Copy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
-        return all_reduce(dy.contiguous(), ctx.axis), None
+        # a copy: autograd may hand the same gradient to another branch, as a residual stream does
+        return all_reduce(dy.clone(memory_format=torch.contiguous_format), ctx.axis), None
 
 
 class _Reduce(torch.autograd.Function):
