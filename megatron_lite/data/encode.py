@@ -32,7 +32,7 @@ from megatron_lite.data.tokenizers.base import Encoded, Tokenizer
 from megatron_lite.data.tokenizers.build import build_tokenizer
 from megatron_lite.data.tokenizers.engines import AUTO
 
-THREADED_BATCH_BYTES = 4 << 20
+THREADED_BATCH_BYTES = 1 << 20  # per thread; larger ones cost page faults, smaller ones switches
 BATCH_BYTES = 1 << 19  # half a second of the slowest tokenizer: every worker ends at the same time
 BATCHES_PER_WORKER = 3  # one at work, two waiting: a worker never waits for the reader
 SAMPLE_TEXTS, SAMPLE_CHARACTERS = 64, 1 << 16  # compared with the reference at the start
@@ -258,6 +258,6 @@ def in_processes(job: Job, batches: Iterator[Batch], workers: int) -> Iterator[R
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def batch_bytes_for(threaded: bool) -> int:
+def batch_bytes_for(threaded: bool, workers: int) -> int:
     """How much is read at a time."""
-    return THREADED_BATCH_BYTES if threaded else BATCH_BYTES
+    return THREADED_BATCH_BYTES * max(workers, 2) if threaded else BATCH_BYTES

@@ -75,7 +75,8 @@ def preprocess(
     with run.workplace(resume):
         summary = run.summary
         if not run.published:
-            size = batch_bytes or batch_bytes_for(run.tokenizer.choice.engine.threaded)
+            threaded = run.tokenizer.choice.engine.threaded
+            size = batch_bytes or batch_bytes_for(threaded, workers)
             columns = job.reader().columns
             batches = read_batches(run.parts, size, start=run.place, columns=columns)
             with contextlib.closing(

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from megatron_lite.config.exit import run_tool
 from megatron_lite.data.indexed import IndexedDataset
 from megatron_lite.data.tokenizers.gpt2_bpe import GPT2BPETokenizer
+from megatron_lite.data.tokenizers.sentencepiece import GPTSentencePieceTokenizer
+from megatron_lite.data.tokenizers.training import Sample, token_names
 from tools import demo_corpus, preprocess_data, train_tokenizer
 
 pytest.importorskip("tokenizers", reason="training needs the tokenizers library")
@@ -85,3 +88,95 @@ def test_the_demo_corpus_becomes_token_files(
     for sequence, text in zip(ds, texts["docs"], strict=True):
         assert sequence[-1] == tokenizer.eod
         assert tokenizer.decode(sequence[:-1].tolist()) == text
+
+
+CHINESE = [
+    "今天天气很好，我们去公园散步吧！你觉得怎么样？",
+    "“中华人民共和国”成立于１９４９年；北京是首都（人口两千万）。",
+    "今天天气很好，今天天气很好，今天天气很好……",
+    "The weather is fine today, isn't it?  Let's go to the park.",
+]
+
+
+@pytest.mark.parametrize("kind", ["bpe", "sentencepiece-bpe", "sentencepiece-unigram"])
+def test_training_does_not_see_how_the_input_is_cut_and_chinese_survives(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    kind: str,
+) -> None:
+    if kind != "bpe":
+        pytest.importorskip("sentencepiece", reason="sentencepiece is not installed")
+    records = [{"text": f"{CHINESE[n % 4]}\n{n % 5}"} for n in range(400)]
+    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
+    whole = tmp_path / "whole.jsonl"
+    whole.write_text("".join(lines), encoding="utf-8")
+    (tmp_path / "cut").mkdir()
+    for n in range(0, 400, 70):
+        part = "".join(lines[n : n + 70])
+        (tmp_path / "cut" / f"{n:03}.jsonl").write_text(part, encoding="utf-8")
+    (tmp_path / "array.json").write_text(json.dumps(records, indent=1), encoding="utf-8")
+    files = []
+    for name, source in (("a", whole), ("b", tmp_path / "cut"), ("c", tmp_path / "array.json")):
+        flags = ("--type", kind, "--vocab-size", 400, "--max-token-chars", 3)
+        folder = tmp_path / name
+        assert call(
+            monkeypatch, train_tokenizer, "--input", source, *flags, "--output-dir", folder
+        ) == 0  # fmt: skip
+        files.append([path.read_bytes() for path in sorted(folder.iterdir())])
+    assert files[0] == files[1] == files[2]
+    tokenizer: Any
+    if kind == "bpe":
+        tokenizer = GPT2BPETokenizer(
+            str(tmp_path / "a/gpt2-vocab.json"), str(tmp_path / "a/gpt2-merges.txt")
+        )
+    else:
+        tokenizer = GPTSentencePieceTokenizer(str(tmp_path / "a/tokenizer.model"))
+    for text in CHINESE:  # full-width punctuation and digits are not normalised away
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+    names = token_names(tokenizer)
+    assert max(len(name) for name in names) == 3
+    assert any(len(name.encode()) == 9 for name in names)  # three characters, not three bytes
+    out = capsys.readouterr().out
+    assert "characters per token: " in out and "longest tokens: " in out
+    assert "unknown tokens: 0 of " in out
+
+
+def test_unknown_characters_are_counted_without_byte_fallback(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("sentencepiece", reason="sentencepiece is not installed")
+    texts = ["common words are common, and words are words " * 5] * 99 + ["䶮"]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
+    arguments = ("--input", tmp_path / "a.jsonl", "--vocab-size", 300, "--output-dir", tmp_path)
+    flags = ("--type", "sentencepiece-bpe", "--no-byte-fallback", "--character-coverage", 0.999)
+    assert call(monkeypatch, train_tokenizer, *arguments, *flags) == 0
+    assert "unknown tokens: 1 of " in capsys.readouterr().out
+
+
+def test_a_sample_is_spread_over_the_stream_and_bounded() -> None:
+    sample = Sample(limit=100)
+    assert len(list(sample.watch(f"{n:010}" for n in range(1000)))) == 1000
+    numbers = [int(text) for text in sample.texts]
+    steps = {b - a for a, b in zip(numbers, numbers[1:], strict=False)}
+    assert len(steps) == 1 and 5 <= len(numbers) <= 10 and numbers[-1] > 800
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (("--type", "sentencepiece-bpe", "--vocab-size", 259), "at least 260"),
+        (("--vocab-size", 300, "--max-token-chars", 0), "--max-token-chars 0"),
+        (("--vocab-size", 300, "--character-coverage", 0.5), "--character-coverage 0.5"),
+    ],
+)
+def test_wrong_sizes_are_refused(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    flags: tuple[object, ...],
+    message: str,
+) -> None:
+    common = ("--input", tmp_path / "a", "--output-dir", tmp_path)
+    assert call(monkeypatch, train_tokenizer, *common, *flags) == 2
+    assert message in capsys.readouterr().err

@@ -46,15 +46,15 @@ def read_merges(path: str | None) -> list[Merge]:
         text = read_bytes(path, "--merge-file").decode("utf-8")
     except UnicodeDecodeError as error:
         raise DataError(f"--merge-file {path} is no UTF-8: {error}") from error
+    lines = [line.removesuffix("\r") for line in text.split("\n")]
+    begin = 1 if lines[0].startswith("#version") else 0
     merges = []
-    for number, line in enumerate(text.split("\n"), start=1):
-        line = line.removesuffix("\r")
-        if not line or (number == 1 and line.startswith("#version")):
-            continue
-        pair = line.split(" ")
-        if len(pair) != 2 or not all(pair):
+    for number, line in enumerate(lines[begin:], start=begin + 1):
+        a, _, b = line.partition(" ")
+        if a and b and " " not in b:
+            merges.append((a, b))
+        elif line:
             raise DataError(f"--merge-file {path}:{number}: {line!r} is not two tokens")
-        merges.append((pair[0], pair[1]))
     return merges
 
 

@@ -152,7 +152,8 @@ def train_sentencepiece(texts: Iterable[str], settings: SentencePieceSettings) -
 def token_names(tokenizer: Tokenizer) -> list[str]:
     """The text of every id that is whole characters."""
     specials = {f"<0x{byte:02X}>" for byte in range(256)} | set(CHATGLM_SPECIALS)
-    ids = (number for number in range(tokenizer.vocab_size) if number != tokenizer.eod)
+    out = (tokenizer.eod, getattr(tokenizer, "unknown", None))
+    ids = (number for number in range(tokenizer.vocab_size) if number not in out)
     names = [tokenizer.decode([number]) for number in ids]
     return [name for name in names if REPLACEMENT not in name and name not in specials]
 
