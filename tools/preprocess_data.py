@@ -196,6 +196,8 @@ def sigterm_is_ctrl_c() -> Iterator[None]:
 
 def here(arguments: argparse.Namespace, job: Job, workers: int) -> Summary:
     """The work is done by this machine."""
+    # a thread that comes back from the tokenizer must not wait 5 ms for the one that parses
+    sys.setswitchinterval(0.0005)
     with contextlib.closing(Progress(arguments.log_interval)) as progress:
         return preprocess(
             job,
