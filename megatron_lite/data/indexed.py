@@ -21,9 +21,9 @@ from typing import Any, NamedTuple, NoReturn, TypeAlias, overload
 import numpy as np
 import numpy.typing as npt
 
-from megatron_lite.config.errors import DataError, StorageError
+from megatron_lite.config.errors import DataError
 from megatron_lite.data.digest import digest_of
-from megatron_lite.data.maps import FileMaps
+from megatron_lite.data.maps import FileMaps, read_failure
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
@@ -152,7 +152,7 @@ def _read_or_map(path: Path) -> bytes | mmap.mmap:
             f"{path} does not exist - a dataset is named by its prefix, the path without .bin/.idx"
         ) from error
     except OSError as error:
-        raise StorageError(f"reading {path} failed: {error.strerror}") from error
+        raise read_failure(path, error) from error
 
 
 def _check_pointers(index: Index, refuse: Any) -> None:
@@ -352,7 +352,7 @@ class IndexedDataset:
         try:
             return open(self._bin, "rb")
         except OSError as error:
-            raise StorageError(f"reading {self._bin} failed: {error.strerror}") from error
+            raise read_failure(self._bin, error) from error
 
     def content(self) -> str:
         """Names the content wherever it lies: hash of the .idx, size and four blocks of the .bin."""

@@ -41,6 +41,14 @@ class FileMaps:
             return made
 
 
+def read_failure(path: Path, error: OSError) -> DataError | StorageError:
+    """The failure of a read in words: the user's to mend where permission is missing, else the disk's."""
+    what = f"reading {path} failed: {error.strerror}"
+    if isinstance(error, PermissionError):
+        return DataError(f"{what} - give the user who trains the right to read it, or a copy")
+    return StorageError(f"{what} - look at the disk, or copy the data to another one")
+
+
 def _map(path: Path, size: int) -> mmap.mmap:
     try:
         with open(path, "rb") as file:
@@ -48,7 +56,7 @@ def _map(path: Path, size: int) -> mmap.mmap:
     except ValueError as error:  # an empty file cannot be mapped
         raise DataError(f"{path} is empty, expected {size} bytes - copy it again") from error
     except OSError as error:
-        raise StorageError(f"reading {path} failed: {error.strerror}") from error
+        raise read_failure(path, error) from error
     if len(made) != size:
         raise DataError(
             f"{path} has {len(made)} bytes, but had {size} when it was opened - it changed while "
