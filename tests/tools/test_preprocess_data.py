@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import gzip
 import hashlib
 import json
 import os
 import re
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 from typing import Any
@@ -281,7 +284,9 @@ def is_alive(pid: int) -> bool:
         return False
 
 
-@pytest.mark.parametrize("victim, code", [("worker", 3), ("parent-term", 130), ("parent-kill", -9)])
+@pytest.mark.parametrize(
+    "victim, code", [("worker", 3), ("parent-term", 130), ("parent-int", 130), ("parent-kill", -9)]
+)
 def test_a_death_ends_everything_soon_with_nothing_under_a_name(
     tmp_path: Path, victim: str, code: int
 ) -> None:
@@ -298,7 +303,8 @@ def test_a_death_ends_everything_soon_with_nothing_under_a_name(
     if victim == "worker":
         os.kill(workers[0], signal.SIGKILL)
     else:
-        tool.send_signal(signal.SIGTERM if victim == "parent-term" else signal.SIGKILL)
+        signals = {"term": signal.SIGTERM, "int": signal.SIGINT, "kill": signal.SIGKILL}
+        tool.send_signal(signals[victim.removeprefix("parent-")])
     began = time.monotonic()
     _, err = tool.communicate(timeout=20)
     assert tool.returncode == code
@@ -471,3 +477,18 @@ def test_memory_follows_the_batch_and_not_the_file(tmp_path: Path, vocabulary: l
     )
     assert done.returncode == 0, done.stderr
     assert int(done.stdout.split("KB ")[1]) < 1_200_000
+
+
+def test_a_terminal_shows_a_bar_with_rates_and_time_left(tmp_path: Path) -> None:
+    source = write_lines(tmp_path / "a.json", *({"text": "1 2 3"} for _ in range(100)))
+    arguments = ["--input", source, "--output-prefix", tmp_path / "x", *NULL, "--workers", "1"]
+    screen, terminal = os.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 200, 0, 0))
+    done = subprocess.run(
+        [sys.executable, TOOL, *arguments], stdout=subprocess.DEVNULL, stderr=terminal, timeout=60
+    )
+    os.close(terminal)
+    shown = os.read(screen, 1 << 16).decode()
+    os.close(screen)
+    assert done.returncode == 0
+    assert re.search(r"tokenizing: 100%.*B/s, [\d,]+ docs/s, 100 docs, 0\.0 M tokens", shown)
