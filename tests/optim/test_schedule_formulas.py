@@ -61,7 +61,8 @@ def test_the_curve_is_the_formula_everywhere(style, final, warmup, rest, last, w
     for n in {0, warmup, warmup + 1, decay - 1, decay, decay + 1, int(where * decay)}:
         expected = formula(style, n, warmup, decay, final, last)
         assert schedule.at(n) == pytest.approx(expected, rel=1e-12)
-        assert min(START, LOW) <= schedule.at(n) <= PEAK
+        # one unit in the last place: the sum of the warm-up is Megatron's, rounding and all
+        assert min(START, LOW) <= schedule.at(n) <= PEAK * (1 + 1e-15)
 
 
 @pytest.mark.parametrize("style", ["linear", "cosine"])
