@@ -26,14 +26,14 @@ test: setup ## all tests of a machine without an accelerator but the slow ones
 test-all: setup ## every test; those that need a GPU or root skip themselves with a reason
 	$(PY) -m pytest $(PYTEST_ARGS)
 
-check: setup ## lint, format, types, shell scripts, import directions
+check: setup ## lint, format, types, shell scripts, import directions, documents
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy megatron_lite tools
 	@if command -v shellcheck >/dev/null; then \
 	    shellcheck .ci/run tools/*.sh examples/*/*.sh; \
 	else echo "shellcheck is not installed: shell scripts not linted"; fi
-	$(PY) -m pytest -q tests/architecture tests/docs
+	$(PY) -m pytest -q tests/architecture tests/docs tests/examples/test_docs.py
 
 parity: setup ## every layout against the serial run: a table of differences
 	$(PY) -m tests.parity
