@@ -154,7 +154,7 @@ def main() -> int:
     parser.add_argument("--pairs", type=int, default=11)
     asked = parser.parse_args()
     torch.manual_seed(0)
-    threads = int(os.environ.get("OMP_NUM_THREADS", 0)) or os.cpu_count() or 1
+    threads = int(os.environ.get("OMP_NUM_THREADS") or 0) or os.cpu_count() or 1
     torch.set_num_threads(threads)
     print(f"{platform.machine()}, {threads} threads, torch {torch.__version__}")
     model = PlainGPT(LAYERS, HIDDEN, HEADS, SEQUENCE, VOCABULARY)
