@@ -6,7 +6,7 @@
     3  pipeline/  engines/  optim/  checkpoint/            how a step happens and is kept
     2  layers/ ──▶ models/                                 what is computed
     1  parallel/         kernels/                          how ranks talk; how ops run
-    0  config/ ──▶ blueprint/                              what was asked; what follows      no torch
+    0  config/ ──▶ blueprint/ ──▶ planner/                 what was asked; what follows      no torch
     ──────────────────────────────────────────────────────────────────────────────
     wings:  data/ (+ tokenizers/)   no torch.distributed        telemetry/   numbers, not tensors
             storage/   files that are whole or absent           no torch

@@ -1,0 +1,160 @@
+"""The cheapest change that makes a run fit, and what a reader should be warned of."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+from megatron_lite.blueprint.draw_up import Blueprint
+from megatron_lite.config.errors import ConfigError
+from megatron_lite.config.parallel import ParallelConfig
+from megatron_lite.planner.forecast import Forecast, forecast
+
+Variant = Callable[[ParallelConfig, int], Blueprint]
+"""(layout, micro batch size) -> Blueprint of the same run; ConfigError where a rule forbids it."""
+
+TOKENS_PER_PARAMETER = 20.0
+"""Compute-optimal by arXiv:2203.15556 (Chinchilla), approach 1 and 2 at the scale of 70B."""
+
+
+class Change(NamedTuple):
+    """Flags to add or change, and the forecast with them."""
+
+    flags: str
+    forecast: Forecast
+
+
+def cheapest(plan: Forecast, variant: Variant) -> Change | None:
+    """Of the changes that make it fit on the same devices, the one that costs the least time."""
+    fitting = []
+    seen = set()
+    for parallel, micro_batch in _changes(plan):
+        flags = _flags(plan, parallel, micro_batch)
+        if not flags or flags in seen:
+            continue
+        seen.add(flags)
+        try:
+            blueprint = variant(parallel, micro_batch)
+        except ConfigError:
+            continue
+        asked = dataclasses.replace(plan.asked, parallel=parallel, micro_batch_size=micro_batch)
+        tried = forecast(blueprint, asked, plan.cluster, simulated=False)
+        if tried.fits:
+            fitting.append(Change(flags, tried))
+    if not fitting:
+        return None
+    best = min(fitting, key=lambda change: change.forecast.rates.step_seconds)
+    # closed forms choose, the simulation says how long it takes
+    seen_again = forecast(best.forecast.blueprint, best.forecast.asked, plan.cluster)
+    return Change(best.flags, seen_again)
+
+
+def _changes(plan: Forecast) -> Iterator[tuple[ParallelConfig, int]]:
+    """Single changes and their combinations, on the same number of devices."""
+    start, micro_batch = plan.asked.parallel, plan.asked.micro_batch_size
+    for sized in (micro_batch, *(b for b in (1, 2, 4) if b < micro_batch)):
+        for layout in _layouts(plan, start):
+            for recomputed in _recomputed(layout):
+                yield recomputed, sized
+
+
+def _layouts(plan: Forecast, start: ParallelConfig) -> Iterator[ParallelConfig]:
+    grid = plan.blueprint.grid
+    sizes = {(start.tp, start.pp)}
+    for tp in (start.tp, start.tp * 2, start.tp * 4, start.tp * 8):
+        for pp in (start.pp, start.pp * 2, start.pp * 4):
+            if tp <= plan.cluster.devices_per_node and grid.world_size % (tp * pp * start.cp) == 0:
+                sizes.add((tp, pp))
+    for tp, pp in sorted(sizes):
+        yield dataclasses.replace(
+            start,
+            tensor_model_parallel_size=tp,
+            pipeline_model_parallel_size=pp,
+            sequence_parallel=start.sequence_parallel,
+        )
+        yield dataclasses.replace(
+            start,
+            tensor_model_parallel_size=tp,
+            pipeline_model_parallel_size=pp,
+            sequence_parallel=tp > 1,
+            use_distributed_optimizer=grid.world_size // (tp * pp * start.cp) > 1,
+        )
+
+
+def _recomputed(layout: ParallelConfig) -> Iterator[ParallelConfig]:
+    yield layout
+    if layout.recompute_granularity is None:
+        yield dataclasses.replace(layout, recompute_granularity="selective")
+    if layout.recompute_granularity != "full":
+        yield dataclasses.replace(
+            layout,
+            recompute_granularity="full",
+            recompute_method="uniform",
+            recompute_num_layers=1,
+        )
+
+
+def layout_flags(parallel: ParallelConfig, micro_batch_size: int) -> str:
+    """The flags that say this layout."""
+    flags = [
+        f"--tensor-model-parallel-size {parallel.tp}",
+        f"--pipeline-model-parallel-size {parallel.pp}",
+        f"--micro-batch-size {micro_batch_size}",
+    ]
+    if parallel.num_virtual_stages_per_pipeline_rank:
+        flags.append(
+            "--num-virtual-stages-per-pipeline-rank "
+            f"{parallel.num_virtual_stages_per_pipeline_rank}"
+        )
+    if parallel.pipeline_schedule:
+        flags.append(f"--pipeline-schedule {parallel.pipeline_schedule}")
+    if parallel.sequence_parallel:
+        flags.append("--sequence-parallel")
+    if parallel.use_distributed_optimizer:
+        flags.append("--use-distributed-optimizer")
+    if parallel.recompute_granularity == "selective":
+        flags.append("--recompute-granularity selective")
+    if parallel.recompute_granularity == "full":
+        flags.append(
+            f"--recompute-granularity full --recompute-method {parallel.recompute_method} "
+            f"--recompute-num-layers {parallel.recompute_num_layers}"
+        )
+    return " ".join(flags)
+
+
+def _flags(plan: Forecast, parallel: ParallelConfig, micro_batch: int) -> str:
+    """What changes against the plan; empty where nothing does."""
+    before = layout_flags(plan.asked.parallel, plan.asked.micro_batch_size).split(" --")
+    after = layout_flags(parallel, micro_batch).split(" --")
+    had = {part.removeprefix("--") for part in before}
+    return " ".join(f"--{p}" for p in (x.removeprefix("--") for x in after) if p not in had)
+
+
+def warnings(plan: Forecast, tokens: float | None) -> list[str]:
+    """What is unusual about a run, in words."""
+    found = []
+    rates, grid = plan.rates, plan.blueprint.grid
+    if rates.mfu > 0.65:
+        found.append(
+            f"MFU {rates.mfu:.0%} is above what any published 16-bit run reaches (about 65 %); "
+            "check the hardware and the measured time"
+        )
+    if grid.tp > plan.cluster.devices_per_node:
+        found.append(
+            f"--tensor-model-parallel-size {grid.tp} leaves nodes of "
+            f"{plan.cluster.devices_per_node}: its all-reduces go over the network"
+        )
+    if tokens:
+        ratio = tokens / plan.blueprint.num_parameters
+        if not TOKENS_PER_PARAMETER / 4 <= ratio:
+            found.append(
+                f"{ratio:.1f} tokens per parameter: a smaller model trained longer reaches a lower "
+                f"loss for the same FLOPs (compute-optimal is about {TOKENS_PER_PARAMETER:.0f})"
+            )
+        elif ratio > TOKENS_PER_PARAMETER * 20:
+            found.append(
+                f"{ratio:.0f} tokens per parameter is far beyond compute-optimal (about "
+                f"{TOKENS_PER_PARAMETER:.0f}): cheap to serve, dear to train"
+            )
+    return found

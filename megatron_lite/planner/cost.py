@@ -1,0 +1,254 @@
+"""Seconds of each action of a schedule by kind, from the model's shapes and a device's numbers.
+
+Every matrix product is timed by its shape, attention by its kernel, everything else by the bytes it
+moves.  A tensor-parallel collective counts where it is exposed: those of a backward run under the
+weight gradient's product, as layers/linear.py starts them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_lite.blueprint.draw_up import Blueprint
+from megatron_lite.blueprint.schedules.actions import Action, Op
+from megatron_lite.blueprint.schedules.simulate import Cost
+from megatron_lite.blueprint.stages import Stage
+from megatron_lite.planner.activations import element_bytes, uses_flash
+from megatron_lite.planner.hardware import Cluster
+from megatron_lite.planner.memory import Asked, layer_input_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """Seconds by kind; `tp` is what of the collectives is exposed, `tp_hidden` what runs under products."""
+
+    products: float = 0.0
+    attention: float = 0.0
+    elementwise: float = 0.0
+    tp: float = 0.0
+    tp_hidden: float = 0.0
+
+    @property
+    def seconds(self) -> float:
+        """How long it takes."""
+        return self.products + self.attention + self.elementwise + self.tp
+
+    def __add__(self, other: Work) -> Work:
+        return Work(
+            self.products + other.products,
+            self.attention + other.attention,
+            self.elementwise + other.elementwise,
+            self.tp + other.tp,
+            self.tp_hidden + other.tp_hidden,
+        )
+
+    def __mul__(self, times: float) -> Work:
+        return Work(
+            self.products * times,
+            self.attention * times,
+            self.elementwise * times,
+            self.tp * times,
+            self.tp_hidden * times,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Passes:
+    """One layer's or the head's work in forward, backward for the input, and for the weights."""
+
+    forward: Work
+    inputs: Work
+    weights: Work
+
+
+class Costs:
+    """The work of every action of a Blueprint on a cluster."""
+
+    def __init__(self, blueprint: Blueprint, asked: Asked, cluster: Cluster) -> None:
+        self.blueprint, self.asked, self.cluster = blueprint, asked, cluster
+        self.model, self.device = blueprint.model, cluster.device
+        self.tokens = self.model.seq_length * asked.micro_batch_size / asked.parallel.cp
+        self.width = element_bytes(asked.precision)
+        self.slow = 1.0 if self.width == 2 else self._fp32_factor()
+        self.layer = self._layer()
+        self.head = self._head()
+        self.embedding = self._embedding()
+        self._by_action: dict[tuple[Op, int], Work] = {}
+
+    def work(self, op: Op, stage: Stage) -> Work:
+        """All of one action."""
+        known = self._by_action.get((op, stage.index))
+        if known is None:
+            known = self._work(op, stage)
+            self._by_action[op, stage.index] = known
+        return known
+
+    def cost(self) -> Cost:
+        """Seconds of an action, for the simulator."""
+        stages = self.blueprint.stages
+
+        def seconds(action: Action) -> float:
+            return self.work(action.op, stages[action.stage]).seconds
+
+        return seconds
+
+    def message_seconds(self) -> float:
+        """A message between neighbouring pipeline ranks."""
+        grid = self.blueprint.grid
+        if grid.pp == 1:
+            return 0.0
+        stride = grid.rank(pp=1)
+        return self.cluster.message_seconds(
+            layer_input_bytes(self.model, self.asked), stride=stride
+        )
+
+    def _fp32_factor(self) -> float:
+        # fp32 products run outside the 16-bit tensor cores; TF32 at half their rate
+        return 2.0 if self.asked.precision.tf32 else 16.0
+
+    def _product(self, inner: float, columns: float) -> float:
+        return self.device.product_seconds(self.tokens, inner, columns) * self.slow
+
+    def _moving(self, elements: float, values: float) -> float:
+        """Elementwise kernels that read and write so many values per element."""
+        return self.device.moving_seconds(elements * values * self.width)
+
+    def _all_reduce(self) -> float:
+        """The sum of the residual stream over tp, or its gather and scatter: the same bytes."""
+        payload = self.tokens * self.model.hidden_size * self.width
+        return self.cluster.ring_seconds(payload, self.blueprint.grid.tp, stride=1, passes=2)
+
+    def _layer(self) -> Passes:
+        model, tp = self.model, self.blueprint.grid.tp
+        h, f = model.hidden_size, model.ffn_size / tp
+        queries = model.num_attention_heads * model.head_size / tp
+        keys = model.num_kv_heads * model.head_size / tp
+        up = f * (2 if model.swiglu else 1)
+        column = self._product(h, queries + 2 * keys) + self._product(h, up)
+        row = self._product(queries, h) + self._product(f, h)
+        core_forward, core_backward = self._core()
+        parallel = self.asked.parallel
+        split = self.tokens * h / (tp if parallel.sequence_parallel else 1)
+        dropped = 0.5 if model.hidden_dropout > 0.0 else 0.0
+        # two norms (2 values each), two additions with dropout (3 and a mask), the activation
+        forward_moves = self._moving(split, 2 * 2 + 2 * (3 + dropped)) + self._moving(
+            self.tokens, up + f
+        )
+        # norm: x, dy -> dx; addition of gradients; dropout; activation: inputs, dy -> their gradients
+        backward_moves = self._moving(split, 2 * 3 + 2 * 3 + 2 * (2 + dropped) * (dropped > 0))
+        backward_moves += self._moving(self.tokens, 2 * up + f)
+        if model.position_embedding_type == "rope":
+            forward_moves += self._moving(self.tokens, 2 * (queries + keys))
+            backward_moves += self._moving(self.tokens, 2 * (queries + keys))
+        ring = self._all_reduce()
+        exposed, hidden = self._backward_tp(ring, column)
+        return Passes(
+            Work(column + row, core_forward, forward_moves, 2 * ring),
+            Work(column + row, core_backward, backward_moves, exposed, hidden),
+            Work(column + row, 0.0, self._accumulating(), 0.0),
+        )
+
+    def _backward_tp(self, ring: float, under: float) -> tuple[float, float]:
+        """(exposed, hidden) of a layer's two backward all-reduces.
+
+        Without sequence parallelism both belong to column-parallel inputs and run under the weight
+        gradient; with it half of each does, and gathering a row-parallel layer's dy is exposed.
+        """
+        able = 2 * ring if not self.asked.parallel.sequence_parallel else ring
+        hidden = min(able, under)
+        return 2 * ring - hidden, hidden
+
+    def _accumulating(self) -> float:
+        """Adding the weight gradient to the accumulator: written, read, sum read and written."""
+        model, tp = self.model, self.blueprint.grid.tp
+        h = model.hidden_size
+        weights = h * model.head_size * (2 * model.num_attention_heads + 2 * model.num_kv_heads)
+        weights += h * model.ffn_size * (3 if model.swiglu else 2)
+        wide = 4 if self.asked.parallel.accumulate_allreduce_grads_in_fp32 else self.width
+        return self.device.moving_seconds(weights / tp * 2 * wide)
+
+    def _core(self) -> tuple[float, float]:
+        """Attention between q, k, v and its output, forward and backward."""
+        model, device = self.model, self.device
+        heads = model.num_attention_heads / self.blueprint.grid.tp
+        square = self.tokens * model.seq_length * heads
+        flops = 4.0 * square * model.head_size
+        if uses_flash(model, self.asked.precision, on_gpu=True):
+            rate = device.matmul_tflops * 1e12 * device.attention
+            forward = flops / 2 / rate * self.slow  # the causal half
+            return forward + device.launch_seconds, 2.5 * forward + 2 * device.launch_seconds
+        # two batched products whose square operand goes through memory, softmax, dropout
+        products = max(
+            flops / (device.matmul_tflops * 1e12 * device.sustained) * self.slow,
+            self._moving(square, 2.0),
+        )
+        dropped = 2.5 if model.attention_dropout > 0.0 else 0.0
+        forward = products + self._moving(square, 2.0 + dropped)
+        return forward, 2 * products + self._moving(square, 3.0 + dropped)
+
+    def _head(self) -> Passes:
+        model, tp = self.model, self.blueprint.grid.tp
+        columns = self.blueprint.padded_vocab_size / tp
+        product = self._product(model.hidden_size, columns)
+        logits = self.tokens * columns
+        ring = self._all_reduce()
+        half = ring / 2 if self.asked.parallel.sequence_parallel else 0.0
+        # fp32 log probabilities: 16-bit read, written, read again for the sum; back the same way
+        forward = self.device.moving_seconds(logits * (self.width + 4 + 4))
+        backward = self.device.moving_seconds(logits * (4 + 4 + 4 + self.width))
+        norm = self._moving(self.tokens * model.hidden_size, 2.0)
+        return Passes(
+            Work(product, 0.0, forward + norm, half),
+            Work(product, 0.0, backward + 1.5 * norm, max(ring - product, 0.0), min(ring, product)),
+            Work(product, 0.0, 0.0, 0.0),
+        )
+
+    def _embedding(self) -> Passes:
+        model = self.model
+        elements = self.tokens * model.hidden_size
+        ring = self._all_reduce()
+        none = Work()
+        look_up = self._moving(elements, 4.0)
+        back = ring / 2 if self.asked.parallel.sequence_parallel else 0.0
+        return Passes(Work(0.0, 0.0, look_up, ring), none, Work(0.0, 0.0, look_up * 2, back))
+
+    def _work(self, op: Op, stage: Stage) -> Work:
+        layers = len(stage.layers)
+        parts = [(self.layer, float(layers))]
+        if stage.has_head:
+            parts.append((self.head, 1.0))
+        if stage.has_embedding:
+            parts.append((self.embedding, 1.0))
+        done = Work()
+        for passes, times in parts:
+            if op is Op.F:
+                done += passes.forward * times
+            if op in (Op.B, Op.I):
+                done += passes.inputs * times
+            if op in (Op.B, Op.W):
+                done += passes.weights * times
+        if op in (Op.B, Op.I):
+            done += self._again(layers)
+        return done
+
+    def _again(self, layers: int) -> Work:
+        """What recomputing adds to a backward."""
+        parallel = self.asked.parallel
+        if parallel.recompute_granularity is None:
+            return Work()
+        forward = self.layer.forward
+        if parallel.recompute_granularity == "full":
+            count = layers
+            if parallel.recompute_method == "block":
+                count = min(layers, parallel.recompute_num_layers or 1)
+            return forward * count
+        again = Work()
+        if "core_attn" in parallel.recompute_modules:
+            again += Work(attention=forward.attention)
+        if "mlp" in parallel.recompute_modules:
+            h, f = self.model.hidden_size, self.model.ffn_size / self.blueprint.grid.tp
+            up = f * (2 if self.model.swiglu else 1)
+            again += Work(products=self._product(h, up) + self._product(f, h),
+                          elementwise=self._moving(self.tokens, up + f),
+                          tp=self._all_reduce())  # fmt: skip
+        return again * layers

@@ -1,0 +1,248 @@
+"""Blueprint + Cluster -> Forecast: memory, seconds per step by kind, and the rates that follow."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from megatron_lite.blueprint.draw_up import Blueprint
+from megatron_lite.blueprint.flops import core_forward, flops_per_token
+from megatron_lite.blueprint.schedules import SCHEDULES
+from megatron_lite.blueprint.schedules.actions import Op
+from megatron_lite.blueprint.schedules.simulate import Simulation, simulate
+from megatron_lite.planner.cost import Costs, Work
+from megatron_lite.planner.hardware import Cluster
+from megatron_lite.planner.memory import Asked, RankMemory, memory
+
+DAY = 86400.0
+
+
+@dataclass(frozen=True, slots=True)
+class Rates:
+    """What a step time means: per device, FLOPs in 1e12 per second, shares of the dense peak.
+
+    mfu counts attention's full square and no recomputation (SC21, PaLM); mfu_causal its causal half
+    (Megatron-LM since 2025).  hfu adds what is computed again; hfu_published counts selective
+    recomputation as arXiv:2205.05198 does, attention's core three times more.
+    """
+
+    step_seconds: float
+    tgs: float
+    tflops: float
+    tflops_causal: float
+    tflops_hardware: float
+    mfu: float
+    mfu_causal: float
+    hfu: float
+    hfu_published: float
+
+    def seconds_for(self, tokens: float, world_size: int) -> float:
+        """Wall time of so many tokens."""
+        return tokens / (self.tgs * world_size)
+
+
+def rates(blueprint: Blueprint, asked: Asked, step_seconds: float, peak_tflops: float) -> Rates:
+    """The rates of a step of the full global batch that takes so long."""
+    model, world = blueprint.model, blueprint.grid.world_size
+    tokens = blueprint.batch_schedule.final_batch_size * model.seq_length
+    tgs = tokens / (step_seconds * world)
+    full, causal = blueprint.flops_per_token_full, blueprint.flops_per_token_causal
+    parallel = asked.parallel
+    hardware = flops_per_token(
+        model, blueprint.padded_vocab_size, recompute=parallel.recompute_granularity
+    )
+    if parallel.recompute_granularity == "full" and parallel.recompute_method == "block":
+        again = min(
+            parallel.recompute_num_layers or 1, model.num_layers // max(len(blueprint.stages), 1)
+        )
+        share = again * len(blueprint.stages) / model.num_layers
+        hardware = round(full + (hardware - full) * share)
+    published = hardware
+    if parallel.recompute_granularity == "selective":
+        published = full + 3 * model.num_layers * core_forward(model)
+    per_peak = tgs / (peak_tflops * 1e12)
+    return Rates(
+        step_seconds=step_seconds,
+        tgs=tgs,
+        tflops=tgs * full / 1e12,
+        tflops_causal=tgs * causal / 1e12,
+        tflops_hardware=tgs * hardware / 1e12,
+        mfu=full * per_peak,
+        mfu_causal=causal * per_peak,
+        hfu=hardware * per_peak,
+        hfu_published=published * per_peak,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """What a run of this Blueprint on this Cluster needs and reaches."""
+
+    blueprint: Blueprint
+    asked: Asked
+    cluster: Cluster
+    memory: tuple[RankMemory, ...]
+    seconds: Mapping[str, float]
+    """Kind -> seconds of a step of the pipeline rank that computes longest; they add up to it."""
+    hidden_seconds: Mapping[str, float]
+    """Kind -> seconds of communication that run under computation."""
+    bubble: float
+    """Share of the step that the pipeline rank with the most work idles between its actions."""
+    rates: Rates
+
+    @property
+    def fits(self) -> bool:
+        """Whether every rank's memory is below the device's."""
+        return self.worst.total <= self.cluster.device.memory_bytes
+
+    @property
+    def worst(self) -> RankMemory:
+        """The pipeline rank that needs most."""
+        return max(self.memory, key=lambda rank: rank.total)
+
+
+def forecast(
+    blueprint: Blueprint, asked: Asked, cluster: Cluster, *, simulated: bool = True
+) -> Forecast:
+    """Predict; `simulated=False` takes closed forms for the pipeline, for a search's first look."""
+    costs = Costs(blueprint, asked, cluster)
+    used = memory(blueprint, asked)
+    num = num_microbatches(blueprint)
+    totals = [_total(costs, blueprint, pp_rank) * num for pp_rank in range(blueprint.grid.pp)]
+    busiest = max(range(len(totals)), key=lambda rank: totals[rank].seconds)
+    work = totals[busiest]
+    span = pipeline_seconds(costs, num) if simulated else closed_form(costs, totals, num)
+    dp_exposed, dp_hidden, gather_hidden = _data_parallel(costs, busiest)
+    optimizer = _optimizer_seconds(blueprint, asked, cluster, busiest)
+    seconds = {
+        "products": work.products,
+        "attention": work.attention,
+        "elementwise": work.elementwise,
+        "tp communication": work.tp,
+        "pipeline bubble": max(span - work.seconds, 0.0),
+        "dp communication": dp_exposed,
+        "optimizer": optimizer,
+    }
+    step = sum(seconds.values())
+    return Forecast(
+        blueprint=blueprint,
+        asked=asked,
+        cluster=cluster,
+        memory=used,
+        seconds=seconds,
+        hidden_seconds={
+            "tp communication": work.tp_hidden,
+            "pp communication": _messages_hidden(costs, num),
+            "dp gradients": dp_hidden,
+            "dp parameters": gather_hidden,
+        },
+        bubble=seconds["pipeline bubble"] / span,
+        rates=rates(blueprint, asked, step, cluster.device.peak_tflops),
+    )
+
+
+def num_microbatches(blueprint: Blueprint) -> int:
+    """Micro batches per dp rank at the full batch size."""
+    batches = blueprint.batch_schedule
+    return batches.final_batch_size // (batches.micro_batch_size * batches.dp)
+
+
+def _total(costs: Costs, blueprint: Blueprint, pp_rank: int) -> Work:
+    """One micro batch through all stages of a rank."""
+    done = Work()
+    for stage in blueprint.stages_of(pp_rank):
+        done = done + costs.work(Op.F, stage) + costs.work(Op.B, stage)
+    return done
+
+
+def simulate_step(costs: Costs, num: int) -> Simulation:
+    """The schedule of so many micro batches in seconds."""
+    blueprint = costs.blueprint
+    schedule = SCHEDULES[blueprint.schedule].generate(blueprint.placement, num)
+    return simulate(schedule, costs.cost(), latency=costs.message_seconds())
+
+
+def pipeline_seconds(costs: Costs, num: int) -> float:
+    """Time from the first forward to the last backward.
+
+    A long schedule repeats itself, so past its steady state it grows by the same time per group of
+    micro batches: two short simulations give the line that a long one follows.
+    """
+    pp = costs.blueprint.grid.pp
+    if pp == 1:
+        stage = costs.blueprint.stages[0]
+        return num * (costs.work(Op.F, stage).seconds + costs.work(Op.B, stage).seconds)
+    first = 6 * pp
+    if num <= 8 * pp or costs.blueprint.schedule == "gpipe":
+        return simulate_step(costs, num).makespan
+    first += num % pp
+    near, far = (simulate_step(costs, n).makespan for n in (first, first + pp))
+    return near + (num - first) / pp * (far - near)
+
+
+def closed_form(costs: Costs, totals: list[Work], num: int) -> float:
+    """The busiest rank's work plus the schedule's bubble (SC21 section 2.2, arXiv:2401.10241)."""
+    blueprint = costs.blueprint
+    pp = blueprint.grid.pp
+    longest = max(total.seconds for total in totals)
+    if pp == 1:
+        return longest
+    chunks = len(blueprint.placement) // pp
+    one = sum(total.seconds for total in totals) / pp / num
+    share = {"interleaved": 1.0 / chunks, "zb-h1": 1 / 3, "zb-v": 1 / 6}
+    bubble = (pp - 1) * one * share.get(blueprint.schedule, 1.0)
+    # 1F1B waits about 2.3 latencies per micro batch: its messages are on the critical path
+    messages = 2 * (pp - 1) * chunks + (2.3 * num if blueprint.schedule == "1f1b" else 0.0)
+    return longest + bubble + messages * costs.message_seconds()
+
+
+def _messages_hidden(costs: Costs, num: int) -> float:
+    blueprint = costs.blueprint
+    if blueprint.grid.pp == 1:
+        return 0.0
+    chunks = len(blueprint.placement) // blueprint.grid.pp
+    return 2 * num * chunks * costs.message_seconds()
+
+
+def _data_parallel(costs: Costs, pp_rank: int) -> tuple[float, float, float]:
+    """(exposed, hidden gradients, hidden parameters) seconds of a step's dp communication."""
+    blueprint, asked, cluster = costs.blueprint, costs.asked, costs.cluster
+    grid, parallel = blueprint.grid, asked.parallel
+    if grid.dp * grid.cp == 1:
+        return 0.0, 0.0, 0.0
+    ranks = grid.dp * grid.cp
+    stride = grid.rank(dp=1) if grid.dp > 1 else grid.rank(cp=1)
+    parameters = blueprint.rank_parameters(pp_rank)
+    wide = 4 if parallel.accumulate_allreduce_grads_in_fp32 else costs.width
+    sharded = parallel.use_distributed_optimizer
+    gradients = cluster.ring_seconds(
+        parameters * wide, ranks, stride=stride, passes=1 if sharded else 2
+    )
+    gather = 0.0
+    if sharded:
+        gather = cluster.ring_seconds(parameters * costs.width, ranks, stride=stride, passes=1)
+    # the last micro batch's backward and the first one's forward hide what is started bucket-wise
+    stages = blueprint.stages_of(pp_rank)
+    backward = sum(costs.work(Op.B, stage).seconds for stage in stages)
+    forward = sum(costs.work(Op.F, stage).seconds for stage in stages)
+    under = min(gradients, backward) if parallel.overlap_grad_reduce else 0.0
+    ahead = min(gather, forward) if parallel.overlap_param_gather else 0.0
+    return gradients + gather - under - ahead, under, ahead
+
+
+def _optimizer_seconds(blueprint: Blueprint, asked: Asked, cluster: Cluster, pp_rank: int) -> float:
+    """Norm, clipping, update and clearing: all bound by memory.
+
+    Per element: gradients read twice, written, cleared; of the owned share master and two moments
+    read and written, gradient read, weight written.
+    """
+    parameters = blueprint.rank_parameters(pp_rank)
+    shared = blueprint.dp if asked.parallel.use_distributed_optimizer else 1
+    every, owned = 4.0 * 2, 4.0 * 2 + 4.0 * 7 + 2.0
+    return cluster.device.moving_seconds(parameters * (every + owned / shared))
+
+
+def measured(plan: Forecast, step_seconds: float) -> Forecast:
+    """The same run with the rates of a step that was measured, to compare with the prediction."""
+    peak = plan.cluster.device.peak_tflops
+    return replace(plan, rates=rates(plan.blueprint, plan.asked, step_seconds, peak))

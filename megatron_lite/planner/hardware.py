@@ -1,0 +1,322 @@
+"""What devices and links can do, each number with its source; YAML files for machines not listed.
+
+    device    peak, sustained matrix products, memory, memory bandwidth, links inside a node
+    cluster   devices per node, nodes, the network between them
+
+The time of a matrix product of m x k by k x n on a device is
+
+    2 m n k / (matmul * sustained) + launch + bytes beyond what hides under the product
+
+`matmul` is the fastest product anyone measured on the device; `sustained` the share of it that
+training keeps up for hours (clocks under load, shapes that do not fill the last wave); it is the
+one number that is calibrated on published runs, see runs.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from megatron_lite.config.errors import ConfigError, all_together
+
+GIB = 2**30
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Device:
+    """One accelerator and its links; rates in units per second, one direction, per device.
+
+    sources: field -> where its number comes from.
+    """
+
+    name: str
+    peak_tflops: float
+    """Dense fp16 or bf16, the denominator of MFU."""
+    matmul_tflops: float
+    """Fastest bf16 product measured."""
+    sustained: float
+    """Share of matmul_tflops that products of a training run reach."""
+    attention: float
+    """Share of matmul_tflops that a fused attention kernel reaches."""
+    memory_gb: float
+    """Capacity in GB of 1e9 bytes."""
+    bandwidth_gb_s: float
+    """Of the device's memory."""
+    link_gb_s: float
+    """Between devices of one node."""
+    network_gb_s: float
+    """Between nodes, per device."""
+    devices_per_node: int
+    sources: Mapping[str, str]
+    launch_seconds: float = 5e-6
+    """Fill and drain of one kernel."""
+    memory_efficiency: float = 0.8
+    """Share of bandwidth_gb_s that elementwise kernels reach."""
+    link_efficiency: float = 0.8
+    """Share of link_gb_s that ring collectives reach."""
+    network_efficiency: float = 0.8
+    """Share of network_gb_s that messages between nodes reach."""
+    link_latency_seconds: float = 10e-6
+    """Start of one collective or message inside a node."""
+    network_latency_seconds: float = 20e-6
+    """The same between nodes."""
+
+    @property
+    def memory_bytes(self) -> float:
+        """Capacity in bytes."""
+        return self.memory_gb * 1e9
+
+    def product_seconds(self, rows: float, inner: float, columns: float) -> float:
+        """Time of a 16-bit matrix product [rows, inner] x [inner, columns]."""
+        flops = 2.0 * rows * inner * columns
+        moved = 2.0 * (rows * inner + inner * columns + rows * columns)
+        compute = flops / (self.matmul_tflops * 1e12 * self.sustained)
+        return max(compute, self.moving_seconds(moved)) + self.launch_seconds
+
+    def moving_seconds(self, moved_bytes: float) -> float:
+        """Time of kernels that only move bytes through memory."""
+        return moved_bytes / (self.bandwidth_gb_s * 1e9 * self.memory_efficiency)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cluster:
+    """Machines to train on: `world_size` devices in nodes of `devices_per_node`."""
+
+    device: Device
+    world_size: int
+    devices_per_node: int
+
+    @property
+    def num_nodes(self) -> int:
+        """Nodes, the last one perhaps not full."""
+        return -(-self.world_size // self.devices_per_node)
+
+    def ring_seconds(self, payload_bytes: float, ranks: int, *, stride: int, passes: int) -> float:
+        """A ring collective over `ranks` devices that lie `stride` ranks apart.
+
+        payload_bytes: the whole tensor; passes: 2 for an all-reduce, 1 for all-gather and
+        reduce-scatter.  A ring that leaves a node is as fast as its slowest hop: devices of a node
+        that share a ring enter and leave it with all their network links together.
+        """
+        if ranks == 1:
+            return 0.0
+        device = self.device
+        steps = passes * (ranks - 1)
+        if stride * ranks <= self.devices_per_node:
+            rate = device.link_gb_s * device.link_efficiency
+            latency = device.link_latency_seconds
+        else:
+            together = max(1, self.devices_per_node // stride)
+            rate = device.network_gb_s * device.network_efficiency * min(together, ranks)
+            rate = min(rate, device.link_gb_s * device.link_efficiency)
+            latency = device.network_latency_seconds
+        # NCCL pipelines a ring: latency grows with its length, but a step costs a microsecond or two
+        return steps / ranks * payload_bytes / (rate * 1e9) + latency + steps * 1e-6
+
+    def message_seconds(self, payload_bytes: float, *, stride: int) -> float:
+        """A message between ranks `stride` apart."""
+        device = self.device
+        if stride < self.devices_per_node:
+            rate = device.link_gb_s * device.link_efficiency
+            return device.link_latency_seconds + payload_bytes / (rate * 1e9)
+        rate = device.network_gb_s * device.network_efficiency
+        return device.network_latency_seconds + payload_bytes / (rate * 1e9)
+
+
+_MAMF = "ml-engineering (S. Bekman), table of maximum achievable matmul FLOPS, bf16"
+_ASSUMED = "not measured by anyone we know: "
+
+
+def _device(name: str, numbers: tuple[float, ...], per_node: int, **sources: str) -> Device:
+    peak, matmul, sustained, attention, memory, bandwidth, link, network = numbers
+    return Device(
+        name=name,
+        peak_tflops=peak,
+        matmul_tflops=matmul,
+        sustained=sustained,
+        attention=attention,
+        memory_gb=memory,
+        bandwidth_gb_s=bandwidth,
+        link_gb_s=link,
+        network_gb_s=network,
+        devices_per_node=per_node,
+        sources=sources,
+    )
+
+
+def _nvidia(
+    name: str, sheet: str, network: str, numbers: tuple[float, ...], *, per_node: int = 8,
+    matmul: str = _MAMF, sustained: str, attention: str,
+) -> Device:  # fmt: skip
+    return _device(
+        name,
+        numbers,
+        per_node,
+        peak_tflops=f"{sheet}, dense bf16 tensor core",
+        matmul_tflops=matmul,
+        sustained=sustained,
+        attention=attention,
+        memory_gb=sheet,
+        bandwidth_gb_s=sheet,
+        link_gb_s=f"{sheet}, half of the bidirectional figure of NVLink",
+        network_gb_s=network,
+        devices_per_node=sheet,
+    )
+
+
+_FITTED = "calibrated, see planner/runs.py"
+_FA2 = (
+    "FlashAttention-2, arXiv:2307.08691, figure 5: forward and backward about 200 TFLOP/s on A100"
+)
+_FA3 = "FlashAttention-3, arXiv:2407.08608: cuDNN and FA3 forward 500-650, backward 450-560 TFLOP/s"
+_LIKE_H100 = "taken from h100; " + _FITTED
+_LIKE_FA3 = "share taken from h100: " + _FA3
+_HDR = "one HDR InfiniBand port of 200 Gb/s per GPU (DGX A100)"
+_NDR = "one NDR InfiniBand port of 400 Gb/s per GPU (DGX H100, B200)"
+_XDR = "one ConnectX-8 port of 800 Gb/s per GPU (GB300 NVL72)"
+
+#                  peak   matmul sust  attn  GB   GB/s  link  network
+_A100_SUSTAINED = 0.80
+_H100_SUSTAINED = 0.80
+
+DEVICES: Mapping[str, Device] = {
+    device.name: device
+    for device in (
+        _nvidia("v100-32g", "NVIDIA V100 SXM3 data sheet (fp16; it has no bf16)",
+                "one EDR InfiniBand port of 100 Gb/s per two GPUs (DGX-2)",
+                (125, 102, 0.80, 0.40, 32, 900, 150, 6.25), per_node=8,
+                matmul=_ASSUMED + "82 % of peak, as A100 PCIe",
+                sustained="taken from a100; " + _FITTED, attention=_ASSUMED + "no fused kernel of ours"),
+        _nvidia("a100-40g", "NVIDIA A100 data sheet", _HDR,
+                (312, 271.2, _A100_SUSTAINED, 0.70, 40, 1555, 300, 25),
+                sustained=_FITTED, attention=_FA2),
+        _nvidia("a100-80g", "NVIDIA A100 data sheet", _HDR,
+                (312, 271.2, _A100_SUSTAINED, 0.70, 80, 2039, 300, 25),
+                sustained=_FITTED, attention=_FA2),
+        _nvidia("h100", "NVIDIA H100 SXM data sheet", _NDR,
+                (989, 794.5, _H100_SUSTAINED, 0.65, 80, 3350, 450, 50),
+                sustained=_FITTED, attention=_FA3),
+        _nvidia("h800", "NVIDIA H800 SXM data sheet (NVLink 400 GB/s)", _NDR,
+                (989, 794.5, _H100_SUSTAINED, 0.65, 80, 3350, 200, 50),
+                matmul=_MAMF + " of H100", sustained=_LIKE_H100, attention=_LIKE_FA3),
+        _nvidia("h200", "NVIDIA H200 SXM data sheet", _NDR,
+                (989, 794.5, _H100_SUSTAINED, 0.65, 141, 4800, 450, 50),
+                sustained=_LIKE_H100, attention=_LIKE_FA3),
+        _nvidia("gh200", "NVIDIA GH200 data sheet (96 GB HBM3)", _NDR,
+                (989, 828.6, _H100_SUSTAINED, 0.65, 96, 4000, 450, 50), per_node=4,
+                sustained=_LIKE_H100, attention=_LIKE_FA3),
+        _nvidia("b200", "NVIDIA HGX B200 data sheet", _NDR,
+                (2250, 1745, _H100_SUSTAINED, 0.60, 180, 7700, 900, 50),
+                sustained=_LIKE_H100, attention=_ASSUMED + "60 % of the matmul rate"),
+        _nvidia("gb200", "NVIDIA GB200 NVL72 data sheet", _NDR,
+                (2500, 1939, _H100_SUSTAINED, 0.60, 186, 8000, 900, 50), per_node=72,
+                matmul=_ASSUMED + "77.6 % of peak, as B200",
+                sustained=_LIKE_H100, attention=_ASSUMED + "60 % of the matmul rate"),
+        _nvidia("gb300", "NVIDIA GB300 NVL72 data sheet", _XDR,
+                (2500, 1939, _H100_SUSTAINED, 0.60, 279, 8000, 900, 100), per_node=72,
+                matmul=_ASSUMED + "77.6 % of peak, as B200",
+                sustained=_LIKE_H100, attention=_ASSUMED + "60 % of the matmul rate"),
+        _device("mi300x", (1307.4, 781.9, _H100_SUSTAINED, 0.55, 192, 5300, 448, 50), 8,
+                peak_tflops="AMD MI300X data sheet, dense bf16", matmul_tflops=_MAMF,
+                sustained=_LIKE_H100, attention=_ASSUMED + "55 % of the matmul rate",
+                memory_gb="AMD MI300X data sheet", bandwidth_gb_s="AMD MI300X data sheet",
+                link_gb_s="AMD MI300X data sheet: 7 Infinity Fabric links of 64 GB/s per direction",
+                network_gb_s="one port of 400 Gb/s per GPU (usual in servers of 8)",
+                devices_per_node="AMD MI300X platform data sheet"),
+        _device("mi325x", (1307.4, 781.9, _H100_SUSTAINED, 0.55, 256, 6000, 448, 50), 8,
+                peak_tflops="AMD MI325X data sheet, dense bf16", matmul_tflops=_MAMF + " of MI300X",
+                sustained=_LIKE_H100, attention=_ASSUMED + "55 % of the matmul rate",
+                memory_gb="AMD MI325X data sheet", bandwidth_gb_s="AMD MI325X data sheet",
+                link_gb_s="AMD MI325X data sheet: 7 Infinity Fabric links of 64 GB/s per direction",
+                network_gb_s="one port of 400 Gb/s per GPU (usual in servers of 8)",
+                devices_per_node="AMD MI325X platform data sheet"),
+    )
+}  # fmt: skip
+"""Name for --hardware -> device."""
+
+ALIASES: Mapping[str, str] = {
+    "v100": "v100-32g", "a100": "a100-80g", "h100-80g": "h100", "h100-sxm": "h100",
+    "h200-141g": "h200", "mi300": "mi300x",
+}  # fmt: skip
+"""Other names for --hardware."""
+
+
+def find_device(name: str) -> Device:
+    """The device of a name, or of a YAML file when the name ends in .yaml or .yml."""
+    if name.endswith((".yaml", ".yml")):
+        return read_device(name)
+    key = name.lower().replace("_", "-")
+    key = ALIASES.get(key, key)
+    if key not in DEVICES:
+        raise ConfigError(
+            f"--hardware {name}: no such device; there are {', '.join(DEVICES)}; "
+            "or give a .yaml file (docs/guides/plan.md shows one)"
+        )
+    return DEVICES[key]
+
+
+def read_device(path: str) -> Device:
+    """A device from YAML: `base: <known device>` and the fields that differ, or all fields.
+
+    Raises one ConfigError that names the file and every unknown, missing or impossible field.
+    """
+    try:
+        read = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--hardware {path}: cannot be read ({error})") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}:{mark.line + 1}" if mark else path
+        raise ConfigError(f"--hardware {where}: not valid YAML") from None
+    if not isinstance(read, dict):
+        raise ConfigError(f"--hardware {path}: holds no `field: value` lines")
+    values = dict(read)
+    base = values.pop("base", None)
+    fields = {field.name: field for field in dataclasses.fields(Device)}
+    problems = [
+        f"{path}: {key}: no such field; there are base, {', '.join(fields)}"
+        for key in values
+        if key not in fields
+    ]
+    for key, value in values.items():
+        if key in fields and key not in ("name", "sources"):
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not number or value <= 0:
+                problems.append(f"{path}: {key}: {value!r} must be a number above 0")
+            elif key in ("sustained", "attention") or key.endswith("_efficiency"):
+                if value > 1:
+                    problems.append(f"{path}: {key}: {value} is a share; at most 1")
+            elif key == "devices_per_node" and value != int(value):
+                problems.append(f"{path}: {key}: {value} must be a whole number")
+    if base is None:
+        required = [n for n, f in fields.items() if f.default is dataclasses.MISSING]
+        missing = [n for n in required if n not in values and n not in ("name", "sources")]
+        if missing:
+            problems.append(f"{path}: without `base: <device>` it needs {', '.join(missing)}")
+    if problems:
+        raise all_together(problems, f"in {path}")
+    values.setdefault("name", Path(path).stem)
+    given = {key: f"given in {Path(path).name}" for key in values if key != "name"}
+    if base is None:
+        return Device(**{"sources": given, **values})
+    start = find_device(str(base))
+    told = values.pop("sources", {})
+    return dataclasses.replace(start, **values, sources={**start.sources, **given, **told})
+
+
+def table() -> str:
+    """All devices with their numbers, and below the source of each."""
+    shown = ("peak_tflops", "matmul_tflops", "sustained", "attention", "memory_gb",
+             "bandwidth_gb_s", "link_gb_s", "network_gb_s", "devices_per_node")  # fmt: skip
+    lines = ["".join([f"{'device':<10}", *(f"{name:>17}" for name in shown)])]
+    for device in DEVICES.values():
+        numbers = (f"{getattr(device, name):>17,g}" for name in shown)
+        lines.append("".join([f"{device.name:<10}", *numbers]))
+    for device in DEVICES.values():
+        lines.append(f"\n{device.name}")
+        lines += [f"  {name:<18}{device.sources[name]}" for name in shown]
+    return "\n".join(lines)

@@ -1,0 +1,302 @@
+"""A Forecast as a readable table and as JSON; every number of the one is in the other."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from megatron_lite.blueprint.flops import flops_per_token
+from megatron_lite.planner.activations import VARIANTS, block_items, korthikanti
+from megatron_lite.planner.advice import Change, layout_flags, warnings
+from megatron_lite.planner.corpus import Reading
+from megatron_lite.planner.curve import Point
+from megatron_lite.planner.forecast import DAY, Forecast, num_microbatches
+from megatron_lite.planner.hardware import GIB
+from megatron_lite.planner.search import Found
+
+_SHORT = {"communication": "comm", "fragmentation": "reserve", "activations": "activ."}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Extra:
+    """What a report says beside the forecast."""
+
+    notes: tuple[str, ...] = ()
+    tokens: float | None = None
+    curve: tuple[Point, ...] = ()
+    epochs: tuple[Reading, ...] = ()
+    change: Change | None = None
+    price_per_hour: float | None = None
+
+
+def to_json(plan: Forecast, extra: Extra) -> dict[str, object]:
+    """All of it as plain values: bytes, seconds, shares of one, tokens per second."""
+    blueprint, rates, world = plan.blueprint, plan.rates, plan.blueprint.grid.world_size
+    batches, model = blueprint.batch_schedule, blueprint.model
+    per_step = batches.final_batch_size * model.seq_length
+    return {
+        "hardware": {**dataclasses.asdict(plan.cluster.device), "world_size": world,
+                     "devices_per_node": plan.cluster.devices_per_node},
+        "model": {**dataclasses.asdict(model), "num_parameters": blueprint.num_parameters,
+                  "padded_vocab_size": blueprint.padded_vocab_size},
+        "layout": {"tp": blueprint.grid.tp, "cp": blueprint.grid.cp, "dp": blueprint.grid.dp,
+                   "pp": blueprint.grid.pp, "schedule": blueprint.schedule,
+                   "chunks": len(blueprint.placement) // blueprint.grid.pp,
+                   "micro_batch_size": batches.micro_batch_size,
+                   "num_microbatches": num_microbatches(blueprint),
+                   "global_batch_size": batches.final_batch_size,
+                   "flags": layout_flags(plan.asked.parallel, plan.asked.micro_batch_size)},
+        "fits": plan.fits,
+        "stages": [
+            {"pp_rank": rank.pp_rank, "layers": list(rank.layers), "parameters": rank.parameters,
+             "memory_bytes": dict(rank.kinds), "allocated_bytes": rank.allocated,
+             "total_bytes": rank.total,
+             "fits": rank.total <= plan.cluster.device.memory_bytes,
+             "live_microbatches": {str(stage): count for stage, count in rank.live.items()}}
+            for rank in plan.memory
+        ],
+        "activation_bytes_per_layer": _per_layer(plan),
+        "flops": {"per_token": blueprint.flops_per_token_full,
+                  "per_token_causal": blueprint.flops_per_token_causal,
+                  "per_token_hardware": _hardware_flops(plan),
+                  "per_step": blueprint.flops_per_token_full * per_step,
+                  "per_step_causal": blueprint.flops_per_token_causal * per_step,
+                  "per_step_hardware": _hardware_flops(plan) * per_step},
+        "time": {"step_seconds": rates.step_seconds,
+                 "predicted_step_seconds": sum(plan.seconds.values()),
+                 "seconds": dict(plan.seconds), "hidden_seconds": dict(plan.hidden_seconds),
+                 "bubble": plan.bubble},
+        "rates": {"tokens_per_second_per_gpu": rates.tgs, "tgs": rates.tgs,
+                  "tflops_per_gpu": rates.tflops, "tflops_per_gpu_causal": rates.tflops_causal,
+                  "tflops_per_gpu_hardware": rates.tflops_hardware,
+                  "mfu": rates.mfu, "mfu_causal": rates.mfu_causal, "hfu": rates.hfu,
+                  "hfu_published_formula": rates.hfu_published},
+        "run": _run(plan, extra),
+        "curve": [dataclasses.asdict(point) for point in extra.curve],
+        "epochs": [reading._asdict() for reading in extra.epochs],
+        "cheapest_change": None if extra.change is None else {
+            "flags": extra.change.flags,
+            "step_seconds": extra.change.forecast.rates.step_seconds,
+            "total_bytes": extra.change.forecast.worst.total},
+        "warnings": warnings(plan, extra.tokens),
+        "notes": [*blueprint.notes, *extra.notes],
+    }  # fmt: skip
+
+
+def to_text(plan: Forecast, extra: Extra) -> str:
+    """The same as a table of kinds per pipeline rank, then time, rates, cost and curve."""
+    sections = (
+        _head(plan), _memory(plan), _verdict(plan, extra), _time(plan), _rates(plan),
+        _cost(plan, extra), _curve(extra), _epochs(extra),
+        (f"warning: {warning}" for warning in warnings(plan, extra.tokens)),
+        (f"note: {note}" for note in (*plan.blueprint.notes, *extra.notes)),
+    )  # fmt: skip
+    return "\n".join(line for section in sections for line in section)
+
+
+def _head(plan: Forecast) -> Iterator[str]:
+    blueprint, cluster = plan.blueprint, plan.cluster
+    grid, batches = blueprint.grid, blueprint.batch_schedule
+    yield (
+        f"{blueprint.num_parameters / 1e9:,.3f} B parameters on {grid.world_size} x "
+        f"{cluster.device.name} ({cluster.num_nodes} nodes): tp {grid.tp} x cp {grid.cp} x dp "
+        f"{grid.dp} x pp {grid.pp}, {blueprint.schedule}"
+    )
+    yield (
+        f"{batches.final_batch_size:,} sequences of {blueprint.model.seq_length:,} per step = "
+        f"{num_microbatches(blueprint):,} micro batches of {batches.micro_batch_size} x dp {grid.dp}"
+    )
+
+
+def _memory(plan: Forecast) -> Iterator[str]:
+    yield ""
+    kinds = [kind for kind in plan.memory[0].kinds if any(r.kinds[kind] for r in plan.memory)]
+    columns = "".join(f"{_SHORT.get(kind, kind):>11}" for kind in kinds)
+    yield f"GiB per rank{'layers':>9}{'params':>10}{columns}{'total':>9}"
+    capacity = plan.cluster.device.memory_bytes
+    for rank in plan.memory:
+        cells = "".join(f"{rank.kinds[kind] / GIB:>11.2f}" for kind in kinds)
+        verdict = "fits" if rank.total <= capacity else "DOES NOT FIT"
+        yield (
+            f"pp {rank.pp_rank:<9}{len(rank.layers):>9}{rank.parameters / 1e9:>9.3f}B"
+            f"{cells}{rank.total / GIB:>9.2f}  {verdict}"
+        )
+    yield f"the device has {capacity / GIB:.1f} GiB; {_layer_line(plan)}"
+
+
+def _layer_line(plan: Forecast) -> str:
+    per_layer = _per_layer(plan)
+    ours = per_layer["kept"]
+    assert isinstance(ours, float)
+    return f"a layer keeps {ours / 2**20:,.0f} MiB per micro batch where nothing is recomputed"
+
+
+def _verdict(plan: Forecast, extra: Extra) -> Iterator[str]:
+    if plan.fits:
+        return
+    over = (plan.worst.total - plan.cluster.device.memory_bytes) / GIB
+    yield f"DOES NOT FIT: pp {plan.worst.pp_rank} needs {over:.1f} GiB more than there is"
+    if extra.change is None:
+        yield "no layout of tp, pp, recompute and micro batch on these devices fits; use more nodes"
+        return
+    changed = extra.change.forecast
+    yield (
+        f"cheapest change: {extra.change.flags} -> {changed.worst.total / GIB:.1f} GiB, "
+        f"{changed.rates.step_seconds:.2f} s per step, {changed.rates.tgs:,.0f} TGS"
+    )
+
+
+def _time(plan: Forecast) -> Iterator[str]:
+    yield ""
+    predicted = sum(plan.seconds.values())
+    yield f"seconds per step{predicted:>26.3f}"
+    for kind, seconds in plan.seconds.items():
+        hidden = plan.hidden_seconds.get(kind, 0.0)
+        besides = f"   and {hidden:.3f} hidden under computation" if hidden else ""
+        yield f"  {kind:<24}{seconds:>16.3f}{seconds / predicted:>8.1%}{besides}"
+    for kind, seconds in plan.hidden_seconds.items():
+        if kind not in plan.seconds and seconds:
+            yield f"  {kind:<24}{'hidden':>16}   {seconds:.3f}"
+
+
+def _rates(plan: Forecast) -> Iterator[str]:
+    r = plan.rates
+    yield ""
+    if r.step_seconds != sum(plan.seconds.values()):
+        yield f"measured: {r.step_seconds:.3f} s per step, from which all below follows"
+    yield f"TGS {r.tgs:,.1f} tokens per second and GPU"
+    yield (
+        f"MFU {r.mfu:.1%} = {r.tflops:,.1f} TFLOP/s, attention as a full square (SC21); "
+        f"causal {r.mfu_causal:.1%} = {r.tflops_causal:,.1f} (Megatron-LM since 2025)"
+    )
+    published = (
+        f" ({r.hfu_published:.1%} by the formula of arXiv:2205.05198)"
+        if abs(r.hfu_published - r.hfu) > 1e-9
+        else ""
+    )
+    yield f"HFU {r.hfu:.1%} = {r.tflops_hardware:,.1f} TFLOP/s with recomputation{published}"
+    full, causal = plan.blueprint.flops_per_token_full, plan.blueprint.flops_per_token_causal
+    yield f"FLOPs per token {full:.4e}, causal {causal:.4e}, hardware {_hardware_flops(plan):.4e}"
+
+
+def _cost(plan: Forecast, extra: Extra) -> Iterator[str]:
+    run = _run(plan, extra)
+    days, hours = run.get("days"), run.get("gpu_hours")
+    if isinstance(days, float) and isinstance(hours, float):
+        price = run.get("price")
+        money = f", {price:,.0f} at the given price" if isinstance(price, float) else ""
+        yield (
+            f"{extra.tokens:,.0f} tokens: {days:,.2f} days, {hours:,.0f} GPU-hours{money}; "
+            f"{run['tokens_per_parameter']:.1f} tokens per parameter"
+        )
+
+
+def _curve(extra: Extra) -> Iterator[str]:
+    if len(extra.curve) < 2:
+        return
+    yield ""
+    yield f"{'iteration':>12}{'tokens':>20}{'batch':>8}{'learning rate':>16}"
+    for point in extra.curve:
+        yield (
+            f"{point.iteration:>12,}{point.tokens:>20,}{point.global_batch_size:>8,}{point.lr:>16.4e}"
+        )
+
+
+def _epochs(extra: Extra) -> Iterator[str]:
+    for reading in extra.epochs:
+        yield f"{reading.prefix}: {reading.tokens:,} tokens, read {reading.epochs:.2f} times"
+
+
+def _run(plan: Forecast, extra: Extra) -> dict[str, object]:
+    if not extra.tokens:
+        return {"tokens": None, "days": None, "gpu_hours": None}
+    world = plan.blueprint.grid.world_size
+    seconds = plan.rates.seconds_for(extra.tokens, world)
+    hours = seconds / 3600 * world
+    return {
+        "tokens": extra.tokens,
+        "days": seconds / DAY,
+        "gpu_hours": hours,
+        "price": hours * extra.price_per_hour if extra.price_per_hour else None,
+        "tokens_per_parameter": extra.tokens / plan.blueprint.num_parameters,
+    }
+
+
+def _per_layer(plan: Forecast) -> dict[str, object]:
+    blueprint, asked = plan.blueprint, plan.asked
+    items = block_items(
+        blueprint.model, asked.parallel, asked.precision,
+        micro_batch_size=asked.micro_batch_size, on_gpu=asked.on_gpu,
+    )  # fmt: skip
+    return {
+        "kept": items.total,
+        "items": dataclasses.asdict(items),
+        "korthikanti": {
+            variant: korthikanti(
+                blueprint.model, micro_batch_size=asked.micro_batch_size,
+                tp=blueprint.grid.tp, variant=variant,
+            )
+            for variant in VARIANTS
+        },
+    }  # fmt: skip
+
+
+def _hardware_flops(plan: Forecast) -> int:
+    return flops_per_token(
+        plan.blueprint.model,
+        plan.blueprint.padded_vocab_size,
+        recompute=plan.asked.parallel.recompute_granularity,
+    )
+
+
+def found_text(found: Found, *, top: int) -> str:
+    """A search as a ranked table."""
+    counts = (
+        f"{len(found.ranked)} layouts fit, {found.num_too_large} are too large, "
+        f"{found.num_forbidden} break a rule; the first {found.num_simulated} are simulated"
+    )
+    if not found.ranked:
+        missing = ""
+        if found.closest is not None:
+            missing = (
+                f"; the closest needs {found.closest.worst.total / GIB:.1f} GiB: "
+                f"{layout_flags(found.closest.asked.parallel, found.closest.asked.micro_batch_size)}"
+            )
+        return f"{counts}\nnothing fits{missing}"
+    lines = [counts, f"{'':>4}{'s/step':>9}{'TGS':>10}{'MFU':>8}{'GiB':>8}{'bubble':>9}  flags"]
+    for n, plan in enumerate(found.ranked[:top], start=1):
+        flags = layout_flags(plan.asked.parallel, plan.asked.micro_batch_size)
+        lines.append(
+            f"{n:>4}{plan.rates.step_seconds:>9.3f}{plan.rates.tgs:>10,.1f}{plan.rates.mfu:>8.1%}"
+            f"{plan.worst.total / GIB:>8.1f}{plan.bubble:>9.1%}  {flags}"
+        )
+    return "\n".join(lines)
+
+
+def found_json(found: Found) -> dict[str, object]:
+    """A search as plain values, best first."""
+    return {
+        "num_fitting": len(found.ranked),
+        "num_simulated": found.num_simulated,
+        "num_too_large": found.num_too_large,
+        "num_forbidden": found.num_forbidden,
+        "layouts": [
+            {
+                "flags": layout_flags(plan.asked.parallel, plan.asked.micro_batch_size),
+                "tp": plan.blueprint.grid.tp,
+                "pp": plan.blueprint.grid.pp,
+                "dp": plan.blueprint.grid.dp,
+                "cp": plan.blueprint.grid.cp,
+                "schedule": plan.blueprint.schedule,
+                "micro_batch_size": plan.asked.micro_batch_size,
+                "recompute_granularity": plan.asked.parallel.recompute_granularity,
+                "step_seconds": plan.rates.step_seconds,
+                "tgs": plan.rates.tgs,
+                "mfu": plan.rates.mfu,
+                "total_bytes": plan.worst.total,
+                "bubble": plan.bubble,
+            }
+            for plan in found.ranked
+        ],
+    }

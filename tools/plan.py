@@ -1,0 +1,244 @@
+#!/usr/bin/env python3
+"""Know before you pay: memory, time and cost of a training command line on machines you do not have.
+
+python tools/plan.py --hardware a100-80g --nodes 8 <flags of tools/pretrain_gpt.py>
+python tools/plan.py --hardware h100 torchrun --nnodes 8 --nproc_per_node 8 tools/pretrain_gpt.py <flags>
+python tools/plan.py --hardware h100 --nodes 8 --search <flags>     all layouts that fit, ranked
+python tools/plan.py --list-hardware                                every number with its source
+
+No accelerator, no torch, no data is needed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(
+    0, str(Path(__file__).resolve().parents[1])
+)  # run from a checkout, installed or not
+
+from megatron_lite.blueprint.draw_up import Blueprint, draw_up
+from megatron_lite.config import rules
+from megatron_lite.config.errors import ConfigError, StorageError
+from megatron_lite.config.exit import ToolParser, run_tool
+from megatron_lite.config.flags import parse
+from megatron_lite.config.parallel import ParallelConfig
+from megatron_lite.config.run import RunConfig
+from megatron_lite.optim.learning_rate import LearningRateSchedule
+from megatron_lite.planner import advice, draw, hardware, report, search
+from megatron_lite.planner.corpus import epochs
+from megatron_lite.planner.curve import Point, run_curve
+from megatron_lite.planner.forecast import Forecast, forecast, measured, num_microbatches
+from megatron_lite.planner.hardware import Cluster
+from megatron_lite.planner.memory import Asked
+
+
+def main() -> int:
+    """Parse, predict, print."""
+    own, flags = _parser().parse_known_args()
+    if own.list_hardware:
+        print(hardware.table())
+        return 0
+    launch, flags = _launched(flags)
+    parsed = parse(flags)
+    device = hardware.find_device(own.hardware)
+    cluster = _cluster(own, launch, device, parsed.config)
+    config, notes = _completed(parsed.config, own)
+    world = cluster.world_size
+
+    def variant(parallel: ParallelConfig, micro_batch_size: int) -> Blueprint:
+        """The Blueprint of another layout of this run; ConfigError where a rule forbids it."""
+        train = dataclasses.replace(config.train, micro_batch_size=micro_batch_size)
+        changed = dataclasses.replace(config, parallel=parallel, train=train)
+        rules.check(changed, world)
+        return draw_up(changed, world)
+
+    asked = Asked(config.parallel, config.precision, config.optim, config.train.micro_batch_size)
+    if own.search:
+        found = search.search(variant, asked, cluster, model=config.model)
+        _put(report.found_json(found) if own.json else report.found_text(found, top=own.top), own)
+        return 0
+    blueprint = variant(config.parallel, config.train.micro_batch_size)
+    plan = forecast(blueprint, asked, cluster)
+    if own.measured_seconds is not None:
+        plan = measured(plan, own.measured_seconds)
+    if own.draw is not None:
+        _draw(own, plan)
+        if own.draw == "-":
+            return 0
+    extra = report.Extra(
+        notes=(*parsed.notices, *notes, *rules.notices(config, world)),
+        tokens=own.tokens or _tokens(blueprint),
+        curve=_curve(config, blueprint),
+        epochs=epochs(config.data, blueprint),
+        change=None if plan.fits else advice.cheapest(plan, variant),
+        price_per_hour=own.price_per_gpu_hour,
+    )
+    _put(report.to_json(plan, extra) if own.json else report.to_text(plan, extra), own)
+    return 0
+
+
+def _parser() -> ArgumentParser:
+    parser = ToolParser(
+        description=__doc__, prog="plan.py", formatter_class=RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--hardware", default="h100", metavar="NAME|FILE.yaml")
+    parser.add_argument("--list-hardware", action="store_true", help="all devices, with sources")
+    parser.add_argument("--nodes", type=_count, help="nodes of the cluster")
+    parser.add_argument(
+        "--gpus-per-node", type=_count, help="devices of a node, or of an NVLink domain"
+    )
+    parser.add_argument(
+        "--link-gb-s", type=_positive, help="between devices of a node, one direction"
+    )
+    parser.add_argument("--network-gb-s", type=_positive, help="between nodes, per device")
+    parser.add_argument("--tokens", type=_tokens_number, help="tokens to train on, e.g. 300B")
+    parser.add_argument("--price-per-gpu-hour", type=_positive, help="adds what it costs")
+    parser.add_argument("--measured-seconds", type=_positive, metavar="S",
+                        help="rates of a step that took so long, instead of the predicted one")  # fmt: skip
+    parser.add_argument(
+        "--json", action="store_true", help="machine-readable, all numbers in SI units"
+    )
+    parser.add_argument("--output", metavar="FILE", help="write there instead of the terminal")
+    parser.add_argument("--search", action="store_true", help="rank all layouts that fit")
+    parser.add_argument("--top", type=_count, default=15, help="layouts --search shows")
+    parser.add_argument(
+        "--draw", metavar="-|FILE", help="timeline: - as text, FILE.svg, FILE.json (Chrome trace)"
+    )
+    parser.add_argument(
+        "--draw-microbatches", type=_count, help="how many to draw; 2 pp by default"
+    )
+    return parser
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise ConfigError(f"{text!r} must be a whole number of at least 1")
+    return int(text)
+
+
+def _positive(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0.0 < number < float("inf"):
+        raise ConfigError(f"{text!r} must be a number above 0")
+    return number
+
+
+def _tokens_number(text: str) -> float:
+    scale = {"K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}.get(text[-1:].upper())
+    return _positive(text[:-1]) * scale if scale else _positive(text)
+
+
+def _launched(words: Sequence[str]) -> tuple[dict[str, int], list[str]]:
+    """What a launcher in front of pretrain_gpt.py says about the cluster, and the run's own flags."""
+    at = next((n for n, word in enumerate(words) if word.endswith("pretrain_gpt.py")), None)
+    if at is None:
+        return {}, list(words)
+    parser = ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--nnodes", "--nodes", type=_count)
+    parser.add_argument("--nproc_per_node", "--nproc-per-node", type=_count)
+    launcher, _ = parser.parse_known_args(words[:at])
+    said = {key: value for key, value in vars(launcher).items() if value is not None}
+    return said, list(words[at + 1 :])
+
+
+def _cluster(
+    own: Namespace, launch: dict[str, int], device: hardware.Device, config: RunConfig
+) -> Cluster:
+    changed = {
+        name: value
+        for name, value in (("link_gb_s", own.link_gb_s), ("network_gb_s", own.network_gb_s))
+        if value is not None
+    }
+    sources = {**device.sources, **{name: "given on the command line" for name in changed}}
+    device = dataclasses.replace(device, **changed, sources=sources)
+    per_node = own.gpus_per_node or launch.get("nproc_per_node")
+    nodes = own.nodes or launch.get("nnodes")
+    asked = config.train.world_size
+    if nodes is not None:
+        world = nodes * (per_node or device.devices_per_node)
+        if asked not in (None, world):
+            raise ConfigError(
+                f"--world-size {asked} contradicts {nodes} nodes of "
+                f"{per_node or device.devices_per_node} = {world}; leave one out"
+            )
+    else:
+        p = config.parallel
+        world = asked or per_node or p.tp * p.cp * p.pp
+    return Cluster(
+        device=device, world_size=world, devices_per_node=per_node or device.devices_per_node
+    )
+
+
+def _completed(config: RunConfig, own: Namespace) -> tuple[RunConfig, list[str]]:
+    """The config with what only a real run needs filled in, and a note for each guess."""
+    notes = []
+    train, rate = dataclasses.replace(config.train, dry_run=True), config.learning_rate
+    if train.train_iters is None and train.train_samples is None:
+        samples = max(round(own.tokens / config.model.seq_length), 1) if own.tokens else None
+        batch = train.global_batch_size or 1
+        iterations = max(-(-samples // batch), 1) if samples else 1
+        train = dataclasses.replace(train, train_iters=iterations)
+        notes.append(
+            f"--train-iters is not given: {iterations:,} for --tokens"
+            if samples
+            else "--train-iters is not given: one iteration is planned; --tokens N says how long"
+        )
+    if rate.lr is None:
+        rate = dataclasses.replace(rate, lr=1e-4)
+        notes.append("--lr is not given: the curve is of 1e-4")
+    return dataclasses.replace(config, train=train, learning_rate=rate), notes
+
+
+def _tokens(blueprint: Blueprint) -> float | None:
+    samples = blueprint.train_samples
+    return None if samples is None else float(samples * blueprint.model.seq_length)
+
+
+def _curve(config: RunConfig, blueprint: Blueprint) -> tuple[Point, ...]:
+    schedule = LearningRateSchedule.from_config(
+        config.learning_rate, config.train, blueprint.batch_schedule.final_batch_size
+    )
+    bends = (schedule.warmup_samples, schedule.decay_samples)
+    return run_curve(blueprint, schedule.at, bends=bends)
+
+
+def _draw(own: Namespace, plan: Forecast) -> None:
+    asked = own.draw_microbatches or 2 * plan.blueprint.grid.pp
+    count = min(asked, num_microbatches(plan.blueprint))
+    simulation = draw.timeline(plan, count)
+    if own.draw == "-":
+        _put(draw.as_text(simulation), own)
+        return
+    makers = {".svg": draw.as_svg, ".json": draw.as_chrome_trace, ".txt": draw.as_text}
+    path = Path(own.draw)
+    if path.suffix not in makers:
+        raise ConfigError(f"--draw {path}: give -, a .txt, a .svg or a .json (Chrome trace) file")
+    _write(path, makers[path.suffix](simulation))
+
+
+def _put(what: str | dict[str, object], own: Namespace) -> None:
+    text = what if isinstance(what, str) else json.dumps(what, indent=1)
+    if own.output is None:
+        print(text)
+    else:
+        _write(Path(own.output), text + "\n")
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise StorageError(f"{path}: cannot be written ({error.strerror})") from None
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_tool(main))
