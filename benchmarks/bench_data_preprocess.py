@@ -270,6 +270,8 @@ def main() -> int:
     # read by the libraries that have threads of their own; before they are imported
     os.environ["RAYON_NUM_THREADS"] = str(options.workers)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    if options.folder is not None:
+        Path(options.folder).mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix="bench-preprocess-", dir=options.folder))
     try:
         pieces = paragraphs()
