@@ -10,8 +10,6 @@ Ends with 3 where a pair is broken, having named what is wrong with each.
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_lite.config.errors import ConfigError, DataError
 from megatron_lite.config.exit import ToolParser, run_tool
-from megatron_lite.data.check import Report, repair, verify
+from megatron_lite.data.check import Report, check_hashes, repair, verify
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -52,29 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _check(prefix: str, asked: argparse.Namespace) -> Report:
     report = verify(prefix, vocab_size=asked.vocab_size, eod=asked.eod)
-    facts = Path(f"{prefix}.meta.json")
-    if facts.exists():
-        _check_hashes(prefix, facts)
+    check_hashes(prefix)
     return report
-
-
-def _check_hashes(prefix: str, facts: Path) -> None:
-    try:
-        recorded = json.loads(facts.read_bytes()).get("sha256", {})
-        expected = {kind: str(recorded[kind]) for kind in ("bin", "idx")}
-    except (ValueError, AttributeError, KeyError, TypeError) as error:
-        raise DataError(f"{facts} cannot be read ({error}) - remove it or copy it again") from error
-    for kind, value in expected.items():
-        with open(f"{prefix}.{kind}", "rb") as file:
-            digest = hashlib.sha256()
-            while chunk := file.read(1 << 22):
-                digest.update(chunk)
-            actual = digest.hexdigest()
-        if actual != value:
-            raise DataError(
-                f"{prefix}.{kind} has another SHA-256 ({actual[:16]}...) than {facts.name} recorded "
-                f"({value[:16]}...) - it changed after it was written; copy it again"
-            )
 
 
 def _print(prefix: str, report: Report) -> None:

@@ -83,5 +83,8 @@ class DataConfig:
     eod_mask_loss: bool = False
     """No loss where the input is an end-of-document token."""
 
+    verify_data: bool = False
+    """Read every token file whole before training: ids, and the hashes in .meta.json where recorded."""
+
     mmap_bin_files: bool = True
     """Map the .bin files into memory instead of reading them."""

@@ -7,6 +7,8 @@ all there and in order, so the true lengths follow.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +17,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from megatron_lite.config.blend import blends
+from megatron_lite.config.data import DataConfig
 from megatron_lite.config.errors import DataError
 from megatron_lite.data.indexed import (
     Index,
@@ -74,6 +78,45 @@ def verify(
         highest=high,
         ended_by_eod=None if eod is None else _ended_by(dataset, tokens, eod),
     )
+
+
+def check_hashes(prefix: str | os.PathLike[str]) -> bool:
+    """Compare both files with the hashes in their .meta.json; False where none were recorded.
+
+    Raises DataError naming the file that changed after it was written.
+    """
+    facts = Path(f"{os.fspath(prefix)}.meta.json")
+    if not facts.exists():
+        return False
+    try:
+        recorded = json.loads(facts.read_bytes()).get("sha256", {})
+        expected = {kind: str(recorded[kind]) for kind in ("bin", "idx")}
+    except (ValueError, AttributeError, KeyError, TypeError) as error:
+        raise DataError(f"{facts} cannot be read ({error}) - remove it or copy it again") from error
+    for kind, value in expected.items():
+        with open(f"{prefix}.{kind}", "rb") as file:
+            digest = hashlib.sha256()
+            while chunk := file.read(1 << 22):
+                digest.update(chunk)
+            actual = digest.hexdigest()
+        if actual != value:
+            raise DataError(
+                f"{prefix}.{kind} has another SHA-256 ({actual[:16]}...) than {facts.name} recorded "
+                f"({value[:16]}...) - it changed after it was written; copy it again"
+            )
+    return True
+
+
+def verify_blends(data: DataConfig, *, vocab_size: int | None) -> list[str]:
+    """Verify every pair a run reads (--verify-data); one line per pair, DataError for a bad one."""
+    found = blends(data)
+    named = [*([found.shared] if found.shared else []), *found.by_split.values()]
+    lines = []
+    for prefix in sorted({prefix for blend in named for prefix in blend.prefixes}):
+        report = verify(prefix, vocab_size=vocab_size)
+        hashed = "hashes as recorded" if check_hashes(prefix) else "no hashes recorded"
+        lines.append(f"verified {prefix}: {report.tokens:,} tokens, {hashed}")
+    return lines
 
 
 def _refuse_token(dataset: IndexedDataset, at: int, token: int, vocab_size: int | None) -> None:

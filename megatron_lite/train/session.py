@@ -19,6 +19,7 @@ from megatron_lite.config.files import dump
 from megatron_lite.config.run import RunConfig
 from megatron_lite.config.telemetry import TelemetryConfig
 from megatron_lite.data.build import Datasets, build_datasets, sample_counts
+from megatron_lite.data.check import verify_blends
 from megatron_lite.data.loader import Loader
 from megatron_lite.data.overview import overview
 from megatron_lite.data.pretrain import Samples
@@ -281,6 +282,8 @@ def _open_datasets(
     )
 
     def build() -> Datasets:
+        if config.data.verify_data and launch.local_rank == 0:  # once per node
+            log.say(*verify_blends(config.data, vocab_size=tokens.vocab_size))
         return build_datasets(
             config.data,
             seq_length=config.model.seq_length,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
@@ -73,6 +74,18 @@ def beyond_the_vocabulary(folder: Path) -> list[str]:
     return ["--data-path", str(pair(folder, *documents)), "--split", "100,0,0"]
 
 
+def flipped_bit(folder: Path) -> list[str]:
+    """A bit that leaves the id inside the vocabulary: only the recorded hash can tell."""
+    prefix = pair(folder, *([[1, 2, 3] * 10] * 40))
+    hashes = {
+        kind: hashlib.sha256(Path(f"{prefix}.{kind}").read_bytes()).hexdigest()
+        for kind in ("bin", "idx")
+    }
+    Path(f"{prefix}.meta.json").write_text(json.dumps({"sha256": hashes}))
+    overwrite(folder / "d.bin", 100, b"\x00")
+    return ["--data-path", str(prefix), "--split", "100,0,0", "--verify-data"]
+
+
 def three_documents(folder: Path) -> list[str]:
     prefix = pair(folder, *([[1, 2, 3] * 20] * 3))
     return ["--data-path", str(prefix), "--split", "949,50,1", "--eval-iters", "1"]
@@ -115,6 +128,7 @@ TRAINING: dict[str, Row] = {
     "id beyond the vocabulary": Row(
         beyond_the_vocabulary, 3, ["{folder}/d", "token id 4711", "the vocabulary has"]
     ),
+    "a flipped bit": Row(flipped_bit, 3, ["{folder}/d.bin", "SHA-256", "copy it again"]),
     "empty split": Row(three_documents, 3, ["{folder}/d", "0 documents", "--split"]),
     "no tokens": Row(too_few_tokens, 3, ["{folder}/d", "no tokens"]),
     "weight 0": Row(flags("--data-path", "0", "a", "1", "b"), 2, ["--data-path", "item 1, '0'"]),
