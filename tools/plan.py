@@ -73,7 +73,7 @@ def main() -> int:
             return 0
     extra = report.Extra(
         notes=(*parsed.notices, *notes, *rules.notices(config, world)),
-        tokens=own.tokens or _tokens(blueprint),
+        tokens=own.tokens or (_tokens(blueprint) if _has_length(parsed.config) else None),
         curve=_curve(config, blueprint),
         epochs=epochs(config.data, blueprint),
         change=None if plan.fits else advice.cheapest(plan, variant),
@@ -196,6 +196,10 @@ def _completed(config: RunConfig, own: Namespace) -> tuple[RunConfig, list[str]]
         rate = dataclasses.replace(rate, lr=1e-4)
         notes.append("--lr is not given: the curve is of 1e-4")
     return dataclasses.replace(config, train=train, learning_rate=rate), notes
+
+
+def _has_length(config: RunConfig) -> bool:
+    return config.train.train_iters is not None or config.train.train_samples is not None
 
 
 def _tokens(blueprint: Blueprint) -> float | None:

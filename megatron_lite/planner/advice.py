@@ -147,7 +147,7 @@ def warnings(plan: Forecast, tokens: float | None) -> list[str]:
         )
     if tokens:
         ratio = tokens / plan.blueprint.num_parameters
-        if not TOKENS_PER_PARAMETER / 4 <= ratio:
+        if ratio < TOKENS_PER_PARAMETER / 4:
             found.append(
                 f"{ratio:.1f} tokens per parameter: a smaller model trained longer reaches a lower "
                 f"loss for the same FLOPs (compute-optimal is about {TOKENS_PER_PARAMETER:.0f})"

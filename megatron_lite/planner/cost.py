@@ -106,8 +106,14 @@ class Costs:
         # fp32 products run outside the 16-bit tensor cores; TF32 at half their rate
         return 2.0 if self.asked.precision.tf32 else 16.0
 
-    def _product(self, inner: float, columns: float) -> float:
-        return self.device.product_seconds(self.tokens, inner, columns) * self.slow
+    def _product(self, inner: float, columns: float) -> tuple[float, float, float]:
+        """Seconds of y = x W, dx = dy Wᵀ and dW = xᵀ dy, which differ in their inner dimension."""
+        tokens, seconds = self.tokens, self.device.product_seconds
+        return (
+            seconds(tokens, inner, columns) * self.slow,
+            seconds(tokens, columns, inner) * self.slow,
+            seconds(inner, tokens, columns) * self.slow,
+        )
 
     def _moving(self, elements: float, values: float) -> float:
         """Elementwise kernels that read and write so many values per element."""
@@ -124,8 +130,9 @@ class Costs:
         queries = model.num_attention_heads * model.head_size / tp
         keys = model.num_kv_heads * model.head_size / tp
         up = f * (2 if model.swiglu else 1)
-        column = self._product(h, queries + 2 * keys) + self._product(h, up)
-        row = self._product(queries, h) + self._product(f, h)
+        columns = (self._product(h, queries + 2 * keys), self._product(h, up))
+        linears = (*columns, self._product(queries, h), self._product(f, h))
+        forward, inputs, weights = (sum(seconds) for seconds in zip(*linears, strict=True))
         core_forward, core_backward = self._core()
         parallel = self.asked.parallel
         split = self.tokens * h / (tp if parallel.sequence_parallel else 1)
@@ -141,11 +148,11 @@ class Costs:
             forward_moves += self._moving(self.tokens, 2 * (queries + keys))
             backward_moves += self._moving(self.tokens, 2 * (queries + keys))
         ring = self._all_reduce()
-        exposed, hidden = self._backward_tp(ring, column)
+        exposed, hidden = self._backward_tp(ring, sum(linear[2] for linear in columns))
         return Passes(
-            Work(column + row, core_forward, forward_moves, 2 * ring),
-            Work(column + row, core_backward, backward_moves, exposed, hidden),
-            Work(column + row, 0.0, self._accumulating(), 0.0),
+            Work(forward, core_forward, forward_moves, 2 * ring),
+            Work(inputs, core_backward, backward_moves, exposed, hidden),
+            Work(weights, 0.0, self._accumulating(), 0.0),
         )
 
     def _backward_tp(self, ring: float, under: float) -> tuple[float, float]:
@@ -178,8 +185,10 @@ class Costs:
             forward = flops / 2 / rate * self.slow  # the causal half
             return forward + device.launch_seconds, 2.5 * forward + 2 * device.launch_seconds
         # two batched products whose square operand goes through memory, softmax, dropout
+        # their inner dimensions are a head and the sequence
+        share = (device.efficiency(model.head_size) + device.efficiency(model.seq_length)) / 2
         products = max(
-            flops / (device.matmul_tflops * 1e12 * device.sustained) * self.slow,
+            flops / (device.matmul_tflops * 1e12 * share) * self.slow,
             self._moving(square, 2.0),
         )
         dropped = 2.5 if model.attention_dropout > 0.0 else 0.0
@@ -189,7 +198,7 @@ class Costs:
     def _head(self) -> Passes:
         model, tp = self.model, self.blueprint.grid.tp
         columns = self.blueprint.padded_vocab_size / tp
-        product = self._product(model.hidden_size, columns)
+        forward_product, inputs, weights = self._product(model.hidden_size, columns)
         logits = self.tokens * columns
         ring = self._all_reduce()
         half = ring / 2 if self.asked.parallel.sequence_parallel else 0.0
@@ -198,9 +207,9 @@ class Costs:
         backward = self.device.moving_seconds(logits * (4 + 4 + 4 + self.width))
         norm = self._moving(self.tokens * model.hidden_size, 2.0)
         return Passes(
-            Work(product, 0.0, forward + norm, half),
-            Work(product, 0.0, backward + 1.5 * norm, max(ring - product, 0.0), min(ring, product)),
-            Work(product, 0.0, 0.0, 0.0),
+            Work(forward_product, 0.0, forward + norm, half),
+            Work(inputs, 0.0, backward + 1.5 * norm, max(ring - weights, 0.0), min(ring, weights)),
+            Work(weights, 0.0, 0.0, 0.0),
         )
 
     def _embedding(self) -> Passes:
@@ -248,7 +257,7 @@ class Costs:
         if "mlp" in parallel.recompute_modules:
             h, f = self.model.hidden_size, self.model.ffn_size / self.blueprint.grid.tp
             up = f * (2 if self.model.swiglu else 1)
-            again += Work(products=self._product(h, up) + self._product(f, h),
+            again += Work(products=self._product(h, up)[0] + self._product(f, h)[0],
                           elementwise=self._moving(self.tokens, up + f),
                           tp=self._all_reduce())  # fmt: skip
         return again * layers

@@ -227,7 +227,7 @@ def _data_parallel(costs: Costs, pp_rank: int) -> tuple[float, float, float]:
     forward = sum(costs.work(Op.F, stage).seconds for stage in stages)
     under = min(gradients, backward) if parallel.overlap_grad_reduce else 0.0
     ahead = min(gather, forward) if parallel.overlap_param_gather else 0.0
-    return gradients + gather - under - ahead, under, ahead
+    return (gradients - under) + (gather - ahead), under, ahead
 
 
 def _optimizer_seconds(blueprint: Blueprint, asked: Asked, cluster: Cluster, pp_rank: int) -> float:

@@ -133,4 +133,3 @@ def _memory_choices(layout: ParallelConfig) -> Iterator[ParallelConfig]:
 
 def _divisors(number: int) -> list[int]:
     return [n for n in range(1, number + 1) if number % n == 0]
-

@@ -1,0 +1,132 @@
+"""The forecast's own arithmetic: extrapolation, sums, memory, what makes a run fit."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from megatron_lite.blueprint.draw_up import Blueprint, draw_up
+from megatron_lite.config import rules
+from megatron_lite.config.flags import parse
+from megatron_lite.config.parallel import ParallelConfig
+from megatron_lite.config.run import RunConfig
+from megatron_lite.planner import advice, search
+from megatron_lite.planner.cost import Costs
+from megatron_lite.planner.forecast import Forecast, forecast, pipeline_seconds, simulate_step
+from megatron_lite.planner.hardware import Cluster, find_device
+from megatron_lite.planner.memory import Asked, static_bytes
+
+SMALL = "--num-layers 24 --hidden-size 2048 --num-attention-heads 16"
+BASE = (
+    "--seq-length 2048 --vocab-size 50257 --bf16 --global-batch-size 512 --micro-batch-size 2 --train-iters 10 "
+    "--lr 1e-4 --dry-run"
+)
+
+
+def read(flags: str, model: str = SMALL) -> RunConfig:
+    return parse(f"{BASE} {model} {flags}".split()).config
+
+
+def asked_of(config: RunConfig) -> Asked:
+    return Asked(config.parallel, config.precision, config.optim, config.train.micro_batch_size)
+
+
+def planned(flags: str, world: int = 16, hardware: str = "a100-80g", **how: bool) -> Forecast:
+    config = read(flags)
+    cluster = Cluster(device=find_device(hardware), world_size=world, devices_per_node=8)
+    return forecast(draw_up(config, world), asked_of(config), cluster, **how)
+
+
+LAYOUTS = [
+    "--pipeline-model-parallel-size 4",
+    "--pipeline-model-parallel-size 4 --num-virtual-stages-per-pipeline-rank 2",
+    "--pipeline-model-parallel-size 4 --pipeline-schedule zb-h1",
+    "--pipeline-model-parallel-size 4 --pipeline-schedule zb-v",
+]
+
+
+@pytest.mark.parametrize("flags", LAYOUTS)
+def test_a_long_schedule_extrapolated_equals_the_whole_simulation(flags: str) -> None:
+    config = read(flags)
+    blueprint = draw_up(config, 16)
+    cluster = Cluster(device=find_device("a100-80g"), world_size=16, devices_per_node=8)
+    costs = Costs(blueprint, asked_of(config), cluster)
+    assert pipeline_seconds(costs, 64) == pytest.approx(simulate_step(costs, 64).makespan, rel=1e-6)
+
+
+@pytest.mark.parametrize("flags", LAYOUTS)
+def test_the_closed_form_is_near_the_simulation(flags: str) -> None:
+    exact, quick = planned(flags), planned(flags, simulated=False)
+    assert quick.rates.step_seconds == pytest.approx(exact.rates.step_seconds, rel=0.03)
+
+
+def test_kinds_of_time_add_up_to_the_step() -> None:
+    plan = planned("--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2")
+    assert sum(plan.seconds.values()) == pytest.approx(plan.rates.step_seconds)
+    assert min(plan.seconds.values()) >= 0.0
+
+
+@pytest.mark.parametrize(
+    ("flags", "dp", "per_parameter"),
+    [("", 1, 18), ("--use-distributed-optimizer", 8, 6 + 12 / 8),
+     ("--use-distributed-optimizer", 64, 6 + 12 / 64)],
+)  # fmt: skip
+def test_static_bytes_per_parameter(flags: str, dp: int, per_parameter: float) -> None:
+    """18 bytes in bf16 with fp32 gradients, 6 + 12/d sharded; 16 in fp32."""
+    assert sum(static_bytes(1000, asked_of(read(flags)), dp).values()) == 1000 * per_parameter
+
+
+def test_the_first_stage_keeps_pp_micro_batches_and_the_last_one() -> None:
+    plan = planned("--pipeline-model-parallel-size 4")
+    assert [list(rank.live.values()) for rank in plan.memory] == [[4], [3], [2], [1]]
+
+
+def test_more_recomputation_keeps_less_and_takes_longer() -> None:
+    full = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
+    plans = [
+        planned(f"--attention-backend unfused {how}")
+        for how in ("", "--recompute-granularity selective", full)
+    ]
+    kept = [plan.memory[0].kinds["activations"] for plan in plans]
+    assert kept == sorted(kept, reverse=True) and len(set(kept)) == 3
+    times = [plan.rates.step_seconds for plan in plans]
+    assert times == sorted(times)
+
+
+def variant_of(config: RunConfig, world: int) -> advice.Variant:
+    def variant(parallel: ParallelConfig, micro_batch_size: int) -> Blueprint:
+        train = dataclasses.replace(config.train, micro_batch_size=micro_batch_size)
+        changed = dataclasses.replace(config, parallel=parallel, train=train)
+        rules.check(changed, world)
+        return draw_up(changed, world)
+
+    return variant
+
+
+def test_the_cheapest_change_fits_and_says_so() -> None:
+    config = read("", "--num-layers 40 --hidden-size 5120 --num-attention-heads 40")
+    world = 16
+    cluster = Cluster(device=find_device("a100-80g"), world_size=world, devices_per_node=8)
+    plan = forecast(draw_up(config, world), asked_of(config), cluster)
+    assert not plan.fits
+    change = advice.cheapest(plan, variant_of(config, world))
+    assert change is not None and change.forecast.fits and change.flags
+
+
+def test_a_search_ranks_layouts_that_fit_and_finds_none_slower_than_the_given() -> None:
+    config, world = read(""), 8
+    cluster = Cluster(device=find_device("a100-80g"), world_size=world, devices_per_node=8)
+    found = search.search(variant_of(config, world), asked_of(config), cluster, model=config.model)
+    assert all(plan.fits for plan in found.ranked)
+    best = [plan.rates.step_seconds for plan in found.ranked[: found.num_simulated]]
+    assert best == sorted(best) and len(best) > 5
+    given = planned("--tensor-model-parallel-size 8 --sequence-parallel", world)
+    assert best[0] <= given.rates.step_seconds
+
+
+def test_a_search_where_nothing_fits_names_the_closest() -> None:
+    config = read("", "--num-layers 96 --hidden-size 12288 --num-attention-heads 96")
+    cluster = Cluster(device=find_device("a100-40g"), world_size=8, devices_per_node=8)
+    found = search.search(variant_of(config, 8), asked_of(config), cluster, model=config.model)
+    assert not found.ranked and found.closest is not None

@@ -1,0 +1,96 @@
+"""tools/plan.py as users run it: no torch, one line for a mistake, JSON and pictures that parse."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from xml.etree import ElementTree
+
+ROOT = Path(__file__).parents[2]
+RUN = shlex.split(
+    "--num-layers 8 --hidden-size 1024 --num-attention-heads 16 --seq-length 1024 --bf16 "
+    "--vocab-size 50257 --micro-batch-size 1 --global-batch-size 32 "
+    "--pipeline-model-parallel-size 4"
+)
+
+
+def run(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(ROOT / "tools" / "plan.py"), *words],
+        capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+
+
+def test_json_says_what_the_table_says_and_no_torch_is_loaded() -> None:
+    done = run("--hardware", "a100", "--nodes", "1", "--json", "--tokens", "2B", *RUN)
+    assert done.returncode == 0, done.stderr
+    plan = json.loads(done.stdout)
+    assert plan["fits"] is True and len(plan["stages"]) == 4
+    assert sum(stage["layers"] != [] for stage in plan["stages"]) == 4
+    for stage in plan["stages"]:
+        assert abs(sum(stage["memory_bytes"].values()) - stage["total_bytes"]) < 1
+    rates = plan["rates"]
+    per_second = 32 * 1024 / plan["time"]["step_seconds"]
+    assert abs(rates["tgs"] - per_second / 8) < 1e-6 * rates["tgs"]
+    assert abs(plan["run"]["days"] * 86400 * per_second - 2e9) < 1
+    code = f"import runpy, sys; sys.argv = ['plan.py', *{RUN!r}]\n"
+    code += f"try: runpy.run_path({str(ROOT / 'tools' / 'plan.py')!r}, run_name='__main__')\n"
+    code += "except SystemExit: pass\nassert not {'torch', 'numpy'} & set(sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert loaded.returncode == 0, loaded.stderr
+
+
+def test_the_175b_script_is_planned_from_its_printed_command() -> None:
+    script = ROOT / "examples" / "gpt3" / "train_gpt3_175b_distributed.sh"
+    printed = subprocess.run(
+        ["bash", str(script), "ckpt", "tb", "vocab.json", "merges.txt"],
+        capture_output=True, text=True, env={"PRINT_COMMAND": "1", "PATH": "/usr/bin:/bin"},
+    )  # fmt: skip
+    assert printed.returncode == 0, printed.stderr
+    words = shlex.split(printed.stdout)
+    done = run("--hardware", "a100", "--json", *words[1:])
+    assert done.returncode == 0, done.stderr
+    plan = json.loads(done.stdout)
+    assert plan["hardware"]["world_size"] == 64
+    assert round(plan["model"]["num_parameters"] / 1e9, 3) == 174.616
+    billions = [round(stage["parameters"] / 1e9, 3) for stage in plan["stages"]]
+    assert billions == [2.823, *[2.719] * 6, 2.798]
+
+
+def test_pictures_are_well_formed_and_hold_every_action(tmp_path: Path) -> None:
+    svg, trace = tmp_path / "t.svg", tmp_path / "t.json"
+    for path in (svg, trace):
+        done = run("--draw", str(path), "--draw-microbatches", "6", *RUN)
+        assert done.returncode == 0, done.stderr
+    names = [e.text or "" for e in ElementTree.parse(svg).iter() if e.tag.endswith("title")]
+    assert len(names) == 4 * 6 * 2
+    events = [e for e in json.loads(trace.read_text())["traceEvents"] if e["ph"] == "X"]
+    assert len(events) == 4 * 6 * 2
+    for rank in range(4):
+        row = sorted((e["ts"], e["dur"]) for e in events if e["pid"] == rank)
+        assert all(a[0] + a[1] <= b[0] + 1e-6 for a, b in zip(row, row[1:], strict=False))
+    text = run("--draw", "-", *RUN).stdout.splitlines()
+    assert len(text) == 5 and text[1].startswith("pp  0 |F")
+
+
+def test_a_mistake_is_one_line_with_the_way_out() -> None:
+    for words, said in (
+        (["--hardware", "h9000", *RUN], "there are v100-32g"),
+        (["--nodes", "0", *RUN], "must be a whole number of at least 1"),
+        (["--nodes", "1", "--tensor-model-parallel-size", "3", *RUN], "does not divide"),
+        (["--draw", "x.gif", *RUN], "give -, a .txt, a .svg or a .json"),
+        (["--no-such-flag", *RUN], "--no-such-flag"),
+    ):
+        done = run(*words)
+        assert done.returncode == 2, (words, done.stdout, done.stderr)
+        assert said in done.stderr and "Traceback" not in done.stderr
+
+
+def test_every_device_is_listed_with_sources() -> None:
+    done = run("--list-hardware")
+    assert done.returncode == 0
+    for name in ("a100-80g", "h100", "h200", "b200", "gb300", "mi300x"):
+        assert f"\n{name}\n" in done.stdout
