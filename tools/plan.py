@@ -74,7 +74,7 @@ def main() -> int:
     extra = report.Extra(
         notes=(*parsed.notices, *notes, *rules.notices(config, world)),
         tokens=own.tokens or (_tokens(blueprint) if _has_length(parsed.config) else None),
-        curve=_curve(config, blueprint),
+        curve=_curve(config, blueprint) if own.tokens or _has_length(parsed.config) else (),
         epochs=epochs(config.data, blueprint),
         change=None if plan.fits else advice.cheapest(plan, variant),
         price_per_hour=own.price_per_gpu_hour,
