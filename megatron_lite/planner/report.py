@@ -100,8 +100,8 @@ def _head(plan: Forecast) -> Iterator[str]:
     grid, batches = blueprint.grid, blueprint.batch_schedule
     yield (
         f"{blueprint.num_parameters / 1e9:,.3f} B parameters on {grid.world_size} x "
-        f"{cluster.device.name} ({cluster.num_nodes} node{'s' * (cluster.num_nodes > 1)}): tp {grid.tp} x cp {grid.cp} x dp "
-        f"{grid.dp} x pp {grid.pp}, {blueprint.schedule}"
+        f"{cluster.device.name} ({cluster.num_nodes} node{'s' * (cluster.num_nodes > 1)}): "
+        f"tp {grid.tp} x cp {grid.cp} x dp {grid.dp} x pp {grid.pp}, {blueprint.schedule}"
     )
     yield (
         f"{batches.final_batch_size:,} sequences of {blueprint.model.seq_length:,} per step = "
