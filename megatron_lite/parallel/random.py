@@ -55,6 +55,8 @@ def normal(
     row or column slice gets exactly the numbers the whole tensor would.
     Box-Muller in float64: a last-bit difference between vector and scalar code is rounded away.
     """
+    if not out.numel():  # a rank whose rows of the vocabulary are all padding
+        return out
     flat = out.view(out.shape[0], -1) if out.dim() > 1 else out.view(1, -1)
     top, left = offset if out.dim() > 1 else (0, offset[0])
     column = torch.arange(left, left + flat.shape[1], device=out.device, dtype=torch.int64)

@@ -98,6 +98,11 @@ LAYOUTS = [
     layout("micro-2x4", train__micro_batch_size=4),
     layout("micro-4x2", shared={"train__micro_batch_size": 8}, train__micro_batch_size=2),
     layout("micro-8x1", train__micro_batch_size=1),
+    # the last rank holds nothing but padding of the vocabulary
+    layout("tp4-padding-rank", tp=4, shared={"model__vocab_size": 17}),
+    layout(
+        "tp2-dp2-sp-zero-padding-rank", tp=2, dp=2, shared={"model__vocab_size": 8}, **SP, **ZERO
+    ),
     layout("tp2-attention-dropout", tp=2, shared=DROP_ATTENTION),
     layout("pp2-dp2-attention-dropout", pp=2, dp=2, shared=DROP_ATTENTION),
     layout("dp2-no-overlap", dp=2, parallel__overlap_grad_reduce=False),
