@@ -37,7 +37,11 @@ split_words() {
 }
 
 ROOT=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/../.." && pwd)
+if [[ -z ${PYTHON:-} && -z ${VIRTUAL_ENV:-} && -x $ROOT/.venv/bin/python ]]; then
+    PYTHON=$ROOT/.venv/bin/python # what `make setup` left; an activated environment comes first
+fi
 PYTHON=${PYTHON:-python3}
+type -P "$PYTHON" >/dev/null || die "PYTHON=$PYTHON is no program"
 DRY_RUN=${DRY_RUN:-0}
 PRINT_COMMAND=${PRINT_COMMAND:-0}
 for name in DRY_RUN PRINT_COMMAND; do
@@ -132,7 +136,9 @@ DATASET_PATH=${DATASET_PATH:-$ROOT/data}
 DATASET_1=${DATASET_1:-$DATASET_PATH/wikipedia_text_document}
 DATASET_2=${DATASET_2:-$DATASET_PATH/openwebtext_text_document}
 DATASETCACHE=${DATASETCACHE:-$CHECKPOINT_PATH/index-cache}
-if [[ -n ${DATASET:-} ]]; then
+if [[ -n ${DATASET:-} && -f ${DATASET:-}.idx ]]; then
+    words=("$DATASET") # one prefix, its spaces included
+elif [[ -n ${DATASET:-} ]]; then
     split_words DATASET "$DATASET"
 else
     words=(0.35 "$DATASET_1" 0.65 "$DATASET_2")
@@ -165,6 +171,9 @@ ARGS=(
 # One hardware queue: kernels start in the order they were issued, so communication overlaps compute.
 export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+# How long torchrun waits, after SIGTERM, for the step's end and the checkpoint before it kills; its own 30 s
+# are less than one step of 175B. A rank that fails is not waited for.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-900}
 export PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}"
 
 if [[ $DRY_RUN == 1 ]]; then

@@ -11,6 +11,10 @@ if (($# > 0)) && [[ $1 != -* && -n $1 ]]; then
     set -- "$RUN_FOLDER" "${@:2}"
 fi
 
+# the same python as the script below: the summary needs it too
+if [[ -z ${PYTHON:-} && -z ${VIRTUAL_ENV:-} && -x $HERE/../../.venv/bin/python ]]; then
+    export PYTHON=$HERE/../../.venv/bin/python
+fi
 export TRAIN_ITERS=${TRAIN_ITERS:-10}
 export LOG_INTERVAL=${LOG_INTERVAL:-1}
 export EVAL_ITERS=${EVAL_ITERS:-0}

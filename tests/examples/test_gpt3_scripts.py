@@ -260,6 +260,7 @@ def test_missing_paths_are_a_usage_error(script: Path, count: int) -> None:
         ({"DRY_RUN": "yes"}, "DRY_RUN=yes is neither 0 nor 1"),
         ({"EXTRA_ARGS": '--seed "7'}, 'EXTRA_ARGS has a quote without its partner: --seed "7'),
         ({"DATASET": "o'brien"}, "DATASET has a quote without its partner: o'brien"),
+        ({"PYTHON": "/no/such/python"}, "PYTHON=/no/such/python is no program"),
     ],
     ids=str,
 )
@@ -289,6 +290,59 @@ def test_the_children_see_one_hardware_queue_and_the_repository(tmp_path: Path) 
     assert done.stdout == f"1|{ROOT}:/mine|torch.distributed.run\n"
     done = run(TRAIN, *PATHS, env={"PYTHON": str(python), "CUDA_DEVICE_MAX_CONNECTIONS": "32"})
     assert done.stdout == f"32|{ROOT}|torch.distributed.run\n"
+
+
+def test_torchrun_waits_longer_than_a_step_of_175b_for_the_checkpoint(tmp_path: Path) -> None:
+    """torchrun's own 30 s would kill the ranks in the middle of the step that SIGTERM lets finish."""
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\necho "$TORCH_ELASTIC_SHUTDOWN_TIMEOUT"\n')
+    python.chmod(0o755)
+    assert run(TRAIN, *PATHS, env={"PYTHON": str(python)}).stdout == "900\n"
+    mine = {"PYTHON": str(python), "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "60"}
+    assert run(TRAIN, *PATHS, env=mine).stdout == "60\n"
+
+
+def test_a_prefix_with_spaces_needs_no_quotes_when_its_files_are_there(tmp_path: Path) -> None:
+    prefix = tmp_path / "my texts" / "corpus_text_document"
+    prefix.parent.mkdir()
+    prefix.with_suffix(".idx").touch()
+    words = command(TRAIN, *PATHS, env={"DATASET": str(prefix)})
+    assert flags(words)["--data-path"] == [str(prefix)]
+
+
+@pytest.fixture
+def set_up(tmp_path: Path) -> Path:
+    """A copy of the scripts in a repository where `make setup` was run; its python prints its path."""
+    folder = tmp_path / "repo" / "examples" / "gpt3"
+    folder.mkdir(parents=True)
+    for script in (TRAIN, TGS):
+        shutil.copy(script, folder)
+    python = tmp_path / "repo" / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text('#!/bin/sh\necho "$(cd "${0%/*}" && pwd)"\n')
+    python.chmod(0o755)
+    return folder
+
+
+def test_without_an_activated_environment_the_one_of_make_setup_is_used(set_up: Path) -> None:
+    bin_folder = set_up.parents[1] / ".venv" / "bin"
+    env = {"PYTHON": "", "DRY_RUN": "1"}
+    assert run(set_up / TRAIN.name, env=env).stdout == f"{bin_folder}\n"
+    done = run(set_up / TGS.name, *PATHS, env={"PYTHON": ""})  # the run, then its summary
+    assert done.stdout == f"{bin_folder}\n" * 2, done.stderr
+
+
+def test_an_activated_environment_comes_before_the_one_of_make_setup(
+    set_up: Path, tmp_path: Path
+) -> None:
+    python = tmp_path / "active" / "python3"
+    python.parent.mkdir()
+    python.write_text("#!/bin/sh\necho active\n")
+    python.chmod(0o755)
+    env = {"PYTHON": "", "VIRTUAL_ENV": "/some/venv"}
+    env["PATH"] = f"{python.parent}:{os.environ['PATH']}"
+    done = run(set_up / TGS.name, *PATHS, env=env)
+    assert done.stdout == "active\n" * 2, done.stderr
 
 
 def test_tgs_is_the_same_run_for_ten_iterations_in_its_own_folder() -> None:
