@@ -19,7 +19,7 @@ DOCUMENTS = sorted(
 OF_OTHERS = {
     # pip, docker, srun, tensorboard, torchrun
     "--nproc_per_node", "--gpus", "--gpus-per-node", "--ipc", "--logdir", "--no-build-isolation", "--nodes",
-    "--ntasks-per-node", "--target",
+    "--ntasks-per-node", "--signal", "--target",
 }  # fmt: skip
 """Flags of other programs that the documents show."""
 
