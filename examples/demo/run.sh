@@ -34,7 +34,9 @@ for corpus in docs code; do
         --tokenizer-type GPT2BPETokenizer --append-eod --workers 2 --log-interval 100000
 done
 
-# The cluster's script; only the sizes are the demo's.
+# The cluster's script; only the sizes are the demo's. What may be exported for other runs is put aside.
+unset DATASET DATASET_PATH DATASETCACHE LOAD_PATH DRY_RUN PRINT_COMMAND MASTER_ADDR MASTER_PORT
+unset MAX_POSITION_EMBEDDINGS LR_DECAY_STYLE WEIGHT_DECAY ADAM_BETA1 ADAM_BETA2 CLIP_GRAD
 export NUM_NODES=1 NODE_RANK=0 GPUS_PER_NODE=4 PRECISION=fp32
 export DATASET_1=$DEMO/tokens/docs_text_document DATASET_2=$DEMO/tokens/code_text_document SPLIT=90,5,5
 export NUM_LAYERS=4 HIDDEN_SIZE=128 NUM_ATTENTION_HEADS=4 SEQ_LENGTH=128 ATTENTION_BACKEND=auto
