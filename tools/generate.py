@@ -64,11 +64,17 @@ def main() -> int:
             generator=generator,
         )
 
-    for number, prompt in enumerate((asked.prompt or [""]) * asked.num_samples):
+    for number, prompt in enumerate(asked.prompt * asked.num_samples):
         ids = tokenizer.encode(prompt) or [tokenizer.eod]
         answer = generate(
             model, ids, max_new_tokens=asked.max_new_tokens, pick=pick, eod=tokenizer.eod
         )
+        if not answer.ended and len(answer.ids) < asked.max_new_tokens:
+            print(
+                f"WARNING: {len(answer.ids)} of --max-new-tokens {asked.max_new_tokens}: the model has "
+                f"{model.setting.model.num_positions} positions, and the prompt is {len(ids)} tokens",
+                file=sys.stderr,
+            )
         if number:
             print("-" * 80)
         print(prompt + tokenizer.decode(answer.ids), flush=True)
@@ -91,9 +97,18 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--merge-file", help="instead of the one the run was trained with")
     parser.add_argument("--use-cpu", action="store_true")
     asked = parser.parse_args(argv)
+    asked.prompt = [_text(prompt) for prompt in asked.prompt or [""]]
     if asked.max_new_tokens < 1 or asked.num_samples < 1:
         raise ConfigError("--max-new-tokens and --num-samples must be at least 1")
     return asked
+
+
+def _text(prompt: str) -> str:
+    """The prompt as it was typed, in UTF-8; a locale without UTF-8 hands its bytes over one by one."""
+    try:
+        return prompt.encode("utf-8", "surrogateescape").decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"--prompt {prompt!r} is not UTF-8 ({error.reason})") from None
 
 
 def _section(kind: type[Section], manifest: Manifest, name: str) -> Section:

@@ -20,14 +20,20 @@ sys.path.insert(
     0, str(Path(__file__).resolve().parents[1])
 )  # run from a checkout, installed or not
 
-from megatron_lite.blueprint.draw_up import draw_up
-from megatron_lite.blueprint.plan import describe
-from megatron_lite.config import rules
-from megatron_lite.config.errors import ConfigError, MegatronLiteError
-from megatron_lite.config.exit import fatal_line
-from megatron_lite.config.flags import Parsed, parse
-from megatron_lite.config.run import RunConfig
-from megatron_lite.data.tokenizers.build import build_tokenizer, read_vocab_size
+try:
+    from megatron_lite.blueprint.draw_up import draw_up
+    from megatron_lite.blueprint.plan import describe
+    from megatron_lite.config import rules
+    from megatron_lite.config.errors import ConfigError, MegatronLiteError
+    from megatron_lite.config.exit import fatal_line, print_everything
+    from megatron_lite.config.flags import Parsed, parse
+    from megatron_lite.config.run import RunConfig
+    from megatron_lite.data.tokenizers.build import build_tokenizer, read_vocab_size
+except ModuleNotFoundError as missing:  # a bare python: the first thing many try is a dry run
+    print(f"FATAL[2] rank=- step=-: {sys.executable} lacks the package {missing.name}; `make setup` "
+          "makes .venv with everything: activate it, or name a python that has it with PYTHON=",
+          file=sys.stderr)  # fmt: skip
+    raise SystemExit(2) from None
 
 if TYPE_CHECKING:
     from megatron_lite.parallel.launch import Launch
@@ -104,6 +110,7 @@ def _train(parsed: Parsed, launch: Launch, failures: Failures) -> int:
 
 
 def _start() -> int:
+    print_everything()
     try:
         return main(sys.argv[1:])
     except KeyboardInterrupt:  # while torch was being imported

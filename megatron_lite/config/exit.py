@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -40,12 +41,24 @@ def fatal_line(error: BaseException, *, rank: int | None = None, step: int | Non
     return f"FATAL[{code}] {where}: {what}"
 
 
+def print_everything() -> None:
+    """Let print() never fail for a character that the locale has not: it is written as \\uXXXX.
+
+    A name of a folder or a sampled token must not end a training on a machine set to Latin-1.
+    Streams that already have their own way (PYTHONIOENCODING, the C locale's bytes) keep it.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="backslashreplace")
+
+
 def run_tool(main: Callable[[], int], *, argv: Sequence[str] | None = None) -> int:
     """Run a tool's main and return its exit code; a failure becomes one FATAL line on stderr.
 
     A foreseeable failure (MegatronLiteError) ends with the code of its class and no traceback
     unless `--debug` is among the arguments; anything else is our bug: code 70 with one.
     """
+    print_everything()
     debug = "--debug" in (sys.argv[1:] if argv is None else argv)
     try:
         return main()
