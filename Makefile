@@ -9,7 +9,7 @@ PY := $(abspath $(VENV))/bin/python
 export OMP_NUM_THREADS ?= 1
 PYTEST_ARGS ?=
 
-.PHONY: help setup demo test test-all check parity bench bench-gpu bench-data flags format clean distclean
+.PHONY: help setup demo test test-ci test-all check parity bench bench-gpu bench-data flags format clean distclean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -21,7 +21,10 @@ demo: setup ## real text, trained on 4 CPU ranks, continued at another layout, s
 	@PYTHON="$(PY)" examples/demo/run.sh
 
 test: setup ## all tests of a machine without an accelerator but the slow ones
-	$(PY) -m pytest -m "not slow and not gpu and not cluster" $(PYTEST_ARGS)
+	$(PY) -m pytest -m "not slow and not ci and not gpu and not cluster" $(PYTEST_ARGS)
+
+test-ci: setup ## what CI runs beside `make test`: more layouts, more faults, more configurations
+	$(PY) -m pytest -m "ci and not slow and not gpu and not cluster" $(PYTEST_ARGS)
 
 test-all: setup ## every test; those that need a GPU or root skip themselves with a reason
 	$(PY) -m pytest $(PYTEST_ARGS)
