@@ -5,10 +5,14 @@ import dataclasses
 import pytest
 
 from tests.parity.compare import compare, passes
-from tests.parity.layouts import LAYOUTS, layout
+from tests.parity.layouts import MORE, QUICK, layout
 
 
-@pytest.mark.parametrize("entry", LAYOUTS, ids=lambda entry: entry.name)
+@pytest.mark.parametrize(
+    "entry",
+    [*QUICK, *(pytest.param(entry, marks=pytest.mark.ci) for entry in MORE)],
+    ids=lambda entry: entry.name,
+)
 def test_equals_the_serial_run(entry):
     difference = compare(entry)
     assert passes(entry, difference), dataclasses.asdict(difference)
