@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -39,8 +39,12 @@ class Engine(Protocol):
         """One gradient contribution of the parameter has been accumulated."""
         ...
 
-    def arm(self, stage: int) -> None:
-        """The stage's last backward comes next: full buckets may be reduced from now on."""
+    def arm(self, stage: int, awaited: Sequence[Tensor] | None = None) -> None:
+        """The stage's last backward comes next: full buckets may be reduced from now on.
+
+        awaited: the parameters that it will still report, each as often; all others are complete.
+        None: a whole backward comes, which reports every parameter.
+        """
         ...
 
     def step(self, *, lr: float, weight_decay: float) -> Update:

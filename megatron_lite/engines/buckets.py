@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -114,13 +115,21 @@ class GradientBuckets:
                 if rows.stop > rows.start:
                     yield place.piece, rows
 
-    def arm(self) -> None:
-        """From now on count gradients, and reduce each bucket when its last one arrives."""
+    def arm(self, awaited: Sequence[Tensor] | None = None) -> None:
+        """From now on count gradients, and reduce each bucket when its last one arrives.
+
+        awaited: the parameters still to be reported, each as often; a bucket without any starts
+        here.  None: every parameter will be, as often as one backward uses it.
+        """
         if not self.overlap:
             return
         self._armed, self._next = True, 0
+        coming = None if awaited is None else Counter(awaited)
         for bucket in self.buckets:
-            bucket.missing = sum(local.uses for local in bucket.locals)
+            bucket.missing = sum(
+                local.uses if coming is None else coming[local.parameter] for local in bucket.locals
+            )
+        self._start_full()
 
     def ready(self, parameter: Tensor) -> None:
         """One contribution to the parameter's accumulator is complete; starts each bucket that is full now.
@@ -130,6 +139,10 @@ class GradientBuckets:
         if not self._armed:
             return
         self._bucket_of[parameter].missing -= 1
+        self._start_full()
+
+    def _start_full(self) -> None:
+        """Start the buckets that wait for nothing, up to the first that does."""
         while self._next < len(self.buckets) and self.buckets[self._next].missing <= 0:
             self._start(self.buckets[self._next])
             self._next += 1

@@ -153,9 +153,12 @@ class ZeroEngine:
         """One gradient contribution of the parameter has been accumulated."""
         self._buckets[self._stage_of[parameter]].ready(parameter)  # type: ignore[index]
 
-    def arm(self, stage: int) -> None:
-        """The stage's last backward comes next: full buckets may be reduced from now on."""
-        self._buckets[stage].arm()
+    def arm(self, stage: int, awaited: Sequence[Tensor] | None = None) -> None:
+        """The stage's last backward comes next: full buckets may be reduced from now on.
+
+        awaited: what its last W will still report, see base.Engine; None: a whole backward comes.
+        """
+        self._buckets[stage].arm(awaited)
 
     @torch.no_grad()
     def step(self, *, lr: float, weight_decay: float) -> Update:

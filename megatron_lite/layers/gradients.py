@@ -2,15 +2,46 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from megatron_lite.parallel.collectives import Pending, start_all_gather
+from megatron_lite.parallel.context import Axis
+
 
 def _nothing(parameter: Tensor) -> None:
     """Nobody waits for this gradient."""
+
+
+class Factor(NamedTuple):
+    """One side of a weight gradient's product: kept whole, or as this rank's slice over `axis`.
+
+    kept: [s, b, k] where axis has size 1, else [s/axis, b, k] and gathered when it is needed.
+    """
+
+    kept: Tensor
+    axis: Axis
+
+    def gather(self) -> Pending:
+        """Begin making it whole: [s, b, k]."""
+        return start_all_gather(self.kept, self.axis)
+
+
+class Product(NamedTuple):
+    """The gradient dyᵀx of a weight [out, in], waiting for its W."""
+
+    weight: Tensor
+    dy: Factor
+    x: Factor
+
+    def gather(self) -> tuple[Tensor, Pending, Pending]:
+        """The weight, and its factors on their way to being whole."""
+        return self.weight, self.dy.gather(), self.x.gather()
 
 
 @dataclass(slots=True)
@@ -21,12 +52,16 @@ class WeightGradients:
     fp32 accumulators, they add to them in place and report the parameter ready.  After postpone(m)
     the matrix products wait in the queue of micro batch m until run(m): the W action of a
     zero-bubble schedule.  Tables, biases and norms cost no product and are never postponed.
+
+    A waiting product keeps its factors as they were split over tp, so that sequence parallelism
+    saves between I and W what it saves between F and I; W gathers them, each under the product
+    before it.
     """
 
     accumulators: dict[Tensor, Tensor] = field(default_factory=dict)
     ready: Callable[[Tensor], None] = _nothing
-    _postponed: dict[int, list[tuple[Tensor, Tensor, Tensor]]] = field(default_factory=dict)
-    _queue: list[tuple[Tensor, Tensor, Tensor]] | None = None
+    _postponed: dict[int, deque[Product]] = field(default_factory=dict)
+    _queue: deque[Product] | None = None
 
     def attach(
         self, accumulators: Iterable[tuple[Tensor, Tensor]], ready: Callable[[Tensor], None]
@@ -38,26 +73,31 @@ class WeightGradients:
         self.accumulators = dict(accumulators)
         self.ready = ready
 
-    def matrix(self, weight: Tensor, dy: Tensor, x: Tensor) -> Tensor | None:
-        """The gradient dyᵀx of weight [out, in] from dy [..., out] and x [..., in].
+    def postpones(self, weight: Tensor) -> bool:
+        """Whether a product for this weight belongs on the queue now: hand it to leave()."""
+        return self._queue is not None and weight in self.accumulators
 
-        Returns it for autograd when unattached, else None: it is added now, or on the queue.
+    def leave(self, product: Product) -> None:
+        """Put it on the queue of the micro batch that postpone() named."""
+        assert self._queue is not None, "nothing is postponed"
+        self._queue.append(product)
+
+    def matrix(self, weight: Tensor, dy: Tensor, x: Tensor) -> Tensor | None:
+        """The gradient dyᵀx of weight [out, in] from dy [..., out] and x [..., in], at once.
+
+        Returns it for autograd when unattached, else None: it is added to the accumulator.
         """
-        dy, x = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
-        if weight not in self.accumulators:
-            return dy.t() @ x
-        if self._queue is not None:
-            self._queue.append((weight, dy, x))
-        else:
+        if weight in self.accumulators:
             self._accumulate(weight, dy, x)
-        return None
+            return None
+        return _rows(dy).t() @ _rows(x)
 
     def rows(self, weight: Tensor, ids: Tensor, dy: Tensor) -> Tensor | None:
         """The gradient of a table [v, h] looked up at ids [...] with output gradient dy [..., h].
 
         Returns it for autograd when unattached, else None.
         """
-        ids, dy = ids.reshape(-1), dy.reshape(-1, dy.shape[-1])
+        ids, dy = ids.reshape(-1), _rows(dy)
         target = self.accumulators.get(weight)
         if target is None:
             return torch.zeros_like(weight).index_add_(0, ids, dy)
@@ -67,25 +107,41 @@ class WeightGradients:
 
     def postpone(self, microbatch: int | None) -> None:
         """From now on leave matrix products to run(microbatch); None: carry them out at once."""
-        self._queue = None if microbatch is None else self._postponed.setdefault(microbatch, [])
+        waiting = None if microbatch is None else self._postponed.setdefault(microbatch, deque())
+        self._queue = waiting
 
     @torch.no_grad()
     def run(self, microbatch: int) -> None:
-        """Carry out what was postponed, in the order it came; each input is freed once it is used."""
+        """Carry out what was postponed, in the order it came; each input is freed once it is used.
+
+        Collective over tp where factors are slices: every tp rank runs the same micro batch.
+        """
         jobs = self._postponed.pop(microbatch)
-        jobs.reverse()
-        while jobs:
-            self._accumulate(*jobs.pop())
+        ahead = jobs.popleft().gather() if jobs else None
+        while ahead is not None:
+            (weight, dy, x), ahead = ahead, jobs.popleft().gather() if jobs else None
+            self._accumulate(weight, dy.wait(), x.wait())
+            del dy, x  # the factors of one product, and of the next, are whole at a time
 
     @property
     def num_postponed(self) -> int:
         """Micro batches whose products have not run."""
         return len(self._postponed)
 
+    @property
+    def awaited(self) -> list[Tensor]:
+        """The weights of all products that have not run, each as often as it will be reported."""
+        return [job.weight for jobs in self._postponed.values() for job in jobs]
+
     def _accumulate(self, weight: Tensor, dy: Tensor, x: Tensor) -> None:
-        target = self.accumulators[weight]
+        target, dy, x = self.accumulators[weight], _rows(dy), _rows(x)
         if target.dtype == dy.dtype:
             target.addmm_(dy.t(), x)
         else:
             target.add_(dy.t() @ x)
         self.ready(weight)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """x: [..., k] -> [n, k]."""
+    return x.reshape(-1, x.shape[-1])

@@ -2,30 +2,49 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron_lite.layers.gradients import WeightGradients
+from megatron_lite.layers.gradients import Factor, Product, WeightGradients
 from megatron_lite.layers.setting import Setting
 from megatron_lite.parallel.collectives import (
     all_gather,
+    reduce_scatter,
     start_all_gather,
     start_all_reduce,
     start_reduce_scatter,
 )
 from megatron_lite.parallel.context import Axis
-from megatron_lite.parallel.regions import reduce_from_tp, reduce_to_sequence
+from megatron_lite.parallel.regions import reduce_from_tp
+
+_ALONE = Axis("none")
+
+
+class _Ends(NamedTuple):
+    """Axes over which a linear layer communicates; see _Linear."""
+
+    enters: Axis = _ALONE
+    leaves: Axis = _ALONE
+    summed: Axis = _ALONE
+
+
+def _column_ends(setting: Setting) -> _Ends:
+    """In front of features that are split over tp."""
+    tp = setting.tp
+    return _Ends(enters=tp) if setting.sequence_parallel else _Ends(summed=tp)
 
 
 class _Linear(torch.autograd.Function):
-    """x Wᵀ + b where x is equal on all tp ranks (axis of size > 1) or already local (size 1).
+    """x Wᵀ + b, its input and output each whole or split along the sequence.
 
-    With `split`, x is [s/tp, b, in] and is gathered, in backward again: keeping the gathered input
-    would cost what sequence parallelism saves.  The input gradient's collective runs under the
-    weight gradient's matrix product.
+    enters: x is [s/n, b, in] over this axis and gathered, in backward again: keeping the gathered
+    input would cost what sequence parallelism saves.  leaves: y is a partial sum, reduce-scattered
+    to [s/n, b, out].  summed: where x is whole, the axis over which its gradient is all-reduced.
+    An input gradient's collective runs under the weight gradient's product, where that is computed
+    now; one that waits for its W keeps the slices.
     """
 
     @staticmethod
@@ -35,29 +54,37 @@ class _Linear(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         sink: WeightGradients,
-        axis: Axis,
-        split: bool,
+        ends: _Ends,
     ) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.sink, ctx.axis, ctx.split = sink, axis, split
-        return F.linear(all_gather(x, axis) if split else x, weight, bias)
+        ctx.sink, ctx.ends = sink, ends
+        y = F.linear(all_gather(x, ends.enters), weight, bias)
+        return reduce_scatter(y, ends.leaves)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        axis, split = ctx.axis, ctx.split
-        gathered = start_all_gather(x, axis) if split else None
+        sink, ends = ctx.sink, ctx.ends
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        later = needs_weight and sink.postpones(weight)
+        if later:
+            sink.leave(Product(weight, Factor(dy, ends.leaves), Factor(x, ends.enters)))
+        gathered_dy = start_all_gather(dy, ends.leaves)
+        gathered_x = None if later else start_all_gather(x, ends.enters)
+        dy = gathered_dy.wait()
         pending = None
-        if ctx.needs_input_grad[0]:
+        if needs_x:
             dx = dy @ weight
-            pending = start_reduce_scatter(dx, axis) if split else start_all_reduce(dx, axis)
-        whole = gathered.wait() if gathered is not None else x
-        dw = ctx.sink.matrix(weight, dy, whole) if ctx.needs_input_grad[1] else None
-        db = dy.sum(tuple(range(dy.dim() - 1))) if ctx.needs_input_grad[2] else None
-        return (pending.wait() if pending is not None else None), dw, db, None, None, None
-
-
-_ALONE = Axis("none")
+            pending = (
+                start_reduce_scatter(dx, ends.enters)
+                if ends.enters.size > 1
+                else start_all_reduce(dx, ends.summed)
+            )
+        dw = None
+        if needs_weight and gathered_x is not None:
+            dw = sink.matrix(weight, dy, gathered_x.wait())
+        db = dy.sum(tuple(range(dy.dim() - 1))) if needs_bias else None
+        return (pending.wait() if pending is not None else None), dw, db, None, None
 
 
 class ColumnParallelLinear(nn.Module):
@@ -79,8 +106,7 @@ class ColumnParallelLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x: [s/tp, b, in] with sequence parallelism, else [s, b, in] -> [s, b, out/tp]."""
         at = self.setting
-        split = at.sequence_parallel and at.tp.size > 1
-        return _Linear.apply(x, self.weight, self.bias, at.gradients, at.tp, split)
+        return _Linear.apply(x, self.weight, self.bias, at.gradients, _column_ends(at))
 
 
 class RowParallelLinear(nn.Module):
@@ -100,9 +126,10 @@ class RowParallelLinear(nn.Module):
         """x: [s, b, in/tp] -> [s/tp, b, out] with sequence parallelism, else [s, b, out]."""
         at = self.setting
         if at.tp.size == 1:  # nothing comes between the product and the bias
-            return _Linear.apply(x, self.weight, self.bias, at.gradients, _ALONE, False)
-        y = _Linear.apply(x, self.weight, None, at.gradients, _ALONE, False)
-        y = reduce_to_sequence(y, at.tp) if at.sequence_parallel else reduce_from_tp(y, at.tp)
+            return _Linear.apply(x, self.weight, self.bias, at.gradients, _Ends())
+        ends = _Ends(leaves=at.tp) if at.sequence_parallel else _Ends()
+        y = _Linear.apply(x, self.weight, None, at.gradients, ends)
+        y = y if at.sequence_parallel else reduce_from_tp(y, at.tp)
         return y if self.bias is None else y + self.bias
 
 
@@ -111,5 +138,4 @@ def project_to_vocabulary(x: Tensor, weight: Tensor, setting: Setting) -> Tensor
 
     The logits of this rank's part of the vocabulary, padding included; cross_entropy masks it.
     """
-    split = setting.sequence_parallel and setting.tp.size > 1
-    return _Linear.apply(x, weight, None, setting.gradients, setting.tp, split)
+    return _Linear.apply(x, weight, None, setting.gradients, _column_ends(setting))

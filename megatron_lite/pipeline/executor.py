@@ -17,13 +17,15 @@ from megatron_lite.pipeline.stage import MicroBatch, Scored, Stage
 class Executor:
     """Stages of this rank, its mail, and whom to tell that a stage's last backward comes next.
 
+    arm: (stage, what its last W will still report or None where a whole backward comes).
+
     span: measures a block under a name (forward-compute, forward-recv and so on).
     peak_live: of the last run, the most micro batches (of one stage each) held at once on this rank.
     """
 
     stages: dict[int, Stage]
     mail: Mail
-    arm: Callable[[int], None]
+    arm: Callable[[int, Sequence[Tensor] | None], None]
     span: Callable[[str], AbstractContextManager[object]] = nullcontext
     peak_live: int = 0
 
@@ -49,11 +51,20 @@ class Executor:
                     with self.span("backward-compute"):
                         self.stages[action.stage].weight_gradients(action.microbatch)
                 case Op.REDUCE:
-                    self.arm(action.stage)
+                    self.arm(action.stage, self._awaited(action.stage))
                 case _:
                     self.mail.post(group)
         self.mail.finish()
         return [scored for stage in self.stages.values() for scored in stage.take_totals()]
+
+    def _awaited(self, stage: int) -> list[Tensor] | None:
+        """Before the stage's last W, all that is still to come: no other part of a backward is.
+
+        Another stage of this rank may hold a product for it: of a table that it lends.
+        """
+        if self.stages[stage].awaited is None:
+            return None
+        return [weight for held in self.stages.values() for weight in held.awaited or ()]
 
     def _forward(self, action: Action, batch: MicroBatch, scale: Tensor | None) -> None:
         stage, n, m = self.stages[action.stage], action.stage, action.microbatch

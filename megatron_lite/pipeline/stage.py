@@ -52,6 +52,11 @@ class PostponedGradients(Protocol):
         """Micro batches that still hold inputs for their weight gradients."""
         ...
 
+    @property
+    def awaited(self) -> list[Tensor]:
+        """The weights whose gradients wait, each as often as a product waits."""
+        ...
+
 
 class _Kept(NamedTuple):
     """What a forward leaves for backward: its input, and where its graph ends.
@@ -118,6 +123,11 @@ class Stage:
     def weight_gradients(self, microbatch: int) -> None:
         """Compute the weight gradients that backward postponed."""
         self.gradients.run(microbatch)
+
+    @property
+    def awaited(self) -> list[Tensor] | None:
+        """The weights of all postponed products; None where nothing is postponed."""
+        return self.gradients.awaited if self.gradients.num_postponed else None
 
     @property
     def num_live(self) -> int:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from megatron_lite.blueprint.schedules.actions import Action, Op
 from megatron_lite.blueprint.schedules.simulate import simulate
-from megatron_lite.layers.gradients import WeightGradients
+from megatron_lite.layers.gradients import Factor, Product, WeightGradients
 from megatron_lite.parallel.context import Axis
 from megatron_lite.pipeline.mail import Mail
 from megatron_lite.pipeline.stage import MicroBatch, Stage
@@ -23,6 +23,7 @@ from tests.support.spawn import spawn
 from tests.support.tiny import context, draw, make_batches, tiny_config
 
 PP, MICROBATCHES = 4, 8
+ALONE = Axis("none")
 SCHEDULES: dict[str, dict[str, Any]] = {
     "1f1b": {},
     "gpipe": {"parallel__pipeline_schedule": "gpipe"},
@@ -134,13 +135,17 @@ def test_what_was_postponed_is_added_by_its_own_weight_action() -> None:
     sink.attach([(weight, total)], lambda parameter: reported.append(parameter is weight))
     for m in (0, 1):
         sink.postpone(m)
-        assert sink.matrix(weight, torch.full((4, 2), m + 1.0), torch.ones(4, 3)) is None
+        assert sink.postpones(weight)
+        dy = torch.full((4, 2), m + 1.0)
+        sink.leave(Product(weight, Factor(dy, ALONE), Factor(torch.ones(4, 3), ALONE)))
     sink.postpone(None)
     assert sink.num_postponed == 2
+    assert [waiting is weight for waiting in sink.awaited] == [True] * 2
     assert not total.any()
     sink.run(1)
     assert torch.equal(total, torch.full((2, 3), 8.0))
-    sink.matrix(weight, torch.ones(1, 2), torch.ones(1, 3))
+    assert not sink.postpones(weight)
+    assert sink.matrix(weight, torch.ones(1, 2), torch.ones(1, 3)) is None
     sink.run(0)
     assert torch.equal(total, torch.full((2, 3), 13.0))
     assert sink.num_postponed == 0

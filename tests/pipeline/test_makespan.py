@@ -45,6 +45,7 @@ class Sleeper:
     is_last: bool
     forward_seconds: float
     num_live: int = 0
+    awaited: None = None
 
     def forward(self, microbatch, batch, received, scale):
         time.sleep(self.forward_seconds)
@@ -88,7 +89,7 @@ def makespan(name: str, rank: int, ranks: int) -> float:
     }
     mail = Mail(axis, schedule.placement)
     mail.expect((1,), torch.float32, torch.device("cpu"))
-    executor = Executor(stages, mail, arm=lambda stage: None)  # type: ignore[arg-type]
+    executor = Executor(stages, mail, arm=lambda stage, awaited: None)  # type: ignore[arg-type]
     actions = lower(schedule)[rank]
     dist.barrier()
     start = time.monotonic()
