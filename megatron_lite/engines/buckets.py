@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -44,7 +44,8 @@ class GradientBuckets:
     """The accumulators of one stage.
 
     Parameters are walked in reverse, about the order in which backward finishes them.  Buckets
-    start in order, so that all dp ranks issue the same collectives whatever their timing.
+    start in that order, what is complete when armed before the others, so that all dp ranks issue
+    the same collectives whatever their timing.
     """
 
     buffer: Tensor
@@ -54,7 +55,7 @@ class GradientBuckets:
     views: dict[Tensor, Tensor] = field(default_factory=dict)
     _bucket_of: dict[Tensor, Bucket] = field(default_factory=dict)
     _armed: bool = False
-    _next: int = 0
+    _coming: deque[Bucket] = field(default_factory=deque)
 
     @classmethod
     def build(
@@ -123,12 +124,14 @@ class GradientBuckets:
         """
         if not self.overlap:
             return
-        self._armed, self._next = True, 0
+        self._armed = True
         coming = None if awaited is None else Counter(awaited)
         for bucket in self.buckets:
             bucket.missing = sum(
                 local.uses if coming is None else coming[local.parameter] for local in bucket.locals
             )
+        # the same on all dp ranks, whose queues hold the same products
+        self._coming = deque(sorted(self.buckets, key=lambda bucket: bucket.missing > 0))
         self._start_full()
 
     def ready(self, parameter: Tensor) -> None:
@@ -143,9 +146,8 @@ class GradientBuckets:
 
     def _start_full(self) -> None:
         """Start the buckets that wait for nothing, up to the first that does."""
-        while self._next < len(self.buckets) and self.buckets[self._next].missing <= 0:
-            self._start(self.buckets[self._next])
-            self._next += 1
+        while self._coming and self._coming[0].missing <= 0:
+            self._start(self._coming.popleft())
 
     def finish(self) -> None:
         """Reduce what is not yet reduced and wait for all.  Collective over dp.

@@ -119,6 +119,29 @@ def block_items(
     )
 
 
+def postponed_bytes(
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    precision: PrecisionConfig,
+    *,
+    micro_batch_size: int,
+) -> float:
+    """What one block keeps for a micro batch between I and W: both factors of its weight gradients.
+
+    Inputs and output gradients of the four linear layers; what a column-parallel layer gathers and a
+    row-parallel one reduces is kept as it is split (layers/gradients.py).  Recomputing saves nothing
+    of it.
+    """
+    tp, h, f = parallel.tp, model.hidden_size, model.ffn_size / parallel.tp
+    tokens = model.seq_length * micro_batch_size / parallel.cp
+    split = tokens / tp if parallel.sequence_parallel else tokens
+    queries = model.num_attention_heads * model.head_size / tp
+    keys = model.num_kv_heads * model.head_size / tp
+    up = f * (2 if model.swiglu else 1)
+    whole = (queries + 2 * keys) + queries + up + f
+    return element_bytes(precision) * (split * 4 * h + tokens * whole)
+
+
 def stage_bytes(
     num_layers: int,
     items: Items,

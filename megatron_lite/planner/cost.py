@@ -2,17 +2,19 @@
 
 Every matrix product is timed by its shape, attention by its kernel, everything else by the bytes it
 moves.  A tensor-parallel collective counts where it is exposed: those of a backward run under the
-weight gradient's product, as layers/linear.py starts them.
+weight gradient's product, as layers/linear.py starts them; where that product waits for its W, they
+have nothing to run under, and what W gathers again runs under the product before.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_lite.blueprint.draw_up import Blueprint
 from megatron_lite.blueprint.schedules.actions import Action, Op
 from megatron_lite.blueprint.schedules.simulate import Cost
 from megatron_lite.blueprint.stages import Stage
+from megatron_lite.config.pipeline import SPLIT_BACKWARD
 from megatron_lite.planner.activations import element_bytes, uses_flash
 from megatron_lite.planner.hardware import Cluster
 from megatron_lite.planner.memory import Asked, layer_input_bytes
@@ -54,11 +56,24 @@ class Work:
 
 @dataclass(frozen=True, slots=True)
 class Passes:
-    """One layer's or the head's work in forward, backward for the input, and for the weights."""
+    """One layer's or the head's work in forward, backward for the input, and for the weights.
+
+    exposed: of the collectives of I where the backward is split; gathered: what W gathers then.
+    """
 
     forward: Work
     inputs: Work
     weights: Work
+    exposed: float = 0.0
+    gathered: float = 0.0
+
+    def split(self) -> tuple[Work, Work]:
+        """I and W as actions of their own."""
+        hidden = min(self.gathered, self.weights.products)
+        return (
+            replace(self.inputs, tp=self.exposed, tp_hidden=0.0),
+            replace(self.weights, tp=self.gathered - hidden, tp_hidden=hidden),
+        )
 
 
 class Costs:
@@ -82,6 +97,12 @@ class Costs:
             known = self._work(op, stage)
             self._by_action[op, stage.index] = known
         return known
+
+    def backward(self, stage: Stage) -> Work:
+        """A whole backward of one micro batch, split or not as the schedule has it."""
+        if self.blueprint.schedule in SPLIT_BACKWARD:
+            return self.work(Op.I, stage) + self.work(Op.W, stage)
+        return self.work(Op.B, stage)
 
     def cost(self) -> Cost:
         """Seconds of an action, for the simulator."""
@@ -153,6 +174,10 @@ class Costs:
             Work(forward, core_forward, forward_moves, 2 * ring),
             Work(inputs, core_backward, backward_moves, exposed, hidden),
             Work(weights, 0.0, self._accumulating(), 0.0),
+            # two all-reduces, or two gathers of dy and two scatters of dx
+            exposed=2 * ring,
+            # the inputs of two column-parallel, dy of two row-parallel layers
+            gathered=2 * ring if parallel.sequence_parallel else 0.0,
         )
 
     def _backward_tp(self, ring: float, under: float) -> tuple[float, float]:
@@ -210,6 +235,8 @@ class Costs:
             Work(forward_product, 0.0, forward + norm, half),
             Work(inputs, 0.0, backward + 1.5 * norm, max(ring - weights, 0.0), min(ring, weights)),
             Work(weights, 0.0, 0.0, 0.0),
+            exposed=half or ring,
+            gathered=half,
         )
 
     def _embedding(self) -> Passes:
@@ -219,7 +246,10 @@ class Costs:
         none = Work()
         look_up = self._moving(elements, 4.0)
         back = ring / 2 if self.asked.parallel.sequence_parallel else 0.0
-        return Passes(Work(0.0, 0.0, look_up, ring), none, Work(0.0, 0.0, look_up * 2, back))
+        # its gradient is no product: B, or I, adds it
+        return Passes(
+            Work(0.0, 0.0, look_up, ring), Work(0.0, 0.0, look_up * 2, back), none, exposed=back
+        )
 
     def _work(self, op: Op, stage: Stage) -> Work:
         layers = len(stage.layers)
@@ -232,10 +262,12 @@ class Costs:
         for passes, times in parts:
             if op is Op.F:
                 done += passes.forward * times
-            if op in (Op.B, Op.I):
-                done += passes.inputs * times
-            if op in (Op.B, Op.W):
-                done += passes.weights * times
+            if op is Op.B:
+                done += (passes.inputs + passes.weights) * times
+            if op is Op.I:
+                done += passes.split()[0] * times
+            if op is Op.W:
+                done += passes.split()[1] * times
         if op in (Op.B, Op.I):
             done += self._again(layers)
         return done

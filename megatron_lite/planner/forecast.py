@@ -10,6 +10,7 @@ from megatron_lite.blueprint.flops import core_forward, flops_per_token
 from megatron_lite.blueprint.schedules import SCHEDULES
 from megatron_lite.blueprint.schedules.actions import Op
 from megatron_lite.blueprint.schedules.simulate import Simulation, simulate
+from megatron_lite.config.pipeline import SPLIT_BACKWARD
 from megatron_lite.planner.cost import Costs, Work
 from megatron_lite.planner.hardware import Cluster
 from megatron_lite.planner.memory import Asked, RankMemory, memory
@@ -151,7 +152,7 @@ def _total(costs: Costs, blueprint: Blueprint, pp_rank: int) -> Work:
     """One micro batch through all stages of a rank."""
     done = Work()
     for stage in blueprint.stages_of(pp_rank):
-        done = done + costs.work(Op.F, stage) + costs.work(Op.B, stage)
+        done = done + costs.work(Op.F, stage) + costs.backward(stage)
     return done
 
 
@@ -171,7 +172,7 @@ def pipeline_seconds(costs: Costs, num: int) -> float:
     pp = costs.blueprint.grid.pp
     if pp == 1:
         stage = costs.blueprint.stages[0]
-        return num * (costs.work(Op.F, stage).seconds + costs.work(Op.B, stage).seconds)
+        return num * (costs.work(Op.F, stage).seconds + costs.backward(stage).seconds)
     first = 6 * pp
     if num <= 8 * pp or costs.blueprint.schedule == "gpipe":
         return simulate_step(costs, num).makespan
@@ -221,9 +222,10 @@ def _data_parallel(costs: Costs, pp_rank: int) -> tuple[float, float, float]:
     gather = 0.0
     if sharded:
         gather = cluster.ring_seconds(parameters * costs.width, ranks, stride=stride, passes=1)
-    # the last micro batch's backward and the first one's forward hide what is started bucket-wise
+    # the last backward, or its W, and the first forward hide what is started bucket by bucket
     stages = blueprint.stages_of(pp_rank)
-    backward = sum(costs.work(Op.B, stage).seconds for stage in stages)
+    last = Op.W if blueprint.schedule in SPLIT_BACKWARD else Op.B
+    backward = sum(costs.work(last, stage).seconds for stage in stages)
     forward = sum(costs.work(Op.F, stage).seconds for stage in stages)
     under = min(gradients, backward) if parallel.overlap_grad_reduce else 0.0
     ahead = min(gather, forward) if parallel.overlap_param_gather else 0.0

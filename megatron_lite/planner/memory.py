@@ -17,7 +17,13 @@ from megatron_lite.config.model import ModelConfig
 from megatron_lite.config.optim import OptimConfig
 from megatron_lite.config.parallel import ParallelConfig
 from megatron_lite.config.precision import PrecisionConfig
-from megatron_lite.planner.activations import Items, block_items, element_bytes, stage_bytes
+from megatron_lite.planner.activations import (
+    Items,
+    block_items,
+    element_bytes,
+    postponed_bytes,
+    stage_bytes,
+)
 
 CONTEXT_BYTES = 1.5e9
 """CUDA context, libraries and NCCL's channels, which torch does not count; about 1 to 2 GB."""
@@ -121,14 +127,14 @@ def _rank_memory(
     model, stages = blueprint.model, blueprint.stages_of(pp_rank)
     parameters = blueprint.rank_parameters(pp_rank)
     stream = layer_input_bytes(model, asked)
-    kept, transient = {}, 0.0
+    kept, waiting, transient = {}, stage_waiting(blueprint, asked, pp_rank), 0.0
     for stage in stages:
         kept[stage.index], again = stage_bytes(
             len(stage.layers), items, asked.parallel, layer_input=stream
         )
         kept[stage.index] += _ends_bytes(model, stage, asked, stream)
         transient = max(transient, again)
-    peak, live = _peak(schedule, pp_rank, kept)
+    peak, live = _peak(schedule, pp_rank, kept, waiting)
     low = element_bytes(asked.precision)
     kinds = static_bytes(parameters, asked, blueprint.dp)
     kinds["activations"] = peak
@@ -164,6 +170,28 @@ def _logits_bytes(blueprint: Blueprint, asked: Asked) -> float:
     return tokens * columns * (4 + element_bytes(asked.precision))
 
 
+def stage_waiting(blueprint: Blueprint, asked: Asked, pp_rank: int) -> dict[int, float]:
+    """Stage of the rank -> bytes that a micro batch keeps there between I and W."""
+    model = blueprint.model
+    block = postponed_bytes(
+        model, asked.parallel, asked.precision, micro_batch_size=asked.micro_batch_size
+    )
+    waiting = {}
+    for stage in blueprint.stages_of(pp_rank):
+        waiting[stage.index] = len(stage.layers) * block
+        if stage.has_head:
+            waiting[stage.index] += layer_input_bytes(model, asked)
+            waiting[stage.index] += _logits_gradient_bytes(blueprint, asked)
+    return waiting
+
+
+def _logits_gradient_bytes(blueprint: Blueprint, asked: Asked) -> float:
+    """The factor that a postponed product of the head keeps beside its input."""
+    tokens = blueprint.model.seq_length * asked.micro_batch_size / asked.parallel.cp
+    columns = blueprint.padded_vocab_size / asked.parallel.tp
+    return tokens * columns * element_bytes(asked.precision)
+
+
 def _largest_weight(blueprint: Blueprint, pp_rank: int) -> int:
     held = {stage.index for stage in blueprint.stages_of(pp_rank)}
     tp = blueprint.grid.tp
@@ -171,17 +199,19 @@ def _largest_weight(blueprint: Blueprint, pp_rank: int) -> int:
 
 
 def _peak(
-    schedule: Schedule, pp_rank: int, kept: Mapping[int, float]
+    schedule: Schedule, pp_rank: int, kept: Mapping[int, float], waiting: Mapping[int, float]
 ) -> tuple[float, dict[int, int]]:
-    """Bytes at the worst moment, and the micro batches of each stage alive then."""
-    live = dict.fromkeys(kept, 0)
-    worst, at_worst = 0.0, dict(live)
+    """Bytes at the worst moment, and the micro batches of each stage alive then.
+
+    kept: of a stage's micro batch from its forward to B or I; waiting: from I to W.
+    """
+    between_f_and_i, between_i_and_w = dict.fromkeys(kept, 0), dict.fromkeys(kept, 0)
+    worst, at_worst = 0.0, dict(between_f_and_i)
     for op, stage, _ in schedule.lists[pp_rank]:
-        if op is Op.F:
-            live[stage] += 1
-            now = sum(count * kept[s] for s, count in live.items())
-            if now > worst:
-                worst, at_worst = now, dict(live)
-        elif op is Op.B or op is Op.W:
-            live[stage] -= 1
+        between_f_and_i[stage] += (op is Op.F) - (op is Op.B or op is Op.I)
+        between_i_and_w[stage] += (op is Op.I) - (op is Op.W)
+        now = sum(between_f_and_i[s] * kept[s] + between_i_and_w[s] * waiting[s] for s in kept)
+        if now > worst:
+            worst = now
+            at_worst = {s: between_f_and_i[s] + between_i_and_w[s] for s in kept}
     return worst, at_worst

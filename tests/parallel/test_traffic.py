@@ -2,8 +2,8 @@
 
 Per layer and micro batch, tp all-reduces of s b h elements: 2 forward + 2 backward
 (arXiv:1909.08053 § 3); with sequence parallelism 10 all-gathers and reduce-scatters, as Megatron
-gathers column inputs again in backward (arXiv:2205.05198 § 4.2.2).  Embedding, head, loss, gradient
-norm and the sum of the loss come on top.
+gathers column inputs again in backward (arXiv:2205.05198 § 4.2.2), 12 where the backward is split.
+Embedding, head, loss, gradient norm and the sum of the loss come on top.
 """
 
 from collections import Counter
@@ -24,9 +24,8 @@ TOKENS = S * B * 4
 
 def traffic(rank, ranks, changes):
     """(collective, bytes of the whole tensor) -> how often, on this rank in one step."""
-    config = tiny_config(
-        train__micro_batch_size=B, train__global_batch_size=B * ranks_dp(changes, ranks), **changes
-    )
+    batch = {"train__global_batch_size": B * ranks_dp(changes, ranks)}
+    config = tiny_config(**{"train__micro_batch_size": B} | batch | changes)
     blueprint = draw(config, ranks)
     run = assemble(config, blueprint, context(blueprint, rank))
     batches = make_batches(config, blueprint, run.ctx.dp.rank, 0)
@@ -92,6 +91,55 @@ def test_sequence_parallel_moves_ten_slices_a_layer():
             {key: n for key, n in seen.items() if key[1] == ACTIVATION and key[0] != "all-reduce"}
         )
         assert rest == partial + LOSS + NORM + ALWAYS
+
+
+ZB_H1 = {"parallel__pipeline_schedule": "zb-h1"}
+FULL = {
+    "parallel__recompute_granularity": "full", "parallel__recompute_method": "uniform",
+    "parallel__recompute_num_layers": 1,
+}  # fmt: skip
+SPLIT = {"parallel__distribute_saved_activations": True}
+MLP = {"parallel__recompute_granularity": "selective", "parallel__recompute_modules": ["mlp"]}
+
+
+SP_ON = {SP: True}
+# what changes, and the all-reduces, all-gathers, reduce-scatters of one activation, each per layer
+# and micro batch, then for the head
+ACTIVATIONS = {
+    "tp": ({}, (4, 0, 0), (1, 0, 0)),
+    "split backward": (ZB_H1, (4, 0, 0), (1, 0, 0)),
+    "full": (FULL, (4 + 2, 0, 0), (1, 0, 0)),
+    "full, kept in slices": (FULL | SPLIT, (4 + 2, 1, 0), (1, 0, 0)),
+    "mlp again": (MLP, (4, 0, 0), (1, 0, 0)),  # ends before the sum that nobody needs
+    "sp": (SP_ON, (0, 6, 4), (0, 2, 1)),
+    # W gathers what it needs: the inputs of two columns, and the output gradients of two rows again
+    "sp, split backward": (SP_ON | ZB_H1, (0, 6 + 2, 4), (0, 2, 1)),
+    "sp, full": (SP_ON | FULL, (0, 6 + 2, 4 + 2), (0, 2, 1)),
+    "sp, full, split backward": (SP_ON | FULL | ZB_H1, (0, 8 + 2, 4 + 2), (0, 2, 1)),
+    "sp, mlp again": (SP_ON | MLP, (0, 6 + 1, 4 + 1), (0, 2, 1)),
+}
+
+
+def every_traffic(rank, ranks, num):
+    """traffic() of all ACTIVATIONS with so many micro batches."""
+    batch = {TP: 2, "train__global_batch_size": num * B}
+    return {
+        name: traffic(rank, ranks, changes | batch)[0]
+        for name, (changes, _, _) in ACTIVATIONS.items()
+    }
+
+
+def test_tensor_parallel_activations_by_schedule_and_recomputation():
+    num = 3
+    for rank in spawn(every_traffic, 2, num):
+        for name, (changes, per_layer, head) in ACTIVATIONS.items():
+            embedding = (0, 1, 1) if SP in changes else (1, 0, 0)
+            expected = [
+                num * (LAYERS * of_layer + of_head + of_embedding)
+                for of_layer, of_head, of_embedding in zip(per_layer, head, embedding, strict=True)
+            ]
+            kinds = ("all-reduce", "all-gather", "reduce-scatter")
+            assert [rank[name][kind, ACTIVATION] for kind in kinds] == expected, name
 
 
 def test_pipeline_sends_one_activation_each_way():

@@ -17,6 +17,7 @@ from megatron_lite.layers.gradients import Factor, Product, WeightGradients
 from megatron_lite.parallel.context import Axis
 from megatron_lite.pipeline.mail import Mail
 from megatron_lite.pipeline.stage import MicroBatch, Stage
+from megatron_lite.planner.memory import Asked, stage_waiting
 from megatron_lite.train.assemble import assemble
 from megatron_lite.train.step import train_step
 from tests.support.spawn import spawn
@@ -150,6 +151,49 @@ def test_what_was_postponed_is_added_by_its_own_weight_action() -> None:
     assert torch.equal(total, torch.full((2, 3), 13.0))
     assert sink.num_postponed == 0
     assert reported == [True] * 3
+
+
+def postponed(rank: int, ranks: int, changes: dict[str, Any]) -> tuple[int, float]:
+    """Bytes on the queue between I and W, blocks of memory counted once; and the planner's."""
+    config = tiny_config(
+        parallel__tensor_model_parallel_size=ranks, parallel__pipeline_schedule="zb-h1",
+        train__global_batch_size=2, model__hidden_dropout=0.1, **changes,
+    )  # fmt: skip
+    blueprint = draw(config, ranks)
+    run = assemble(config, blueprint, context(blueprint, rank))
+    seen: list[int] = []
+    carry_out = WeightGradients.run
+
+    def weigh(sink: WeightGradients, microbatch: int) -> None:
+        (jobs,) = sink._postponed.values()
+        kept = [factor.kept.untyped_storage() for job in jobs for factor in (job.dy, job.x)]
+        seen.append(sum({storage.data_ptr(): storage.nbytes() for storage in kept}.values()))
+        carry_out(sink, microbatch)
+
+    WeightGradients.run = weigh  # type: ignore[method-assign]
+    train_step(run, make_batches(config, blueprint, 0, 0), lr=1e-3, weight_decay=0.0)
+    WeightGradients.run = carry_out  # type: ignore[method-assign]
+    (bytes_kept,) = seen
+    asked = Asked(config.parallel, config.precision, config.optim, 2, on_gpu=False)
+    return bytes_kept, sum(stage_waiting(blueprint, asked, 0).values())
+
+
+@pytest.mark.parametrize(
+    ("ranks", "changes"),
+    [
+        (1, {}),
+        (2, {}),
+        (2, {"parallel__sequence_parallel": True}),
+        (4, {"parallel__sequence_parallel": True, "precision__bf16": True}),
+        (2, {"parallel__sequence_parallel": True, "model__swiglu": True,
+             "parallel__recompute_granularity": "full", "parallel__recompute_method": "uniform",
+             "parallel__recompute_num_layers": 2}),
+    ],
+    ids=["alone", "tp", "tp-sp", "tp4-sp-bf16", "tp-sp-swiglu-recomputed"],
+)  # fmt: skip
+def test_a_postponed_micro_batch_keeps_what_the_planner_says(ranks, changes) -> None:
+    for measured_bytes, planned in spawn(postponed, ranks, changes):
+        assert measured_bytes == planned
 
 
 def sends(rank: int, ranks: int, count: int) -> int:
