@@ -9,7 +9,7 @@ PY := $(abspath $(VENV))/bin/python
 export OMP_NUM_THREADS ?= 1
 PYTEST_ARGS ?=
 
-.PHONY: help setup demo test test-ci test-all check parity bench bench-gpu bench-data flags format clean distclean
+.PHONY: help setup demo test test-ci test-all test-cluster check parity bench bench-gpu bench-data flags format clean distclean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -28,6 +28,9 @@ test-ci: setup ## what CI runs beside `make test`: more layouts, more faults, mo
 
 test-all: setup ## every test; those that need a GPU or root skip themselves with a reason
 	$(PY) -m pytest $(PYTEST_ARGS)
+
+test-cluster: setup ## several hosts as network namespaces, trained across and cut off; needs root
+	$(PY) -m pytest -m cluster tests/cluster $(PYTEST_ARGS)
 
 check: setup ## lint, format, types, shell scripts, import directions, documents
 	$(PY) -m ruff check .

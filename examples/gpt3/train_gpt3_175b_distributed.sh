@@ -75,7 +75,8 @@ NODE_RANK=${NODE_RANK:-${SLURM_NODEID:-0}}
 GPUS_PER_NODE=${GPUS_PER_NODE:-8}
 TP=${TP:-8}
 PP=${PP:-8}
-for name in NUM_NODES GPUS_PER_NODE TP PP NODE_RANK; do
+MAX_RESTARTS=${MAX_RESTARTS:-0}
+for name in NUM_NODES GPUS_PER_NODE TP PP NODE_RANK MAX_RESTARTS; do
     is_count "${!name}" || die "$name=${!name} is not a whole number"
     printf -v "$name" '%d' "$((10#${!name}))" # a leading zero does not mean octal
 done
@@ -86,6 +87,7 @@ done
 WORLD_SIZE=$((NUM_NODES * GPUS_PER_NODE))
 
 LAUNCH_ARGS=(--nproc_per_node "$GPUS_PER_NODE" --nnodes "$NUM_NODES" --node_rank "$NODE_RANK")
+((MAX_RESTARTS == 0)) || LAUNCH_ARGS+=(--max_restarts "$MAX_RESTARTS")
 if ((NUM_NODES == 1)) && [[ -z ${MASTER_PORT:-} ]]; then
     # a free port is found, so that two jobs can share a machine
     LAUNCH_ARGS+=(--standalone --local_addr "${MASTER_ADDR:-localhost}")
@@ -179,7 +181,8 @@ export PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}"
 if [[ $DRY_RUN == 1 ]]; then
     COMMAND=("$PYTHON" "${ARGS[@]}" --dry-run --world-size "$WORLD_SIZE")
 else
-    COMMAND=("$PYTHON" -m torch.distributed.run "${LAUNCH_ARGS[@]}" "${ARGS[@]}")
+    # torchrun, ending with the ranks' exit code
+    COMMAND=("$PYTHON" "$ROOT/tools/launch.py" "${LAUNCH_ARGS[@]}" "${ARGS[@]}")
 fi
 if [[ $PRINT_COMMAND == 1 ]]; then
     printf '%s\n' "${COMMAND[*]@Q}"

@@ -211,10 +211,6 @@ _REFUSED = (
     _refused("--partition-activations", "use --distribute-saved-activations with full recompute"),
     _refused("--checkpoint-in-cpu", "saved activations stay on the device; drop it"),
     _refused(
-        "--kill-switch-file",
-        "send SIGTERM instead: the run saves a checkpoint after the current step and stops",
-    ),
-    _refused(
         "--train-data-exact-num-epochs",
         "say the length with --train-samples (documents' tokens / --seq-length per epoch)",
     ),
@@ -272,6 +268,7 @@ OURS_ONLY = frozenset(
         "precision.tf32",
         "data.exact_blend_counts",
         "train.dry_run",
+        "train.exit_code_on_preemption",
         "train.world_size",
         "train.use_cpu",
         "train.print_state_hash",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,7 +44,13 @@ class TrainConfig:
     """Stop, with a checkpoint, after this many minutes."""
 
     exit_signal_handler: bool = True
-    """Stop cleanly, with a checkpoint, on SIGTERM."""
+    """Stop cleanly, with a checkpoint, on SIGTERM, SIGUSR1 or Ctrl-C."""
+
+    kill_switch_file: str | None = None
+    """Stop cleanly, with a checkpoint, when this file appears; rank 0 looks once a second."""
+
+    exit_code_on_preemption: Literal[75, 0] = 75
+    """Exit code after a signal or the kill switch: 75 asks a scheduler to start again."""
 
     skip_train: bool = False
     """Only evaluate the loaded checkpoint."""

@@ -146,8 +146,9 @@ def gather(launch: Launch, parallel: ParallelConfig, *, end: Callable[[str], Non
         world_size=launch.world_size,
         limits=Limits.from_timeout(seconds),
         hosts_store=hosts,
-        holder="the launcher, which holds the store," if launch.agent_holds_store
-        else "rank 0, which holds the store,",
+        beside_store=launch.agent_holds_store and launch.rank < launch.local_world_size,
+        holder=f"rank 0's host ({launch.host}), whose launcher holds the store,"
+        if launch.agent_holds_store else "rank 0, which holds the store,",
         end=end,
     )  # fmt: skip
     try:
@@ -193,6 +194,16 @@ def compare_ranks(launch: Launch, world: World, facts: dict[str, str]) -> None:
             f"the ranks were not started alike:{listed}{more}\ngive every rank the same flags, files "
             "and version"
         )
+
+
+def from_rank_0(launch: Launch, world: World, find: Callable[[], str]) -> str:
+    """What rank 0 finds, on every rank.  Collective over the world; needs no process group."""
+    if world.store is None:
+        return find()
+    key = f"{world.prefix}/from-rank-0"
+    if launch.rank == 0:
+        world.store.set(key, find())
+    return bytes(world.store.get(key)).decode()
 
 
 def start_process_group(

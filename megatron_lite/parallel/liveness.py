@@ -72,7 +72,8 @@ class Liveness:
     """Beats for this rank and listens to the others, in two daemon threads.
 
     store: a connection of its own, because a call may block as long as the store is silent.
-    hosts_store: this process holds the store, so it leaves last.
+    hosts_store: this process holds the store, so it leaves last.  beside_store: a launcher on this
+    host does, which goes as soon as its ranks fail.
     end: called in a thread with the verdict when the main thread does not end by itself.
     """
 
@@ -85,13 +86,15 @@ class Liveness:
         world_size: int,
         limits: Limits,
         hosts_store: bool,
+        beside_store: bool,
         holder: str,
         end: Callable[[str], None],
     ) -> None:
         self.step: int | None = None
         self._store, self._prefix = store, prefix
         self._rank, self._world_size = rank, world_size
-        self._limits, self._hosts_store, self._holder, self._end = limits, hosts_store, holder, end
+        self._limits, self._holder, self._end = limits, holder, end
+        self._hosts_store, self._beside_store = hosts_store, beside_store
         self._watch = Watch(rank, limits)
         self._main = threading.main_thread().ident
         self._ticks = self._count = 0
@@ -193,8 +196,6 @@ class Liveness:
         if self._last_words is not None and self._verdict is None:
             self._publish(f"rank {self._rank} failed first: {self._last_words}")
         self._store.set(self._key("beat", self._rank), self._beat().to_bytes())
-        if not self._hosts_store:
-            return
         deadline = time.monotonic() + self._patience()
         while time.monotonic() < deadline:
             self._exchange()
@@ -204,16 +205,17 @@ class Liveness:
             time.sleep(0.05)
 
     def _patience(self) -> float:
-        """How long the store's host waits for the others to leave."""
-        if not self._hosts_store:
-            return 0.0
+        """How long this rank waits for the others to leave, so that they can read the verdict."""
         failing = self._last_words is not None or self._verdict is not None
-        return self._limits.grace + 1.0 if failing else self._limits.stale
+        if failing:
+            return self._limits.grace + 1.0 if self._hosts_store or self._beside_store else 0.0
+        return self._limits.stale if self._hosts_store else 0.0
 
     # -- the thread that ends a process whose main thread is stuck ----------------------------
 
     def _listen(self) -> None:
         before = time.monotonic()
+        grace = self._limits.grace  # the main thread may be about to say it, or to fail with them
         while not self._left.wait(self._limits.interval):
             now = time.monotonic()
             if now - before > self._limits.stall:
@@ -226,9 +228,9 @@ class Liveness:
                     f"{now - self._answered:.0f} s (stopped, or its network is down) - last finished "
                     f"step {_step(self.step)} - look at its last lines and its node"
                 )
+                grace = self._limits.interval  # nobody else can tell it anything better
             if self._verdict is not None:
-                # the main thread may be about to say it, or to fail of the same cause as the others
-                if not self._left.wait(self._limits.grace):
+                if not self._left.wait(grace):
                     self._end(self._verdict)
                 return
 

@@ -18,20 +18,14 @@ from megatron_lite.config.errors import DistributedError, MegatronLiteError
 from megatron_lite.config.exit import BUG, fatal_line
 from megatron_lite.parallel.liveness import Alone, Presence
 from megatron_lite.storage.disk import Disk, write_atomically
+from megatron_lite.train.restart import Refused
+from megatron_lite.train.stop import Stopped
 
 SIGNS = (
     "Connection closed by peer", "Connection reset", "Broken pipe", "Timed out", "timed out",
     "Socket", "NCCL", "connectFullMesh", "Gloo", "gloo", "recvBytes", "sendBytes",
 )  # fmt: skip
 """Parts of the texts by which gloo and NCCL say that a collective failed."""
-
-
-class Stopped(KeyboardInterrupt):
-    """A signal before the first step: there is nothing to save."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(signal.Signals(number).name)
-        self.number = number
 
 
 def stop_at_once(number: int, frame: FrameType | None) -> None:
@@ -59,6 +53,10 @@ class Failures:
         line, code = self._say(known)
         self.presence.leave(line)
         return code
+
+    def refuse(self, refused: Refused) -> None:
+        """Say, on one rank for all, why nothing is started; the others end with its code in silence."""
+        self._say(refused)
 
     def lost(self, verdict: str) -> None:
         """End the process with code 6: the main thread may be stuck in a collective for good."""

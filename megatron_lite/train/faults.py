@@ -24,7 +24,8 @@ actions  sigkill sigstop sigterm sigint    that signal to the rank itself
          nan                    gradients become nan: at step<N>.gradient those of all ranks, because
                                 they are summed; at step<N>.reduce perhaps only this rank's copy
 
-Each fault happens once.  Unset, it costs one call of an empty method at the points outside the
+Each fault happens once in a process; with `:once` behind the action not after a restart of the ranks
+by torchrun.  Unset, it costs one call of an empty method at the points outside the
 step and nothing within it: the points inside a step are hooks that are then not installed.
 """
 
@@ -140,12 +141,15 @@ def _sleep(seconds: float) -> None:
 Faults = NoFaults | Fault
 
 
-def read_fault(text: str | None, rank: int, world_size: int) -> Faults:
-    """The fault of this rank, NoFaults for the others; raises ConfigError for what is not one."""
+def read_fault(text: str | None, rank: int, world_size: int, attempt: int = 0) -> Faults:
+    """The fault of this rank, NoFaults for the others; raises ConfigError for what is not one.
+
+    attempt: how often the ranks were restarted.
+    """
     if text is None:
         return NoFaults()
     point, _, rest = text.partition(":")
-    number, _, action = rest.partition(":")
+    number, _, action = rest.removesuffix(":once").partition(":")
     inside = re.fullmatch(r"step(\d+)(?:\.(\w+))?", point)
     name = (inside[2] or "step") if inside else point
     if name not in (IN_STEP if inside else OUTSIDE):
@@ -159,7 +163,7 @@ def read_fault(text: str | None, rank: int, world_size: int) -> Faults:
                      "sleep<seconds>, error<2 to 7>, bug or nan")  # fmt: skip
     if action == "nan" and name not in ("gradient", "reduce"):
         raise _wrong(text, "nan is for step<N>.gradient and step<N>.reduce")
-    if int(number) != rank:
+    if int(number) != rank or (attempt and text.endswith(":once")):
         return NoFaults()
     return Fault(name, int(inside[1]) if inside else None, action)
 

@@ -6,6 +6,7 @@ import gc
 import math
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from megatron_lite.checkpoint.progress import Progress
@@ -27,7 +28,7 @@ from megatron_lite.train.log import Log
 from megatron_lite.train.profile import Profiler
 from megatron_lite.train.schedules import Schedules
 from megatron_lite.train.step import StepResult, evaluation_step, train_step
-from megatron_lite.train.stop import Reason, StopRequests, StopVote
+from megatron_lite.train.stop import PREEMPTIONS, Reason, StopRequests, StopVote
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +61,7 @@ class Session:
     stop: StopRequests
     profiler: Profiler
     store: Store | None
+    folder: Path
     plain_config: dict[str, Any]
     train_iters: int
     seq_length: int
@@ -100,7 +102,7 @@ class Session:
             self.profiler.after(progress.step)
             reason = self.stop.reason(progress.step, agreed=agreed, finished=self._finished())
             self._log_interval(last=reason is not None)
-            if reason != "signal" and _is_due(self.train.eval_interval, progress.step):
+            if reason not in PREEMPTIONS and _is_due(self.train.eval_interval, progress.step):
                 self.evaluate("validation", final=False)
             if _is_due(self.checkpoint.save_interval, progress.step):
                 self.save()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -14,7 +15,7 @@ import torch
 
 from megatron_lite.blueprint.draw_up import Blueprint, draw_up
 from megatron_lite.checkpoint.store import Store
-from megatron_lite.config.errors import PREEMPTED, ConfigError, DataError, MegatronLiteError
+from megatron_lite.config.errors import ConfigError, DataError, MegatronLiteError, StorageError
 from megatron_lite.config.files import dump
 from megatron_lite.config.run import RunConfig
 from megatron_lite.config.telemetry import TelemetryConfig
@@ -28,8 +29,10 @@ from megatron_lite.parallel.collectives import MAX, all_reduce
 from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.parallel.launch import (
     Launch,
+    World,
     choose_device,
     compare_ranks,
+    from_rank_0,
     gather,
     set_device_environment,
     start_process_group,
@@ -47,10 +50,11 @@ from megatron_lite.train.faults import Fault, NoFaults, read_fault
 from megatron_lite.train.log import Log
 from megatron_lite.train.loop import Loaders, Session
 from megatron_lite.train.profile import Profiler
+from megatron_lite.train.restart import Ended, begin_attempt, refusal, write_ended
 from megatron_lite.train.resume import resume
 from megatron_lite.train.schedules import Schedules
 from megatron_lite.train.state_hash import state_hash
-from megatron_lite.train.stop import Reason, StopRequests
+from megatron_lite.train.stop import PREEMPTIONS, Reason, StopRequests
 from megatron_lite.train.timing import RunTimers
 
 
@@ -73,7 +77,7 @@ def train(
 
     After an exception the process group is left as it is: report it and end the process.
     """
-    faults = read_fault(launch.fault, launch.rank, launch.world_size)
+    faults = read_fault(launch.fault, launch.rank, launch.world_size, launch.attempt)
     device = choose_device(
         launch, use_cpu=config.train.use_cpu, backend=config.parallel.distributed_backend
     )
@@ -83,6 +87,10 @@ def train(
     world = gather(launch, config.parallel, end=failures.lost)
     failures.presence = world.presence
     compare_ranks(launch, world, _facts(config, tokens))
+    code = _refused(config, launch, world, failures)
+    if code:
+        world.presence.leave()
+        return code
     start_process_group(launch, config.parallel, device, world)
     session = open_session(config, launch, tokens, device, notices, failures, faults)
     try:
@@ -93,6 +101,23 @@ def train(
     stop_process_group()
     world.presence.leave()
     return code
+
+
+def _refused(config: RunConfig, launch: Launch, world: World, failures: Failures) -> int:
+    """0, or the exit code of all ranks where this start makes no sense: rank 0 has said why."""
+
+    def look() -> str:
+        found = refusal(config.train, failures.folder, attempt=launch.attempt)
+        if found is not None:
+            if not found.told:
+                failures.refuse(found)
+            return str(found.exit_code)
+        if failures.folder is not None:
+            with contextlib.suppress(StorageError):  # Store.prepare finds it too, on all ranks
+                begin_attempt(failures.folder, Disk(), attempt=launch.attempt)
+        return "0"
+
+    return int(from_rank_0(launch, world, look))
 
 
 def _facts(config: RunConfig, tokens: Tokens) -> dict[str, str]:
@@ -132,8 +157,11 @@ def _carry_out(session: Session) -> int:
     if session.train.print_state_hash:
         value = state_hash(session.run)
         session.log.say(f" > state hash at iteration {session.progress.step}: {value}")
+    code = session.train.exit_code_on_preemption if reason in PREEMPTIONS else 0
+    if session.run.ctx.rank == 0:
+        write_ended(session.folder, Ended(code, reason, session.progress.step), Disk())
     session.log.say(f"exiting program at iteration {session.progress.step} datetime: {_now()}")
-    return PREEMPTED if reason == "signal" else 0
+    return code
 
 
 def _now() -> str:
@@ -146,6 +174,7 @@ def _farewell(session: Session, reason: Reason) -> str:
     why = {
         "finished": "after training is done",
         "signal": "stopped by a signal: the step was finished",
+        "kill-switch": f"stopped by --kill-switch-file {session.train.kill_switch_file}",
         "exit-interval": "stopped by --exit-interval",
         "exit-duration": "stopped by --exit-duration-in-mins",
     }[reason]
@@ -216,9 +245,10 @@ def open_session(
             causal_flops_per_token=blueprint.flops_per_token_causal,
             peak_tflops=device_peak(device),
         ),
-        stop=StopRequests(config.train),
+        stop=StopRequests(config.train, looks=ctx.rank == 0),
         profiler=Profiler(config.telemetry, ctx.rank, folder / "traces", device),
         store=store,
+        folder=folder,
         presence=failures.presence,
         faults=faults,
         plain_config=plain(config) | {"schedules": resumed.schedules.to_json()},
@@ -246,7 +276,6 @@ def _begin_folder(folder: Path, config: RunConfig, tokens: Tokens) -> None:
     config = dataclasses.replace(config, model=model)
     disk = Disk()
     disk.make_folder(folder)
-    disk.remove_tree(folder / "errors")  # those of an earlier start
     write_atomically(folder / "config.yaml", dump(config).encode(), disk)
 
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 import signal
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import FrameType
 from typing import Literal, NamedTuple
 
 from megatron_lite.config.train import TrainConfig
 
-Reason = Literal["finished", "signal", "exit-interval", "exit-duration"]
+Reason = Literal["finished", "signal", "kill-switch", "exit-interval", "exit-duration"]
+PREEMPTIONS: tuple[Reason, ...] = ("signal", "kill-switch")
+"""Stops nobody asked for on the command line: there is no time for an evaluation, and code 75."""
 
 
 class StopVote(NamedTuple):
@@ -18,22 +21,36 @@ class StopVote(NamedTuple):
 
     signalled: bool = False
     over_time: bool = False
+    killed: bool = False
 
 
 NO_VOTE = StopVote()
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal that ends the process at once: before the first step, or asked for again."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.number = number
 
 
 @dataclass(slots=True)
 class StopRequests:
     """Collects requests on this rank; the step agrees on them over the world.
 
-    A second Ctrl-C while the first is being carried out ends the process at once: the older
-    checkpoints are whole whatever happens.
+    A second Ctrl-C while the first is being carried out ends the process at once, and so does a
+    SIGTERM that comes `patience` seconds after the first signal: the older checkpoints are whole
+    whatever happens.  looks: whether this rank is the one that looks for the kill switch.
     """
 
     train: TrainConfig
+    looks: bool = True
     started: float = field(default_factory=time.monotonic)
-    signalled: str | None = None
+    signalled: float | None = None
+    patience: float = 30.0
+    killed: bool = False
+    _looked: float = float("-inf")
 
     def listen(self) -> None:
         """Catch SIGTERM, SIGUSR1 and Ctrl-C instead of dying of them."""
@@ -43,16 +60,28 @@ class StopRequests:
             signal.signal(number, self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.signalled is not None and number == signal.SIGINT:
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
-            raise KeyboardInterrupt
-        self.signalled = signal.Signals(number).name
+        now = time.monotonic()
+        if self.signalled is None:
+            self.signalled = now
+        elif number == signal.SIGINT or (
+            number == signal.SIGTERM and now - self.signalled >= self.patience
+        ):
+            signal.signal(number, signal.SIG_DFL)
+            raise Stopped(number)
 
     def vote(self) -> StopVote:
         """What this rank asks for after the coming step."""
         minutes = self.train.exit_duration_in_mins
         over = minutes is not None and (time.monotonic() - self.started) / 60.0 >= minutes
-        return StopVote(self.signalled is not None, over)
+        return StopVote(self.signalled is not None, over, self._kill_switch())
+
+    def _kill_switch(self) -> bool:
+        """Whether the file is there; asked once a second, since it may lie on a slow file system."""
+        path, now = self.train.kill_switch_file, time.monotonic()
+        if path is not None and self.looks and not self.killed and now - self._looked >= 1.0:
+            self._looked = now
+            self.killed = Path(path).exists()
+        return self.killed
 
     def reason(self, step: int, *, agreed: StopVote, finished: bool) -> Reason | None:
         """Why to stop after this step, or None; `agreed`: what any rank of the world asked for."""
@@ -60,6 +89,8 @@ class StopRequests:
             return "finished"
         if agreed.signalled:
             return "signal"
+        if agreed.killed:
+            return "kill-switch"
         if agreed.over_time:
             return "exit-duration"
         every = self.train.exit_interval

@@ -115,7 +115,6 @@ REFUSED = {
     "--deepspeed": "--use-distributed-optimizer",
     "--deepspeed_config ds.json": "say with flags what the file says",
     "--zero-stage 1": "stage 1 is --use-distributed-optimizer",
-    "--kill-switch-file f": "send SIGTERM",
     "--train-data-exact-num-epochs 1": "--train-samples",
     "--load-tag global_step5": "use --ckpt-step",
     "--train-weighted-split-paths a": "use --train-data-path",

@@ -18,7 +18,8 @@ DOCUMENTS = sorted(
 )  # fmt: skip
 OF_OTHERS = {
     # pip, docker, srun, tensorboard, torchrun
-    "--nproc_per_node", "--gpus", "--gpus-per-node", "--ipc", "--logdir", "--no-build-isolation", "--nodes",
+    "--nproc_per_node", "--max_restarts", "--gpus", "--gpus-per-node", "--ipc", "--logdir",
+    "--no-build-isolation", "--nodes",
     "--ntasks-per-node", "--signal", "--target",
 }  # fmt: skip
 """Flags of other programs that the documents show."""

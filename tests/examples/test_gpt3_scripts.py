@@ -99,8 +99,8 @@ def flags(words: list[str]) -> dict[str, list[str]]:
 def launch(words: list[str]) -> dict[str, str]:
     """Launcher flag -> value."""
     end = words.index(str(ROOT / "tools/pretrain_gpt.py"))
-    assert words[:3] == [sys.executable, "-m", "torch.distributed.run"]
-    rest = [word for word in words[3:end] if word != "--standalone"]
+    assert words[:2] == [sys.executable, str(ROOT / "tools/launch.py")]
+    rest = [word for word in words[2:end] if word != "--standalone"]
     return dict(zip(rest[::2], rest[1::2], strict=True))
 
 
@@ -284,12 +284,20 @@ def test_help_is_the_usage_text() -> None:
 def test_the_children_see_one_hardware_queue_and_the_repository(tmp_path: Path) -> None:
     """A stand-in for python prints what the real one would see."""
     python = tmp_path / "python"
-    python.write_text('#!/bin/sh\necho "$CUDA_DEVICE_MAX_CONNECTIONS|$PYTHONPATH|$2"\n')
+    python.write_text('#!/bin/sh\necho "$CUDA_DEVICE_MAX_CONNECTIONS|$PYTHONPATH|$1"\n')
     python.chmod(0o755)
     done = run(TRAIN, *PATHS, env={"PYTHON": str(python), "PYTHONPATH": "/mine"})
-    assert done.stdout == f"1|{ROOT}:/mine|torch.distributed.run\n"
+    assert done.stdout == f"1|{ROOT}:/mine|{ROOT}/tools/launch.py\n"
     done = run(TRAIN, *PATHS, env={"PYTHON": str(python), "CUDA_DEVICE_MAX_CONNECTIONS": "32"})
-    assert done.stdout == f"32|{ROOT}|torch.distributed.run\n"
+    assert done.stdout == f"32|{ROOT}|{ROOT}/tools/launch.py\n"
+
+
+def test_restarts_are_asked_for_by_a_variable() -> None:
+    assert "--max_restarts" not in launch(command(TRAIN, *PATHS))
+    words = command(TRAIN, *PATHS, env={"MAX_RESTARTS": "03"})
+    assert launch(words)["--max_restarts"] == "3"
+    done = run(TRAIN, *PATHS, env={"MAX_RESTARTS": "many"})
+    assert done.returncode == 2 and "MAX_RESTARTS=many is not a whole number" in done.stderr
 
 
 def test_torchrun_waits_longer_than_a_step_of_175b_for_the_checkpoint(tmp_path: Path) -> None:
@@ -363,9 +371,9 @@ def test_tgs_is_the_same_run_for_ten_iterations_in_its_own_folder() -> None:
 @pytest.mark.parametrize(
     "env, calls",
     [
-        ({}, ["-m torch.distributed.run", "report.py runs/tgs --tgs"]),
-        ({"NODE_RANK": "1"}, ["-m torch.distributed.run"]),
-        ({"SLURM_NODEID": "1"}, ["-m torch.distributed.run"]),
+        ({}, ["tools/launch.py", "report.py runs/tgs --tgs"]),
+        ({"NODE_RANK": "1"}, ["tools/launch.py"]),
+        ({"SLURM_NODEID": "1"}, ["tools/launch.py"]),
         ({"DRY_RUN": "1"}, ["pretrain_gpt.py"]),
     ],
     ids=str,

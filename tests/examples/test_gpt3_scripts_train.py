@@ -2,72 +2,26 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from megatron_lite.data.indexed_builder import IndexedDatasetBuilder
 from megatron_lite.telemetry.record import EvaluationRecord, StepRecord, read_metrics
-
-ROOT = Path(__file__).resolve().parents[2]
-GPT3 = ROOT / "examples/gpt3"
-SIZES = {
-    "NUM_NODES": "1",
-    "GPUS_PER_NODE": "2",
-    "PRECISION": "fp32",
-    "NUM_LAYERS": "2",
-    "HIDDEN_SIZE": "16",
-    "NUM_ATTENTION_HEADS": "2",
-    "SEQ_LENGTH": "16",
-    "ATTENTION_BACKEND": "auto",
-    "GLOBAL_BATCH_SIZE": "4",
-    "TRAIN_ITERS": "4",
-    "LR": "1e-3",
-    "MIN_LR": "1e-4",
-    "LR_DECAY_ITERS": "4",
-    "LR_WARMUP_FRACTION": "0.25",
-    "SPLIT": "80,10,10",
-    "LOG_INTERVAL": "1",
-    "EVAL_ITERS": "1",
-}
+from tests.support.gpt3 import GPT3, PATHS, make_folder, script_env
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Token files of two corpora and a vocabulary, in a folder with a space in its name."""
-    folder = tmp_path / "a b"
-    folder.mkdir()
-    for corpus in ("wiki", "owt"):
-        with IndexedDatasetBuilder(folder / f"{corpus}_text_document.bin") as builder:
-            for number in range(100):
-                document = [(number * 7 + k * k) % 256 for k in range(30)] + [256]
-                builder.add_document(document, [len(document)])
-            builder.finalize()
-    text = folder / "text.json"
-    text.write_text('{"text": "one two three"}\n')
-    tool = [sys.executable, str(ROOT / "tools/train_tokenizer.py"), "--input", str(text)]
-    subprocess.run(
-        [*tool, "--vocab-size", "257", "--output-dir", str(folder)], check=True, timeout=60
-    )
-    return folder
+    """In a folder with a space in its name."""
+    return make_folder(tmp_path / "a b")
 
 
 def run(script: str, folder: Path, **env: str) -> subprocess.CompletedProcess[str]:
-    paths = ["run", "run/tb", "gpt2-vocab.json", "gpt2-merges.txt"]
-    corpora = {f"DATASET_{n}": f"{name}_text_document" for n, name in ((1, "wiki"), (2, "owt"))}
-    extra = f"--use-cpu --num-workers 0 {env.pop('EXTRA_ARGS', '')}"
     return subprocess.run(
-        ["bash", str(GPT3 / script), *paths],
+        ["bash", str(GPT3 / script), *PATHS],
         cwd=folder,
-        env={
-            **{"PATH": os.environ["PATH"], "PYTHON": sys.executable, "EXTRA_ARGS": extra},
-            **SIZES,
-            **corpora,
-            **env,
-        },
+        env=script_env(**env),
         capture_output=True,
         text=True,
         timeout=200,

@@ -1,0 +1,112 @@
+#!/usr/bin/env python3
+"""torchrun, ending with the exit code of the ranks.
+
+python tools/launch.py --nproc_per_node 4 tools/pretrain_gpt.py ...     torchrun's flags, then the script's
+python tools/launch.py --nproc_per_node 4 --max_restarts 3 tools/pretrain_gpt.py ... --save RUN --load RUN
+
+torchrun ends with 1 whatever happened to its ranks, and with a traceback after SIGTERM.  This is
+torchrun in one process with two things added:
+
+- the exit code is that of the rank of this host that failed first by itself, 6 where a rank was lost,
+  75 where the run was asked to stop (0 where --exit-code-on-preemption says so)
+- SIGUSR1 reaches the ranks as SIGTERM does; every host must start as many ranks as the others, so
+  ranks are numbered without a word between the hosts, and which host is missing the ranks say
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+sys.path.insert(
+    0, str(Path(__file__).resolve().parents[1])
+)  # run from a checkout, installed or not
+
+from megatron_lite.config.errors import PREEMPTED, DistributedError, MegatronLiteError
+from megatron_lite.config.exit import run_tool
+from megatron_lite.config.flags import parse
+from megatron_lite.config.run import RunConfig
+
+USUAL_SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT"
+LOST = DistributedError.exit_code
+
+
+def main() -> int:
+    """Run torchrun and translate how it ended."""
+    argv = sys.argv[1:]
+    os.environ.setdefault("TORCH_ELASTIC_WORKER_IDENTICAL", "1")
+    from torch.distributed import DistError  # noqa: PLC0415
+    from torch.distributed.elastic.multiprocessing.api import SignalException  # noqa: PLC0415
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError  # noqa: PLC0415
+    from torch.distributed.run import parse_args, run  # noqa: PLC0415
+
+    asked = parse_args(argv)
+    if getattr(asked, "signals_to_handle", None) == USUAL_SIGNALS:
+        asked.signals_to_handle += ",SIGUSR1"
+    config = script_config(asked.training_script_args)
+    folder = Path(config.checkpoint.save) if config is not None and config.checkpoint.save else None
+    if config is not None and not asked.rdzv_conf:
+        asked.rdzv_conf = f"timeout={max(int(config.parallel.distributed_timeout_minutes * 60), 1)}"
+    before = _stamp(folder)
+    try:
+        run(asked)
+    except ChildFailedError as failed:
+        return exit_code(failure.exitcode for failure in failed.failures.values())
+    except SignalException as stopped:
+        if folder is not None and _stamp(folder) != before:
+            return int(json.loads((folder / "ended.json").read_bytes())["exit_code"])
+        return 128 + int(stopped.sigval)
+    except DistError as error:
+        first = (str(error).splitlines() or [""])[0][:200]
+        raise DistributedError(
+            f"host {asked.node_rank} of {asked.nnodes} could not meet the others at "
+            f"{asked.rdzv_endpoint or f'{asked.master_addr}:{asked.master_port}'}: {first} - start "
+            "every host with the same --master_addr and --master_port and its own --node_rank"
+        ) from error
+    return 0
+
+
+def exit_code(codes: Iterable[int]) -> int:
+    """Of the ranks' codes the one that explains the others; negative: ended by that signal.
+
+    >>> exit_code([6, 3]), exit_code([-9, 6]), exit_code([75, 75]), exit_code([143, 143])
+    (3, 6, 75, 143)
+    """
+    seen = list(codes)
+    told = [c for c in seen if c > 0 and c not in (LOST, PREEMPTED) and c < 128]
+    if told:
+        return told[0]
+    if all(c == PREEMPTED for c in seen):
+        return PREEMPTED
+    if all(c in (128 + signal.SIGTERM, -signal.SIGTERM) for c in seen):
+        return 128 + signal.SIGTERM
+    if all(c in (128 + signal.SIGINT, -signal.SIGINT) for c in seen):
+        return 128 + signal.SIGINT
+    return LOST
+
+
+def script_config(argv: Sequence[str]) -> RunConfig | None:
+    """What the script's arguments ask for; None where they are wrong, which the ranks will say."""
+    try:
+        return parse(list(argv)).config
+    except MegatronLiteError:
+        return None
+
+
+def _stamp(folder: Path | None) -> tuple[int, int] | None:
+    """Which ended.json there is: it tells a new one from that of an earlier run."""
+    if folder is None:
+        return None
+    try:
+        status = (folder / "ended.json").stat()
+    except OSError:
+        return None
+    return status.st_ino, status.st_mtime_ns
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_tool(main))
