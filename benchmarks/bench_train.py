@@ -96,7 +96,7 @@ def breakdown(run: Run) -> None:
     batch = batch_of(0)
     spans = {"data": 0.0, "forward": 0.0, "backward": 0.0, "optimizer": 0.0}
     stage = next(iter(run.pipeline.stages.values()))
-    forward, backward, step = type(stage).forward, type(stage).backward, run.engine.step
+    forward, backward, step = type(stage).forward, type(stage).backward, run.engine.apply
 
     def timed(name: str, work: Callable[..., object]) -> Callable[..., object]:
         def call(*args: object, **kwargs: object) -> object:
@@ -113,13 +113,13 @@ def breakdown(run: Run) -> None:
     feed = step_module.to_device
     step_module.to_device = timed("data", feed)  # type: ignore[assignment]
     kind.forward, kind.backward = timed("forward", forward), timed("backward", backward)  # type: ignore[method-assign, assignment]
-    run.engine.step = timed("optimizer", step)  # type: ignore[method-assign, assignment]
+    run.engine.apply = timed("optimizer", step)  # type: ignore[method-assign, assignment]
     try:
         total = seconds(lambda: train_step(run, [batch], lr=1e-4, weight_decay=0.1), repeat)
     finally:
         step_module.to_device = feed
         kind.forward, kind.backward = forward, backward  # type: ignore[method-assign]
-        run.engine.step = step  # type: ignore[method-assign]
+        run.engine.apply = step  # type: ignore[method-assign]
     parts = {name: value / repeat for name, value in spans.items()}
     parts["other"] = total - sum(parts.values())
     shares = ", ".join(f"{n} {1e3 * t:.1f} ms ({t / total:.1%})" for n, t in parts.items())

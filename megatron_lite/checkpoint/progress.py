@@ -13,6 +13,7 @@ class Progress:
     step: iterations done, skipped ones included; samples: consumed from the training set;
     lr_samples: samples of successful steps, which alone move the learning rate;
     optimizer_steps: successful updates (Adam's bias correction); loss_scale: fp16's scaler.
+    recent: the last losses and gradient norms, oldest first, against which spikes are held.
     """
 
     step: int = 0
@@ -23,6 +24,7 @@ class Progress:
     skipped_steps: int = 0
     validation_samples: int = 0
     loss_scale: dict[str, float] = field(default_factory=dict)
+    recent: dict[str, list[float]] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Plain numbers."""

@@ -31,6 +31,9 @@ class PrecisionConfig:
     hysteresis: int = 2
     """Overflows tolerated before the loss scale halves."""
 
+    loss_scale_patience: int = 100
+    """Overflows in a row at the smallest (or fixed) loss scale after which the run stops."""
+
     attention_backend: Literal["auto", "flash", "fused", "unfused", "local"] = "auto"
     """Which attention kernel is preferred; what was chosen and why is printed at start."""
 

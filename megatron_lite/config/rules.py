@@ -56,6 +56,7 @@ RULES: tuple[Rule, ...] = (
     Rule(layout.ramp_up, (*_BATCH, "train.rampup_batch_size")),
     Rule(layout.step_schedule, _BATCH),
     Rule(training.precision),
+    Rule(training.spikes, ("guards.loss_spike_factor", "guards.grad_norm_spike_factor")),
     Rule(training.length),
     Rule(training.learning_rate, ("learning_rate.lr",)),
     Rule(training.warm_up),
@@ -143,6 +144,8 @@ def notices(config: RunConfig, world_size: int) -> tuple[str, ...]:
         section, name = key.split(".")
         if not getattr(getattr(config, section), name):
             found.append(f"{settings()[key].off[0]}: changes nothing; {why}")
+    if config.precision.fp16 and config.guards.on_non_finite != "stop":
+        found.append("--on-non-finite: changes nothing with --fp16, which skips every overflow")
     if p.sequence_parallel and p.tp == 1:
         found.append("--sequence-parallel: nothing to split at tensor-parallel size 1; off")
     if not _dp_above_one(config, world_size):

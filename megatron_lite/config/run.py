@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from megatron_lite.config.checkpoint import CheckpointConfig
 from megatron_lite.config.data import DataConfig
+from megatron_lite.config.guards import GuardsConfig
 from megatron_lite.config.model import ModelConfig
 from megatron_lite.config.optim import LearningRateConfig, OptimConfig
 from megatron_lite.config.parallel import ParallelConfig
@@ -25,5 +26,6 @@ class RunConfig:
     learning_rate: LearningRateConfig = field(default_factory=LearningRateConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    guards: GuardsConfig = field(default_factory=GuardsConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)

@@ -73,8 +73,5 @@ class TrainConfig:
     use_cpu: bool = False
     """Train on the CPU even where there is a GPU."""
 
-    check_for_nan_in_loss_and_grad: bool = True
-    """Stop with exit code 7 when loss or gradient is not finite (fp16 skips the step instead)."""
-
     print_state_hash: bool = False
     """Print a hash over all parameters and optimizer moments at the end."""

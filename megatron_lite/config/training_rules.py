@@ -27,6 +27,24 @@ def precision(config: RunConfig, world_size: int) -> Iterator[str]:
         yield "--apply-query-key-layer-scaling needs --attention-softmax-in-fp32"
 
 
+def spikes(config: RunConfig, world_size: int) -> Iterator[str]:
+    """A spike is more than the median, and skipped or fatal only where one can be found."""
+    g = config.guards
+    for flag, factor in (
+        ("--loss-spike-factor", g.loss_spike_factor),
+        ("--grad-norm-spike-factor", g.grad_norm_spike_factor),
+    ):
+        if 0.0 < factor <= 1.0:
+            yield f"{flag} {factor:g} must be above 1 (times the median), or 0 for no guard"
+    if g.on_spike != "warn" and not (g.loss_spike_factor or g.grad_norm_spike_factor):
+        yield f"--on-spike {g.on_spike} needs --loss-spike-factor or --grad-norm-spike-factor"
+    if not g.check_for_nan_in_loss_and_grad and g.on_non_finite != "stop":
+        yield (
+            f"--on-non-finite {g.on_non_finite} and --no-check-for-nan-in-loss-and-grad exclude "
+            "each other; give one"
+        )
+
+
 def length(config: RunConfig, world_size: int) -> Iterator[str]:
     """The run's length is said once, in iterations or in samples, and nothing mixes the two."""
     t, lr = config.train, config.learning_rate

@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
 
 from megatron_lite.parallel.shard import NamedSlice
+
+
+@dataclass(frozen=True, slots=True)
+class SquaredNorm:
+    """share: fp64 scalar, zero where another rank stands for the same; finite: bool scalar.
+
+    finite looks at every gradient this rank holds, copies that others stand for included.
+    """
+
+    share: Tensor
+    finite: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +59,24 @@ class Engine(Protocol):
         """
         ...
 
-    def step(self, *, lr: float, weight_decay: float) -> Update:
-        """Finish reductions, unscale, clip, update, clear.  Collective over the grid."""
+    def reduce(self) -> None:
+        """Finish reductions and unscale: accumulators hold the gradient of the mean loss.  Collective."""
+        ...
+
+    def unreduced(self) -> AbstractContextManager[None]:
+        """Within, no reduction starts: accumulators hold what this rank alone has added to them."""
+        ...
+
+    def squared_norm(self) -> SquaredNorm:
+        """This rank's share of the gradient's squared norm; the sum over the world is the whole."""
+        ...
+
+    def apply(self, norm: Tensor, *, lr: float, weight_decay: float) -> Update:
+        """Clip by the global norm, update, clear the accumulators.  Collective over the grid."""
+        ...
+
+    def discard(self, norm: Tensor) -> Update:
+        """Clear the accumulators: the step is skipped, weights and state stay as they are."""
         ...
 
     def settle(self) -> None:

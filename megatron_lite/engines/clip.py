@@ -11,6 +11,13 @@ from megatron_lite.parallel.collectives import all_reduce
 from megatron_lite.parallel.context import Axis
 
 
+def squared_norms(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
+    """The squared L2 norm of each tensor, fp64 [n] on the device; not finite where an element is not."""
+    if not tensors:
+        return torch.zeros(0, dtype=torch.float64, device=device)
+    return torch.stack(torch._foreach_norm([t.float() for t in tensors])).double().square()
+
+
 def global_norm(tensors: Sequence[Tensor], axis: Axis, device: torch.device) -> Tensor:
     """The L2 norm (fp32 scalar on the device) of the ranks' tensors, of any shapes, together.
 
@@ -18,11 +25,7 @@ def global_norm(tensors: Sequence[Tensor], axis: Axis, device: torch.device) -> 
     Collective over the axis (tp x pp, and dp where the ranks hold shards).  Infinite or nan if any
     element on any rank is.
     """
-    total = torch.zeros((), device=device)
-    if tensors:
-        norms = torch._foreach_norm([t.float() for t in tensors])
-        total = torch.stack(norms).square().sum()
-    return all_reduce(total, axis).sqrt()
+    return all_reduce(squared_norms(tensors, device).sum(), axis).sqrt().float()
 
 
 def clip_coefficient(norm: Tensor, max_norm: float) -> Tensor:

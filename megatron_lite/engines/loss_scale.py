@@ -4,14 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_lite.config.errors import NumericsError
 from megatron_lite.config.precision import PrecisionConfig
 
 _LARGEST = 2.0**32
 """The scale never grows beyond: an fp32 gradient times more would overflow."""
-
-_PATIENCE = 100
-"""Skipped steps in a row, at the smallest scale, after which the run stops with a diagnosis."""
 
 
 @dataclass(slots=True)
@@ -28,6 +24,7 @@ class LossScale:
     window: int
     hysteresis: int
     tolerance: int
+    patience: int = 100
     quiet_steps: int = 0
     skips_in_a_row: int = 0
 
@@ -43,19 +40,21 @@ class LossScale:
             window=precision.loss_scale_window,
             hysteresis=precision.hysteresis,
             tolerance=precision.hysteresis,
+            patience=precision.loss_scale_patience,
         )
+
+    def hopeless(self, *, loss_is_finite: bool) -> bool:
+        """Whether one more overflow ends the run: no smaller scale is left, or none would help.
+
+        A loss that is itself not finite overflowed in the forward, which no scale touches.
+        """
+        at_bottom = not self.dynamic or self.scale <= self.minimum
+        return (at_bottom or not loss_is_finite) and self.skips_in_a_row + 1 >= self.patience
 
     def update(self, overflow: bool) -> None:
         """Move the scale after a step; every rank has the same `overflow`."""
         if overflow:
-            at_bottom = not self.dynamic or self.scale <= self.minimum
             self.skips_in_a_row += 1
-            if at_bottom and self.skips_in_a_row >= _PATIENCE:
-                raise NumericsError(
-                    f"{self.skips_in_a_row} steps in a row overflowed in fp16 at loss scale "
-                    f"{self.scale:g}, which cannot fall further (--min-loss-scale {self.minimum:g}); "
-                    "the run diverges: lower --lr, or train in --bf16"
-                )
             if not self.dynamic:
                 return
             self.quiet_steps = 0

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from megatron_lite.blueprint.ownership import Rows
-from megatron_lite.config.errors import NumericsError
 from megatron_lite.config.optim import OptimConfig
 from megatron_lite.config.parallel import ParallelConfig
 from megatron_lite.config.precision import PrecisionConfig
-from megatron_lite.engines.base import Update
+from megatron_lite.engines.base import SquaredNorm, Update
 from megatron_lite.engines.buckets import GradientBuckets
-from megatron_lite.engines.clip import clip_coefficient, count_zeros, global_norm
+from megatron_lite.engines.clip import clip_coefficient, count_zeros, global_norm, squared_norms
 from megatron_lite.engines.loss_scale import LossScale
 from megatron_lite.optim.rules import OPTIMIZERS, UpdateRule
 from megatron_lite.parallel.collectives import all_reduce
@@ -33,9 +31,8 @@ from megatron_lite.parallel.shard import (
 
 @dataclass(frozen=True, slots=True)
 class Watch:
-    """What the engine measures or refuses on request."""
+    """What the engine measures on request."""
 
-    non_finite_stops: bool = True
     num_zeros: bool = False
     params_norm: bool = False
 
@@ -91,8 +88,8 @@ class ZeroEngine:
         self.ctx, self.optim, self.watch = ctx, optim, watch or Watch()
         self.rule: UpdateRule = OPTIMIZERS[optim.optimizer](optim)
         self.scaler = LossScale.from_config(precision)
-        self.fp16 = precision.fp16
         self.steps = 0
+        self._unreduced = False
         self.sharded = parallel.use_distributed_optimizer and ctx.dp.size > 1
         self._overlap_gather = parallel.overlap_param_gather
         self._sums = ctx.world if self.sharded else ctx.model
@@ -113,6 +110,8 @@ class ZeroEngine:
             for stage, held in stages.items()
         }
         self._held = [held for local in self._locals for held in self._hold(local)]
+        counts = [self._counts(held) for held in self._held]
+        self._counted = torch.tensor(counts, dtype=torch.bool, device=ctx.device)
         for local in self._locals:
             local.parameter.register_post_accumulate_grad_hook(self._take_gradient())
 
@@ -158,30 +157,39 @@ class ZeroEngine:
 
         awaited: what its last W will still report, see base.Engine; None: a whole backward comes.
         """
-        self._buckets[stage].arm(awaited)
+        if not self._unreduced:
+            self._buckets[stage].arm(awaited)
+
+    @contextmanager
+    def unreduced(self) -> Iterator[None]:
+        """Within, no reduction starts: accumulators hold what this rank alone has added to them."""
+        self._unreduced = True
+        try:
+            yield
+        finally:
+            self._unreduced = False
 
     @torch.no_grad()
-    def step(self, *, lr: float, weight_decay: float) -> Update:
-        """Finish reductions, unscale, clip, update, clear.  Collective over the grid.
-
-        Waits for the device once, to learn whether the gradients are finite (fp16, or where
-        non-finite values stop the run).  Raises NumericsError on every rank alike.
-        """
+    def reduce(self) -> None:
+        """Finish reductions and unscale: accumulators hold the gradient of the mean loss.  Collective."""
         with self.span("all-grads-sync"):
             self._reduce()
+
+    @torch.no_grad()
+    def squared_norm(self) -> SquaredNorm:
+        """This rank's share of the gradient's squared norm; the sum over the world is the whole."""
+        squares = squared_norms([held.gradient for held in self._held], self.ctx.device)
+        return SquaredNorm(squares.where(self._counted, 0.0).sum(), squares.isfinite().all())
+
+    def _counts(self, held: _Held) -> bool:
+        """Whether sums over the world take this rank's gradient, not another rank's copy of it."""
+        return stands_for(held.local, self.ctx) and (self.sharded or self.ctx.dp.rank == 0)
+
+    @torch.no_grad()
+    def apply(self, norm: Tensor, *, lr: float, weight_decay: float) -> Update:
+        """Clip by the global norm, update, clear the accumulators.  Collective over the grid."""
         counted = [held for held in self._held if stands_for(held.local, self.ctx)]
-        norm = global_norm([held.gradient for held in counted], self._sums, self.ctx.device)
         num_zeros = self._num_zeros(counted) if self.watch.num_zeros else None
-        if self.fp16 or self.watch.non_finite_stops:
-            value = norm.item()  # waits for the device
-            finite = math.isfinite(value)
-            if self.fp16:
-                self.scaler.update(overflow=not finite)
-            elif not finite:
-                raise NumericsError(self._non_finite(value))
-            if not finite:
-                self._clear()
-                return Update(norm, skipped=True, num_zeros=num_zeros)
         if self.optim.clip_grad > 0.0:
             with self.span("optimizer-clip-main-grad"):
                 coefficient = clip_coefficient(norm, self.optim.clip_grad)
@@ -195,6 +203,11 @@ class ZeroEngine:
         self._clear()
         params_norm = self._params_norm(counted) if self.watch.params_norm else None
         return Update(norm, skipped=False, num_zeros=num_zeros, params_norm=params_norm)
+
+    def discard(self, norm: Tensor) -> Update:
+        """Clear the accumulators: the step is skipped, weights and state stay as they are."""
+        self._clear()
+        return Update(norm, skipped=True)
 
     def _reduce(self) -> None:
         """Sum gradients over dp, over tp where each rank saw its share of the sequence, and over twins."""
@@ -265,13 +278,10 @@ class ZeroEngine:
     def _params_norm(self, counted: list[_Held]) -> float:
         return global_norm([h.master for h in counted], self._sums, self.ctx.device).item()  # waits
 
-    def _non_finite(self, value: float) -> str:
-        bad = [h.piece.name for h in self._held if not torch.isfinite(h.gradient).all()]
-        where = f"first seen here in the gradient of {bad[0]}" if bad else "on another rank"
-        return (
-            f"the gradient norm is {value} ({where}; {len(bad)} tensors of this rank); lower --lr or "
-            "--clip-grad, check the data, or allow it with --no-check-for-nan-in-loss-and-grad"
-        )
+    def gradients(self) -> Iterator[NamedSlice]:
+        """The accumulators this rank updates from, by canonical name (views)."""
+        for held in self._held:
+            yield held.slice(held.gradient, "", replicated=not self.sharded)
 
     def state(self, *, owned: bool) -> Iterator[NamedSlice]:
         """Masters (`master.<name>`) and optimizer tensors (`<state>.<name>`) as named slices (views).

@@ -22,6 +22,7 @@ from megatron_lite.parallel.shard import LocalParameter
 from megatron_lite.pipeline.executor import Executor
 from megatron_lite.pipeline.mail import Mail
 from megatron_lite.pipeline.stage import Objective, Stage
+from megatron_lite.train.guards import Guards, guards_for
 from megatron_lite.train.objectives.language_model import LanguageModel
 from megatron_lite.train.timing import RunTimers
 
@@ -41,6 +42,7 @@ class Run:
     parameters: list[LocalParameter]
     progress: Progress = field(default_factory=Progress)
     timers: RunTimers = field(default_factory=lambda: RunTimers(level=0))
+    guards: Guards = field(default_factory=Guards)
 
     def actions(self, num_microbatches: int) -> Sequence[Sequence[Action]]:
         """This rank's lowered actions of a training step."""
@@ -126,7 +128,6 @@ def assemble(
         parallel=config.parallel,
         precision=config.precision,
         watch=Watch(
-            non_finite_stops=config.train.check_for_nan_in_loss_and_grad,
             num_zeros=config.telemetry.log_num_zeros_in_grad,
             params_norm=config.telemetry.log_params_norm,
         ),
@@ -147,6 +148,7 @@ def assemble(
         engine=engine,
         parameters=[local for held in parameters.values() for local in held],
         timers=timers,
+        guards=guards_for(config.guards, engine.scaler, fp16=config.precision.fp16),
     )
 
 

@@ -8,6 +8,7 @@
 points   start                  data, model and checkpoint are open, no step yet
          step<N>                iteration N (from 1) begins
          step<N>.forward        a stage's first forward of it
+         step<N>.loss           the last stage has the loss of its first micro batch
          step<N>.backward       a stage's first backward of it
          step<N>.gradient       before the last backward, whose gradients are reduced as they come
          step<N>.reduce         all backwards are done, the sums over ranks and the update come
@@ -21,31 +22,49 @@ actions  sigkill sigstop sigterm sigint    that signal to the rank itself
          sleep<seconds> hang    stay in Python
          error<code>            raise the failure of that exit code (2 to 7)
          bug                    raise a RuntimeError nobody foresaw
-         nan                    gradients become nan: at step<N>.gradient those of all ranks, because
-                                they are summed; at step<N>.reduce perhaps only this rank's copy
+         nan spike              at step<N>.loss the loss becomes nan or grows a thousandfold; at
+                                step<N>.gradient the gradients do, of all ranks, because they are
+                                summed; at step<N>.reduce perhaps only this rank's copy
+         nan=<name>             only the gradient of blocks.0.mlp.up.weight, for instance
+         flip=<name>            one bit of this rank's copy of that weight turns over; or of
+                                master.<name>, exp_avg.<name>, as in a checkpoint
+         slow<seconds>          sleep so long, every time the point is passed
 
-Each fault happens once in a process; with `:once` behind the action not after a restart of the ranks
-by torchrun.  Unset, it costs one call of an empty method at the points outside the
-step and nothing within it: the points inside a step are hooks that are then not installed.
+step* instead of step<N> is every iteration.  Each fault but slow happens once in a process; with
+`:once` behind the action not after a restart of the ranks by torchrun; with -again (nan-again,
+spike-again, nan-again=<name>) in each try of its iteration: a bug that a replay meets again, where
+the plain one is a passing fault of the machine.
+
+Unset, it costs one call of an empty method at the points outside the step and nothing within it:
+the points inside a step are hooks that are then not installed.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import signal
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
 
 from megatron_lite.config import errors
 from megatron_lite.config.errors import ConfigError
+from megatron_lite.parallel.shard import weight_slices
+from megatron_lite.pipeline.stage import MicroBatch, Objective, Scored
 
 if TYPE_CHECKING:
     from megatron_lite.train.assemble import Run
 
-IN_STEP = ("step", "forward", "backward", "gradient", "reduce")
+IN_STEP = ("step", "forward", "loss", "backward", "gradient", "reduce")
+NUMBERS = ("loss", "gradient", "reduce")
+"""Points at which loss or gradients can be spoiled."""
 OUTSIDE = (
     "start", "evaluate", "save.begin", "save.after_share", "save.before_complete", "save.end",
 )  # fmt: skip
@@ -54,6 +73,9 @@ RAISED = {
     2: errors.ConfigError, 3: errors.DataError, 4: errors.CheckpointError, 5: errors.StorageError,
     6: errors.DistributedError, 7: errors.NumericsError,
 }  # fmt: skip
+
+
+FACTORS: Mapping[str, float] = MappingProxyType({"nan": math.nan, "spike": 1e3})
 
 
 class NoFaults:
@@ -68,11 +90,16 @@ class NoFaults:
 
 @dataclass(slots=True)
 class Fault:
-    """One fault of this rank.  step: None at points outside a step."""
+    """One fault of this rank.  step: None at points outside a step, 0 in every step.
+
+    target: the tensor to spoil; "" for all.  again: in each try of the step.
+    """
 
     point: str
     step: int | None
     action: str
+    target: str = ""
+    again: bool = False
     happened: bool = False
     run: Run | None = field(default=None, repr=False)
 
@@ -82,6 +109,9 @@ class Fault:
         if self.point == "forward":
             for stage in run.pipeline.stages.values():
                 stage.module.register_forward_pre_hook(self._hook("forward"))
+        elif self.point == "loss":
+            for stage in run.pipeline.stages.values():
+                stage.objective = self._spoiling(stage.objective)
         elif self.point == "backward":
             for stage in run.pipeline.stages.values():
                 stage.module.register_full_backward_pre_hook(self._hook("backward"))
@@ -89,7 +119,7 @@ class Fault:
             run.pipeline.arm = self._before(run.pipeline.arm, "gradient")
         elif self.point == "reduce":
             engine: Any = run.engine
-            engine.step = self._before(run.engine.step, "reduce")
+            engine.reduce = self._before(run.engine.reduce, "reduce")
 
     def _hook(self, point: str) -> Callable[..., None]:
         return lambda *_: self.at(point)
@@ -101,16 +131,33 @@ class Fault:
 
         return both
 
+    def _spoiling(self, objective: Objective) -> Objective:
+        def spoiled(output: Tensor, batch: MicroBatch) -> Scored:
+            scored = objective(output, batch)
+            if not self._is_due("loss"):
+                return scored
+            if self.action not in FACTORS:
+                self._act()
+                return scored
+            return replace(scored, total=scored.total * FACTORS[self.action])
+
+        return spoiled
+
     def at(self, point: str) -> None:
         """Go wrong, if this is the place."""
+        if self._is_due(point):
+            self._act()
+
+    def _is_due(self, point: str) -> bool:
+        """Whether the fault happens here and now; if so it has happened."""
         if self.happened or point != self.point:
-            return
-        if self.step is not None:
+            return False
+        if self.step:
             assert self.run is not None, "attach(run) comes first"
             if self.run.progress.step + 1 != self.step:
-                return
-        self.happened = True
-        self._act()
+                return False
+        self.happened = not self.again
+        return True
 
     def _act(self) -> None:
         what = self.action
@@ -122,14 +169,36 @@ class Fault:
             _sleep(float("inf"))
         elif what.startswith("sleep"):
             _sleep(float(what.removeprefix("sleep")))
-        elif what == "nan":
-            assert self.run is not None
-            for _, gradient in self.run.engine.accumulators():
-                gradient.fill_(float("nan"))
+        elif what.startswith("slow"):
+            _sleep(float(what.removeprefix("slow")))
+        elif what in FACTORS:
+            self._spoil_gradients(FACTORS[what])
+        elif what == "flip":
+            self._flip()
         elif what == "bug":
             raise RuntimeError("a bug on purpose (MLITE_FAULT)")
         else:
             raise RAISED[int(what.removeprefix("error"))]("on purpose (MLITE_FAULT) - unset it")
+
+    def _spoil_gradients(self, factor: float) -> None:
+        assert self.run is not None
+        for local in self.run.parameters:
+            gradient = dict(self.run.engine.accumulators())[local.parameter]
+            for piece in local.pieces:
+                if self.target in ("", piece.name):
+                    piece.of(gradient).add_(1.0).mul_(factor)
+
+    def _flip(self) -> None:
+        """Turn the highest bit of the significand of the tensor's middle element over."""
+        assert self.run is not None
+        run = self.run
+        tensors = [*weight_slices(run.parameters, run.ctx, owned=False),
+                   *run.engine.state(owned=False)]  # fmt: skip
+        for piece in tensors:
+            if piece.name == self.target and piece.data.numel():
+                four = piece.data.element_size() == 4
+                bits = piece.data.view(-1).view(torch.int32 if four else torch.int16)
+                bits[bits.numel() // 2] ^= 1 << (22 if four else 6)
 
 
 def _sleep(seconds: float) -> None:
@@ -150,22 +219,29 @@ def read_fault(text: str | None, rank: int, world_size: int, attempt: int = 0) -
         return NoFaults()
     point, _, rest = text.partition(":")
     number, _, action = rest.removesuffix(":once").partition(":")
-    inside = re.fullmatch(r"step(\d+)(?:\.(\w+))?", point)
+    inside = re.fullmatch(r"step(\d+|\*)(?:\.(\w+))?", point)
     name = (inside[2] or "step") if inside else point
     if name not in (IN_STEP if inside else OUTSIDE):
         raise _wrong(text, f"{point!r} is no point; choose step<N>, {_listed(IN_STEP[1:])} or one of "
                      f"{', '.join(OUTSIDE)}")  # fmt: skip
     if not number.isdigit() or int(number) >= world_size:
         raise _wrong(text, f"{number!r} is no rank of {world_size}, counted from 0")
-    known = re.fullmatch(r"exit|hang|bug|nan|sleep\d+(\.\d+)?|error[2-7]", action)
-    if action not in SIGNALS and not known:
+    verb, _, target = action.partition("=")
+    again = verb.endswith("-again")
+    verb = verb.removesuffix("-again")
+    known = re.fullmatch(r"exit|hang|bug|nan|spike|flip|(sleep|slow)\d+(\.\d+)?|error[2-7]", verb)
+    if verb not in SIGNALS and not known:
         raise _wrong(text, f"{action!r} is no action; choose {', '.join(SIGNALS)}, exit, hang, "
-                     "sleep<seconds>, error<2 to 7>, bug or nan")  # fmt: skip
-    if action == "nan" and name not in ("gradient", "reduce"):
-        raise _wrong(text, "nan is for step<N>.gradient and step<N>.reduce")
+                     "sleep<seconds>, slow<seconds>, error<2 to 7>, bug, nan, spike, "
+                     "flip=<name>")  # fmt: skip
+    if verb in FACTORS and name not in NUMBERS:
+        raise _wrong(text, f"{verb} is for {_listed(NUMBERS)}")
+    if (verb == "flip") > bool(target) or target and verb not in ("flip", *FACTORS):
+        raise _wrong(text, f"{verb} names {'a' if verb == 'flip' else 'no'} tensor after =")
     if int(number) != rank or (attempt and text.endswith(":once")):
         return NoFaults()
-    return Fault(name, int(inside[1]) if inside else None, action)
+    step = (0 if inside[1] == "*" else int(inside[1])) if inside else None
+    return Fault(name, step, verb, target, again or verb.startswith("slow"))
 
 
 def _wrong(text: str, why: str) -> ConfigError:

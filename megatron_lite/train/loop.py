@@ -159,21 +159,17 @@ class Session:
             )
         )
         self.log.write(record)
-        if (
-            not math.isfinite(loss)
-            and self.train.check_for_nan_in_loss_and_grad
-            and not result.update.skipped
-        ):
-            raise NumericsError(
-                f"the loss of iteration {progress.step} is {loss}: look at the data of samples "
-                f"{progress.samples - size} to {progress.samples - 1}, or lower --lr"
-            )
+        skipped = f" - skipped, {progress.skipped_steps} so far" if result.update.skipped else ""
+        self.log.warn(*(warning + skipped for warning in result.warnings))
+        if result.stop is not None:
+            self.log.print(self.meter.take())  # the loss of the step that ends the run, too
+            raise NumericsError(result.stop)
+        self.presence.reached(progress.step)
         return agreed
 
     def _account(self, size: int, result: StepResult) -> None:
         progress = self.progress
         progress.step += 1
-        self.presence.reached(progress.step)
         progress.samples += size
         progress.tokens += size * self.seq_length
         if result.update.skipped:

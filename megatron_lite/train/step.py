@@ -12,21 +12,41 @@ from torch import Tensor
 from megatron_lite.data.batch import Batch
 from megatron_lite.engines.base import Update
 from megatron_lite.parallel.collectives import all_reduce
-from megatron_lite.pipeline.stage import Scored
+from megatron_lite.pipeline.stage import MicroBatch, Scored
+from megatron_lite.train.culprit import first_of_all
 from megatron_lite.train.feed import loss_tokens, to_device
+from megatron_lite.train.guards import Act, Finding, Measured, Verdict
+from megatron_lite.train.replay import changed_suspect, summed_suspect, watched_pipeline
 from megatron_lite.train.stop import NO_VOTE, StopVote
 
 if TYPE_CHECKING:
+    from megatron_lite.pipeline.executor import Executor
     from megatron_lite.train.assemble import Run
 
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """loss: mean per token over the global batch; votes: ranks that ask for a stop, by StopVote's fields."""
+    """loss: mean per token over the global batch; votes: ranks that ask for a stop, by StopVote's fields.
+
+    warnings: what the guards found; stop: why the run must end (the step was not applied then).
+    """
 
     loss: Tensor
     update: Update
     votes: Tensor
+    warnings: tuple[str, ...] = ()
+    stop: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """One forward and backward of a step, its gradients reduced: nothing is updated yet."""
+
+    scored: Sequence[Scored]
+    loss: Tensor
+    norm: Tensor
+    votes: Tensor
+    measured: Measured
 
 
 def train_step(run: Run, batches: Sequence[Batch], *, lr: float, weight_decay: float,
@@ -34,19 +54,90 @@ def train_step(run: Run, batches: Sequence[Batch], *, lr: float, weight_decay: f
     """Forward and backward over this rank's micro batches, then the update.  Collective over the world.
 
     The gradient is that of the mean loss per token over the whole global batch: each micro batch's
-    loss sum is scaled by 1 / global tokens, which is known before the first forward.
+    loss sum is scaled by 1 / global tokens, which is known before the first forward.  The guards
+    judge loss and gradient before the update; where they ask for it, the step runs again first.
+    Waits for the device once before the update.
     """
     device = run.ctx.device
     tokens = all_reduce(loss_tokens(batches, device), run.ctx.dp)
     micro = [to_device(b, device, step=run.progress.step, training=True) for b in batches]
-    scale = (run.engine.loss_scale / tokens.clamp(min=1.0)).float()
     run.expect_messages(batches[0])
+    attempt = _attempt(run, run.pipeline, micro, tokens, vote)
+    verdict = run.guards.judge(attempt.measured, run.progress)
+    told = verdict.what
+    if verdict.replay:
+        attempt, verdict, told = _again(run, attempt, verdict, micro, tokens, vote)
+    elif told and not attempt.measured.finite:
+        culprit, _ = first_of_all(summed_suspect(run), run.ctx)
+        told += f"; {culprit.text}" if culprit else ""
+    run.guards.note(attempt.measured, run.progress)
+    if verdict.act >= Act.SKIP:
+        update = run.engine.discard(attempt.norm)
+    else:
+        with run.timers.span("optimizer"):
+            update = run.engine.apply(attempt.norm, lr=lr, weight_decay=weight_decay)
+    said = f"iteration {run.progress.step + 1}: {told}"
+    if verdict.act is Act.STOP:
+        return StepResult(attempt.loss, update, attempt.votes, stop=f"{said} - {verdict.advice}")
+    return StepResult(attempt.loss, update, attempt.votes, warnings=(said,) if told else ())
+
+
+def _attempt(
+    run: Run, pipeline: Executor, micro: Sequence[MicroBatch], tokens: Tensor, vote: StopVote
+) -> Attempt:
+    """Forward, backward, reduce; one collective then tells every rank what all have measured."""
+    scale = (run.engine.loss_scale / tokens.clamp(min=1.0)).float()
     with run.timers.span("forward-backward"):
-        scored = run.pipeline.run(run.actions(len(batches)), micro, scale)
-    total, _, votes = _sum_over_world(run, scored, vote)
+        scored = pipeline.run(run.actions(len(micro)), micro, scale)
     with run.timers.span("optimizer"):
-        update = run.engine.step(lr=lr, weight_decay=weight_decay)
-    return StepResult(total / tokens, update, votes)
+        run.engine.reduce()
+    own = run.engine.squared_norm()
+    extra = torch.stack([own.share, (~own.finite).double()])
+    sums = _sum_over_world(run, scored, (*map(float, vote),), extra)
+    loss, norm = sums[0] / tokens, sums[2].sqrt()
+    measured = torch.stack([loss, norm, sums[3]]).tolist()  # waits for the device
+    return Attempt(
+        scored, loss, norm.float(), sums[4:], Measured(measured[0], measured[1], int(measured[2]))
+    )
+
+
+def _again(
+    run: Run,
+    first: Attempt,
+    verdict: Verdict,
+    micro: Sequence[MicroBatch],
+    tokens: Tensor,
+    vote: StopVote,
+) -> tuple[Attempt, Verdict, str]:
+    """Run the step again from the same weights; returns what counts now, and the words for both.
+
+    A step that comes out well the second time is taken, unless the guards say stop.
+    """
+    summed = summed_suspect(run)
+    run.engine.discard(first.norm)
+    with watched_pipeline(run) as (pipeline, watched):
+        second = _attempt(run, pipeline, micro, tokens, vote)
+    now = run.guards.judge(second.measured, run.progress)
+    if now.replay:
+        culprit, ranks = first_of_all(watched.first, run.ctx)
+        where = f"; {culprit.text}" if culprit else ""
+        count = f", {len(ranks)} ranks saw such" if len(ranks) > 1 else ""
+        return second, now, (
+            f"{now.what}{where}{count}; run again from the same weights it is the same: "
+            "the data or the code, not a passing fault of the machine"
+        )  # fmt: skip
+    changed = changed_suspect(run, first.scored, second.scored, micro)
+    culprit, _ = first_of_all(changed or summed, run.ctx)
+    where = f"; {culprit.text}" if culprit else ""
+    told = (
+        f"{verdict.what}{where}; run again from the same weights the loss is "
+        f"{second.measured.loss:g} and the gradient norm {second.measured.grad_norm:g}: a passing "
+        "fault of the machine"
+    )
+    if verdict.act is Act.STOP:
+        advice = "do not trust that rank's device or memory: test it, and start again without it"
+        return second, Verdict(Act.STOP, (Finding(Act.STOP, advice=advice),)), told
+    return second, now, f"{told} - the second result is taken; test that rank's device and memory"
 
 
 @torch.no_grad()
@@ -56,20 +147,22 @@ def evaluation_step(run: Run, batches: Sequence[Batch]) -> tuple[Tensor, Tensor]
     micro = [to_device(b, device, step=run.progress.step, training=False) for b in batches]
     run.expect_messages(batches[0])
     scored = run.pipeline.run(run.forward_actions(len(batches)), micro, None)
-    total, count, _ = _sum_over_world(run, scored, NO_VOTE)
-    return total, count
+    sums = _sum_over_world(run, scored)
+    return sums[0], sums[1]
 
 
 def _sum_over_world(
-    run: Run, scored: Sequence[Scored], vote: StopVote
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss sum, token count and stop votes; one collective, contributed by tp rank 0 only."""
-    sums = torch.zeros(2 + len(vote), dtype=torch.float64, device=run.ctx.device)
+    run: Run,
+    scored: Sequence[Scored],
+    votes: Sequence[float] = (),
+    measured: Tensor | None = None,
+) -> Tensor:
+    """fp64 [2 + ...]: loss sum and token count, contributed by tp rank 0 only, then what is given."""
+    sums = torch.zeros(2, dtype=torch.float64, device=run.ctx.device)
     if scored and run.ctx.tp.rank == 0:
         sums[0] = torch.stack([s.total for s in scored]).double().sum()
         sums[1] = torch.stack([s.count for s in scored]).double().sum()
-    for position, asked in enumerate(vote, start=2):
-        if asked:
-            sums[position] = 1.0
-    all_reduce(sums, run.ctx.world)
-    return sums[0], sums[1], sums[2:]
+    if measured is not None:
+        asked = torch.tensor(votes, dtype=torch.float64, device=run.ctx.device)
+        sums = torch.cat([sums, measured, asked])
+    return all_reduce(sums, run.ctx.world)

@@ -71,7 +71,8 @@ def test_masters_keep_steps_that_bf16_rounds_away():
     assert torch.equal(held.weight, torch.ones_like(held.weight))
     for step in range(1, 17):
         held.gradient.fill_(2.0**-12)
-        engine.step(lr=1.0, weight_decay=0.0)
+        engine.reduce()
+        engine.apply(torch.tensor(0.0), lr=1.0, weight_decay=0.0)
         expected = 1.0 - step * 2.0**-12
         assert torch.equal(held.master, torch.full_like(held.master, expected))
         assert torch.equal(held.weight, held.master.bfloat16())

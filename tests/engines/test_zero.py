@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from megatron_lite.config.errors import NumericsError
 from megatron_lite.engines.loss_scale import LossScale
 from megatron_lite.train.assemble import assemble
 from megatron_lite.train.step import train_step
@@ -60,13 +59,6 @@ def test_megatrons_hysteresis_needs_eighteen_skips_from_2_to_the_32_to_2_to_the_
     assert skips == 18
 
 
-def test_persistent_overflow_at_the_smallest_scale_stops_with_a_diagnosis():
-    scaler = LossScale(1.0, True, 1.0, 1000, 2, 2)
-    with pytest.raises(NumericsError, match="100 steps in a row"):
-        for _ in range(200):
-            scaler.update(overflow=True)
-
-
 def test_updates_equal_torch_adamw_with_clipping():
     config = tiny_config(train__global_batch_size=4)
     blueprint = draw(config, 1)
@@ -81,7 +73,7 @@ def test_updates_equal_torch_adamw_with_clipping():
         batches = make_batches(config, blueprint, 0, step)
         train_step(ours, batches, lr=1e-2, weight_decay=0.1)
 
-        def gradients_only(*, lr, weight_decay, run=theirs):
+        def gradients_only(norm, *, lr, weight_decay, run=theirs):
             for parameter, gradient in run.engine.accumulators():
                 parameter.grad = gradient.clone()
                 gradient.zero_()
@@ -90,7 +82,7 @@ def test_updates_equal_torch_adamw_with_clipping():
             adamw.zero_grad()
             return type("Update", (), {"grad_norm": norm, "skipped": False})()
 
-        theirs.engine.step = gradients_only
+        theirs.engine.apply = gradients_only
         train_step(theirs, batches, lr=1e-2, weight_decay=0.1)
     for a, b in zip(ours.parameters, theirs.parameters, strict=True):
         for piece in a.pieces:
@@ -106,5 +98,5 @@ def test_a_non_finite_gradient_stops_with_the_parameters_name():
     blueprint = draw(config, 1)
     run = assemble(config, blueprint, context(blueprint, 0))
     run.engine.accumulators()[3][1].view(-1)[0] = float("nan")
-    with pytest.raises(NumericsError, match="blocks.0.attention"):
-        train_step(run, make_batches(config, blueprint, 0, 0), lr=1e-2, weight_decay=0.0)
+    result = train_step(run, make_batches(config, blueprint, 0, 0), lr=1e-2, weight_decay=0.0)
+    assert "blocks.0.attention" in result.stop and result.update.skipped

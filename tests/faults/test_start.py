@@ -81,7 +81,9 @@ WRONG_FAULTS = {
     "step3:0:explode": "'explode' is no action; choose sigkill",
     "step3:0:sleep": "'sleep' is no action",
     "step3:0:error70": "'error70' is no action",
-    "step3:0:nan": "nan is for step<N>.gradient",
+    "step3:0:nan": "nan is for step<N>.loss, step<N>.gradient",
+    "step3:0:flip": "flip names a tensor after =",
+    "step3:0:hang=final_norm.weight": "hang names no tensor after =",
 }
 
 
