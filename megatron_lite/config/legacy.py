@@ -273,7 +273,6 @@ OURS_ONLY = frozenset(
         "guards.grad_norm_spike_factor",
         "guards.spike_window",
         "guards.on_spike",
-        "guards.check_replicas",
         "data.exact_blend_counts",
         "train.dry_run",
         "train.exit_code_on_preemption",
