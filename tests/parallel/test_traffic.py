@@ -14,6 +14,7 @@ import torch.distributed as dist
 from megatron_lite.parallel import collectives
 from megatron_lite.train.assemble import assemble
 from megatron_lite.train.step import train_step
+from megatron_lite.train.stop import StopVote
 from tests.support.spawn import spawn
 from tests.support.tiny import context, draw, make_batches, tiny_config
 
@@ -66,8 +67,8 @@ def ranks_dp(changes, ranks):
     return ranks // tp // changes.get("parallel__pipeline_model_parallel_size", 1)
 
 
-# over the world: loss, count, squared norm, ranks with bad gradients, two stop votes
-ALWAYS = Counter({("all-reduce", 6 * 8): 1})
+# over the world: loss, count, squared norm, ranks with bad gradients, and the stop votes
+ALWAYS = Counter({("all-reduce", (4 + len(StopVote._fields)) * 8): 1})
 LOSS = Counter({("all-reduce", TOKENS): 3})  # largest, sum of exponentials, the label's
 TP, PP = "parallel__tensor_model_parallel_size", "parallel__pipeline_model_parallel_size"
 SP, ZERO = "parallel__sequence_parallel", "parallel__use_distributed_optimizer"
