@@ -5,16 +5,18 @@ python tools/launch.py --nproc_per_node 4 tools/pretrain_gpt.py ...     torchrun
 python tools/launch.py --nproc_per_node 4 --max_restarts 3 tools/pretrain_gpt.py ... --save RUN --load RUN
 
 torchrun ends with 1 whatever happened to its ranks, and with a traceback after SIGTERM.  This is
-torchrun in one process with two things added:
+torchrun in one process with three things added:
 
 - the exit code is that of the rank of this host that failed first by itself, 6 where a rank was lost,
   75 where the run was asked to stop (0 where --exit-code-on-preemption says so)
-- SIGUSR1 reaches the ranks as SIGTERM does; every host must start as many ranks as the others, so
-  ranks are numbered without a word between the hosts, and which host is missing the ranks say
+- a host that does not come within --distributed-timeout-minutes is named, and so are two that
+  think they are the same; every host must start as many ranks as the others
+- SIGUSR1 reaches the ranks as SIGTERM does
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import signal
@@ -26,10 +28,16 @@ sys.path.insert(
     0, str(Path(__file__).resolve().parents[1])
 )  # run from a checkout, installed or not
 
+from torch.distributed import DistError  # type: ignore[attr-defined]
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.run import parse_args, run
+
 from megatron_lite.config.errors import PREEMPTED, DistributedError, MegatronLiteError
 from megatron_lite.config.exit import run_tool
 from megatron_lite.config.flags import parse
 from megatron_lite.config.run import RunConfig
+from megatron_lite.parallel.launch import Launch, gather_hosts
 
 USUAL_SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT"
 LOST = DistributedError.exit_code
@@ -39,21 +47,20 @@ def main() -> int:
     """Run torchrun and translate how it ended."""
     argv = sys.argv[1:]
     os.environ.setdefault("TORCH_ELASTIC_WORKER_IDENTICAL", "1")
-    from torch.distributed import DistError  # noqa: PLC0415
-    from torch.distributed.elastic.multiprocessing.api import SignalException  # noqa: PLC0415
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError  # noqa: PLC0415
-    from torch.distributed.run import parse_args, run  # noqa: PLC0415
-
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # our one line says more than its traces
     asked = parse_args(argv)
     if getattr(asked, "signals_to_handle", None) == USUAL_SIGNALS:
         asked.signals_to_handle += ",SIGUSR1"
     config = script_config(asked.training_script_args)
     folder = Path(config.checkpoint.save) if config is not None and config.checkpoint.save else None
-    if config is not None and not asked.rdzv_conf:
-        asked.rdzv_conf = f"timeout={max(int(config.parallel.distributed_timeout_minutes * 60), 1)}"
+    minutes = (config or RunConfig()).parallel.distributed_timeout_minutes
+    seconds = max(minutes * 60.0, 1.0)
     before = _stamp(folder)
     try:
+        hosts = _hosts(asked)
+        store = gather_hosts(hosts, seconds) if hosts is not None else None
         run(asked)
+        del store  # until here the other hosts need it
     except ChildFailedError as failed:
         return exit_code(failure.exitcode for failure in failed.failures.values())
     except SignalException as stopped:
@@ -63,11 +70,23 @@ def main() -> int:
     except DistError as error:
         first = (str(error).splitlines() or [""])[0][:200]
         raise DistributedError(
-            f"host {asked.node_rank} of {asked.nnodes} could not meet the others at "
-            f"{asked.rdzv_endpoint or f'{asked.master_addr}:{asked.master_port}'}: {first} - start "
-            "every host with the same --master_addr and --master_port and its own --node_rank"
+            f"the launcher of host {asked.node_rank} lost the store of host 0: {first} - look at its "
+            "last lines and its node"
         ) from error
     return 0
+
+
+def _hosts(asked: argparse.Namespace) -> Launch | None:
+    """This host among the others, or None where torchrun's own rendezvous was asked for or is local."""
+    if not asked.nnodes.isdigit() or int(asked.nnodes) == 1 or asked.rdzv_backend != "static":
+        return None
+    endpoint = asked.rdzv_endpoint or f"{asked.master_addr}:{asked.master_port or 29500}"
+    address, _, port = endpoint.rpartition(":")
+    if not port.isdigit():
+        return None
+    return Launch(
+        asked.node_rank, int(asked.nnodes), host=address.strip("[]"), port=int(port), noun="host"
+    )
 
 
 def exit_code(codes: Iterable[int]) -> int:

@@ -25,6 +25,7 @@ class Launch:
 
     host, port: of the rendezvous store, which torchrun's agent holds (agent_holds_store) or rank 0.
     attempt: how often torchrun has restarted the ranks.  fault: MLITE_FAULT, see train/faults.py.
+    noun: what is counted; a launcher counts hosts.
     """
 
     rank: int = 0
@@ -37,6 +38,7 @@ class Launch:
     agent_holds_store: bool = False
     attempt: int = 0
     fault: str | None = None
+    noun: str = "rank"
 
 
 def read_launch() -> Launch:
@@ -167,13 +169,42 @@ def gather(launch: Launch, parallel: ParallelConfig, *, end: Callable[[str], Non
             launch, seconds, f"the store broke off ({_first_line(error)})"
         ) from error
     if missing:
-        came = launch.world_size - len(missing)
-        shown = ", ".join(map(str, missing[:16])) + (" ..." if missing[16:] else "")
-        raise _cannot_join(
-            launch, seconds, f"{came} of {launch.world_size} ranks came, missing: rank {shown}"
-        )
+        raise _cannot_join(launch, seconds, _came(launch, missing))
     liveness.start()
     return World(liveness, store, prefix)
+
+
+def gather_hosts(hosts: Launch, seconds: float) -> Store:
+    """Wait, in a launcher, until the launchers of all hosts have come; keep what it returns.
+
+    hosts: rank, world_size and noun count hosts.  The store is the one that torchrun then uses:
+    one process may open it twice.  Raises DistributedError naming the hosts that did not come
+    within the seconds, ConfigError where two say they are the same.
+    """
+    store = _open_store(hosts, seconds, hosts=hosts.rank == 0, shared=True)
+    try:
+        missing = roll_call(
+            store,
+            prefix="megatron_lite/hosts",
+            rank=hosts.rank,
+            world_size=hosts.world_size,
+            seconds=seconds,
+        )
+    except ValueError as error:
+        what = f"two launchers say they are {hosts.noun} {hosts.rank}"
+        raise ConfigError(f"{what}: give every host its own NODE_RANK (--node_rank)") from error
+    except RuntimeError as error:
+        what = f"the store broke off ({_first_line(error)})"
+        raise _cannot_join(hosts, seconds, what) from error
+    if missing:
+        raise _cannot_join(hosts, seconds, _came(hosts, missing))
+    return store
+
+
+def _came(launch: Launch, missing: list[int]) -> str:
+    came = launch.world_size - len(missing)
+    shown = ", ".join(map(str, missing[:16])) + (" ..." if missing[16:] else "")
+    return f"{came} of {launch.world_size} {launch.noun}s came, missing: {launch.noun} {shown}"
 
 
 def compare_ranks(launch: Launch, world: World, facts: dict[str, str]) -> None:
@@ -229,14 +260,14 @@ def start_process_group(
         ) from error
 
 
-def _open_store(launch: Launch, seconds: float, *, hosts: bool) -> Store:
+def _open_store(launch: Launch, seconds: float, *, hosts: bool, shared: bool = False) -> Store:
     if not hosts:
         return _connect(launch, seconds)
     try:
-        return _tcp_store(launch, seconds, is_master=True)
+        return _tcp_store(launch, seconds, is_master=True, shared=shared)
     except (RuntimeError, ValueError) as error:
         raise DistributedError(
-            f"rank 0 cannot listen on port {launch.port}: {_first_line(error)} - is another run "
+            f"{launch.noun} 0 cannot listen on port {launch.port}: {_first_line(error)} - is another run "
             "using it? - choose another MASTER_PORT (torchrun's --master-port)"
         ) from error
 
@@ -261,12 +292,12 @@ def _wait_for_port(launch: Launch, end: float, seconds: float) -> None:
             return
         except OSError as error:
             if time.monotonic() > end:
-                what = f"nobody answers there ({error}): rank 0, which holds the store, is missing"
+                what = f"nobody answers there ({error}): {launch.noun} 0, which holds the store, is missing"
                 raise _cannot_join(launch, seconds, what) from error
         time.sleep(0.05)
 
 
-def _tcp_store(launch: Launch, seconds: float, *, is_master: bool) -> Store:
+def _tcp_store(launch: Launch, seconds: float, *, is_master: bool, shared: bool = False) -> Store:
     return TCPStore(
         launch.host,
         launch.port,
@@ -274,12 +305,13 @@ def _tcp_store(launch: Launch, seconds: float, *, is_master: bool) -> Store:
         is_master=is_master,
         timeout=timedelta(seconds=seconds),
         wait_for_workers=False,
+        multi_tenant=shared,
     )
 
 
 def _cannot_join(launch: Launch, seconds: float, what: str) -> DistributedError:
     return DistributedError(
-        f"rank {launch.rank} of {launch.world_size} could not join at {launch.host}:{launch.port} "
+        f"{launch.noun} {launch.rank} of {launch.world_size} could not join at {launch.host}:{launch.port} "
         f"within {seconds / 60:g} minutes: {what} - start every node with the same MASTER_ADDR and "
         "MASTER_PORT and its own NODE_RANK, or raise --distributed-timeout-minutes"
     )

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -153,3 +154,60 @@ def test_hosts_leave_nothing_behind_when_a_test_fails(tmp_path: Path) -> None:
         raise ZeroDivisionError
     assert sleeper.process.poll() == -9
     assert not any(f"-{os.getpid()}-" in path.name for path in Path("/run/netns").iterdir())
+
+
+def test_a_host_that_never_comes_is_named_by_the_others(folder: Path, tmp_path: Path) -> None:
+    extra = "--distributed-timeout-minutes 0.1"
+    with Hosts(4, tmp_path) as hosts:
+        begin = [("0", 0), ("1", 1), ("1", 2)]  # host 2 thinks it is 1, and 3 sleeps
+        for node, host in begin:
+            env = script_env(
+                NUM_NODES="4", GPUS_PER_NODE="1", TP="1", PP="1", NODE_RANK=node,
+                MASTER_ADDR=hosts.address(0), GLOO_SOCKET_IFNAME=CABLE, EXTRA_ARGS=extra,
+            )  # fmt: skip
+            hosts.start(host, SCRIPT, env, folder)
+        codes = [command.wait(90) for command in hosts.commands]
+    said = [command.err for command in hosts.commands]
+    assert codes[0] == 6 and "2 of 4 hosts came, missing: host 2, 3" in said[0], said[0]
+    assert sorted(codes[1:]) == [2, 6], said[1:]
+    assert any("two launchers say they are host 1" in text for text in said[1:])
+
+
+def test_hosts_without_the_first_name_it(folder: Path, tmp_path: Path) -> None:
+    with Hosts(2, tmp_path) as hosts:
+        env = script_env(
+            NUM_NODES="2", TP="2", PP="1", NODE_RANK="1", MASTER_ADDR=hosts.address(0),
+            EXTRA_ARGS="--distributed-timeout-minutes 0.1",
+        )  # fmt: skip
+        command = hosts.start(1, SCRIPT, env, folder)
+        assert command.wait(90) == 6
+    assert command.err.startswith("FATAL[6]") and command.err.count("\n") == 1, command.err
+    assert "host 1 of 2 could not join at 10.77.0.1:6000 within 0.1 minutes" in command.err
+    assert "host 0, which holds the store, is missing" in command.err
+
+
+def test_a_signal_on_one_host_saves_and_stops_all(folder: Path, tmp_path: Path) -> None:
+    with Hosts(2, tmp_path) as hosts:
+        commands = start(hosts, folder, TP="2", PP="2", **LONG)
+        wait_until("three steps", lambda: len(steps(folder)) >= 3, 120, alive=commands)
+        commands[1].process.send_signal(signal.SIGTERM)
+        assert [command.wait(90) for command in commands] == [75, 75], commands[0].err
+        wait_until("no process is left", lambda: not any(map(hosts.processes, (0, 1))), 10)
+    saved = (folder / "run/latest_checkpointed_iteration.txt").read_text().strip()
+    assert int(saved) == steps(folder)[-1].iteration
+
+
+def test_hosts_restart_after_a_killed_rank_and_go_on_from_the_checkpoint(
+    folder: Path, inputs: Path, tmp_path: Path
+) -> None:
+    layout = {"TP": "2", "PP": "2", "SAVE_INTERVAL": "1"}
+    fault = {"MLITE_FAULT": "step4.backward:2:sigkill:once", "MAX_RESTARTS": "2"}
+    with Hosts(2, tmp_path) as hosts:
+        commands = start(hosts, folder, **layout, **fault)
+        assert [command.wait(240) for command in commands] == [0, 0], commands[0].err[-3000:]
+    assert "loaded checkpoint from run at iteration 3" in commands[0].out
+    alone = Path(shutil.copytree(inputs, tmp_path / "alone"))
+    one = script_env(NUM_NODES="1", GPUS_PER_NODE="4", **layout)
+    subprocess.run(SCRIPT, cwd=alone, env=one, capture_output=True, timeout=240, check=True)
+    curves = [[(r.iteration, r.loss, r.grad_norm) for r in steps(f)] for f in (folder, alone)]
+    assert len(curves[0]) == 4 and curves[0] == curves[1]

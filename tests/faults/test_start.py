@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import shutil
@@ -10,14 +11,15 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from megatron_lite.checkpoint.store import Store
-from megatron_lite.config.errors import ConfigError, StorageError
+from megatron_lite.config.errors import ConfigError, DistributedError, StorageError
 from megatron_lite.parallel.context import ParallelContext
-from megatron_lite.parallel.launch import read_launch
+from megatron_lite.parallel.launch import Launch, gather_hosts, read_launch
 from megatron_lite.storage.disk import Disk
 from megatron_lite.train.faults import Fault, NoFaults, read_fault
 from tests.faults.test_save_crashes import state
@@ -141,6 +143,23 @@ def test_two_processes_with_one_rank_and_a_port_in_use_are_named():
         port = str(taken.getsockname()[1])
         said = fatal(launch(2, QUICK, env={"MASTER_PORT": port}, only=[0], deadline=30), 6)
     assert f"port {port}" in said and "choose another MASTER_PORT" in said
+
+
+def test_a_launcher_names_the_hosts_that_do_not_come_and_two_that_are_the_same():
+    here = Launch(0, 3, host="127.0.0.1", port=free_port(), noun="host")
+    with pytest.raises(DistributedError, match=r"1 of 3 hosts came, missing: host 1, 2 - start"):
+        gather_hosts(here, 0.3)
+    with pytest.raises(DistributedError, match="host 0, which holds the store, is missing"):
+        gather_hosts(dataclasses.replace(here, rank=1, port=free_port()), 0.3)
+    twin = dataclasses.replace(here, port=free_port(), world_size=2)
+    with ThreadPoolExecutor(3) as threads:
+        ends = [
+            threads.submit(gather_hosts, dataclasses.replace(twin, rank=r), 20.0) for r in (0, 1, 1)
+        ]
+        problems = [end.exception() for end in ends]
+    assert problems[0] is None and sum(problem is None for problem in problems) == 2
+    (twins,) = filter(None, problems)
+    assert isinstance(twins, ConfigError) and "two launchers say they are host 1" in str(twins)
 
 
 def test_a_signal_while_waiting_for_the_others_ends_at_once():
