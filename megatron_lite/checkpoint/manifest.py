@@ -13,9 +13,12 @@ from megatron_lite.checkpoint.progress import Progress
 from megatron_lite.checkpoint.tensor_file import Written
 from megatron_lite.config.errors import CheckpointError
 
-FORMAT, VERSION = "megatron_lite", 1
+FORMAT, VERSION = "megatron_lite", 2
 NAME = "manifest.json"
-_FILE_NAME = re.compile(r"(weights|optimizer)-\d{5}\.safetensors")
+TOKENIZER = "tokenizer"
+_FILE_NAME = re.compile(
+    rf"(weights|optimizer)-\d{{5}}\.safetensors|{TOKENIZER}/\w[\w.-]{{0,99}}", re.ASCII
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,13 +42,18 @@ class StoredTensor:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """Everything a loader must know before it opens a tensor file."""
+    """Everything a loader must know before it opens a tensor file.
+
+    tokenizer, data: what the run read, by name; empty in checkpoints of version 1.
+    """
 
     iteration: int
     progress: Progress
     config: dict[str, Any]
     files: dict[str, Written]
     tensors: dict[str, StoredTensor] = field(default_factory=dict)
+    tokenizer: dict[str, Any] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)
 
     def to_bytes(self) -> bytes:
         """JSON with a hash over its own content."""
@@ -55,6 +63,8 @@ class Manifest:
             "iteration": self.iteration,
             "progress": self.progress.to_json(),
             "config": self.config,
+            "tokenizer": self.tokenizer,
+            "data": self.data,
             "files": {n: {"bytes": w.bytes, "sha256": w.sha256} for n, w in self.files.items()},
             "tensors": {
                 name: {
@@ -91,6 +101,8 @@ def read_manifest(folder: Path) -> Manifest:
             config=dict(body["config"]),
             files={n: Written(int(w["bytes"]), str(w["sha256"])) for n, w in body["files"].items()},
             tensors={name: _tensor(name, t, path) for name, t in body["tensors"].items()},
+            tokenizer=dict(body.get("tokenizer", {})),
+            data=dict(body.get("data", {})),
         )
     except FileNotFoundError:
         raise CheckpointError(f"{folder} has no {NAME}: it was never completed") from None
@@ -130,7 +142,7 @@ def verify_files(folder: Path, manifest: Manifest, *, share: int = 0, shares: in
         if index % shares != share:
             continue
         path = folder / name
-        if path.is_symlink() or not path.is_file():
+        if path.is_symlink() or path.parent.is_symlink() or not path.is_file():
             raise CheckpointError(f"{path} is missing or no plain file")
         size = path.stat().st_size
         if size != expected.bytes:

@@ -3,22 +3,25 @@
 <save>/iter_0000100/weights-00000.safetensors      slices of rank 0
                     optimizer-00000.safetensors    masters and moments of rank 0
                     ...                            other ranks
+                    tokenizer/vocab.json ...       the tokenizer's files
                     manifest.json                  names, boxes, sizes, hashes, progress, config
 <save>/latest_checkpointed_iteration.txt           100
 """
 
 from __future__ import annotations
 
-import contextlib
+import dataclasses
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from megatron_lite.checkpoint.agreement import Agreement
 from megatron_lite.checkpoint.boxes import check_fit, fill
 from megatron_lite.checkpoint.manifest import (
     NAME,
@@ -29,23 +32,50 @@ from megatron_lite.checkpoint.manifest import (
     verify_files,
 )
 from megatron_lite.checkpoint.progress import Progress
-from megatron_lite.checkpoint.tensor_file import DTYPES, Written, file_bytes, write_tensors
-from megatron_lite.config.errors import CheckpointError, MegatronLiteError, StorageError
-from megatron_lite.parallel.collectives import MAX, SUM, all_reduce, barrier
+from megatron_lite.checkpoint.snapshot import Snapshot, share
+from megatron_lite.checkpoint.tensor_file import DTYPES, Written, write_bytes, write_tensors
+from megatron_lite.config.errors import CheckpointError, StorageError
+from megatron_lite.parallel.collectives import MAX, all_reduce, barrier
 from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.parallel.shard import NamedSlice
-from megatron_lite.storage.disk import Disk, temporary_name, write_atomically
+from megatron_lite.storage.disk import Disk, write_atomically
 
 POINTER = "latest_checkpointed_iteration.txt"
 _FOLDER = re.compile(r"iter_(\d{7,})")
+_PROBE = ".can-every-rank-see-this.partial"
+_SEEN_WITHIN_SECONDS = 30.0  # network file systems show another node's new names late
 
 
 @dataclass(frozen=True, slots=True)
 class Saved:
-    """A finished save: where, and how many bytes over all ranks."""
+    """A finished save: where, how many bytes over all ranks, seconds, and what else went wrong."""
 
+    iteration: int
     folder: Path
     bytes: int
+    seconds: float = 0.0
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Keep:
+    """Which older checkpoints stay: the newest `last` and those of every `every`-th iteration.
+
+    last None: all.
+    """
+
+    last: int | None = None
+    every: int | None = None
+
+    def removable(self, iterations: Sequence[int], newest: int) -> list[int]:
+        """Those to remove after `newest` is complete; iterations are newest first."""
+        if self.last is None:
+            return []
+        old = [n for n in iterations if n != newest][max(self.last - 1, 0) :]
+        return [n for n in old if self.every is None or n % self.every]
+
+
+KEEP_ALL = Keep()
 
 
 def _go_on(point: str) -> None:
@@ -57,76 +87,110 @@ class Store:
     """The checkpoints of one folder.  Collective: every rank of ctx.world makes the same calls.
 
     at: called with save.begin, save.after_share, save.before_complete and save.end.
+    thread: how the ranks agree where not the main thread but one beside the step makes the calls.
     """
 
     root: Path
     ctx: ParallelContext
     disk: Disk = field(default_factory=Disk)
     at: Callable[[str], None] = _go_on
+    thread: Agreement | None = None
 
-    def prepare(self, weights: Iterable[NamedSlice], optimizer: Iterable[NamedSlice]) -> None:
-        """Find out at the start, not hours later, whether a checkpoint of these slices can be saved.
+    @property
+    def ranks(self) -> Agreement:
+        """How the ranks agree."""
+        return self.thread or Agreement.of_the_step(self.ctx)
 
-        Makes the folder, writes and removes a file, compares the free space with the size, and
-        clears away what a crash left half-written.  Raises StorageError on every rank alike.
+    def prepare(self, snapshot: Snapshot) -> None:
+        """Find out at the start, not hours later, whether snapshots like this can be saved.
+
+        Makes the folder, writes and removes a file, which every rank must see, compares the free
+        space with the size, and clears away what a crash left half-written.  Raises StorageError
+        on every rank alike.
         """
-        mine = {"weights": _share(weights, self.ctx), "optimizer": _share(optimizer, self.ctx)}
-        total = self._total_bytes(mine)
-        with self._together(None):
+        total = self.ranks.total(snapshot.bytes)
+        writing = f"write to {self.root}"
+        with self.ranks.together(writing, self._remove_probe):
             if self.ctx.rank == 0:
                 self.disk.make_folder(self.root)
                 self._finish_replacement()
                 for stale in self.root.glob(".*.partial"):
                     self.disk.remove_tree(stale) if stale.is_dir() else self.disk.remove(stale)
-                probe = temporary_name(self.root / "can-this-be-written")
-                with self.disk.create(probe) as file:
+                with self.disk.create(self.root / _PROBE) as file:
                     file.write(b"yes")
                     file.fsync()
-                self.disk.remove(probe)
                 self._require_space(total)
+        with self.ranks.together(writing, self._remove_probe):
+            self._wait_for(self.root / _PROBE)
+        with self.ranks.together(writing):
+            self._remove_probe()
 
-    def save(
+    def _remove_probe(self) -> None:
+        if self.ctx.rank == 0:
+            self.disk.remove(self.root / _PROBE)
+
+    def _wait_for(self, path: Path) -> None:
+        deadline = time.monotonic() + _SEEN_WITHIN_SECONDS
+        while not path.exists():
+            if time.monotonic() > deadline:
+                raise StorageError(
+                    f"{path} was written by another rank and is not seen here: --save must name a "
+                    "folder on a file system that all nodes share"
+                )
+            time.sleep(0.05)
+
+    def snapshot(
         self,
         iteration: int,
         *,
         weights: Iterable[NamedSlice],
         optimizer: Iterable[NamedSlice],
-        progress: Progress,
-        config: dict[str, Any],
-        keep_last: int | None = None,
-    ) -> Saved:
-        """Write a checkpoint; on any rank's failure all ranks raise and the older ones stay.
+        progress: Progress | None = None,
+        config: dict[str, Any] | None = None,
+    ) -> Snapshot:
+        """This rank's part of a checkpoint, its tensors where they lie.
 
         weights, optimizer: the slices this rank stands for; they are dealt out over dp, whose
         ranks hold the same.
         """
-        final = self.root / f"iter_{iteration:07d}"
+        return Snapshot(
+            iteration=iteration,
+            shares={"weights": share(weights, self.ctx), "optimizer": share(optimizer, self.ctx)},
+            progress=progress or Progress(),
+            config=config or {},
+        )
+
+    def save(self, snapshot: Snapshot, keep: Keep = KEEP_ALL) -> Saved:
+        """Write a checkpoint; on any rank's failure all ranks raise and the older ones stay."""
+        began = time.monotonic()
+        final = self._folder(snapshot.iteration)
         partial = self.root / f".{final.name}.partial"
-        mine = {kind: _share(slices, self.ctx) for kind, slices in
-                (("weights", weights), ("optimizer", optimizer))}  # fmt: skip
-        total = self._total_bytes(mine)
-        self.at("save.begin")
-        with self._together(partial):
+        total = self.ranks.total(snapshot.bytes)
+        writing = f"write to {self.root}"
+
+        def undo() -> None:
             if self.ctx.rank == 0:
-                self._require_space(total)
                 self.disk.remove_tree(partial)
+
+        with self.ranks.together(writing, undo):
+            self.at("save.begin")
+            if self.ctx.rank == 0:
+                self.disk.remove_tree(partial)
+                self._require_space(total)
                 self.disk.make_folder(partial)
-        with self._together(partial):
-            self._write_share(partial, mine)
-        self.at("save.after_share")
-        with self._together(partial):
+        with self.ranks.together(writing, undo):
+            self._write_share(partial, snapshot)
+            self.at("save.after_share")
+        with self.ranks.together(writing, undo):
             if self.ctx.rank == 0:
                 self.at("save.before_complete")
-                self._complete(partial, final, iteration, progress, config)
+                self._complete(partial, final, snapshot)
         self.at("save.end")
-        if self.ctx.rank == 0 and keep_last is not None:
-            self._retain(keep_last, iteration)
-        return Saved(final, total)
+        warnings = self._retain(keep, snapshot.iteration)
+        return Saved(snapshot.iteration, final, total, time.monotonic() - began, tuple(warnings))
 
-    def _total_bytes(self, mine: dict[str, list[NamedSlice]]) -> int:
-        own = sum(file_bytes([s.data for s in slices]) for slices in mine.values())
-        count = torch.tensor([own], dtype=torch.int64, device=self.ctx.device)
-        return int(all_reduce(count, self.ctx.world, SUM).item())  # waits for the device
+    def _folder(self, iteration: int) -> Path:
+        return self.root / f"iter_{iteration:07d}"
 
     def _require_space(self, total: int) -> None:
         free = self.disk.free_bytes(self.root)
@@ -138,28 +202,37 @@ class Store:
                 "checkpoints are untouched"
             )
 
-    def _write_share(self, partial: Path, mine: dict[str, list[NamedSlice]]) -> None:
+    def _write_share(self, partial: Path, snapshot: Snapshot) -> None:
+        """This rank's files, and last the list of them, whose presence says that they are whole."""
+        self._wait_for(partial)
         part: dict[str, Any] = {"files": {}, "tensors": []}
-        for kind, slices in mine.items():
+        for kind, slices in snapshot.shares.items():
             if not slices:
                 continue
             file = f"{kind}-{self.ctx.rank:05d}.safetensors"
             keys = {f"{i}:{s.name}": s for i, s in enumerate(slices)}
             written = write_tensors(partial / file, {k: s.data for k, s in keys.items()}, self.disk)
-            part["files"][file] = [written.bytes, written.sha256]
+            part["files"][file] = dataclasses.astuple(written)
             part["tensors"] += [
                 [s.name, s.shape, DTYPES[s.data.dtype], file, key, s.offset, tuple(s.data.shape)]
                 for key, s in keys.items()
             ]
-        with self.disk.create(partial / f"part-{self.ctx.rank:05d}.json") as listing:
-            listing.write(json.dumps(part).encode())
+        if self.ctx.rank == 0:
+            for file, data in snapshot.beside.items():
+                self.disk.make_folder((partial / file).parent)
+                written = write_bytes(partial / file, data, self.disk)
+                part["files"][file] = dataclasses.astuple(written)
+        write_bytes(self._listing(partial, self.ctx.rank), json.dumps(part).encode(), self.disk)
 
-    def _complete(
-        self, partial: Path, final: Path, iteration: int, progress: Progress, config: dict[str, Any]
-    ) -> None:
+    def _listing(self, partial: Path, rank: int) -> Path:
+        return partial / f"part-{rank:05d}.json"
+
+    def _complete(self, partial: Path, final: Path, snapshot: Snapshot) -> None:
         files: dict[str, Written] = {}
         tensors: dict[str, StoredTensor] = {}
-        for listing in sorted(partial.glob("part-*.json")):
+        for rank in range(self.ctx.world_size):
+            listing = self._listing(partial, rank)
+            self._wait_for(listing)
             part = json.loads(listing.read_bytes())
             files |= {name: Written(*written) for name, written in part["files"].items()}
             for name, shape, dtype, *place in part["tensors"]:
@@ -167,11 +240,18 @@ class Store:
                 before = tensors[name].pieces if name in tensors else ()
                 tensors[name] = StoredTensor(tuple(shape), dtype, (*before, piece))
             self.disk.remove(listing)
-        manifest = Manifest(iteration, progress, config, files, tensors)
-        with self.disk.create(partial / NAME) as file:
-            file.write(manifest.to_bytes())
-            file.fsync()
-        self.disk.sync_folder(partial)
+        manifest = Manifest(
+            snapshot.iteration,
+            snapshot.progress,
+            snapshot.config,
+            files,
+            tensors,
+            tokenizer=snapshot.tokenizer,
+            data=snapshot.data,
+        )
+        write_bytes(partial / NAME, manifest.to_bytes(), self.disk)
+        for folder in {(partial / name).parent for name in (*files, NAME)}:
+            self.disk.sync_folder(folder)
         if final.exists():  # the same iteration once more: the new one takes its place
             replaced = self.root / f".{final.name}.replaced.partial"
             self.disk.remove_tree(replaced)
@@ -181,33 +261,33 @@ class Store:
         else:
             self.disk.rename(partial, final)
         self.disk.sync_folder(self.root)
-        write_atomically(self.root / POINTER, f"{iteration}\n".encode(), self.disk)
+        write_atomically(self.root / POINTER, f"{snapshot.iteration}\n".encode(), self.disk)
 
-    def _retain(self, keep_last: int, newest: int) -> None:
-        old = [n for n in self.iterations() if n != newest]
-        for iteration in old[max(keep_last - 1, 0) :]:
-            self.disk.remove_tree(self.root / f"iter_{iteration:07d}")
+    def _retain(self, keep: Keep, newest: int) -> list[str]:
+        """Remove what `keep` does not keep, once the newest reads back as written; what went wrong.
 
-    @contextlib.contextmanager
-    def _together(self, partial: Path | None) -> Iterator[None]:
-        """Run a part of the save; if it failed on any rank, all ranks give up alike."""
-        failure: MegatronLiteError | None = None
-        try:
-            yield
-        except MegatronLiteError as error:
-            failure = error
-        flag = torch.tensor([failure is not None], dtype=torch.int32, device=self.ctx.device)
-        if not all_reduce(flag, self.ctx.world, MAX).item():  # waits for the device
-            return
-        if self.ctx.rank == 0 and partial is not None:
-            with contextlib.suppress(StorageError):
-                self.disk.remove_tree(partial)
-        if failure is None:
-            failure = StorageError(
-                f"another rank could not write to {self.root}: see its FATAL line; the older "
-                "checkpoints are untouched"
+        A checkpoint that cannot be removed is no failure of the save: the run goes on.
+        """
+        removable = keep.removable(self.iterations(), newest) if self.ctx.rank == 0 else []
+        if not self.ranks.any(bool(removable)):
+            return []
+        problem, _ = self._verify(newest)
+        if problem is not None:
+            raise StorageError(
+                f"checkpoint {newest} does not read back as it was written: {problem} - look at "
+                "the disk; no older checkpoint was removed"
             )
-        raise failure
+        warnings = []
+        for iteration in removable:
+            folder = self._folder(iteration)
+            aside = self.root / f".{folder.name}.removed.partial"  # never a folder half removed
+            try:
+                self.disk.remove_tree(aside)
+                self.disk.rename(folder, aside)
+                self.disk.remove_tree(aside)
+            except StorageError as error:
+                warnings.append(f"an older checkpoint could not be removed: {error}")
+        return warnings
 
     def iterations(self) -> list[int]:
         """Iterations of all checkpoint folders, newest first, intact or not."""
@@ -283,15 +363,14 @@ class Store:
         return int(text)
 
     def _verify(self, iteration: int) -> tuple[str | None, Manifest | None]:
-        folder = self.root / f"iter_{iteration:07d}"
+        folder = self._folder(iteration)
         problem, manifest = None, None
         try:
             manifest = read_manifest(folder)
             verify_files(folder, manifest, share=self.ctx.rank, shares=self.ctx.world_size)
         except CheckpointError as error:
             problem = str(error)
-        flag = torch.tensor([problem is not None], dtype=torch.int32, device=self.ctx.device)
-        if all_reduce(flag, self.ctx.world, MAX).item() and problem is None:  # waits
+        if self.ranks.any(problem is not None) and problem is None:
             problem = "another rank found it damaged"
         return problem, manifest
 
@@ -300,15 +379,8 @@ class Store:
 
         Raises CheckpointError, before anything is changed, listing all tensors that do not fit.
         """
-        folder = self.root / f"iter_{manifest.iteration:07d}"
+        folder = self._folder(manifest.iteration)
         wanted = [s for s in slices if s.data.numel()]
         check_fit(wanted, manifest, folder)
         fill(wanted, manifest, folder)
         barrier(self.ctx.world)
-
-
-def _share(slices: Iterable[NamedSlice], ctx: ParallelContext) -> list[NamedSlice]:
-    """What this rank writes: its own shards, and every dp-th slice of what all dp ranks hold."""
-    filled = [s for s in slices if s.data.numel()]
-    dealt = [s for s in filled if s.replicated][ctx.dp.rank :: ctx.dp.size]
-    return [*dealt, *(s for s in filled if not s.replicated)]

@@ -6,7 +6,6 @@ Layout (huggingface/safetensors, format description): u64 header length, JSON he
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megatron_lite.checkpoint.hashing import Hasher
 from megatron_lite.storage.disk import Disk
 
 DTYPES = {
@@ -60,16 +60,24 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], disk: Disk) -> Written
         start = stop
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the data begin 8-byte aligned
-    hashed = hashlib.sha256()
-    with disk.create(path) as file:
+    with disk.create(path) as file, Hasher() as hashed:
         for data in (len(text).to_bytes(8, "little"), text):
             hashed.update(data)
             file.write(data)
         for tensor in tensors.values():
             flat = tensor.detach().reshape(-1).view(torch.uint8)
             for chunk in flat.split(_WRITE_BYTES):
-                data = chunk.cpu().numpy()
+                data = chunk.cpu().numpy().data
                 hashed.update(data)
-                file.write(data.data)
+                file.write(data)
+        file.fsync()
+        return Written(file.size, hashed.hexdigest())
+
+
+def write_bytes(path: Path, data: bytes, disk: Disk) -> Written:
+    """Write and fsync a new file; its size and hash."""
+    with disk.create(path) as file, Hasher() as hashed:
+        hashed.update(data)
+        file.write(data)
         file.fsync()
         return Written(file.size, hashed.hexdigest())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,4 +41,13 @@ class CheckpointConfig:
     """Exit with code 4 where --load holds no checkpoint."""
 
     keep_last: int | None = None
-    """Remove older checkpoints but the newest N good ones."""
+    """Remove older checkpoints but the newest N good ones, once the newest is verified."""
+
+    keep_every: int | None = None
+    """With --keep-last: also keep those of every M-th iteration for good."""
+
+    async_save: bool = False
+    """Training stands still only while a checkpoint is copied to host memory; a thread writes it."""
+
+    save_failure: Literal["stop", "warn"] = "stop"
+    """warn goes on where a checkpoint cannot be written, to try again at the next; not at the end."""

@@ -53,6 +53,13 @@ _ONE_LAYER = {"parallel.recompute_num_layers": 1}
 
 _MAPPED = (
     _mapped(
+        "--save-retain-interval",
+        "means --keep-every with --keep-last 1",
+        takes_value=True,
+        value_to="checkpoint.keep_every",
+        unless_given={"checkpoint.keep_last": 1},
+    ),
+    _mapped(
         "--recompute-activations",
         "means --recompute-granularity selective",
         sets={"parallel.recompute_granularity": "selective"},
@@ -230,7 +237,6 @@ _REFUSED = (
     _refused("--data-parallel-sharding-strategy", "not built; use --use-distributed-optimizer"),
     _refused("--fp8-format", "not built; use --bf16"),
     _refused("--fp8-recipe", "not built; use --bf16"),
-    _refused("--async-save", "saves are synchronous; drop it"),
     _refused("--full-validation", "not built; use --eval-iters"),
     _refused("--multi-latent-attention", "not built; use --group-query-attention"),
     _refused("--no-initialization", "weights are always drawn or loaded; drop it"),
@@ -280,6 +286,8 @@ OURS_ONLY = frozenset(
         "train.use_cpu",
         "train.print_state_hash",
         "checkpoint.keep_last",
+        "checkpoint.keep_every",
+        "checkpoint.save_failure",
     }
 )
 """Fields Megatron has no flag for."""

@@ -116,6 +116,7 @@ RANGES: Mapping[str, Range] = {
     "checkpoint.save_interval": _SIZE,
     "checkpoint.ckpt_step": _COUNT,
     "checkpoint.keep_last": _SIZE,
+    "checkpoint.keep_every": _SIZE,
     "telemetry.log_interval": _SIZE,
     "telemetry.tensorboard_log_interval": _SIZE,
     "telemetry.tensorboard_queue_size": _SIZE,

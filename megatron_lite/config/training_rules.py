@@ -261,6 +261,19 @@ def saving(config: RunConfig, world_size: int) -> Iterator[str]:
     stops = t.exit_interval is not None or t.exit_duration_in_mins is not None
     if c.save is not None and c.save_interval is None and not (stops or t.skip_train):
         yield f"--save {c.save} needs --save-interval, the iterations between checkpoints"
+    if c.save is None:
+        for flag, given in (
+            ("--async-save", c.async_save),
+            ("--keep-last", c.keep_last is not None),
+            ("--save-failure", c.save_failure != "stop"),
+        ):
+            if given:
+                yield f"{flag} needs --save, the folder of the checkpoints"
+    if c.keep_every is not None and c.keep_last is None:
+        yield (
+            f"--keep-every {c.keep_every} says which checkpoints --keep-last spares; give "
+            "--keep-last, too, or leave it out: all are kept"
+        )
 
 
 def loading(config: RunConfig, world_size: int) -> Iterator[str]:

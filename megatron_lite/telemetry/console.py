@@ -59,11 +59,13 @@ def format_evaluation(record: EvaluationRecord) -> str:
 def format_save(record: SaveRecord) -> str:
     """`  successfully saved checkpoint from iteration     100 to FOLDER | 1.500 GB in 2.00 s |`."""
     where = f" to {record.folder}" if record.folder else ""
+    stalled = record.stalled_seconds
+    stall = "" if stalled is None else f" training stood still {stalled:.2f} s |"
     big = record.bytes >= 10**9
     size = f"{record.bytes / 1e9:.3f} GB" if big else f"{record.bytes / 1e6:.3f} MB"
     return (
         f"  successfully saved checkpoint from iteration {record.iteration:7d}{where}"
-        f" | {size} in {record.seconds:.2f} s |"
+        f" | {size} in {record.seconds:.2f} s |{stall}"
     )
 
 

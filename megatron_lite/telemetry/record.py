@@ -148,7 +148,12 @@ class SaveRecord:
     iteration: int
     bytes: int
     seconds: float
+    """From the step it belongs to until it is complete."""
+
     folder: str = ""
+    stalled_seconds: float | None = None
+    """How long training stood still for it; None in records of older versions."""
+
     timestamp: float = 0.0
 
 

@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import math
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from megatron_lite.checkpoint.progress import Progress
-from megatron_lite.checkpoint.store import Store
 from megatron_lite.config.checkpoint import CheckpointConfig
-from megatron_lite.config.errors import NumericsError
+from megatron_lite.config.errors import NumericsError, StorageError
 from megatron_lite.config.telemetry import TelemetryConfig
 from megatron_lite.config.train import TrainConfig
 from megatron_lite.data.loader import Loader
 from megatron_lite.parallel.liveness import Presence
-from megatron_lite.parallel.shard import weight_slices
-from megatron_lite.telemetry.record import EvaluationRecord, SaveRecord
+from megatron_lite.telemetry.record import EvaluationRecord
 from megatron_lite.telemetry.throughput import IntervalMeter, Step
 from megatron_lite.telemetry.timers import format_times, timing_record
 from megatron_lite.train.assemble import Run
+from megatron_lite.train.checkpoints import Checkpoints
 from megatron_lite.train.device import memory_line, peak_memory_bytes
 from megatron_lite.train.faults import Fault, NoFaults
 from megatron_lite.train.log import Log
@@ -60,14 +59,12 @@ class Session:
     meter: IntervalMeter
     stop: StopRequests
     profiler: Profiler
-    store: Store | None
     folder: Path
-    plain_config: dict[str, Any]
+    checkpoints: Checkpoints
     train_iters: int
     seq_length: int
     presence: Presence
     faults: Fault | NoFaults
-    saved_at: int = field(init=False)
     logged_at: int = field(init=False)
     progress: Progress = field(init=False)
     first_step: int = field(init=False)
@@ -75,7 +72,7 @@ class Session:
 
     def __post_init__(self) -> None:
         self.progress = self.run.progress
-        self.first_step = self.saved_at = self.logged_at = self.progress.step
+        self.first_step = self.logged_at = self.progress.step
 
     def fit(self) -> Reason:
         """Train until the end or until somebody asks for a stop; returns why it ended."""
@@ -84,12 +81,15 @@ class Session:
             gc.collect()
         try:
             reason = self._train()
+        except NumericsError:  # every rank raises it, so all can finish the save under way
+            with contextlib.suppress(StorageError):
+                self.checkpoints.settle()
+            raise
         finally:
             self.profiler.close()
             if self.train.manual_gc:
                 gc.enable()
-        if self.saved_at != self.progress.step and self.progress.step > 0:
-            self.save()
+        self.checkpoints.finish()
         return reason
 
     def _train(self) -> Reason:
@@ -100,12 +100,15 @@ class Session:
             self.faults.at("step")
             agreed = self._step()
             self.profiler.after(progress.step)
+            if agreed.save_failed:
+                self.checkpoints.settle()
+            self.checkpoints.tell()
             reason = self.stop.reason(progress.step, agreed=agreed, finished=self._finished())
             self._log_interval(last=reason is not None)
             if reason not in PREEMPTIONS and _is_due(self.train.eval_interval, progress.step):
                 self.evaluate("validation", final=False)
             if _is_due(self.checkpoint.save_interval, progress.step):
-                self.save()
+                self.checkpoints.save()
             if self.train.manual_gc and _is_due(self.train.manual_gc_interval, progress.step):
                 gc.collect()
         return reason
@@ -133,7 +136,7 @@ class Session:
             batches,
             lr=self.schedules.learning_rate.at(progress.lr_samples),
             weight_decay=self.schedules.weight_decay.at(progress.lr_samples),
-            vote=self.stop.vote(),
+            vote=self.stop.vote(save_failed=self.checkpoints.failed),
         )
         loss = result.loss.item()  # waits for the device
         agreed = StopVote(*(votes > 0 for votes in result.votes.tolist()))
@@ -237,33 +240,6 @@ class Session:
             loss=total / count if count else math.nan,
             seconds=time.perf_counter() - began,
             final=final,
-            timestamp=time.time(),
-        )
-        self.log.write(record)
-        self.log.print(record)
-
-    def save(self) -> None:
-        """Write a checkpoint, if the run keeps any."""
-        if self.store is None:
-            return
-        began = time.perf_counter()
-        run = self.run
-        run.engine.settle()
-        with run.timers.span("save-checkpoint"):
-            saved = self.store.save(
-                self.progress.step,
-                weights=weight_slices(run.parameters, run.ctx, owned=True),
-                optimizer=run.engine.state(owned=True) if self.checkpoint.save_optim else (),
-                progress=self.progress,
-                config=self.plain_config,
-                keep_last=self.checkpoint.keep_last,
-            )
-        self.saved_at = self.progress.step
-        record = SaveRecord(
-            iteration=self.progress.step,
-            bytes=saved.bytes,
-            seconds=time.perf_counter() - began,
-            folder=str(self.store.root),
             timestamp=time.time(),
         )
         self.log.write(record)

@@ -38,12 +38,12 @@ from megatron_lite.parallel.launch import (
     start_process_group,
     stop_process_group,
 )
-from megatron_lite.parallel.shard import weight_slices
 from megatron_lite.storage.disk import Disk, write_atomically
 from megatron_lite.telemetry.throughput import IntervalMeter
 from megatron_lite.telemetry.timers import format_times
 from megatron_lite.telemetry.writers import Writers, open_writers
 from megatron_lite.train.assemble import Run, assemble
+from megatron_lite.train.checkpoints import Checkpoints
 from megatron_lite.train.device import cpu_notices, device_peak
 from megatron_lite.train.failures import Failures
 from megatron_lite.train.faults import Fault, NoFaults, read_fault
@@ -170,7 +170,8 @@ def _now() -> str:
 
 def _farewell(session: Session, reason: Reason) -> str:
     step = session.progress.step
-    kept = f"; checkpoint in {session.store.root}" if session.store is not None else ""
+    store = session.checkpoints.store
+    kept = f"; checkpoint in {store.root}" if store is not None else ""
     why = {
         "finished": "after training is done",
         "signal": "stopped by a signal: the step was finished",
@@ -208,9 +209,9 @@ def open_session(
     folder = _run_folder(config, ctx)
     save = config.checkpoint.save
     store = Store(Path(save), ctx, at=faults.at) if save else None
-    if store is not None and not config.train.skip_train:
-        state = run.engine.state(owned=True) if config.checkpoint.save_optim else ()
-        store.prepare(weight_slices(run.parameters, ctx, owned=True), state)
+    checkpoints = Checkpoints.over(run, config.checkpoint, log, failures.presence, store)
+    if not config.train.skip_train:
+        checkpoints.prepare()
     if ctx.rank == 0:
         _begin_folder(folder, config, tokens)
     failures.folder = folder
@@ -226,6 +227,8 @@ def open_session(
     log.say(*resumed.notices)
     with timers.span("train/valid/test-data-iterators-setup"):
         datasets = _open_datasets(config, launch, log, tokens, folder, train_iters, final_batch)
+    checkpoints.plain_config = plain(config) | {"schedules": resumed.schedules.to_json()}
+    checkpoints.saved_at = run.progress.step
     log.writers = _writers(config.telemetry, folder, resumed.iteration or 0, ctx)
     log.say(f"done with setup ... datetime: {_now()}")
     log.print(format_times(timers.gather(ctx), option=config.telemetry.timing_log_option))
@@ -247,11 +250,10 @@ def open_session(
         ),
         stop=StopRequests(config.train, looks=ctx.rank == 0),
         profiler=Profiler(config.telemetry, ctx.rank, folder / "traces", device),
-        store=store,
         folder=folder,
+        checkpoints=checkpoints,
         presence=failures.presence,
         faults=faults,
-        plain_config=plain(config) | {"schedules": resumed.schedules.to_json()},
         train_iters=train_iters,
         seq_length=config.model.seq_length,
     )

@@ -17,11 +17,15 @@ PREEMPTIONS: tuple[Reason, ...] = ("signal", "kill-switch")
 
 
 class StopVote(NamedTuple):
-    """Why one rank asks for a stop; added up over the world, so that all ranks stop for one reason."""
+    """Why one rank asks for a stop; added up over the world, so that all ranks stop for one reason.
+
+    save_failed: a checkpoint could not be written beside the training, which may stop the run.
+    """
 
     signalled: bool = False
     over_time: bool = False
     killed: bool = False
+    save_failed: bool = False
 
 
 NO_VOTE = StopVote()
@@ -69,11 +73,11 @@ class StopRequests:
             signal.signal(number, signal.SIG_DFL)
             raise Stopped(number)
 
-    def vote(self) -> StopVote:
+    def vote(self, *, save_failed: bool = False) -> StopVote:
         """What this rank asks for after the coming step."""
         minutes = self.train.exit_duration_in_mins
         over = minutes is not None and (time.monotonic() - self.started) / 60.0 >= minutes
-        return StopVote(self.signalled is not None, over, self._kill_switch())
+        return StopVote(self.signalled is not None, over, self._kill_switch(), save_failed)
 
     def _kill_switch(self) -> bool:
         """Whether the file is there; asked once a second, since it may lie on a slow file system."""

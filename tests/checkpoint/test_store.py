@@ -41,16 +41,22 @@ def _train(config, blueprint, run, steps):
     return losses
 
 
+def _save(run, folder, progress):
+    store = Store(folder, run.ctx)
+    store.save(
+        store.snapshot(
+            progress.step,
+            weights=weight_slices(run.parameters, run.ctx, owned=True),
+            optimizer=run.engine.state(owned=True),
+            progress=progress,
+        )
+    )
+
+
 def train_and_save(rank, ranks, changes, folder, steps, more):
     config, blueprint, run = _run(rank, ranks, changes)
     _train(config, blueprint, run, steps)
-    Store(Path(folder), run.ctx).save(
-        steps,
-        weights=weight_slices(run.parameters, run.ctx, owned=True),
-        optimizer=run.engine.state(owned=True),
-        progress=Progress(step=steps, optimizer_steps=run.engine.steps),
-        config={"seed": 1},
-    )
+    _save(run, Path(folder), Progress(step=steps, optimizer_steps=run.engine.steps))
     return _train(config, blueprint, run, more)
 
 
@@ -62,13 +68,7 @@ def load_and_save_again(rank, ranks, changes, folder, again, more):
     run.engine.copy_masters()
     run.engine.steps = manifest.progress.optimizer_steps
     run.progress.step = manifest.progress.step
-    Store(Path(again), run.ctx).save(
-        manifest.iteration,
-        weights=weight_slices(run.parameters, run.ctx, owned=True),
-        optimizer=run.engine.state(owned=True),
-        progress=manifest.progress,
-        config={},
-    )
+    _save(run, Path(again), manifest.progress)
     return _train(config, blueprint, run, more)
 
 
@@ -134,17 +134,10 @@ def test_vocabulary_is_stored_without_padding(tmp_path):
 def two_checkpoints(tmp_path):
     """A folder with iterations 1 and 2, and the store of one process over it."""
     config, blueprint, run = _run(0, 1, {})
-    store = Store(tmp_path, run.ctx)
     for step in (1, 2):
         _train(config, blueprint, run, 1)
-        store.save(
-            step,
-            weights=weight_slices(run.parameters, run.ctx, owned=True),
-            optimizer=run.engine.state(owned=True),
-            progress=Progress(step=step),
-            config={},
-        )
-    return store
+        _save(run, tmp_path, Progress(step=step))
+    return Store(tmp_path, run.ctx)
 
 
 def _damage(path: Path, how: str) -> None:

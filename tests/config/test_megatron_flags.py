@@ -62,6 +62,7 @@ MAPPED = {
         "parallel.recompute_method": "uniform",
         "parallel.recompute_num_layers": 1,
     },
+    "--save-retain-interval 500": {"checkpoint.keep_every": 500, "checkpoint.keep_last": 1},
     "--checkpoint-activations --checkpoint-num-layers 3": {
         "parallel.recompute_granularity": "full",
         "parallel.recompute_method": "uniform",

@@ -22,7 +22,7 @@ from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.parallel.launch import Launch, gather_hosts, read_launch
 from megatron_lite.storage.disk import Disk
 from megatron_lite.train.faults import Fault, NoFaults, read_fault
-from tests.faults.test_save_crashes import state
+from tests.faults.test_save_crashes import snapshot
 from tests.support.launch import (
     LAUNCHER_NAMES,
     TINY,
@@ -229,9 +229,10 @@ class SmallDisk(Disk):
 def test_no_room_for_one_checkpoint_is_found_at_the_start(tmp_path):
     store = Store(tmp_path / "run", ParallelContext.serial(), SmallDisk())
     with pytest.raises(StorageError, match=r"has 1000 bytes free, .* needs (\d+) bytes") as caught:
-        store.prepare(state(1), state(2))
+        store.prepare(snapshot(store, 1, 1))
     assert "--save" in str(caught.value) and not list((tmp_path / "run").iterdir())
-    Store(tmp_path / "run", ParallelContext.serial()).prepare(state(1), state(2))
+    store = Store(tmp_path / "run", ParallelContext.serial())
+    store.prepare(snapshot(store, 1, 1))
     assert not list((tmp_path / "run").iterdir())
 
 

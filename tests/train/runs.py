@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import io
+import os
 import re
 import signal
 from collections.abc import Sequence
@@ -41,6 +42,19 @@ class Outcome:
         """What --print-state-hash printed."""
         (found,) = re.findall(r"state hash at iteration \d+: ([0-9a-f]{64})", self.out)
         return found
+
+
+class MLiteFault:
+    """MLITE_FAULT while the block runs, for runs of this process."""
+
+    def __init__(self, fault: str) -> None:
+        self.fault = fault
+
+    def __enter__(self) -> None:
+        os.environ["MLITE_FAULT"] = self.fault
+
+    def __exit__(self, *_: object) -> None:
+        del os.environ["MLITE_FAULT"]
 
 
 def argv(*words: str, without: Sequence[str] = ()) -> list[str]:

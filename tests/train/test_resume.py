@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 from megatron_lite.checkpoint.manifest import Manifest, read_manifest
-from megatron_lite.config.errors import CheckpointError
+from megatron_lite.config.errors import CheckpointError, StorageError
 from megatron_lite.data.loader import Loader
-from tests.train.runs import Outcome, alone, curve, on_ranks, records, steps
+from megatron_lite.telemetry.record import SaveRecord
+from tests.train.runs import MLiteFault, Outcome, alone, curve, on_ranks, records, steps
 
 BIT_EXACT = {
     "serial": (1, ""),
@@ -233,3 +234,44 @@ def test_metrics_of_steps_that_are_made_again_are_dropped(data: list[str], folde
     resumed_with(data, folder, "--save", str(folder), "--save-interval", "2")
     kinds = [(r.kind, r.iteration) for r in records(folder)]
     assert kinds == [(r.kind, r.iteration) for r in before]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_checkpoint_written_beside_the_training_is_the_same(
+    ranks: int, data: list[str], tmp_path: Path
+) -> None:
+    """--async-save: every file of every checkpoint has the hash it has without it."""
+    at_once, beside = tmp_path / "at once", tmp_path / "beside"
+    extra = ["--micro-batch-size", "1"] if ranks == 2 else ["--bf16"]
+    straight = saved(data, at_once, *extra, ranks=ranks)
+    later = saved(data, beside, *extra, "--async-save", ranks=ranks)
+    assert later.state_hash == straight.state_hash
+    for step in (2, 4):
+        assert manifest(beside, step).files == manifest(at_once, step).files
+        assert manifest(beside, step).progress == manifest(at_once, step).progress
+    found = [r for r in records(beside) if isinstance(r, SaveRecord)]
+    assert [r.iteration for r in found] == [2, 4]
+    assert all(r.stalled_seconds is not None and r.bytes for r in found)
+
+
+@pytest.mark.parametrize("way", [[], ["--async-save"]])
+def test_a_failing_save_stops_the_run_or_is_passed_over(
+    way: list[str], data: list[str], tmp_path: Path
+) -> None:
+    words = [*data, "--save-interval", "1", *way, "--save"]
+    with MLiteFault("save.before_complete:0:error5"):
+        stopped = alone(*words, str(tmp_path / "stop"))
+        warned = alone(*words, str(tmp_path / "warn"), "--save-failure", "warn")
+    assert stopped.rc == StorageError.exit_code and "on purpose" in stopped.err
+    assert not list((tmp_path / "stop").glob("iter_*")) and len(steps(tmp_path / "stop")) < 4
+    assert warned.rc == 0 and "training goes on" in warned.err
+    kept = sorted(p.name for p in (tmp_path / "warn").glob("iter_*"))
+    assert kept == ["iter_0000002", "iter_0000003", "iter_0000004"]
+    assert not list((tmp_path / "warn").glob(".iter*"))
+
+
+def test_the_last_save_must_not_fail(data: list[str], folder: Path) -> None:
+    words = [*data, "--save", str(folder), "--save-interval", "9", "--save-failure", "warn"]
+    for way in ([], ["--async-save"]):
+        with MLiteFault("save.before_complete:0:error5"):
+            assert alone(*words, *way).rc == StorageError.exit_code

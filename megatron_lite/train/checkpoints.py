@@ -1,0 +1,136 @@
+"""What a run saves, and what it says about it."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from megatron_lite.checkpoint.saver import Background, Foreground, Saver
+from megatron_lite.checkpoint.snapshot import Snapshot
+from megatron_lite.checkpoint.store import Keep, Store
+from megatron_lite.config.checkpoint import CheckpointConfig
+from megatron_lite.config.errors import StorageError
+from megatron_lite.parallel.liveness import Presence
+from megatron_lite.parallel.shard import weight_slices
+from megatron_lite.telemetry.record import SaveRecord
+from megatron_lite.train.assemble import Run
+from megatron_lite.train.log import Log
+
+
+@dataclass(slots=True)
+class Checkpoints:
+    """The checkpoints of a run, of which it has none without --save.
+
+    saved_at: the step of the newest that is complete or being written.
+    """
+
+    run: Run
+    config: CheckpointConfig
+    log: Log
+    plain_config: dict[str, Any]
+    store: Store | None
+    saver: Saver | None
+    saved_at: int = field(init=False)
+    _stalled_seconds: float = field(init=False, default=0.0)
+
+    def __post_init__(self) -> None:
+        self.saved_at = self.run.progress.step
+
+    @classmethod
+    def over(
+        cls, run: Run, config: CheckpointConfig, log: Log, presence: Presence, store: Store | None
+    ) -> Checkpoints:
+        """With the saver that was asked for.  Collective over the world."""
+        keep = Keep(config.keep_last, config.keep_every)
+        saver: Saver | None = None
+        if store is not None:
+            saver = (
+                Background.over(store, keep, idle=presence.tick)
+                if config.async_save
+                else Foreground(store, keep)
+            )
+        return cls(run, config, log, {}, store, saver)
+
+    @property
+    def failed(self) -> bool:
+        """Whether this rank knows of a save beside the training that failed."""
+        return self.saver is not None and self.saver.failed
+
+    def prepare(self) -> None:
+        """Find out at the start whether a checkpoint can be saved, and take the memory for it."""
+        if self.store is None or self.saver is None:
+            return
+        snapshot = self._snapshot(self.store)
+        self.store.prepare(snapshot)
+        self.saver.reserve(snapshot)
+
+    def save(self, *, last: bool = False) -> None:
+        """Write a checkpoint, or begin to (--async-save).
+
+        last: nothing comes after it, so that a failure is never passed over.
+        """
+        if self.store is None or self.saver is None:
+            return
+        began = time.perf_counter()
+        with self.run.timers.span("save-checkpoint"):
+            self.settle()
+            try:
+                self.saver.save(self._snapshot(self.store))
+                self.saved_at = self.run.progress.step
+            except StorageError as error:
+                self._pass_over(error, last=last)
+        self._stalled_seconds = time.perf_counter() - began
+        self.tell()
+
+    def settle(self, *, last: bool = False) -> None:
+        """Wait for the save under way, if there is one; its failure is raised or told."""
+        if self.saver is None:
+            return
+        try:
+            self.saver.wait()
+        except StorageError as error:
+            self.saved_at = 0  # so that the last step is saved whichever it is
+            self._pass_over(error, last=last)
+        self.tell()
+
+    def finish(self) -> None:
+        """The last step is saved and nothing is being written any more."""
+        step = self.run.progress.step
+        if self.saved_at != step and step > 0:
+            self.save(last=True)
+        self.settle(last=True)
+
+    def tell(self) -> None:
+        """A line and a record of a checkpoint that is complete."""
+        saved = self.saver.finished() if self.saver is not None else None
+        if saved is None:
+            return
+        record = SaveRecord(
+            iteration=saved.iteration,
+            bytes=saved.bytes,
+            seconds=saved.seconds,
+            folder=str(saved.folder.parent),
+            stalled_seconds=self._stalled_seconds,
+            timestamp=time.time(),
+        )
+        self.log.write(record)
+        self.log.print(record)
+        self.log.warn(*saved.warnings)
+
+    def _pass_over(self, error: StorageError, *, last: bool) -> None:
+        if last or self.config.save_failure == "stop":
+            raise error
+        step = self.run.progress.step
+        self.log.warn(f"iteration {step}: no checkpoint, training goes on: {error}")
+
+    def _snapshot(self, store: Store) -> Snapshot:
+        run = self.run
+        run.engine.settle()
+        return store.snapshot(
+            run.progress.step,
+            weights=weight_slices(run.parameters, run.ctx, owned=True),
+            optimizer=run.engine.state(owned=True) if self.config.save_optim else (),
+            progress=run.progress,
+            config=self.plain_config,
+        )
