@@ -124,6 +124,10 @@ QUICK = [
     ),
     layout("dp2-fp16", dp=2, shared=FP16, tolerance=HALF),
     layout("pp2-dp2-bf16", pp=2, dp=2, shared=BF16, tolerance=HALF),
+    # a split backward with recomputation: I computes again, W keeps what came of it
+    layout(
+        "tp2-pp2-sp-zb-v-recompute", tp=2, pp=2, **SP, **ZB_V, **recompute("full", "uniform", 1)
+    ),
 ]
 """Every kind once, with the fewest ranks: `make test` and `make parity`."""
 
@@ -162,6 +166,40 @@ MORE = [
     layout("tp2-pp2-sp-recompute", tp=2, pp=2, **SP, **recompute("full", "uniform", 1)),
     layout("tp2-pp2-fp16", tp=2, pp=2, shared=FP16, tolerance=HALF),
     layout("tp2-pp2-bf16", tp=2, pp=2, shared=BF16, tolerance=HALF),
+    layout("pp2-zb-h1-recompute-uniform-2", pp=2, **ZB_H1, **recompute("full", "uniform", 2)),
+    layout(
+        "pp2-dp2-zb-v-zero-recompute-block",
+        pp=2,
+        dp=2,
+        **ZB_V,
+        **ZERO,
+        **recompute("full", "block", 1),
+    ),
+    layout(
+        "tp2-pp2-zb-h1-recompute-distributed",
+        tp=2,
+        pp=2,
+        **ZB_H1,
+        **recompute("full", "uniform", 1, split=True),
+    ),
+    layout(
+        "tp2-pp2-sp-zb-h1-recompute-selective",
+        tp=2,
+        pp=2,
+        shared=DROP_ATTENTION,
+        **SP,
+        **ZB_H1,
+        **recompute("selective", modules=["core_attn", "mlp", "layernorm"]),
+    ),
+    layout(
+        "pp2-dp2-zb-v-fp16-recompute",
+        pp=2,
+        dp=2,
+        shared=FP16 | LAYERS8,
+        tolerance=HALF,
+        **ZB_V,
+        **recompute("full", "uniform", 1),
+    ),
 ]
 """The kinds in other company: `make test-ci`."""
 

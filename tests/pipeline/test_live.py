@@ -14,11 +14,14 @@ from torch import Tensor, nn
 from megatron_lite.blueprint.schedules.actions import Action, Op
 from megatron_lite.blueprint.schedules.simulate import simulate
 from megatron_lite.layers.gradients import Factor, Product, WeightGradients
+from megatron_lite.layers.mlp import MLP
+from megatron_lite.models.gpt import GPTBlock
 from megatron_lite.parallel.context import Axis
 from megatron_lite.pipeline.mail import Mail
 from megatron_lite.pipeline.stage import MicroBatch, Stage
 from megatron_lite.planner.memory import Asked, stage_waiting
 from megatron_lite.train.assemble import assemble
+from megatron_lite.train.feed import to_device
 from megatron_lite.train.step import train_step
 from tests.support.spawn import spawn
 from tests.support.tiny import context, draw, make_batches, tiny_config
@@ -194,6 +197,34 @@ def postponed(rank: int, ranks: int, changes: dict[str, Any]) -> tuple[int, floa
 def test_a_postponed_micro_batch_keeps_what_the_planner_says(ranks, changes) -> None:
     for measured_bytes, planned in spawn(postponed, ranks, changes):
         assert measured_bytes == planned
+
+
+@pytest.mark.parametrize("modules", [None, ["mlp", "core_attn"]], ids=["full", "selective"])
+def test_i_computes_again_what_was_dropped_and_w_only_multiplies(modules) -> None:
+    whole = {"recompute_method": "uniform", "recompute_num_layers": 2}
+    how = {"recompute_modules": modules} if modules else whole
+    config = tiny_config(
+        parallel__pipeline_schedule="zb-h1", train__global_batch_size=6,
+        parallel__recompute_granularity="selective" if modules else "full",
+        **{f"parallel__{name}": value for name, value in how.items()},
+    )  # fmt: skip
+    blueprint = draw(config, 1)
+    run = assemble(config, blueprint, context(blueprint, 0))
+    (stage,) = run.pipeline.stages.values()
+    part = MLP if modules else GPTBlock
+    seen: list[str] = []
+    for module in stage.module.modules():
+        if isinstance(module, part):
+            module.register_forward_pre_hook(lambda *_: seen.append("layer"))
+    actions = run.actions(3)
+    batches = [to_device(b, run.ctx.device, step=0, training=True)
+               for b in make_batches(config, blueprint, 0, 0)]  # fmt: skip
+    layers = config.model.num_layers
+    expected = {Op.F: layers, Op.I: layers, Op.W: 0}
+    for group in actions:
+        seen.clear()
+        run.pipeline.run([group], batches, torch.ones(()))
+        assert len(seen) == expected.get(group[0].op, 0), group
 
 
 def sends(rank: int, ranks: int, count: int) -> int:
