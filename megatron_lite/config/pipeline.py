@@ -44,10 +44,13 @@ def pipeline(num_layers: int, parallel: ParallelConfig) -> Pipeline:
     chunks = _num_chunks(num_layers, parallel)
     name = parallel.pipeline_schedule or ("interleaved" if chunks > 1 else "1f1b")
     if pp == 1 and (chunks > 1 or name == "interleaved"):
-        what = (
-            "--pipeline-schedule zb-v needs" if name == "zb-v" else "virtual pipeline stages need"
+        what, instead = (
+            "virtual pipeline stages need",
+            "leave them out, or use --pipeline-schedule 1f1b",
         )
-        raise ConfigError(f"{what} {_PP} of at least 2")
+        if name == "zb-v":
+            what, instead = "--pipeline-schedule zb-v needs", "use it, or zb-h1 or 1f1b"
+        raise ConfigError(f"{what} {_PP} of at least 2; {instead}")
     if name in ONE_CHUNK and chunks > 1:
         raise ConfigError(
             f"--pipeline-schedule {name} has one stage per rank, not {chunks}; use interleaved"

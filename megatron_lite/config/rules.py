@@ -64,7 +64,7 @@ RULES: tuple[Rule, ...] = (
     Rule(training.scheduler_on_resume),
     Rule(training.weight_decay),
     Rule(training.per_token_loss),
-    Rule(training.recompute),
+    Rule(training.recompute, (_SEQ, _TP)),
     Rule(training.parameter_gather),
     Rule(training.data_source),
     Rule(training.tokenizer),

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 from megatron_lite.config.blend import blends, sources
 from megatron_lite.config.errors import ConfigError
+from megatron_lite.config.layout_rules import nearest
 from megatron_lite.config.run import RunConfig
 
 
@@ -207,6 +208,12 @@ def recompute(config: RunConfig, world_size: int) -> Iterator[str]:
         yield (
             "--distribute-saved-activations needs --recompute-granularity full, "
             f"--tensor-model-parallel-size above 1 (it is {p.tp}) and no --sequence-parallel"
+        )
+    elif p.distribute_saved_activations and config.model.seq_length % p.tp:
+        yield (
+            f"--distribute-saved-activations cannot cut --seq-length {config.model.seq_length} in "
+            f"--tensor-model-parallel-size {p.tp} slices; use a length of "
+            f"{nearest(config.model.seq_length, p.tp)}, or leave it out"
         )
 
 

@@ -10,7 +10,10 @@ from torch import Tensor
 from megatron_lite.parallel.collectives import MAX, all_reduce
 from megatron_lite.parallel.context import Axis
 
-_NEVER = -1e30  # finite, so that a rank whose columns are all padding has a softmax too
+
+def _never(dtype: torch.dtype) -> float:
+    """A logit without probability; finite, so that a rank with nothing but padding has a softmax too."""
+    return max(-1e30, torch.finfo(dtype).min)
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -23,7 +26,7 @@ class _CrossEntropy(torch.autograd.Function):
         real = min(max(vocab_size - first, 0), columns)
         if real < columns:
             logits = logits.clone()
-            logits[..., real:] = _NEVER
+            logits[..., real:] = _never(logits.dtype)
         log_p = torch.log_softmax(logits, dim=-1, dtype=torch.float32)  # of this rank's columns
         local = labels - first
         elsewhere = (local < 0) | (local >= columns)

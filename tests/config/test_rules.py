@@ -197,6 +197,12 @@ BAD = [
     ("--recompute-method block", 1, "need --recompute-granularity full; it is not given"),
     ("--recompute-activations --recompute-num-layers 1", 1, "full; it is selective"),
     ("--distribute-saved-activations", 1, "--tensor-model-parallel-size above 1 (it is 1)"),
+    (
+        "--distribute-saved-activations --recompute-granularity full --recompute-method uniform "
+        "--recompute-num-layers 1 --tensor-model-parallel-size 3",
+        3,
+        "cannot cut --seq-length 64 in --tensor-model-parallel-size 3 slices; use a length of 63 or",
+    ),
     ("--overlap-param-gather", 1, "--overlap-param-gather needs --use-distributed-optimizer; add"),
     ("--data-path a", 1, "got --data-path and --mock-data"),
     ("--split 0,1,0", 1, "the training split is empty"),

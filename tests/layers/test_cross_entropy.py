@@ -47,3 +47,22 @@ def test_low_precision_logits_are_summed_in_fp32():
     ours = cross_entropy(logits, labels, Axis("tp"), VOCAB)
     theirs = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="none")
     torch.testing.assert_close(ours.flatten(), theirs)
+
+
+def nothing_but_padding(rank, ranks, padded, dtype):
+    logits, labels, upstream, _, _ = reference(padded)
+    columns = slice(rank * padded // ranks, (rank + 1) * padded // ranks)
+    x = logits[..., columns].to(dtype).requires_grad_(True)
+    axis = Axis("tp", rank, ranks, tuple(range(ranks)), dist.group.WORLD)
+    ours = cross_entropy(x, labels, axis, VOCAB)
+    (ours * upstream).sum().backward()
+    rounded = logits.to(dtype).float()[..., :VOCAB].flatten(0, 1)
+    theirs = F.cross_entropy(rounded, labels.flatten(), reduction="none").view(5, 3)
+    torch.testing.assert_close(ours, theirs)
+    real = min(max(VOCAB - columns.start, 0), columns.stop - columns.start)
+    assert x.grad.isfinite().all() and not x.grad[..., real:].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_rank_with_nothing_but_padding_is_finite_in_16_bits(dtype):
+    spawn(nothing_but_padding, 3, 60, dtype)

@@ -4,11 +4,13 @@ A case is refused before anything starts (exit 2, naming a flag and a way out), 
 ranks and its losses, gradient norms and evaluation are those of the same model on one rank.
 
     python -m tests.train.any_config 1000 1100      seeds to explore beyond the suite's
+    python -m tests.train.any_config choose         EVERY_PAIR and EVERY_REASON anew, if draw() changed
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import random
 import re
@@ -27,6 +29,22 @@ from tests.train.runs import argv, evaluations, on_ranks, steps
 
 COMMON = ("--mock-data", "--lr-decay-style", "constant", "--lr-warmup-iters", "0",
           "--save-interval", "100", "--initial-loss-scale", "1024")  # fmt: skip
+
+EVERY_PAIR = (
+    155, 6366, 518, 569, 2437, 4045, 9, 7339, 6726, 104, 2048, 4583, 388, 2173, 7713, 7270,
+    2409, 854, 491, 4083, 7427, 870, 5730, 4185, 4695, 5597, 410, 2955, 265, 135, 2864, 1860,
+    2503, 7540, 1042, 1147, 1803, 2376, 4661, 5738, 654, 3464, 4665, 6137, 1857, 2228, 3258,
+    1019, 2207, 4247, 4915, 100, 146, 643, 875, 1336, 2177, 4119, 4793, 95, 275, 2686, 3657,
+    4150, 4810, 45, 65, 68, 283, 326, 331, 384, 693, 1261, 4875, 5212,
+)  # fmt: skip
+"""Seeds that train, most pairs of features first: together every pair that is ever accepted."""
+
+EVERY_REASON = (
+    11, 14, 20, 27, 31, 43, 49, 55, 64, 66, 71, 72, 73, 77, 97, 111, 113, 127, 133, 154, 164,
+    203, 224, 255, 267, 309, 310, 321, 359, 405, 557, 629, 663, 769, 914, 922, 1189, 1361, 2682,
+    3756, 6175,
+)  # fmt: skip
+"""Seeds that are refused, each for a reason that none before it has."""
 
 WAY_OUT = re.compile(
     r"\b(use|choose|drop|add|give|leave|start|make|needs?|must|use one|exclude each other|"
@@ -84,14 +102,22 @@ class Case:
         return bool({"--bf16", "--fp16"} & set(self.shared))
 
 
+_LAYOUTS = [
+    (ranks, tp, pp)
+    for ranks, often in ((1, 1), (2, 2), (3, 1), (4, 2))
+    for tp in (1, 2, 3, 4)
+    for pp in (1, 2, 3, 4)
+    if ranks % (tp * pp) == 0
+    for _ in range(often * (2 if pp > 1 else 1))
+]
+
+
 def draw(seed: int) -> Case:
     """The case of a seed: mostly plausible sizes, sometimes anything."""
     r = random.Random(seed)
     wild = r.random() < 0.1
     flags = Flags()
-    ranks = r.choice([1, 2, 2, 3, 4, 4, 4, 4])
-    tp = r.choice([n for n in (1, 2, 3, 4) if ranks % n == 0])
-    pp = r.choice([n for n in (1, 2, 3, 4) if (ranks // tp) % n == 0])
+    ranks, tp, pp = r.choice(_LAYOUTS)
     if wild:
         tp, pp = r.choice([1, 2, 3, 4]), r.choice([1, 2, 3, 4])
     dp = max(ranks // (tp * pp), 1)
@@ -113,7 +139,7 @@ def _maybe(r: random.Random, chance: float) -> bool:
 
 def _pipeline(r: random.Random, flags: Flags, pp: int) -> str:
     schedule = r.choice(["1f1b", "gpipe", "interleaved", "zb-h1", "zb-v"])
-    if pp == 1 and _maybe(r, 0.7):
+    if pp == 1 and _maybe(r, 0.9):
         schedule = r.choice(["1f1b", "gpipe", "zb-h1"])
     flags.features.add(schedule)
     chunks = {"interleaved": r.choice([2, 2, 3]), "zb-v": 2}.get(schedule, 1)
@@ -169,6 +195,8 @@ def _model(r: random.Random, flags: Flags, heads: int) -> None:
         (0.3, ("--attention-dropout", 0.1)),
         (0.2, ("--optimizer", "sgd")),
         (0.2, ("--clip-grad", 0)),
+        (0.1, ("--log-params-norm",)),
+        (0.1, ("--log-num-zeros-in-grad",)),
         (0.15, ("--no-accumulate-allreduce-grads-in-fp32",)),
     ):
         if _maybe(r, chance):
@@ -206,7 +234,7 @@ def _batch(r: random.Random, flags: Flags, dp: int, group: int, wild: bool) -> N
 def _memory(r: random.Random, flags: Flags, tp: int) -> None:
     if (tp > 1 and _maybe(r, 0.5)) or _maybe(r, 0.1):
         flags.lay("--sequence-parallel")
-    how = r.choice([None, None, "uniform", "block", "selective"])
+    how = r.choice([None, "uniform", "block", "selective", "selective"])
     if how in ("uniform", "block"):
         flags.lay("--recompute-granularity", "full", "--recompute-method", how, feature=how)
         flags.lay("--recompute-num-layers", r.choice([1, 2, 3]), feature="")
@@ -256,9 +284,7 @@ def refusal(case: Case) -> str | None:
 
 def unhelpful(message: str) -> list[str]:
     """The problems in a refusal that name no flag or no way out."""
-    problems = re.split(r"\n  \d+\. ", message)
-    problems = problems[1:] or problems
-    return [p for p in problems if "--" not in p or not WAY_OUT.search(p)]
+    return [p for p in problems(message) if "--" not in p or not WAY_OUT.search(p)]
 
 
 @dataclass(frozen=True)
@@ -295,7 +321,8 @@ def differences(case: Case) -> Iterator[str]:
     ours = train(case.ranks, (*COMMON, *case.shared, *case.layout))
     theirs = serial(case.shared)
     exact = {"losses": 1e-5, "grad_norms": 1e-4, "evaluated": 1e-5}
-    loose = {"losses": 5e-3, "grad_norms": 5e-2, "evaluated": 5e-3}
+    # Adam's first steps are the gradients' signs, so rounding moves what comes after them
+    loose = {"losses": 1e-2, "grad_norms": 1e-1, "evaluated": 2e-2}
     for what, limit in (loose if case.half else exact).items():
         mine, wanted = getattr(ours, what), getattr(theirs, what)
         if len(mine) != len(wanted) or not all(map(math.isfinite, mine)):
@@ -318,13 +345,48 @@ def verdict(case: Case) -> str:
     return "trained"
 
 
+def problems(message: str) -> list[str]:
+    """The single problems of a refusal."""
+    found = re.split(r"\n  \d+\. ", message)
+    return found[1:] or found
+
+
+def pairs(case: Case) -> frozenset[frozenset[str]]:
+    """Every two of its features."""
+    return frozenset(map(frozenset, itertools.combinations(case.features, 2)))
+
+
+def choose(seeds: range) -> tuple[list[int], list[int]]:
+    """(EVERY_PAIR, EVERY_REASON) among these seeds: greedily, what adds most first."""
+    accepted: dict[int, frozenset[frozenset[str]]] = {}
+    reasons: dict[str, int] = {}
+    for case in map(draw, seeds):
+        message = refusal(case)
+        if message is None:
+            accepted[case.seed] = pairs(case)
+            continue
+        for problem in problems(message):
+            reasons.setdefault(re.sub(r"\d+", "N", problem), case.seed)
+    chosen: list[int] = []
+    covered: set[frozenset[str]] = set()
+    while True:
+        best = max(accepted, key=lambda seed: len(accepted[seed] - covered))
+        if not accepted[best] - covered:
+            return chosen, sorted(set(reasons.values()))
+        chosen.append(best)
+        covered |= accepted[best]
+
+
 def main() -> int:
     """Run the seeds from the first to before the second argument; print what fails."""
+    if sys.argv[1:] == ["choose"]:
+        print(*choose(range(8000)), sep="\n")
+        return 0
+    seeds = EVERY_PAIR if sys.argv[1:] == ["pairs"] else range(*map(int, sys.argv[1:3]))
     failed, counts = 0, {"trained": 0, "refused": 0}
-    for seed in range(int(sys.argv[1]), int(sys.argv[2])):
-        case = draw(seed)
+    for seed in seeds:
         try:
-            counts[verdict(case)] += 1
+            counts[verdict(draw(seed))] += 1
         except AssertionError as error:
             failed += 1
             print(f"--- {error}", flush=True)
