@@ -102,6 +102,7 @@ def _train(parsed: Parsed, launch: Launch, failures: Failures) -> int:
         vocab_size=max(tokenizer.vocab_size, config.model.vocab_size or 0),
         eod=tokenizer.eod,
         asked=config.model.vocab_size,
+        fingerprint=tokenizer.fingerprint(),
     )
     model = dataclasses.replace(config.model, vocab_size=tokens.vocab_size)
     config = dataclasses.replace(config, model=model)

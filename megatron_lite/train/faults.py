@@ -5,7 +5,8 @@
     MLITE_FAULT=step4.gradient:0:nan        rank 0's gradients of iteration 4 become nan
     MLITE_FAULT=save.after_share:0:exit     rank 0 leaves after writing its share of a checkpoint
 
-points   start                  data, model and checkpoint are open, no step yet
+points   init                   the ranks have met, the process group comes
+         start                  data, model and checkpoint are open, no step yet
          step<N>                iteration N (from 1) begins
          step<N>.forward        a stage's first forward of it
          step<N>.loss           the last stage has the loss of its first micro batch
@@ -66,7 +67,7 @@ IN_STEP = ("step", "forward", "loss", "backward", "gradient", "reduce")
 NUMBERS = ("loss", "gradient", "reduce")
 """Points at which loss or gradients can be spoiled."""
 OUTSIDE = (
-    "start", "evaluate", "save.begin", "save.after_share", "save.before_complete", "save.end",
+    "init", "start", "evaluate", "save.begin", "save.after_share", "save.before_complete", "save.end",
 )  # fmt: skip
 SIGNALS = ("sigkill", "sigstop", "sigterm", "sigint")
 RAISED = {

@@ -62,12 +62,13 @@ from megatron_lite.train.timing import RunTimers
 class Tokens:
     """What training needs to know of the tokenizer.
 
-    asked: what --vocab-size said, to which NullTokenizer adds its EOD.
+    asked: what --vocab-size said, to which NullTokenizer adds its EOD.  fingerprint: of its files.
     """
 
     vocab_size: int
     eod: int | None
     asked: int | None = None
+    fingerprint: str = ""
 
 
 def train(
@@ -91,6 +92,7 @@ def train(
     if code:
         world.presence.leave()
         return code
+    faults.at("init")
     start_process_group(launch, config.parallel, device, world)
     session = open_session(config, launch, tokens, device, notices, failures, faults)
     try:
@@ -136,7 +138,8 @@ def _facts(config: RunConfig, tokens: Tokens) -> dict[str, str]:
         "megatron_lite (hash of its code)": code.hexdigest()[:16],
         "torch": torch.__version__,
     }
-    return facts | versions | {"tokenizer": f"vocabulary {tokens.vocab_size}, eod {tokens.eod}"}
+    tokenizer = f"{tokens.vocab_size} ids, eod {tokens.eod}, hash {tokens.fingerprint[:16]}"
+    return facts | versions | {"tokenizer": tokenizer}
 
 
 def _carry_out(session: Session) -> int:

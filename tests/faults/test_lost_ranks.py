@@ -22,13 +22,17 @@ PP2 = ["--pipeline-model-parallel-size", "2"]
 
 # name: (ranks, fault, more flags)
 KILLED = {
+    "process group": (2, "init:1:sigkill", []),
+    "process group of the store's host": (2, "init:0:sigkill", []),
     "start": (2, "start:1:sigkill", []),
     "step": (2, "step3:1:sigkill", []),
     "forward of a stage": (2, "step3.forward:1:sigkill", PP2),
     "backward of one of four": (4, "step3.backward:2:sigkill", PP2),
+    "inside a layer": (2, "step3.forward:1:sigkill", ["--tensor-model-parallel-size", "2"]),
     "gradient": (2, "step3.gradient:1:sigkill", []),
     "reduce": (2, "step3.reduce:1:exit", []),
     "evaluation": (2, "evaluate:1:sigkill", ["--eval-iters", "2", "--eval-interval", "2"]),
+    "save": (2, "save.after_share:1:sigkill", ["--save-interval", "2"]),
     "the store's host": (2, "step3.forward:0:sigkill", []),
 }
 SILENT = {
@@ -39,16 +43,17 @@ SILENT = {
 Case = tuple[int, str, list[str]]
 
 
-def begin(case: Case) -> Running:
+def begin(case: Case, folder: Path) -> Running:
     ranks, fault, flags = case
-    return start(ranks, with_flags(TIMED, *flags), fault=fault)
+    save = ["--save", str(folder)] if "--save-interval" in flags else []
+    return start(ranks, with_flags(TIMED, *flags, *save), fault=fault)
 
 
 def fault_of(case: Case) -> tuple[int, int]:
     """(rank that fails, last finished step)."""
     point, rank, _ = case[1].split(":")
     step = re.match(r"step(\d+)", point)
-    return int(rank), int(step[1]) - 1 if step else 2 if point == "evaluate" else -1
+    return int(rank), int(step[1]) - 1 if step else -1 if point in ("init", "start") else 2
 
 
 def require_named(ended: list[Ended], case: Case) -> None:
@@ -68,8 +73,9 @@ def require_named(ended: list[Ended], case: Case) -> None:
 
 
 @pytest.fixture(scope="module")
-def running() -> Iterator[dict[str, Running]]:
-    running = {name: begin(case) for name, case in (SILENT | KILLED).items()}
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Running]]:
+    folder = tmp_path_factory.mktemp("running") / "save"
+    running = {name: begin(case, folder) for name, case in (SILENT | KILLED).items()}
     yield running
     for run in running.values():
         run.close()

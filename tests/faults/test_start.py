@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import re
 import shutil
@@ -18,6 +19,7 @@ import pytest
 
 from megatron_lite.checkpoint.store import Store
 from megatron_lite.config.errors import ConfigError, DistributedError, StorageError
+from megatron_lite.data.tokenizers.gpt2_bpe import byte_characters
 from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.parallel.launch import Launch, gather_hosts, read_launch
 from megatron_lite.storage.disk import Disk
@@ -118,6 +120,27 @@ def test_ranks_that_disagree_are_told_in_what():
     assert said.count("train.seed: 7 on rank 0, 8 on rank 1") == 2
     assert said.count("precision.bf16: false on rank 0, true on rank 1") == 2
     assert "train.micro_batch_size" not in said and "give every rank the same" in said
+
+
+def test_ranks_with_other_tokenizer_files_are_told_so(tmp_path):
+    """As many ids, two of them exchanged: nothing else could notice."""
+    ids = {name: number for number, name in enumerate([*byte_characters(), "<|endoftext|>"])}
+    for rank, (a, b) in enumerate([("a", "b"), ("b", "a")]):
+        swapped = json.dumps(ids | {a: ids["a"], b: ids["b"]})
+        (tmp_path / f"vocab{rank}.json").write_text(swapped)
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n")
+
+    def argv(rank: int) -> list[str]:
+        files = ["--vocab-file", str(tmp_path / f"vocab{rank}.json"),
+                 "--merge-file", str(tmp_path / "merges.txt")]  # fmt: skip
+        return with_flags(
+            TINY, "--tokenizer-type", "GPT2BPETokenizer", "--vocab-size", "257", *files
+        )
+
+    said = fatal(launch(2, argv), 2)
+    hashes = r"tokenizer: 257 ids, eod 256, hash (\w{16}) on rank 0, .* hash (\w{16}) on rank 1"
+    found = re.search(hashes, said)
+    assert found and found[1] != found[2], said
 
 
 @pytest.mark.parametrize("only", [0, 1])

@@ -5,16 +5,18 @@ from __future__ import annotations
 import gc
 import os
 import signal
+import time
 from pathlib import Path
 
 import pytest
 
 from megatron_lite.config.errors import PREEMPTED
 from megatron_lite.config.train import TrainConfig
+from megatron_lite.telemetry.record import SaveRecord
 from megatron_lite.train.step import train_step
-from megatron_lite.train.stop import NO_VOTE, StopRequests, StopVote
+from megatron_lite.train.stop import NO_VOTE, Stopped, StopRequests, StopVote
 from tests.support.launch import start
-from tests.train.runs import alone, argv, steps
+from tests.train.runs import alone, argv, records, steps
 
 LONG = ["--train-iters", "100000", "--lr-decay-iters", "100000"]
 
@@ -56,6 +58,47 @@ def test_a_signal_in_one_process_is_the_same(
     assert done.rc == PREEMPTED
     assert pointer(folder) in (2, 3)  # asked during step 2: known before or after its vote
     assert "validation loss" not in done.out, "a preempted run has no time for an evaluation"
+
+
+def test_a_signal_during_a_save_lets_it_finish_once(data: list[str], folder: Path) -> None:
+    words = [*data, *LONG, "--save", str(folder), "--save-interval", "3"]
+    with start(1, argv(*words), fault="save.after_share:0:sigterm") as running:
+        (ended,) = running.wait(60)
+    assert ended.rc == PREEMPTED, ended.err
+    saved = [record.iteration for record in records(folder) if isinstance(record, SaveRecord)]
+    assert saved == [3, 4] and pointer(folder) == 4, "the next step learns of it, and saves its own"
+
+
+@pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_ends_at_once_with_the_older_checkpoint(
+    second: signal.Signals, data: list[str], folder: Path
+) -> None:
+    """In the middle of a step that takes a minute; a SIGTERM counts only half a minute later."""
+    words = [*data, *LONG, "--save", str(folder), "--save-interval", "2"]
+    with start(1, argv(*words), fault="step4:0:sleep60") as running:
+        running.wait_for(0, "iteration        3/")
+        for number in (signal.SIGTERM, signal.SIGTERM, second):
+            running.kill(0, number)
+            time.sleep(0.3)
+        if second == signal.SIGTERM:
+            assert running.processes[0].is_alive(), "it was only asked again"
+            running.kill(0, signal.SIGINT)
+        (ended,) = running.wait(40)
+    assert ended.rc == 130 and "stopped by Ctrl-C after step 3" in ended.err, ended.err
+    assert pointer(folder) == 2
+
+
+def test_a_late_second_sigterm_ends_at_once() -> None:
+    asked = StopRequests(TrainConfig(), patience=0.0)
+    asked._note(signal.SIGUSR1, None)
+    assert asked.vote().signalled
+    asked._note(signal.SIGUSR1, None)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(Stopped, match="SIGTERM"):
+            asked._note(signal.SIGTERM, None)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_exit_interval_stops_with_exit_code_0(data: list[str], folder: Path) -> None:
