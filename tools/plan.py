@@ -3,6 +3,7 @@
 
 python tools/plan.py --hardware a100-80g --nodes 8 <flags of tools/pretrain_gpt.py>
 python tools/plan.py --hardware h100 torchrun --nnodes 8 --nproc_per_node 8 tools/pretrain_gpt.py <flags>
+python tools/plan.py --hardware a100-80g examples/gpt3/train_gpt3_175b_distributed.sh       the run of a script
 python tools/plan.py --hardware h100 --nodes 8 --search <flags>     all layouts that fit, ranked
 python tools/plan.py --list-hardware                                every number with its source
 
@@ -13,8 +14,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import shlex
+import subprocess
 import sys
-from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from argparse import ArgumentParser, ArgumentTypeError, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -24,7 +28,7 @@ sys.path.insert(
 
 from megatron_lite.blueprint.draw_up import Blueprint, draw_up
 from megatron_lite.config import rules
-from megatron_lite.config.errors import ConfigError, StorageError
+from megatron_lite.config.errors import ConfigError, MegatronLiteError, StorageError
 from megatron_lite.config.exit import ToolParser, run_tool
 from megatron_lite.config.flags import parse
 from megatron_lite.config.parallel import ParallelConfig
@@ -32,6 +36,7 @@ from megatron_lite.config.run import RunConfig
 from megatron_lite.optim.learning_rate import LearningRateSchedule
 from megatron_lite.planner import advice, draw, hardware, report, search
 from megatron_lite.planner.corpus import epochs
+from megatron_lite.planner.cost import StageTimes
 from megatron_lite.planner.curve import Point, run_curve
 from megatron_lite.planner.forecast import Forecast, forecast, measured, num_microbatches
 from megatron_lite.planner.hardware import Cluster
@@ -44,27 +49,34 @@ def main() -> int:
     if own.list_hardware:
         print(hardware.table())
         return 0
+    if flags and flags[0].endswith(".sh"):
+        flags = _printed(flags)
     launch, flags = _launched(flags)
     parsed = parse(flags)
     device = hardware.find_device(own.hardware)
     cluster = _cluster(own, launch, device, parsed.config)
     config, notes = _completed(parsed.config, own)
     world = cluster.world_size
+    notes += rules.not_yet(config, world)
 
     def variant(parallel: ParallelConfig, micro_batch_size: int) -> Blueprint:
         """The Blueprint of another layout of this run; ConfigError where a rule forbids it."""
         train = dataclasses.replace(config.train, micro_batch_size=micro_batch_size)
         changed = dataclasses.replace(config, parallel=parallel, train=train)
-        rules.check(changed, world)
+        rules.check(changed, world, built=False)
         return draw_up(changed, world)
 
-    asked = Asked(config.parallel, config.precision, config.optim, config.train.micro_batch_size)
+    asked = Asked(
+        config.parallel, config.precision, config.optim, config.train.micro_batch_size,
+        on_gpu=not device.cpu,
+    )  # fmt: skip
     if own.search:
+        _require_model(config, world)
         found = search.search(variant, asked, cluster, model=config.model)
         _put(report.found_json(found) if own.json else report.found_text(found, top=own.top), own)
         return 0
     blueprint = variant(config.parallel, config.train.micro_batch_size)
-    plan = forecast(blueprint, asked, cluster)
+    plan = forecast(blueprint, asked, cluster, given=_stage_times(own))
     if own.measured_seconds is not None:
         plan = measured(plan, own.measured_seconds)
     if own.draw is not None:
@@ -99,6 +111,14 @@ def _parser() -> ArgumentParser:
     parser.add_argument("--network-gb-s", type=_positive, help="between nodes, per device")
     parser.add_argument("--tokens", type=_tokens_number, help="tokens to train on, e.g. 300B")
     parser.add_argument("--price-per-gpu-hour", type=_positive, help="adds what it costs")
+    parser.add_argument(
+        "--stage-times-ms",
+        type=_not_negative,
+        nargs=4,
+        metavar=("F", "B", "W", "COMM"),
+        help="measured milliseconds of a micro batch on a pipeline rank (forward, backward "
+        "for the input, for the weights) and of a message, instead of predicted ones",
+    )
     parser.add_argument("--measured-seconds", type=_positive, metavar="S",
                         help="rates of a step that took so long, instead of the predicted one")  # fmt: skip
     parser.add_argument(
@@ -118,8 +138,18 @@ def _parser() -> ArgumentParser:
 
 def _count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
-        raise ConfigError(f"{text!r} must be a whole number of at least 1")
+        raise ArgumentTypeError(f"{text!r} must be a whole number of at least 1")
     return int(text)
+
+
+def _not_negative(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = -1.0
+    if not 0.0 <= number < float("inf"):
+        raise ArgumentTypeError(f"{text!r} must be a number of at least 0")
+    return number
 
 
 def _positive(text: str) -> float:
@@ -128,13 +158,44 @@ def _positive(text: str) -> float:
     except ValueError:
         number = 0.0
     if not 0.0 < number < float("inf"):
-        raise ConfigError(f"{text!r} must be a number above 0")
+        raise ArgumentTypeError(f"{text!r} must be a number above 0")
     return number
 
 
 def _tokens_number(text: str) -> float:
     scale = {"K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}.get(text[-1:].upper())
-    return _positive(text[:-1]) * scale if scale else _positive(text)
+    try:
+        return _positive(text[:-1]) * scale if scale else _positive(text)
+    except ArgumentTypeError:
+        raise ArgumentTypeError(f"{text!r} is no number of tokens such as 300B or 1.5T") from None
+
+
+def _stage_times(own: Namespace) -> StageTimes | None:
+    if own.stage_times_ms is None:
+        return None
+    forward, inputs, weights, message = (ms / 1e3 for ms in own.stage_times_ms)
+    if min(forward, inputs, weights) == 0.0:
+        raise ConfigError("--stage-times-ms: only the message may take no time")
+    return StageTimes(forward, inputs, weights, message)
+
+
+def _printed(words: Sequence[str]) -> list[str]:
+    """The command that a training script would run; only one that can print it is started."""
+    script = Path(words[0])
+    try:
+        text = script.read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise ConfigError(f"{script}: cannot be read ({error.strerror})") from None
+    if "PRINT_COMMAND" not in text:
+        # it might start the training
+        raise ConfigError(
+            f"{script} does not know PRINT_COMMAND=1, so it is not run; give its command line instead"
+        )
+    env = {**os.environ, "DRY_RUN": "1", "PRINT_COMMAND": "1"}
+    done = subprocess.run(["bash", *words], capture_output=True, text=True, env=env, check=False)
+    if done.returncode:
+        raise ConfigError(f"{script}: {done.stderr.strip() or f'ended with {done.returncode}'}")
+    return shlex.split(done.stdout)
 
 
 def _launched(words: Sequence[str]) -> tuple[dict[str, int], list[str]]:
@@ -180,7 +241,8 @@ def _cluster(
 
 def _completed(config: RunConfig, own: Namespace) -> tuple[RunConfig, list[str]]:
     """The config with what only a real run needs filled in, and a note for each guess."""
-    notes = []
+    notes: list[str] = []
+    config = _with_vocabulary(config, notes)
     train, rate = dataclasses.replace(config.train, dry_run=True), config.learning_rate
     if train.train_iters is None and train.train_samples is None:
         samples = max(round(own.tokens / config.model.seq_length), 1) if own.tokens else None
@@ -198,6 +260,24 @@ def _completed(config: RunConfig, own: Namespace) -> tuple[RunConfig, list[str]]
     return dataclasses.replace(config, train=train, learning_rate=rate), notes
 
 
+def _with_vocabulary(config: RunConfig, notes: list[str]) -> RunConfig:
+    """The config with the tokenizer's vocabulary where its files are there."""
+    data, model = config.data, config.model
+    if model.vocab_size is not None or not (
+        data.vocab_file or data.tokenizer_model or data.tokenizer_type == "NullTokenizer"
+    ):
+        return config
+    # tokenizers bring numpy along, which most plans do without
+    from megatron_lite.data.tokenizers.build import read_vocab_size  # noqa: PLC0415
+
+    try:
+        size = read_vocab_size(data, vocab_size=None)
+    except MegatronLiteError as error:
+        notes.append(f"the tokenizer cannot be read ({error}); GPT-2's vocabulary is assumed")
+        return config
+    return dataclasses.replace(config, model=dataclasses.replace(model, vocab_size=size))
+
+
 def _has_length(config: RunConfig) -> bool:
     return config.train.train_iters is not None or config.train.train_samples is not None
 
@@ -213,6 +293,14 @@ def _curve(config: RunConfig, blueprint: Blueprint) -> tuple[Point, ...]:
     )
     bends = (schedule.warmup_samples, schedule.decay_samples)
     return run_curve(blueprint, schedule.at, bends=bends)
+
+
+def _require_model(config: RunConfig, world: int) -> None:
+    """ConfigError where no layout can help: what is wrong with the run on one rank is wrong on all."""
+    one = dataclasses.replace(config, parallel=ParallelConfig())
+    rules.check(dataclasses.replace(one, train=dataclasses.replace(
+        one.train, micro_batch_size=1, world_size=None, global_batch_size=None,
+        rampup_batch_size=[], step_batch_size_schedule=None)), 1)  # fmt: skip
 
 
 def _draw(own: Namespace, plan: Forecast) -> None:

@@ -14,7 +14,8 @@ usage: train_gpt3_175b_distributed.sh CHECKPOINT_PATH TENSORBOARD_LOGS_PATH VOCA
 Every number can be overridden from the environment, for example
   NUM_NODES=1 GPUS_PER_NODE=8 TP=8 PP=1 NUM_LAYERS=12 PRECISION=bf16 DATASET=/data/my_text_document
   EXTRA_ARGS="--seed 7 --log-params-norm"     any further flags of tools/pretrain_gpt.py
-  DRY_RUN=1        check every rule, print the plan and start nothing (the paths may be left out)
+  DRY_RUN=1        check every rule, print the plan and start nothing (the paths may be left out);
+                   HARDWARE=a100-80g adds memory, time and cost there (PLAN_ARGS="--tokens 300B")
   PRINT_COMMAND=1  print the command, quoted for a shell, and start nothing
 The table of all variables: examples/gpt3/README.md
 USAGE
@@ -178,7 +179,13 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-900}
 export PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}"
 
-if [[ $DRY_RUN == 1 ]]; then
+if [[ $DRY_RUN == 1 && -n ${HARDWARE:-} ]]; then
+    split_words PLAN_ARGS "${PLAN_ARGS:-}"
+    COMMAND=(
+        "$PYTHON" "$ROOT/tools/plan.py" --hardware "$HARDWARE" --nodes "$NUM_NODES"
+        --gpus-per-node "$GPUS_PER_NODE" "${words[@]}" "${ARGS[@]}"
+    )
+elif [[ $DRY_RUN == 1 ]]; then
     COMMAND=("$PYTHON" "${ARGS[@]}" --dry-run --world-size "$WORLD_SIZE")
 else
     # torchrun, ending with the ranks' exit code

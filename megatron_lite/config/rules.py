@@ -98,28 +98,36 @@ NOT_YET: tuple[NotYet, ...] = (
 """Delete a line when its feature is built."""
 
 
-def problems(config: RunConfig, world_size: int) -> list[str]:
-    """Everything that keeps this config from running on so many ranks, in words."""
+def not_yet(config: RunConfig, world_size: int) -> list[str]:
+    """What the config asks for and nobody has built, in words; a plan can be made all the same."""
+    return [
+        f"{row.flag} is not built yet; {row.instead}"
+        for row in NOT_YET
+        if row.asked(config, world_size)
+    ]
+
+
+def problems(config: RunConfig, world_size: int, *, built: bool = True) -> list[str]:
+    """Everything that keeps this config from running on so many ranks, in words.
+
+    built=False: what is only not built yet is no problem (the planner's view).
+    """
     ranges = list(out_of_range(config))
     bad = {key for key, _ in ranges}
     found = [problem for _, problem in ranges]
     for rule in RULES:
         if bad.isdisjoint(rule.needs):
             found += rule.find(config, world_size)
-    if bad.isdisjoint(_WORLD):
-        found += (
-            f"{row.flag} is not built yet; {row.instead}"
-            for row in NOT_YET
-            if row.asked(config, world_size)
-        )
+    if built and bad.isdisjoint(_WORLD):
+        found += not_yet(config, world_size)
     return found
 
 
-def check(config: RunConfig, world_size: int) -> None:
+def check(config: RunConfig, world_size: int, *, built: bool = True) -> None:
     """Raise one ConfigError that lists every broken rule; pure, so it runs anywhere."""
     if world_size < 1:
         raise ConfigError(f"--world-size: {world_size} ranks; at least 1 is needed")
-    found = problems(config, world_size)
+    found = problems(config, world_size, built=built)
     if found:
         raise all_together(found, f"with this config on {world_size} ranks")
 

@@ -22,6 +22,13 @@ from megatron_lite.parallel.shard import LocalParameter, Piece
 
 _ALIGN = 16  # elements: every parameter starts on a cache line
 
+_PACKED = 2
+"""Sharded buckets that are under way in a packed copy; one more waits for the oldest.
+
+Without a limit the last backward would end with a second copy of all gradients
+(planner/memory.py counts as many).
+"""
+
 
 @dataclass(slots=True, eq=False)
 class Bucket:
@@ -36,6 +43,7 @@ class Bucket:
     layout: ShardLayout | None
     missing: int = 0
     reducing: Pending | None = None
+    reduced: bool = False
     gathering: Pending | None = None
 
 
@@ -155,28 +163,43 @@ class GradientBuckets:
         Afterwards the accumulators hold the sum: all of it, or this rank's rows where sharded.
         """
         for bucket in self.buckets:
-            if bucket.reducing is None:
+            if bucket.reducing is None and not bucket.reduced:
                 self._start(bucket)
         for bucket in self.buckets:
-            assert bucket.reducing is not None
-            summed = bucket.reducing.wait()
-            if bucket.layout is not None:
-                for place, rows, values in bucket.layout.own_rows(self.ctx.dp.rank, summed):
-                    target = place.piece.of(self.view(place.local))[rows.start : rows.stop]
-                    target.copy_(values.view(target.shape))
-            bucket.reducing = None
+            if bucket.reducing is not None:
+                self._take(bucket)
+            bucket.reduced = False
         self._armed = False
 
     def _start(self, bucket: Bucket) -> None:
         if bucket.layout is None:
             bucket.reducing = start_all_reduce(bucket.buffer, self.ctx.dp)
-        else:
-            packed = bucket.layout.pack(self.view, self.buffer)
-            bucket.reducing = start_reduce_scatter(packed.view(-1), self.ctx.dp)
+            return
+        under_way = [other for other in self.buckets if other.reducing is not None]
+        if len(under_way) >= _PACKED:
+            self._take(under_way[0])
+        packed = bucket.layout.pack(self.view, self.buffer)
+        bucket.reducing = start_reduce_scatter(packed.view(-1), self.ctx.dp)
 
-    def start_gather(self) -> None:
-        """Begin sending every rank its missing parameter rows, in the order forward needs them."""
-        for bucket in reversed(self.buckets):
+    def _take(self, bucket: Bucket) -> None:
+        """Wait for a bucket's sum; where sharded, put this rank's rows into its accumulators."""
+        assert bucket.reducing is not None
+        summed = bucket.reducing.wait()
+        if bucket.layout is not None:
+            for place, rows, values in bucket.layout.own_rows(self.ctx.dp.rank, summed):
+                target = place.piece.of(self.view(place.local))[rows.start : rows.stop]
+                target.copy_(values.view(target.shape))
+        bucket.reducing, bucket.reduced = None, True
+
+    def start_gather(self, *, all_at_once: bool) -> None:
+        """Begin sending every rank its missing parameter rows, in the order forward needs them.
+
+        all_at_once: forward will wait for each where it needs it; else few are under way together.
+        """
+        order = self.buckets[::-1]
+        for position, bucket in enumerate(order):
+            if position >= _PACKED and not all_at_once:
+                self._complete(order[position - _PACKED])
             assert bucket.layout is not None and bucket.gathering is None
             like = bucket.locals[0].parameter.detach()
             own = like.new_zeros(bucket.layout.columns)

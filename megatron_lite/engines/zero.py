@@ -242,7 +242,7 @@ class ZeroEngine:
         self.copy_masters()
         if self.sharded:
             for buckets in self._buckets.values():
-                buckets.start_gather()
+                buckets.start_gather(all_at_once=self._overlap_gather)
             if not self._overlap_gather:
                 self.settle()
 

@@ -76,11 +76,42 @@ class Passes:
         )
 
 
-class Costs:
-    """The work of every action of a Blueprint on a cluster."""
+@dataclass(frozen=True, slots=True)
+class StageTimes:
+    """Measured seconds of one micro batch on a pipeline rank, and of a message between two.
 
-    def __init__(self, blueprint: Blueprint, asked: Asked, cluster: Cluster) -> None:
-        self.blueprint, self.asked, self.cluster = blueprint, asked, cluster
+    They take the place of the predicted ones; a rank's chunks share them evenly.
+    """
+
+    forward: float
+    inputs: float
+    """Backward for the input alone (T_B of arXiv:2401.10241)."""
+    weights: float
+    """Backward for the weights alone (T_W)."""
+    message: float
+
+    def work(self, op: Op, chunks: int) -> Work:
+        """One action of one of a rank's chunks."""
+        seconds = {
+            Op.F: self.forward,
+            Op.I: self.inputs,
+            Op.W: self.weights,
+            Op.B: self.inputs + self.weights,
+        }
+        return Work(products=seconds[op] / chunks)
+
+
+class Costs:
+    """The work of every action of a Blueprint on a cluster; `given` times replace the predicted."""
+
+    def __init__(
+        self,
+        blueprint: Blueprint,
+        asked: Asked,
+        cluster: Cluster,
+        given: StageTimes | None = None,
+    ) -> None:
+        self.blueprint, self.asked, self.cluster, self.given = blueprint, asked, cluster, given
         self.model, self.device = blueprint.model, cluster.device
         self.tokens = self.model.seq_length * asked.micro_batch_size / asked.parallel.cp
         self.width = element_bytes(asked.precision)
@@ -94,7 +125,11 @@ class Costs:
         """All of one action."""
         known = self._by_action.get((op, stage.index))
         if known is None:
-            known = self._work(op, stage)
+            if self.given is None:
+                known = self._work(op, stage)
+            else:
+                chunks = len(self.blueprint.placement) // self.blueprint.grid.pp
+                known = self.given.work(op, chunks)
             self._by_action[op, stage.index] = known
         return known
 
@@ -118,14 +153,17 @@ class Costs:
         grid = self.blueprint.grid
         if grid.pp == 1:
             return 0.0
+        if self.given is not None:
+            return self.given.message
         stride = grid.rank(pp=1)
         return self.cluster.message_seconds(
             layer_input_bytes(self.model, self.asked), stride=stride
         )
 
     def _fp32_factor(self) -> float:
-        # fp32 products run outside the 16-bit tensor cores; TF32 at half their rate
-        return 2.0 if self.asked.precision.tf32 else 16.0
+        # fp32 products run outside the 16-bit tensor cores
+        tf32 = self.asked.precision.tf32 and self.asked.on_gpu
+        return 1 / (self.device.tf32_rate if tf32 else self.device.fp32_rate)
 
     def _product(self, inner: float, columns: float) -> tuple[float, float, float]:
         """Seconds of y = x W, dx = dy Wᵀ and dW = xᵀ dy, which differ in their inner dimension."""
@@ -157,28 +195,38 @@ class Costs:
         core_forward, core_backward = self._core()
         parallel = self.asked.parallel
         split = self.tokens * h / (tp if parallel.sequence_parallel else 1)
-        dropped = 0.5 if model.hidden_dropout > 0.0 else 0.0
+        dropped = self.device.dropout_values if model.hidden_dropout > 0.0 else 0.0
         # two norms (2 values each), two additions with dropout (3 and a mask), the activation
         forward_moves = self._moving(split, 2 * 2 + 2 * (3 + dropped)) + self._moving(
             self.tokens, up + f
         )
         # norm: x, dy -> dx; addition of gradients; dropout; activation: inputs, dy -> their gradients
-        backward_moves = self._moving(split, 2 * 3 + 2 * 3 + 2 * (2 + dropped) * (dropped > 0))
+        backward_moves = self._moving(split, 2 * 3 + 2 * 3 + 2 * 2.5 * (dropped > 0))
         backward_moves += self._moving(self.tokens, 2 * up + f)
         if model.position_embedding_type == "rope":
             forward_moves += self._moving(self.tokens, 2 * (queries + keys))
             backward_moves += self._moving(self.tokens, 2 * (queries + keys))
         ring = self._all_reduce()
         exposed, hidden = self._backward_tp(ring, sum(linear[2] for linear in columns))
+        keys_around = self._around_cp(keys)  # under the attention of the piece that is there
         return Passes(
-            Work(forward, core_forward, forward_moves, 2 * ring),
-            Work(inputs, core_backward, backward_moves, exposed, hidden),
+            Work(forward, core_forward, forward_moves,
+                 2 * ring + max(keys_around - core_forward, 0.0), min(keys_around, core_forward)),
+            Work(inputs, core_backward, backward_moves,
+                 exposed + max(2 * keys_around - core_backward, 0.0),
+                 hidden + min(2 * keys_around, core_backward)),
             Work(weights, 0.0, self._accumulating(), 0.0),
             # two all-reduces, or two gathers of dy and two scatters of dx
-            exposed=2 * ring,
+            exposed=2 * ring + max(2 * keys_around - core_backward, 0.0),
             # the inputs of two column-parallel, dy of two row-parallel layers
             gathered=2 * ring if parallel.sequence_parallel else 0.0,
-        )
+        )  # fmt: skip
+
+    def _around_cp(self, keys: float) -> float:
+        """Keys and values passed around the ranks that share a sequence."""
+        grid = self.blueprint.grid
+        whole = 2 * keys * self.tokens * self.width * grid.cp
+        return self.cluster.ring_seconds(whole, grid.cp, stride=grid.tp, passes=1)
 
     def _backward_tp(self, ring: float, under: float) -> tuple[float, float]:
         """(exposed, hidden) of a layer's two backward all-reduces.
@@ -205,7 +253,7 @@ class Costs:
         heads = model.num_attention_heads / self.blueprint.grid.tp
         square = self.tokens * model.seq_length * heads
         flops = 4.0 * square * model.head_size
-        if uses_flash(model, self.asked.precision, on_gpu=True):
+        if uses_flash(model, self.asked.precision, on_gpu=self.asked.on_gpu):
             rate = device.matmul_tflops * 1e12 * device.attention
             forward = flops / 2 / rate * self.slow  # the causal half
             return forward + device.launch_seconds, 2.5 * forward + 2 * device.launch_seconds
@@ -216,9 +264,11 @@ class Costs:
             flops / (device.matmul_tflops * 1e12 * share) * self.slow,
             self._moving(square, 2.0),
         )
-        dropped = 2.5 if model.attention_dropout > 0.0 else 0.0
-        forward = products + self._moving(square, 2.0 + dropped)
-        return forward, 2 * products + self._moving(square, 3.0 + dropped)
+        # the softmax reads and writes; dropout reads, writes and makes a mask that backward reads
+        dropped = model.attention_dropout > 0.0
+        made = 2.0 + device.dropout_values if dropped else 0.0
+        forward = products + self._moving(square, 2.0 + made)
+        return forward, 2 * products + self._moving(square, 3.0 + (2.5 if dropped else 0.0))
 
     def _head(self) -> Passes:
         model, tp = self.model, self.blueprint.grid.tp

@@ -8,7 +8,6 @@ from xml.sax.saxutils import escape
 
 from megatron_lite.blueprint.schedules.actions import Action, Op
 from megatron_lite.blueprint.schedules.simulate import Simulation
-from megatron_lite.planner.cost import Costs
 from megatron_lite.planner.forecast import Forecast, simulate_step
 
 _COLORS = {Op.F: "#4f81bd", Op.B: "#9bbb59", Op.I: "#76b7b2", Op.W: "#c3a05e"}
@@ -25,11 +24,10 @@ class Timeline(NamedTuple):
 
 def timeline(plan: Forecast, num_microbatches: int) -> Timeline:
     """The plan's schedule of so many micro batches in virtual time."""
-    costs = Costs(plan.blueprint, plan.asked, plan.cluster)
     num = num_microbatches
     if plan.blueprint.schedule == "interleaved":
         num = -(-num // plan.blueprint.grid.pp) * plan.blueprint.grid.pp
-    simulation = simulate_step(costs, num)
+    simulation = simulate_step(plan.costs, num)
     title = (
         f"{plan.blueprint.schedule}, pp {plan.blueprint.grid.pp}, {num} micro batches: "
         f"{simulation.makespan * 1e3:,.1f} ms, bubble {simulation.bubble:.1%}"

@@ -11,7 +11,7 @@ from megatron_lite.blueprint.schedules import SCHEDULES
 from megatron_lite.blueprint.schedules.actions import Op
 from megatron_lite.blueprint.schedules.simulate import Simulation, simulate
 from megatron_lite.config.pipeline import SPLIT_BACKWARD
-from megatron_lite.planner.cost import Costs, Work
+from megatron_lite.planner.cost import Costs, StageTimes, Work
 from megatron_lite.planner.hardware import Cluster
 from megatron_lite.planner.memory import Asked, RankMemory, memory
 
@@ -88,7 +88,10 @@ class Forecast:
     hidden_seconds: Mapping[str, float]
     """Kind -> seconds of communication that run under computation."""
     bubble: float
-    """Share of the step that the pipeline rank with the most work idles between its actions."""
+    """Share of the pipeline's time that the rank with the most work idles: (span - work) / span."""
+    span_seconds: float
+    """From the first forward to the last backward."""
+    costs: Costs
     rates: Rates
 
     @property
@@ -103,10 +106,18 @@ class Forecast:
 
 
 def forecast(
-    blueprint: Blueprint, asked: Asked, cluster: Cluster, *, simulated: bool = True
+    blueprint: Blueprint,
+    asked: Asked,
+    cluster: Cluster,
+    *,
+    simulated: bool = True,
+    given: StageTimes | None = None,
 ) -> Forecast:
-    """Predict; `simulated=False` takes closed forms for the pipeline, for a search's first look."""
-    costs = Costs(blueprint, asked, cluster)
+    """Predict; `simulated=False` takes closed forms for the pipeline, for a search's first look.
+
+    given: measured times of a pipeline rank instead of predicted ones.
+    """
+    costs = Costs(blueprint, asked, cluster, given)
     used = memory(blueprint, asked)
     num = num_microbatches(blueprint)
     totals = [_total(costs, blueprint, pp_rank) * num for pp_rank in range(blueprint.grid.pp)]
@@ -138,6 +149,8 @@ def forecast(
             "dp parameters": gather_hidden,
         },
         bubble=seconds["pipeline bubble"] / span,
+        span_seconds=span,
+        costs=costs,
         rates=rates(blueprint, asked, step, cluster.device.peak_tflops),
     )
 

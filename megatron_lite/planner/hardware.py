@@ -71,6 +71,14 @@ class Device:
     """Start of one collective or message inside a node."""
     network_latency_seconds: float = 20e-6
     """The same between nodes."""
+    fp32_rate: float = 1 / 16
+    """fp32 products without TF32, as a multiple of the 16-bit rate (A100: 19.5 of 312)."""
+    tf32_rate: float = 0.5
+    """Products of fp32 tensors in TF32, likewise (A100: 156 of 312)."""
+    dropout_values: float = 0.5
+    """Values moved to make an element of a dropout mask; half a value is a mask written and read."""
+    cpu: bool = False
+    """Cores of a host instead of an accelerator: other attention kernels, no context."""
 
     @property
     def memory_bytes(self) -> float:
@@ -143,6 +151,7 @@ _ASSUMED = "not measured by anyone we know: "
 
 
 def _device(name: str, numbers: tuple[float, ...], per_node: int, **sources: str) -> Device:
+    cpu = name == "cpu"
     peak, matmul, sustained, attention, memory, bandwidth, link, network = numbers
     return Device(
         name=name,
@@ -156,6 +165,8 @@ def _device(name: str, numbers: tuple[float, ...], per_node: int, **sources: str
         network_gb_s=network,
         devices_per_node=per_node,
         sources=sources,
+        cpu=cpu,
+        fp32_rate=1.0 if cpu else 1 / 16,
     )
 
 
@@ -179,6 +190,7 @@ def _nvidia(
     )
 
 
+_GUESSED = "one core of a usual server, guessed; tools/calibrate.py measures yours"
 _FITTED = "fitted on a third of the runs in tests/planner/published.py"
 _FA2 = (
     "FlashAttention-2, arXiv:2307.08691, figure 5: forward and backward about 200 TFLOP/s on A100"
@@ -231,6 +243,10 @@ DEVICES: Mapping[str, Device] = {
                 (2500, 1939, _H100_SUSTAINED, 0.60, 279, 8000, 900, 100), per_node=72,
                 matmul=_ASSUMED + "77.6 % of peak, as B200",
                 sustained=_LIKE_H100, attention=_ASSUMED + "60 % of the matmul rate"),
+        _device("cpu", (0.12, 0.1, 0.9, 0.3, 16, 12, 4, 1.0), 2,
+                peak_tflops=_GUESSED, matmul_tflops=_GUESSED, sustained=_GUESSED,
+                attention=_GUESSED, memory_gb=_GUESSED, bandwidth_gb_s=_GUESSED,
+                link_gb_s=_GUESSED, network_gb_s=_GUESSED, devices_per_node=_GUESSED),
         _device("mi300x", (1307.4, 781.9, _H100_SUSTAINED, 0.55, 192, 5300, 448, 50), 8,
                 peak_tflops="AMD MI300X data sheet, dense bf16", matmul_tflops=_MAMF,
                 sustained=_LIKE_H100, attention=_ASSUMED + "55 % of the matmul rate",
@@ -294,7 +310,9 @@ def read_device(path: str) -> Device:
         if key not in fields
     ]
     for key, value in values.items():
-        if key in fields and key not in ("name", "sources"):
+        if key == "cpu" and not isinstance(value, bool):
+            problems.append(f"{path}: cpu: {value!r} must be true or false")
+        if key in fields and key not in ("name", "sources", "cpu"):
             number = isinstance(value, int | float) and not isinstance(value, bool)
             if not number or value <= 0:
                 problems.append(f"{path}: {key}: {value!r} must be a number above 0")

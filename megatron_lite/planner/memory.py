@@ -8,7 +8,7 @@ around     message buffers, the device's own context, allowance for fragmentatio
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from megatron_lite.blueprint.draw_up import Blueprint
 from megatron_lite.blueprint.schedules.actions import Op, Schedule
@@ -19,6 +19,7 @@ from megatron_lite.config.parallel import ParallelConfig
 from megatron_lite.config.precision import PrecisionConfig
 from megatron_lite.planner.activations import (
     Items,
+    StageBytes,
     block_items,
     element_bytes,
     postponed_bytes,
@@ -127,47 +128,93 @@ def _rank_memory(
     model, stages = blueprint.model, blueprint.stages_of(pp_rank)
     parameters = blueprint.rank_parameters(pp_rank)
     stream = layer_input_bytes(model, asked)
-    kept, waiting, transient = {}, stage_waiting(blueprint, asked, pp_rank), 0.0
+    held, waiting = {}, stage_waiting(blueprint, asked, pp_rank)
     for stage in stages:
-        kept[stage.index], again = stage_bytes(
-            len(stage.layers), items, asked.parallel, layer_input=stream
-        )
-        kept[stage.index] += _ends_bytes(model, stage, asked, stream)
-        transient = max(transient, again)
-    peak, live = _peak(schedule, pp_rank, kept, waiting)
-    low = element_bytes(asked.precision)
-    kinds = static_bytes(parameters, asked, blueprint.dp)
-    kinds["activations"] = peak
-    kinds["recomputed"] = transient
-    kinds["logits"] = 0.0
-    if any(stage.has_head for stage in stages):
-        kinds["logits"] = _logits_bytes(blueprint, asked)
-    # the product of a weight's gradient before it is added to the accumulator, and dx beside dy
-    backward = 2 * stream + (_largest_weight(blueprint, pp_rank) * low if low == 2 else 0.0)
-    kinds["workspace"] = backward
-    kinds["communication"] = 4 * stream if blueprint.grid.pp > 1 else 0.0
+        blocks = stage_bytes(len(stage.layers), items, asked.parallel, layer_input=stream)
+        held[stage.index] = _held(blueprint, asked, stage, blocks, waiting[stage.index])
+    worst = _worst(schedule, pp_rank, held)
+    kinds = static_bytes(parameters, asked, blueprint.dp * blueprint.grid.cp)
+    messages = 4 * stream if blueprint.grid.pp > 1 else 0.0
+    reducing, gathering = _data_parallel_buffers(blueprint, asked, parameters)
+    working = worst.activations + worst.recomputed + worst.logits + worst.workspace
+    if max(reducing, gathering) > working + messages:
+        # when the last gradients are reduced, or parameters gathered, activations are gone
+        worst = _Moment(live=worst.live)
+        messages = max(reducing, gathering)
+    kinds["activations"] = worst.activations
+    kinds["recomputed"] = worst.recomputed
+    kinds["logits"] = worst.logits
+    kinds["workspace"] = worst.workspace
+    kinds["communication"] = messages
     kinds["context"] = CONTEXT_BYTES if asked.on_gpu else 0.0
     kinds["fragmentation"] = FRAGMENTATION * sum(kinds.values()) if asked.on_gpu else 0.0
     layers = tuple(n for stage in stages for n in stage.layers)
-    return RankMemory(pp_rank, kinds, parameters, layers, live)
+    return RankMemory(pp_rank, kinds, parameters, layers, worst.live)
 
 
-def _ends_bytes(model: ModelConfig, stage: Stage, asked: Asked, stream: float) -> float:
-    """What the embedding and the final norm keep per micro batch."""
-    kept = 0.0
+@dataclass(frozen=True, slots=True)
+class _Moment:
+    """Bytes beside the static ones at one moment of a step."""
+
+    activations: float = 0.0
+    recomputed: float = 0.0
+    logits: float = 0.0
+    workspace: float = 0.0
+    live: Mapping[int, int] = field(default_factory=dict)
+
+    @property
+    def total(self) -> float:
+        return self.activations + self.recomputed + self.logits + self.workspace
+
+
+@dataclass(frozen=True, slots=True)
+class _Held:
+    """One stage and micro batch: kept, postponed, and what the moments of its actions add.
+
+    A moment's activations are what is kept by other actions, so below zero where some are free.
+    """
+
+    kept: float
+    postponed: float
+    forward: _Moment
+    backward: tuple[_Moment, ...]
+
+
+def _held(
+    blueprint: Blueprint, asked: Asked, stage: Stage, blocks: StageBytes, postponed: float
+) -> _Held:
+    model, low = blueprint.model, element_bytes(asked.precision)
+    tp, in_blocks = blueprint.grid.tp, {s.name: s for s in blueprint.parameters}
+    matrices = [s.local_size(tp) for s in in_blocks.values() if s.name.startswith("blocks.")]
+    kept, stream = blocks.kept, layer_input_bytes(model, asked)
+    # a 16-bit product of a weight's gradient exists before it is added to the fp32 accumulator
+    passing = float(low) if low == 2 and asked.parallel.accumulate_allreduce_grads_in_fp32 else 0.0
+    workspace = blocks.backward + max(matrices, default=0) * passing
     if stage.has_embedding and model.hidden_dropout > 0.0:
-        kept += stream / element_bytes(asked.precision)  # the mask
-    if stage.has_head:
-        kept += 2 * stream  # the final norm's input and output
-    return kept
+        kept += stream / low  # the mask
+    if not stage.has_head:
+        return _Held(kept, postponed, _Moment(), (_Moment(0.0, blocks.again, 0.0, workspace),))
+    norm = (2 if model.normalization == "LayerNorm" else 1) * stream
+    norm += 8 * stream / low if model.normalization == "RMSNorm" else 0.0
+    logits = blueprint.padded_vocab_size / tp * _tokens(model, asked)
+    forward, grown = _logits_moments(blueprint, asked, logits)
+    head = blueprint.padded_vocab_size / tp * model.hidden_size * passing
+    # the loss keeps the log probabilities; they are part of what the logits cost
+    probabilities = 4 * logits
+    return _Held(
+        kept + norm + probabilities,
+        postponed,
+        _Moment(-probabilities, logits=forward),
+        # the head's backward; then the blocks', when the head's and the final norm's are free
+        (
+            _Moment(-probabilities, logits=grown, workspace=head + 2 * stream),
+            _Moment(-probabilities - norm, blocks.again, 0.0, workspace),
+        ),
+    )
 
 
-def _logits_bytes(blueprint: Blueprint, asked: Asked) -> float:
-    """Logits and their fp32 log probabilities on one rank; freed before the next micro batch."""
-    model, parallel = blueprint.model, asked.parallel
-    tokens = model.seq_length * asked.micro_batch_size / parallel.cp
-    columns = blueprint.padded_vocab_size / parallel.tp
-    return tokens * columns * (4 + element_bytes(asked.precision))
+def _tokens(model: ModelConfig, asked: Asked) -> float:
+    return model.seq_length * asked.micro_batch_size / asked.parallel.cp
 
 
 def stage_waiting(blueprint: Blueprint, asked: Asked, pp_rank: int) -> dict[int, float]:
@@ -192,26 +239,62 @@ def _logits_gradient_bytes(blueprint: Blueprint, asked: Asked) -> float:
     return tokens * columns * element_bytes(asked.precision)
 
 
-def _largest_weight(blueprint: Blueprint, pp_rank: int) -> int:
-    held = {stage.index for stage in blueprint.stages_of(pp_rank)}
-    tp = blueprint.grid.tp
-    return max((s.local_size(tp) for s in blueprint.parameters if s.stage in held), default=0)
+def _logits_moments(blueprint: Blueprint, asked: Asked, logits: float) -> tuple[float, float]:
+    """Bytes of so many logits in forward and in backward.
 
-
-def _peak(
-    schedule: Schedule, pp_rank: int, kept: Mapping[int, float], waiting: Mapping[int, float]
-) -> tuple[float, dict[int, int]]:
-    """Bytes at the worst moment, and the micro batches of each stage alive then.
-
-    kept: of a stage's micro batch from its forward to B or I; waiting: from I to W.
+    Forward: logits, a copy with padding masked, fp32 log probabilities; a CPU widens 16-bit logits
+    before their softmax.  Backward: the probabilities and the gradient.
     """
-    between_f_and_i, between_i_and_w = dict.fromkeys(kept, 0), dict.fromkeys(kept, 0)
-    worst, at_worst = 0.0, dict(between_f_and_i)
+    low = element_bytes(asked.precision)
+    masked = low if blueprint.padded_vocab_size > blueprint.vocab_size else 0
+    widened = 4 if low == 2 and not asked.on_gpu else 0
+    return logits * (low + masked + 4 + widened), logits * (4 + (low if low == 2 else 0))
+
+
+REDUCING = 2
+"""Buckets whose packed gradients are under way at once (engines/buckets.py)."""
+
+
+def _data_parallel_buffers(
+    blueprint: Blueprint, asked: Asked, parameters: int
+) -> tuple[float, float]:
+    """(gradients packed for the owners of their rows, parameters on their way back), in bytes."""
+    parallel, dp = asked.parallel, blueprint.dp
+    if not parallel.use_distributed_optimizer or dp == 1:
+        return 0.0, 0.0
+    low = element_bytes(asked.precision)
+    wide = 4 if parallel.accumulate_allreduce_grads_in_fp32 else low
+    bucket = parallel.ddp_bucket_size or max(40_000_000, 1_000_000 * dp)
+    packed = float(min(REDUCING * bucket, parameters))
+    copied = 0 if asked.on_gpu else min(bucket, parameters)  # gloo reduces a copy, one at a time
+    gathered = float(parameters if parallel.overlap_param_gather else packed)
+    return (packed * (1 + 1 / dp) + copied) * wide, gathered * low * (1 + 1 / dp)
+
+
+def _worst(schedule: Schedule, pp_rank: int, held: Mapping[int, _Held]) -> _Moment:
+    """The moment of a rank's actions that holds most."""
+    live, postponed = dict.fromkeys(held, 0), dict.fromkeys(held, 0)
+    now, worst = 0.0, _Moment(live=dict(live))
     for op, stage, _ in schedule.lists[pp_rank]:
-        between_f_and_i[stage] += (op is Op.F) - (op is Op.B or op is Op.I)
-        between_i_and_w[stage] += (op is Op.I) - (op is Op.W)
-        now = sum(between_f_and_i[s] * kept[s] + between_i_and_w[s] * waiting[s] for s in kept)
-        if now > worst:
-            worst = now
-            at_worst = {s: between_f_and_i[s] + between_i_and_w[s] for s in kept}
-    return worst, at_worst
+        of = held[stage]
+        if op is Op.F:
+            live[stage] += 1
+            now += of.kept
+            moments: tuple[_Moment, ...] = (of.forward,)
+        elif op is Op.W:
+            postponed[stage] -= 1
+            now -= of.postponed
+            continue
+        else:
+            moments = of.backward
+        for moment in moments:
+            if now + moment.total > worst.total:
+                together = {s: live[s] + postponed[s] for s in live}
+                worst = replace(moment, activations=now + moment.activations, live=together)
+        if op is not Op.F:
+            live[stage] -= 1
+            now -= of.kept
+            if op is Op.I:
+                postponed[stage] += 1
+                now += of.postponed
+    return worst

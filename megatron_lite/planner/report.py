@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from megatron_lite.blueprint.flops import flops_per_token
+from megatron_lite.blueprint.schedules.actions import Op
 from megatron_lite.planner.activations import VARIANTS, block_items, korthikanti
 from megatron_lite.planner.advice import Change, layout_flags, warnings
 from megatron_lite.planner.corpus import Reading
@@ -67,6 +68,7 @@ def to_json(plan: Forecast, extra: Extra) -> dict[str, object]:
                  "predicted_step_seconds": sum(plan.seconds.values()),
                  "seconds": dict(plan.seconds), "hidden_seconds": dict(plan.hidden_seconds),
                  "bubble": plan.bubble},
+        "pipeline": _pipeline(plan),
         "rates": {"tokens_per_second_per_gpu": rates.tgs, "tgs": rates.tgs,
                   "tflops_per_gpu": rates.tflops, "tflops_per_gpu_causal": rates.tflops_causal,
                   "tflops_per_gpu_hardware": rates.tflops_hardware,
@@ -239,6 +241,26 @@ def _per_layer(plan: Forecast) -> dict[str, object]:
             )
             for variant in VARIANTS
         },
+    }  # fmt: skip
+
+
+def _pipeline(plan: Forecast) -> dict[str, object]:
+    """What the schedule costs; bubble_rate is (span - work) / span, as in arXiv:2401.10241."""
+    blueprint, costs = plan.blueprint, plan.costs
+    return {
+        "schedule": blueprint.schedule,
+        "num_microbatches": num_microbatches(blueprint),
+        "bubble_rate": plan.bubble,
+        "span_seconds": plan.span_seconds,
+        "message_seconds": costs.message_seconds(),
+        "peak_live_microbatches": [sum(rank.live.values()) for rank in plan.memory],
+        "stages": [
+            {"stage": stage.index, "pp_rank": blueprint.placement[stage.index],
+             "forward_seconds": costs.work(Op.F, stage).seconds,
+             "input_gradient_seconds": costs.work(Op.I, stage).seconds,
+             "weight_gradient_seconds": costs.work(Op.W, stage).seconds}
+            for stage in blueprint.stages
+        ],
     }  # fmt: skip
 
 

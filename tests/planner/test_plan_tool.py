@@ -60,6 +60,54 @@ def test_the_175b_script_is_planned_from_its_printed_command() -> None:
     assert billions == [2.823, *[2.719] * 6, 2.798]
 
 
+def test_the_175b_script_is_planned_by_its_path_and_by_a_dry_run() -> None:
+    folder = ROOT / "examples" / "gpt3"
+    script = str(folder / "train_gpt3_175b_distributed_tgs.sh")
+    done = run("--hardware", "a100", "--json", script)
+    assert done.returncode == 0, done.stderr
+    by_path = json.loads(done.stdout)
+    assert by_path["hardware"]["world_size"] == 64 and by_path["run"]["tokens"] == 10 * 1536 * 2048
+    dry = subprocess.run(
+        ["bash", str(folder / "train_gpt3_175b_distributed_tgs.sh")],
+        capture_output=True, text=True, timeout=60,
+        env={"DRY_RUN": "1", "HARDWARE": "a100", "PLAN_ARGS": "--json", "PATH": "/usr/bin:/bin",
+             "PYTHON": sys.executable},
+    )  # fmt: skip
+    assert dry.returncode == 0, dry.stderr
+    assert json.loads(dry.stdout) == by_path
+
+
+def test_a_script_that_might_start_something_is_not_run(tmp_path: Path) -> None:
+    script = tmp_path / "train.sh"
+    script.write_text(f"touch {tmp_path}/started\n")
+    done = run("--hardware", "a100", str(script))
+    assert done.returncode == 2 and "does not know PRINT_COMMAND=1" in done.stderr
+    assert not (tmp_path / "started").exists()
+
+
+def test_measured_stage_times_give_the_published_bubble() -> None:
+    """arXiv:2401.10241, tables 4 and 9, 1.5B with 24 micro batches on 8 stages."""
+    times = ["--stage-times-ms", "18.522", "18.086", "9.337", "0.601"]
+    model = shlex.split(
+        "--num-layers 24 --hidden-size 2304 --num-attention-heads 24 --seq-length 1024 --nodes 1 "
+        "--vocab-size 50257 --micro-batch-size 6 --global-batch-size 144 "
+        "--pipeline-model-parallel-size 8"
+    )
+    for name, rate in (("1f1b", 0.2431), ("zb-h1", 0.1585)):
+        done = run("--json", *times, "--pipeline-schedule", name, *model)
+        assert done.returncode == 0, done.stderr
+        found = json.loads(done.stdout)["pipeline"]
+        assert abs(found["bubble_rate"] - rate) < 2e-4
+        ideal = 24 * (18.522 + 18.086 + 9.337) / 1e3
+        assert abs(1 - ideal / found["span_seconds"] - found["bubble_rate"]) < 1e-9
+
+
+def test_what_is_only_not_built_yet_is_planned_and_said() -> None:
+    done = run("--nodes", "1", "--json", "--context-parallel-size", "2", *RUN)
+    assert done.returncode == 0, done.stderr
+    assert any("is not built yet" in note for note in json.loads(done.stdout)["notes"])
+
+
 def test_pictures_are_well_formed_and_hold_every_action(tmp_path: Path) -> None:
     svg, trace = tmp_path / "t.svg", tmp_path / "t.json"
     for path in (svg, trace):
@@ -83,6 +131,10 @@ def test_a_mistake_is_one_line_with_the_way_out() -> None:
         (["--nodes", "1", "--tensor-model-parallel-size", "3", *RUN], "does not divide"),
         (["--draw", "x.gif", *RUN], "give -, a .txt, a .svg or a .json"),
         (["--no-such-flag", *RUN], "--no-such-flag"),
+        (["--tokens", "many", *RUN], "argument --tokens: 'many' is no number of tokens"),
+        (["--stage-times-ms", "1", "0", "1", "0", *RUN], "only the message may take no time"),
+        (["--nodes", "1", "--search"], "--num-layers is required"),
+        (["nothere.sh"], "nothere.sh: cannot be read"),
     ):
         done = run(*words)
         assert done.returncode == 2, (words, done.stdout, done.stderr)
