@@ -110,16 +110,17 @@ UNIFORM = "--recompute-granularity full --recompute-method uniform --recompute-n
 BLOCK = "--recompute-granularity full --recompute-method block --recompute-num-layers"
 TP2, PP2 = "--tensor-model-parallel-size 2", "--pipeline-model-parallel-size 2"
 
-STEPS = [
-    # ranks, samples of a step, flags; the first of each group also runs in `make test-ci`
-    pytest.param(1, 2, "", marks=pytest.mark.ci),
-    pytest.param(1, 2, f"--bf16 {ND}", marks=pytest.mark.ci),
-    pytest.param(1, 2, f"{UNIFORM} 4", marks=pytest.mark.ci),
-    pytest.param(2, 2, f"{TP2} --sequence-parallel --bf16 {ND}", marks=pytest.mark.ci),
-    pytest.param(2, 6, f"{PP2} {ND}", marks=pytest.mark.ci),
-    pytest.param(2, 6, f"{PP2} --bf16 --pipeline-schedule zb-h1", marks=pytest.mark.ci),
-    pytest.param(2, 4, f"--use-distributed-optimizer --bf16 {ND} --ddp-bucket-size 2000000",
-                 marks=pytest.mark.ci),
+CI = [
+    # ranks, samples of a step, flags
+    (1, 2, ""),
+    (1, 2, f"--bf16 {ND}"),
+    (1, 2, f"{UNIFORM} 4"),
+    (2, 2, f"{TP2} --sequence-parallel --bf16 {ND}"),
+    (2, 6, f"{PP2} {ND}"),
+    (2, 6, f"{PP2} --bf16 --pipeline-schedule zb-h1"),
+    (2, 4, f"--use-distributed-optimizer --bf16 {ND} --ddp-bucket-size 2000000"),
+]
+SLOW = [
     (1, 4, "--bf16"),
     (1, 4, ND),
     (1, 4, f"--bf16 {ND} {LLAMA} --group-query-attention --num-query-groups 4 "
@@ -152,8 +153,11 @@ STEPS = [
 ]  # fmt: skip
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("ranks", "samples", "flags"), STEPS)
+@pytest.mark.parametrize(
+    ("ranks", "samples", "flags"),
+    [pytest.param(*row, marks=pytest.mark.ci) for row in CI]
+    + [pytest.param(*row, marks=pytest.mark.slow) for row in SLOW],
+)
 def test_the_plan_is_within_a_tenth_of_a_real_step(
     ranks: int, samples: int, flags: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -171,7 +175,6 @@ def test_the_plan_is_within_a_tenth_of_a_real_step(
         assert max(abs(off.get(kind, 0.0)) for kind in rank.static) < 0.01
 
 
-@pytest.mark.slow
 @pytest.mark.ci
 def test_torchs_own_memory_tracker_agrees() -> None:
     """It cannot follow modules through several micro batches, so the step has one."""
