@@ -11,7 +11,6 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
 
 sys.path.insert(
     0, str(Path(__file__).resolve().parents[1])
@@ -34,8 +33,6 @@ from megatron_lite.layers.setting import Setting
 from megatron_lite.models.decoder import Decoder, local_parameters
 from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.parallel.shard import exact_slices, weight_slices
-
-Section = TypeVar("Section")
 
 
 def main() -> int:
@@ -111,26 +108,19 @@ def _text(prompt: str) -> str:
         raise ConfigError(f"--prompt {prompt!r} is not UTF-8 ({error.reason})") from None
 
 
-def _section(kind: type[Section], manifest: Manifest, name: str) -> Section:
-    """A config section as the checkpoint keeps it; fields it does not know are left out."""
-    known = {f.name for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
-    values: dict[str, Any] = manifest.config.get(name, {})
-    return kind(**{key: value for key, value in values.items() if key in known})
-
-
 def _tokenizer(asked: argparse.Namespace, manifest: Manifest) -> Tokenizer:
-    data = _section(DataConfig, manifest, "data")
+    data = manifest.section(DataConfig, "data")
     given = {
         name: value
         for name in ("vocab_file", "merge_file")
         if (value := getattr(asked, name)) is not None
     }
-    model = _section(ModelConfig, manifest, "model")
+    model = manifest.section(ModelConfig, "model")
     return build_tokenizer(dataclasses.replace(data, **given), vocab_size=model.vocab_size)
 
 
 def _load(store: Store, manifest: Manifest, ctx: ParallelContext) -> Decoder:
-    config = _section(ModelConfig, manifest, "model")
+    config = manifest.section(ModelConfig, "model")
     if config.vocab_size is None:
         raise CheckpointError(f"{store.root}: the checkpoint does not say its vocabulary size")
     padded = padded_vocab_size(config.vocab_size, config.make_vocab_size_divisible_by, 1)

@@ -7,9 +7,11 @@ Layout (huggingface/safetensors, format description): u64 header length, JSON he
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -43,18 +45,43 @@ def file_bytes(tensors: Sequence[Tensor]) -> int:
     return sum(t.numel() * t.element_size() + 160 for t in tensors)
 
 
+class Form(NamedTuple):
+    """Number format and shape of a tensor that is still to be written."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def bytes(self) -> int:
+        """Its size in a file."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
 def write_tensors(path: Path, tensors: dict[str, Tensor], disk: Disk) -> Written:
     """Write and fsync a new safetensors file of named tensors of any shapes; its size and hash.
 
     Raises StorageError where the file exists, or cannot be written whole.
     """
-    header: dict[str, object] = {}
+    forms = {name: Form(t.dtype, tuple(t.shape)) for name, t in tensors.items()}
+    return write_stream(path, forms, tensors.values(), disk)
+
+
+def write_stream(
+    path: Path,
+    forms: Mapping[str, Form],
+    tensors: Iterable[Tensor],
+    disk: Disk,
+    *,
+    metadata: Mapping[str, str] | None = None,
+) -> Written:
+    """The same for tensors that come one by one, in the order of their forms, and are not kept."""
+    header: dict[str, object] = {} if metadata is None else {"__metadata__": dict(metadata)}
     start = 0
-    for name, tensor in tensors.items():
-        stop = start + tensor.numel() * tensor.element_size()
+    for name, form in forms.items():
+        stop = start + form.bytes
         header[name] = {
-            "dtype": DTYPES[tensor.dtype],
-            "shape": list(tensor.shape),
+            "dtype": DTYPES[form.dtype],
+            "shape": list(form.shape),
             "data_offsets": [start, stop],
         }
         start = stop
@@ -64,7 +91,8 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], disk: Disk) -> Written
         for data in (len(text).to_bytes(8, "little"), text):
             hashed.update(data)
             file.write(data)
-        for tensor in tensors.values():
+        for form, tensor in zip(forms.values(), tensors, strict=True):
+            assert (tensor.dtype, tuple(tensor.shape)) == form, "not the tensor that was announced"
             flat = tensor.detach().reshape(-1).view(torch.uint8)
             for chunk in flat.split(_WRITE_BYTES):
                 data = chunk.cpu().numpy().data

@@ -53,6 +53,7 @@ _TOP = {
     "embedding.positions.weight": HuggingFaceSource("wpe.weight"),
     "final_norm.weight": HuggingFaceSource("ln_f.weight"),
     "final_norm.bias": HuggingFaceSource("ln_f.bias"),
+    "head.weight": HuggingFaceSource("lm_head.weight"),
 }
 _BLOCK = {
     "attention_norm": ("ln_1", None),
@@ -67,7 +68,10 @@ _BLOCK = {
 
 
 def huggingface_source(canonical: str) -> HuggingFaceSource:
-    """The place of a canonical GPT-2 tensor in a Hugging Face state dict (below `transformer.`)."""
+    """The place of a canonical GPT-2 tensor in a Hugging Face state dict.
+
+    All but lm_head stand below `transformer.` there.
+    """
     if canonical in _TOP:
         return _TOP[canonical]
     match = re.fullmatch(r"blocks\.(\d+)\.(.+)\.(weight|bias)", canonical)

@@ -13,7 +13,7 @@ import errno
 import os
 import secrets
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -235,5 +235,27 @@ def write_atomically(path: str | os.PathLike[str], data: Bytes, disk: Disk) -> N
     except BaseException:
         with contextlib.suppress(StorageError):
             disk.remove(temporary)
+        raise
+    disk.sync_folder(final.parent)
+
+
+@contextlib.contextmanager
+def folder_at_once(path: str | os.PathLike[str], disk: Disk) -> Iterator[Path]:
+    """A folder that appears whole: what the body puts into the yielded one is there, or nothing is.
+
+    The body fsyncs its files, and folders inside.  The final folder must be absent or empty; what
+    a crash left half-written is cleared away by the next one.
+    """
+    final = Path(path)
+    partial = final.with_name(f".{final.name}.partial")
+    disk.remove_tree(partial)
+    disk.make_folder(partial)
+    try:
+        yield partial
+        disk.sync_folder(partial)
+        disk.rename(partial, final)
+    except BaseException:
+        with contextlib.suppress(StorageError):
+            disk.remove_tree(partial)
         raise
     disk.sync_folder(final.parent)

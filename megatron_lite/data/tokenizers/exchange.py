@@ -1,0 +1,86 @@
+"""A tokenizer's files as Hugging Face lays them out beside a model, in and out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+from megatron_lite.config.data import DataConfig
+from megatron_lite.config.errors import DataError
+from megatron_lite.data.tokenizers.base import read_bytes, read_vocab
+from megatron_lite.data.tokenizers.gpt2_bpe import EOD, read_merges, tokenizer_json
+
+FILES = (
+    "vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json",
+    "special_tokens_map.json", "added_tokens.json",
+)  # fmt: skip
+"""What Hugging Face may keep beside a model."""
+
+
+def tokenizer_files(folder: Path) -> dict[str, bytes]:
+    """Those of FILES that the folder has."""
+    found = {}
+    for name in FILES:
+        try:
+            found[name] = (folder / name).read_bytes()
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise DataError(f"{folder / name} cannot be read: {error.strerror}") from error
+    return found
+
+
+def section_for(names: Collection[str], folder: Path) -> dict[str, Any]:
+    """Fields of the data section for a folder with these files; nothing where they are no tokenizer."""
+    if {"vocab.json", "merges.txt"} <= set(names):
+        return {
+            "tokenizer_type": "GPT2BPETokenizer",
+            "vocab_file": str(folder / "vocab.json"),
+            "merge_file": str(folder / "merges.txt"),
+        }
+    if "tokenizer.json" in names:
+        return {"tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": str(folder)}
+    return {}
+
+
+def files_for_huggingface(data: DataConfig, *, positions: int) -> dict[str, bytes]:
+    """The files for a folder of Hugging Face; positions: the longest text, in tokens.
+
+    A folder that came from there is copied as it is; GPT-2's two files get the three that today's
+    transformers wants besides.  Raises DataError for tokenizers of another kind.
+    """
+    if data.tokenizer_type == "HuggingFaceTokenizer" and data.tokenizer_model is not None:
+        given = Path(data.tokenizer_model)
+        return tokenizer_files(given if given.is_dir() else given.parent)
+    if data.tokenizer_type != "GPT2BPETokenizer":
+        raise DataError(
+            f"--tokenizer-type {data.tokenizer_type} has no form in a GPT-2 folder: add "
+            "--no-tokenizer to write the model alone"
+        )
+    vocab_bytes = read_bytes(data.vocab_file, "--vocab-file")
+    merge_bytes = read_bytes(data.merge_file, "--merge-file")
+    beside = Path(data.vocab_file or "").parent
+    if Path(data.vocab_file or "").name == "vocab.json" and (beside / "tokenizer.json").is_file():
+        return tokenizer_files(beside)
+    vocab = read_vocab(data.vocab_file)
+    special = {"content": EOD, "lstrip": False, "normalized": True, "rstrip": False,
+               "single_word": False}  # fmt: skip
+    whole = json.loads(tokenizer_json(vocab, read_merges(data.merge_file)))
+    bytes_back = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True,
+                  "use_regex": True}  # fmt: skip
+    if EOD in vocab:
+        whole["added_tokens"] = [{"id": vocab[EOD], **special, "special": True}]
+    whole["decoder"] = bytes_back
+    whole["post_processor"] = bytes_back | {"trim_offsets": False}
+    names = {f"{kind}_token": EOD for kind in ("bos", "eos", "unk")} if EOD in vocab else {}
+    config = {"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": False,
+              "model_max_length": positions, **names}  # fmt: skip
+    return {
+        "vocab.json": vocab_bytes,
+        "merges.txt": merge_bytes,
+        "tokenizer.json": json.dumps(whole, ensure_ascii=False).encode(),
+        "tokenizer_config.json": json.dumps(config, indent=2).encode(),
+        "special_tokens_map.json": json.dumps(names, indent=2).encode(),
+    }
