@@ -19,7 +19,7 @@ sys.path.insert(
 import torch
 
 from megatron_lite.blueprint.batches import padded_vocab_size
-from megatron_lite.checkpoint.manifest import Manifest
+from megatron_lite.checkpoint.manifest import TOKENIZER, Manifest
 from megatron_lite.checkpoint.store import Store
 from megatron_lite.config.data import DataConfig
 from megatron_lite.config.errors import CheckpointError, ConfigError
@@ -27,6 +27,7 @@ from megatron_lite.config.exit import ToolParser, run_tool
 from megatron_lite.config.model import ModelConfig
 from megatron_lite.data.tokenizers.base import Tokenizer
 from megatron_lite.data.tokenizers.build import build_tokenizer
+from megatron_lite.data.tokenizers.kept import from_kept
 from megatron_lite.inference.generate import generate
 from megatron_lite.inference.sampling import sample
 from megatron_lite.layers.setting import Setting
@@ -46,7 +47,7 @@ def main() -> int:
         print(f"WARNING: {line}", file=sys.stderr)
     if manifest is None:
         raise CheckpointError(f"--load {asked.load} holds no checkpoint: check the path")
-    tokenizer = _tokenizer(asked, manifest)
+    tokenizer = _tokenizer(asked, manifest, store.folder(manifest.iteration))
     model = _load(store, manifest, ctx)
     generator = torch.Generator(device=device).manual_seed(asked.seed)
 
@@ -108,8 +109,9 @@ def _text(prompt: str) -> str:
         raise ConfigError(f"--prompt {prompt!r} is not UTF-8 ({error.reason})") from None
 
 
-def _tokenizer(asked: argparse.Namespace, manifest: Manifest) -> Tokenizer:
-    data = manifest.section(DataConfig, "data")
+def _tokenizer(asked: argparse.Namespace, manifest: Manifest, folder: Path) -> Tokenizer:
+    """The one the checkpoint keeps; the run's own files where it is older than that."""
+    data = from_kept(manifest.section(DataConfig, "data"), folder / TOKENIZER)
     given = {
         name: value
         for name in ("vocab_file", "merge_file")

@@ -29,6 +29,7 @@ try:
     from megatron_lite.config.flags import Parsed, parse
     from megatron_lite.config.run import RunConfig
     from megatron_lite.data.tokenizers.build import build_tokenizer, read_vocab_size
+    from megatron_lite.data.tokenizers.kept import tokenizer_files
 except ModuleNotFoundError as missing:  # a bare python: the first thing many try is a dry run
     print(f"FATAL[2] rank=- step=-: {sys.executable} lacks the package {missing.name}; `make setup` "
           "makes .venv with everything: activate it, or name a python that has it with PYTHON=",
@@ -103,6 +104,7 @@ def _train(parsed: Parsed, launch: Launch, failures: Failures) -> int:
         eod=tokenizer.eod,
         asked=config.model.vocab_size,
         fingerprint=tokenizer.fingerprint(),
+        files=tokenizer_files(config.data),
     )
     model = dataclasses.replace(config.model, vocab_size=tokens.vocab_size)
     config = dataclasses.replace(config, model=model)

@@ -21,24 +21,35 @@ KINDS = ("weights", "optimizer")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Origin:
+    """What a run reads: facts for the manifest, and the tokenizer's files, which rank 0 writes."""
+
+    tokenizer: dict[str, Any] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)
+    tokenizer_files: dict[str, bytes] = field(default_factory=dict)
+
+
+UNKNOWN = Origin()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Snapshot:
     """One rank's part of a checkpoint, and what all ranks know alike.
 
-    shares: what this rank writes, by KINDS.  beside: small files by name, which rank 0 writes.
+    shares: what this rank writes, by KINDS.
     """
 
     iteration: int
     shares: dict[str, list[NamedSlice]]
     progress: Progress
     config: dict[str, Any]
-    tokenizer: dict[str, Any] = field(default_factory=dict)
-    data: dict[str, Any] = field(default_factory=dict)
-    beside: dict[str, bytes] = field(default_factory=dict)
+    origin: Origin
 
     @property
     def bytes(self) -> int:
         """What this rank will write, to within the length of the names."""
-        return sum(file_bytes([s.data for s in slices]) for slices in self.shares.values())
+        tensors = sum(file_bytes([s.data for s in slices]) for slices in self.shares.values())
+        return tensors + sum(map(len, self.origin.tokenizer_files.values()))
 
 
 def share(slices: Iterable[NamedSlice], ctx: ParallelContext) -> list[NamedSlice]:

@@ -25,6 +25,7 @@ from megatron_lite.checkpoint.agreement import Agreement
 from megatron_lite.checkpoint.boxes import check_fit, fill
 from megatron_lite.checkpoint.manifest import (
     NAME,
+    TOKENIZER,
     Manifest,
     StoredPiece,
     StoredTensor,
@@ -32,7 +33,7 @@ from megatron_lite.checkpoint.manifest import (
     verify_files,
 )
 from megatron_lite.checkpoint.progress import Progress
-from megatron_lite.checkpoint.snapshot import Snapshot, share
+from megatron_lite.checkpoint.snapshot import UNKNOWN, Origin, Snapshot, share
 from megatron_lite.checkpoint.tensor_file import DTYPES, Written, write_bytes, write_tensors
 from megatron_lite.config.errors import CheckpointError, StorageError
 from megatron_lite.parallel.collectives import MAX, all_reduce, barrier
@@ -147,23 +148,25 @@ class Store:
         optimizer: Iterable[NamedSlice],
         progress: Progress | None = None,
         config: dict[str, Any] | None = None,
+        origin: Origin = UNKNOWN,
     ) -> Snapshot:
         """This rank's part of a checkpoint, its tensors where they lie.
 
         weights, optimizer: the slices this rank stands for; they are dealt out over dp, whose
-        ranks hold the same.
+        ranks hold the same.  origin: what the run reads.
         """
         return Snapshot(
             iteration=iteration,
             shares={"weights": share(weights, self.ctx), "optimizer": share(optimizer, self.ctx)},
             progress=progress or Progress(),
             config=config or {},
+            origin=origin,
         )
 
     def save(self, snapshot: Snapshot, keep: Keep = KEEP_ALL) -> Saved:
         """Write a checkpoint; on any rank's failure all ranks raise and the older ones stay."""
         began = time.monotonic()
-        final = self._folder(snapshot.iteration)
+        final = self.folder(snapshot.iteration)
         partial = self.root / f".{final.name}.partial"
         total = self.ranks.total(snapshot.bytes)
         writing = f"write to {self.root}"
@@ -189,7 +192,8 @@ class Store:
         warnings = self._retain(keep, snapshot.iteration)
         return Saved(snapshot.iteration, final, total, time.monotonic() - began, tuple(warnings))
 
-    def _folder(self, iteration: int) -> Path:
+    def folder(self, iteration: int) -> Path:
+        """Where the checkpoint of an iteration lies."""
         return self.root / f"iter_{iteration:07d}"
 
     def _require_space(self, total: int) -> None:
@@ -218,8 +222,9 @@ class Store:
                 for key, s in keys.items()
             ]
         if self.ctx.rank == 0:
-            for file, data in snapshot.beside.items():
-                self.disk.make_folder((partial / file).parent)
+            for name, data in snapshot.origin.tokenizer_files.items():
+                file = f"{TOKENIZER}/{name}"
+                self.disk.make_folder(partial / TOKENIZER)
                 written = write_bytes(partial / file, data, self.disk)
                 part["files"][file] = dataclasses.astuple(written)
         write_bytes(self._listing(partial, self.ctx.rank), json.dumps(part).encode(), self.disk)
@@ -246,8 +251,8 @@ class Store:
             snapshot.config,
             files,
             tensors,
-            tokenizer=snapshot.tokenizer,
-            data=snapshot.data,
+            tokenizer=snapshot.origin.tokenizer,
+            data=snapshot.origin.data,
         )
         write_bytes(partial / NAME, manifest.to_bytes(), self.disk)
         for folder in {(partial / name).parent for name in (*files, NAME)}:
@@ -279,7 +284,7 @@ class Store:
             )
         warnings = []
         for iteration in removable:
-            folder = self._folder(iteration)
+            folder = self.folder(iteration)
             aside = self.root / f".{folder.name}.removed.partial"  # never a folder half removed
             try:
                 self.disk.remove_tree(aside)
@@ -363,7 +368,7 @@ class Store:
         return int(text)
 
     def _verify(self, iteration: int) -> tuple[str | None, Manifest | None]:
-        folder = self._folder(iteration)
+        folder = self.folder(iteration)
         problem, manifest = None, None
         try:
             manifest = read_manifest(folder)
@@ -379,7 +384,7 @@ class Store:
 
         Raises CheckpointError, before anything is changed, listing all tensors that do not fit.
         """
-        folder = self._folder(manifest.iteration)
+        folder = self.folder(manifest.iteration)
         wanted = [s for s in slices if s.data.numel()]
         check_fit(wanted, manifest, folder)
         fill(wanted, manifest, folder)

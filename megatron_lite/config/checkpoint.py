@@ -40,6 +40,9 @@ class CheckpointConfig:
     exit_on_missing_checkpoint: bool = False
     """Exit with code 4 where --load holds no checkpoint."""
 
+    allow_data_change: bool = False
+    """Resume although the data or the tokenizer are not those the checkpoint was trained with."""
+
     keep_last: int | None = None
     """Remove older checkpoints but the newest N good ones, once the newest is verified."""
 

@@ -285,6 +285,7 @@ OURS_ONLY = frozenset(
         "train.world_size",
         "train.use_cpu",
         "train.print_state_hash",
+        "checkpoint.allow_data_change",
         "checkpoint.keep_last",
         "checkpoint.keep_every",
         "checkpoint.save_failure",

@@ -291,6 +291,7 @@ def loading(config: RunConfig, world_size: int) -> Iterator[str]:
             ("--finetune", c.finetune),
             ("--ckpt-step", c.ckpt_step is not None),
             ("--exit-on-missing-checkpoint", c.exit_on_missing_checkpoint),
+            ("--allow-data-change", c.allow_data_change),
         ):
             if given:
                 yield f"{flag} needs --load, the folder of the checkpoints"

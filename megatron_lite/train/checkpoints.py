@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_lite.checkpoint.saver import Background, Foreground, Saver
-from megatron_lite.checkpoint.snapshot import Snapshot
+from megatron_lite.checkpoint.snapshot import UNKNOWN, Origin, Snapshot
 from megatron_lite.checkpoint.store import Keep, Store
 from megatron_lite.config.checkpoint import CheckpointConfig
 from megatron_lite.config.errors import StorageError
@@ -31,6 +31,7 @@ class Checkpoints:
     plain_config: dict[str, Any]
     store: Store | None
     saver: Saver | None
+    origin: Origin = UNKNOWN
     saved_at: int = field(init=False)
     _stalled_seconds: float = field(init=False, default=0.0)
 
@@ -133,4 +134,5 @@ class Checkpoints:
             optimizer=run.engine.state(owned=True) if self.config.save_optim else (),
             progress=run.progress,
             config=self.plain_config,
+            origin=self.origin,
         )

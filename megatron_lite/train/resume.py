@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from megatron_lite.checkpoint.manifest import Manifest
 from megatron_lite.checkpoint.store import Store
@@ -13,6 +14,7 @@ from megatron_lite.config.errors import CheckpointError
 from megatron_lite.config.optim import LearningRateConfig
 from megatron_lite.parallel.shard import MASTER, exact_slices, weight_slices
 from megatron_lite.train.assemble import Run
+from megatron_lite.train.origin import check_tokenizer
 from megatron_lite.train.schedules import Schedules
 
 
@@ -20,23 +22,29 @@ from megatron_lite.train.schedules import Schedules
 class Resumed:
     """What was loaded: its iteration (None where training starts at 0), what to say, the curves to use.
 
-    warnings: what went wrong on the way; notices: what was done.
+    warnings: what went wrong on the way; notices: what was done; manifest: of what is gone on with.
     """
 
     iteration: int | None
     schedules: Schedules
     warnings: tuple[str, ...] = ()
     notices: tuple[str, ...] = ()
+    manifest: Manifest | None = None
 
 
 def resume(
-    run: Run, checkpoint: CheckpointConfig, learning_rate: LearningRateConfig, asked: Schedules
+    run: Run,
+    checkpoint: CheckpointConfig,
+    learning_rate: LearningRateConfig,
+    asked: Schedules,
+    tokenizer: dict[str, Any],
 ) -> Resumed:
     """Fill the run from --load.  Collective over the world.
 
-    asked: the curves of this command line.  Raises CheckpointError where there are checkpoints but
-    none usable, where they do not fit the model, or where the curves differ from the checkpoint's
-    and no flag says which to take.
+    asked: the curves of this command line; tokenizer: see check_tokenizer.  Raises CheckpointError
+    where there are checkpoints but none usable, where they do not fit the model or were trained
+    with another tokenizer, or where the curves differ from the checkpoint's and no flag says which
+    to take.
     """
     if checkpoint.load is None:
         return Resumed(None, asked)
@@ -53,10 +61,12 @@ def resume(
         return Resumed(None, asked, (*warnings, line))
     with_optimizer = checkpoint.load_optim and not checkpoint.finetune
     schedules = asked
-    notices: list[str] = []
+    allowed = checkpoint.allow_data_change or checkpoint.finetune
+    notices = check_tokenizer(manifest, tokenizer, allowed=allowed)
     if with_optimizer:
         _require_optimizer(run, manifest, checkpoint.load)
-        schedules, notices = _settle_schedules(manifest, learning_rate, asked, checkpoint.load)
+        schedules, said = _settle_schedules(manifest, learning_rate, asked, checkpoint.load)
+        notices += said
     _fill(run, store, manifest, optimizer=with_optimizer)
     loaded = (
         f"  successfully loaded checkpoint from {checkpoint.load} at iteration {manifest.iteration}"
@@ -71,7 +81,7 @@ def resume(
             run.engine.scaler.load(manifest.progress.loss_scale)
     else:
         notices.append("--no-load-optim: optimizer state and loss scale start anew")
-    return Resumed(manifest.iteration, schedules, warnings, (*notices, loaded))
+    return Resumed(manifest.iteration, schedules, warnings, (*notices, loaded), manifest)
 
 
 def _require_optimizer(run: Run, manifest: Manifest, folder: str) -> None:

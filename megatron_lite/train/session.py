@@ -14,6 +14,8 @@ from typing import Any
 import torch
 
 from megatron_lite.blueprint.draw_up import Blueprint, draw_up
+from megatron_lite.checkpoint.manifest import Manifest
+from megatron_lite.checkpoint.snapshot import Origin
 from megatron_lite.checkpoint.store import Store
 from megatron_lite.config.errors import ConfigError, DataError, MegatronLiteError, StorageError
 from megatron_lite.config.files import dump
@@ -21,6 +23,7 @@ from megatron_lite.config.run import RunConfig
 from megatron_lite.config.telemetry import TelemetryConfig
 from megatron_lite.data.build import Datasets, build_datasets, sample_counts
 from megatron_lite.data.check import verify_blends
+from megatron_lite.data.identity import Identity, identity_of
 from megatron_lite.data.loader import Loader
 from megatron_lite.data.overview import overview
 from megatron_lite.data.pretrain import Samples
@@ -49,6 +52,7 @@ from megatron_lite.train.failures import Failures
 from megatron_lite.train.faults import Fault, NoFaults, read_fault
 from megatron_lite.train.log import Log
 from megatron_lite.train.loop import Loaders, Session
+from megatron_lite.train.origin import check_data
 from megatron_lite.train.profile import Profiler
 from megatron_lite.train.restart import Ended, begin_attempt, refusal, write_ended
 from megatron_lite.train.resume import resume
@@ -62,13 +66,15 @@ from megatron_lite.train.timing import RunTimers
 class Tokens:
     """What training needs to know of the tokenizer.
 
-    asked: what --vocab-size said, to which NullTokenizer adds its EOD.  fingerprint: of its files.
+    asked: what --vocab-size said, to which NullTokenizer adds its EOD.  fingerprint: of its files;
+    files: their content by name, to be kept with every checkpoint.
     """
 
     vocab_size: int
     eod: int | None
     asked: int | None = None
     fingerprint: str = ""
+    files: dict[str, bytes] = dataclasses.field(default_factory=dict)
 
 
 def train(
@@ -225,11 +231,20 @@ def open_session(
         config.learning_rate, config.optim, config.train, global_batch_size=final_batch
     )
     with timers.span("load-checkpoint"):
-        resumed = resume(run, config.checkpoint, config.learning_rate, asked)
+        tokenizer = {
+            "type": config.data.tokenizer_type,
+            "fingerprint": tokens.fingerprint,
+            "vocab_size": tokens.vocab_size,
+            "padded_vocab_size": run.setting.padded_vocab_size,
+            "eod": tokens.eod,
+        }
+        resumed = resume(run, config.checkpoint, config.learning_rate, asked, tokenizer)
     log.warn(*resumed.warnings)
     log.say(*resumed.notices)
     with timers.span("train/valid/test-data-iterators-setup"):
         datasets = _open_datasets(config, launch, log, tokens, folder, train_iters, final_batch)
+    identity = _settle_data(config, datasets, resumed.manifest, log)
+    checkpoints.origin = Origin(tokenizer=tokenizer, data=identity, tokenizer_files=tokens.files)
     checkpoints.plain_config = plain(config) | {"schedules": resumed.schedules.to_json()}
     checkpoints.saved_at = run.progress.step
     log.writers = _writers(config.telemetry, folder, resumed.iteration or 0, ctx)
@@ -260,6 +275,25 @@ def open_session(
         train_iters=train_iters,
         seq_length=config.model.seq_length,
     )
+
+
+def _settle_data(
+    config: RunConfig, datasets: Datasets, manifest: Manifest | None, log: Log
+) -> Identity:
+    """What is read, if it may go on where the checkpoint stopped; every rank finds the same."""
+    identity = identity_of(
+        datasets,
+        seed=config.train.seed,
+        seq_length=config.model.seq_length,
+        order=config.data.dataloader_type,
+    )
+    if not config.train.skip_train:
+        notices, warnings = check_data(
+            manifest, identity, allowed=config.checkpoint.allow_data_change
+        )
+        log.say(*notices)
+        log.warn(*warnings)
+    return identity
 
 
 def plain(config: RunConfig) -> dict[str, Any]:

@@ -1,0 +1,77 @@
+"""The files of a tokenizer, to be kept beside what was trained with it."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from megatron_lite.config.data import DataConfig
+from megatron_lite.data.tokenizers.base import read_bytes
+from megatron_lite.data.tokenizers.huggingface import tokenizer_json
+
+
+class KeptFile(NamedTuple):
+    """A file's name where it is kept, where it lies, and the field of DataConfig that names it."""
+
+    name: str
+    path: str | None
+    setting: str | None
+
+
+def _gpt2(data: DataConfig) -> list[KeptFile]:
+    return [
+        KeptFile("vocab.json", data.vocab_file, "vocab_file"),
+        KeptFile("merges.txt", data.merge_file, "merge_file"),
+    ]
+
+
+def _hugging_face(data: DataConfig) -> list[KeptFile]:
+    main = tokenizer_json(data.tokenizer_model)
+    config = main.with_name("tokenizer_config.json")
+    found = [KeptFile("tokenizer.json", str(main), "tokenizer_model")]
+    if config.is_file():  # it names the end of a document
+        found.append(KeptFile(config.name, str(config), None))
+    return found
+
+
+def _one_model(data: DataConfig) -> list[KeptFile]:
+    # under its own name, from which TikTokenizer knows its pattern
+    name = re.sub(r"[^A-Za-z0-9._-]", "_", Path(data.tokenizer_model or "").name).lstrip(".")
+    return [KeptFile(name[-99:] or "model", data.tokenizer_model, "tokenizer_model")]
+
+
+_FILES: dict[str, Callable[[DataConfig], list[KeptFile]]] = {
+    "GPT2BPETokenizer": _gpt2,
+    "HuggingFaceTokenizer": _hugging_face,
+    "SentencePieceTokenizer": _one_model,
+    "GPTSentencePieceTokenizer": _one_model,
+    "TikTokenizer": _one_model,
+    "NullTokenizer": lambda data: [],
+}
+
+
+def tokenizer_files(data: DataConfig) -> dict[str, bytes]:
+    """Name and content of every file the tokenizer needs; raises DataError naming flag and path."""
+    return {
+        kept.name: read_bytes(
+            kept.path, "--" + (kept.setting or "tokenizer_model").replace("_", "-")
+        )
+        for kept in _FILES[data.tokenizer_type](data)
+    }
+
+
+def from_kept(data: DataConfig, folder: Path) -> DataConfig:
+    """The config with the kept files in place of the original ones, where they are all there."""
+    if data.tokenizer_type == "HuggingFaceTokenizer":  # the original may be gone
+        wanted = {"tokenizer_model": "tokenizer.json"}
+    else:
+        wanted = {
+            kept.setting: kept.name for kept in _FILES[data.tokenizer_type](data) if kept.setting
+        }
+    if not all((folder / name).is_file() for name in wanted.values()):
+        return data
+    paths: dict[str, Any] = {setting: str(folder / name) for setting, name in wanted.items()}
+    return dataclasses.replace(data, **paths)

@@ -1,0 +1,70 @@
+"""What a run reads, beside what the checkpoint it takes up was trained with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron_lite.checkpoint.manifest import Manifest
+from megatron_lite.config.errors import CheckpointError, DataError
+from megatron_lite.data.identity import Identity, changes
+
+_SHOWN = 20
+ALLOW = "--allow-data-change"
+
+
+def check_tokenizer(manifest: Manifest, now: dict[str, Any], *, allowed: bool) -> list[str]:
+    """Notices; raises CheckpointError where the vocabularies differ, or other ids were trained.
+
+    now: type, fingerprint, vocab_size, padded_vocab_size and eod of this run's tokenizer.
+    """
+    before = manifest.tokenizer or _of_version_1(manifest)
+    where = f"checkpoint {manifest.iteration}"
+    if before.get("vocab_size") not in (None, now["vocab_size"]):
+        raise CheckpointError(
+            f"{where} was trained with a vocabulary of {before['vocab_size']} ids "
+            f"({_padded(before)}), this run's tokenizer has {now['vocab_size']} ({_padded(now)}): "
+            "give the tokenizer it was trained with; its files lie in the checkpoint's folder "
+            "tokenizer/"
+        )
+    differ = [
+        f"tokenizer {name}: {before[name]} -> {now[name]}"
+        for name in ("type", "fingerprint", "eod")
+        if name in before and before[name] != now[name]
+    ]
+    if differ and not allowed:
+        raise CheckpointError(
+            f"{where} was trained with another tokenizer of as many ids: {'; '.join(differ)}: give "
+            "the one it was trained with (its files lie in the checkpoint's folder tokenizer/), or "
+            f"{ALLOW}"
+        )
+    return [f"{ALLOW}: {line}" for line in differ]
+
+
+def _padded(tokenizer: dict[str, Any]) -> str:
+    padded = tokenizer.get("padded_vocab_size")
+    return f"padded to {padded}" if padded is not None else "padded as its layout wanted"
+
+
+def _of_version_1(manifest: Manifest) -> dict[str, Any]:
+    return {"vocab_size": manifest.config.get("model", {}).get("vocab_size")}
+
+
+def check_data(
+    manifest: Manifest | None, now: Identity, *, allowed: bool
+) -> tuple[list[str], list[str]]:
+    """(notices, warnings); raises DataError naming what changed in the data that is trained on."""
+    if manifest is None or not manifest.data:
+        return [], []
+    differ = changes(manifest.data, now, ("train",))
+    others = changes(manifest.data, now, ("valid", "test"))
+    warnings = [f"evaluation reads other data: {line}" for line in others if line not in differ]
+    if differ and not allowed:
+        lines = "".join(f"\n  {line}" for line in differ[:_SHOWN])
+        more = f"\n  and {len(differ) - _SHOWN} more" if differ[_SHOWN:] else ""
+        raise DataError(
+            f"the samples would not go on where checkpoint {manifest.iteration} stopped, because "
+            f"the data are others (checkpoint -> this command line):{lines}{more}\nadd {ALLOW} to "
+            f"go on with sample {manifest.progress.samples} of the new order, which repeats and "
+            "leaves out samples, or give the old data"
+        )
+    return [f"{ALLOW}: {line}" for line in differ], warnings

@@ -1,0 +1,106 @@
+"""A tokenizer kept beside a checkpoint is the same tokenizer, when the original is gone."""
+
+from __future__ import annotations
+
+import base64
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from megatron_lite.config.data import DataConfig
+from megatron_lite.config.errors import DataError
+from megatron_lite.data.tokenizers.build import TOKENIZERS, build_tokenizer
+from megatron_lite.data.tokenizers.gpt2_bpe import EOD, byte_characters
+from megatron_lite.data.tokenizers.kept import from_kept, tokenizer_files
+
+
+def write_gpt2(folder: Path, merges: list[tuple[str, str]]) -> DataConfig:
+    """A vocabulary of all bytes, the merges and EOD."""
+    tokens = [*byte_characters(), *sorted(a + b for a, b in merges), EOD]
+    vocab = {token: number for number, token in enumerate(tokens)}
+    (folder / "my vocab").write_text(json.dumps(vocab), encoding="utf-8")
+    lines = "".join(f"{a} {b}\n" for a, b in merges)
+    (folder / "my merges").write_text(lines, encoding="utf-8")
+    return DataConfig(
+        vocab_file=str(folder / "my vocab"), merge_file=str(folder / "my merges"), mock_data=True
+    )
+
+
+def gpt2(folder: Path) -> DataConfig:
+    return write_gpt2(folder, [("t", "h"), ("th", "e")])
+
+
+def hugging_face(folder: Path) -> DataConfig:
+    tokenizers = pytest.importorskip("tokenizers")
+    vocab = {"t": 0, "h": 1, "e": 2, "th": 3, "<end>": 4}
+    model = tokenizers.models.BPE(vocab=vocab, merges=[("t", "h")])
+    tokenizers.Tokenizer(model).save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text('{"eos_token": "<end>"}')
+    return DataConfig(tokenizer_type="HuggingFaceTokenizer", tokenizer_model=str(folder))
+
+
+def tiktoken(folder: Path) -> DataConfig:
+    ranks = [bytes([n]) for n in range(256)] + [b"th", b"the"]
+    lines = (f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in enumerate(ranks))
+    (folder / "r50k_base.tiktoken").write_text("".join(lines))  # the name says which pattern
+    path = str(folder / "r50k_base.tiktoken")
+    return DataConfig(tokenizer_type="TikTokenizer", tokenizer_model=path)
+
+
+def sentencepiece(folder: Path) -> DataConfig:
+    library = pytest.importorskip("sentencepiece")
+    library.SentencePieceTrainer.train(
+        sentence_iterator=iter(["the other thing they think"] * 20),
+        model_prefix=str(folder / "a model"),
+        vocab_size=30,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    return DataConfig(
+        tokenizer_type="SentencePieceTokenizer", tokenizer_model=str(folder / "a model.model")
+    )
+
+
+def sentencepiece_as_gpt(folder: Path) -> DataConfig:
+    path = sentencepiece(folder).tokenizer_model
+    return DataConfig(tokenizer_type="GPTSentencePieceTokenizer", tokenizer_model=path)
+
+
+def null(folder: Path) -> DataConfig:
+    return DataConfig(tokenizer_type="NullTokenizer")
+
+
+KINDS = {
+    "GPT2BPETokenizer": gpt2,
+    "HuggingFaceTokenizer": hugging_face,
+    "TikTokenizer": tiktoken,
+    "SentencePieceTokenizer": sentencepiece,
+    "GPTSentencePieceTokenizer": sentencepiece_as_gpt,
+    "NullTokenizer": null,
+}
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_what_is_kept_gives_the_same_ids(kind: str, tmp_path: Path) -> None:
+    original, kept = tmp_path / "original", tmp_path / "kept"
+    original.mkdir()
+    kept.mkdir()
+    data = KINDS[kind](original)
+    text = "1 2 3" if kind == "NullTokenizer" else "the"
+    first = build_tokenizer(data, vocab_size=300)
+    expected = (first.encode(text), first.vocab_size, first.eod, first.fingerprint())
+    for name, content in tokenizer_files(data).items():
+        (kept / name).write_bytes(content)
+    shutil.rmtree(original)
+    if kind != "NullTokenizer":
+        with pytest.raises(DataError):
+            build_tokenizer(data, vocab_size=300)
+    again = build_tokenizer(from_kept(data, kept), vocab_size=300)
+    assert (again.encode(text), again.vocab_size, again.eod, again.fingerprint()) == expected
+
+
+def test_without_kept_files_the_config_says_where_they_are(tmp_path: Path) -> None:
+    data = gpt2(tmp_path)
+    assert from_kept(data, tmp_path / "nothing") == data
