@@ -9,7 +9,7 @@ PY := $(abspath $(VENV))/bin/python
 export OMP_NUM_THREADS ?= 1
 PYTEST_ARGS ?=
 
-.PHONY: help setup demo test test-ci test-all test-cluster check parity bench bench-gpu bench-data flags format clean distclean
+.PHONY: help setup demo test test-ci test-all test-cluster check parity bench bench-gpu bench-data flags format clean distclean parity-all
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -41,8 +41,11 @@ check: setup ## lint, format, types, shell scripts, import directions, documents
 	else echo "shellcheck is not installed: shell scripts not linted"; fi
 	$(PY) -m pytest -q tests/architecture tests/docs tests/examples/test_docs.py
 
-parity: setup ## every layout against the serial run: a table of differences
+parity: setup ## 33 layouts against the serial run: a table of differences
 	$(PY) -m tests.parity
+
+parity-all: setup ## all layouts, up to 8 processes; writes docs/parity.md
+	$(PY) -m tests.parity --all --write docs/parity.md
 
 bench: setup ## tokens/s of a small GPT beside a plain PyTorch loop, and where the time goes
 	OMP_NUM_THREADS= $(PY) benchmarks/bench_train.py

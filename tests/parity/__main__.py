@@ -1,37 +1,53 @@
-"""`make parity`: one line per layout, `<name> ok|FAIL <largest relative difference>`; exit 1 on FAIL."""
+"""`make parity`, `make parity-all`: layouts against the serial run, a line each; exit 1 if one differs.
+
+python -m tests.parity [--all] [--write FILE.md] [layout ...]
+"""
 
 from __future__ import annotations
 
 import sys
 import time
+from argparse import ArgumentParser
+from pathlib import Path
 
-from tests.parity.compare import compare, passes
-from tests.parity.layouts import LAYOUTS
+from tests.parity.compare import Difference, compare, passes
+from tests.parity.layouts import LAYOUTS, QUICK, WRONG, Layout
+from tests.parity.report import document, row
 
 
 def main() -> int:
-    """Compare every layout, or those whose names are given."""
-    wanted = [entry for entry in LAYOUTS if not sys.argv[1:] or entry.name in sys.argv[1:]]
-    unknown = set(sys.argv[1:]) - {entry.name for entry in LAYOUTS}
+    """Compare the quick layouts, all of them, or those whose names are given."""
+    parser = ArgumentParser(prog="python -m tests.parity")
+    parser.add_argument("names", nargs="*", metavar="layout")
+    parser.add_argument("--all", action="store_true", help="all layouts, not only the quick ones")
+    parser.add_argument("--write", type=Path, metavar="FILE", help="the table as Markdown")
+    asked = parser.parse_args()
+    unknown = set(asked.names) - {entry.name for entry in LAYOUTS}
     if unknown:
         print(f"no layout {', '.join(sorted(unknown))}; there are: "
               f"{', '.join(entry.name for entry in LAYOUTS)}", file=sys.stderr)  # fmt: skip
         return 2
-    failed, began = 0, time.monotonic()
-    for entry in wanted:
-        difference = compare(entry)
-        good = passes(entry, difference)
-        failed += not good
-        print(
-            f"{entry.name:28s} {'ok' if good else 'FAIL'} {difference.largest:.1e}   "
-            f"loss {difference.loss:.1e}  grad norm {difference.grad_norm:.1e}  "
-            f"gradients {difference.gradients:.1e}  parameters {difference.parameters:.1e}",
-            flush=True,
-        )
+    wanted = [
+        entry for entry in (LAYOUTS if asked.all or asked.names else QUICK)
+        if not asked.names or entry.name in asked.names
+    ]  # fmt: skip
+    began = time.monotonic()
+    found = [_shown(entry) for entry in wanted]
+    wrong = [_shown(entry) for entry in WRONG] if asked.write else []
+    failed = sum(not passes(entry, difference) for entry, difference in found)
     print(f"{len(wanted) - failed} of {len(wanted)} layouts equal the serial run, all with ragged "
           f"loss masks and hidden dropout 0.1, "
           f"{time.monotonic() - began:.0f} s")  # fmt: skip
+    if asked.write:
+        asked.write.write_text(document(found, wrong), encoding="utf-8")
+        print(f"written to {asked.write}")
     return 1 if failed else 0
+
+
+def _shown(entry: Layout) -> tuple[Layout, Difference]:
+    difference = compare(entry)
+    print(row(entry, difference), flush=True)
+    return entry, difference
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from megatron_lite.config import rules
 from megatron_lite.parallel.shard import NamedSlice, stands_for, weight_slices
 from megatron_lite.train.assemble import Run, assemble
 from megatron_lite.train.step import train_step
@@ -57,6 +58,7 @@ def _train(
     rank: int, ranks: int, changes: dict[str, Any], steps: int, curve: Curve, *, keep: bool
 ) -> None:
     config = tiny_config(**changes)
+    rules.check(config, ranks)
     blueprint = draw(config, ranks)
     run = assemble(config, blueprint, context(blueprint, rank))
     first_gradients: list[Part] = []

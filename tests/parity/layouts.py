@@ -71,14 +71,23 @@ def recompute(
 SP = {"parallel__sequence_parallel": True}
 ZERO = {"parallel__use_distributed_optimizer": True}
 OVERLAP_GATHER = {"parallel__overlap_param_gather": True}
+EVERY_LAYER = recompute("full", "uniform", 1)
+SELECTIVE = recompute("selective", modules=["core_attn", "mlp", "layernorm"])
 DROP_ATTENTION = {"model__attention_dropout": 0.1, "precision__attention_backend": "local"}
 CHUNKS2 = {"parallel__num_virtual_stages_per_pipeline_rank": 2}
 GPIPE, ZB_H1, ZB_V = ({"parallel__pipeline_schedule": name} for name in ("gpipe", "zb-h1", "zb-v"))
-LAYERS6, LAYERS8 = {"model__num_layers": 6}, {"model__num_layers": 8}
+LAYERS6, LAYERS8, LAYERS16 = ({"model__num_layers": n} for n in (6, 8, 16))
+HEADS8 = {"model__num_attention_heads": 8}
+BATCH16 = {"train__global_batch_size": 16}
+SMALL_BUCKETS = {"parallel__ddp_bucket_size": 1000}
 UNTIED = {"model__untie_embeddings_and_output_weights": True}
 ROPE = {"model__position_embedding_type": "rope", "model__add_bias_linear": False}
 FP16 = {"precision__fp16": True, "precision__initial_loss_scale": 1024.0, "model__num_layers": 2}
 BF16 = {"precision__bf16": True}
+LLAMA = {
+    "model__normalization": "RMSNorm", "model__swiglu": True, "model__group_query_attention": True,
+    "model__num_query_groups": 2,
+} | ROPE | UNTIED  # fmt: skip
 
 QUICK = [
     layout("tp2-sp", tp=2, **SP),
@@ -120,7 +129,7 @@ QUICK = [
         dp=2,
         shared=DROP_ATTENTION,
         **ZERO,
-        **recompute("selective", modules=["core_attn", "mlp", "layernorm"]),
+        **SELECTIVE,
     ),
     layout("dp2-fp16", dp=2, shared=FP16, tolerance=HALF),
     layout("pp2-dp2-bf16", pp=2, dp=2, shared=BF16, tolerance=HALF),
@@ -163,7 +172,7 @@ MORE = [
         parallel__account_for_loss_in_pipeline_split=True,
     ),
     layout("tp2-pp2-zb-v-bf16", tp=2, pp=2, shared=BF16, tolerance=HALF, **ZB_V),
-    layout("tp2-pp2-sp-recompute", tp=2, pp=2, **SP, **recompute("full", "uniform", 1)),
+    layout("tp2-pp2-sp-recompute", tp=2, pp=2, **SP, **EVERY_LAYER),
     layout("tp2-pp2-fp16", tp=2, pp=2, shared=FP16, tolerance=HALF),
     layout("tp2-pp2-bf16", tp=2, pp=2, shared=BF16, tolerance=HALF),
     layout("pp2-zb-h1-recompute-uniform-2", pp=2, **ZB_H1, **recompute("full", "uniform", 2)),
@@ -203,4 +212,181 @@ MORE = [
 ]
 """The kinds in other company: `make test-ci`."""
 
-LAYOUTS = [*QUICK, *MORE]
+WIDE = [
+    # tensor parallel as far as eight ranks go
+    layout("tp8", tp=8, shared=HEADS8),
+    layout("tp8-sp", tp=8, shared=HEADS8, **SP),
+    layout("tp8-sp-recompute-selective", tp=8, shared=HEADS8 | DROP_ATTENTION, **SP, **SELECTIVE),
+    layout("tp8-sp-bf16", tp=8, shared=HEADS8 | BF16, tolerance=HALF, **SP),
+    layout("tp4-sp", tp=4, **SP),
+    layout("tp4-fp16", tp=4, shared=FP16, tolerance=HALF),
+    layout("tp4-dp2", tp=4, dp=2),
+    layout("tp4-dp2-sp-zero-overlap", tp=4, dp=2, **SP, **ZERO, **OVERLAP_GATHER),
+    layout("tp4-dp2-sp-zero-bf16", tp=4, dp=2, shared=BF16, tolerance=HALF, **SP, **ZERO),
+    layout("tp2-dp4-sp-zero-overlap", tp=2, dp=4, **SP, **ZERO, **OVERLAP_GATHER),
+    layout("tp2-dp4-sp-zero-recompute", tp=2, dp=4, **SP, **ZERO, **EVERY_LAYER),
+    layout("tp2-dp4-zero-fp16", tp=2, dp=4, shared=FP16, tolerance=HALF, **ZERO),
+    # tensor x pipeline
+    layout("tp4-pp2", tp=4, pp=2),
+    layout("tp4-pp2-sp", tp=4, pp=2, **SP),
+    layout("tp4-pp2-sp-interleaved", tp=4, pp=2, **SP, **CHUNKS2),
+    layout("tp4-pp2-sp-zb-v-bf16", tp=4, pp=2, shared=BF16, tolerance=HALF, **SP, **ZB_V),
+    layout("tp2-pp4", tp=2, pp=4),
+    layout("tp2-pp4-sp-gpipe", tp=2, pp=4, **SP, **GPIPE),
+    layout("tp2-pp4-sp-interleaved", tp=2, pp=4, shared=LAYERS8, **SP, **CHUNKS2),
+    layout("tp2-pp4-sp-zb-h1", tp=2, pp=4, **SP, **ZB_H1),
+    layout("tp2-pp4-sp-zb-v", tp=2, pp=4, shared=LAYERS8, **SP, **ZB_V),
+    layout("tp2-pp4-sp-recompute", tp=2, pp=4, **SP, **EVERY_LAYER),
+    layout("tp2-pp4-sp-bf16", tp=2, pp=4, shared=BF16, tolerance=HALF, **SP),
+    layout("tp2-pp2-sp-llama", tp=2, pp=2, shared=LLAMA, **SP),
+    layout("tp2-pp4-sp-zb-v-llama", tp=2, pp=4, shared=LLAMA | LAYERS8, **SP, **ZB_V),
+    # pipeline x data; sixteen samples, so that four ranks see more than a warm-up
+    layout("pp4-dp2", pp=4, dp=2, shared=BATCH16),
+    layout("pp4-dp2-zero", pp=4, dp=2, shared=BATCH16, **ZERO),
+    layout("pp4-dp2-gpipe-zero", pp=4, dp=2, shared=BATCH16, **GPIPE, **ZERO),
+    layout(
+        "pp4-dp2-interleaved-zero-overlap",
+        pp=4,
+        dp=2,
+        shared=BATCH16 | LAYERS8,
+        **CHUNKS2,
+        **ZERO,
+        **OVERLAP_GATHER,
+    ),
+    layout("pp4-dp2-zb-h1-zero", pp=4, dp=2, shared=BATCH16, **ZB_H1, **ZERO),
+    layout(
+        "pp4-dp2-zb-v-zero-overlap",
+        pp=4,
+        dp=2,
+        shared=BATCH16 | LAYERS8,
+        **ZB_V,
+        **ZERO,
+        **OVERLAP_GATHER,
+    ),
+    layout(
+        "pp4-dp2-zb-v-zero-bf16",
+        pp=4,
+        dp=2,
+        shared=BATCH16 | LAYERS8 | BF16,
+        tolerance=HALF,
+        **ZB_V,
+        **ZERO,
+    ),
+    layout("dp4-pp2", pp=2, dp=4, shared=BATCH16),
+    layout("dp4-pp2-gpipe-recompute", pp=2, dp=4, shared=BATCH16, **GPIPE, **EVERY_LAYER),
+    layout(
+        "dp4-pp2-interleaved-zero-overlap",
+        pp=2,
+        dp=4,
+        shared=BATCH16,
+        **CHUNKS2,
+        **ZERO,
+        **OVERLAP_GATHER,
+    ),
+    layout(
+        "dp4-pp2-zb-h1-zero-fp16",
+        pp=2,
+        dp=4,
+        shared=BATCH16 | FP16,
+        tolerance=HALF,
+        **ZB_H1,
+        **ZERO,
+    ),
+    layout(
+        "dp4-pp2-zb-v-zero-small-buckets",
+        pp=2,
+        dp=4,
+        shared=BATCH16,
+        **ZB_V,
+        **ZERO,
+        **SMALL_BUCKETS,
+    ),
+    # all three, with everything switched on
+    layout("tp2-pp2-dp2-sp-gpipe-zero", tp=2, pp=2, dp=2, **SP, **GPIPE, **ZERO),
+    layout(
+        "tp2-pp2-dp2-recompute-distributed",
+        tp=2,
+        pp=2,
+        dp=2,
+        **recompute("full", "uniform", 1, split=True),
+    ),
+    layout(
+        "tp2-pp2-dp2-sp-zero-recompute-selective",
+        tp=2,
+        pp=2,
+        dp=2,
+        shared=DROP_ATTENTION,
+        **SP,
+        **ZERO,
+        **OVERLAP_GATHER,
+        **SELECTIVE,
+    ),
+    layout(
+        "tp2-pp2-dp2-sp-interleaved-zero-recompute",
+        tp=2,
+        pp=2,
+        dp=2,
+        **SP,
+        **CHUNKS2,
+        **ZERO,
+        **OVERLAP_GATHER,
+        **EVERY_LAYER,
+    ),
+    layout(
+        "tp2-pp2-dp2-sp-zb-h1-zero-recompute",
+        tp=2,
+        pp=2,
+        dp=2,
+        **SP,
+        **ZB_H1,
+        **ZERO,
+        **OVERLAP_GATHER,
+        **EVERY_LAYER,
+    ),
+    layout(
+        "tp2-pp2-dp2-sp-zb-v-zero-recompute",
+        tp=2,
+        pp=2,
+        dp=2,
+        **SP,
+        **ZB_V,
+        **ZERO,
+        **OVERLAP_GATHER,
+        **EVERY_LAYER,
+    ),
+    layout(
+        "tp2-pp2-dp2-sp-zb-v-zero-recompute-bf16",
+        tp=2,
+        pp=2,
+        dp=2,
+        shared=BF16,
+        tolerance=HALF,
+        **SP,
+        **ZB_V,
+        **ZERO,
+        **OVERLAP_GATHER,
+        **EVERY_LAYER,
+    ),
+    layout("tp2-pp2-dp2-sp-zero-fp16", tp=2, pp=2, dp=2, shared=FP16, tolerance=HALF, **SP, **ZERO),
+    layout("tp2-pp2-dp2-ranks-tp-pp-dp", tp=2, pp=2, dp=2, parallel__use_tp_pp_dp_mapping=True),
+    layout(
+        "tp2-pp2-dp2-autograd-sums", tp=2, pp=2, dp=2, precision__gradient_accumulation_fusion=False
+    ),
+    # one kind alone on eight ranks
+    layout("dp8", dp=8, shared=BATCH16),
+    layout("dp8-zero-overlap", dp=8, shared=BATCH16, **ZERO, **OVERLAP_GATHER, **SMALL_BUCKETS),
+    layout("pp8", pp=8, shared=LAYERS8),
+    layout("pp8-interleaved", pp=8, shared=LAYERS16 | BATCH16, **CHUNKS2),
+    layout("pp8-zb-h1", pp=8, shared=LAYERS8, **ZB_H1),
+    layout("pp8-zb-v", pp=8, shared=LAYERS16, **ZB_V),
+]
+"""Products of kinds on up to eight ranks: `make parity-all` and `make test-all`."""
+
+LAYOUTS = [*QUICK, *MORE, *WIDE]
+
+WRONG = [
+    layout("a lost micro batch", train__global_batch_size=6),
+    layout("another seed", train__seed=7),
+    layout("another dropout rate", model__hidden_dropout=0.2),
+]
+"""Not equal to the serial run, so that the comparison is seen to fail."""

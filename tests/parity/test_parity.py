@@ -5,12 +5,16 @@ import dataclasses
 import pytest
 
 from tests.parity.compare import compare, passes
-from tests.parity.layouts import MORE, QUICK, layout
+from tests.parity.layouts import MORE, QUICK, WIDE, WRONG
 
 
 @pytest.mark.parametrize(
     "entry",
-    [*QUICK, *(pytest.param(entry, marks=pytest.mark.ci) for entry in MORE)],
+    [
+        *QUICK,
+        *(pytest.param(entry, marks=pytest.mark.ci) for entry in MORE),
+        *(pytest.param(entry, marks=pytest.mark.slow) for entry in WIDE),
+    ],
     ids=lambda entry: entry.name,
 )
 def test_equals_the_serial_run(entry):
@@ -18,11 +22,6 @@ def test_equals_the_serial_run(entry):
     assert passes(entry, difference), dataclasses.asdict(difference)
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [{"train__global_batch_size": 6}, {"train__seed": 7}, {"model__hidden_dropout": 0.2}],
-    ids=["a lost micro batch", "another seed", "another dropout rate"],
-)
-def test_the_table_notices(changes):
-    wrong = layout("wrong", **changes)
+@pytest.mark.parametrize("wrong", WRONG, ids=lambda entry: entry.name)
+def test_the_table_notices(wrong):
     assert not passes(wrong, compare(wrong))
