@@ -9,7 +9,7 @@ PY := $(abspath $(VENV))/bin/python
 export OMP_NUM_THREADS ?= 1
 PYTEST_ARGS ?=
 
-.PHONY: help setup demo test test-ci test-all test-cluster check parity bench bench-gpu bench-data flags format clean distclean parity-all
+.PHONY: help setup demo test test-ci test-all test-cluster check parity parity-all bench bench-parallel bench-gpu bench-data flags format clean distclean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -49,6 +49,9 @@ parity-all: setup ## all layouts, up to 8 processes; writes docs/parity.md
 
 bench: setup ## tokens/s of a small GPT beside a plain PyTorch loop, and where the time goes
 	OMP_NUM_THREADS= $(PY) benchmarks/bench_train.py
+
+bench-parallel: setup ## our tp2, pp2, dp2 beside DDP, FSDP2, DTensor and torch's pipelining
+	OMP_NUM_THREADS=1 $(PY) benchmarks/bench_parallel.py
 
 bench-gpu: setup ## gpt2-124m in bf16 on one GPU: tokens/s, TFLOP/s, MFU, memory, kernels
 	$(PY) benchmarks/bench_gpu.py

@@ -16,21 +16,27 @@ class Block(nn.Module):
         self.up, self.down = nn.Linear(h, 4 * h), nn.Linear(4 * h, h)
 
     def forward(self, x: Tensor) -> Tensor:
-        b, s, h = x.shape
-        q, k, v = self.qkv(self.norm1(x)).view(b, s, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        fused = self.qkv(self.norm1(x))
+        b, s = fused.shape[:2]  # x may be a part of the sequence
+        q, k, v = fused.view(b, s, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + self.out(y.transpose(1, 2).reshape(b, s, h))
+        x = x + self.out(y.transpose(1, 2).reshape(b, s, -1))
         return x + self.down(F.gelu(self.up(self.norm2(x)), approximate="tanh"))
 
 
 class PlainGPT(nn.Module):
-    """tokens [b, s] -> logits [b, s, v]; the head is tied to the token table."""
+    """tokens [b, s] -> logits [b, s, v]; the head is the token table, or a matrix of its own."""
 
-    def __init__(self, layers: int, h: int, heads: int, s: int, v: int) -> None:
+    def __init__(
+        self, layers: int, h: int, heads: int, s: int, v: int, *, tied: bool = True
+    ) -> None:
         super().__init__()
         self.tokens, self.positions = nn.Embedding(v, h), nn.Embedding(s, h)
         self.blocks = nn.ModuleList(Block(h, heads) for _ in range(layers))
         self.norm = nn.LayerNorm(h)
+        self.head = nn.Linear(h, v, bias=False)
+        if tied:
+            self.head.weight = self.tokens.weight
         for parameter in self.parameters():
             if parameter.dim() > 1:  # PyTorch's N(0, 1) embedding would drown a tied head
                 nn.init.normal_(parameter, std=0.02)
@@ -39,7 +45,7 @@ class PlainGPT(nn.Module):
         x = self.tokens(tokens) + self.positions.weight[: tokens.shape[1]]
         for block in self.blocks:
             x = block(x)
-        return F.linear(self.norm(x), self.tokens.weight)
+        return self.head(self.norm(x))
 
 
 class PlainTrainer:

@@ -11,9 +11,9 @@ class Tolerance:
     """Largest relative differences from the serial run; see compare.py for how they are measured."""
 
     loss: float = 1e-5
-    grad_norm: float = 1e-4
-    gradients: float = 1e-4
-    parameters: float = 1e-4
+    grad_norm: float = 1e-5
+    gradients: float = 1e-5
+    parameters: float = 1e-5
 
 
 EXACT = Tolerance()
