@@ -13,11 +13,13 @@ No accelerator, no torch, no data is needed.
 from __future__ import annotations
 
 import dataclasses
+import gzip
 import json
 import os
 import shlex
 import subprocess
 import sys
+import zlib
 from argparse import ArgumentParser, ArgumentTypeError, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,8 +29,9 @@ sys.path.insert(
 )  # run from a checkout, installed or not
 
 from megatron_lite.blueprint.draw_up import Blueprint, draw_up
+from megatron_lite.blueprint.timeline import Timeline, parse_trace
 from megatron_lite.config import rules
-from megatron_lite.config.errors import ConfigError, MegatronLiteError, StorageError
+from megatron_lite.config.errors import ConfigError, DataError, MegatronLiteError, StorageError
 from megatron_lite.config.exit import ToolParser, run_tool
 from megatron_lite.config.flags import parse
 from megatron_lite.config.parallel import ParallelConfig
@@ -79,6 +82,8 @@ def main() -> int:
     plan = forecast(blueprint, asked, cluster, given=_stage_times(own))
     if own.measured_seconds is not None:
         plan = measured(plan, own.measured_seconds)
+    if own.beside is not None and own.draw is None:
+        raise ConfigError("--beside lies below a drawing: give --draw as well")
     if own.draw is not None:
         _draw(own, plan)
         if own.draw == "-":
@@ -133,6 +138,8 @@ def _parser() -> ArgumentParser:
     parser.add_argument(
         "--draw-microbatches", type=_count, help="how many to draw; 2 pp by default"
     )
+    parser.add_argument("--beside", metavar="FILE.json",
+                        help="with --draw: a real timeline below, as --profile-timeline writes it")  # fmt: skip
     return parser
 
 
@@ -306,15 +313,29 @@ def _require_model(config: RunConfig, world: int) -> None:
 def _draw(own: Namespace, plan: Forecast) -> None:
     asked = own.draw_microbatches or 2 * plan.blueprint.grid.pp
     count = min(asked, num_microbatches(plan.blueprint))
-    simulation = draw.timeline(plan, count)
+    drawn = [draw.timeline(plan, count)]
+    if own.beside is not None:
+        drawn.append(_recorded(Path(own.beside)))
     if own.draw == "-":
-        _put(draw.as_text(simulation), own)
+        _put(draw.as_text(drawn), own)
         return
     makers = {".svg": draw.as_svg, ".json": draw.as_chrome_trace, ".txt": draw.as_text}
     path = Path(own.draw)
     if path.suffix not in makers:
         raise ConfigError(f"--draw {path}: give -, a .txt, a .svg or a .json (Chrome trace) file")
-    _write(path, makers[path.suffix](simulation))
+    _write(path, makers[path.suffix](drawn))
+
+
+def _recorded(path: Path) -> Timeline:
+    """A timeline that the trainer wrote; .gz as well."""
+    try:
+        data = path.read_bytes()
+        text = gzip.decompress(data).decode() if path.suffix == ".gz" else data.decode()
+        return parse_trace(text)
+    except (ValueError, EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise DataError(f"{path}: {error}; give a file of --profile-timeline") from None
+    except OSError as error:
+        raise StorageError(f"{path}: cannot be read ({error.strerror})") from None
 
 
 def _put(what: str | dict[str, object], own: Namespace) -> None:

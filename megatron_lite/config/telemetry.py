@@ -84,5 +84,8 @@ class TelemetryConfig:
     profile_ranks: list[int] = field(default_factory=lambda: [0])
     """Ranks that are profiled."""
 
+    profile_timeline: bool = False
+    """Record the same steps on every rank: actions, waits, collectives; as one timeline in the run folder."""
+
     use_pytorch_profiler: bool = True
     """Use torch.profiler (a Chrome trace in the run folder)."""

@@ -300,7 +300,7 @@ def loading(config: RunConfig, world_size: int) -> Iterator[str]:
 def profiling(config: RunConfig, world_size: int) -> Iterator[str]:
     """Profiled steps and ranks exist."""
     t = config.telemetry
-    if not t.profile:
+    if not (t.profile or t.profile_timeline):
         return
     if t.profile_step_end <= t.profile_step_start:
         yield (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -12,6 +13,10 @@ from torch import Tensor
 
 from megatron_lite.parallel.collectives import Pending, start_all_gather
 from megatron_lite.parallel.context import Axis
+
+
+def _unmeasured(name: str) -> AbstractContextManager[object]:
+    return nullcontext()
 
 
 def _nothing(parameter: Tensor) -> None:
@@ -55,11 +60,12 @@ class WeightGradients:
 
     A waiting product keeps its factors as they were split over tp, so that sequence parallelism
     saves between I and W what it saves between F and I; W gathers them, each under the product
-    before it.
+    before it.  span: measures every product.
     """
 
     accumulators: dict[Tensor, Tensor] = field(default_factory=dict)
     ready: Callable[[Tensor], None] = _nothing
+    span: Callable[[str], AbstractContextManager[object]] = _unmeasured
     _postponed: dict[int, deque[Product]] = field(default_factory=dict)
     _queue: deque[Product] | None = None
 
@@ -135,10 +141,11 @@ class WeightGradients:
 
     def _accumulate(self, weight: Tensor, dy: Tensor, x: Tensor) -> None:
         target, dy, x = self.accumulators[weight], _rows(dy), _rows(x)
-        if target.dtype == dy.dtype:
-            target.addmm_(dy.t(), x)
-        else:
-            target.add_(dy.t() @ x)
+        with self.span("weight-gradient"):
+            if target.dtype == dy.dtype:
+                target.addmm_(dy.t(), x)
+            else:
+                target.add_(dy.t() @ x)
         self.ready(weight)
 
 

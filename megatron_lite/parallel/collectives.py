@@ -6,6 +6,7 @@ docstrings are one rank's, n is the axis' size.  A lost rank or a timeout is tor
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,14 +25,24 @@ SUM, MAX, MIN = dist.ReduceOp.SUM, dist.ReduceOp.MAX, dist.ReduceOp.MIN
 class Pending:
     """A collective under way; wait() returns its result."""
 
-    def __init__(self, result: Tensor, work: Any = None, dim: int = 0, keep: Tensor | None = None):
+    def __init__(
+        self,
+        result: Tensor,
+        work: Any = None,
+        dim: int = 0,
+        keep: Tensor | None = None,
+        waited: Callable[[], None] | None = None,
+    ):
         self._result, self._work, self._dim, self._keep = result, work, dim, keep
+        self._waited = waited
 
     def wait(self) -> Tensor:
         """The finished tensor; on a GPU only the stream waits."""
         if self._work is not None:
             self._work.wait()
             self._work = self._keep = None
+            if self._waited is not None:
+                self._waited()
         return self._result if self._dim == 0 else _to_dim(self._result, self._dim)
 
 
@@ -42,6 +53,8 @@ def _to_dim(stacked: Tensor, dim: int) -> Tensor:
 
 def all_reduce(x: Tensor, axis: Axis, op: Any = SUM) -> Tensor:
     """x: [...] -> the same, combined over the axis by op, in place."""
+    if axis.watch is not None:
+        return start_all_reduce(x, axis, op).wait()
     if axis.size > 1:
         dist.all_reduce(x, op=op, group=axis.group)
     return x
@@ -51,7 +64,8 @@ def start_all_reduce(x: Tensor, axis: Axis, op: Any = SUM) -> Pending:
     """Begin combining x [...] over the axis by op, in place; x may not be touched before wait()."""
     if axis.size == 1:
         return Pending(x)
-    return Pending(x, dist.all_reduce(x, op=op, group=axis.group, async_op=True))
+    work = dist.all_reduce(x, op=op, group=axis.group, async_op=True)
+    return Pending(x, work, waited=_told(axis, "all-reduce", x, work))
 
 
 def start_all_gather(x: Tensor, axis: Axis, dim: int = 0) -> Pending:
@@ -65,9 +79,10 @@ def start_all_gather(x: Tensor, axis: Axis, dim: int = 0) -> Pending:
     shape = (axis.size * x.shape[0], *x.shape[1:])
     out = x.new_empty(shape)
     work = _gather_into(out, x, group=axis.group, async_op=True)
+    told = _told(axis, "all-gather", x, work)
     if dim:
         out = out.view(axis.size, *x.shape)
-    return Pending(out, work, dim, keep=x)
+    return Pending(out, work, dim, x, told)
 
 
 def all_gather(x: Tensor, axis: Axis, dim: int = 0) -> Tensor:
@@ -81,12 +96,17 @@ def start_reduce_scatter(x: Tensor, axis: Axis) -> Pending:
         return Pending(x)
     x = x.contiguous()
     out = x.new_empty((x.shape[0] // axis.size, *x.shape[1:]))
-    return Pending(out, _scatter_into(out, x, group=axis.group, async_op=True), keep=x)
+    work = _scatter_into(out, x, group=axis.group, async_op=True)
+    return Pending(out, work, keep=x, waited=_told(axis, "reduce-scatter", x, work))
 
 
 def reduce_scatter(x: Tensor, axis: Axis) -> Tensor:
     """x: [n k, ...] -> [k, ...]: the sum over the axis, this rank's slice of dim 0."""
     return start_reduce_scatter(x, axis).wait()
+
+
+def _told(axis: Axis, what: str, x: Tensor, work: Any) -> Callable[[], None] | None:
+    return None if axis.watch is None else axis.watch(axis.name, what, x.nbytes, work)
 
 
 def local_slice(x: Tensor, axis: Axis, dim: int = 0) -> Tensor:
@@ -102,3 +122,20 @@ def barrier(axis: Axis) -> None:
     """Wait until every rank of the axis is here."""
     if axis.size > 1:
         dist.barrier(group=axis.group)
+
+
+def gather_text(text: str, axis: Axis, device: torch.device) -> list[str]:
+    """Every rank's text on the axis' first rank, in order; empty elsewhere.  One after the other."""
+    mine = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
+    if axis.rank:
+        for part in (torch.tensor([len(mine)]), mine):
+            dist.send(part.to(device), axis.ranks[0], group=axis.group)
+        return []
+    texts = [text]
+    for rank in axis.ranks[1:]:
+        size = torch.zeros(1, dtype=torch.int64, device=device)
+        dist.recv(size, rank, group=axis.group)
+        theirs = torch.empty(int(size.item()), dtype=torch.uint8, device=device)
+        dist.recv(theirs, rank, group=axis.group)
+        texts.append(theirs.cpu().numpy().tobytes().decode())
+    return texts

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from megatron_lite.blueprint.grid import RankGrid
+
+Watch = Callable[[str, str, int, Any], Callable[[], None] | None]
+"""Told of every collective that was begun: (axis, what, bytes of this rank's tensor, torch's work).
+
+What it returns, if anything, is called when somebody has waited for the collective."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,7 +22,7 @@ class Axis:
     """One axis of the rank grid, seen from this rank: its place, the ranks on it, their process group.
 
     group is None when size == 1; collectives then return their input, so that a single process
-    needs no process group at all.
+    needs no process group at all.  watch: None unless somebody records what is under way.
     """
 
     name: str
@@ -23,6 +30,7 @@ class Axis:
     size: int = 1
     ranks: tuple[int, ...] = (0,)
     group: dist.ProcessGroup | None = field(default=None, repr=False, compare=False)
+    watch: Watch | None = field(default=None, repr=False, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +70,11 @@ class ParallelContext:
             tied=_tied(grid, rank),
             world=_world(grid, rank),
         )
+
+    def watched(self, watch: Watch) -> ParallelContext:
+        """The same, with somebody who is told of every collective."""
+        names = ("tp", "cp", "dp", "pp", "model", "tied", "world")
+        return replace(self, **{name: replace(getattr(self, name), watch=watch) for name in names})
 
 
 def _axis(grid: RankGrid, axes: str, rank: int) -> Axis:

@@ -13,20 +13,25 @@ from megatron_lite.pipeline.mail import Mail
 from megatron_lite.pipeline.stage import MicroBatch, Scored, Stage
 
 
+def unmeasured(name: str, action: Action | None = None) -> AbstractContextManager[object]:
+    """A span that nobody measures."""
+    return nullcontext()
+
+
 @dataclass(slots=True)
 class Executor:
     """Stages of this rank, its mail, and whom to tell that a stage's last backward comes next.
 
     arm: (stage, what its last W will still report or None where a whole backward comes).
 
-    span: measures a block under a name (forward-compute, forward-recv and so on).
+    span: measures a block under a name (forward-compute, forward-recv and so on), told what for.
     peak_live: of the last run, the most micro batches (of one stage each) held at once on this rank.
     """
 
     stages: dict[int, Stage]
     mail: Mail
     arm: Callable[[int, Sequence[Tensor] | None], None]
-    span: Callable[[str], AbstractContextManager[object]] = nullcontext
+    span: Callable[..., AbstractContextManager[object]] = unmeasured
     peak_live: int = 0
 
     def run(
@@ -48,13 +53,15 @@ class Executor:
                 case Op.B | Op.I:
                     self._backward(action)
                 case Op.W:
-                    with self.span("backward-compute"):
+                    with self.span("backward-compute", action):
                         self.stages[action.stage].weight_gradients(action.microbatch)
                 case Op.REDUCE:
                     self.arm(action.stage, self._awaited(action.stage))
                 case _:
-                    self.mail.post(group)
-        self.mail.finish()
+                    with self.span("send-wait"):
+                        self.mail.post(group)
+        with self.span("send-wait"):
+            self.mail.finish()
         return [scored for stage in self.stages.values() for scored in stage.take_totals()]
 
     def _awaited(self, stage: int) -> list[Tensor] | None:
@@ -70,9 +77,9 @@ class Executor:
         stage, n, m = self.stages[action.stage], action.stage, action.microbatch
         x = None
         if not stage.is_first:
-            with self.span("forward-recv"):
+            with self.span("forward-recv", action):
                 x = self.mail.take(forward=True, stage=n, microbatch=m)
-        with self.span("forward-compute"):
+        with self.span("forward-compute", action):
             y = stage.forward(m, batch, x, scale)
         self.peak_live = max(self.peak_live, sum(s.num_live for s in self.stages.values()))
         if y is not None:
@@ -82,9 +89,9 @@ class Executor:
         stage, n, m = self.stages[action.stage], action.stage, action.microbatch
         dy = None
         if not stage.is_last:
-            with self.span("backward-recv"):
+            with self.span("backward-recv", action):
                 dy = self.mail.take(forward=False, stage=n, microbatch=m)
-        with self.span("backward-compute"):
+        with self.span("backward-compute", action):
             dx = stage.backward(m, dy, postpone_weights=action.op is Op.I)
         if dx is not None:
             self.mail.put(dx, forward=False, stage=n - 1, microbatch=m)

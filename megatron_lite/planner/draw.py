@@ -1,113 +1,158 @@
-"""The timeline of a schedule as text, as SVG and as a Chrome trace (chrome://tracing, Perfetto)."""
+"""Timelines as text, as SVG and as a Chrome trace: a plan's, and a real one below it."""
 
 from __future__ import annotations
 
-import json
-from typing import NamedTuple
+from collections.abc import Sequence
 from xml.sax.saxutils import escape
 
-from megatron_lite.blueprint.schedules.actions import Action, Op
-from megatron_lite.blueprint.schedules.simulate import Simulation
+from megatron_lite.blueprint.schedules.actions import Op
+from megatron_lite.blueprint.timeline import (
+    ACTIONS,
+    COMPUTE,
+    MESSAGE,
+    OPTIMIZER,
+    WAIT,
+    WEIGHTS,
+    Event,
+    Lane,
+    Timeline,
+    Track,
+    chrome_trace,
+)
 from megatron_lite.planner.forecast import Forecast, simulate_step
 
-_COLORS = {Op.F: "#4f81bd", Op.B: "#9bbb59", Op.I: "#76b7b2", Op.W: "#c3a05e"}
+_COLORS = {
+    Op.F.value: "#4f81bd", Op.B.value: "#9bbb59", Op.I.value: "#76b7b2", Op.W.value: "#c3a05e",
+    OPTIMIZER: "#8064a2", WEIGHTS: "#5e7530", MESSAGE: "#d98880", WAIT: "#e4e4e4", COMPUTE: "#bbbbbb",
+}  # fmt: skip
+_LEGEND = {
+    Op.F.value: "forward", Op.B.value: "backward", Op.I.value: "I, input gradient",
+    Op.W.value: "W, weight gradients", WEIGHTS: "one weight gradient", OPTIMIZER: "optimizer",
+    MESSAGE: "under way to other ranks", WAIT: "waits",
+}  # fmt: skip
 _WIDTH = 120
-
-
-class Timeline(NamedTuple):
-    """A simulation with its title; chunks: stages per pipeline rank."""
-
-    title: str
-    simulation: Simulation
-    num_ranks: int
+_LEFT, _TRACK, _LANE = 150, 22, 9
 
 
 def timeline(plan: Forecast, num_microbatches: int) -> Timeline:
     """The plan's schedule of so many micro batches in virtual time."""
-    num = num_microbatches
+    num, pp = num_microbatches, plan.blueprint.grid.pp
     if plan.blueprint.schedule == "interleaved":
-        num = -(-num // plan.blueprint.grid.pp) * plan.blueprint.grid.pp
+        num = -(-num // pp) * pp
     simulation = simulate_step(plan.costs, num)
     title = (
-        f"{plan.blueprint.schedule}, pp {plan.blueprint.grid.pp}, {num} micro batches: "
+        f"{plan.blueprint.schedule}, pp {pp}, {num} micro batches: "
         f"{simulation.makespan * 1e3:,.1f} ms, bubble {simulation.bubble:.1%}"
     )
-    return Timeline(title, simulation, plan.blueprint.grid.pp)
-
-
-def as_text(drawn: Timeline, *, width: int = _WIDTH) -> str:
-    """One line per pipeline rank, a column per equal piece of time: F forward, B backward, I, W, . idle."""
-    spans, total = drawn.simulation.spans, drawn.simulation.makespan
-    lines = [drawn.title]
-    for rank, row in enumerate(spans):
-        cells = ["."] * width
-        for start, end, action in row:
-            first, last = round(start / total * width), round(end / total * width)
-            label = f"{action.op.value}{action.microbatch}"
-            for at in range(first, max(last, first + 1)):
-                if at < width:
-                    cells[at] = label[at - first] if at - first < len(label) else "-"
-        lines.append(f"pp {rank:>2} |{''.join(cells)}|")
-    return "\n".join(lines)
-
-
-def as_svg(drawn: Timeline, *, width: int = 1400, row_height: int = 26) -> str:
-    """A picture of its own; hovering names the action and its time."""
-    total, ranks = drawn.simulation.makespan, drawn.num_ranks
-    left, top = 60, 34
-    height = top + ranks * row_height + 30
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width + left + 10}" height="{height}" '
-        'font-family="sans-serif" font-size="11">',
-        '<rect width="100%" height="100%" fill="white"/>',
-        f'<text x="{left}" y="20" font-size="14">{escape(drawn.title)}</text>',
-    ]
-    for rank, row in enumerate(drawn.simulation.spans):
-        y = top + rank * row_height
-        parts.append(f'<text x="8" y="{y + 16}">pp {rank}</text>')
-        for start, end, action in row:
-            x, wide = left + start / total * width, (end - start) / total * width
-            shade = 1.0 if action.stage < ranks else 0.6
-            parts.append(
-                f'<rect x="{x:.2f}" y="{y}" width="{wide:.2f}" height="{row_height - 4}" '
-                f'fill="{_COLORS[action.op]}" fill-opacity="{shade}" stroke="white" '
-                f'stroke-width="0.5"><title>{_name(action)} {start * 1e3:.2f}-{end * 1e3:.2f} ms'
-                "</title></rect>"
-            )
-            if wide > 14:
-                parts.append(f'<text x="{x + 2:.2f}" y="{y + 15}">{action.microbatch}</text>')
-    y = top + ranks * row_height + 16
-    for n, (op, color) in enumerate(_COLORS.items()):
-        parts.append(
-            f'<rect x="{left + n * 60}" y="{y - 9}" width="10" height="10" fill="{color}"/>'
+    tracks = []
+    for rank, row in enumerate(simulation.spans):
+        events = tuple(
+            Event(start, end, action.op.value, str(action), action.stage // pp)
+            for start, end, action in row
         )
-        parts.append(f'<text x="{left + n * 60 + 14}" y="{y}">{op.value}</text>')
-    return "\n".join([*parts, "</svg>"]) + "\n"
+        tracks.append(Track(f"pp {rank:>2}", (Lane(COMPUTE, events),)))
+    return Timeline(title, tuple(tracks))
 
 
-def as_chrome_trace(drawn: Timeline) -> str:
-    """Complete events in microseconds; a process per pipeline rank, so that a real trace lies beside it."""
-    events: list[dict[str, object]] = [
-        {"name": "process_name", "ph": "M", "pid": rank, "args": {"name": f"pp {rank}"}}
-        for rank in range(drawn.num_ranks)
+def as_text(drawn: Sequence[Timeline], *, width: int = _WIDTH) -> str:
+    """A line per lane, a column per equal piece of time: F forward, B backward, I, W, . idle, = under way."""
+    return "\n".join(line for each in drawn for line in _text(each, width))
+
+
+def _text(drawn: Timeline, width: int) -> list[str]:
+    lines, total = [drawn.title], drawn.seconds or 1.0
+    for track in drawn.tracks:
+        for number, lane in enumerate(track.lanes):
+            cells = ["."] * width
+            for event in lane.events:
+                if number == 0 and event.kind not in ACTIONS | {OPTIMIZER}:
+                    continue
+                first = round(event.start / total * width)
+                last = max(round(event.end / total * width), first + 1)
+                label = _label(event) if number == 0 else ""
+                fill = "-" if number == 0 else "="
+                for at in range(first, min(last, width)):
+                    cells[at] = label[at - first] if at - first < len(label) else fill
+            name = track.name if number == 0 else f"  {lane.name}"
+            lines.append(f"{name} |{''.join(cells)}|")
+    wide = max(line.index("|") for line in lines[1:]) if len(lines) > 1 else 0
+    return [
+        lines[0],
+        *(line.replace("|", " " * (wide - line.index("|")) + "|", 1) for line in lines[1:]),
     ]
-    for rank, row in enumerate(drawn.simulation.spans):
-        for start, end, action in row:
-            events.append(
-                {
-                    "name": str(action),
-                    "cat": action.op.value,
-                    "ph": "X",
-                    "ts": start * 1e6,
-                    "dur": (end - start) * 1e6,
-                    "pid": rank,
-                    "tid": 0,
-                    "args": {"stage": action.stage, "microbatch": action.microbatch},
-                }
-            )
-    return json.dumps({"traceEvents": events, "displayTimeUnit": "ms", "title": drawn.title})
 
 
-def _name(action: Action) -> str:
-    words = {Op.F: "forward", Op.B: "backward", Op.I: "input gradient", Op.W: "weight gradient"}
-    return f"{words[action.op]} of stage {action.stage}, micro batch {action.microbatch}"
+def _label(event: Event) -> str:
+    """F3 of 2F3; the optimizer is O."""
+    if event.kind not in ACTIONS:
+        return event.kind[0].upper()
+    return event.kind + event.name.rpartition(event.kind)[2]
+
+
+def as_svg(drawn: Sequence[Timeline], *, width: int = 1400) -> str:
+    """A picture of its own, each timeline in its own scale; hovering names an event and its time."""
+    body: list[str] = []
+    y = 6
+    for each in drawn:
+        y = _draw(each, body, y, width)
+    kinds = [k for k in _LEGEND if any(e.kind == k for each in drawn for e in _events(each))]
+    x = _LEFT
+    for kind in kinds:
+        body.append(f'<rect x="{x}" y="{y + 3}" width="10" height="10" fill="{_COLORS[kind]}"/>')
+        body.append(f'<text x="{x + 14}" y="{y + 12}">{_LEGEND[kind]}</text>')
+        x += 30 + 6 * len(_LEGEND[kind])
+    head = (
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width + _LEFT + 10}" height="{y + 24}" '
+        'font-family="sans-serif" font-size="11">'
+    )
+    return (
+        "\n".join([head, '<rect width="100%" height="100%" fill="white"/>', *body, "</svg>"]) + "\n"
+    )
+
+
+def _events(drawn: Timeline) -> list[Event]:
+    return [event for track in drawn.tracks for lane in track.lanes for event in lane.events]
+
+
+def _draw(drawn: Timeline, body: list[str], y: int, width: int) -> int:
+    """Append one timeline from y down; returns where it ends."""
+    total = drawn.seconds or 1.0
+    body.append(f'<text x="{_LEFT}" y="{y + 14}" font-size="14">{escape(drawn.title)}</text>')
+    y += 24
+    for track in drawn.tracks:
+        body.append(f'<text x="8" y="{y + 15}">{escape(track.name)}</text>')
+        for number, lane in enumerate(track.lanes):
+            height = _TRACK if number == 0 else _LANE
+            if number:
+                body.append(
+                    f'<text x="{_LEFT - 6}" y="{y + 8}" font-size="8" text-anchor="end">'
+                    f"{escape(lane.name)}</text>"
+                )
+            for event in lane.events:
+                body += _boxes(event, _LEFT + event.start / total * width, y, height, width / total)
+            y += height + 1
+        y += 4
+    return y + 8
+
+
+def _boxes(event: Event, x: float, y: int, height: int, scale: float) -> list[str]:
+    """The event's box with its name, and its label where there is room."""
+    wide = (event.end - event.start) * scale
+    if event.kind == WEIGHTS:  # inside the action that holds it
+        y, height = y + height - 5, 5
+    shade = 0.6 if event.chunk % 2 else 1.0
+    border = ' stroke="white" stroke-width="0.5"' if event.kind in ACTIONS else ""
+    boxes = [
+        f'<rect x="{x:.1f}" y="{y}" width="{max(wide, 0.3):.1f}" height="{height}" '
+        f'fill="{_COLORS.get(event.kind, "#bbbbbb")}" fill-opacity="{shade}"{border}>'
+        f"<title>{escape(event.name)} {event.start * 1e3:.2f}-{event.end * 1e3:.2f} ms</title></rect>"
+    ]
+    if event.kind in ACTIONS and wide > 14:
+        label = event.name.rpartition(event.kind)[2]
+        boxes.append(f'<text x="{x + 2:.1f}" y="{y + 14}">{escape(label)}</text>')
+    return boxes
+
+
+def as_chrome_trace(drawn: Sequence[Timeline]) -> str:
+    """For chrome://tracing and Perfetto, all timelines one below the other."""
+    return chrome_trace(drawn)

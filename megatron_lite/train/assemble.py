@@ -97,7 +97,7 @@ def assemble(
             precision=config.precision,
             sequence_parallel=config.parallel.sequence_parallel and ctx.tp.size > 1,
             seed=config.train.seed,
-            gradients=WeightGradients(),
+            gradients=WeightGradients(span=timers.span),
             recompute=Recompute.from_config(config.parallel),
         )
         decoder = Decoder(

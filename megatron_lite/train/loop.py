@@ -25,6 +25,7 @@ from megatron_lite.train.device import memory_line, peak_memory_bytes
 from megatron_lite.train.faults import Fault, NoFaults
 from megatron_lite.train.log import Log
 from megatron_lite.train.profile import Profiler
+from megatron_lite.train.recording import StepRecording
 from megatron_lite.train.schedules import Schedules
 from megatron_lite.train.step import StepResult, evaluation_step, train_step
 from megatron_lite.train.stop import PREEMPTIONS, Reason, StopRequests, StopVote
@@ -59,6 +60,7 @@ class Session:
     meter: IntervalMeter
     stop: StopRequests
     profiler: Profiler
+    recording: StepRecording
     folder: Path
     checkpoints: Checkpoints
     train_iters: int
@@ -97,6 +99,7 @@ class Session:
         reason: Reason | None = "finished" if self._finished() else None
         while reason is None:
             self.profiler.before(progress.step + 1)
+            self.recording.before(progress.step + 1)
             self.faults.at("step")
             agreed = self._step()
             self.profiler.after(progress.step)
@@ -104,6 +107,7 @@ class Session:
                 self.checkpoints.settle()
             self.checkpoints.tell()
             reason = self.stop.reason(progress.step, agreed=agreed, finished=self._finished())
+            self.log.say(*self.recording.after(progress.step, last=reason is not None))
             self._log_interval(last=reason is not None)
             if reason not in PREEMPTIONS and _is_due(self.train.eval_interval, progress.step):
                 self.evaluate("validation", final=False)

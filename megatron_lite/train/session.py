@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import time
@@ -42,6 +43,7 @@ from megatron_lite.parallel.launch import (
     stop_process_group,
 )
 from megatron_lite.storage.disk import Disk, write_atomically
+from megatron_lite.telemetry.recorder import Recorder
 from megatron_lite.telemetry.throughput import IntervalMeter
 from megatron_lite.telemetry.timers import format_times
 from megatron_lite.telemetry.writers import Writers, open_writers
@@ -54,6 +56,7 @@ from megatron_lite.train.log import Log
 from megatron_lite.train.loop import Loaders, Session
 from megatron_lite.train.origin import check_data
 from megatron_lite.train.profile import Profiler
+from megatron_lite.train.recording import StepRecording, watch_collectives
 from megatron_lite.train.restart import Ended, begin_attempt, refusal, write_ended
 from megatron_lite.train.resume import resume
 from megatron_lite.train.schedules import Schedules
@@ -207,9 +210,12 @@ def open_session(
         if launch.world_size > 1
         else ParallelContext.serial(device)
     )
+    recorder = Recorder()
+    if config.telemetry.profile_timeline:
+        ctx = ctx.watched(functools.partial(watch_collectives, recorder))
     log = Log(ctx)
     log.say(*notices)
-    timers = RunTimers(config.telemetry.timing_log_level, device)
+    timers = RunTimers(config.telemetry.timing_log_level, device, recorder)
     with timers.span("model-and-optimizer-setup"):
         run = assemble(config, blueprint, ctx, timers=timers)
     log.say(*_description(run, blueprint))
@@ -268,6 +274,9 @@ def open_session(
         ),
         stop=StopRequests(config.train, looks=ctx.rank == 0),
         profiler=Profiler(config.telemetry, ctx.rank, folder / "traces", device),
+        recording=StepRecording(
+            config.telemetry, ctx, folder / "traces", _layout(blueprint), recorder
+        ),
         folder=folder,
         checkpoints=checkpoints,
         presence=failures.presence,
@@ -437,6 +446,11 @@ def _loaders(
         )
 
     return Loaders(loader(datasets.train), loader(datasets.valid), loader(datasets.test))
+
+
+def _layout(blueprint: Blueprint) -> str:
+    grid = blueprint.grid
+    return f"{blueprint.schedule}, tp {grid.tp} pp {grid.pp} dp {grid.dp}"
 
 
 def _shard_size(run: Run) -> str:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import shlex
 import subprocess
 import sys
 from pathlib import Path
 from xml.etree import ElementTree
+
+from megatron_lite.blueprint.timeline import Event, Lane, Timeline, Track, chrome_trace
 
 ROOT = Path(__file__).parents[2]
 RUN = shlex.split(
@@ -122,6 +125,37 @@ def test_pictures_are_well_formed_and_hold_every_action(tmp_path: Path) -> None:
         assert all(a[0] + a[1] <= b[0] + 1e-6 for a, b in zip(row, row[1:], strict=False))
     text = run("--draw", "-", *RUN).stdout.splitlines()
     assert len(text) == 5 and text[1].startswith("pp  0 |F")
+
+
+def test_a_real_timeline_lies_below_the_plan(tmp_path: Path) -> None:
+    real = Timeline(
+        "iteration 3",
+        (
+            Track("pp 0 dp 0 (rank 0)", (
+                Lane("compute", (Event(0.0, 1.0, "F", "0F0"), Event(1.0, 3.0, "B", "0B0"),
+                                 Event(2.0, 2.5, "dW", "weight-gradient"))),
+                Lane("dp", (Event(2.0, 4.0, "message", "all-reduce 1 MB"),)),
+            )),
+        ),
+    )  # fmt: skip
+    plain, packed, broken = (tmp_path / name for name in ("t.json", "t.json.gz", "b.json.gz"))
+    plain.write_text(chrome_trace([real]))
+    packed.write_bytes(gzip.compress(plain.read_bytes()))
+    broken.write_bytes(packed.read_bytes()[:-20])
+    for file in (plain, packed):
+        text = run("--draw", "-", "--beside", str(file), *RUN).stdout.splitlines()
+        assert len(text) == 5 + 3 and text[5] == "iteration 3"
+        assert text[6].startswith("pp 0 dp 0 (rank 0) |F0") and text[7].endswith(
+            "|" + "." * 60 + "=" * 60 + "|"
+        )
+    svg = tmp_path / "both.svg"
+    assert run("--draw", str(svg), "--beside", str(packed), *RUN).returncode == 0
+    names = [e.text or "" for e in ElementTree.parse(svg).iter() if e.tag.endswith("title")]
+    assert len(names) == 4 * 8 * 2 + 4 and "all-reduce 1 MB 2000.00-4000.00 ms" in names
+    for file in (broken, Path(__file__)):
+        done = run("--draw", "-", "--beside", str(file), *RUN)
+        assert done.returncode == 3 and "--profile-timeline" in done.stderr, done.stderr
+    assert run("--beside", str(packed), *RUN).returncode == 2
 
 
 def test_a_mistake_is_one_line_with_the_way_out() -> None:
