@@ -1,11 +1,13 @@
 """Parallel equals serial in every layout of the table; and the comparison can fail."""
 
 import dataclasses
+import re
+from pathlib import Path
 
 import pytest
 
 from tests.parity.compare import compare, passes
-from tests.parity.layouts import MORE, QUICK, WIDE, WRONG
+from tests.parity.layouts import LAYOUTS, MORE, QUICK, WIDE, WRONG
 
 
 @pytest.mark.parametrize(
@@ -25,3 +27,11 @@ def test_equals_the_serial_run(entry):
 @pytest.mark.parametrize("wrong", WRONG, ids=lambda entry: entry.name)
 def test_the_table_notices(wrong):
     assert not passes(wrong, compare(wrong))
+
+
+def test_the_document_has_a_row_for_every_layout():
+    text = (Path(__file__).parents[2] / "docs" / "parity.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| ([^|]+) \| \d+ \| .* \| (yes|\*\*no\*\*) \|$", text, re.M)
+    equal = {name for name, verdict in rows if verdict == "yes"}
+    assert equal == {entry.name for entry in LAYOUTS}, "run `make parity-all`"
+    assert {name for name, verdict in rows if verdict != "yes"} == {entry.name for entry in WRONG}
