@@ -6,7 +6,8 @@
 Every contestant has the same weights at the start and sees the same batches, so their losses are
 equal; the run ends with exit code 1 where they are not.  A round lets each take some steps, in turn
 forwards and backwards through the list; a ratio is that of two contestants' times in one round.
-Printed: the median ratio over the rounds, its quartiles, and tokens/s.
+Printed: the median ratio over the rounds, its quartiles, tokens/s, and the same ratio of the CPU time
+of both processes, which other work on the machine hardly changes (and which does not see waiting).
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -49,6 +51,13 @@ MICRO_BATCHES = 8
 """Of the pipelines; the others take their part of the batch at once."""
 
 Step = Callable[[Tensor], Tensor]
+
+
+class Time(NamedTuple):
+    """Seconds per step: of the slowest rank by the clock, of all ranks' processors."""
+
+    wall: float
+    cpu: float
 
 
 @dataclass(frozen=True)
@@ -188,21 +197,23 @@ def first_losses(steps: dict[str, Step], count: int) -> dict[str, list[float]]:
     return found
 
 
-def timed(step: Step, numbers: range) -> float:
-    """Seconds per step of the slowest rank."""
+def timed(step: Step, numbers: range) -> Time:
+    """The mean over some steps.  Collective."""
     batches = [batch(number) for number in numbers]
     dist.barrier()
-    began = time.perf_counter()
+    began, cpu = time.perf_counter(), time.process_time()
     for tokens in batches:
         step(tokens).item()
-    passed = torch.tensor(time.perf_counter() - began, dtype=torch.float64)
-    dist.all_reduce(passed, op=dist.ReduceOp.MAX)
-    return passed.item() / len(numbers)
+    wall = torch.tensor(time.perf_counter() - began, dtype=torch.float64)
+    used = torch.tensor(time.process_time() - cpu, dtype=torch.float64)
+    dist.all_reduce(wall, op=dist.ReduceOp.MAX)
+    dist.all_reduce(used)
+    return Time(wall.item() / len(numbers), used.item() / len(numbers))
 
 
-def measure(steps: dict[str, Step], rounds: int, length: int) -> dict[str, list[float]]:
-    """Seconds per step of every contestant in every round."""
-    found: dict[str, list[float]] = {name: [] for name in steps}
+def measure(steps: dict[str, Step], rounds: int, length: int) -> dict[str, list[Time]]:
+    """The time of every contestant in every round."""
+    found: dict[str, list[Time]] = {name: [] for name in steps}
     for number in range(rounds):
         order = list(steps) if number % 2 == 0 else list(reversed(steps))
         for name in order:
@@ -211,26 +222,29 @@ def measure(steps: dict[str, Step], rounds: int, length: int) -> dict[str, list[
     return found
 
 
-def report(pairs: list[Pair], seconds: dict[str, list[float]]) -> None:
+def report(pairs: list[Pair], seconds: dict[str, list[Time]]) -> None:
     """The table, as Markdown."""
     print(
-        "\n| ours | beside | ratio of speeds | quartiles | goal | ours, tokens/s | beside, tokens/s |"
+        "\n| ours | beside | ratio of speeds | quartiles | goal | ours, tokens/s | beside, tokens/s | "
+        "ratio by CPU time |"
     )
-    print("|---|---|---|---|---|---|---|")
+    print("|---|---|---|---|---|---|---|---|")
     for pair in pairs:
         mine, theirs = seconds[pair.ours], seconds[pair.baseline]
-        ratios = [b / a for a, b in zip(mine, theirs, strict=True)]
-        low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
+        ratios = [b.wall / a.wall for a, b in zip(mine, theirs, strict=True)]
+        low, _, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
         middle = statistics.median(ratios)
-        asked = (
-            "-"
-            if pair.goal is None
-            else f"{pair.goal:.2f} {'met' if middle >= pair.goal else 'MISSED'}"
-        )
-        speeds = [SAMPLES * SEQUENCE / statistics.median(times) for times in (mine, theirs)]
+        work = statistics.median(b.cpu / a.cpu for a, b in zip(mine, theirs, strict=True))
+        asked = "-"
+        if pair.goal is not None:
+            asked = f"{pair.goal:.2f} {'met' if middle >= pair.goal else 'MISSED'}"
+        speeds = [
+            SAMPLES * SEQUENCE / statistics.median(time.wall for time in times)
+            for times in (mine, theirs)
+        ]
         print(
             f"| {pair.ours} | {pair.baseline} | {middle:.3f} | {low:.3f}-{high:.3f} | {asked} | "
-            f"{speeds[0]:.0f} | {speeds[1]:.0f} |"
+            f"{speeds[0]:.0f} | {speeds[1]:.0f} | {work:.3f} |"
         )
 
 
