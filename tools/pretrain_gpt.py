@@ -4,6 +4,7 @@
 python tools/pretrain_gpt.py --preset gpt2-124m --mock-data --train-iters 10 --lr 6e-4 ...
 python -m torch.distributed.run --nproc_per_node 4 tools/pretrain_gpt.py ...
 python tools/pretrain_gpt.py ... --dry-run --world-size 64      plans only: no torch, no data
+python tools/pretrain_gpt.py ... --rehearse --world-size 64     runs its ranks here, without memory or data
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import dataclasses
 import os
 import signal
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,6 +32,8 @@ try:
     from megatron_lite.config.run import RunConfig
     from megatron_lite.data.tokenizers.build import build_tokenizer, read_vocab_size
     from megatron_lite.data.tokenizers.kept import tokenizer_files
+    from megatron_lite.planner.memory import Asked
+    from megatron_lite.planner.rehearsed import Measured, as_text, beside_plan
 except ModuleNotFoundError as missing:  # a bare python: the first thing many try is a dry run
     print(f"FATAL[2] rank=- step=-: {sys.executable} lacks the package {missing.name}; `make setup` "
           "makes .venv with everything: activate it, or name a python that has it with PYTHON=",
@@ -42,10 +46,12 @@ if TYPE_CHECKING:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Parse, check, and plan or train; returns the exit code."""
+    """Parse, check, and plan, rehearse or train; returns the exit code."""
     parsed = parse(argv)
     if parsed.config.train.dry_run:
         return _plan(parsed)
+    if parsed.config.train.rehearse:
+        return _rehearse(parsed)
     # when a rank is lost, our one line says so; torch's C++ stack traces of it say less
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     # torch is imported only now: a plan needs none
@@ -66,6 +72,14 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _plan(parsed: Parsed) -> int:
+    config, world_size = _checked(parsed)
+    print(describe(draw_up(config, world_size)))
+    print("dry run: every rule holds; nothing was started")
+    return 0
+
+
+def _checked(parsed: Parsed) -> tuple[RunConfig, int]:
+    """The config of a world that is not there, its vocabulary filled in; prints notes."""
     config = parsed.config
     world_size = config.train.world_size or config.parallel.tp * config.parallel.pp
     notes = list(parsed.notices)
@@ -77,8 +91,43 @@ def _plan(parsed: Parsed) -> int:
     rules.check(config, world_size)
     for line in (*notes, *rules.notices(config, world_size)):
         print(f"NOTE: {line}")
-    print(describe(draw_up(config, world_size)))
-    print("dry run: every rule holds; nothing was started")
+    return config, world_size
+
+
+def _rehearse(parsed: Parsed) -> int:
+    # torch is imported only now: a plan needs none
+    from megatron_lite.train import rehearse  # noqa: PLC0415
+
+    began = time.perf_counter()
+    config, world_size = _checked(parsed)
+    blueprint = draw_up(config, world_size)
+    if config.model.vocab_size is None:
+        model = dataclasses.replace(config.model, vocab_size=blueprint.vocab_size)
+        config = dataclasses.replace(config, model=model)
+    every = config.train.all_ranks
+    ranks = range(world_size) if every else rehearse.one_of_each(blueprint.grid)
+    count, full = rehearse.num_microbatches(blueprint), rehearse.full_microbatches(blueprint)
+    blueprint.actions(full)  # raises where a list of the whole step is not sound
+    print(f"rehearsing {len(ranks)} of {world_size} ranks on {count:,} of {full:,} micro batches; the "
+          f"lists of all {full:,} passed the schedule check", flush=True)  # fmt: skip
+    if len(ranks) < world_size:
+        print("  of each stage the first rank, the last over tp and the last over dp; --all-ranks "
+              "takes every rank")  # fmt: skip
+    done = []
+    for one in rehearse.rehearse(config, world_size, ranks):
+        print(f"  {one.describe()}", flush=True)
+        done.append(one)
+    measured = [Measured(one.transcript.rank, one.memory.kinds(), one.sent_bytes())
+                for one in done if one.memory is not None]  # fmt: skip
+    parts = (config.parallel, config.precision, config.optim, config.train.micro_batch_size)
+    asked = Asked(*parts, on_gpu=not config.train.use_cpu)
+    rows = beside_plan(measured, blueprint, asked, num_microbatches=count)
+    print("", as_text(rows), "", sep="\n")
+    agreement = rehearse.require_agreement([one.transcript for one in done])
+    print(agreement)
+    print(f"took {time.perf_counter() - began:.0f} s and at most "
+          f"{max(one.process_bytes for one in done) / 2**30:.2f} GiB of memory per process")  # fmt: skip
+    print("rehearsal: the ranks fit together; nothing was started")
     return 0
 
 
@@ -95,7 +144,7 @@ def _train(parsed: Parsed, launch: Launch, failures: Failures) -> int:
     if asked is not None and asked != launch.world_size:
         raise ConfigError(
             f"--world-size {asked}, but {launch.world_size} processes were started; the flag is "
-            "for --dry-run: leave it out"
+            "for --dry-run and --rehearse: leave it out"
         )
     rules.check(config, launch.world_size)
     tokenizer = build_tokenizer(config.data, vocab_size=config.model.vocab_size)

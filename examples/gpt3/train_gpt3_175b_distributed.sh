@@ -16,6 +16,7 @@ Every number can be overridden from the environment, for example
   EXTRA_ARGS="--seed 7 --log-params-norm"     any further flags of tools/pretrain_gpt.py
   DRY_RUN=1        check every rule, print the plan and start nothing (the paths may be left out);
                    HARDWARE=a100-80g adds memory, time and cost there (PLAN_ARGS="--tokens 300B")
+  REHEARSE=1       run ranks of every stage here without memory or data and compare what they say
   PRINT_COMMAND=1  print the command, quoted for a shell, and start nothing
 The table of all variables: examples/gpt3/README.md
 USAGE
@@ -44,10 +45,12 @@ fi
 PYTHON=${PYTHON:-python3}
 type -P "$PYTHON" >/dev/null || die "PYTHON=$PYTHON is no program"
 DRY_RUN=${DRY_RUN:-0}
+REHEARSE=${REHEARSE:-0}
 PRINT_COMMAND=${PRINT_COMMAND:-0}
-for name in DRY_RUN PRINT_COMMAND; do
+for name in DRY_RUN REHEARSE PRINT_COMMAND; do
     [[ ${!name} == [01] ]] || die "$name=${!name} is neither 0 nor 1"
 done
+[[ $DRY_RUN$REHEARSE != 11 ]] || die "DRY_RUN=1 and REHEARSE=1 exclude each other; a rehearsal checks every rule too"
 
 # -- where -----------------------------------------------------------------------------------------
 if [[ ${1:-} == -h || ${1:-} == --help ]]; then
@@ -57,7 +60,7 @@ fi
 if (($# > 4)); then
     die "takes 4 paths, got $#; corpora go into DATASET or DATASET_1 and DATASET_2, flags into EXTRA_ARGS"
 fi
-if (($# < 4)) && [[ $DRY_RUN == 0 ]]; then
+if (($# < 4)) && [[ $DRY_RUN$REHEARSE == 00 ]]; then
     usage >&2
     exit 2
 fi
@@ -187,6 +190,8 @@ if [[ $DRY_RUN == 1 && -n ${HARDWARE:-} ]]; then
     )
 elif [[ $DRY_RUN == 1 ]]; then
     COMMAND=("$PYTHON" "${ARGS[@]}" --dry-run --world-size "$WORLD_SIZE")
+elif [[ $REHEARSE == 1 ]]; then
+    COMMAND=("$PYTHON" "${ARGS[@]}" --rehearse --world-size "$WORLD_SIZE")
 else
     # torchrun, ending with the ranks' exit code
     COMMAND=("$PYTHON" "$ROOT/tools/launch.py" "${LAUNCH_ARGS[@]}" "${ARGS[@]}")

@@ -25,6 +25,6 @@ export EXTRA_ARGS="--no-save-optim ${EXTRA_ARGS:-}"
 # bash, not exec: the summary comes after it
 bash "$TRAIN" "$@"
 
-if [[ ${DRY_RUN:-0} == 0 && ${PRINT_COMMAND:-0} == 0 && ${NODE_RANK:-${SLURM_NODEID:-0}} == 0 && -n ${RUN_FOLDER:-} ]]; then
+if [[ ${DRY_RUN:-0} == 0 && ${REHEARSE:-0} == 0 && ${PRINT_COMMAND:-0} == 0 && ${NODE_RANK:-${SLURM_NODEID:-0}} == 0 && -n ${RUN_FOLDER:-} ]]; then
     exec "${PYTHON:-python3}" "$HERE/../../tools/report.py" "$RUN_FOLDER" --tgs
 fi

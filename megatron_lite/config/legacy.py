@@ -282,6 +282,8 @@ OURS_ONLY = frozenset(
         "data.exact_blend_counts",
         "train.dry_run",
         "train.exit_code_on_preemption",
+        "train.rehearse",
+        "train.all_ranks",
         "train.world_size",
         "train.use_cpu",
         "train.print_state_hash",

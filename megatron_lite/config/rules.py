@@ -57,6 +57,7 @@ RULES: tuple[Rule, ...] = (
     Rule(layout.step_schedule, _BATCH),
     Rule(training.precision),
     Rule(training.spikes, ("guards.loss_spike_factor", "guards.grad_norm_spike_factor")),
+    Rule(training.planning),
     Rule(training.length),
     Rule(training.learning_rate, ("learning_rate.lr",)),
     Rule(training.warm_up),

@@ -67,11 +67,22 @@ class TrainConfig:
     dry_run: bool = False
     """Check every rule, print the plan and stop; needs no accelerator and no data."""
 
+    rehearse: bool = False
+    """Run ranks of the world here, one by one, without data or accelerator, and compare what they say."""
+
+    all_ranks: bool = False
+    """Rehearse every rank, not only those that stand for all."""
+
     world_size: int | None = None
-    """Ranks to plan for with --dry-run; a real run counts its processes."""
+    """Ranks to plan for with --dry-run and --rehearse; a real run counts its processes."""
 
     use_cpu: bool = False
     """Train on the CPU even where there is a GPU."""
 
     print_state_hash: bool = False
     """Print a hash over all parameters and optimizer moments at the end."""
+
+    @property
+    def needs_no_data(self) -> bool:
+        """Whether the run is only planned or rehearsed."""
+        return self.dry_run or self.rehearse

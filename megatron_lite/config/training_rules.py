@@ -46,6 +46,15 @@ def spikes(config: RunConfig, world_size: int) -> Iterator[str]:
         )
 
 
+def planning(config: RunConfig, world_size: int) -> Iterator[str]:
+    """A run is planned or rehearsed, and only a rehearsal chooses ranks."""
+    t = config.train
+    if t.rehearse and t.dry_run:
+        yield "--dry-run and --rehearse exclude each other; give one (a rehearsal checks all rules too)"
+    if t.all_ranks and not t.rehearse:
+        yield "--all-ranks says which ranks --rehearse takes; give both or neither"
+
+
 def length(config: RunConfig, world_size: int) -> Iterator[str]:
     """The run's length is said once, in iterations or in samples, and nothing mixes the two."""
     t, lr = config.train, config.learning_rate
@@ -232,7 +241,7 @@ def parameter_gather(config: RunConfig, world_size: int) -> Iterator[str]:
 def data_source(config: RunConfig, world_size: int) -> Iterator[str]:
     """Exactly one source of data, with a list and a split that can be read."""
     d = config.data
-    if config.train.dry_run and not sources(d):
+    if config.train.needs_no_data and not sources(d):
         return
     try:
         found = blends(d)
@@ -250,7 +259,7 @@ def data_source(config: RunConfig, world_size: int) -> Iterator[str]:
 def tokenizer(config: RunConfig, world_size: int) -> Iterator[str]:
     """The tokenizer's files are named; a dry run needs none."""
     d = config.data
-    if config.train.dry_run or d.mock_data or config.model.vocab_size is not None:
+    if config.train.needs_no_data or d.mock_data or config.model.vocab_size is not None:
         return
     if d.tokenizer_type == "GPT2BPETokenizer":
         for flag, value in (("--vocab-file", d.vocab_file), ("--merge-file", d.merge_file)):

@@ -31,10 +31,30 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Tensor:
         mask = mask if call.mask is None else mask & call.mask
         causal = False
     grouped = q.shape[1] != k.shape[1]
+    if q.device.type == "meta" and not (grouped and mask is not None):
+        return _fused_on_a_gpu(q, k, v, mask, call)
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, dropout_p=call.dropout, is_causal=causal and s > 1,
         scale=call.scale, enable_gqa=grouped,
     )  # fmt: skip
+
+
+def _fused_on_a_gpu(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, call: AttentionCall
+) -> Tensor:
+    """The kernel a GPU would choose, for its shapes: without memory torch spells attention out."""
+    causal = mask is None and q.shape[-2] > 1
+    if mask is None:
+        out: Tensor = torch.ops.aten._scaled_dot_product_flash_attention(
+            q, k, v, call.dropout, causal, scale=call.scale
+        )[0]
+        return out
+    bias = torch.zeros(mask.shape, dtype=q.dtype, device=q.device)
+    shape = (*q.shape[:-1], k.shape[-2])
+    result: Tensor = torch.ops.aten._scaled_dot_product_efficient_attention(
+        q, k, v, bias.expand(shape), True, call.dropout, causal, scale=call.scale
+    )[0]
+    return result
 
 
 def flash(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Tensor:

@@ -18,6 +18,10 @@ def unmeasured(name: str, action: Action | None = None) -> AbstractContextManage
     return nullcontext()
 
 
+def _unheard(position: int, group: Sequence[Action]) -> None:
+    """Nobody follows."""
+
+
 @dataclass(slots=True)
 class Executor:
     """Stages of this rank, its mail, and whom to tell that a stage's last backward comes next.
@@ -25,6 +29,7 @@ class Executor:
     arm: (stage, what its last W will still report or None where a whole backward comes).
 
     span: measures a block under a name (forward-compute, forward-recv and so on), told what for.
+    reached: told each group and its position before it is carried out, at the end an empty one.
     peak_live: of the last run, the most micro batches (of one stage each) held at once on this rank.
     """
 
@@ -33,6 +38,7 @@ class Executor:
     arm: Callable[[int, Sequence[Tensor] | None], None]
     span: Callable[..., AbstractContextManager[object]] = unmeasured
     peak_live: int = 0
+    reached: Callable[[int, Sequence[Action]], None] = _unheard
 
     def run(
         self,
@@ -45,7 +51,8 @@ class Executor:
         scale: factor on each micro batch's loss sum; None for evaluation.
         """
         self.peak_live = 0
-        for group in actions:
+        for position, group in enumerate(actions):
+            self.reached(position, group)
             action = group[0]
             match action.op:
                 case Op.F:
@@ -60,6 +67,7 @@ class Executor:
                 case _:
                     with self.span("send-wait"):
                         self.mail.post(group)
+        self.reached(len(actions), ())
         with self.span("send-wait"):
             self.mail.finish()
         return [scored for stage in self.stages.values() for scored in stage.take_totals()]

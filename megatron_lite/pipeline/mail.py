@@ -54,6 +54,7 @@ class Mail:
     def take(self, *, forward: bool, stage: int, microbatch: int) -> Tensor:
         """Wait for what `stage` is to get and hand it over."""
         key = (forward, stage, microbatch)
+        assert key in self._incoming, f"{_named(key)} was never received"
         for work in self._works.pop(key, ()):
             work.wait()
         return self._incoming.pop(key)
@@ -82,7 +83,9 @@ class Mail:
         stage = n + (1 if op in (Op.SEND_F, Op.RECV_B) else -1)
         if op in _SENDS:
             call: Any = dist.isend
-            message = self._outgoing.pop((op is Op.SEND_F, stage, m))
+            key = (op is Op.SEND_F, stage, m)
+            assert key in self._outgoing, f"{_named(key)} is to be sent before it is there"
+            message = self._outgoing.pop(key)
         else:
             call = dist.irecv
             message = torch.empty(self.shape, dtype=self.dtype, device=self.device)
@@ -102,4 +105,11 @@ class Mail:
     def finish(self) -> None:
         """Wait until everything sent has left; nothing may be in the box."""
         self._free_sent(but=0)
-        assert not (self._incoming or self._outgoing), "a message was never taken"
+        left = [f"{_named(key)} was never taken" for key in self._incoming]
+        left += [f"{_named(key)} was never sent" for key in self._outgoing]
+        assert not left, "; ".join(left)
+
+
+def _named(key: tuple[bool, int, int]) -> str:
+    is_forward, stage, m = key
+    return f"the {'activation' if is_forward else 'gradient'} for stage {stage} of micro batch {m}"

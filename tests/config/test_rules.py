@@ -57,8 +57,9 @@ def test_what_works_passes(words: str, world_size: int) -> None:
     check(parse(shlex.split(f"{ITERS} {words}")).config, world_size)
 
 
-def test_a_dry_run_needs_no_data() -> None:
-    words = "--preset gpt3-175b --lr 6e-5 --train-iters 5 --dry-run"
+@pytest.mark.parametrize("only", ["--dry-run", "--rehearse", "--rehearse --all-ranks"])
+def test_a_run_that_is_only_planned_or_rehearsed_needs_no_data(only: str) -> None:
+    words = f"--preset gpt3-175b --lr 6e-5 --train-iters 5 {only}"
     check(parse(words.split()).config, 1)
 
 
@@ -204,6 +205,8 @@ BAD = [
         "cannot cut --seq-length 64 in --tensor-model-parallel-size 3 slices; use a length of 63 or",
     ),
     ("--overlap-param-gather", 1, "--overlap-param-gather needs --use-distributed-optimizer; add"),
+    ("--dry-run --rehearse", 1, "--dry-run and --rehearse exclude each other; give one"),
+    ("--all-ranks", 1, "--all-ranks says which ranks --rehearse takes; give both or neither"),
     ("--data-path a", 1, "got --data-path and --mock-data"),
     ("--split 0,1,0", 1, "the training split is empty"),
     ("--split x", 1, "--split 'x'"),

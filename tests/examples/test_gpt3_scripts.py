@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -59,7 +60,11 @@ DATA = {"DATASET_1": "/data/wiki text", "DATASET_2": "/data/owt", "DATASETCACHE"
 
 
 def run(
-    script: Path, *paths: str, env: Mapping[str, str] | None = None, cwd: Path = ROOT
+    script: Path,
+    *paths: str,
+    env: Mapping[str, str] | None = None,
+    cwd: Path = ROOT,
+    timeout: float = 120,
 ) -> subprocess.CompletedProcess[str]:
     """The script in an environment that holds PATH and `env` only."""
     return subprocess.run(
@@ -68,7 +73,7 @@ def run(
         env={"PATH": os.environ["PATH"], "PYTHON": sys.executable, **(env or {})},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=timeout,
     )
 
 
@@ -240,6 +245,14 @@ def test_a_dry_run_is_one_process_that_knows_the_world_size() -> None:
     assert found.keys() == FLAGS_175B.keys()
 
 
+def test_a_rehearsal_is_one_process_that_knows_the_world_size_and_needs_no_paths() -> None:
+    words = command(TRAIN, env={"REHEARSE": "1", "NUM_NODES": "16", "GPUS_PER_NODE": "4", **DATA})
+    assert words[:2] == [sys.executable, str(ROOT / "tools/pretrain_gpt.py")]
+    found = flags(words)
+    assert found.pop("--world-size") == ["64"] and found.pop("--rehearse") == []
+    assert found.keys() == FLAGS_175B.keys()
+
+
 @pytest.mark.parametrize("script", [TRAIN, TGS], ids=lambda path: path.stem)
 @pytest.mark.parametrize("count", range(4))
 def test_missing_paths_are_a_usage_error(script: Path, count: int) -> None:
@@ -258,6 +271,7 @@ def test_missing_paths_are_a_usage_error(script: Path, count: int) -> None:
         ({"NUM_NODES": "2", "NODE_RANK": "2"}, "NODE_RANK=2 is not below NUM_NODES=2"),
         ({"GPUS_PER_NODE": "a[$(touch x)]"}, "is not a whole number"),
         ({"DRY_RUN": "yes"}, "DRY_RUN=yes is neither 0 nor 1"),
+        ({"REHEARSE": "1", "DRY_RUN": "1"}, "DRY_RUN=1 and REHEARSE=1 exclude each other"),
         ({"EXTRA_ARGS": '--seed "7'}, 'EXTRA_ARGS has a quote without its partner: --seed "7'),
         ({"DATASET": "o'brien"}, "DATASET has a quote without its partner: o'brien"),
         ({"PYTHON": "/no/such/python"}, "PYTHON=/no/such/python is no program"),
@@ -375,6 +389,7 @@ def test_tgs_is_the_same_run_for_ten_iterations_in_its_own_folder() -> None:
         ({"NODE_RANK": "1"}, ["tools/launch.py"]),
         ({"SLURM_NODEID": "1"}, ["tools/launch.py"]),
         ({"DRY_RUN": "1"}, ["pretrain_gpt.py"]),
+        ({"REHEARSE": "1"}, ["pretrain_gpt.py"]),
     ],
     ids=str,
 )
@@ -445,3 +460,18 @@ def test_a_dry_run_with_the_wrong_world_size_exits_2(tmp_path: Path) -> None:
 def test_other_layouts_plan_too(env: dict[str, str], tmp_path: Path) -> None:
     done = run(TRAIN, *PATHS, env={"DRY_RUN": "1", **env}, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.ci
+def test_175b_on_64_ranks_is_rehearsed_in_little_memory_and_is_what_was_planned(
+    tmp_path: Path,
+) -> None:
+    done = run(TRAIN, env={"REHEARSE": "1"}, cwd=tmp_path, timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert "rehearsing 16 of 64 ranks on 24 of 1,536 micro batches" in done.stdout
+    assert "rehearsal: the ranks fit together; nothing was started" in done.stdout
+    ratios = [float(r) for r in re.findall(r" rehearsed .* (\d\.\d{3})$", done.stdout, re.M)]
+    assert len(ratios) >= 8 and all(0.9 < ratio < 1.1 for ratio in ratios)
+    taken = re.search(r"at most (\d+\.\d+) GiB of memory per process", done.stdout)
+    assert taken is not None and float(taken[1]) < 1.0
+    assert list(tmp_path.iterdir()) == []

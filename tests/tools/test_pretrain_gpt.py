@@ -8,10 +8,13 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from megatron_lite.config.errors import ConfigError
+from megatron_lite.blueprint import draw_up
+from megatron_lite.blueprint.schedules.actions import Lowered, Op
+from megatron_lite.config.errors import ConfigError, DistributedError
 from tests.train.runs import alone, argv, run_main
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -103,3 +106,40 @@ def test_a_world_size_that_is_not_there_is_refused() -> None:
     assert done.rc == ConfigError.exit_code
     assert "--world-size 4, but 1 processes were started" in done.err
     assert done.err.startswith("FATAL[2] rank=0 step=-: ")
+
+
+LAYOUT = ("--world-size", "4", "--pipeline-model-parallel-size", "2", "--global-batch-size", "16")
+
+
+def test_a_rehearsal_is_one_process_without_data_and_writes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = alone("--rehearse", "--all-ranks", *LAYOUT, "--save", "run", "--save-interval", "5")
+    assert done.rc == 0
+    assert "rehearsing 4 of 4 ranks on 4 of 4 micro batches" in done.out
+    assert "4 ranks fit together" in done.out
+    assert "rehearsal: the ranks fit together; nothing was started" in done.out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_rehearsal_whose_ranks_do_not_fit_ends_with_code_6_and_names_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sound = draw_up._training
+
+    def with_two_swapped_sends(*asked: Any) -> Lowered:
+        first, second = sound(*asked)
+        sends = [n for n, group in enumerate(first) if group[0].op is Op.SEND_F]
+        moved = list(first)
+        moved.insert(sends[1] + 1, moved[sends[0]])
+        del moved[sends[0]]
+        return tuple(moved), second
+
+    monkeypatch.setattr(draw_up, "_training", with_two_swapped_sends)
+    with pytest.raises(DistributedError) as caught:
+        alone("--rehearse", *LAYOUT)
+    assert caught.value.exit_code == 6
+    line = "message 1 from rank 0 to rank 2 does not fit - rank 0, training step, action "
+    assert line in str(caught.value)
+    assert "micro batch 1) [16, 2, 32] float32" in str(caught.value)

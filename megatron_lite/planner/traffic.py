@@ -1,0 +1,107 @@
+"""Bytes a rank sends over each axis in one training step, by the published formulas.
+
+tp: 4 all-reduces of s b h elements per layer and micro batch (arXiv:1909.08053 § 3); with sequence
+parallelism 10 all-gathers and reduce-scatters, since column inputs are gathered again in backward
+(arXiv:2205.05198 § 4.2.2); what is recomputed says it again.  A ring over n ranks sends (n-1)/n of
+the whole tensor per pass, and an all-reduce takes two passes.
+"""
+
+from __future__ import annotations
+
+from megatron_lite.blueprint.draw_up import Blueprint
+from megatron_lite.blueprint.stages import Stage
+from megatron_lite.planner.activations import element_bytes
+from megatron_lite.planner.memory import Asked, layer_input_bytes
+
+
+def sent_bytes(
+    blueprint: Blueprint, asked: Asked, rank: int, *, num_microbatches: int
+) -> dict[str, float]:
+    """Axis (tp, pp, dp, tied) -> bytes a rank sends in a step of so many micro batches.
+
+    The few numbers that all ranks sum (loss, norm, votes) are left out.
+    """
+    grid, parallel = blueprint.grid, asked.parallel
+    at = grid.coords(rank)
+    stages = blueprint.stages_of(at.pp)
+    per_microbatch = sum(_tp_passes(blueprint, asked, stage) for stage in stages)
+    whole = layer_input_bytes(blueprint.model, asked)
+    if parallel.sequence_parallel:
+        whole *= grid.tp
+    wide = 4 if parallel.accumulate_allreduce_grads_in_fp32 else element_bytes(asked.precision)
+    shared = grid.dp if parallel.use_distributed_optimizer else 1
+    tied = _tied_elements(blueprint, stages, at.tp) / shared
+    split = sum(_split_sequence_elements(blueprint, asked, stage) for stage in stages) / shared
+    tokens = blueprint.model.seq_length * asked.micro_batch_size / parallel.cp
+    scored = 3 * 2 * tokens * 4 * any(stage.has_head for stage in stages)  # of each token, fp32
+    return {
+        "tp": _ring(grid.tp)
+        * (num_microbatches * (per_microbatch * whole + scored) + 2 * split * wide),
+        "pp": num_microbatches * _messages(blueprint, stages) * layer_input_bytes(
+            blueprint.model, asked
+        ),
+        "dp": _ring(grid.dp) * blueprint.rank_parameters(at.pp) * (
+            wide + (element_bytes(asked.precision) if shared > 1 else wide)
+        ),
+        "tied": tied * wide,  # both ends hold it: two passes of a half
+    }  # fmt: skip
+
+
+def _ring(ranks: int) -> float:
+    return (ranks - 1) / ranks
+
+
+def _tp_passes(blueprint: Blueprint, asked: Asked, stage: Stage) -> float:
+    """Passes of the whole [s, b, h] per micro batch: 2 for an all-reduce, 1 to gather or scatter."""
+    parallel = asked.parallel
+    split = parallel.sequence_parallel
+    layer, forward = (10, 4) if split else (8, 4)
+    layers = len(stage.layers)
+    passes = layers * layer
+    # the lookup is summed forward; with the sequence split it is scattered, and gathered back
+    passes += 2 * stage.has_embedding
+    # the head sums its input's gradient; split, it gathers, gathers again and scatters
+    passes += (3 if split else 2) * stage.has_head
+    if parallel.recompute_granularity == "full":
+        count = parallel.recompute_num_layers or 1
+        again = min(count, layers) if parallel.recompute_method == "block" else layers
+        passes += again * forward
+        if parallel.distribute_saved_activations:
+            passes += again if parallel.recompute_method == "block" else -(-layers // count)
+    elif parallel.recompute_granularity == "selective" and "mlp" in parallel.recompute_modules:
+        # up to what the last product keeps: its sum is not made again
+        passes += layers * split
+    return float(passes)
+
+
+def _messages(blueprint: Blueprint, stages: tuple[Stage, ...]) -> int:
+    """Messages sent per micro batch: activations onwards, gradients back, none within a rank."""
+    placement, count = blueprint.placement, 0
+    for stage in stages:
+        for other in (stage.index - 1, stage.index + 1):
+            if 0 <= other < len(placement) and placement[other] != placement[stage.index]:
+                count += 1
+    return count
+
+
+def _tied_elements(blueprint: Blueprint, stages: tuple[Stage, ...], tp_rank: int) -> float:
+    """Elements of the token table that two ranks hold a copy of, padding left out."""
+    model, grid = blueprint.model, blueprint.grid
+    ends = any(stage.has_embedding or stage.has_head for stage in stages)
+    if model.untie_embeddings_and_output_weights or grid.pp == 1 or grid.folded or not ends:
+        return 0.0
+    rows = blueprint.padded_vocab_size // grid.tp
+    return float(min(max(blueprint.vocab_size - tp_rank * rows, 0), rows) * model.hidden_size)
+
+
+def _split_sequence_elements(blueprint: Blueprint, asked: Asked, stage: Stage) -> float:
+    """Elements whose gradient is each tp rank's share of the sequence, summed once a step."""
+    model = blueprint.model
+    if not asked.parallel.sequence_parallel:
+        return 0.0
+    norm = model.hidden_size * (2 if model.normalization == "LayerNorm" else 1)
+    biases = 2 * model.hidden_size if model.add_bias_linear else 0
+    count = len(stage.layers) * (2 * norm + biases) + norm * stage.has_head
+    if stage.has_embedding and model.position_embedding_type == "learned_absolute":
+        count += model.num_positions * model.hidden_size
+    return float(count)

@@ -1,0 +1,59 @@
+"""Bytes of all tensors that live, counted as they come and go, on any device or on none."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+class Footprint(TorchDispatchMode):
+    """While active, counts the storage of every tensor an operation makes on one type of device.
+
+    now: bytes that live; peak: the most there were; allocations: how many storages were made.
+    What a kernel takes for itself and gives back before it ends is not seen.
+    """
+
+    def __init__(self, device_type: str) -> None:
+        super().__init__()
+        self.device_type = device_type
+        self.now = self.peak = self.allocations = 0
+        self._living: dict[int, tuple[int, object]] = {}
+
+    def see(self, tensor: Tensor) -> None:
+        """Count a tensor's storage, once."""
+        if tensor.device.type != self.device_type:
+            return
+        storage = tensor.untyped_storage()
+        name = storage._cdata
+        if name in self._living:
+            return
+        size = storage.nbytes()
+        self._living[name] = size, weakref.ref(storage, lambda _: self._gone(name))
+        self.allocations += 1
+        self.now += size
+        if self.now > self.peak:
+            self.peak = self.now
+
+    def _gone(self, name: int) -> None:
+        self.now -= self._living.pop(name)[0]
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        """Carry the operation out and see what it makes."""
+        made = func(*args, **(kwargs or {}))
+        self.see_all(made)
+        return made
+
+    def see_all(self, made: Any) -> None:
+        """Count what an operation gives: a tensor, several, or none."""
+        if isinstance(made, Tensor):
+            self.see(made)
+        elif isinstance(made, list | tuple):
+            for one in made:
+                if isinstance(one, Tensor):
+                    self.see(one)

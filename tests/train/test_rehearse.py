@@ -1,0 +1,315 @@
+"""The rehearsal says what a real run says, and names what would not fit; each fault is in a rank's own run."""
+
+import dataclasses
+from collections import Counter
+
+import pytest
+
+from megatron_lite.blueprint.draw_up import Blueprint
+from megatron_lite.blueprint.schedules.actions import Action
+from megatron_lite.config.errors import DistributedError
+from megatron_lite.parallel.collectives import all_reduce
+from megatron_lite.parallel.context import Axis
+from megatron_lite.parallel.transcript import compare
+from megatron_lite.planner.memory import Asked
+from megatron_lite.planner.rehearsed import Measured, beside_plan
+from megatron_lite.train.assemble import assemble
+from megatron_lite.train.footprint import Footprint
+from megatron_lite.train.rehearse import (
+    one_of_each,
+    rehearse,
+    rehearse_rank,
+    require_agreement,
+    stand_in,
+)
+from megatron_lite.train.step import train_step
+from tests.parallel.test_traffic import traffic
+from tests.support.spawn import spawn
+from tests.support.tiny import context, draw, make_batches, tiny_config
+
+TP, PP = "parallel__tensor_model_parallel_size", "parallel__pipeline_model_parallel_size"
+SP, ZERO = "parallel__sequence_parallel", "parallel__use_distributed_optimizer"
+BATCH = "train__global_batch_size"
+
+FORMS: dict = {}
+"""What all tests of this file have learnt of operations' shapes."""
+
+
+def rehearsed(config, world_size, ranks=None, *, on=None, tamper=None, changed=None):
+    """Transcripts of the ranks; on rank `on`, tamper(stand-in) before its step, or another config."""
+    blueprint = draw(config, world_size)
+    transcripts = []
+    for rank in range(world_size) if ranks is None else ranks:
+        mine = changed if changed is not None and rank == on else config
+        with stand_in(mine, draw(mine, world_size), rank, FORMS) as actor:
+            if tamper is not None and rank == on:
+                tamper(actor)
+            transcripts.append(actor.perform().transcript)
+    assert blueprint.grid.world_size == world_size
+    return transcripts
+
+
+def faults(*args, **kwargs):
+    """What is wrong, in words; the same ranks without the fault must fit."""
+    return compare(rehearsed(*args, **kwargs))[1]
+
+
+PIPELINE = tiny_config(**{PP: 4, BATCH: 24})
+"""Four stages of one layer, twelve micro batches of two."""
+
+TENSOR = tiny_config(**{TP: 2, PP: 2, BATCH: 8})
+"""Two stages of two ranks (dp 2 on 8 ranks)."""
+
+
+@pytest.mark.parametrize(
+    ("world_size", "changes"),
+    [
+        (8, {TP: 2, PP: 2, BATCH: 16}),
+        (8, {TP: 2, PP: 2, SP: True, ZERO: True, "precision__bf16": True, BATCH: 16}),
+        (4, {PP: 4, "parallel__pipeline_schedule": "zb-h1", BATCH: 24}),
+        (4, {PP: 2, "parallel__num_layers_per_virtual_pipeline_stage": 1, ZERO: True, BATCH: 16,
+             "parallel__overlap_param_gather": True, "precision__fp16": True}),
+        (2, {PP: 2, BATCH: 12, "parallel__recompute_granularity": "full",
+             "parallel__recompute_method": "uniform", "parallel__recompute_num_layers": 1,
+             "data__reset_attention_mask": True, "data__reset_position_ids": True}),
+    ],
+    ids=lambda value: "" if isinstance(value, int) else "-".join(k.split("__")[1] for k in value),
+)  # fmt: skip
+def test_all_ranks_of_a_sound_run_fit_together(world_size, changes):
+    transcripts = rehearsed(tiny_config(**changes), world_size)
+    found, wrong = compare(transcripts)
+    assert wrong == []
+    assert found.ranks == world_size
+    assert found.messages == sum(c.op == "send" for t in transcripts for c in t.calls) > 0
+
+
+def test_a_rehearsed_rank_makes_the_calls_of_a_real_one():
+    changes = {TP: 2, PP: 2, SP: True}
+    real = spawn(traffic, 4, changes)
+    config = tiny_config(train__micro_batch_size=2, **changes, **{BATCH: 2})
+    for rank, (seen, _) in enumerate(real):
+        calls = rehearse_rank(config, draw(config, 4), rank, FORMS).transcript.calls
+        training = [c for c in calls if c.place.startswith("training") and c.op != "receive"]
+        assert Counter((c.op, c.payload) for c in training) == seen
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_rehearsed_rank_allocates_what_a_real_one_does(dtype):
+    changes = {"precision__bf16": True} if dtype == "bf16" else {}
+    config = tiny_config(
+        model__hidden_size=64, model__seq_length=128, model__vocab_size=256,
+        train__micro_batch_size=1, **changes, **{BATCH: 3},
+    )  # fmt: skip
+    blueprint = draw(config, 1)
+    batches = make_batches(config, blueprint, 0, 0)
+    real = Footprint("cpu")
+    with real:
+        run = assemble(config, blueprint, context(blueprint, 0))
+        real.peak = real.now
+        train_step(run, batches, lr=1e-4, weight_decay=0.01)
+    memory = rehearse_rank(config, blueprint, 0, FORMS).memory
+    assert memory is not None
+    assert memory.peak == pytest.approx(real.peak, rel=0.02)
+
+
+def test_one_rank_per_kind_stands_for_every_stage_and_every_end():
+    grid = draw(tiny_config(**{TP: 2, PP: 2, BATCH: 16}), 16).grid
+    places = {grid.coords(rank) for rank in one_of_each(grid)}
+    assert {(at.pp, at.tp, at.dp) for at in places} == {
+        (pp, *ends) for pp in range(2) for ends in ((0, 0), (1, 0), (0, 3))
+    }
+
+
+def test_volume_is_the_plans_to_the_byte_and_memory_within_a_tenth():
+    config = tiny_config(
+        model__hidden_size=256, model__seq_length=128, model__vocab_size=1000,
+        **{TP: 2, PP: 2, SP: True, BATCH: 24, "precision__bf16": True},
+    )  # fmt: skip
+    blueprint = draw(config, 8)
+    done = list(rehearse(config, 8, one_of_each(blueprint.grid), workers=1))
+    asked = Asked(config.parallel, config.precision, config.optim, config.train.micro_batch_size)
+    rows = beside_plan(
+        [Measured(d.transcript.rank, d.memory.kinds(), d.sent_bytes()) for d in done],
+        blueprint, asked, num_microbatches=6,
+    )  # fmt: skip
+    for row in rows:
+        assert row.memory_ratio == pytest.approx(1.0, abs=0.10)
+        assert set(row.sent_ratios) >= {"tp", "pp", "dp", "tied"}
+        for axis, ratio in row.sent_ratios.items():
+            # gradient buffers are padded to 16 elements per parameter
+            assert ratio == pytest.approx(1.0, abs=0.02 if axis == "dp" else 1e-4), (row.rank, axis)
+
+
+class Edited(Blueprint):
+    """A blueprint whose lists of one pp rank were changed after the check."""
+
+    __slots__ = ()
+
+    def actions(self, num_microbatches):
+        rows = list(Blueprint.actions(self, num_microbatches))
+        rows[EDIT["pp"]] = tuple(EDIT["edit"](list(rows[EDIT["pp"]])))
+        return tuple(rows)
+
+
+EDIT: dict = {}
+
+
+def edited(edit):
+    """A tamper that changes this rank's list of actions."""
+
+    def tamper(actor):
+        EDIT.update(pp=actor.run.ctx.pp.rank, edit=edit)
+        fields = dataclasses.fields(Blueprint)
+        actor.run.blueprint = Edited(
+            **{f.name: getattr(actor.run.blueprint, f.name) for f in fields}
+        )
+
+    return tamper
+
+
+def late(action, after):
+    """The list with a message put off until after another one."""
+    moved, goal = Action.parse(action), Action.parse(after)
+
+    def edit(row):
+        kept = [group for group in row if group != (moved,)]
+        assert len(kept) == len(row) - 1, "the message stands alone"
+        at = next(n for n, group in enumerate(kept) if goal in group)
+        return [*kept[: at + 1], (moved,), *kept[at + 1 :]]
+
+    return edited(edit)
+
+
+def swapped(one, other):
+    """The list with two of its actions in each other's place, groups kept."""
+    one, other = Action.parse(one), Action.parse(other)
+    places = {one: other, other: one}
+    return edited(lambda row: [tuple(places.get(a, a) for a in group) for group in row])
+
+
+def without(action):
+    """The list without an action."""
+    gone = Action.parse(action)
+    rows = lambda row: [tuple(a for a in group if a != gone) for group in row]  # noqa: E731
+    return edited(lambda row: [group for group in rows(row) if group])
+
+
+def test_two_sends_in_the_other_order_which_a_cluster_would_take_silently_are_named():
+    (wrong,) = faults(PIPELINE, 4, on=0, tamper=late("0SEND_F0", after="0SEND_F1"))
+    assert wrong.startswith("message 1 from rank 0 to rank 1 does not fit")
+    assert "activation into stage 1, micro batch 1" in wrong.split("rank 0,")[1]
+    assert "activation into stage 1, micro batch 0" in wrong.split("rank 1,")[1]
+    assert "0SEND_F1" in wrong and "1RECV_F0" in wrong
+
+
+def test_two_swapped_computations_are_named():
+    (wrong,) = faults(PIPELINE, 4, on=2, tamper=swapped("2F0", "2F2"))
+    assert wrong.startswith("rank 2 breaks off") and "(2F2)" in wrong
+    assert "the activation for stage 2 of micro batch 2 was never received" in wrong
+
+
+def test_a_missing_receive_is_named():
+    wrong = faults(PIPELINE, 4, on=3, tamper=without("3RECV_F5"))
+    assert wrong[0].startswith("rank 3 breaks off") and "(3F5)" in wrong[0]
+    assert "the activation for stage 3 of micro batch 5 was never received" in wrong[0]
+
+
+def test_a_missing_last_send_is_named():
+    (wrong,) = faults(PIPELINE, 4, on=1, tamper=without("1SEND_B11"))
+    assert wrong.startswith("rank 1 breaks off") and "after its list" in wrong
+    assert "the gradient for stage 0 of micro batch 11 was never sent" in wrong
+
+
+def test_a_wrong_sequence_length_on_one_stage_is_named_with_both_shapes():
+    shorter = tiny_config(model__seq_length=8, **{PP: 4, BATCH: 24})
+    wrong = faults(PIPELINE, 4, on=1, changed=shorter)
+    (line,) = [line for line in wrong if "from rank 0 to rank 1" in line]
+    assert "[16, 2, 32]" in line.split("rank 0,")[1].split("rank 1,")[0]
+    assert "[8, 2, 32]" in line.split("rank 1,")[1]
+    assert "0SEND_F0" in line and "1RECV_F0" in line
+
+
+def test_a_wrong_hidden_size_on_one_rank_is_named_with_both_shapes():
+    wider = tiny_config(model__hidden_size=64, **{TP: 2, PP: 2, BATCH: 8})
+    wrong = faults(TENSOR, 4, on=1, changed=wider)
+    (line,) = [line for line in wrong if "over tp of ranks 0, 1" in line]
+    assert "[16, 2, 32]" in line and "[16, 2, 64]" in line and "layers/" in line
+
+
+def test_another_number_format_on_one_rank_is_named():
+    other = tiny_config(precision__bf16=True, **{TP: 2, PP: 2, BATCH: 8})
+    wrong = faults(TENSOR, 4, on=1, changed=other)
+    assert any("float32" in line and "bfloat16" in line and "over tp" in line for line in wrong)
+
+
+def test_a_skipped_tensor_parallel_sum_is_named_with_the_rank_and_the_layer():
+    def skip(actor):
+        (stage,) = actor.run.pipeline.stages.values()
+        down = stage.module.blocks["3"].mlp.down
+        alone = dataclasses.replace(down.setting.ctx, tp=Axis("tp"))
+        down.setting = dataclasses.replace(down.setting, ctx=alone)
+
+    wrong = faults(TENSOR, 4, on=3, tamper=skip)
+    line = next(line for line in wrong if "over tp of ranks 2, 3" in line)
+    assert "rank 3" in line and "1F0" in line and "layers/linear.py" in line
+
+
+def test_a_sum_at_the_end_that_one_rank_skips_is_named():
+    def skip(actor):
+        for held in actor.run.engine._held:
+            held.local = dataclasses.replace(held.local, twin=False)
+
+    (line,) = faults(TENSOR, 4, on=2, tamper=skip)
+    assert line.startswith("rank 2 skips collective 1 over tied of ranks 0, 2")
+    assert "engines/zero.py" in line and "[32, 32]" in line
+
+
+def test_buckets_reduced_in_another_order_on_one_rank_are_named():
+    config = tiny_config(parallel__ddp_bucket_size=2000, **{BATCH: 8})
+
+    def reverse(actor):
+        for buckets in actor.run.engine._buckets.values():
+            buckets.buckets.reverse()
+
+    assert faults(config, 2) == []
+    (line,) = faults(config, 2, on=1, tamper=reverse)
+    assert line.startswith("ranks 0 and 1 disagree on collective 2 over dp of ranks 0, 1")
+    assert "all-reduce" in line and "action" in line
+
+
+def test_two_groups_in_another_order_are_a_deadlock_with_the_ranks_that_wait():
+    """Each group's own calls are in order: only who waits for whom shows it."""
+
+    def tied_first(actor):
+        engine, reached = actor.run.engine, actor.run.pipeline.reached
+
+        def early(position, group):
+            reached(position, group)
+            for held in engine._held if position == 1 else ():
+                if held.local.twin:
+                    all_reduce(held.gradient, engine.ctx.tied)
+                    held.local = dataclasses.replace(held.local, twin=False)
+
+        actor.run.pipeline.reached = early
+
+    (line,) = faults(tiny_config(**{PP: 2, BATCH: 8}), 2, on=0, tamper=tied_first)
+    assert line.startswith("deadlock: these calls wait for each other")
+    assert "(0SEND_F0): all-reduce" in line and "over tied of ranks 0, 1" in line
+    assert "(1RECV_F0): receive" in line.split("rank 1,")[1]
+
+
+def test_a_wrong_partner_is_named():
+    def elsewhere(actor):
+        actor.run.pipeline.mail.placement = (0, 1, 3, 2)
+
+    wrong = faults(PIPELINE, 4, on=1, tamper=elsewhere)
+    assert any("rank 1 sends rank 3 a message that is never received" in line for line in wrong)
+    assert any("rank 2 waits for a message that rank 1 never sends" in line for line in wrong)
+
+
+def test_what_does_not_fit_ends_with_exit_code_6_and_a_count():
+    transcripts = rehearsed(PIPELINE, 4, on=2, tamper=without("2RECV_F3"))
+    with pytest.raises(DistributedError, match="would not fit together") as caught:
+        require_agreement(transcripts)
+    assert caught.value.exit_code == 6
+    assert "rank 2 breaks off" in str(caught.value)
