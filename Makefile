@@ -9,7 +9,7 @@ PY := $(abspath $(VENV))/bin/python
 export OMP_NUM_THREADS ?= 1
 PYTEST_ARGS ?=
 
-.PHONY: help setup demo test test-ci test-all test-cluster check parity parity-all bench bench-parallel bench-gpu bench-data flags format clean distclean
+.PHONY: help setup demo test test-ci test-all test-cluster check parity parity-all bench bench-parallel bench-gpu bench-checkpoint bench-data flags format clean distclean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -55,6 +55,9 @@ bench-parallel: setup ## our tp2, pp2, dp2 beside DDP, FSDP2, DTensor and torch'
 
 bench-gpu: setup ## gpt2-124m in bf16 on one GPU: tokens/s, TFLOP/s, MFU, memory, kernels
 	$(PY) benchmarks/bench_gpu.py
+
+bench-checkpoint: setup ## 300M parameters with Adam saved and loaded: stall and GB/s beside torch.save and DCP
+	OMP_NUM_THREADS= $(PY) -W ignore benchmarks/bench_checkpoint.py
 
 bench-data: setup ## the data side beside its named baselines: indices, start-up, preprocessing
 	@for file in benchmarks/bench_data_*.py; do echo "== $$file"; $(PY) -W ignore $$file; done

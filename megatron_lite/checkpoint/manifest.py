@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
+from megatron_lite.checkpoint.hashing import Hasher
 from megatron_lite.checkpoint.progress import Progress
 from megatron_lite.checkpoint.tensor_file import Written
 from megatron_lite.config.errors import CheckpointError
@@ -16,6 +17,7 @@ from megatron_lite.config.errors import CheckpointError
 Section = TypeVar("Section")
 FORMAT, VERSION = "megatron_lite", 2
 NAME = "manifest.json"
+_READ_BYTES = 8 << 20  # at a time: one part is read while the one before is hashed
 TOKENIZER = "tokenizer"
 _FILE_NAME = re.compile(
     rf"(weights|optimizer)-\d{{5}}\.safetensors|{TOKENIZER}/\w[\w.-]{{0,99}}", re.ASCII
@@ -164,9 +166,9 @@ def verify_files(folder: Path, manifest: Manifest, *, share: int = 0, shares: in
 
 def hash_of(path: Path) -> Written:
     """Size and hash of a file as it lies on the disk."""
-    hashed, size = hashlib.sha256(), 0
-    with path.open("rb", buffering=0) as file:
-        while data := file.read(16 << 20):
+    size = 0
+    with path.open("rb", buffering=0) as file, Hasher() as hashed:
+        while data := file.read(_READ_BYTES):
             hashed.update(data)
             size += len(data)
-    return Written(size, hashed.hexdigest())
+        return Written(size, hashed.hexdigest())

@@ -29,6 +29,7 @@ DTYPES = {
     torch.uint8: "U8",
 }
 
+_LONG_BYTES = 4 << 20
 _WRITE_BYTES = 16 << 20  # per write: bounds the host copy of a device tensor that is not contiguous
 
 
@@ -98,6 +99,8 @@ def write_stream(
                 data = chunk.cpu().numpy().data
                 hashed.update(data)
                 file.write(data)
+                if data.nbytes >= _LONG_BYTES:
+                    file.start_write_back()
         file.fsync()
         return Written(file.size, hashed.hexdigest())
 
