@@ -12,7 +12,7 @@ PYTEST_ARGS ?=
 .PHONY: help setup demo test test-ci test-all test-cluster check parity parity-all bench bench-parallel bench-gpu bench-checkpoint bench-data flags format clean distclean
 
 help: ## this list
-	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
 
 setup: ## .venv with everything the demo and the tests need; instant when nothing changed
 	@VENV="$(VENV)" tools/setup.sh

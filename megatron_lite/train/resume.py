@@ -67,7 +67,7 @@ def resume(
         _require_optimizer(run, manifest, checkpoint.load)
         schedules, said = _settle_schedules(manifest, learning_rate, asked, checkpoint.load)
         notices += said
-    _fill(run, store, manifest, optimizer=with_optimizer)
+    fill_run(run, store, manifest, optimizer=with_optimizer)
     loaded = (
         f"  successfully loaded checkpoint from {checkpoint.load} at iteration {manifest.iteration}"
     )
@@ -95,7 +95,8 @@ def _require_optimizer(run: Run, manifest: Manifest, folder: str) -> None:
         )
 
 
-def _fill(run: Run, store: Store, manifest: Manifest, *, optimizer: bool) -> None:
+def fill_run(run: Run, store: Store, manifest: Manifest, *, optimizer: bool) -> None:
+    """Weights, masters and, where asked for, moments from whatever layout and precision was saved."""
     state = list(run.engine.state(owned=False))
     masters = [s for s in state if s.name.startswith(MASTER)]
     moments = [s for s in state if not s.name.startswith(MASTER)] if optimizer else []
