@@ -34,7 +34,7 @@ from megatron_lite.checkpoint.huggingface import (
     open_folder,
     plan_export,
 )
-from megatron_lite.checkpoint.manifest import Manifest
+from megatron_lite.checkpoint.manifest import TOKENIZER, Manifest
 from megatron_lite.checkpoint.store import Store
 from megatron_lite.checkpoint.tensor_file import DTYPES
 from megatron_lite.config.data import DataConfig
@@ -48,6 +48,7 @@ from megatron_lite.data.tokenizers.exchange import (
     tokenizer_files,
 )
 from megatron_lite.data.tokenizers.gpt2_bpe import EOD
+from megatron_lite.data.tokenizers.kept import from_kept
 from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.storage.disk import Disk, folder_at_once, write_atomically
 
@@ -168,7 +169,8 @@ def _export(source: Path, target: Path, asked: argparse.Namespace) -> None:
     if model.vocab_size is None:
         raise CheckpointError(f"{source}: the checkpoint does not say its vocabulary size")
     export = plan_export(store, manifest, model, FORMATS.get(asked.dtype))
-    files, eod = ({}, None) if asked.no_tokenizer else _tokenizer(asked, manifest, model)
+    kept = store.folder(manifest.iteration) / TOKENIZER
+    files, eod = ({}, None) if asked.no_tokenizer else _tokenizer(asked, manifest, model, kept)
     if asked.dry_run:
         _list(export.conversions, _forms_out(export), export.bytes, files, target, export=True)
         return
@@ -186,10 +188,10 @@ def _export(source: Path, target: Path, asked: argparse.Namespace) -> None:
 
 
 def _tokenizer(
-    asked: argparse.Namespace, manifest: Manifest, model: ModelConfig
+    asked: argparse.Namespace, manifest: Manifest, model: ModelConfig, kept: Path
 ) -> tuple[dict[str, bytes], int | None]:
     """The tokenizer's files by name, and the id that ends a document."""
-    data: DataConfig = manifest.section(DataConfig, "data")
+    data: DataConfig = from_kept(manifest.section(DataConfig, "data"), kept)
     if asked.vocab_file or asked.merge_file:
         data = dataclasses.replace(
             data, tokenizer_type="GPT2BPETokenizer",

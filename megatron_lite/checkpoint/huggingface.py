@@ -306,7 +306,7 @@ def plan_export(
 
     Raises CheckpointError naming every flag that Hugging Face's GPT-2 cannot express.
     """
-    folder = store.root / f"iter_{manifest.iteration:07d}"
+    folder = store.folder(manifest.iteration)
     config_of(model, torch.float32, eod=None, where=str(folder))
     wanted = conversions(model)
     stored = {
