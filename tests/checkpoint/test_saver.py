@@ -12,7 +12,7 @@ import torch
 
 from megatron_lite.checkpoint.manifest import read_manifest
 from megatron_lite.checkpoint.progress import Progress
-from megatron_lite.checkpoint.saver import Background
+from megatron_lite.checkpoint.saver import Background, Foreground, Saver
 from megatron_lite.checkpoint.store import KEEP_ALL, Keep, Store
 from megatron_lite.config.errors import StorageError
 from megatron_lite.parallel.context import ParallelContext
@@ -116,20 +116,23 @@ def test_a_failing_writer_is_heard_once_and_the_next_save_works(tmp_path: Path) 
     assert stored(tmp_path) == (3, 3.0)
 
 
-def one_rank_s_disk_fails(rank: int, ranks: int, folder: str) -> list[str]:
-    """What a rank hears of a save that fails on rank 1, while both go on computing together."""
+def one_rank_s_disk_fails(rank: int, ranks: int, folder: str, way: str, bad: int) -> list[str]:
+    """What a rank hears of a save that fails on one of them, while both go on computing together."""
     blueprint = draw(tiny_config(), ranks)
     ctx = context(blueprint, rank)
-    disk = FaultyDisk(fail_at=0, error=errno.EIO, kinds=("fsync",)) if rank == 1 else Disk()
-    saver = Background.over(Store(Path(folder), ctx, disk), KEEP_ALL, idle=lambda: None)
+    disk = FaultyDisk(fail_at=0, error=errno.ENOSPC, kinds=("fsync",)) if rank == bad else Disk()
+    store = Store(Path(folder), ctx, disk)
+    saver: Saver = Foreground(store, KEEP_ALL)
+    if way == "beside":
+        saver = Background.over(store, KEEP_ALL, idle=lambda: None)
     heard = []
     for step in (1, 2):
-        saver.save(snapshot(saver.store, step, slices(float(step))))
-        votes = torch.zeros(1)
-        while not votes.item():  # steps go on; all learn in the same one
-            votes[0] = float(saver.failed or saver.finished() is not None)
-            torch.distributed.all_reduce(votes)
         try:
+            saver.save(snapshot(store, step, slices(float(step))))
+            votes = torch.zeros(1)
+            while not votes.item():  # steps go on; all learn in the same one
+                votes[0] = float(saver.failed or saver.finished() is not None)
+                torch.distributed.all_reduce(votes)
             saver.wait()
             heard.append("saved")
         except StorageError as error:
@@ -137,11 +140,16 @@ def one_rank_s_disk_fails(rank: int, ranks: int, folder: str) -> list[str]:
     return heard
 
 
-def test_all_ranks_hear_of_one_rank_s_failure_and_meet_again_in_the_next(tmp_path: Path) -> None:
-    first, second = spawn(one_rank_s_disk_fails, 2, str(tmp_path))
-    assert "another rank could not write" in first[0] and "Input/output error" in second[0]
-    assert first[1] == second[1] == "saved"
-    assert stored(tmp_path) == (2, 2.0)
+@pytest.mark.parametrize("bad", [0, 1])
+@pytest.mark.parametrize("way", ["at once", "beside"])
+def test_all_ranks_hear_of_one_rank_s_failure_and_meet_again_in_the_next(
+    tmp_path: Path, way: str, bad: int
+) -> None:
+    heard = spawn(one_rank_s_disk_fails, 2, str(tmp_path), way, bad)
+    assert "No space left" in heard[bad][0] and str(tmp_path) in heard[bad][0]
+    assert "another rank could not write" in heard[1 - bad][0]
+    assert heard[0][1] == heard[1][1] == "saved"
+    assert stored(tmp_path) == (2, 2.0) and not list(tmp_path.glob(".*"))
 
 
 @pytest.mark.parametrize(

@@ -177,11 +177,12 @@ SAVING = {
 
 
 @pytest.mark.slow
-def test_a_save_survives_the_loss_of_any_rank_at_any_point(tmp_path):
+@pytest.mark.parametrize("way", [[], ["--async-save"]])
+def test_a_save_survives_the_loss_of_any_rank_at_any_point(tmp_path, way):
     """The save of iteration 2 is interrupted; the run goes on from 1, or from 2 if that is whole."""
 
     def flags(save: Path) -> list[str]:
-        return [*TIMED, "--save", str(save), "--save-interval", "1", "--load", str(save)]
+        return [*TIMED, "--save", str(save), "--save-interval", "1", "--load", str(save), *way]
 
     first = launch(2, [*flags(tmp_path / "first"), "--exit-interval", "1"])
     assert [rank.rc for rank in first] == [0, 0], first[0].err

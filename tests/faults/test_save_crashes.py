@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from megatron_lite.checkpoint.progress import Progress
-from megatron_lite.checkpoint.snapshot import Snapshot
+from megatron_lite.checkpoint.saver import Background
+from megatron_lite.checkpoint.snapshot import Origin, Snapshot
 from megatron_lite.checkpoint.store import Keep, Saved, Store
 from megatron_lite.config.errors import StorageError
 from megatron_lite.parallel.context import ParallelContext
@@ -38,6 +39,19 @@ def save(
     return store.save(snapshot(store, seed, iteration), Keep(keep_last))
 
 
+def save_beside(
+    folder: Path, seed: int, iteration: int, disk: Disk, keep_last: int | None = None
+) -> Saved:
+    """The same by the thread of --async-save."""
+    store = Store(folder, ParallelContext.serial(), disk)
+    saver = Background.over(store, Keep(keep_last), idle=lambda: None)
+    saver.save(snapshot(store, seed, iteration))
+    saver.wait()
+    saved = saver.finished()
+    assert saved is not None
+    return saved
+
+
 def snapshot(store: Store, seed: int, iteration: int) -> Snapshot:
     return store.snapshot(
         iteration,
@@ -45,6 +59,7 @@ def snapshot(store: Store, seed: int, iteration: int) -> Snapshot:
         optimizer=state(seed + 100, "exp_avg."),
         progress=Progress(step=iteration, samples=seed),
         config={"seed": seed},
+        origin=Origin(tokenizer_files={"vocab.json": b"{}"}),
     )
 
 
@@ -84,7 +99,7 @@ def old(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def at_every_operation(
     old: Path, tmp_path: Path, case: str, disk_at: Callable[[int], FaultyDisk],
-    error: type[BaseException],
+    error: type[BaseException], save: Callable[..., Saved] = save,
 ) -> list[tuple[str, Path, int]]:  # fmt: skip
     """(operation, folder, seed that loads) for a save that fails at each of its operations."""
     iteration, keep_last = CASES[case]
@@ -108,10 +123,11 @@ def at_every_operation(
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("tear", [False, True], ids=["", "torn"])
-def test_after_a_crash_the_old_or_the_new_checkpoint_loads(old, tmp_path, case, tear):
+@pytest.mark.parametrize("way", [save, save_beside])
+def test_after_a_crash_the_old_or_the_new_checkpoint_loads(old, tmp_path, case, tear, way):
     found = at_every_operation(
         old, tmp_path, case, lambda k: FaultyDisk(fail_at=k, crash="raise", tear=tear),
-        SimulatedCrash,
+        SimulatedCrash, way,
     )  # fmt: skip
     seeds = [seed for _, _, seed in found]
     assert seeds == sorted(seeds) and set(seeds) == {OLD, NEW}  # once new, never old again
@@ -126,11 +142,14 @@ def test_after_a_crash_the_old_or_the_new_checkpoint_loads(old, tmp_path, case, 
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
-def test_a_disk_that_fails_is_a_storage_error_and_the_old_one_stays(old, tmp_path, case, number):
+@pytest.mark.parametrize("way", [save, save_beside])
+def test_a_disk_that_fails_is_a_storage_error_and_the_old_one_stays(
+    old, tmp_path, case, number, way
+):
     found = at_every_operation(
         old, tmp_path, case,
         lambda k: FaultyDisk(fail_at=k, error=number, tear=True, lasting=number == errno.ENOSPC),
-        StorageError,
+        StorageError, way,
     )  # fmt: skip
     seeds = [seed for _, _, seed in found]
     assert seeds == sorted(seeds) and seeds[0] == OLD
@@ -150,5 +169,12 @@ def test_every_file_is_on_the_device_before_the_rename_that_shows_it(old, tmp_pa
         last_write = max(i for i, k in enumerate(kinds) if k == ("write", name))
         assert ("fsync", name) in kinds[last_write:shown], name
     assert ("sync_folder", disk.operations[shown].path.name) in kinds[:shown]
+    assert ("sync_folder", "tokenizer") in kinds[:shown] and ("fsync", "vocab.json") in kinds[
+        :shown
+    ]
+    listing = kinds.index(("create", "part-00000.json"))
+    assert ("fsync", "part-00000.json") in kinds[
+        listing : kinds.index(("remove", "part-00000.json"))
+    ]
     pointer = max(i for i, o in enumerate(disk.operations) if o.kind == "rename")
     assert ("sync_folder", tmp_path.name) in kinds[shown:pointer]

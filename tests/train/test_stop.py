@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import gc
 import os
+import re
 import signal
 import time
 from pathlib import Path
 
 import pytest
 
+from megatron_lite.checkpoint.store import Store
 from megatron_lite.config.errors import PREEMPTED
 from megatron_lite.config.train import TrainConfig
+from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.telemetry.record import SaveRecord
 from megatron_lite.train.step import train_step
 from megatron_lite.train.stop import NO_VOTE, Stopped, StopRequests, StopVote
-from tests.support.launch import start
+from tests.support.launch import TINY, start, with_flags
 from tests.train.runs import alone, argv, records, steps
 
 LONG = ["--train-iters", "100000", "--lr-decay-iters", "100000"]
@@ -160,3 +163,24 @@ def test_manual_gc_collects_at_its_interval_only(
     assert enabled == [False] * 4
     assert collected == [0, 2, 4]
     assert gc.isenabled()
+
+
+@pytest.mark.ci
+def test_a_signal_while_a_checkpoint_is_written_beside_the_steps(tmp_path: Path) -> None:
+    """Both are kept, the one under way and that of the last step; exit 75 comes after both."""
+    folder = tmp_path / "run"
+    words = ["--train-iters", "100000", "--save", str(folder), "--save-interval", "2"]
+    running = start(
+        2, with_flags(TINY, *words, "--async-save"), fault="save.before_complete:0:sleep3"
+    )
+    running.wait_for(1, "iteration        3/")
+    assert not (folder / "iter_0000002").exists(), "the steps went on before it was complete"
+    running.kill(1, signal.SIGTERM)
+    ended = running.wait(90)
+    assert [rank.rc for rank in ended] == [75, 75], ended[0].err
+    store = Store(folder, ParallelContext.serial())
+    newest, notices = store.newest_intact()
+    assert newest is not None and not notices
+    assert newest.iteration > 2 and 2 in store.iterations()
+    said = re.search(r"stopped by a signal.*\] iteration +(\d+)", ended[0].out)
+    assert said and int(said[1]) == newest.iteration
