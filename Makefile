@@ -9,7 +9,7 @@ PY := $(abspath $(VENV))/bin/python
 export OMP_NUM_THREADS ?= 1
 PYTEST_ARGS ?=
 
-.PHONY: help setup demo test test-ci test-all test-cluster check parity parity-all bench bench-parallel bench-gpu bench-checkpoint bench-data flags format clean distclean
+.PHONY: help setup demo test test-ci test-all test-cluster test-gpu check parity parity-all bench bench-parallel bench-gpu bench-checkpoint bench-data flags format clean distclean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -31,6 +31,9 @@ test-all: setup ## every test; those that need a GPU or root skip themselves wit
 
 test-cluster: setup ## several hosts as network namespaces, trained across and cut off; needs root
 	$(PY) -m pytest -m cluster tests/cluster $(PYTEST_ARGS)
+
+test-gpu: setup ## what needs GPUs: one for the kernels, two to eight for the layouts over NCCL
+	$(PY) -m pytest -m gpu tests $(PYTEST_ARGS)
 
 check: setup ## lint, format, types, shell scripts, import directions, documents
 	$(PY) -m ruff check .

@@ -61,6 +61,9 @@ class ParallelContext:
     def from_grid(cls, grid: RankGrid, rank: int, device: torch.device) -> ParallelContext:
         """Make every group of the grid.  Collective over the world: all ranks call it alike."""
         axes = {name: _axis(grid, name, rank) for name in ("tp", "cp", "dp", "pp")}
+        if device.type == "cuda" and axes["pp"].size > 1:
+            # NCCL: messages between two ranks of a group come after a collective of the whole group
+            dist.all_reduce(torch.zeros(1, device=device), group=axes["pp"].group)
         return cls(
             device=device,
             rank=rank,

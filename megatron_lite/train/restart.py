@@ -70,7 +70,10 @@ def _without_times(what: str) -> str:
 
 
 def last_crash(folder: Path) -> Crash | None:
-    """The failure that made the others fail: not "rank 1 failed first", not a lost rank if one spoke."""
+    """The failure that made the others fail: not "rank 1 failed first", not a lost rank if one spoke.
+
+    After a refusal it is that.
+    """
     found = []
     for path in sorted((folder / "errors").glob("rank*.json")):
         entry = _read(path)
@@ -78,8 +81,12 @@ def last_crash(folder: Path) -> Crash | None:
             found.append(entry)
     if not found:
         return None
-    first = min(found, key=lambda entry: (entry["exit_code"] == 6, entry["time"]))
+    first = min(found, key=_importance)
     return Crash(int(first["exit_code"]), str(first["error"]), _newest(folder))
+
+
+def _importance(entry: dict[str, Any]) -> tuple[bool, bool, float]:
+    return not str(entry["error"]).startswith(GAVE_UP), entry["exit_code"] == 6, entry["time"]
 
 
 def refusal(train: TrainConfig, folder: Path | None, *, attempt: int) -> Refused | None:

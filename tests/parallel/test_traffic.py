@@ -23,12 +23,12 @@ ACTIVATION = S * B * H * 4  # bytes of one fp32 activation
 TOKENS = S * B * 4
 
 
-def traffic(rank, ranks, changes):
+def traffic(rank, ranks, changes, device="cpu"):
     """(collective, bytes of the whole tensor) -> how often, on this rank in one step."""
     batch = {"train__global_batch_size": B * ranks_dp(changes, ranks)}
     config = tiny_config(**{"train__micro_batch_size": B} | batch | changes)
     blueprint = draw(config, ranks)
-    run = assemble(config, blueprint, context(blueprint, rank))
+    run = assemble(config, blueprint, context(blueprint, rank, device))
     batches = make_batches(config, blueprint, run.ctx.dp.rank, 0)
     seen = Counter()
     reduce, gather, scatter = dist.all_reduce, collectives._gather_into, collectives._scatter_into

@@ -41,11 +41,11 @@ def tiny_config(**changes: Any) -> RunConfig:
     )
 
 
-def context(blueprint: Blueprint, rank: int) -> ParallelContext:
-    """The context of this gloo rank (serial for one)."""
+def context(blueprint: Blueprint, rank: int, device: torch.device | str = "cpu") -> ParallelContext:
+    """The context of this rank of the process group (serial for one)."""
     if blueprint.grid.world_size == 1:
-        return ParallelContext.serial()
-    return ParallelContext.from_grid(blueprint.grid, rank, torch.device("cpu"))
+        return ParallelContext.serial(device)
+    return ParallelContext.from_grid(blueprint.grid, rank, torch.device(device))
 
 
 def make_batches(

@@ -50,13 +50,14 @@ def test_the_same_crash_twice_is_not_tried_a_third_time(tmp_path: Path) -> None:
     for attempt, seconds in enumerate((11.5, 12.25)):
         assert refusal(TrainConfig(), tmp_path, attempt=attempt) is None
         begin_attempt(tmp_path, Disk(), attempt=attempt)
-        failed(tmp_path, 0, 6, lost(seconds))
+        failed(tmp_path, 0, 6, lost(seconds), 1.0)
+        failed(tmp_path, 2, 6, lost(seconds), 2.0)
     found = refusal(TrainConfig(), tmp_path, attempt=2)
     assert found is not None and found.exit_code == 6
     assert re.match(
         "not started again: 2 attempts ended with the same .* rank 1 was lost", str(found)
     )
-    failed(tmp_path, 0, 6, str(found))
+    failed(tmp_path, 0, 6, str(found), 9.0)
     again = refusal(TrainConfig(), tmp_path, attempt=3)
     assert again is not None and again.told and again.exit_code == 6 and not found.told
     assert refusal(TrainConfig(), tmp_path, attempt=0) is None, "a person may start it again"
