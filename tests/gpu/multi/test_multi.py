@@ -153,7 +153,12 @@ LOST = {
 
 
 @pytest.mark.parametrize(
-    "place, name", [place for name in LOST for place in places(2, f"lost-{name}", name)]
+    "place, name",
+    [
+        place
+        for name in LOST
+        for place in places(2, f"lost-{name}", name, twin="slow" if name == "dp" else "ci")
+    ],
 )
 def test_a_lost_rank_is_named_in_time(place: str, name: str) -> None:
     fault, flags = LOST[name]
