@@ -65,6 +65,10 @@ bench-checkpoint: setup ## 300M parameters with Adam saved and loaded: stall and
 bench-data: setup ## the data side beside its named baselines: indices, start-up, preprocessing
 	@for file in benchmarks/bench_data_*.py; do echo "== $$file"; $(PY) -W ignore $$file; done
 
+.PHONY: bench-schedules
+bench-schedules: setup ## CPU seconds to lower 1536 micro batches beside torch.distributed.pipelining's lowering
+	$(PY) benchmarks/bench_schedules.py
+
 flags: setup ## write docs/FLAGS.md anew from the config sections
 	$(PY) tools/flags.py
 

@@ -318,10 +318,18 @@ def lines_executed(work: Callable[[], object]) -> int:
     return count
 
 
-def test_generating_lowering_and_checking_is_linear_in_micro_batches() -> None:
-    def work(m: int) -> Callable[[], None]:
-        return lambda: check(lower(pipeline(4, m)), round_robin(4), m)
+@pytest.mark.parametrize(
+    ("name", "chunks"), [("1f1b", 1), ("interleaved", 3), ("zb-h1", 1), ("zb-v", 2)]
+)
+def test_generating_lowering_and_checking_is_linear_in_micro_batches(
+    name: str, chunks: int
+) -> None:
+    kind = SCHEDULES[name]
+    placement = kind.place(4, chunks)
 
-    small, large = lines_executed(work(40)), lines_executed(work(160))
+    def work(m: int) -> Callable[[], None]:
+        return lambda: check(lower(kind.generate(placement, m)), placement, m)
+
+    small, large = lines_executed(work(20)), lines_executed(work(80))
     assert small > 1000
     assert large < 4.1 * small
