@@ -272,6 +272,7 @@ MEGATRON_DEFAULTS: Mapping[str, str] = MappingProxyType(
 OURS_ONLY = frozenset(
     {
         "parallel.pipeline_schedule",
+        "parallel.check_collectives",
         "precision.tf32",
         "precision.loss_scale_patience",
         "guards.on_non_finite",

@@ -82,6 +82,9 @@ class ParallelConfig:
     distributed_backend: Literal["nccl", "gloo"] | None = None
     """Communication library; nccl with a GPU, gloo without."""
 
+    check_collectives: bool = False
+    """Compare every call with its partners' before it is made, and name what does not fit; slow."""
+
     distributed_timeout_minutes: float = 10.0
     """A collective that waits longer ends the run with exit code 6."""
 

@@ -157,6 +157,8 @@ def notices(config: RunConfig, world_size: int) -> tuple[str, ...]:
         found.append("--on-non-finite: changes nothing with --fp16, which skips every overflow")
     if p.sequence_parallel and p.tp == 1:
         found.append("--sequence-parallel: nothing to split at tensor-parallel size 1; off")
+    if p.check_collectives and world_size == 1:
+        found.append("--check-collectives: one process calls nobody")
     if not _dp_above_one(config, world_size):
         for flag, given in (
             ("--use-distributed-optimizer", p.use_distributed_optimizer),

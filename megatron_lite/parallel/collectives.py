@@ -22,6 +22,19 @@ _scatter_into = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scat
 SUM, MAX, MIN = dist.ReduceOp.SUM, dist.ReduceOp.MAX, dist.ReduceOp.MIN
 
 
+_REDUCTIONS = {SUM: "sum", MAX: "max", MIN: "min"}
+
+
+def reduction_name(op: Any) -> str:
+    """sum, max or min; torch's own words for others."""
+    return next((name for known, name in _REDUCTIONS.items() if op == known), str(op))
+
+
+def _announce(axis: Axis, call: str, whole: Tensor, what: str = "") -> None:
+    if axis.witness is not None:
+        axis.witness.collective(call, axis.name, axis.ranks, whole, what)
+
+
 class Pending:
     """A collective under way; wait() returns its result."""
 
@@ -56,6 +69,7 @@ def all_reduce(x: Tensor, axis: Axis, op: Any = SUM) -> Tensor:
     if axis.watch is not None:
         return start_all_reduce(x, axis, op).wait()
     if axis.size > 1:
+        _announce(axis, "all-reduce", x, reduction_name(op))
         dist.all_reduce(x, op=op, group=axis.group)
     return x
 
@@ -64,6 +78,7 @@ def start_all_reduce(x: Tensor, axis: Axis, op: Any = SUM) -> Pending:
     """Begin combining x [...] over the axis by op, in place; x may not be touched before wait()."""
     if axis.size == 1:
         return Pending(x)
+    _announce(axis, "all-reduce", x, reduction_name(op))
     work = dist.all_reduce(x, op=op, group=axis.group, async_op=True)
     return Pending(x, work, waited=_told(axis, "all-reduce", x, work))
 
@@ -78,6 +93,7 @@ def start_all_gather(x: Tensor, axis: Axis, dim: int = 0) -> Pending:
     x = x.contiguous()
     shape = (axis.size * x.shape[0], *x.shape[1:])
     out = x.new_empty(shape)
+    _announce(axis, "all-gather", out)
     work = _gather_into(out, x, group=axis.group, async_op=True)
     told = _told(axis, "all-gather", x, work)
     if dim:
@@ -96,6 +112,7 @@ def start_reduce_scatter(x: Tensor, axis: Axis) -> Pending:
         return Pending(x)
     x = x.contiguous()
     out = x.new_empty((x.shape[0] // axis.size, *x.shape[1:]))
+    _announce(axis, "reduce-scatter", x, "sum")
     work = _scatter_into(out, x, group=axis.group, async_op=True)
     return Pending(out, work, keep=x, waited=_told(axis, "reduce-scatter", x, work))
 
@@ -121,6 +138,7 @@ def local_slice(x: Tensor, axis: Axis, dim: int = 0) -> Tensor:
 def barrier(axis: Axis) -> None:
     """Wait until every rank of the axis is here."""
     if axis.size > 1:
+        _announce(axis, "barrier", torch.empty(0))
         dist.barrier(group=axis.group)
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from megatron_lite.blueprint.grid import RankGrid
 
@@ -17,12 +18,31 @@ Watch = Callable[[str, str, int, Any], Callable[[], None] | None]
 What it returns, if anything, is called when somebody has waited for the collective."""
 
 
+class Witness(Protocol):
+    """Told of every call just before it is made (--check-collectives); may raise DistributedError."""
+
+    def collective(
+        self, op: str, axis: str, ranks: tuple[int, ...], tensor: Tensor, what: str
+    ) -> None:
+        """All members call op with the whole tensor; what: the reduction."""
+        ...
+
+    def message(self, op: str, axis: str, tensor: Tensor, peer: int) -> None:
+        """A send to or a receive from a rank of the world is posted."""
+        ...
+
+    def arrives(self, what: str) -> None:
+        """The message of this name is waited for."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Axis:
     """One axis of the rank grid, seen from this rank: its place, the ranks on it, their process group.
 
     group is None when size == 1; collectives then return their input, so that a single process
-    needs no process group at all.  watch: None unless somebody records what is under way.
+    needs no process group at all.  watch: None unless somebody records what is under way; witness:
+    None unless somebody looks at calls before they are made.
     """
 
     name: str
@@ -31,6 +51,7 @@ class Axis:
     ranks: tuple[int, ...] = (0,)
     group: dist.ProcessGroup | None = field(default=None, repr=False, compare=False)
     watch: Watch | None = field(default=None, repr=False, compare=False)
+    witness: Witness | None = field(default=None, repr=False, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,8 +97,17 @@ class ParallelContext:
 
     def watched(self, watch: Watch) -> ParallelContext:
         """The same, with somebody who is told of every collective."""
-        names = ("tp", "cp", "dp", "pp", "model", "tied", "world")
-        return replace(self, **{name: replace(getattr(self, name), watch=watch) for name in names})
+        return replace(self, **{name: replace(getattr(self, name), watch=watch) for name in _AXES})
+
+    def witnessed(self, witness: Witness) -> ParallelContext:
+        """The same, with somebody who looks at every call before it is made."""
+        return replace(
+            self, **{name: replace(getattr(self, name), witness=witness) for name in _AXES}
+        )
+
+
+_AXES = ("tp", "cp", "dp", "pp", "model", "tied", "world")
+"""Fields of ParallelContext that are axes."""
 
 
 def _axis(grid: RankGrid, axes: str, rank: int) -> Axis:

@@ -20,8 +20,9 @@ from torch import Tensor
 from torch.distributed import HashStore  # type: ignore[attr-defined]
 
 from megatron_lite.blueprint.schedules.actions import MESSAGES, Action, Op
+from megatron_lite.parallel.collectives import reduction_name
 from megatron_lite.parallel.context import ParallelContext
-from megatron_lite.parallel.transcript import Call, Transcript
+from megatron_lite.parallel.transcript import Call, Transcript, message_name
 
 BACKEND = "rehearsal"
 
@@ -56,7 +57,7 @@ class RecordedGroup(dist.ProcessGroup):
 
     def _say(self, op: str, tensor: Tensor, what: str = "") -> _Done:
         if self.tape is not None:
-            self.tape.collective(op, self, tensor, what)
+            self.tape.collective(op, self.axis, self.ranks, tensor, what)
         return _Done()
 
     def allreduce(self, tensors: Any, opts: Any = None, *_: Any) -> Any:
@@ -89,19 +90,15 @@ class RecordedGroup(dist.ProcessGroup):
 
     def _tell_message(self, op: str, tensor: Tensor, peer: int) -> _Done:
         if self.tape is not None:
-            self.tape.message(op, self, tensor, self.ranks[peer])
+            self.tape.message(op, self.axis, tensor, self.ranks[peer])
         return _Done()
 
     def shutdown(self) -> None:
         """Nothing is open."""
 
 
-_REDUCTIONS = {getattr(dist.ReduceOp, name): name.lower() for name in ("SUM", "MAX", "MIN", "AVG")}
-
-
 def _reduction(options: Any) -> str:
-    asked = getattr(options, "reduceOp", None)
-    return next((name for kind, name in _REDUCTIONS.items() if asked == kind), str(asked))
+    return reduction_name(getattr(options, "reduceOp", None))
 
 
 def _create(options: Any, _: Any) -> RecordedGroup:
@@ -154,19 +151,21 @@ class Tape:
         self.place = f"{self.part}, action {position + 1} ({names})"
         self._messages = [a for a in reversed(group) if a.op in MESSAGES]
 
-    def collective(self, op: str, group: RecordedGroup, tensor: Tensor, what: str) -> None:
+    def collective(
+        self, op: str, axis: str, ranks: tuple[int, ...], tensor: Tensor, what: str
+    ) -> None:
         """A call of all members of a group."""
-        self._write(op, group.axis, group.ranks, tensor, what)
+        self._write(op, axis, ranks, tensor, what)
 
-    def message(self, op: str, group: RecordedGroup, tensor: Tensor, peer: int) -> None:
+    def message(self, op: str, axis: str, tensor: Tensor, peer: int) -> None:
         """One end of a message to or from a rank of the world; the list says which one it is."""
         me = self.transcript.rank
         what = _content(self._messages.pop()) if self._messages else ""
         ends = (me, peer) if op == "send" else (peer, me)
-        self._write(op, group.axis, ends, tensor, what)
+        self._write(op, axis, ends, tensor, what)
 
     def _write(self, op: str, axis: str, ranks: tuple[int, ...], tensor: Tensor, what: str) -> None:
-        self.transcript.calls.append(
+        self.take(
             Call(
                 op=op,
                 axis=axis,
@@ -180,6 +179,13 @@ class Tape:
                 line=self._line(),
             )
         )
+
+    def take(self, call: Call) -> None:
+        """Keep it."""
+        self.transcript.calls.append(call)
+
+    def arrives(self, what: str) -> None:
+        """A message is about to be waited for."""
 
     def _line(self) -> str:
         """file:line of ours that made the call under way: a layer's or the engine's if there is one."""
@@ -205,8 +211,5 @@ class Tape:
 def _content(action: Action) -> str:
     """Which value a message carries, said alike by both ends."""
     op, stage, m = action
-    if op in (Op.SEND_F, Op.RECV_F):
-        into = stage + 1 if op is Op.SEND_F else stage
-        return f"activation into stage {into}, micro batch {m}"
-    into = stage - 1 if op is Op.SEND_B else stage
-    return f"gradient into stage {into}, micro batch {m}"
+    into = {Op.SEND_F: stage + 1, Op.SEND_B: stage - 1}.get(op, stage)
+    return message_name(op in (Op.SEND_F, Op.RECV_F), into, m)

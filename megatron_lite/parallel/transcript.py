@@ -59,6 +59,12 @@ class Call(NamedTuple):
 MESSAGES = ("send", "receive")
 
 
+def message_name(forward: bool, stage: int, microbatch: int) -> str:
+    """What a message is, alike on both ends; stage: the one that gets it."""
+    kind = "activation" if forward else "gradient"
+    return f"{kind} into stage {stage}, micro batch {microbatch}"
+
+
 @dataclass(slots=True)
 class Transcript:
     """All calls of a rank in order; broke_off: what ended it early, None where it came to its end.
@@ -180,7 +186,7 @@ def _group_difference(
         else f"rank {rank}: nothing more"
         for rank, made in (one, other)
     )
-    where = f"collective {at + 1} over {axis} of {_shown(ranks)}"
+    where = f"collective {at + 1} over {axis} of {shown_ranks(ranks)}"
     for (rank, made), (partner, longer) in ((other, one), (one, other)):
         rest = [call.form for call in made[at:]]
         if at < len(longer) and rest == [call.form for call in longer[at + 1 :]]:
@@ -249,7 +255,7 @@ def _stuck(transcripts: Sequence[Transcript]) -> list[str]:
     if not waiting:
         return []
     shown = [
-        f"rank {rank}, {call.place}: {call} over {call.axis} of {_shown(call.ranks)}"
+        f"rank {rank}, {call.place}: {call} over {call.axis} of {shown_ranks(call.ranks)}"
         for rank, call in sorted(waiting.items())[:8]
     ]
     more = f"; and {len(waiting) - 8} more ranks" if len(waiting) > 8 else ""
@@ -315,7 +321,7 @@ def _batches(calls: Sequence[Call]) -> Iterator[list[Call]]:
         yield batch
 
 
-def _shown(ranks: Sequence[int]) -> str:
+def shown_ranks(ranks: Sequence[int]) -> str:
     """Ranks 0, 8, ... 56; a run of neighbours as 0-7."""
     if len(ranks) > 2 and ranks[-1] - ranks[0] == len(ranks) - 1:
         return f"ranks {ranks[0]}-{ranks[-1]}"

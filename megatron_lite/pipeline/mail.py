@@ -13,6 +13,7 @@ from torch import Tensor
 
 from megatron_lite.blueprint.schedules.actions import Action, Op
 from megatron_lite.parallel.context import Axis
+from megatron_lite.parallel.transcript import message_name
 
 _SENDS = (Op.SEND_F, Op.SEND_B)
 
@@ -54,8 +55,11 @@ class Mail:
     def take(self, *, forward: bool, stage: int, microbatch: int) -> Tensor:
         """Wait for what `stage` is to get and hand it over."""
         key = (forward, stage, microbatch)
-        assert key in self._incoming, f"{_named(key)} was never received"
-        for work in self._works.pop(key, ()):
+        assert key in self._incoming, f"the {message_name(*key)} was never received"
+        works = self._works.pop(key, ())
+        if works and self.pp.witness is not None:
+            self.pp.witness.arrives(message_name(*key))
+        for work in works:
             work.wait()
         return self._incoming.pop(key)
 
@@ -84,13 +88,19 @@ class Mail:
         if op in _SENDS:
             call: Any = dist.isend
             key = (op is Op.SEND_F, stage, m)
-            assert key in self._outgoing, f"{_named(key)} is to be sent before it is there"
+            assert key in self._outgoing, (
+                f"the {message_name(*key)} is to be sent before it is there"
+            )
             message = self._outgoing.pop(key)
         else:
             call = dist.irecv
             message = torch.empty(self.shape, dtype=self.dtype, device=self.device)
             self._incoming[op is Op.RECV_F, n, m] = message
-        return dist.P2POp(call, message, self.pp.ranks[self.placement[stage]], self.pp.group)
+        peer = self.pp.ranks[self.placement[stage]]
+        if self.pp.witness is not None:
+            end = "send" if op in _SENDS else "receive"
+            self.pp.witness.message(end, self.pp.name, message, peer)
+        return dist.P2POp(call, message, peer, self.pp.group)
 
     def _free_sent(self, *, but: int) -> None:
         """Let go of sent messages, oldest first: all that have left, and wait for them but the last."""
@@ -105,11 +115,6 @@ class Mail:
     def finish(self) -> None:
         """Wait until everything sent has left; nothing may be in the box."""
         self._free_sent(but=0)
-        left = [f"{_named(key)} was never taken" for key in self._incoming]
-        left += [f"{_named(key)} was never sent" for key in self._outgoing]
+        left = [f"the {message_name(*key)} was never taken" for key in self._incoming]
+        left += [f"the {message_name(*key)} was never sent" for key in self._outgoing]
         assert not left, "; ".join(left)
-
-
-def _named(key: tuple[bool, int, int]) -> str:
-    is_forward, stage, m = key
-    return f"the {'activation' if is_forward else 'gradient'} for stage {stage} of micro batch {m}"

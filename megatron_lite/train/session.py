@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed import PrefixStore
 
 from megatron_lite.blueprint.draw_up import Blueprint, draw_up
 from megatron_lite.checkpoint.manifest import Manifest
@@ -29,6 +30,7 @@ from megatron_lite.data.loader import Loader
 from megatron_lite.data.overview import overview
 from megatron_lite.data.pretrain import Samples
 from megatron_lite.layers.attention import choose_attention
+from megatron_lite.parallel.checking import Checker
 from megatron_lite.parallel.collectives import MAX, all_reduce
 from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.parallel.launch import (
@@ -103,7 +105,7 @@ def train(
         return code
     faults.at("init")
     start_process_group(launch, config.parallel, device, world)
-    session = open_session(config, launch, tokens, device, notices, failures, faults)
+    session = open_session(config, launch, tokens, device, notices, failures, faults, world)
     try:
         code = _carry_out(session)
     finally:
@@ -202,6 +204,7 @@ def open_session(
     notices: list[str],
     failures: Failures,
     faults: Fault | NoFaults,
+    world: World,
 ) -> Session:
     """Open data, model, checkpoint and logs.  Collective over the world."""
     blueprint = draw_up(config, launch.world_size)
@@ -213,11 +216,16 @@ def open_session(
     recorder = Recorder()
     if config.telemetry.profile_timeline:
         ctx = ctx.watched(functools.partial(watch_collectives, recorder))
+    checker = _checker(config, blueprint, launch, world)
+    if checker is not None:
+        ctx = ctx.witnessed(checker)
     log = Log(ctx)
     log.say(*notices)
     timers = RunTimers(config.telemetry.timing_log_level, device, recorder)
     with timers.span("model-and-optimizer-setup"):
         run = assemble(config, blueprint, ctx, timers=timers)
+    if checker is not None:
+        run.pipeline.reached = checker.reached
     log.say(*_description(run, blueprint))
     log.say_of_shard(_shard_size(run))
     faults.attach(run)
@@ -303,6 +311,22 @@ def _settle_data(
         log.say(*notices)
         log.warn(*warnings)
     return identity
+
+
+def _checker(
+    config: RunConfig, blueprint: Blueprint, launch: Launch, world: World
+) -> Checker | None:
+    """Who compares the ranks' calls before they are made, where that was asked for."""
+    if world.store is None or not config.parallel.check_collectives:
+        return None
+    presence = world.presence
+    return Checker(
+        PrefixStore(f"{world.prefix}/calls", world.store),
+        rank=launch.rank,
+        pp=blueprint.grid.coords(launch.rank).pp,
+        step=lambda: presence.step or 0,
+        seconds=config.parallel.distributed_timeout_minutes * 60.0,
+    )
 
 
 def plain(config: RunConfig) -> dict[str, Any]:

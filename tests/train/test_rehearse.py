@@ -205,19 +205,19 @@ def test_two_sends_in_the_other_order_which_a_cluster_would_take_silently_are_na
 def test_two_swapped_computations_are_named():
     (wrong,) = faults(PIPELINE, 4, on=2, tamper=swapped("2F0", "2F2"))
     assert wrong.startswith("rank 2 breaks off") and "(2F2)" in wrong
-    assert "the activation for stage 2 of micro batch 2 was never received" in wrong
+    assert "the activation into stage 2, micro batch 2 was never received" in wrong
 
 
 def test_a_missing_receive_is_named():
     wrong = faults(PIPELINE, 4, on=3, tamper=without("3RECV_F5"))
     assert wrong[0].startswith("rank 3 breaks off") and "(3F5)" in wrong[0]
-    assert "the activation for stage 3 of micro batch 5 was never received" in wrong[0]
+    assert "the activation into stage 3, micro batch 5 was never received" in wrong[0]
 
 
 def test_a_missing_last_send_is_named():
     (wrong,) = faults(PIPELINE, 4, on=1, tamper=without("1SEND_B11"))
     assert wrong.startswith("rank 1 breaks off") and "after its list" in wrong
-    assert "the gradient for stage 0 of micro batch 11 was never sent" in wrong
+    assert "the gradient into stage 0, micro batch 11 was never sent" in wrong
 
 
 def test_a_wrong_sequence_length_on_one_stage_is_named_with_both_shapes():
