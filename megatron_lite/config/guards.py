@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 
@@ -31,3 +31,9 @@ class GuardsConfig:
 
     on_spike: Literal["warn", "skip", "stop"] = "warn"
     """A spike is printed, or its step is left out, too, or it ends the run with exit code 7."""
+
+    check_replicas: int | None = field(
+        default=None,
+        metadata={"aliases": ["--check-weight-hash-across-dp-replicas-interval"]},
+    )
+    """Steps between comparisons of everything that several ranks hold a copy of."""

@@ -124,6 +124,11 @@ _MAPPED = (
         sets={"parallel.pipeline_model_parallel_size": 1},
     ),
     _mapped(
+        "--check-for-spiky-loss",
+        "means --loss-spike-factor 10",
+        unless_given={"guards.loss_spike_factor": 10.0},
+    ),
+    _mapped(
         "--train-tokens",
         "means --train-samples of so many tokens; of both, the smaller counts",
         takes_value=True,
@@ -172,6 +177,13 @@ _NO_OPS = (
     _no_op(
         "--deepspeed-activation-checkpointing",
         "recomputation needs no DeepSpeed; --checkpoint-activations or --recompute-* decide",
+    ),
+    _no_op("--check-for-large-grads", "--grad-norm-spike-factor is on unless it is 0"),
+    _no_op("--disable-straggler-on-startup", "the straggler report only reads clocks"),
+    _no_op(
+        "--straggler-ctrlr-port",
+        "no port is opened: --log-straggler says whether there is a report",
+        takes_value=True,
     ),
     _no_op("--repeated-dataloader", "training data repeat by themselves"),
     _no_op("--universal-checkpoint", "every checkpoint loads at every parallel layout"),
@@ -280,6 +292,7 @@ OURS_ONLY = frozenset(
         "guards.grad_norm_spike_factor",
         "guards.spike_window",
         "guards.on_spike",
+        "guards.check_replicas",
         "data.exact_blend_counts",
         "train.dry_run",
         "train.exit_code_on_preemption",

@@ -54,6 +54,15 @@ class TelemetryConfig:
     log_world_size_to_tensorboard: bool = False
     """World size as a TensorBoard scalar."""
 
+    log_straggler: bool = False
+    """At every log interval, the time each rank worked without waiting for others; the slow one named."""
+
+    straggler_minmax_count: int = 1
+    """How many of the slowest and of the fastest ranks are named."""
+
+    log_memory_interval: int | None = None
+    """Iterations between reports of the most memory each rank has held."""
+
     timing_log_level: Literal[0, 1, 2] = 0
     """0 the step only, 1 its parts, 2 each action of the pipeline."""
 

@@ -31,6 +31,9 @@ class TrainConfig:
     seed: int = 1234
     """Seed of weights, dropout and data order."""
 
+    deterministic_mode: bool = field(default=False, metadata={"aliases": ["--deterministic"]})
+    """Only kernels that give the same bits every time: two runs are then equal on a GPU, too."""
+
     eval_interval: int | None = 1000
     """Iterations between evaluations on the validation set."""
 

@@ -64,5 +64,6 @@ def flash(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Tensor:
     out = run(
         *(x.transpose(1, 2) for x in (q, k, v)),
         dropout_p=call.dropout, softmax_scale=call.scale, causal=True,
+        deterministic=torch.are_deterministic_algorithms_enabled(),
     )  # fmt: skip
     return out.transpose(1, 2)

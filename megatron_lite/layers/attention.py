@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
@@ -24,7 +26,11 @@ def choose_attention(setting: Setting, *, training: bool, masked: bool = False) 
         layer_scaling=model.apply_query_key_layer_scaling,
         masked=masked,
     )
-    return choose("attention", need, PREFERENCES[backend])
+    choice = choose("attention", need, PREFERENCES[backend])
+    if model.attention_softmax_in_fp32 or choice.implementation.name == "reference":
+        return choice
+    ignored = "--no-attention-softmax-in-fp32: its softmax is in fp32 in any case"
+    return replace(choice, why=f"{choice.why} ({ignored})")
 
 
 class SelfAttention(nn.Module):

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_lite.parallel.context import Axis
+from megatron_lite.parallel.waits import NOT_MEASURED, Waits
 
 # torch >= 2.13 renames these two and warns about the old names
 _gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -45,14 +46,16 @@ class Pending:
         dim: int = 0,
         keep: Tensor | None = None,
         waited: Callable[[], None] | None = None,
+        waits: Waits = NOT_MEASURED,
     ):
         self._result, self._work, self._dim, self._keep = result, work, dim, keep
-        self._waited = waited
+        self._waited, self._waits = waited, waits
 
     def wait(self) -> Tensor:
         """The finished tensor; on a GPU only the stream waits."""
         if self._work is not None:
-            self._work.wait()
+            with self._waits:
+                self._work.wait()
             self._work = self._keep = None
             if self._waited is not None:
                 self._waited()
@@ -70,7 +73,8 @@ def all_reduce(x: Tensor, axis: Axis, op: Any = SUM) -> Tensor:
         return start_all_reduce(x, axis, op).wait()
     if axis.size > 1:
         _announce(axis, "all-reduce", x, reduction_name(op))
-        dist.all_reduce(x, op=op, group=axis.group)
+        with axis.waits:
+            dist.all_reduce(x, op=op, group=axis.group)
     return x
 
 
@@ -80,7 +84,7 @@ def start_all_reduce(x: Tensor, axis: Axis, op: Any = SUM) -> Pending:
         return Pending(x)
     _announce(axis, "all-reduce", x, reduction_name(op))
     work = dist.all_reduce(x, op=op, group=axis.group, async_op=True)
-    return Pending(x, work, waited=_told(axis, "all-reduce", x, work))
+    return Pending(x, work, waited=_told(axis, "all-reduce", x, work), waits=axis.waits)
 
 
 def start_all_gather(x: Tensor, axis: Axis, dim: int = 0) -> Pending:
@@ -98,7 +102,7 @@ def start_all_gather(x: Tensor, axis: Axis, dim: int = 0) -> Pending:
     told = _told(axis, "all-gather", x, work)
     if dim:
         out = out.view(axis.size, *x.shape)
-    return Pending(out, work, dim, x, told)
+    return Pending(out, work, dim, x, told, axis.waits)
 
 
 def all_gather(x: Tensor, axis: Axis, dim: int = 0) -> Tensor:
@@ -114,7 +118,8 @@ def start_reduce_scatter(x: Tensor, axis: Axis) -> Pending:
     out = x.new_empty((x.shape[0] // axis.size, *x.shape[1:]))
     _announce(axis, "reduce-scatter", x, "sum")
     work = _scatter_into(out, x, group=axis.group, async_op=True)
-    return Pending(out, work, keep=x, waited=_told(axis, "reduce-scatter", x, work))
+    told = _told(axis, "reduce-scatter", x, work)
+    return Pending(out, work, keep=x, waited=told, waits=axis.waits)
 
 
 def reduce_scatter(x: Tensor, axis: Axis) -> Tensor:
@@ -139,7 +144,8 @@ def barrier(axis: Axis) -> None:
     """Wait until every rank of the axis is here."""
     if axis.size > 1:
         _announce(axis, "barrier", torch.empty(0))
-        dist.barrier(group=axis.group)
+        with axis.waits:
+            dist.barrier(group=axis.group)
 
 
 def gather_text(text: str, axis: Axis, device: torch.device) -> list[str]:

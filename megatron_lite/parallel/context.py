@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_lite.blueprint.grid import RankGrid
+from megatron_lite.parallel.waits import NOT_MEASURED, Waits
 
 Watch = Callable[[str, str, int, Any], Callable[[], None] | None]
 """Told of every collective that was begun: (axis, what, bytes of this rank's tensor, torch's work).
@@ -43,6 +44,7 @@ class Axis:
     group is None when size == 1; collectives then return their input, so that a single process
     needs no process group at all.  watch: None unless somebody records what is under way; witness:
     None unless somebody looks at calls before they are made.
+    waits: entered around everything that waits for these ranks.
     """
 
     name: str
@@ -52,6 +54,7 @@ class Axis:
     group: dist.ProcessGroup | None = field(default=None, repr=False, compare=False)
     watch: Watch | None = field(default=None, repr=False, compare=False)
     witness: Witness | None = field(default=None, repr=False, compare=False)
+    waits: Waits = field(default=NOT_MEASURED, repr=False, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +107,11 @@ class ParallelContext:
         return replace(
             self, **{name: replace(getattr(self, name), witness=witness) for name in _AXES}
         )
+
+    def with_waits(self, waits: Waits) -> ParallelContext:
+        """The same, its axes measuring with `waits` how long this rank stands still for others."""
+        return replace(self, **{name: replace(getattr(self, name), waits=waits) for name in _AXES})
+
 
 
 _AXES = ("tp", "cp", "dp", "pp", "model", "tied", "world")

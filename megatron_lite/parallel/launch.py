@@ -109,9 +109,20 @@ def choose_device(launch: Launch, *, use_cpu: bool, backend: str | None) -> torc
     return device
 
 
-def set_device_environment(parallel: ParallelConfig, device: torch.device) -> list[str]:
-    """What CUDA reads from the environment, before it starts; returns notices."""
-    if device.type != "cuda" or parallel.tp * parallel.cp == 1:
+def set_device_environment(
+    parallel: ParallelConfig, device: torch.device, *, deterministic: bool = False
+) -> list[str]:
+    """What CUDA reads from the environment, before it starts; returns notices.
+
+    deterministic: a fixed workspace for cuBLAS, and for NCCL an algorithm that adds in one order;
+    what is set already stays.
+    """
+    if device.type != "cuda":
+        return []
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        os.environ.setdefault("NCCL_ALGO", "Ring")
+    if parallel.tp * parallel.cp == 1:
         return []
     if os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS") == "1":
         return []

@@ -59,14 +59,16 @@ class Mail:
         works = self._works.pop(key, ())
         if works and self.pp.witness is not None:
             self.pp.witness.arrives(message_name(*key))
-        for work in works:
-            work.wait()
+        with self.pp.waits:
+            for work in works:
+                work.wait()
         return self._incoming.pop(key)
 
     def post(self, group: Sequence[Action]) -> None:
         """Start the sends and receives that meet here, as one batch."""
         operations = [self._operation(action) for action in group]
-        works = dist.batch_isend_irecv(operations)
+        with self.pp.waits:  # the first message of a pair waits until both have connected
+            works = dist.batch_isend_irecv(operations)
         together = len(works) < len(operations)  # NCCL answers with one work for the batch
         leaving: list[Any] = []
         for i, action in enumerate(group):
@@ -108,8 +110,9 @@ class Mail:
             works = [work for work in self._sent[0][0] if not work.is_completed()]
             if works and len(self._sent) <= but:
                 return
-            for work in works:
-                work.wait()
+            with self.pp.waits:
+                for work in works:
+                    work.wait()
             self._sent.popleft()
 
     def finish(self) -> None:

@@ -9,7 +9,14 @@ from __future__ import annotations
 
 import math
 
-from megatron_lite.telemetry.record import EvaluationRecord, Record, SaveRecord, StepRecord
+from megatron_lite.telemetry.ranks import format_ranks
+from megatron_lite.telemetry.record import (
+    EvaluationRecord,
+    RanksRecord,
+    Record,
+    SaveRecord,
+    StepRecord,
+)
 from megatron_lite.telemetry.timers import format_times
 
 
@@ -77,6 +84,8 @@ def format_record(record: Record) -> str:
         return format_evaluation(record)
     if isinstance(record, SaveRecord):
         return format_save(record)
+    if isinstance(record, RanksRecord):
+        return format_ranks(record)
     return format_times([record.smallest, record.largest], option="minmax")
 
 

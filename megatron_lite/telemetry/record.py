@@ -3,6 +3,7 @@
     {"kind": "train", "iteration": 100, "loss": 3.21, ...}          every optimizer step
     {"kind": "evaluation", "iteration": 100, "split": "validation", ...}
     {"kind": "save", "iteration": 100, "bytes": 1234, ...}
+    {"kind": "ranks", "iteration": 100, "what": "memory", "most": {"3": 81.0e9}, ...}
     {"kind": "timing", "iteration": 100, "largest": {"optimizer": 0.01}, ...}
 
 JSON has no NaN: a float that is not finite is written as the string "NaN", "Infinity" or
@@ -174,13 +175,38 @@ class TimingRecord:
     timestamp: float = 0.0
 
 
-Record: TypeAlias = StepRecord | EvaluationRecord | SaveRecord | TimingRecord
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RanksRecord:
+    """One value of every rank: own seconds per iteration (--log-straggler), bytes (--log-memory-interval)."""
+
+    kind: ClassVar[str] = "ranks"
+
+    what: Literal["own time", "memory"]
+    iteration: int
+    samples: int
+    median: float
+    """Low median over the ranks."""
+
+    most: dict[str, float]
+    """Rank -> value of those with the largest, largest first."""
+
+    least: dict[str, float]
+    """Of those with the smallest, smallest first."""
+
+    ranks: int
+    """How many there are."""
+
+    timestamp: float = 0.0
+
+
+Record: TypeAlias = StepRecord | EvaluationRecord | SaveRecord | TimingRecord | RanksRecord
 
 RECORDS: Mapping[str, type[Record]] = {
     "train": StepRecord,
     "evaluation": EvaluationRecord,
     "save": SaveRecord,
     "timing": TimingRecord,
+    "ranks": RanksRecord,
 }
 
 

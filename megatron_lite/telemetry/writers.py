@@ -17,6 +17,7 @@ from megatron_lite.config.telemetry import TelemetryConfig
 from megatron_lite.storage.disk import Disk, DiskFile, temporary_name
 from megatron_lite.telemetry.record import (
     EvaluationRecord,
+    RanksRecord,
     Record,
     SaveRecord,
     StepRecord,
@@ -207,6 +208,9 @@ def scalars(record: Record, config: TelemetryConfig) -> dict[str, float]:
         if config.log_validation_ppl_to_tensorboard:
             points[f"lm loss {record.split} ppl"] = record.perplexity
         return points
+    if isinstance(record, RanksRecord):
+        name = record.what.replace(" ", "-")
+        return {f"{name}-median": record.median, f"{name}-max": max(record.most.values())}
     if not config.log_timers_to_tensorboard:
         return {}
     return {f"{name}-time": seconds for name, seconds in record.largest.items()}

@@ -37,11 +37,11 @@ class Suspect:
 
 
 def position(name: str) -> int:
-    """Where a parameter or module stands in the forward: embedding, block numbers, head."""
-    block = re.match(r"blocks\.(\d+)(\.|$)", name)
+    """Where a parameter, its state or a module stands in the forward: embedding, block numbers, head."""
+    block = re.search(r"(?:^|\.)blocks\.(\d+)(?:\.|$)", name)
     if block:
         return int(block[1])
-    return -1 if name.startswith("embedding") else HEAD
+    return -1 if "embedding" in name.split(".") else HEAD
 
 
 def deepest(names: Sequence[str]) -> str:

@@ -30,6 +30,15 @@ def cpu_notices(
     return [f"{flag}: changes nothing on a CPU" for flag, on in given.items() if on]
 
 
+def be_deterministic() -> None:
+    """--deterministic-mode: only kernels that give the same bits every time.
+
+    An operator without such a kernel raises torch's RuntimeError, which names it.
+    """
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+
+
 def peak_memory_bytes(device: torch.device) -> int | None:
     """Most memory allocated so far; None without an accelerator."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None

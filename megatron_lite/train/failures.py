@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
 import signal
@@ -99,6 +100,15 @@ class Failures:
             write_atomically(path, (json.dumps(text, indent=1) + "\n").encode(), disk)
         except MegatronLiteError as problem:  # the failure itself has been printed already
             print(f"({path} cannot be written: {problem})", file=sys.stderr)
+
+
+def stacks_on_signal() -> None:
+    """SIGUSR2 prints where every thread is, on stderr, and the run goes on.
+
+    In C, so that it answers where the main thread is stuck in a collective or in a kernel.
+    """
+    if sys.__stderr__ is not None and hasattr(signal, "SIGUSR2"):
+        faulthandler.register(signal.SIGUSR2, file=sys.__stderr__, all_threads=True, chain=False)
 
 
 def failed_collective(error: RuntimeError) -> bool:

@@ -12,11 +12,12 @@ from pathlib import Path
 from megatron_lite.checkpoint.progress import Progress
 from megatron_lite.config.checkpoint import CheckpointConfig
 from megatron_lite.config.errors import NumericsError, StorageError
+from megatron_lite.config.guards import GuardsConfig
 from megatron_lite.config.telemetry import TelemetryConfig
 from megatron_lite.config.train import TrainConfig
 from megatron_lite.data.loader import Loader
 from megatron_lite.parallel.liveness import Presence
-from megatron_lite.telemetry.record import EvaluationRecord
+from megatron_lite.telemetry.record import EvaluationRecord, RanksRecord
 from megatron_lite.telemetry.throughput import IntervalMeter, Step
 from megatron_lite.telemetry.timers import format_times, timing_record
 from megatron_lite.train.assemble import Run
@@ -26,6 +27,8 @@ from megatron_lite.train.faults import Fault, NoFaults
 from megatron_lite.train.log import Log
 from megatron_lite.train.profile import Profiler
 from megatron_lite.train.recording import StepRecording
+from megatron_lite.train.replicas import check_replicas
+from megatron_lite.train.reports import OwnTime, memory_report
 from megatron_lite.train.schedules import Schedules
 from megatron_lite.train.step import StepResult, evaluation_step, train_step
 from megatron_lite.train.stop import PREEMPTIONS, Reason, StopRequests, StopVote
@@ -52,6 +55,7 @@ class Session:
 
     run: Run
     train: TrainConfig
+    guards: GuardsConfig
     telemetry: TelemetryConfig
     checkpoint: CheckpointConfig
     loaders: Loaders
@@ -71,9 +75,12 @@ class Session:
     progress: Progress = field(init=False)
     first_step: int = field(init=False)
     reported_memory: bool = field(init=False, default=False)
+    own_time: OwnTime = field(init=False)
+    replicas_checked_at: int = field(init=False, default=0)
 
     def __post_init__(self) -> None:
         self.progress = self.run.progress
+        self.own_time = OwnTime(self.run.ctx)
         self.first_step = self.logged_at = self.progress.step
 
     def fit(self) -> Reason:
@@ -109,10 +116,15 @@ class Session:
             reason = self.stop.reason(progress.step, agreed=agreed, finished=self._finished())
             self.log.say(*self.recording.after(progress.step, last=reason is not None))
             self._log_interval(last=reason is not None)
+            if _is_due(self.guards.check_replicas, progress.step) or reason is not None:
+                self._check_replicas()
             if reason not in PREEMPTIONS and _is_due(self.train.eval_interval, progress.step):
                 self.evaluate("validation", final=False)
             if _is_due(self.checkpoint.save_interval, progress.step):
-                self.checkpoints.save()
+                self._save()
+            if _is_due(self.telemetry.log_memory_interval, progress.step):
+                count = self.telemetry.straggler_minmax_count
+                self._report(memory_report(self.run.ctx, progress, count))
             if self.train.manual_gc and _is_due(self.train.manual_gc_interval, progress.step):
                 gc.collect()
         return reason
@@ -126,6 +138,7 @@ class Session:
     def _step(self) -> StopVote:
         """One optimizer step and its records; returns what the ranks agreed to stop for after it."""
         began = time.perf_counter()
+        self.own_time.begin()
         progress, run, loader = self.progress, self.run, self.loaders.train
         assert loader is not None, "nothing to train on"
         size = run.blueprint.batch_schedule.global_batch_size(progress.samples)
@@ -143,6 +156,7 @@ class Session:
             vote=self.stop.vote(save_failed=self.checkpoints.failed),
         )
         loss = result.loss.item()  # waits for the device
+        self.own_time.end(time.perf_counter() - began)
         agreed = StopVote(*(votes > 0 for votes in result.votes.tolist()))
         self._account(size, result)
         record = self.meter.add(
@@ -192,6 +206,8 @@ class Session:
             return
         record = self.meter.take()
         self.log.print(record)
+        if self.telemetry.log_straggler:
+            self._report(self.own_time.report(self.progress, self.telemetry))
         if not self.reported_memory:
             ctx = self.run.ctx
             line = memory_line(ctx.device, rank=ctx.rank, iterations=step)
@@ -200,6 +216,21 @@ class Session:
             self.reported_memory = True
         self._log_times(step - self.logged_at)
         self.logged_at = step
+
+    def _save(self) -> None:
+        self._check_replicas()
+        self.checkpoints.save()
+
+    def _check_replicas(self) -> None:
+        """Once per step at most; before a save, too: what has drifted must not replace what is good."""
+        if self.guards.check_replicas is not None and self.replicas_checked_at < self.progress.step:
+            check_replicas(self.run)
+            self.replicas_checked_at = self.progress.step
+
+    def _report(self, record: RanksRecord | None) -> None:
+        if record is not None:
+            self.log.write(record)
+            self.log.print(record)
 
     def _log_times(self, iterations: int) -> None:
         """The spans of --timing-log-level, per iteration.  Collective from level 1 on."""

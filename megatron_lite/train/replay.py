@@ -63,6 +63,13 @@ class Watched:
             self.note((WEIGHT, position(name)), f"the weight {name} on rank {run.ctx.rank} itself "
                       f"is not finite (of {len(bad)} such)")  # fmt: skip
 
+    def look_at_state(self) -> None:
+        """Masters and moments, too: what a checkpoint brings besides weights."""
+        bad = bad_tensors(self.run.engine.state(owned=False))
+        if bad:
+            self.note((WEIGHT, HEAD + 1), f"{bad[0]} on rank {self.run.ctx.rank} is not finite "
+                      f"(of {len(bad)} such)")  # fmt: skip
+
     def look_at_output(self, name: str, output: object) -> None:
         """After a module's forward."""
         self._hooks_fired += 1

@@ -10,11 +10,13 @@ from typing import Any
 from megatron_lite.checkpoint.manifest import Manifest
 from megatron_lite.checkpoint.store import Store
 from megatron_lite.config.checkpoint import CheckpointConfig
-from megatron_lite.config.errors import CheckpointError
+from megatron_lite.config.errors import CheckpointError, NumericsError
 from megatron_lite.config.optim import LearningRateConfig
 from megatron_lite.parallel.shard import MASTER, exact_slices, weight_slices
 from megatron_lite.train.assemble import Run
+from megatron_lite.train.culprit import first_of_all
 from megatron_lite.train.origin import check_tokenizer
+from megatron_lite.train.replay import Watched
 from megatron_lite.train.schedules import Schedules
 
 
@@ -68,6 +70,7 @@ def resume(
         schedules, said = _settle_schedules(manifest, learning_rate, asked, checkpoint.load)
         notices += said
     fill_run(run, store, manifest, optimizer=with_optimizer)
+    _require_finite(run, manifest, checkpoint.load)
     loaded = (
         f"  successfully loaded checkpoint from {checkpoint.load} at iteration {manifest.iteration}"
     )
@@ -103,6 +106,19 @@ def fill_run(run: Run, store: Store, manifest: Manifest, *, optimizer: bool) -> 
     weights = list(weight_slices(run.parameters, run.ctx, owned=False))
     exact = exact_slices([*weights, *masters], manifest.tensors)
     store.load(manifest, [*exact, *moments])
+
+
+def _require_finite(run: Run, manifest: Manifest, folder: str) -> None:
+    """Training on from a value that is not finite is time lost.  Collective over the world."""
+    watched = Watched(run)
+    watched.look_at_weights()
+    watched.look_at_state()
+    first, _ = first_of_all(watched.first, run.ctx)
+    if first is not None:
+        raise NumericsError(
+            f"checkpoint {manifest.iteration} in {folder}: {first.text} - take an older one with "
+            "--ckpt-step, and leave --check-for-nan-in-loss-and-grad on"
+        )
 
 
 def _settle_schedules(

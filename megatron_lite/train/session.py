@@ -44,6 +44,7 @@ from megatron_lite.parallel.launch import (
     start_process_group,
     stop_process_group,
 )
+from megatron_lite.parallel.waits import measuring
 from megatron_lite.storage.disk import Disk, write_atomically
 from megatron_lite.telemetry.recorder import Recorder
 from megatron_lite.telemetry.throughput import IntervalMeter
@@ -51,8 +52,8 @@ from megatron_lite.telemetry.timers import format_times
 from megatron_lite.telemetry.writers import Writers, open_writers
 from megatron_lite.train.assemble import Run, assemble
 from megatron_lite.train.checkpoints import Checkpoints
-from megatron_lite.train.device import cpu_notices, device_peak
-from megatron_lite.train.failures import Failures
+from megatron_lite.train.device import be_deterministic, cpu_notices, device_peak
+from megatron_lite.train.failures import Failures, stacks_on_signal
 from megatron_lite.train.faults import Fault, NoFaults, read_fault
 from megatron_lite.train.log import Log
 from megatron_lite.train.loop import Loaders, Session
@@ -89,11 +90,15 @@ def train(
 
     After an exception the process group is left as it is: report it and end the process.
     """
+    stacks_on_signal()
     faults = read_fault(launch.fault, launch.rank, launch.world_size, launch.attempt)
     device = choose_device(
         launch, use_cpu=config.train.use_cpu, backend=config.parallel.distributed_backend
     )
-    notices += set_device_environment(config.parallel, device)
+    deterministic = config.train.deterministic_mode
+    notices += set_device_environment(config.parallel, device, deterministic=deterministic)
+    if deterministic:
+        be_deterministic()
     notices += cpu_notices(config.precision, config.telemetry, device)
     torch.backends.cuda.matmul.allow_tf32 = config.precision.tf32
     world = gather(launch, config.parallel, end=failures.lost)
@@ -219,6 +224,8 @@ def open_session(
     checker = _checker(config, blueprint, launch, world)
     if checker is not None:
         ctx = ctx.witnessed(checker)
+    if config.telemetry.log_straggler:
+        ctx = ctx.with_waits(measuring(device))
     log = Log(ctx)
     log.say(*notices)
     timers = RunTimers(config.telemetry.timing_log_level, device, recorder)
@@ -268,6 +275,7 @@ def open_session(
     return Session(
         run=run,
         train=config.train,
+        guards=config.guards,
         telemetry=config.telemetry,
         checkpoint=config.checkpoint,
         loaders=_loaders(config, datasets, ctx, tokens),

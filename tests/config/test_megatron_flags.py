@@ -53,6 +53,10 @@ NATIVE = """
 --start-weight-decay 0.1 | --end-weight-decay 0.1 | --weight-decay-incr-style constant
 --attention-softmax-in-fp32 | --apply-query-key-layer-scaling | --ckpt-step 5
 --exit-on-missing-checkpoint | --skip-train | --reset-position-ids | --reset-attention-mask
+--check-for-nan-in-loss-and-grad | --no-check-for-nan-in-loss-and-grad | --rerun-mode disabled
+--rerun-mode validate_results | --log-straggler | --straggler-minmax-count 16
+--log-memory-interval 200 | --check-weight-hash-across-dp-replicas-interval 20000
+--deterministic-mode
 --eod-mask-loss | --dataloader-type single | --context-parallel-size 1 | --no-mmap-bin-files
 """
 MAPPED = {
@@ -62,6 +66,8 @@ MAPPED = {
         "parallel.recompute_method": "uniform",
         "parallel.recompute_num_layers": 1,
     },
+    "--check-for-spiky-loss": {"guards.loss_spike_factor": 10.0},
+    "--check-for-spiky-loss --loss-spike-factor 3": {"guards.loss_spike_factor": 3.0},
     "--save-retain-interval 500": {"checkpoint.keep_every": 500, "checkpoint.keep_last": 1},
     "--checkpoint-activations --checkpoint-num-layers 3": {
         "parallel.recompute_granularity": "full",
@@ -98,6 +104,7 @@ MAPPED = {
     "--seq-length 2048 --lr-warmup-tokens 375000000": {"learning_rate.lr_warmup_samples": 183106},
 }
 NO_OPS = """
+--disable-straggler-on-startup | --straggler-ctrlr-port 65535 | --check-for-large-grads
 --data-impl mmap | --data-impl infer | --mmap-warmup | --DDP-impl local | --DDP-impl torch
 --transformer-impl local | --transformer-impl transformer_engine | --use-mcore-models
 --use-legacy-models | --use-cpu-initialization | --no-async-tensor-model-parallel-allreduce

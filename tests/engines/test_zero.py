@@ -10,6 +10,7 @@ from tests.support.spawn import spawn
 from tests.support.tiny import context, draw, make_batches, tiny_config
 
 TP, PP = "parallel__tensor_model_parallel_size", "parallel__pipeline_model_parallel_size"
+ZERO = "parallel__use_distributed_optimizer"
 FP16 = {"precision__fp16": True, "precision__loss_scale_window": 3, "model__num_layers": 2}
 
 
@@ -31,7 +32,8 @@ def fp16_steps(rank, ranks, changes, overflow_at):
 
 
 @pytest.mark.parametrize(
-    ("ranks", "layout"), [(1, {}), (2, {TP: 2}), (2, {PP: 2}), (2, {}), (4, {TP: 2, PP: 2})]
+    ("ranks", "layout"),
+    [(1, {}), (2, {TP: 2}), (2, {PP: 2}), (2, {}), (2, {ZERO: True}), (4, {TP: 2, PP: 2})],
 )
 def test_an_overflow_on_one_rank_is_skipped_by_all(ranks, layout):
     changes = FP16 | layout | {"precision__initial_loss_scale": 1024.0, "precision__hysteresis": 1}

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.launch import TINY, Ended, Running, start, with_flags
+from tests.support.launch import TINY, Ended, Running, launch, start, with_flags
 from tests.train.runs import steps
 
 PP2 = ["--pipeline-model-parallel-size", "2", "--global-batch-size", "8"]
@@ -20,6 +20,16 @@ RUNS: dict[str, tuple[int, str | None, list[str]]] = {
     "clean": (2, None, SKIP),
     "skipped": (2, "step3.loss:1:nan-again", SKIP),
     "healed": (2, "step3.loss:1:nan", SKIP),
+    "poisoned": (2, "step6.gradient:1:nan=blocks.1.mlp.up.weight", [
+        "--no-check-for-nan-in-loss-and-grad", "--save-interval", "6",
+    ]),
+    "drift": (2, "step3:1:flip=blocks.0.mlp.up.weight", [
+        "--check-replicas", "2", "--save-interval", "4",
+    ]),
+    "fp16": (2, None, [
+        "--fp16", "--initial-loss-scale", "1e9", "--min-loss-scale", "1e9",
+        "--loss-scale-patience", "3", *PP2,
+    ]),
     "spike": (2, "step5.gradient:1:spike-again", ["--spike-window", "4", "--on-spike", "skip"]),
     "spike replayed": (2, "step5.loss:1:spike", [
         "--spike-window", "4", "--loss-spike-factor", "3", "--grad-norm-spike-factor", "0",
@@ -38,8 +48,8 @@ def outcome(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str]
     running: dict[str, tuple[Running, Path]] = {}
     for name, (ranks, fault, flags) in RUNS.items():
         folder = tmp_path_factory.mktemp("numerics") / "run"
-        saving = ["--save", str(folder), "--save-interval", "100"]
-        running[name] = (start(ranks, with_flags(TINY, *flags, *saving), fault=fault), folder)
+        argv = with_flags([*TINY, "--save-interval", "100"], *flags, "--save", str(folder))
+        running[name] = (start(ranks, argv, fault=fault), folder)
 
     @functools.cache
     def wait(name: str) -> Outcome:
@@ -110,3 +120,37 @@ def test_a_gradient_spike_is_skipped_where_asked(outcome):
         r"\(--grad-norm-spike-factor 100\) - skipped, 1 so far", ranks[0].err
     )  # fmt: skip
     assert [r.skipped_iterations for r in steps(folder)] == [0, 0, 0, 0, 1, 0]
+
+
+def test_a_flipped_bit_of_one_copy_ends_all_before_it_is_saved(outcome):
+    ranks, folder = outcome("drift")
+    assert [rank.rc for rank in ranks] == [6, 6], [rank.err for rank in ranks]
+    (line,) = reports(ranks)
+    # flipped at the begin of iteration 3; --check-replicas 2 looks after 2 and 4, before the save
+    assert line.startswith("FATAL[6]  step=4: iteration 4: the copies of blocks.0.mlp.up.weight")
+    assert "ranks 0, 1 of dp differ" in line
+    assert not list(folder.glob("iter_*"))
+
+
+def test_fp16_that_never_stops_overflowing_ends_with_what_overflows(outcome):
+    ranks, folder = outcome("fp16")
+    assert [rank.rc for rank in ranks] == [7, 7], [rank.err for rank in ranks]
+    (line,) = reports(ranks)
+    assert "iteration 3: 3 steps in a row overflowed in fp16, now at loss scale 1e+09" in line
+    assert re.search(r"the gradient of [\w.]+ on rank 1, from samples \d+, \d+, is the first", line)
+    assert "run again from the same weights it is the same" in line and "--bf16" in line
+    records = steps(folder)
+    assert [r.skipped_iterations for r in records] == [1, 1, 1]
+    assert len({r.learning_rate for r in records}) == 1 and records[-1].samples == 24
+
+
+def test_a_checkpoint_that_is_not_finite_is_refused_when_loaded(outcome):
+    ranks, folder = outcome("poisoned")
+    assert [rank.rc for rank in ranks] == [0, 0], "as it was asked for"
+    ended = launch(2, with_flags(TINY, "--load", str(folder)))
+    assert [rank.rc for rank in ended] == [7, 7], [rank.err for rank in ended]
+    (line,) = reports(ended)
+    assert (
+        f"checkpoint 6 in {folder}: the weight embedding.tokens.weight" in line
+        and "--ckpt-step" in line
+    )

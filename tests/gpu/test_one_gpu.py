@@ -6,7 +6,9 @@ import torch
 from megatron_lite.kernels.table import TABLE, Need
 from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.parallel.random import keep_mask, key, normal, token_numbers
+from megatron_lite.parallel.waits import DeviceWaits
 from megatron_lite.train.assemble import assemble
+from megatron_lite.train.device import be_deterministic
 from megatron_lite.train.step import train_step
 from tests.kernels.test_table import arguments
 from tests.support.tiny import draw, make_batches, tiny_config
@@ -85,3 +87,40 @@ def test_every_kernel_equals_its_reference(op, dtype):
 def test_attention_dropout_of_a_vendor_kernel_is_reproducible():
     changes = {"model__attention_dropout": 0.1, "precision__bf16": True}
     assert losses("cuda", **changes) == losses("cuda", **changes)
+
+
+@pytest.fixture
+def deterministic(monkeypatch):
+    """--deterministic-mode in this process, and gone afterwards."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    be_deterministic()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_two_deterministic_runs_are_equal_to_the_last_bit(deterministic, precision):
+    changes = {"precision__bf16": precision == "bf16", "model__attention_dropout": 0.1}
+    first = losses("cuda", **changes)
+    assert [loss.hex() for loss in losses("cuda", **changes)] == [loss.hex() for loss in first]
+
+
+def test_tf32_rounds_products_and_its_absence_does_not():
+    a, b = (torch.randn(512, 512, device="cuda") for _ in range(2))
+    exact, errors = a.double() @ b.double(), {}
+    before = torch.backends.cuda.matmul.allow_tf32
+    try:
+        for tf32 in (False, True):
+            torch.backends.cuda.matmul.allow_tf32 = tf32
+            errors[tf32] = ((a @ b).double() - exact).norm().item() / exact.norm().item()
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+    assert errors[False] < 1e-6 < 1e-5 < errors[True]
+
+
+def test_waits_on_a_device_are_measured_on_its_stream():
+    waits, a = DeviceWaits(), torch.randn(4096, 4096, device="cuda")
+    with waits:
+        for _ in range(20):
+            a @ a
+    assert waits.take() > 1e-4 and waits.take() == 0.0

@@ -67,8 +67,8 @@ def order_of_events(rank: int, ranks: int, changes: dict[str, Any]) -> dict[int,
     GradientBuckets.arm = note_arm  # type: ignore
     WeightGradients._accumulate = note_product  # type: ignore
     begun = []
-    step = run.engine.step
-    run.engine.step = lambda **given: (begun.append(next(clock)), step(**given))[1]  # type: ignore
+    reduce = run.engine.reduce
+    run.engine.reduce = lambda: (begun.append(next(clock)), reduce())[1]  # type: ignore
     try:
         train_step(run, make_batches(config, blueprint, run.ctx.dp.rank, 0), lr=1e-3,
                    weight_decay=0.0)  # fmt: skip

@@ -105,6 +105,15 @@ CASES = {
     ),
     "a gradient, pp2 dp2": (4, {PP: 2}, "gradient", 1,
                             "the gradient of blocks.1.mlp_norm.bias on rank 1, from samples "),
+    "an output, interleaved": (
+        2, {PP: 2, "parallel__num_layers_per_virtual_pipeline_stage": 1,
+            "parallel__pipeline_schedule": "interleaved"}, "output", 1,
+        "the output of blocks.1.attention.qkv on rank 1 for samples 8, 9 is the first",
+    ),
+    "an output, recomputed": (1, {"parallel__recompute_granularity": "full",
+                                  "parallel__recompute_method": "uniform",
+                                  "parallel__recompute_num_layers": 2}, "output", 0,
+                              "the output of blocks.1.attention.qkv on rank 0 for samples 8, 9 is"),
     "a gradient, distributed optimizer": (
         2, {ZERO: True, "parallel__overlap_grad_reduce": True}, "gradient", 1,
         "the gradient of blocks.1.mlp_norm.bias on rank 1, from samples ",

@@ -1,0 +1,95 @@
+"""How long this rank stands still for others: what is left of a step is its own time.
+
+A collective ends when the last rank has come, so the slowest rank is the one that waits least.  An
+Axis carries one of these objects; collectives and mail enter it around every wait.  --log-straggler
+asks for one that measures; all others cost two empty calls.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Protocol
+
+import torch
+
+
+class Waits(Protocol):
+    """Entered around a wait; take() gives the seconds waited since the last call."""
+
+    def __enter__(self) -> None:
+        """The wait begins."""
+        ...
+
+    def __exit__(self, *error: object) -> None:
+        """It is over."""
+        ...
+
+    def take(self) -> float:
+        """Seconds since the last call."""
+        ...
+
+
+class NotMeasured:
+    """Nobody asks."""
+
+    def __enter__(self) -> None:
+        """Nothing begins."""
+
+    def __exit__(self, *error: object) -> None:
+        """Nothing ends."""
+
+    def take(self) -> float:
+        """Zero."""
+        return 0.0
+
+
+NOT_MEASURED = NotMeasured()
+
+
+class HostWaits:
+    """For the CPU, where a collective returns when it is done."""
+
+    def __init__(self) -> None:
+        self._seconds = self._began = 0.0
+
+    def __enter__(self) -> None:
+        """Read the clock."""
+        self._began = time.perf_counter()
+
+    def __exit__(self, *error: object) -> None:
+        """Read it again."""
+        self._seconds += time.perf_counter() - self._began
+
+    def take(self) -> float:
+        """Seconds since the last call."""
+        seconds, self._seconds = self._seconds, 0.0
+        return seconds
+
+
+class DeviceWaits:
+    """For a GPU, where the host goes on and the stream waits: pairs of events around the wait."""
+
+    def __init__(self) -> None:
+        self._pairs: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    def __enter__(self) -> None:
+        """An event before the wait."""
+        pair = tuple(torch.cuda.Event(enable_timing=True) for _ in range(2))
+        pair[0].record()
+        self._pairs.append(pair)  # type: ignore[arg-type]
+
+    def __exit__(self, *error: object) -> None:
+        """An event behind it."""
+        self._pairs[-1][1].record()
+
+    def take(self) -> float:
+        """Seconds since the last call; waits for the device."""
+        pairs, self._pairs = self._pairs, []
+        if pairs:
+            pairs[-1][1].synchronize()
+        return sum(before.elapsed_time(after) for before, after in pairs) / 1000.0
+
+
+def measuring(device: torch.device) -> Waits:
+    """The one that measures on this device."""
+    return DeviceWaits() if device.type == "cuda" else HostWaits()

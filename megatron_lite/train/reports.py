@@ -1,0 +1,78 @@
+"""What every rank measures of itself, brought together: own time per step, most memory held."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from dataclasses import dataclass
+
+import torch
+
+from megatron_lite.checkpoint.progress import Progress
+from megatron_lite.config.telemetry import TelemetryConfig
+from megatron_lite.parallel.collectives import all_gather
+from megatron_lite.parallel.context import ParallelContext
+from megatron_lite.telemetry.ranks import ranks_record
+from megatron_lite.telemetry.record import RanksRecord
+
+
+@dataclass(slots=True)
+class OwnTime:
+    """Wall time of steps without the waits for other ranks; begin() and end() enclose a step.
+
+    The first step of a process is left out: it loads libraries and connects.
+    """
+
+    ctx: ParallelContext
+    seconds: float = 0.0
+    steps: int = -1
+
+    def begin(self) -> None:
+        """What was waited for until now belongs to no step."""
+        self.ctx.world.waits.take()
+
+    def end(self, wall_seconds: float) -> None:
+        """A step took so long in all."""
+        own = wall_seconds - self.ctx.world.waits.take()
+        self.seconds = self.seconds + own if self.steps >= 0 else 0.0
+        self.steps += 1
+
+    def report(self, progress: Progress, config: TelemetryConfig) -> RanksRecord | None:
+        """Mean own time per step of every rank since the last report; None where there is no step.
+
+        Collective over the world.
+        """
+        if self.steps == 0:
+            return None
+        mean, self.seconds, self.steps = self.seconds / self.steps, 0.0, 0
+        return ranks_record(
+            "own time",
+            _gathered(mean, self.ctx),
+            iteration=progress.step,
+            samples=progress.samples,
+            count=config.straggler_minmax_count,
+        )
+
+
+def memory_report(ctx: ParallelContext, progress: Progress, count: int) -> RanksRecord:
+    """Most memory of every rank so far: of the device, or of the process.  Collective over the world."""
+    return ranks_record(
+        "memory",
+        _gathered(float(peak_bytes(ctx.device)), ctx),
+        iteration=progress.step,
+        samples=progress.samples,
+        count=count,
+    )
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Most bytes held at once: allocated on the GPU, else the process's resident set."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024  # Linux counts in KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _gathered(value: float, ctx: ParallelContext) -> list[float]:
+    mine = torch.tensor([value], dtype=torch.float64, device=ctx.device)
+    return [float(v) for v in all_gather(mine, ctx.world).tolist()]
