@@ -113,7 +113,6 @@ class ParallelContext:
         return replace(self, **{name: replace(getattr(self, name), waits=waits) for name in _AXES})
 
 
-
 _AXES = ("tp", "cp", "dp", "pp", "model", "tied", "world")
 """Fields of ParallelContext that are axes."""
 
