@@ -113,6 +113,10 @@ def _rehearse(parsed: Parsed) -> int:
     if len(ranks) < world_size:
         print("  of each stage the first rank, the last over tp and the last over dp; --all-ranks "
               "takes every rank")  # fmt: skip
+    if blueprint.schedule == "gpipe" and count < full:
+        print(
+            f"  gpipe keeps every micro batch: a step of {full:,} needs more memory than these {count}"
+        )
     done = []
     for one in rehearse.rehearse(config, world_size, ranks):
         print(f"  {one.describe()}", flush=True)

@@ -69,14 +69,14 @@ class RankMemory:
         return sum(self.kinds.values())
 
 
-def memory(blueprint: Blueprint, asked: Asked) -> tuple[RankMemory, ...]:
-    """The memory of each pipeline rank once the batch has its full size."""
+def memory(
+    blueprint: Blueprint, asked: Asked, *, num_microbatches: int | None = None
+) -> tuple[RankMemory, ...]:
+    """The memory of each pipeline rank once the batch has its full size, or in a step of so many."""
     batches = blueprint.batch_schedule
-    schedule = blueprint.compute(
-        peak_microbatches(
-            blueprint, batches.final_batch_size // (batches.micro_batch_size * batches.dp)
-        )
-    )
+    if num_microbatches is None:
+        num_microbatches = batches.final_batch_size // (batches.micro_batch_size * batches.dp)
+    schedule = blueprint.compute(peak_microbatches(blueprint, num_microbatches))
     items = block_items(
         blueprint.model,
         asked.parallel,

@@ -58,7 +58,7 @@ def beside_plan(
     measured: Sequence[Measured], blueprint: Blueprint, asked: Asked, *, num_microbatches: int
 ) -> list[Row]:
     """Each rank's measured numbers with the plan's for a step of so many micro batches."""
-    planned = memory(blueprint, asked)
+    planned = memory(blueprint, asked, num_microbatches=num_microbatches)
     rows = []
     for one in measured:
         pp_rank = blueprint.grid.coords(one.rank).pp

@@ -9,6 +9,7 @@ the whole tensor per pass, and an all-reduce takes two passes.
 from __future__ import annotations
 
 from megatron_lite.blueprint.draw_up import Blueprint
+from megatron_lite.blueprint.schedules.actions import Op
 from megatron_lite.blueprint.stages import Stage
 from megatron_lite.planner.activations import element_bytes
 from megatron_lite.planner.memory import Asked, layer_input_bytes
@@ -24,7 +25,9 @@ def sent_bytes(
     grid, parallel = blueprint.grid, asked.parallel
     at = grid.coords(rank)
     stages = blueprint.stages_of(at.pp)
-    per_microbatch = sum(_tp_passes(blueprint, asked, stage) for stage in stages)
+    passes = num_microbatches * sum(_tp_passes(asked, stage) for stage in stages)
+    if parallel.sequence_parallel:
+        passes += _postponed_passes(blueprint, at.pp, num_microbatches)
     whole = layer_input_bytes(blueprint.model, asked)
     if parallel.sequence_parallel:
         whole *= grid.tp
@@ -36,7 +39,7 @@ def sent_bytes(
     scored = 3 * 2 * tokens * 4 * any(stage.has_head for stage in stages)  # of each token, fp32
     return {
         "tp": _ring(grid.tp)
-        * (num_microbatches * (per_microbatch * whole + scored) + 2 * split * wide),
+        * (passes * whole + num_microbatches * scored + 2 * split * wide),
         "pp": num_microbatches * _messages(blueprint, stages) * layer_input_bytes(
             blueprint.model, asked
         ),
@@ -51,7 +54,7 @@ def _ring(ranks: int) -> float:
     return (ranks - 1) / ranks
 
 
-def _tp_passes(blueprint: Blueprint, asked: Asked, stage: Stage) -> float:
+def _tp_passes(asked: Asked, stage: Stage) -> float:
     """Passes of the whole [s, b, h] per micro batch: 2 for an all-reduce, 1 to gather or scatter."""
     parallel = asked.parallel
     split = parallel.sequence_parallel
@@ -72,6 +75,13 @@ def _tp_passes(blueprint: Blueprint, asked: Asked, stage: Stage) -> float:
         # up to what the last product keeps: its sum is not made again
         passes += layers * split
     return float(passes)
+
+
+def _postponed_passes(blueprint: Blueprint, pp_rank: int, num_microbatches: int) -> int:
+    """A W of its own keeps slices: what row-parallel layers were given is gathered once more for it."""
+    layers = {stage.index: len(stage.layers) for stage in blueprint.stages_of(pp_rank)}
+    row = blueprint.compute(num_microbatches).lists[pp_rank]
+    return sum(2 * layers[action.stage] for action in row if action.op is Op.W)
 
 
 def _messages(blueprint: Blueprint, stages: tuple[Stage, ...]) -> int:

@@ -120,10 +120,21 @@ def test_one_rank_per_kind_stands_for_every_stage_and_every_end():
     }
 
 
-def test_volume_is_the_plans_to_the_byte_and_memory_within_a_tenth():
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {TP: 2, PP: 2, SP: True, "precision__bf16": True},
+        {TP: 2, PP: 2, SP: True, ZERO: True, "parallel__pipeline_schedule": "zb-h1"},
+        {TP: 2, PP: 2, "parallel__pipeline_schedule": "gpipe", "precision__fp16": True,
+         "parallel__recompute_granularity": "full", "parallel__recompute_method": "block",
+         "parallel__recompute_num_layers": 1, "parallel__distribute_saved_activations": True},
+    ],
+    ids=["1f1b", "zb-h1", "gpipe"],
+)  # fmt: skip
+def test_volume_is_the_plans_to_the_byte_and_memory_within_a_tenth(changes):
     config = tiny_config(
-        model__hidden_size=256, model__seq_length=128, model__vocab_size=1000,
-        **{TP: 2, PP: 2, SP: True, BATCH: 24, "precision__bf16": True},
+        model__hidden_size=256, model__seq_length=128, model__vocab_size=1000, **changes,
+        **{BATCH: 48},
     )  # fmt: skip
     blueprint = draw(config, 8)
     done = list(rehearse(config, 8, one_of_each(blueprint.grid), workers=1))
@@ -136,8 +147,8 @@ def test_volume_is_the_plans_to_the_byte_and_memory_within_a_tenth():
         assert row.memory_ratio == pytest.approx(1.0, abs=0.10)
         assert set(row.sent_ratios) >= {"tp", "pp", "dp", "tied"}
         for axis, ratio in row.sent_ratios.items():
-            # gradient buffers are padded to 16 elements per parameter
-            assert ratio == pytest.approx(1.0, abs=0.02 if axis == "dp" else 1e-4), (row.rank, axis)
+            # gradient buffers are padded to 16 elements per parameter, and shares to whole rows
+            assert ratio == pytest.approx(1.0, abs=0.03 if axis == "dp" else 1e-4), (row.rank, axis)
 
 
 class Edited(Blueprint):
