@@ -9,7 +9,7 @@ PY := $(abspath $(VENV))/bin/python
 export OMP_NUM_THREADS ?= 1
 PYTEST_ARGS ?=
 
-.PHONY: help setup demo test test-ci test-all test-cluster test-gpu check parity parity-all bench bench-parallel bench-gpu bench-checkpoint bench-data flags format clean distclean
+.PHONY: help setup demo test test-ci test-all test-cluster test-gpu check parity parity-all bench bench-parallel bench-gpu bench-checkpoint bench-data flags format clean distclean timeline
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -55,6 +55,9 @@ bench: setup ## tokens/s of a small GPT beside a plain PyTorch loop, and where t
 
 bench-parallel: setup ## our tp2, pp2, dp2 beside DDP, FSDP2, DTensor and torch's pipelining
 	OMP_NUM_THREADS=1 $(PY) benchmarks/bench_parallel.py
+
+timeline: setup ## real steps of 2 and 4 processes beside their plan: docs/images
+	$(PY) benchmarks/trace_overlap.py
 
 bench-gpu: setup ## gpt2-124m in bf16 on one GPU: tokens/s, TFLOP/s, MFU, memory, kernels
 	$(PY) benchmarks/bench_gpu.py

@@ -25,7 +25,6 @@ from typing import Any, NamedTuple
 import torch
 
 from megatron_lite.blueprint.timeline import (
-    ACTIONS,
     COMPUTE,
     MESSAGE,
     WEIGHTS,
@@ -142,14 +141,15 @@ def _shifts(parts: Sequence[Part]) -> dict[str, float]:
 
 def _hidden(merged: Timeline) -> list[str]:
     said = []
-    for lane, kinds, under in (
-        ("dp", ACTIONS, "computation"), ("tp", frozenset({WEIGHTS}), "weight gradients"),
-    ):  # fmt: skip
-        found = [hidden(track, lane, kinds) for track in merged.tracks]
-        total = sum(each.seconds for each in found)
-        if total > 0.0:
-            share = sum(each.under for each in found) / total
-            said.append(f"{lane} collectives {share:.0%} under {under}")
+    under_way = [hidden(track, "dp") for track in merged.tracks]
+    if total := sum(each.seconds for each in under_way):
+        share = sum(each.under for each in under_way) / total
+        said.append(f"dp collectives {share:.0%} under computation")
+    covered = sum(hidden(track, "tp", {WEIGHTS}).under for track in merged.tracks)
+    products = [e for t in merged.tracks for e in t.lanes[0].events if e.kind == WEIGHTS]
+    if covered:
+        share = covered / sum(e.end - e.start for e in products)
+        said.append(f"{share:.0%} of the weight gradients over tp collectives")
     return said
 
 
