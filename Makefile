@@ -44,7 +44,7 @@ check: setup ## lint, format, types, shell scripts, import directions, documents
 	else echo "shellcheck is not installed: shell scripts not linted"; fi
 	$(PY) -m pytest -q tests/architecture tests/docs tests/examples/test_docs.py
 
-parity: setup ## 33 layouts against the serial run: a table of differences
+parity: setup ## the quick layouts against the serial run: a table of differences
 	$(PY) -m tests.parity
 
 parity-all: setup ## all layouts, up to 8 processes; writes docs/parity.md
