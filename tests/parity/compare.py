@@ -138,7 +138,8 @@ def compare(layout: Layout) -> Difference:
     """Train the layout and the serial run of the same settings; every rank's curve is compared."""
     shared = ALWAYS | layout.shared
     reference = _serial(tuple(sorted(layout.shared.items())))
-    curves = spawn(train_layout, layout.ranks, shared | layout.changes)
+    # eight ranks on two busy cores
+    curves = spawn(train_layout, layout.ranks, shared | layout.changes, deadline=600.0)
     return Difference(
         loss=max(_relative(c.losses, reference.losses) for c in curves),
         grad_norm=max(_relative(c.grad_norms, reference.grad_norms) for c in curves),
