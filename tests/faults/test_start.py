@@ -19,10 +19,12 @@ import pytest
 
 from megatron_lite.checkpoint.store import Store
 from megatron_lite.config.errors import ConfigError, DistributedError, StorageError
+from megatron_lite.config.run import RunConfig
 from megatron_lite.data.tokenizers.gpt2_bpe import byte_characters
 from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.parallel.launch import Launch, gather_hosts, read_launch
 from megatron_lite.storage.disk import Disk
+from megatron_lite.train import session
 from megatron_lite.train.faults import Fault, NoFaults, read_fault
 from tests.faults.test_save_crashes import snapshot
 from tests.support.launch import (
@@ -141,6 +143,19 @@ def test_ranks_with_other_tokenizer_files_are_told_so(tmp_path):
     hashes = r"tokenizer: 257 ids, eod 256, hash (\w{16}) on rank 0, .* hash (\w{16}) on rank 1"
     found = re.search(hashes, said)
     assert found and found[1] != found[2], said
+
+
+def test_another_version_of_the_code_is_another_fact(tmp_path, monkeypatch):
+    """A node with an older checkout: the hash of the package is compared like every flag."""
+    own = session._facts(RunConfig(), session.Tokens(61, None))
+    package = Path(session.__file__).parents[1]
+    copied = shutil.copytree(package, tmp_path / "package", ignore=shutil.ignore_patterns("*.pyc"))
+    monkeypatch.setattr(session, "__file__", str(copied / "train" / "session.py"))
+    assert session._facts(RunConfig(), session.Tokens(61, None)) == own
+    with (copied / "optim" / "adam.py").open("a") as file:
+        file.write("# one line more\n")
+    changed = session._facts(RunConfig(), session.Tokens(61, None))
+    assert [key for key in own if own[key] != changed[key]] == ["megatron_lite (hash of its code)"]
 
 
 @pytest.mark.parametrize("only", [0, 1])
