@@ -77,13 +77,13 @@ class Foreground:
 class Background:
     """save() returns when the tensors are copied to host memory.
 
-    idle: called every second that wait() lasts.
+    idle: called every second that wait() lasts.  memory: holds what the writer writes.
     """
 
     store: Store
     keep: Keep
     idle: Callable[[], None]
-    _memory: HostMemory = field(default_factory=HostMemory)
+    memory: HostMemory = field(default_factory=HostMemory)
     _thread: threading.Thread | None = None
     _saved: Saved | None = None
     _error: BaseException | None = None
@@ -100,12 +100,12 @@ class Background:
 
     def reserve(self, snapshot: Snapshot) -> None:
         """Host memory of the snapshot's size."""
-        self._memory.reserve(snapshot)
+        self.memory.reserve(snapshot)
 
     def save(self, snapshot: Snapshot) -> None:
         """Copy and let the writer begin."""
         self.wait()
-        copied = self._memory.copy(snapshot)
+        copied = self.memory.copy(snapshot)
         # a daemon: a process that ends by a failure does not wait for it, the others do in wait()
         self._thread = threading.Thread(
             target=self._write, args=(copied,), name="checkpoint-writer", daemon=True

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from megatron_lite.checkpoint.progress import Progress
 from megatron_lite.checkpoint.tensor_file import file_bytes
+from megatron_lite.config.errors import StorageError
 from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.parallel.shard import NamedSlice
 
@@ -70,15 +71,21 @@ class HostMemory:
         self._room: list[Tensor] = []
 
     def reserve(self, snapshot: Snapshot) -> None:
-        """Make room for snapshots of such shapes."""
+        """Make room for snapshots of such shapes; raises StorageError where there is none."""
         tensors = [s.data for slices in snapshot.shares.values() for s in slices]
         wanted = [(tuple(t.shape), t.dtype) for t in tensors]
         if wanted == [(tuple(room.shape), room.dtype) for room in self._room]:
             return
         self._room = []  # the old is let go before the new is made
-        self._room = [
-            torch.zeros(t.shape, dtype=t.dtype, pin_memory=t.is_cuda).contiguous() for t in tensors
-        ]
+        try:
+            self._room = [
+                torch.zeros(t.shape, dtype=t.dtype, pin_memory=t.is_cuda) for t in tensors
+            ]
+        except RuntimeError as error:
+            raise StorageError(
+                f"--async-save wants {snapshot.bytes / 1e9:.3f} GB of host memory on this rank, "
+                f"which the system does not give ({str(error).splitlines()[0]}): leave it out"
+            ) from error
 
     @torch.no_grad()
     def copy(self, snapshot: Snapshot) -> Snapshot:

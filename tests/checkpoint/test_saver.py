@@ -210,3 +210,11 @@ def test_a_save_folder_that_other_nodes_do_not_share_is_found_at_the_start(
         Store(tmp_path / "own disk", elsewhere).prepare(
             snapshot(Store(tmp_path, elsewhere), 0, slices(1.0))
         )
+
+
+def test_no_room_for_the_copy_is_found_when_it_is_made(tmp_path: Path) -> None:
+    saver = background(tmp_path, Disk())
+    shape = (1 << 40, 1 << 10)  # no machine has so much
+    wide = NamedSlice("a.weight", shape, (0, 0), torch.empty(1).expand(shape))
+    with pytest.raises(StorageError, match=r"--async-save wants \d+\.\d{3} GB of host memory"):
+        saver.reserve(snapshot(saver.store, 0, [wide]))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import importlib.util
 import io
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -180,3 +182,21 @@ def test_a_damaged_tokenizer_makes_the_checkpoint_damaged(with_tokenizer, tmp_pa
     vocab.write_bytes(vocab.read_bytes().replace(b"the", b"hte"))
     done = alone(*words, "--load", str(folder), without=["--vocab-size"])
     assert done.rc == CheckpointError.exit_code and "tokenizer/vocab.json is damaged" in done.err
+
+
+@pytest.mark.parametrize("version", [1, 3])
+def test_older_checkpoints_load_and_newer_ones_say_so(trained, version: int) -> None:
+    """Version 1 knew neither its data nor its tokenizer."""
+    words, folder = trained
+    path = folder / "iter_0000002" / "manifest.json"
+    body = json.loads(path.read_bytes())["body"]
+    body["version"] = version
+    if version == 1:
+        del body["tokenizer"], body["data"]
+    digest = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+    path.write_text(json.dumps({"sha256": digest, "body": body}))
+    done = again(words, folder, "--split", "90,5,5")
+    if version == 1:
+        assert done.rc == 0, done.err
+    else:
+        assert done.rc == CheckpointError.exit_code and "this program reads" in done.err
