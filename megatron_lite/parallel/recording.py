@@ -127,6 +127,7 @@ class Tape:
     def __init__(self, transcript: Transcript) -> None:
         self.transcript = transcript
         self.place = "before its list"
+        self.part = "step"
         self.step: int | None = None
         self._messages: list[Action] = []
 
