@@ -44,6 +44,13 @@ check: setup ## lint, format, types, shell scripts, import directions, documents
 	else echo "shellcheck is not installed: shell scripts not linted"; fi
 	$(PY) -m pytest -q tests/architecture tests/docs tests/examples/test_docs.py
 
+.PHONY: faults faults-long
+faults: setup ## 200 kills, bit flips, crafted files, power cuts, lost ranks: one table, under 10 minutes
+	$(PY) -m tests.faults
+
+faults-long: setup ## the same with 500 kills and 300 flips
+	$(PY) -m tests.faults --kills 500 --flips 300
+
 parity: setup ## the quick layouts against the serial run: a table of differences
 	$(PY) -m tests.parity
 

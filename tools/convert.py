@@ -137,7 +137,14 @@ def _import(source: Path, target: Path, asked: argparse.Namespace) -> None:
             for name, content in files.items():
                 write_atomically(partial / "tokenizer" / name, content, disk)
         write_atomically(partial / "config.yaml", _yaml(found.model, data).encode(), disk)
-        import_folder(found, partial, data=data, shard_bytes=asked.shard_bytes, disk=disk)
+        import_folder(
+            found,
+            partial,
+            data=data,
+            tokenizer=files if data else {},
+            shard_bytes=asked.shard_bytes,
+            disk=disk,
+        )
     print(f"{target}: {len(found.conversions)} tensors, {found.bytes} bytes, as iteration 0\n"
           f"next: python tools/generate.py --load {target} --prompt ...\n"
           f"      python tools/pretrain_gpt.py --config {target / 'config.yaml'} --load {target} "

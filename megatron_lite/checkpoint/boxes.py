@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from megatron_lite.checkpoint.manifest import Manifest, StoredPiece
 from megatron_lite.config.errors import CheckpointError
@@ -41,8 +42,9 @@ def fill(slices: Iterable[NamedSlice], manifest: Manifest, folder: Path) -> None
     with ExitStack() as stack:
         opened: dict[str, Any] = {}
         for wanted in slices:
-            missing = wanted.data.numel()
-            for piece in manifest.tensors[wanted.name].pieces:
+            covered = _Covered(wanted, folder)
+            stored = manifest.tensors[wanted.name]
+            for piece in stored.pieces:
                 box = _overlap(wanted, piece)
                 if box is None:
                     continue
@@ -54,16 +56,55 @@ def fill(slices: Iterable[NamedSlice], manifest: Manifest, folder: Path) -> None
                 here = tuple(
                     slice(a - o, b - o) for (a, b), o in zip(box, wanted.offset, strict=True)
                 )
+                covered.add(here)
                 try:
-                    wanted.data[here] = opened[piece.file].get_slice(piece.key)[there]
+                    kept = opened[piece.file].get_slice(piece.key)
+                    _require_form(kept, piece, stored.dtype, folder)
+                    wanted.data[here] = kept[there]
                 except (SafetensorError, RuntimeError, IndexError) as error:
                     path = folder / piece.file
                     raise CheckpointError(f"{path}: {piece.key} cannot be read: {error}") from error
-                missing -= math.prod(b - a for a, b in box)
-            if missing:
+            covered.require_all()
+
+
+class _Covered:
+    """Which elements of a slice were filled: each must be, and by one piece only."""
+
+    def __init__(self, wanted: NamedSlice, folder: Path) -> None:
+        self._wanted, self._folder = wanted, folder
+        self._seen: Tensor | None = None
+        self._missing = wanted.data.numel()
+
+    def add(self, box: tuple[slice, ...]) -> None:
+        """Note a piece's box; raises CheckpointError where it meets an earlier one's."""
+        size = math.prod(edge.stop - edge.start for edge in box)
+        if size < self._wanted.data.numel():  # one piece for all needs no bookkeeping
+            if self._seen is None:
+                self._seen = torch.zeros(self._wanted.data.shape, dtype=torch.bool)
+            if self._seen[box].any():
                 raise CheckpointError(
-                    f"{folder} holds only a part of {wanted.name}: {missing} elements are missing"
+                    f"{self._folder}: two pieces of {self._wanted.name} claim the same elements"
                 )
+            self._seen[box] = True
+        self._missing -= size
+
+    def require_all(self) -> None:
+        """Raise CheckpointError where elements were left out."""
+        if self._missing:
+            raise CheckpointError(
+                f"{self._folder} holds only a part of {self._wanted.name}: "
+                f"{self._missing} elements are missing"
+            )
+
+
+def _require_form(kept: Any, piece: StoredPiece, dtype: str, folder: Path) -> None:
+    """The file must hold what the manifest says: a wrong format would convert without a word."""
+    found = (kept.get_dtype(), tuple(kept.get_shape()))
+    if found != (dtype, piece.lengths):
+        raise CheckpointError(
+            f"{folder / piece.file}: {piece.key} is {found[0]} {list(found[1])}, its manifest says "
+            f"{dtype} {list(piece.lengths)}"
+        )
 
 
 def _open(stack: ExitStack, path: Path) -> Any:

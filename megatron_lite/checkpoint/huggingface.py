@@ -20,7 +20,7 @@ from megatron_lite.blueprint.parameters import parameter_table
 from megatron_lite.blueprint.stages import cut_stages
 from megatron_lite.checkpoint.boxes import check_fit
 from megatron_lite.checkpoint.huggingface_config import config_of, model_of
-from megatron_lite.checkpoint.manifest import NAME, Manifest, StoredPiece, StoredTensor
+from megatron_lite.checkpoint.manifest import NAME, TOKENIZER, Manifest, StoredPiece, StoredTensor
 from megatron_lite.checkpoint.progress import Progress
 from megatron_lite.checkpoint.store import POINTER, Store
 from megatron_lite.checkpoint.tensor_file import DTYPES, Form, Written, write_bytes, write_stream
@@ -232,12 +232,19 @@ def _read(place: Place) -> Tensor:
 
 
 def import_folder(
-    source: HuggingFaceFolder, root: Path, *, data: dict[str, Any], shard_bytes: int, disk: Disk
+    source: HuggingFaceFolder,
+    root: Path,
+    *,
+    data: dict[str, Any],
+    tokenizer: Mapping[str, bytes],
+    shard_bytes: int,
+    disk: Disk,
 ) -> None:
     """Write iteration 0 and the pointer into a new folder of checkpoints.
 
-    data: the data section, which names the tokenizer.  root must not be looked for by anybody yet:
-    the caller gives it its name when all is written.  The peak is one tensor of theirs and one of ours.
+    data: the data section, which names the tokenizer; tokenizer: its files, which are kept.
+    root must not be looked for by anybody yet: the caller gives it its name when all is written.
+    The peak is one tensor of theirs and one of ours.
     """
     folder = root / "iter_0000000"
     disk.make_folder(folder)
@@ -256,6 +263,12 @@ def import_folder(
         for ours, form in forms.items():
             piece = StoredPiece(name, ours, (0,) * len(form.shape), form.shape)
             tensors[ours] = StoredTensor(form.shape, DTYPES[form.dtype], (piece,))
+    if tokenizer:
+        disk.make_folder(folder / TOKENIZER)
+    for name, content in tokenizer.items():
+        files[f"{TOKENIZER}/{name}"] = write_bytes(folder / TOKENIZER / name, content, disk)
+    if tokenizer:
+        disk.sync_folder(folder / TOKENIZER)
     config = {"model": asdict(source.model), "data": data}
     manifest = Manifest(0, Progress(), config, files, tensors).to_bytes()
     write_bytes(folder / NAME, manifest, disk)

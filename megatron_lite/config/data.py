@@ -84,7 +84,7 @@ class DataConfig:
     """No loss where the input is an end-of-document token."""
 
     verify_data: bool = False
-    """Read every token file whole before training: ids, and the hashes in .meta.json where recorded."""
+    """Read token files and cached indices whole before training: ids, and hashes where recorded."""
 
     mmap_bin_files: bool = True
     """Map the .bin files into memory instead of reading them."""

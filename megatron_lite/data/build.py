@@ -68,6 +68,7 @@ class Recipe:
     cache_folder: str | None
     disk: Disk
     maps: FileMaps
+    verify: bool
 
     def plan(
         self, source: TokenSource, name: str, split: str, documents: Range, samples: int | None
@@ -111,7 +112,9 @@ def _make(plans: Sequence[GPTPlan], blend: BlendPlan | None, recipe: Recipe) -> 
         "blend": None if blend is None else blend.key(),
     }
     data = {"files": [plan.key() for plan in plans]}
-    kept = build_or_load(recipe.cache_folder, asked, build, recipe.disk, data=data)
+    kept = build_or_load(
+        recipe.cache_folder, asked, build, recipe.disk, data=data, verify=recipe.verify
+    )
     datasets = [
         GPTDataset(plan, {part: kept.arrays[f"{number}/{part}"] for part in GPT_ARRAYS})
         for number, plan in enumerate(plans)
@@ -181,6 +184,7 @@ def build_datasets(
         cache_folder=None if cache_folder is None else os.fspath(cache_folder),
         disk=Disk() if disk is None else disk,
         maps=FileMaps(),
+        verify=data.verify_data,
     )
     asked = (train_samples, valid_samples, test_samples)
     found = blends(data)

@@ -1,7 +1,7 @@
 """Index arrays kept between runs: keyed by content, whole or absent, mapped when read.
 
     <asked>-<data>.arrays    all arrays of a split, one after the other, each at a whole 64 bytes
-    <asked>-<data>.json      where each begins, the key, and a digest of their content; written last
+    <asked>-<data>.json      where each begins, the key, their digest, and a hash of all this; written last
 
 One file for all arrays of all datasets: a blend of a thousand costs one file handle.
 """
@@ -24,7 +24,7 @@ import numpy.typing as npt
 from megatron_lite.data.digest import digest_of
 from megatron_lite.storage.disk import Disk, DiskFile, temporary_name, write_atomically
 
-FORMAT = 2  # part of the key: arrays of another format are not found
+FORMAT = 3  # part of the key: arrays of another format are not found
 ALIGNMENT = 64
 Arrays = dict[str, npt.NDArray[Any]]
 Build = Callable[[], Iterable[tuple[str, npt.NDArray[Any]]]]
@@ -47,31 +47,37 @@ def build_or_load(
     disk: Disk,
     *,
     data: Mapping[str, Any] | None = None,
+    verify: bool = False,
 ) -> Kept:
     """The arrays `build` gives, from the cache folder if they are there; no folder builds anew.
 
     asked and data name everything the arrays depend on: what the user wrote, and what the files
     held (fingerprints).  Arrays for the same words but other files are reported and built anew.
+    verify: read what is found whole, and build it anew where its digest is another.
     One rank per node should call it first and the others after it; ranks that come at the same
     time do the same work and write the same bytes.
     """
     if folder is None:
         arrays = dict(build())
-        digest = 0
-        for values in arrays.values():
-            digest = digest_of(values, digest)
-        return Kept(arrays, digest)
+        return Kept(arrays, _digest(arrays))
     place = Path(folder)
     key = {"format": FORMAT, "asked": dict(asked), "data": dict(data or {})}
     name = f"{_hash(key['format'], key['asked'])}-{_hash(key['data'])}"
-    found = _load(place, name)
+    found = _load(place, name, verify)
     if found is not None:
         return found
     _report_other_data(place, name)
     _save(place, name, key, build, disk)
-    made = _load(place, name)
+    made = _load(place, name, verify)
     assert made is not None, f"{place / name} was written, but cannot be read"
     return made
+
+
+def _digest(arrays: Arrays) -> int:
+    digest = 0
+    for values in arrays.values():
+        digest = digest_of(values, digest)
+    return digest
 
 
 def _hash(*parts: Any) -> str:
@@ -81,7 +87,7 @@ def _hash(*parts: Any) -> str:
 
 def _report_other_data(folder: Path, name: str) -> None:
     asked = name.partition("-")[0]
-    other = sorted(folder.glob(f"{asked}-*.json"))
+    other = sorted(p for p in folder.glob(f"{asked}-*.json") if p.stem != name)
     if other:
         log.warning(
             "the data changed since its index was built (%s was for other files of the same "
@@ -110,8 +116,9 @@ def _save(folder: Path, name: str, key: Mapping[str, Any], build: Build, disk: D
     finally:
         disk.remove(temporary)
     # the description comes last: where it stands, every array is complete
-    text = {**key, "size": size, "digest": f"{digest:016x}", "arrays": described}
-    write_atomically(folder / f"{name}.json", json.dumps(text).encode(), disk)
+    body = {**key, "size": size, "digest": f"{digest:016x}", "arrays": described}
+    text = json.dumps({"hash": _hash(body), "body": body})
+    write_atomically(folder / f"{name}.json", text.encode(), disk)
 
 
 def _append(file: DiskFile, values: npt.NDArray[Any]) -> int:
@@ -123,9 +130,12 @@ def _append(file: DiskFile, values: npt.NDArray[Any]) -> int:
     return begin
 
 
-def _load(folder: Path, name: str) -> Kept | None:
+def _load(folder: Path, name: str, verify: bool) -> Kept | None:
     try:
-        described = json.loads((folder / f"{name}.json").read_text())
+        outer = json.loads((folder / f"{name}.json").read_text())
+        described = outer["body"]
+        if outer["hash"] != _hash(described):
+            raise ValueError("its description does not match its hash")
         size = described["size"]
         path = folder / f"{name}.arrays"
         buffer: bytes | mmap.mmap = b""
@@ -143,7 +153,10 @@ def _load(folder: Path, name: str) -> Kept | None:
                 continue
             flat = np.frombuffer(buffer, np.dtype(at["dtype"]), count, at["offset"])
             arrays[part] = flat.reshape(at["shape"])
-        return Kept(arrays, int(described["digest"], 16))
+        kept = Kept(arrays, int(described["digest"], 16))
+        if verify and _digest(arrays) != kept.digest:
+            raise ValueError(f"{path} is damaged: its content does not match its digest")
+        return kept
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

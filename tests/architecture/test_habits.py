@@ -14,8 +14,13 @@ from tests.architecture.test_floors import MAY_IMPORT, PACKAGE, ROOT
 SOURCES = sorted([*PACKAGE.rglob("*.py"), *(ROOT / "tools").rglob("*.py")])
 FOLDERS = sorted(path.parent for path in PACKAGE.rglob("__init__.py") if path.parent != PACKAGE)
 FORBIDDEN_NAMES = {"utils", "util", "helpers", "helper", "common", "misc"}
-FORBIDDEN_MODULES = {"pickle", "dill", "cloudpickle", "shelve", "marshal"}
-FORBIDDEN_CALLS = {"eval", "exec", "torch.load", "os.system", "os.popen", "yaml.load"}
+FORBIDDEN_MODULES = {"pickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
+FORBIDDEN_CALLS = {
+    "eval", "exec", "builtins.eval", "builtins.exec", "torch.load", "torch.serialization.load",
+    "torch.jit.load", "torch.hub.load", "torch.package.PackageImporter", "os.system", "os.popen",
+    "yaml.load", "yaml.unsafe_load", "yaml.full_load", "torch.distributed.checkpoint.load",
+    "torch.distributed.checkpoint.FileSystemReader",
+}  # fmt: skip
 FORBIDDEN_KEYWORDS = {"shell", "allow_pickle", "trust_remote_code"}
 
 
@@ -27,8 +32,25 @@ def dotted(node: ast.expr) -> str:
     return node.id if isinstance(node, ast.Name) else ""
 
 
+def other_names(tree: ast.AST) -> dict[str, str]:
+    """Name in this file -> what it stands for: `import numpy as np`, `from torch import load`."""
+    found = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {a.asname: a.name for a in node.names if a.asname}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            found |= {a.asname or a.name: f"{node.module}.{a.name}" for a in node.names}
+    return found
+
+
 def bad_habits(tree: ast.AST) -> Iterator[tuple[int, str]]:
     """(line, what) of each global statement, unpickling, evaluation, shell and blind trust."""
+    others = other_names(tree)
+
+    def full(name: str) -> str:
+        first, dot, rest = name.partition(".")
+        return others.get(first, first) + dot + rest
+
     for node in ast.walk(tree):
         if isinstance(node, ast.Global):
             yield node.lineno, f"global {', '.join(node.names)}"
@@ -38,8 +60,13 @@ def bad_habits(tree: ast.AST) -> Iterator[tuple[int, str]]:
                 if name and name.split(".")[0] in FORBIDDEN_MODULES:
                     yield node.lineno, f"imports {name}"
         elif isinstance(node, ast.Call):
-            if dotted(node.func) in FORBIDDEN_CALLS:
-                yield node.lineno, f"calls {dotted(node.func)}"
+            called = full(dotted(node.func))
+            if called in FORBIDDEN_CALLS:
+                yield node.lineno, f"calls {called}"
+            if called in ("__import__", "importlib.import_module") and node.args:
+                (name, *_) = node.args
+                if isinstance(name, ast.Constant) and name.value in FORBIDDEN_MODULES:
+                    yield node.lineno, f"imports {ast.unparse(name)}"
             for word in node.keywords:
                 on = isinstance(word.value, ast.Constant) and word.value.value is False
                 if word.arg in FORBIDDEN_KEYWORDS and not on:
@@ -82,6 +109,12 @@ def test_no_file_has_a_bad_habit() -> None:
         "from pickle import loads",
         "eval('1')",
         "torch.load(f)",
+        "from torch import load\nload(f, weights_only=True)",
+        "import torch as t\nt.load(f)",
+        "from os import system as run\nrun('ls')",
+        "import builtins\nbuiltins.eval('1')",
+        "__import__('pickle')",
+        "import importlib\nimportlib.import_module('_pickle')",
         "run(a, shell=True)",
         "np.load(f, allow_pickle=flag)",
     ],
