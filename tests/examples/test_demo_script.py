@@ -35,5 +35,5 @@ def test_what_a_user_exported_for_other_runs_does_not_change_the_demo(tmp_path: 
     variables = set(re.findall(r"\$\{([A-Z][A-Z0-9_]*):?-", script)) - PASSED_ON
     assert {"DATASET", "LOAD_PATH", "DRY_RUN", "WEIGHT_DECAY", "MASTER_ADDR"} <= variables
     plain = commands(tmp_path, {})
-    assert sum("torch.distributed.run" in line for line in plain) == 2
+    assert sum("tools/launch.py" in line for line in plain) == 2
     assert commands(tmp_path, dict.fromkeys(variables, "1")) == plain
