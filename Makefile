@@ -79,6 +79,10 @@ bench-data: setup ## the data side beside its named baselines: indices, start-up
 bench-schedules: setup ## CPU seconds to lower 1536 micro batches beside torch.distributed.pipelining's lowering
 	$(PY) benchmarks/bench_schedules.py
 
+.PHONY: bench-plan
+bench-plan: setup ## the planner, calibrated on small runs here, beside measured step times of others
+	OMP_NUM_THREADS= $(PY) benchmarks/bench_plan.py
+
 flags: setup ## write docs/FLAGS.md anew from the config sections
 	$(PY) tools/flags.py
 

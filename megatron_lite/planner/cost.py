@@ -235,7 +235,7 @@ class Costs:
         gradient; with it half of each does, and gathering a row-parallel layer's dy is exposed.
         """
         able = 2 * ring if not self.asked.parallel.sequence_parallel else ring
-        hidden = min(able, under)
+        hidden = min(able, under) * self.device.overlap
         return 2 * ring - hidden, hidden
 
     def _accumulating(self) -> float:

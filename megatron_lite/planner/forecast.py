@@ -240,8 +240,9 @@ def _data_parallel(costs: Costs, pp_rank: int) -> tuple[float, float, float]:
     last = Op.W if blueprint.schedule in SPLIT_BACKWARD else Op.B
     backward = sum(costs.work(last, stage).seconds for stage in stages)
     forward = sum(costs.work(Op.F, stage).seconds for stage in stages)
-    under = min(gradients, backward) if parallel.overlap_grad_reduce else 0.0
-    ahead = min(gather, forward) if parallel.overlap_param_gather else 0.0
+    able = cluster.device.overlap
+    under = min(gradients, backward) * able if parallel.overlap_grad_reduce else 0.0
+    ahead = min(gather, forward) * able if parallel.overlap_param_gather else 0.0
     return (gradients - under) + (gather - ahead), under, ahead
 
 
@@ -254,7 +255,9 @@ def _optimizer_seconds(blueprint: Blueprint, asked: Asked, cluster: Cluster, pp_
     parameters = blueprint.rank_parameters(pp_rank)
     shared = blueprint.dp if asked.parallel.use_distributed_optimizer else 1
     every, owned = 4.0 * 2, 4.0 * 2 + 4.0 * 7 + 2.0
-    return cluster.device.moving_seconds(parameters * (every + owned / shared))
+    device = cluster.device
+    moved = parameters * (every + owned / shared)
+    return moved / (device.bandwidth_gb_s * 1e9 * device.optimizer_efficiency)
 
 
 def measured(plan: Forecast, step_seconds: float) -> Forecast:

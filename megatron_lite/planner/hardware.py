@@ -63,6 +63,10 @@ class Device:
     """Fill and drain of one kernel."""
     memory_efficiency: float = 0.8
     """Share of bandwidth_gb_s that elementwise kernels reach."""
+    optimizer_efficiency: float = 0.8
+    """Share of bandwidth_gb_s that the update of masters and moments reaches."""
+    overlap: float = 1.0
+    """Share of communication meant to run under products that does; none where they share cores."""
     link_efficiency: float = 0.8
     """Share of link_gb_s that ring collectives reach."""
     network_efficiency: float = 0.8
@@ -314,9 +318,10 @@ def read_device(path: str) -> Device:
             problems.append(f"{path}: cpu: {value!r} must be true or false")
         if key in fields and key not in ("name", "sources", "cpu"):
             number = isinstance(value, int | float) and not isinstance(value, bool)
-            if not number or value <= 0:
+            low = number and (value < 0 if key == "overlap" else value <= 0)
+            if not number or low:
                 problems.append(f"{path}: {key}: {value!r} must be a number above 0")
-            elif key in ("sustained", "attention") or key.endswith("_efficiency"):
+            elif key in ("sustained", "attention", "overlap") or key.endswith("_efficiency"):
                 if value > 1:
                     problems.append(f"{path}: {key}: {value} is a share; at most 1")
             elif key == "devices_per_node" and value != int(value):

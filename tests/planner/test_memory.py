@@ -103,8 +103,8 @@ def test_a_block_keeps_what_the_plan_counts_item_by_item(flags: str) -> None:
 
 # 63 million parameters; activations and optimizer state are of one size
 MODEL = (
-    "--num-layers 8 --hidden-size 768 --num-attention-heads 8 --vocab-size 8000 --seq-length 256 "
-    "--micro-batch-size 2 --lr 1e-4 --train-iters 1 --mock-data"
+    "--num-layers 8 --hidden-size 768 --num-attention-heads 8 --vocab-size 8000 --lr 1e-4 "
+    "--train-iters 1 --mock-data"
 )
 UNIFORM = "--recompute-granularity full --recompute-method uniform --recompute-num-layers"
 BLOCK = "--recompute-granularity full --recompute-method block --recompute-num-layers"
@@ -163,6 +163,9 @@ def test_the_plan_is_within_a_tenth_of_a_real_step(
 ) -> None:
     """Weights, gradients and optimizer state to the percent, all else and the sum to a tenth."""
     flags = f"{MODEL} --global-batch-size {samples} {flags}"
+    for usual in ("--seq-length 256", "--micro-batch-size 2"):
+        if usual.split()[0] not in flags:
+            flags += f" {usual}"
     assert draw_up(parse(flags.split()).config, ranks).num_parameters > 50e6
     found = spawn(compare, ranks, flags, deadline=500)
     with capsys.disabled():
@@ -178,7 +181,8 @@ def test_the_plan_is_within_a_tenth_of_a_real_step(
 @pytest.mark.ci
 def test_torchs_own_memory_tracker_agrees() -> None:
     """It cannot follow modules through several micro batches, so the step has one."""
-    config = parse(f"{MODEL} --global-batch-size 2 {SELECTIVE} core_attn".split()).config
+    step = "--seq-length 256 --micro-batch-size 2 --global-batch-size 2"
+    config = parse(f"{MODEL} {step} {SELECTIVE} core_attn".split()).config
     blueprint = draw_up(config, 1)
     run = assemble(config, blueprint, ParallelContext.serial())
     tracker = MemTracker()
