@@ -7,6 +7,7 @@ Minutes; leave the machine alone meanwhile.
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -59,7 +60,7 @@ def main() -> None:
     gpu = torch.cuda.is_available()
     measured = []
     for trial in others(gpu=gpu, devices=device.devices_per_node):
-        measured.append(calibrate.measure(trial, tool=TOOL, steps=STEPS))
+        measured.append(calibrate.measure(trial, tool=TOOL, steps=STEPS, environment=os.environ))
         print(f"  measured {trial.name}", file=sys.stderr, flush=True)
     print("\npredicted")
     print("\n".join(explained(device, measured)))

@@ -141,7 +141,7 @@ def calibrated(steps: int, *, say: Callable[[str], None] = print) -> tuple[Devic
         f"memory {start.bandwidth_gb_s:.1f} GB/s")  # fmt: skip
     done = []
     for trial in trials(gpu=gpu, devices=start.devices_per_node):
-        done.append(calibrate.measure(trial, tool=TOOL, steps=steps))
+        done.append(calibrate.measure(trial, tool=TOOL, steps=steps, environment=os.environ))
         say(f"  {trial.name:<16}{done[-1].seconds * 1e3:>10.1f} ms per step")
     return calibrate.fit(start, done), done
 

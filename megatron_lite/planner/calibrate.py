@@ -11,12 +11,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -49,10 +48,12 @@ class Trial:
     seconds: float = math.nan
 
 
-def measure(trial: Trial, *, tool: Path, steps: int, deadline: float = 300.0) -> Trial:
+def measure(
+    trial: Trial, *, tool: Path, steps: int, environment: Mapping[str, str], deadline: float = 300.0
+) -> Trial:
     """The trial with the median time of its steps but the first two, run by real processes.
 
-    tool: tools/pretrain_gpt.py.  Raises ConfigError with the run's own words where it fails.
+    tool: tools/pretrain_gpt.py; environment: of the processes.  Raises ConfigError with the run's own words where it fails.
     """
     flags = [
         *trial.flags.split(), "--train-iters", str(steps), "--lr", "1e-4", "--mock-data",
@@ -60,7 +61,7 @@ def measure(trial: Trial, *, tool: Path, steps: int, deadline: float = 300.0) ->
     ]  # fmt: skip
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node",
                 str(trial.ranks)] if trial.ranks > 1 else []  # fmt: skip
-    env = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or "1"}
+    env = {**environment, "OMP_NUM_THREADS": environment.get("OMP_NUM_THREADS") or "1"}
     with tempfile.TemporaryDirectory() as folder:
         done = subprocess.run(
             [sys.executable, *launcher, str(tool), *flags],

@@ -224,5 +224,52 @@ H100_RUNS = (
 )  # fmt: skip
 """One size of each model calibrates: three of fifteen."""
 
+_LLAMA = (
+    "--swiglu --normalization RMSNorm --disable-bias-linear --position-embedding-type rope "
+    "--group-query-attention --num-query-groups 8 --untie-embeddings-and-output-weights "
+    "--context-parallel-size 2"
+)
+
+
+def _llama(size: str, shape: str, layout: str, rows: tuple[tuple[int, int, float], ...]) -> tuple:
+    flags = f"{shape} {_LLAMA} {layout} {_NEMO.replace('--sequence-parallel ', '')}"
+    if "tensor" in layout:
+        flags += " --sequence-parallel"
+    return tuple(
+        Run(name=f"Llama 3.1 {size} {gpus} GPUs", hardware="h100", gpus=gpus, seconds=seconds,
+            source=f"{DGXC}llama3.1/README_{size.split()[0].lower()}.md (24.09, BF16)",
+            flags=f"{flags} --global-batch-size {batch} --micro-batch-size 1")
+        for gpus, batch, seconds in rows
+    )  # fmt: skip
+
+
+def _shape(layers: int, hidden: int, heads: int, ffn: int) -> str:
+    return (
+        f"--num-layers {layers} --hidden-size {hidden} --num-attention-heads {heads} "
+        f"--ffn-hidden-size {ffn} --seq-length 8192 --vocab-size 128256"
+    )
+
+
+def _tp_pp(tp: int, pp: int, chunks: int) -> str:
+    text = f"--tensor-model-parallel-size {tp} --pipeline-model-parallel-size {pp}"
+    return f"{text} {CHUNKS} {chunks}" if chunks > 1 else text
+
+
+_405B = (16384, 128, 53248)
+LLAMA_RUNS = (
+    *_llama("8B", _shape(32, 4096, 32, 14336), "",
+            ((8, 128, 12.91), (16, 256, 13.00), (32, 512, 13.05), (64, 1024, 13.08),
+             (128, 2048, 13.10))),
+    *_llama("70B", _shape(80, 8192, 64, 28672), _tp_pp(4, 4, 5),
+            ((64, 128, 14.72), (128, 256, 14.73), (256, 512, 14.8), (512, 1024, 14.89),
+             (1024, 2048, 14.92), (2048, 4096, 14.98))),
+    *_llama("405B cut to 7 layers", _shape(7, *_405B), _tp_pp(8, 1, 1), ((32, 126, 8.85),)),
+    *_llama("405B cut to 21 layers", _shape(21, *_405B), _tp_pp(8, 3, 7), ((96, 126, 8.75),)),
+    *_llama("405B cut to 42 layers", _shape(42, *_405B), _tp_pp(8, 3, 7), ((192, 252, 16.93),)),
+    *_llama("405B", _shape(126, *_405B), _tp_pp(8, 9, 7),
+            ((576, 252, 17.20), (1152, 504, 17.52), (2304, 1008, 17.62))),
+)  # fmt: skip
+"""None calibrates: the shapes, the length and context parallelism are new to the fit."""
+
 A100_RUNS = (*SC21_RUNS, *K22_RUNS, *SC21_2_RUNS, BLOOM_RUN)
-RUNS = (*A100_RUNS, *H100_RUNS)
+RUNS = (*A100_RUNS, *H100_RUNS, *LLAMA_RUNS)

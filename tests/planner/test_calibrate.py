@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from pathlib import Path
 
 import pytest
@@ -55,12 +56,14 @@ def test_the_file_reads_back_as_the_same_device(tmp_path: Path) -> None:
 def test_a_trial_that_fails_says_why() -> None:
     wrong = Trial("wrong", model(2, 60, seq=16, micro=1, batch=1))
     with pytest.raises(ConfigError, match="the trial 'wrong' ended with 2: FATAL"):
-        calibrate.measure(wrong, tool=TOOL, steps=4)
+        calibrate.measure(wrong, tool=TOOL, steps=4, environment=os.environ)
 
 
 @pytest.mark.ci
 def test_trials_are_real_runs_of_one_rank_and_of_two() -> None:
     small = model(1, 64, seq=32, micro=2, batch=4, vocab=128)
     for ranks in (1, 2):
-        done = calibrate.measure(Trial("small", small, ranks), tool=TOOL, steps=4)
+        done = calibrate.measure(
+            Trial("small", small, ranks), tool=TOOL, steps=4, environment=os.environ
+        )
         assert 0.0 < done.seconds < 60.0
