@@ -53,7 +53,8 @@ def measure(
 ) -> Trial:
     """The trial with the median time of its steps but the first two, run by real processes.
 
-    tool: tools/pretrain_gpt.py; environment: of the processes.  Raises ConfigError with the run's own words where it fails.
+    tool: tools/pretrain_gpt.py; environment: of the processes.  Raises ConfigError with the
+    run's own words where it fails.
     """
     flags = [
         *trial.flags.split(), "--train-iters", str(steps), "--lr", "1e-4", "--mock-data",
