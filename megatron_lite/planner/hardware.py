@@ -207,7 +207,7 @@ _NDR = "one NDR InfiniBand port of 400 Gb/s per GPU (DGX H100, B200)"
 _XDR = "one ConnectX-8 port of 800 Gb/s per GPU (GB300 NVL72)"
 
 #                  peak   matmul sust  attn  GB   GB/s  link  network
-_A100_SUSTAINED = 0.852
+_A100_SUSTAINED = 0.845
 _H100_SUSTAINED = 0.929
 
 DEVICES: Mapping[str, Device] = {
