@@ -113,8 +113,12 @@ def layout_flags(parallel: ParallelConfig, micro_batch_size: int) -> str:
         flags.append("--sequence-parallel")
     if parallel.use_distributed_optimizer:
         flags.append("--use-distributed-optimizer")
+        if parallel.overlap_param_gather:
+            flags.append("--overlap-param-gather")
     if parallel.recompute_granularity == "selective":
         flags.append("--recompute-granularity selective")
+        if parallel.recompute_modules != ["core_attn"]:
+            flags.append(f"--recompute-modules {' '.join(parallel.recompute_modules)}")
     if parallel.recompute_granularity == "full":
         flags.append(
             f"--recompute-granularity full --recompute-method {parallel.recompute_method} "

@@ -7,12 +7,14 @@ around     message buffers, the device's own context, allowance for fragmentatio
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 
 from megatron_lite.blueprint.draw_up import Blueprint
+from megatron_lite.blueprint.schedules import SCHEDULES
 from megatron_lite.blueprint.schedules.actions import Op, Schedule
-from megatron_lite.blueprint.stages import Stage
+from megatron_lite.blueprint.stages import Placement, Stage
 from megatron_lite.config.model import ModelConfig
 from megatron_lite.config.optim import OptimConfig
 from megatron_lite.config.parallel import ParallelConfig
@@ -70,13 +72,22 @@ class RankMemory:
 
 
 def memory(
-    blueprint: Blueprint, asked: Asked, *, num_microbatches: int | None = None
+    blueprint: Blueprint,
+    asked: Asked,
+    *,
+    num_microbatches: int | None = None,
+    pp_ranks: Iterable[int] | None = None,
 ) -> tuple[RankMemory, ...]:
-    """The memory of each pipeline rank once the batch has its full size, or in a step of so many."""
+    """The memory of each pipeline rank once the batch has its full size, or in a step of so many.
+
+    pp_ranks: only of these.
+    """
     batches = blueprint.batch_schedule
     if num_microbatches is None:
         num_microbatches = batches.final_batch_size // (batches.micro_batch_size * batches.dp)
-    schedule = blueprint.compute(peak_microbatches(blueprint, num_microbatches))
+    schedule = _schedule(
+        blueprint.schedule, blueprint.placement, peak_microbatches(blueprint, num_microbatches)
+    )
     items = block_items(
         blueprint.model,
         asked.parallel,
@@ -86,8 +97,13 @@ def memory(
     )
     return tuple(
         _rank_memory(blueprint, asked, schedule, items, pp_rank)
-        for pp_rank in range(blueprint.grid.pp)
+        for pp_rank in (range(blueprint.grid.pp) if pp_ranks is None else pp_ranks)
     )
+
+
+@lru_cache(maxsize=64)  # a search asks for few, thousands of times
+def _schedule(name: str, placement: Placement, num_microbatches: int) -> Schedule:
+    return SCHEDULES[name].generate(placement, num_microbatches)
 
 
 def peak_microbatches(blueprint: Blueprint, num_microbatches: int) -> int:
@@ -184,12 +200,11 @@ def _held(
     blueprint: Blueprint, asked: Asked, stage: Stage, blocks: StageBytes, postponed: float
 ) -> _Held:
     model, low = blueprint.model, element_bytes(asked.precision)
-    tp, in_blocks = blueprint.grid.tp, {s.name: s for s in blueprint.parameters}
-    matrices = [s.local_size(tp) for s in in_blocks.values() if s.name.startswith("blocks.")]
+    tp = blueprint.grid.tp
     kept, stream = blocks.kept, layer_input_bytes(model, asked)
     # a 16-bit product of a weight's gradient exists before it is added to the fp32 accumulator
     passing = float(low) if low == 2 and asked.parallel.accumulate_allreduce_grads_in_fp32 else 0.0
-    workspace = blocks.backward + max(matrices, default=0) * passing
+    workspace = blocks.backward + _largest_matrix(model, tp) * passing
     if stage.has_embedding and model.hidden_dropout > 0.0:
         kept += stream / low  # the mask
     if not stage.has_head:
@@ -211,6 +226,13 @@ def _held(
             _Moment(-probabilities - norm, blocks.again, 0.0, workspace),
         ),
     )
+
+
+def _largest_matrix(model: ModelConfig, tp: int) -> float:
+    """Elements of a block's largest weight on one rank, q|k|v and gate|up being one each."""
+    heads = model.num_attention_heads + 2 * model.num_kv_heads
+    up = model.ffn_size * (2 if model.swiglu else 1)
+    return model.hidden_size * max(heads * model.head_size, up) / tp
 
 
 def _tokens(model: ModelConfig, asked: Asked) -> float:

@@ -7,20 +7,24 @@ order is the simulation's.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 from typing import Literal
 
+from megatron_lite.blueprint.draw_up import Blueprint
 from megatron_lite.config.errors import ConfigError
 from megatron_lite.config.model import ModelConfig
 from megatron_lite.config.parallel import ParallelConfig
 from megatron_lite.planner.advice import Variant
 from megatron_lite.planner.forecast import Forecast, forecast
 from megatron_lite.planner.hardware import Cluster
-from megatron_lite.planner.memory import Asked
+from megatron_lite.planner.memory import Asked, memory
 
 Name = Literal["1f1b", "interleaved", "zb-h1", "zb-v"]
 Granularity = Literal["full", "selective"]
+Method = Literal["uniform", "block"]
 
 MICRO_BATCHES = (1, 2, 4, 8, 16)
 _SIMULATED = 24
@@ -39,29 +43,36 @@ class Found:
 
 
 def search(variant: Variant, asked: Asked, cluster: Cluster, *, model: ModelConfig) -> Found:
-    """Try every tp, pp, chunks, schedule, micro batch, recompute and optimizer sharding."""
+    """Try every tp, sp, pp, chunks, schedule, micro batch, recompute and optimizer sharding."""
     fitting: list[Forecast] = []
     too_large = forbidden = 0
-    closest: Forecast | None = None
+    least, closest = math.inf, None
+    drawn: dict[tuple[object, ...], Blueprint] = {}
     for layout, micro_batch in _layouts(asked.parallel, cluster, model):
+        # what is split along the sequence or sharded over dp changes no stage and no schedule
+        key = (layout.tp, layout.pp, layout.pipeline_schedule,
+               layout.num_virtual_stages_per_pipeline_rank, micro_batch)  # fmt: skip
         try:
-            blueprint = variant(layout, micro_batch)
+            blueprint = drawn[key] if key in drawn else variant(layout, micro_batch)
         except ConfigError:
             forbidden += 1
             continue
-        for parallel in _memory_choices(layout):
-            tried = forecast(
-                blueprint,
-                dataclasses.replace(asked, parallel=parallel, micro_batch_size=micro_batch),
-                cluster,
-                simulated=False,
-            )
-            if tried.fits:
-                fitting.append(tried)
+        drawn[key] = blueprint
+        for parallel in _memory_choices(layout, model.num_layers):
+            tried = dataclasses.replace(asked, parallel=parallel, micro_batch_size=micro_batch)
+            # the ends need most, nearly always; where they fit, the forecast asks all
+            ends = memory(blueprint, tried, pp_ranks={0, blueprint.grid.pp - 1})
+            needed = max(rank.total for rank in ends)
+            plan = None
+            if needed <= cluster.device.memory_bytes:
+                plan = forecast(blueprint, tried, cluster, simulated=False)
+                needed = plan.worst.total
+            if plan is not None and plan.fits:
+                fitting.append(plan)
                 break  # the choices come cheapest first: what fits needs no more recomputation
             too_large += 1
-            if closest is None or tried.worst.total < closest.worst.total:
-                closest = tried
+            if needed < least:
+                least, closest = needed, (blueprint, tried)
     fitting.sort(key=lambda tried: tried.rates.step_seconds)
     best = [forecast(f.blueprint, f.asked, cluster) for f in fitting[:_SIMULATED]]
     best.sort(key=lambda tried: tried.rates.step_seconds)
@@ -70,7 +81,7 @@ def search(variant: Variant, asked: Asked, cluster: Cluster, *, model: ModelConf
         num_simulated=len(best),
         num_too_large=too_large,
         num_forbidden=forbidden,
-        closest=closest if not fitting else None,
+        closest=forecast(*closest, cluster, simulated=False) if closest and not fitting else None,
     )
 
 
@@ -85,22 +96,27 @@ def _layouts(
             if pp > model.num_layers:
                 continue
             dp = world // (tp * pp * start.cp)
-            for schedule, chunks in _schedules(pp, model.num_layers):
-                for micro_batch in MICRO_BATCHES:
+            for (schedule, chunks), split, sharded, micro_batch in product(
+                _schedules(pp, model.num_layers),
+                (True, False) if tp > 1 else (False,),
+                (True, False) if dp > 1 else (False,),
+                MICRO_BATCHES,
+            ):
+                if sharded or dp == 1 or split == (tp > 1):  # both off at once gains nothing
                     yield (
                         dataclasses.replace(
                             start,
                             tensor_model_parallel_size=tp,
                             pipeline_model_parallel_size=pp,
-                            sequence_parallel=tp > 1,
+                            sequence_parallel=split,
                             pipeline_schedule=schedule,
                             num_virtual_stages_per_pipeline_rank=chunks,
                             num_layers_per_virtual_pipeline_stage=None,
                             pipeline_model_parallel_layout=None,
                             decoder_first_pipeline_num_layers=None,
                             decoder_last_pipeline_num_layers=None,
-                            use_distributed_optimizer=dp > 1,
-                            overlap_param_gather=dp > 1,
+                            use_distributed_optimizer=sharded,
+                            overlap_param_gather=sharded,
                         ),
                         micro_batch,
                     )
@@ -118,17 +134,25 @@ def _schedules(pp: int, num_layers: int) -> Iterator[tuple[Name, int | None]]:
     yield "zb-v", None
 
 
-def _memory_choices(layout: ParallelConfig) -> Iterator[ParallelConfig]:
+def _memory_choices(layout: ParallelConfig, num_layers: int) -> Iterator[ParallelConfig]:
     """The same layout with less and less kept for backward, the cheapest in time first."""
-    choices: tuple[Granularity | None, ...] = (None, "selective", "full")
-    for granularity in choices:
-        full = granularity == "full"
-        yield dataclasses.replace(
-            layout,
-            recompute_granularity=granularity,
-            recompute_method="uniform" if full else None,
-            recompute_num_layers=1 if full else None,
-        )
+
+    def choice(
+        granularity: Granularity | None, method: Method | None = None, layers: int | None = None,
+        modules: tuple[str, ...] = ("core_attn",),
+    ) -> ParallelConfig:  # fmt: skip
+        return dataclasses.replace(
+            layout, recompute_granularity=granularity, recompute_method=method,
+            recompute_num_layers=layers, recompute_modules=list(modules),
+        )  # fmt: skip
+
+    stage = num_layers // (layout.pp * (layout.num_virtual_stages_per_pipeline_rank or 1))
+    yield choice(None)
+    yield choice("selective")
+    for layers in sorted({stage // 4, stage // 2} - {0}):
+        yield choice("full", "block", layers)
+    yield choice("selective", modules=("core_attn", "mlp"))
+    yield choice("full", "uniform", 1)
 
 
 def _divisors(number: int) -> list[int]:

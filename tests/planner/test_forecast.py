@@ -125,6 +125,27 @@ def test_a_search_ranks_layouts_that_fit_and_finds_none_slower_than_the_given() 
     assert best[0] <= given.rates.step_seconds
 
 
+def test_a_search_looks_at_every_kind_of_layout() -> None:
+    config, world = read("", "--num-layers 8 --hidden-size 1024 --num-attention-heads 16"), 8
+    cluster = Cluster(device=find_device("a100-80g"), world_size=world, devices_per_node=8)
+    found = search.search(variant_of(config, world), asked_of(config), cluster, model=config.model)
+    seen = [plan.asked.parallel for plan in found.ranked]
+    assert {p.sequence_parallel for p in seen if p.tp > 1} == {True, False}
+    assert {p.use_distributed_optimizer for p in seen} == {True, False}
+    assert {p.pipeline_schedule for p in seen} == {"1f1b", "interleaved", "zb-h1", "zb-v"}
+    assert {plan.asked.micro_batch_size for plan in found.ranked} >= {1, 2, 4, 8}
+    assert {p.tp for p in seen} == {p.pp for p in seen} == {1, 2, 4, 8}
+
+
+def test_what_a_search_rejects_by_its_ends_does_not_fit_whole() -> None:
+    """13B on 8 devices, where most layouts are too large."""
+    config, world = read("", "--num-layers 40 --hidden-size 5120 --num-attention-heads 40"), 8
+    cluster = Cluster(device=find_device("a100-80g"), world_size=world, devices_per_node=8)
+    found = search.search(variant_of(config, world), asked_of(config), cluster, model=config.model)
+    assert found.ranked and all(plan.fits for plan in found.ranked)
+    assert found.num_too_large > len(found.ranked)
+
+
 def test_a_search_where_nothing_fits_names_the_closest() -> None:
     config = read("", "--num-layers 96 --hidden-size 12288 --num-attention-heads 96")
     cluster = Cluster(device=find_device("a100-40g"), world_size=8, devices_per_node=8)
