@@ -403,25 +403,27 @@ def test_a_crash_or_a_full_disk_at_any_operation_leaves_nothing_or_all(
 
 
 MEASURE = """
-import resource, sys
+import re, sys
 sys.path.insert(0, {root!r})
 from tools import convert
+def peak():  # of this program: ru_maxrss would begin with what the starting process held
+    return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) << 10
 peaks = []
 pairs = list(zip(sys.argv[1::2], sys.argv[2::2], strict=True))
 for source, target in pairs:
     sys.argv = ["convert.py", source, target, "--max-shard-size", "60MB"]
     convert.main()
-    peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10)
+    peaks.append(peak())
 from safetensors.torch import load_file
 whole = {{name: t + 0 for name, t in load_file(pairs[2][0] + "/model.safetensors").items()}}
-peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10)
+peaks.append(peak())
 print(*peaks)
 """
 
 
 @pytest.mark.ci
 def test_the_peak_of_memory_is_a_few_tensors_not_the_model(tmp_path):
-    """A model of 330 MB, its largest tensor 8.4 MB: each way needs less than a quarter of it."""
+    """A model of 330 MB, its largest tensor 8.4 MB: each way needs less than a third of it, mapped file pages included."""
     small, big = tmp_path / "small", tmp_path / "big"
     theirs(n_layer=2).save_pretrained(small)
     theirs(n_layer=26, n_embd=512, n_head=8).save_pretrained(big)
@@ -439,5 +441,5 @@ def test_the_peak_of_memory_is_a_few_tensors_not_the_model(tmp_path):
     print(f"model {size / 1e6:.0f} MB; in +{(peak_in - start) / 1e6:.0f} MB, "
           f"out +{(peak_out - start) / 1e6:.0f} MB, whole +{(whole - start) / 1e6:.0f} MB")  # fmt: skip
     assert whole - start > size / 2, "the whole model in memory would have been seen"
-    assert peak_in - start < size / 4 and peak_out - start < size / 4
+    assert peak_in - start < size / 3 and peak_out - start < size / 3
     assert tensors(big).keys() == tensors(tmp_path / "d").keys()
