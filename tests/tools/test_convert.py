@@ -423,7 +423,10 @@ print(*peaks)
 
 @pytest.mark.ci
 def test_the_peak_of_memory_is_a_few_tensors_not_the_model(tmp_path):
-    """A model of 330 MB, its largest tensor 8.4 MB: each way needs less than a third of it, mapped file pages included."""
+    """A model of 330 MB, its largest tensor 8.4 MB: each way needs less than a third of it.
+
+    Pages of the mapped file count, too.
+    """
     small, big = tmp_path / "small", tmp_path / "big"
     theirs(n_layer=2).save_pretrained(small)
     theirs(n_layer=26, n_embd=512, n_head=8).save_pretrained(big)
