@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 
 import pytest
+from torch import Tensor
 
 from megatron_lite.engines.base import Update
 from megatron_lite.engines.zero import ZeroEngine
@@ -32,22 +33,29 @@ def weight_decay(samples: int) -> float:
 
 @pytest.fixture
 def used(monkeypatch: pytest.MonkeyPatch) -> list[tuple[float, float, bool]]:
-    """(learning rate, weight decay, skipped) of every step the engine was asked for."""
+    """(learning rate, weight decay, skipped) of every step; a skipped one uses neither."""
     calls: list[tuple[float, float, bool]] = []
-    step = ZeroEngine.step
+    apply, discard = ZeroEngine.apply, ZeroEngine.discard
 
-    def record(engine: ZeroEngine, *, lr: float, weight_decay: float) -> Update:
-        update = step(engine, lr=lr, weight_decay=weight_decay)
-        calls.append((lr, weight_decay, update.skipped))
-        return update
+    def applied(engine: ZeroEngine, norm: Tensor, *, lr: float, weight_decay: float) -> Update:
+        calls.append((lr, weight_decay, False))
+        return apply(engine, norm, lr=lr, weight_decay=weight_decay)
 
-    monkeypatch.setattr(ZeroEngine, "step", record)
+    def discarded(engine: ZeroEngine, norm: Tensor) -> Update:
+        calls.append((math.nan, math.nan, True))
+        return discard(engine, norm)
+
+    monkeypatch.setattr(ZeroEngine, "apply", applied)
+    monkeypatch.setattr(ZeroEngine, "discard", discarded)
     return calls
 
 
 def require(used: list[tuple[float, float, bool]], before: list[int]) -> None:
-    assert [lr for lr, _, _ in used] == pytest.approx([learning_rate(n) for n in before])
-    assert [wd for _, wd, _ in used] == pytest.approx([weight_decay(n) for n in before])
+    """Every update was made with the values of so many samples; a skipped step used none."""
+    for (lr, decay, skipped), samples in zip(used, before, strict=True):
+        if not skipped:
+            assert lr == pytest.approx(learning_rate(samples))
+            assert decay == pytest.approx(weight_decay(samples))
 
 
 def test_a_step_uses_the_values_of_the_samples_before_it(used, data: list[str]) -> None:
