@@ -3,43 +3,70 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 
 from megatron_lite.storage.disk import Bytes
 
-_AHEAD = 2  # buffers that may wait to be hashed: they are kept in memory
-_SMALL = 1 << 20  # bytes below which a thread costs more than it saves
+_MIB = 1 << 20
+BLOCKS = "sha256-16MiB"
+KINDS = {BLOCKS: 16 * _MIB, "sha256": None}
+"""Kind of hash -> bytes of a block: the sha256 of the blocks' sha256 values, one after the other, so
+that one file keeps several cores busy.  None: of the whole content, as manifests before version 2."""
+
+_THREADS = min(4, os.cpu_count() or 1)
+_AHEAD = _THREADS + 1  # blocks on their way: they are kept in memory
 
 
 class Hasher:
-    """sha256 of a stream, in a thread of its own: hashlib lets the others run meanwhile.
+    """Hash of a stream, block by block in threads: hashlib lets the others run meanwhile.
 
     A buffer handed to update() may not change before the digest is taken.
     """
 
-    def __init__(self) -> None:
-        self._hash = hashlib.sha256()
-        self._thread: ThreadPoolExecutor | None = None
-        self._pending: deque[Future[None]] = deque()
+    def __init__(self, kind: str = BLOCKS) -> None:
+        self._block = KINDS[kind]
+        self._whole = hashlib.sha256()  # of the digests, or of the content
+        self._parts: list[memoryview] = []
+        self._filled = 0
+        self._threads: ThreadPoolExecutor | None = None
+        self._running: deque[Future[bytes]] = deque()
 
     def update(self, data: Bytes) -> None:
-        """Append to the stream; returns before it is hashed where it is long."""
-        if self._thread is None and memoryview(data).nbytes < _SMALL:
-            self._hash.update(data)
+        """Append to the stream; returns before it is hashed."""
+        if self._block is None:
+            self._whole.update(data)
             return
-        if self._thread is None:
-            self._thread = ThreadPoolExecutor(1, "checkpoint-hash")
-        while len(self._pending) >= _AHEAD:
-            self._pending.popleft().result()
-        self._pending.append(self._thread.submit(self._hash.update, data))
+        view = memoryview(data)
+        if not view.nbytes:
+            return
+        view = view.cast("B")
+        while view.nbytes:
+            part = view[: self._block - self._filled]
+            self._parts.append(part)
+            self._filled += part.nbytes
+            view = view[part.nbytes :]
+            if self._filled == self._block:
+                self._start()
+
+    def _start(self) -> None:
+        """Hash the full block in a thread."""
+        if self._threads is None:
+            self._threads = ThreadPoolExecutor(_THREADS, "checkpoint-hash")
+        if len(self._running) == _AHEAD:
+            self._whole.update(self._running.popleft().result())
+        self._running.append(self._threads.submit(_digest, self._parts))
+        self._parts, self._filled = [], 0
 
     def hexdigest(self) -> str:
-        """The hash of all that was appended."""
-        while self._pending:
-            self._pending.popleft().result()
-        return self._hash.hexdigest()
+        """The hash of all that was appended; nothing can be appended any more."""
+        last = _digest(self._parts) if self._filled else b""
+        while self._running:
+            self._whole.update(self._running.popleft().result())
+        self._whole.update(last)
+        return self._whole.hexdigest()
 
     def __enter__(self) -> Hasher:
         return self
@@ -50,5 +77,12 @@ class Hasher:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self._thread is not None:
-            self._thread.shutdown()
+        if self._threads is not None:
+            self._threads.shutdown()
+
+
+def _digest(parts: list[memoryview]) -> bytes:
+    block = hashlib.sha256()
+    for part in parts:
+        block.update(part)
+    return block.digest()

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-from megatron_lite.checkpoint.hashing import Hasher
+from megatron_lite.checkpoint.hashing import BLOCKS, Hasher
 from megatron_lite.checkpoint.progress import Progress
 from megatron_lite.checkpoint.tensor_file import Written
 from megatron_lite.config.errors import CheckpointError
@@ -18,7 +18,7 @@ from megatron_lite.config.errors import CheckpointError
 Section = TypeVar("Section")
 FORMAT, VERSION = "megatron_lite", 2
 NAME = "manifest.json"
-_READERS = 2  # files at a time: each hash is one core's work
+_READERS = 2  # files at a time: one is read while another's last blocks are hashed
 _READ_BYTES = 8 << 20  # at a time: one part is read while the one before is hashed
 TOKENIZER = "tokenizer"
 _FILE_NAME = re.compile(
@@ -76,7 +76,7 @@ class Manifest:
             "config": self.config,
             "tokenizer": self.tokenizer,
             "data": self.data,
-            "files": {n: {"bytes": w.bytes, "sha256": w.sha256} for n, w in self.files.items()},
+            "files": {name: written.to_json() for name, written in self.files.items()},
             "tensors": {
                 name: {
                     "shape": t.shape,
@@ -110,7 +110,7 @@ def read_manifest(folder: Path) -> Manifest:
             iteration=int(body["iteration"]),
             progress=Progress.from_json(body["progress"]),
             config=dict(body["config"]),
-            files={n: Written(int(w["bytes"]), str(w["sha256"])) for n, w in body["files"].items()},
+            files={name: Written.from_json(w) for name, w in body["files"].items()},
             tensors={name: _tensor(name, t, path) for name, t in body["tensors"].items()},
             tokenizer=dict(body.get("tokenizer", {})),
             data=dict(body.get("data", {})),
@@ -164,18 +164,18 @@ def verify_files(folder: Path, manifest: Manifest, *, share: int = 0, shares: in
 
 def _verify_content(path: Path, expected: Written) -> None:
     try:
-        found = hash_of(path)
+        found = hash_of(path, expected.kind)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
     if found != expected:
         raise CheckpointError(f"{path} is damaged: its content does not match its hash")
 
 
-def hash_of(path: Path) -> Written:
+def hash_of(path: Path, kind: str = BLOCKS) -> Written:
     """Size and hash of a file as it lies on the disk."""
     size = 0
-    with path.open("rb", buffering=0) as file, Hasher() as hashed:
+    with path.open("rb", buffering=0) as file, Hasher(kind) as hashed:
         while data := file.read(_READ_BYTES):
             hashed.update(data)
             size += len(data)
-        return Written(size, hashed.hexdigest())
+        return Written(size, hashed.hexdigest(), kind)

@@ -11,12 +11,12 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from megatron_lite.checkpoint.hashing import Hasher
+from megatron_lite.checkpoint.hashing import BLOCKS, KINDS, Hasher
 from megatron_lite.storage.disk import Disk
 
 DTYPES = {
@@ -35,10 +35,21 @@ _WRITE_BYTES = 16 << 20  # per write: bounds the host copy of a device tensor th
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """A finished file: its size and content hash."""
+    """A finished file: its size, and its content hash of one of hashing's KINDS."""
 
     bytes: int
-    sha256: str
+    hash: str
+    kind: str = BLOCKS
+
+    def to_json(self) -> dict[str, int | str]:
+        """As a manifest holds it: the kind is the hash's key."""
+        return {"bytes": self.bytes, self.kind: self.hash}
+
+    @classmethod
+    def from_json(cls, stored: Mapping[str, Any]) -> Written:
+        """What to_json gave; raises KeyError where there is no hash of a known kind."""
+        kind = next((kind for kind in KINDS if kind in stored), BLOCKS)
+        return cls(int(stored["bytes"]), str(stored[kind]), kind)
 
 
 def file_bytes(tensors: Sequence[Tensor]) -> int:

@@ -154,7 +154,7 @@ def _reseal(folder: Path, body: dict[str, Any]) -> None:
         path = folder / name
         if path.is_file() and not path.is_symlink():
             written = hash_of(path)
-            body["files"][name] = {"bytes": written.bytes, "sha256": written.sha256}
+            body["files"][name] = written.to_json()
     text = json.dumps({"sha256": _hash(body), "body": body})
     (folder / NAME).write_text(text)
 

@@ -186,13 +186,19 @@ def test_a_damaged_tokenizer_makes_the_checkpoint_damaged(with_tokenizer, tmp_pa
 
 @pytest.mark.parametrize("version", [1, 3])
 def test_older_checkpoints_load_and_newer_ones_say_so(trained, version: int) -> None:
-    """Version 1 knew neither its data nor its tokenizer."""
+    """Version 1 knew neither its data nor its tokenizer, and hashed files whole."""
     words, folder = trained
     path = folder / "iter_0000002" / "manifest.json"
     body = json.loads(path.read_bytes())["body"]
     body["version"] = version
     if version == 1:
         del body["tokenizer"], body["data"]
+        for name, entry in body["files"].items():
+            content = (path.parent / name).read_bytes()
+            body["files"][name] = {
+                "bytes": entry["bytes"],
+                "sha256": hashlib.sha256(content).hexdigest(),
+            }
     digest = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
     path.write_text(json.dumps({"sha256": digest, "body": body}))
     done = again(words, folder, "--split", "90,5,5")
