@@ -11,8 +11,8 @@ from types import TracebackType
 from megatron_lite.storage.disk import Bytes
 
 _MIB = 1 << 20
-BLOCKS = "sha256-16MiB"
-KINDS = {BLOCKS: 16 * _MIB, "sha256": None}
+BLOCKS = "sha256-4MiB"
+KINDS = {BLOCKS: 4 * _MIB, "sha256": None}
 """Kind of hash -> bytes of a block: the sha256 of the blocks' sha256 values, one after the other, so
 that one file keeps several cores busy.  None: of the whole content, as manifests before version 2."""
 

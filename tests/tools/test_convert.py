@@ -423,9 +423,9 @@ print(*peaks)
 
 @pytest.mark.ci
 def test_the_peak_of_memory_is_a_few_tensors_not_the_model(tmp_path):
-    """A model of 330 MB, its largest tensor 8.4 MB: each way needs less than a third of it.
+    """A model of 330 MB, its largest tensor 8.4 MB: each way needs less than half of it.
 
-    Pages of the mapped file count, too.
+    Pages of the mapped file count, too, and blocks that wait to be hashed.
     """
     small, big = tmp_path / "small", tmp_path / "big"
     theirs(n_layer=2).save_pretrained(small)
@@ -444,5 +444,5 @@ def test_the_peak_of_memory_is_a_few_tensors_not_the_model(tmp_path):
     print(f"model {size / 1e6:.0f} MB; in +{(peak_in - start) / 1e6:.0f} MB, "
           f"out +{(peak_out - start) / 1e6:.0f} MB, whole +{(whole - start) / 1e6:.0f} MB")  # fmt: skip
     assert whole - start > size / 2, "the whole model in memory would have been seen"
-    assert peak_in - start < size / 3 and peak_out - start < size / 3
+    assert peak_in - start < size / 2 and peak_out - start < size / 2
     assert tensors(big).keys() == tensors(tmp_path / "d").keys()
