@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_lite.checkpoint.manifest import Manifest
+from megatron_lite.checkpoint.manifest import NAME, Manifest
 from megatron_lite.checkpoint.store import Store
 from megatron_lite.config.checkpoint import CheckpointConfig
 from megatron_lite.config.errors import CheckpointError, NumericsError
@@ -44,9 +45,9 @@ def resume(
     """Fill the run from --load.  Collective over the world.
 
     asked: the curves of this command line; tokenizer: see check_tokenizer.  Raises CheckpointError
-    where there are checkpoints but none usable, where they do not fit the model or were trained
-    with another tokenizer, or where the curves differ from the checkpoint's and no flag says which
-    to take.
+    where there are checkpoints but none usable, or weights of other programs; where they do not
+    fit the model or were trained with another tokenizer; where the curves differ from the
+    checkpoint's and no flag says which to take.
     """
     if checkpoint.load is None:
         return Resumed(None, asked)
@@ -54,6 +55,12 @@ def resume(
     manifest, found = store.newest_intact(checkpoint.ckpt_step)
     warnings = tuple(found)
     if manifest is None:
+        _require_ours(Path(checkpoint.load))
+        if checkpoint.finetune:
+            raise CheckpointError(
+                f"--finetune starts from weights, and --load {checkpoint.load} holds no checkpoint: "
+                "check the path"
+            )
         if checkpoint.exit_on_missing_checkpoint:
             raise CheckpointError(
                 f"--load {checkpoint.load} holds no checkpoint and --exit-on-missing-checkpoint is "
@@ -85,6 +92,27 @@ def resume(
     else:
         notices.append("--no-load-optim: optimizer state and loss scale start anew")
     return Resumed(manifest.iteration, schedules, warnings, (*notices, loaded), manifest)
+
+
+def _require_ours(folder: Path) -> None:
+    """A folder without checkpoints may be that of a new run; one with other people's weights is a mistake."""
+    if folder.is_file():
+        what = "is a file - give the run folder, and --ckpt-step for an older iteration"
+    elif re.fullmatch(r"iter_\d+", folder.name) and (folder / NAME).exists():
+        step = int(folder.name.removeprefix("iter_"))
+        what = f"is one checkpoint of a run - give --load {folder.parent} --ckpt-step {step}"
+    elif (folder / "config.json").is_file():
+        what = (
+            f"is a folder of Hugging Face - `python tools/convert.py {folder} START` makes one of ours: "
+            "--load START --finetune"
+        )
+    elif any(f.suffix in (".pt", ".pth", ".ckpt") for f in folder.glob("*")):
+        what = (
+            "holds pickled weights, which are never opened - see tools/convert.py for what can be"
+        )
+    else:
+        return
+    raise CheckpointError(f"--load {folder} {what}")
 
 
 def _require_optimizer(run: Run, manifest: Manifest, folder: str) -> None:

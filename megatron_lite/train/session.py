@@ -242,8 +242,6 @@ def open_session(
     checkpoints = Checkpoints.over(run, config.checkpoint, log, failures.presence, store)
     if not config.train.skip_train:
         checkpoints.prepare()
-    if ctx.rank == 0:
-        _begin_folder(folder, config, tokens)
     failures.folder = folder
     final_batch = blueprint.batch_schedule.final_batch_size
     train_iters = blueprint.train_iters
@@ -260,11 +258,13 @@ def open_session(
             "eod": tokens.eod,
         }
         resumed = resume(run, config.checkpoint, config.learning_rate, asked, tokenizer)
-    log.warn(*resumed.warnings)
+    log.warn(*resumed.warnings, *_what_is_replaced(config, ctx))
     log.say(*resumed.notices)
     with timers.span("train/valid/test-data-iterators-setup"):
         datasets = _open_datasets(config, launch, log, tokens, folder, train_iters, final_batch)
     identity = _settle_data(config, datasets, resumed.manifest, log)
+    if ctx.rank == 0:  # not before: a start that is refused leaves the run's own description
+        _begin_folder(folder, config, tokens)
     checkpoints.origin = Origin(tokenizer=tokenizer, data=identity, tokenizer_files=tokens.files)
     checkpoints.plain_config = plain(config) | {"schedules": resumed.schedules.to_json()}
     checkpoints.saved_at = run.progress.step
@@ -348,6 +348,22 @@ def _run_folder(config: RunConfig, ctx: ParallelContext) -> Path:
     now = torch.tensor([int(time.time()) if ctx.rank == 0 else 0], device=ctx.device)
     seconds = int(all_reduce(now, ctx.world, MAX).item())  # one name on all ranks
     return Path("runs") / time.strftime("%Y-%m-%d_%H-%M-%S", time.localtime(seconds))
+
+
+def _what_is_replaced(config: RunConfig, ctx: ParallelContext) -> list[str]:
+    """A loud line where --save holds another run's checkpoints, which this one does not go on from."""
+    asked = config.checkpoint
+    if not asked.save or config.train.skip_train:
+        return []
+    goes_on = asked.load is not None and Path(asked.load).resolve() == Path(asked.save).resolve()
+    found = [] if goes_on and not asked.finetune else Store(Path(asked.save), ctx).iterations()
+    if not found:
+        return []
+    return [
+        f"*** --save {asked.save} holds checkpoints of another run, the newest of iteration {found[0]}: "
+        "THIS RUN WILL REPLACE THEM - stop it and give "
+        f"--load {asked.save} (without --finetune) to go on from them, or another --save ***"
+    ]
 
 
 def _begin_folder(folder: Path, config: RunConfig, tokens: Tokens) -> None:

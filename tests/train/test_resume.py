@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -275,3 +276,34 @@ def test_the_last_save_must_not_fail(data: list[str], folder: Path) -> None:
     for way in ([], ["--async-save"]):
         with MLiteFault("save.before_complete:0:error5"):
             assert alone(*words, *way).rc == StorageError.exit_code
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda path: path.write_text("100\n"), "is a file"),
+        (lambda path: (path.mkdir(), (path / "config.json").write_text("{}")), "convert.py"),
+        (lambda path: (path.mkdir(), (path / "model.pt").write_text("x")), "never opened"),
+    ],
+    ids=["a file", "a folder of Hugging Face", "a pickle"],
+)
+def test_what_is_not_ours_is_no_reason_to_start_fresh(
+    data: list[str], tmp_path: Path, make: Callable[[Path], object], said: str
+) -> None:
+    make(tmp_path / "theirs")
+    done = alone(*data, "--load", str(tmp_path / "theirs"), "--train-iters", "2")
+    assert done.rc == 4 and said in done.err, done.err
+
+
+def test_a_refused_start_leaves_the_run_as_it_was(data: list[str], tmp_path: Path) -> None:
+    words = [*data, "--save", str(tmp_path / "run"), "--train-iters", "2", "--save-interval", "2"]
+    assert alone(*words).rc == 0
+    before = (tmp_path / "run" / "config.yaml").read_bytes()
+    inside = str(tmp_path / "run" / "iter_0000002")
+    done = alone(*words, "--load", inside)
+    assert done.rc == 4 and "--ckpt-step 2" in done.err, done.err
+    assert (tmp_path / "run" / "config.yaml").read_bytes() == before
+    done = alone(*words, "--load", str(tmp_path / "nowhere"), "--finetune")
+    assert done.rc == 4 and "--finetune" in done.err, done.err
+    done = alone(*words)
+    assert done.rc == 0 and "THIS RUN WILL REPLACE THEM" in done.err
