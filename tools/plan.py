@@ -45,6 +45,9 @@ from megatron_lite.planner.forecast import Forecast, forecast, measured, num_mic
 from megatron_lite.planner.hardware import Cluster
 from megatron_lite.planner.memory import Asked
 
+_DEVICE = "h100"
+"""Planned for where --hardware is left out."""
+
 
 def main() -> int:
     """Parse, predict, print."""
@@ -56,11 +59,13 @@ def main() -> int:
         flags = _printed(flags)
     launch, flags = _launched(flags)
     parsed = parse(flags)
-    device = hardware.find_device(own.hardware)
+    device = hardware.find_device(own.hardware or _DEVICE)
     cluster = _cluster(own, launch, device, parsed.config)
     config, notes = _completed(parsed.config, own)
     world = cluster.world_size
     notes += rules.not_yet(config, world)
+    if own.hardware is None:
+        notes.append(f"--hardware is not given: {_DEVICE}, {world} of them (--list-hardware)")
 
     def variant(parallel: ParallelConfig, micro_batch_size: int) -> Blueprint:
         """The Blueprint of another layout of this run; ConfigError where a rule forbids it."""
@@ -104,7 +109,7 @@ def _parser() -> ArgumentParser:
     parser = ToolParser(
         description=__doc__, prog="plan.py", formatter_class=RawDescriptionHelpFormatter
     )
-    parser.add_argument("--hardware", default="h100", metavar="NAME|FILE.yaml")
+    parser.add_argument("--hardware", metavar="NAME|FILE.yaml", help=f"left out: {_DEVICE}")
     parser.add_argument("--list-hardware", action="store_true", help="all devices, with sources")
     parser.add_argument("--nodes", type=_count, help="nodes of the cluster")
     parser.add_argument(
