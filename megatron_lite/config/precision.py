@@ -62,3 +62,8 @@ class PrecisionConfig:
     def name(self) -> Literal["fp32", "fp16", "bf16"]:
         """The parameters' format."""
         return "fp16" if self.fp16 else "bf16" if self.bf16 else "fp32"
+
+    @property
+    def products(self) -> str:
+        """The format of matrix products, in words: of fp32 tensors they may run in TF32."""
+        return "fp32, products in TF32" if self.name == "fp32" and self.tf32 else self.name

@@ -207,6 +207,8 @@ def stage_bytes(
     num_layers: int, items: Items, parallel: ParallelConfig, *, layer_input: float
 ) -> StageBytes:
     """What so many blocks of a stage hold; layer_input: bytes of the stream between two blocks."""
+    if num_layers == 0:  # the embedding or the loss alone
+        return StageBytes(0.0, 0.0, 0.0)
     granularity, modules = parallel.recompute_granularity, parallel.recompute_modules
     per_layer, core, mlp = items.total, 0.0, 0.0
     if granularity == "selective":

@@ -41,7 +41,7 @@ def timeline(plan: Forecast, num_microbatches: int) -> Timeline:
         num = -(-num // pp) * pp
     simulation = simulate_step(plan.costs, num)
     title = (
-        f"{plan.blueprint.schedule}, pp {pp}, {num} micro batches: "
+        f"{plan.blueprint.schedule}, pp {pp}, {num} micro batches, {plan.asked.precision.products}: "
         f"{simulation.makespan * 1e3:,.1f} ms, bubble {simulation.bubble:.1%}"
     )
     tracks = []

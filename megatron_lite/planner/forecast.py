@@ -53,10 +53,9 @@ def rates(blueprint: Blueprint, asked: Asked, step_seconds: float, peak_tflops: 
         model, blueprint.padded_vocab_size, recompute=parallel.recompute_granularity
     )
     if parallel.recompute_granularity == "full" and parallel.recompute_method == "block":
-        again = min(
-            parallel.recompute_num_layers or 1, model.num_layers // max(len(blueprint.stages), 1)
-        )
-        share = again * len(blueprint.stages) / model.num_layers
+        per_stage = parallel.recompute_num_layers or 1
+        again = sum(min(per_stage, len(stage.layers)) for stage in blueprint.stages)
+        share = again / model.num_layers
         hardware = round(full + (hardware - full) * share)
     published = hardware
     if parallel.recompute_granularity == "selective":

@@ -204,7 +204,9 @@ def _held(
     kept, stream = blocks.kept, layer_input_bytes(model, asked)
     # a 16-bit product of a weight's gradient exists before it is added to the fp32 accumulator
     passing = float(low) if low == 2 and asked.parallel.accumulate_allreduce_grads_in_fp32 else 0.0
-    workspace = blocks.backward + _largest_matrix(model, tp) * passing
+    workspace = blocks.backward
+    if stage.layers:
+        workspace += _largest_matrix(model, tp) * passing
     if stage.has_embedding and model.hidden_dropout > 0.0:
         kept += stream / low  # the mask
     if not stage.has_head:

@@ -14,6 +14,7 @@ from megatron_lite.planner.corpus import Reading
 from megatron_lite.planner.curve import Point
 from megatron_lite.planner.forecast import DAY, Forecast, num_microbatches
 from megatron_lite.planner.hardware import GIB
+from megatron_lite.planner.memory import Asked
 from megatron_lite.planner.search import Found
 
 _SHORT = {"communication": "comm", "fragmentation": "reserve", "activations": "activ."}
@@ -41,6 +42,7 @@ def to_json(plan: Forecast, extra: Extra) -> dict[str, object]:
                      "devices_per_node": plan.cluster.devices_per_node},
         "model": {**dataclasses.asdict(model), "num_parameters": blueprint.num_parameters,
                   "padded_vocab_size": blueprint.padded_vocab_size},
+        "precision": _precision(plan.asked),
         "layout": {"tp": blueprint.grid.tp, "cp": blueprint.grid.cp, "dp": blueprint.grid.dp,
                    "pp": blueprint.grid.pp, "schedule": blueprint.schedule,
                    "chunks": len(blueprint.placement) // blueprint.grid.pp,
@@ -109,6 +111,29 @@ def _head(plan: Forecast) -> Iterator[str]:
         f"{batches.final_batch_size:,} sequences of {blueprint.model.seq_length:,} per step = "
         f"{num_microbatches(blueprint):,} micro batches of {batches.micro_batch_size} x dp {grid.dp}"
     )
+    yield precision_line(plan.asked)
+
+
+def precision_line(asked: Asked) -> str:
+    """Which number formats were planned, in words."""
+    line = f"precision: {asked.precision.products}"
+    if asked.precision.name == "fp32":
+        return f"{line} (--bf16 or --fp16 plans mixed precision)"
+    return f"{line}, gradients accumulated in {_accumulator(asked)}, masters and moments in fp32"
+
+
+def _accumulator(asked: Asked) -> str:
+    wide = asked.parallel.accumulate_allreduce_grads_in_fp32
+    return "fp32" if wide else asked.precision.name
+
+
+def _precision(asked: Asked) -> dict[str, object]:
+    return {
+        "parameters": asked.precision.name,
+        "tf32": asked.precision.tf32 and asked.precision.name == "fp32",
+        "gradient_accumulation": _accumulator(asked),
+        "optimizer": "fp32",
+    }
 
 
 def _memory(plan: Forecast) -> Iterator[str]:
@@ -272,11 +297,12 @@ def _hardware_flops(plan: Forecast) -> int:
     )
 
 
-def found_text(found: Found, *, top: int) -> str:
+def found_text(found: Found, asked: Asked, *, top: int) -> str:
     """A search as a ranked table."""
     counts = (
         f"{len(found.ranked)} layouts fit, {found.num_too_large} are too large, "
-        f"{found.num_forbidden} break a rule; the first {found.num_simulated} are simulated"
+        f"{found.num_forbidden} break a rule; the first {found.num_simulated} are simulated\n"
+        f"{precision_line(asked)}"
     )
     if not found.ranked:
         missing = ""
@@ -296,9 +322,10 @@ def found_text(found: Found, *, top: int) -> str:
     return "\n".join(lines)
 
 
-def found_json(found: Found) -> dict[str, object]:
+def found_json(found: Found, asked: Asked) -> dict[str, object]:
     """A search as plain values, best first."""
     return {
+        "precision": _precision(asked),
         "num_fitting": len(found.ranked),
         "num_simulated": found.num_simulated,
         "num_too_large": found.num_too_large,

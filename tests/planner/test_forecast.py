@@ -13,7 +13,13 @@ from megatron_lite.config.parallel import ParallelConfig
 from megatron_lite.config.run import RunConfig
 from megatron_lite.planner import advice, search
 from megatron_lite.planner.cost import Costs
-from megatron_lite.planner.forecast import Forecast, forecast, pipeline_seconds, simulate_step
+from megatron_lite.planner.forecast import (
+    Forecast,
+    forecast,
+    pipeline_seconds,
+    rates,
+    simulate_step,
+)
 from megatron_lite.planner.hardware import Cluster, find_device
 from megatron_lite.planner.memory import Asked, static_bytes
 
@@ -151,3 +157,20 @@ def test_a_search_where_nothing_fits_names_the_closest() -> None:
     cluster = Cluster(device=find_device("a100-40g"), world_size=8, devices_per_node=8)
     found = search.search(variant_of(config, 8), asked_of(config), cluster, model=config.model)
     assert not found.ranked and found.closest is not None
+
+
+def test_block_recomputation_counts_the_layers_that_each_stage_has() -> None:
+    """Stages of 1, 5, 5 and 1 layers, at most 3 recomputed each: 8 of 12, whatever their mean is."""
+    uneven = (
+        "--num-layers 12 --hidden-size 1024 --num-attention-heads 16 "
+        "--pipeline-model-parallel-size 4 --decoder-first-pipeline-num-layers 1 "
+        "--decoder-last-pipeline-num-layers 1 --recompute-granularity full --recompute-method "
+    )
+
+    def again(method: str) -> float:
+        config = read("", f"{uneven}{method}")
+        found = rates(draw_up(config, 16), asked_of(config), 1.0, 312.0)
+        return found.tflops_hardware / found.tflops - 1
+
+    block, every = (again(f"{how} --recompute-num-layers 3") for how in ("block", "uniform"))
+    assert block == pytest.approx(every * 8 / 12)

@@ -101,6 +101,21 @@ def test_a_block_keeps_what_the_plan_counts_item_by_item(flags: str) -> None:
     assert planned == pytest.approx(measured, rel=0.02)
 
 
+@pytest.mark.parametrize("how", [
+    "", "--recompute-granularity selective", "--recompute-granularity selective --recompute-modules core_attn mlp",
+    "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
+    "--recompute-granularity full --recompute-method block --recompute-num-layers 1",
+])  # fmt: skip
+def test_a_stage_without_layers_keeps_and_recomputes_nothing(how: str) -> None:
+    """The embedding or the loss alone, where both count in the split: Llama-3 405B's first stage."""
+    config = parse(f"{SMALL} {how}".split()).config
+    items = block_items(
+        config.model, config.parallel, config.precision, micro_batch_size=1, on_gpu=True
+    )
+    held = stage_bytes(0, items, config.parallel, layer_input=1e6)
+    assert (held.kept, held.again, held.backward) == (0.0, 0.0, 0.0)
+
+
 # 63 million parameters; activations and optimizer state are of one size
 MODEL = (
     "--num-layers 8 --hidden-size 768 --num-attention-heads 8 --vocab-size 8000 --lr 1e-4 "

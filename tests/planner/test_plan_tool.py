@@ -46,6 +46,40 @@ def test_json_says_what_the_table_says_and_no_torch_is_loaded() -> None:
     assert loaded.returncode == 0, loaded.stderr
 
 
+LLAMA_405B = shlex.split(
+    "--num-layers 126 --hidden-size 16384 --num-attention-heads 128 --ffn-hidden-size 53248 "
+    "--seq-length 8192 --vocab-size 128256 --swiglu --normalization RMSNorm --disable-bias-linear "
+    "--position-embedding-type rope --group-query-attention --num-query-groups 8 "
+    "--untie-embeddings-and-output-weights --hidden-dropout 0 --attention-dropout 0 "
+    "--tensor-model-parallel-size 8 --pipeline-model-parallel-size 16 --sequence-parallel "
+    "--num-layers-per-virtual-pipeline-stage 1 --micro-batch-size 1 --global-batch-size 2048 "
+    "--account-for-embedding-in-pipeline-split --account-for-loss-in-pipeline-split"
+)
+
+
+def test_llama_405b_that_does_not_fit_gets_advice_and_says_its_precision() -> None:
+    """arXiv:2407.21783, section 3.3.2: 126 layers, tp 8, pp 16, ends with a layer less each."""
+    done = run("--hardware", "h100", "--nodes", "128", "--json", "--bf16", *LLAMA_405B)
+    assert done.returncode == 0, done.stderr
+    plan = json.loads(done.stdout)
+    assert not plan["fits"] and plan["cheapest_change"]["total_bytes"] <= 80e9
+    assert [len(plan["stages"][n]["layers"]) for n in (0, 1, 15)] == [7, 8, 7]
+    assert plan["precision"] == {
+        "parameters": "bf16", "tf32": False, "gradient_accumulation": "fp32", "optimizer": "fp32",
+    }  # fmt: skip
+
+
+def test_text_drawing_and_search_say_the_precision() -> None:
+    assert "\nprecision: bf16, gradients accumulated in fp32" in run(*RUN).stdout
+    wide = [word for word in RUN if word != "--bf16"]
+    assert "\nprecision: fp32 (--bf16 or --fp16 plans mixed precision)\n" in run(*wide).stdout
+    low = run("--no-accumulate-allreduce-grads-in-fp32", "--json", *RUN).stdout
+    assert json.loads(low)["precision"]["gradient_accumulation"] == "bf16"
+    assert ", fp32, products in TF32: " in run("--draw", "-", "--tf32", *wide).stdout
+    found = run("--search", "--hardware", "h100", "--gpus-per-node", "2", "--nodes", "1", *RUN)
+    assert "\nprecision: bf16, gradients" in found.stdout, found.stderr
+
+
 def test_the_175b_script_is_planned_from_its_printed_command() -> None:
     script = ROOT / "examples" / "gpt3" / "train_gpt3_175b_distributed.sh"
     printed = subprocess.run(
