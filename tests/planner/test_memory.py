@@ -102,7 +102,8 @@ def test_a_block_keeps_what_the_plan_counts_item_by_item(flags: str) -> None:
 
 
 @pytest.mark.parametrize("how", [
-    "", "--recompute-granularity selective", "--recompute-granularity selective --recompute-modules core_attn mlp",
+    "", "--recompute-granularity selective",
+    "--recompute-granularity selective --recompute-modules core_attn mlp",
     "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
     "--recompute-granularity full --recompute-method block --recompute-num-layers 1",
 ])  # fmt: skip
