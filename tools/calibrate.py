@@ -23,6 +23,7 @@ sys.path.insert(
 
 import torch
 
+from megatron_lite.blueprint.devices import ACCELERATORS, short_name
 from megatron_lite.config.errors import ConfigError, StorageError
 from megatron_lite.config.exit import ToolParser, run_tool
 from megatron_lite.planner import calibrate
@@ -78,27 +79,33 @@ def trials(*, gpu: bool, devices: int) -> list[Trial]:
 
 def measured_device(*, gpu: bool) -> Device:
     """The machine's fastest products and its memory, as a start for the fit."""
-    base = DEVICES["h100" if gpu else "cpu"]
+    name = torch.cuda.get_device_name() if gpu else "cpu"
+    known = short_name(name)
+    base = DEVICES.get(known or "", DEVICES["h100"]) if gpu else DEVICES["cpu"]
     place = torch.device("cuda" if gpu else "cpu")
     size = 8192 if gpu else 1024
     low, wide = (_products(size, dtype, place) for dtype in (torch.bfloat16, torch.float32))
     moved = _moving(place, 2**28 if gpu else 2**24)
     # the fit explains a share of each of these
     numbers = {
-        "name": torch.cuda.get_device_name() if gpu else "cpu",
+        "name": name,
         "matmul_tflops": low / 1e12,
         "fp32_rate": wide / low,
         "bandwidth_gb_s": moved / 1e9 if gpu else 4 * moved / 1e9,
         "memory_gb": _memory_bytes(gpu) / 1e9,
         "devices_per_node": torch.cuda.device_count() if gpu else os.cpu_count() or 1,
     }
+    if known is None:
+        numbers["peak_tflops"] = max(low, wide) / 1e12  # MFU is then a share of the best product
     if not gpu:
-        # caches are faster than memory, and half of it reads; MFU is a share of the best product
-        numbers["peak_tflops"] = max(low, wide) / 1e12
+        # caches are faster than memory, and half of it reads
         numbers |= {"overlap": 0.0, "half_inner": 50.0, "memory_efficiency": 0.3,
                     "optimizer_efficiency": 0.2, "dropout_values": 10.0}  # fmt: skip
     here = "measured on this machine by tools/calibrate.py"
     sources = {**base.sources, **{name: here for name in numbers}}
+    if known is not None:
+        numbers["peak_tflops"] = ACCELERATORS[known].peak_tflops
+        sources["peak_tflops"] = ACCELERATORS[known].source
     return dataclasses.replace(base, **numbers, sources=sources)  # type: ignore[arg-type]
 
 

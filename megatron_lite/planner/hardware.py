@@ -23,6 +23,7 @@ from pathlib import Path
 
 import yaml
 
+from megatron_lite.blueprint.devices import ACCELERATORS, short_name
 from megatron_lite.config.errors import ConfigError, all_together
 
 GIB = 2**30
@@ -150,16 +151,20 @@ class Cluster:
         return device.network_latency_seconds + payload_bytes / (rate * 1e9)
 
 
+_CPU_PEAK = 0.12
+
 _MAMF = "ml-engineering (S. Bekman), table of maximum achievable matmul FLOPS, bf16"
 _ASSUMED = "not measured by anyone we know: "
 
 
 def _device(name: str, numbers: tuple[float, ...], per_node: int, **sources: str) -> Device:
     cpu = name == "cpu"
-    peak, matmul, sustained, attention, memory, bandwidth, link, network = numbers
+    if not cpu:
+        sources = {"peak_tflops": ACCELERATORS[name].source, **sources}
+    matmul, sustained, attention, memory, bandwidth, link, network = numbers
     return Device(
         name=name,
-        peak_tflops=peak,
+        peak_tflops=_CPU_PEAK if cpu else ACCELERATORS[name].peak_tflops,
         matmul_tflops=matmul,
         sustained=sustained,
         attention=attention,
@@ -182,7 +187,6 @@ def _nvidia(
         name,
         numbers,
         per_node,
-        peak_tflops=f"{sheet}, dense bf16 tensor core",
         matmul_tflops=matmul,
         sustained=sustained,
         attention=attention,
@@ -206,7 +210,7 @@ _HDR = "one HDR InfiniBand port of 200 Gb/s per GPU (DGX A100)"
 _NDR = "one NDR InfiniBand port of 400 Gb/s per GPU (DGX H100, B200)"
 _XDR = "one ConnectX-8 port of 800 Gb/s per GPU (GB300 NVL72)"
 
-#                  peak   matmul sust  attn  GB   GB/s  link  network
+#                  matmul sust  attn  GB   GB/s  link  network
 _A100_SUSTAINED = 0.845
 _H100_SUSTAINED = 0.929
 
@@ -215,51 +219,51 @@ DEVICES: Mapping[str, Device] = {
     for device in (
         _nvidia("v100-32g", "NVIDIA V100 SXM3 data sheet (fp16; it has no bf16)",
                 "one EDR InfiniBand port of 100 Gb/s per two GPUs (DGX-2)",
-                (125, 102, 0.80, 0.40, 32, 900, 150, 6.25), per_node=8,
+                (102, 0.80, 0.40, 32, 900, 150, 6.25), per_node=8,
                 matmul=_ASSUMED + "82 % of peak, as A100 PCIe",
                 sustained="taken from a100; " + _FITTED, attention=_ASSUMED + "no fused kernel of ours"),
         _nvidia("a100-40g", "NVIDIA A100 data sheet", _HDR,
-                (312, 271.2, _A100_SUSTAINED, 0.70, 40, 1555, 300, 25),
+                (271.2, _A100_SUSTAINED, 0.70, 40, 1555, 300, 25),
                 sustained=_FITTED, attention=_FA2),
         _nvidia("a100-80g", "NVIDIA A100 data sheet", _HDR,
-                (312, 271.2, _A100_SUSTAINED, 0.70, 80, 2039, 300, 25),
+                (271.2, _A100_SUSTAINED, 0.70, 80, 2039, 300, 25),
                 sustained=_FITTED, attention=_FA2),
         _nvidia("h100", "NVIDIA H100 SXM data sheet", _NDR,
-                (989, 794.5, _H100_SUSTAINED, 0.65, 80, 3350, 450, 50),
+                (794.5, _H100_SUSTAINED, 0.65, 80, 3350, 450, 50),
                 sustained=_FITTED, attention=_FA3),
         _nvidia("h800", "NVIDIA H800 SXM data sheet (NVLink 400 GB/s)", _NDR,
-                (989, 794.5, _H100_SUSTAINED, 0.65, 80, 3350, 200, 50),
+                (794.5, _H100_SUSTAINED, 0.65, 80, 3350, 200, 50),
                 matmul=_MAMF + " of H100", sustained=_LIKE_H100, attention=_LIKE_FA3),
         _nvidia("h200", "NVIDIA H200 SXM data sheet", _NDR,
-                (989, 794.5, _H100_SUSTAINED, 0.65, 141, 4800, 450, 50),
+                (794.5, _H100_SUSTAINED, 0.65, 141, 4800, 450, 50),
                 sustained=_LIKE_H100, attention=_LIKE_FA3),
         _nvidia("gh200", "NVIDIA GH200 data sheet (96 GB HBM3)", _NDR,
-                (989, 828.6, _H100_SUSTAINED, 0.65, 96, 4000, 450, 50), per_node=4,
+                (828.6, _H100_SUSTAINED, 0.65, 96, 4000, 450, 50), per_node=4,
                 sustained=_LIKE_H100, attention=_LIKE_FA3),
         _nvidia("b200", "NVIDIA HGX B200 data sheet", _NDR,
-                (2250, 1745, _H100_SUSTAINED, 0.60, 180, 7700, 900, 50),
+                (1745, _H100_SUSTAINED, 0.60, 180, 7700, 900, 50),
                 sustained=_LIKE_H100, attention=_ASSUMED + "60 % of the matmul rate"),
         _nvidia("gb200", "NVIDIA GB200 NVL72 data sheet", _NDR,
-                (2500, 1939, _H100_SUSTAINED, 0.60, 186, 8000, 900, 50), per_node=72,
+                (1939, _H100_SUSTAINED, 0.60, 186, 8000, 900, 50), per_node=72,
                 matmul=_ASSUMED + "77.6 % of peak, as B200",
                 sustained=_LIKE_H100, attention=_ASSUMED + "60 % of the matmul rate"),
         _nvidia("gb300", "NVIDIA GB300 NVL72 data sheet", _XDR,
-                (2500, 1939, _H100_SUSTAINED, 0.60, 279, 8000, 900, 100), per_node=72,
+                (1939, _H100_SUSTAINED, 0.60, 279, 8000, 900, 100), per_node=72,
                 matmul=_ASSUMED + "77.6 % of peak, as B200",
                 sustained=_LIKE_H100, attention=_ASSUMED + "60 % of the matmul rate"),
-        _device("cpu", (0.12, 0.1, 0.9, 0.3, 16, 12, 4, 1.0), 2,
+        _device("cpu", (0.1, 0.9, 0.3, 16, 12, 4, 1.0), 2,
                 peak_tflops=_GUESSED, matmul_tflops=_GUESSED, sustained=_GUESSED,
                 attention=_GUESSED, memory_gb=_GUESSED, bandwidth_gb_s=_GUESSED,
                 link_gb_s=_GUESSED, network_gb_s=_GUESSED, devices_per_node=_GUESSED),
-        _device("mi300x", (1307.4, 781.9, _H100_SUSTAINED, 0.55, 192, 5300, 448, 50), 8,
-                peak_tflops="AMD MI300X data sheet, dense bf16", matmul_tflops=_MAMF,
+        _device("mi300x", (781.9, _H100_SUSTAINED, 0.55, 192, 5300, 448, 50), 8,
+                matmul_tflops=_MAMF,
                 sustained=_LIKE_H100, attention=_ASSUMED + "55 % of the matmul rate",
                 memory_gb="AMD MI300X data sheet", bandwidth_gb_s="AMD MI300X data sheet",
                 link_gb_s="AMD MI300X data sheet: 7 Infinity Fabric links of 64 GB/s per direction",
                 network_gb_s="one port of 400 Gb/s per GPU (usual in servers of 8)",
                 devices_per_node="AMD MI300X platform data sheet"),
-        _device("mi325x", (1307.4, 781.9, _H100_SUSTAINED, 0.55, 256, 6000, 448, 50), 8,
-                peak_tflops="AMD MI325X data sheet, dense bf16", matmul_tflops=_MAMF + " of MI300X",
+        _device("mi325x", (781.9, _H100_SUSTAINED, 0.55, 256, 6000, 448, 50), 8,
+                matmul_tflops=_MAMF + " of MI300X",
                 sustained=_LIKE_H100, attention=_ASSUMED + "55 % of the matmul rate",
                 memory_gb="AMD MI325X data sheet", bandwidth_gb_s="AMD MI325X data sheet",
                 link_gb_s="AMD MI325X data sheet: 7 Infinity Fabric links of 64 GB/s per direction",
@@ -277,17 +281,24 @@ ALIASES: Mapping[str, str] = {
 
 
 def find_device(name: str) -> Device:
-    """The device of a name, or of a YAML file when the name ends in .yaml or .yml."""
+    """The device of a name, ours or its driver's, or of a YAML file (.yaml or .yml)."""
     if name.endswith((".yaml", ".yml")):
         return read_device(name)
     key = name.lower().replace("_", "-")
-    key = ALIASES.get(key, key)
+    key = short_name(name) or ALIASES.get(key, key)
     if key not in DEVICES:
         raise ConfigError(
-            f"--hardware {name}: no such device; there are {', '.join(DEVICES)}; "
+            f"--hardware {name}: {_known_peak(key)}; there are {', '.join(DEVICES)}; "
             "or give a .yaml file (docs/guides/plan.md shows one)"
         )
     return DEVICES[key]
+
+
+def _known_peak(key: str) -> str:
+    if key not in ACCELERATORS:
+        return "no such device"
+    peak = ACCELERATORS[key].peak_tflops
+    return f"no such device to plan for (its peak is {peak:g} TFLOP/s, its links are not known)"
 
 
 def read_device(path: str) -> Device:

@@ -13,41 +13,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from megatron_lite.telemetry.record import StepRecord
-
-PEAK_TFLOPS: Mapping[str, float] = {
-    # dense bf16, from NVIDIA's data sheets ("with sparsity" there is twice this)
-    "A100": 312.0,
-    "A800": 312.0,
-    "H100 PCIe": 756.0,
-    "H100 NVL": 835.0,
-    "H100": 989.0,
-    "H800 PCIe": 756.0,
-    "H800": 989.0,
-    "H200": 989.0,
-    "GH200": 989.0,
-    "B200": 2250.0,
-    "GB200": 2500.0,
-    "L40S": 362.0,
-    "L4": 121.0,
-    "A10G": 70.0,
-    "A10": 125.0,
-    "A40": 149.7,
-    "V100": 125.0,  # fp16; this device has no bf16
-}
-
-
-def peak_tflops(device_name: str) -> float | None:
-    """Dense bf16 peak by the name the driver gives, e.g. "NVIDIA H100 80GB HBM3".
-
-    None for a device that is not in the table: a wrong peak is worse than no MFU.
-    """
-    words = device_name.replace("-", " ").split()
-    found = [name for name in PEAK_TFLOPS if set(name.split()) <= set(words)]
-    return PEAK_TFLOPS[max(found, key=len)] if found else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

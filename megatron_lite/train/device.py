@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import torch
 
+from megatron_lite.blueprint.devices import peak_tflops, unknown_peak_line
 from megatron_lite.config.precision import PrecisionConfig
 from megatron_lite.config.telemetry import TelemetryConfig
-from megatron_lite.telemetry.throughput import peak_tflops
 
 
 def device_peak(device: torch.device) -> float | None:
     """Dense bf16 TFLOP/s of the device, None where it is not known (a CPU, say)."""
     return peak_tflops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+
+
+def peak_notices(device: torch.device) -> list[str]:
+    """A line where a GPU's peak is not known."""
+    if device.type != "cuda":
+        return []
+    line = unknown_peak_line(torch.cuda.get_device_name(device))
+    return [] if line is None else [line]
 
 
 def cpu_notices(

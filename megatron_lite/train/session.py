@@ -52,7 +52,7 @@ from megatron_lite.telemetry.timers import format_times
 from megatron_lite.telemetry.writers import Writers, open_writers
 from megatron_lite.train.assemble import Run, assemble
 from megatron_lite.train.checkpoints import Checkpoints
-from megatron_lite.train.device import be_deterministic, cpu_notices, device_peak
+from megatron_lite.train.device import be_deterministic, cpu_notices, device_peak, peak_notices
 from megatron_lite.train.failures import Failures, stacks_on_signal
 from megatron_lite.train.faults import Fault, NoFaults, read_fault
 from megatron_lite.train.log import Log
@@ -100,6 +100,7 @@ def train(
     if deterministic:
         be_deterministic()
     notices += cpu_notices(config.precision, config.telemetry, device)
+    notices += peak_notices(device)
     torch.backends.cuda.matmul.allow_tf32 = config.precision.tf32
     world = gather(launch, config.parallel, end=failures.lost)
     failures.presence = world.presence

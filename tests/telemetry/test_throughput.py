@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from megatron_lite.telemetry.throughput import IntervalMeter, Step, peak_tflops
+from megatron_lite.telemetry.throughput import IntervalMeter, Step
 
 FLOPS = 1.0764e12  # GPT-3 175B per token, full attention
 CAUSAL = 1.0619e12
@@ -144,25 +144,3 @@ def test_take_begins_a_new_interval():
     assert interval.is_empty
     interval.add(step(2, loss=1.0))
     assert interval.take().loss == 1.0
-
-
-@pytest.mark.parametrize(
-    ("name", "peak"),
-    [
-        ("NVIDIA A100-SXM4-80GB", 312.0),
-        ("NVIDIA A100 80GB PCIe", 312.0),
-        ("NVIDIA H100 80GB HBM3", 989.0),
-        ("NVIDIA H100 PCIe", 756.0),
-        ("NVIDIA H100 NVL", 835.0),
-        ("NVIDIA H200", 989.0),
-        ("NVIDIA GH200 480GB", 989.0),
-        ("NVIDIA B200", 2250.0),
-        ("NVIDIA A10G", 70.0),
-        ("NVIDIA L4", 121.0),
-        ("NVIDIA GeForce RTX 4090", None),
-        ("cpu", None),
-        ("", None),
-    ],
-)
-def test_peaks_by_device_name(name: str, peak: float | None):
-    assert peak_tflops(name) == peak
