@@ -26,7 +26,7 @@ from megatron_lite.config.flags import parse
 from megatron_lite.config.run import RunConfig
 from megatron_lite.data.build import build_datasets, sample_counts
 from megatron_lite.data.overview import overview
-from megatron_lite.data.tokenizers.build import build_tokenizer
+from megatron_lite.data.tokenizers.build import build_tokenizer, model_vocab_size
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     rules.check(config, world_size)
     folder = _folder(config)
     tokenizer = build_tokenizer(config.data, vocab_size=config.model.vocab_size)
-    size = max(tokenizer.vocab_size, config.model.vocab_size or 0)
+    size = model_vocab_size(tokenizer.vocab_size, config.model.vocab_size)
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=size))
     blueprint = draw_up(config, world_size)
     assert blueprint.train_iters is not None, "rules.check wants --train-iters or --train-samples"

@@ -26,7 +26,7 @@ from megatron_lite.config.errors import CheckpointError, ConfigError
 from megatron_lite.config.exit import ToolParser, run_tool
 from megatron_lite.config.model import ModelConfig
 from megatron_lite.data.tokenizers.base import Tokenizer
-from megatron_lite.data.tokenizers.build import build_tokenizer
+from megatron_lite.data.tokenizers.build import asked_vocab_size, build_tokenizer
 from megatron_lite.data.tokenizers.kept import from_kept
 from megatron_lite.inference.generate import generate
 from megatron_lite.inference.sampling import sample
@@ -118,7 +118,8 @@ def _tokenizer(asked: argparse.Namespace, manifest: Manifest, folder: Path) -> T
         if (value := getattr(asked, name)) is not None
     }
     model = manifest.section(ModelConfig, "model")
-    return build_tokenizer(dataclasses.replace(data, **given), vocab_size=model.vocab_size)
+    asked_size = asked_vocab_size(data, model.vocab_size)
+    return build_tokenizer(dataclasses.replace(data, **given), vocab_size=asked_size)
 
 
 def _load(store: Store, manifest: Manifest, ctx: ParallelContext) -> Decoder:

@@ -31,7 +31,7 @@ sys.path.insert(
 from megatron_lite.blueprint.draw_up import Blueprint, draw_up
 from megatron_lite.blueprint.timeline import Timeline, parse_trace
 from megatron_lite.config import rules
-from megatron_lite.config.errors import ConfigError, DataError, MegatronLiteError, StorageError
+from megatron_lite.config.errors import ConfigError, DataError, StorageError
 from megatron_lite.config.exit import ToolParser, run_tool
 from megatron_lite.config.flags import parse
 from megatron_lite.config.parallel import ParallelConfig
@@ -274,21 +274,15 @@ def _completed(config: RunConfig, own: Namespace) -> tuple[RunConfig, list[str]]
 
 
 def _with_vocabulary(config: RunConfig, notes: list[str]) -> RunConfig:
-    """The config with the tokenizer's vocabulary where its files are there."""
-    data, model = config.data, config.model
-    if model.vocab_size is not None or not (
-        data.vocab_file or data.tokenizer_model or data.tokenizer_type == "NullTokenizer"
-    ):
+    """The config with the vocabulary that a run would have."""
+    if not config.data.has_vocabulary:
         return config
     # tokenizers bring numpy along, which most plans do without
-    from megatron_lite.data.tokenizers.build import read_vocab_size  # noqa: PLC0415
+    from megatron_lite.data.tokenizers.build import planned_vocab_size  # noqa: PLC0415
 
-    try:
-        size = read_vocab_size(data, vocab_size=None)
-    except MegatronLiteError as error:
-        notes.append(f"the tokenizer cannot be read ({error}); GPT-2's vocabulary is assumed")
-        return config
-    return dataclasses.replace(config, model=dataclasses.replace(model, vocab_size=size))
+    size, unread = planned_vocab_size(config.data, config.model.vocab_size)
+    notes += unread
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=size))
 
 
 def _has_length(config: RunConfig) -> bool:

@@ -30,7 +30,11 @@ try:
     from megatron_lite.config.exit import fatal_line, print_everything
     from megatron_lite.config.flags import Parsed, parse
     from megatron_lite.config.run import RunConfig
-    from megatron_lite.data.tokenizers.build import build_tokenizer, read_vocab_size
+    from megatron_lite.data.tokenizers.build import (
+        build_tokenizer,
+        model_vocab_size,
+        planned_vocab_size,
+    )
     from megatron_lite.data.tokenizers.kept import tokenizer_files
     from megatron_lite.planner.memory import Asked
     from megatron_lite.planner.rehearsed import Measured, as_text, beside_plan
@@ -82,13 +86,10 @@ def _checked(parsed: Parsed) -> tuple[RunConfig, int]:
     """The config of a world that is not there, its vocabulary filled in; prints notes."""
     config = parsed.config
     world_size = config.train.world_size or config.parallel.tp * config.parallel.pp
-    notes = list(parsed.notices)
-    if config.model.vocab_size is None:
-        try:
-            config = _with_vocabulary(config)
-        except MegatronLiteError as error:
-            notes.append(f"the tokenizer cannot be read ({error}); GPT-2's vocabulary is assumed")
     rules.check(config, world_size)
+    size, notes = planned_vocab_size(config.data, config.model.vocab_size)
+    notes = [*parsed.notices, *notes]
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=size))
     for line in (*notes, *rules.notices(config, world_size)):
         print(f"NOTE: {line}")
     return config, world_size
@@ -135,11 +136,6 @@ def _rehearse(parsed: Parsed) -> int:
     return 0
 
 
-def _with_vocabulary(config: RunConfig) -> RunConfig:
-    size = read_vocab_size(config.data, vocab_size=config.model.vocab_size)
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=size))
-
-
 def _train(parsed: Parsed, launch: Launch, failures: Failures) -> int:
     from megatron_lite.train.session import Tokens, train  # noqa: PLC0415
 
@@ -153,7 +149,7 @@ def _train(parsed: Parsed, launch: Launch, failures: Failures) -> int:
     rules.check(config, launch.world_size)
     tokenizer = build_tokenizer(config.data, vocab_size=config.model.vocab_size)
     tokens = Tokens(
-        vocab_size=max(tokenizer.vocab_size, config.model.vocab_size or 0),
+        vocab_size=model_vocab_size(tokenizer.vocab_size, config.model.vocab_size),
         eod=tokenizer.eod,
         asked=config.model.vocab_size,
         fingerprint=tokenizer.fingerprint(),

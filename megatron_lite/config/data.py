@@ -5,6 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+TokenizerType = Literal[
+    "GPT2BPETokenizer",
+    "HuggingFaceTokenizer",
+    "SentencePieceTokenizer",
+    "GPTSentencePieceTokenizer",
+    "Llama2Tokenizer",
+    "TikTokenizer",
+    "NullTokenizer",
+]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataConfig:
@@ -43,9 +53,8 @@ class DataConfig:
     exact_blend_counts: bool = False
     """Build exactly the samples the blend takes instead of the surplus."""
 
-    tokenizer_type: str = "GPT2BPETokenizer"
-    """GPT2BPETokenizer, HuggingFaceTokenizer, SentencePieceTokenizer, GPTSentencePieceTokenizer,
-    TikTokenizer or NullTokenizer."""
+    tokenizer_type: TokenizerType = "GPT2BPETokenizer"
+    """Kind of tokenizer; its files: --vocab-file and --merge-file, or --tokenizer-model."""
 
     vocab_file: str | None = None
     """Vocabulary of the GPT-2 tokenizer (gpt2-vocab.json)."""
@@ -88,3 +97,11 @@ class DataConfig:
 
     mmap_bin_files: bool = True
     """Map the .bin files into memory instead of reading them."""
+
+    @property
+    def has_vocabulary(self) -> bool:
+        """Whether the tokenizer's ids can be counted: its file is named, or it has none."""
+        named = (
+            self.vocab_file if self.tokenizer_type == "GPT2BPETokenizer" else self.tokenizer_model
+        )
+        return named is not None or self.tokenizer_type == "NullTokenizer"

@@ -257,17 +257,17 @@ def data_source(config: RunConfig, world_size: int) -> Iterator[str]:
 
 
 def tokenizer(config: RunConfig, world_size: int) -> Iterator[str]:
-    """The tokenizer's files are named; a dry run needs none."""
+    """The tokenizer's files are named; a dry run needs none, but NullTokenizer's number of ids."""
     d = config.data
+    if d.tokenizer_type == "NullTokenizer" and config.model.vocab_size is None:
+        yield "--tokenizer-type NullTokenizer needs --vocab-size"
     if config.train.needs_no_data or d.mock_data or config.model.vocab_size is not None:
         return
     if d.tokenizer_type == "GPT2BPETokenizer":
         for flag, value in (("--vocab-file", d.vocab_file), ("--merge-file", d.merge_file)):
             if value is None:
                 yield f"--tokenizer-type GPT2BPETokenizer needs {flag}"
-    elif d.tokenizer_type == "NullTokenizer":
-        yield "--tokenizer-type NullTokenizer needs --vocab-size"
-    elif d.tokenizer_model is None:
+    elif d.tokenizer_model is None and d.tokenizer_type != "NullTokenizer":
         yield f"--tokenizer-type {d.tokenizer_type} needs --tokenizer-model"
 
 

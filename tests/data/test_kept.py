@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -68,6 +69,10 @@ def sentencepiece_as_gpt(folder: Path) -> DataConfig:
     return DataConfig(tokenizer_type="GPTSentencePieceTokenizer", tokenizer_model=path)
 
 
+def llama_2(folder: Path) -> DataConfig:
+    return dataclasses.replace(sentencepiece_as_gpt(folder), tokenizer_type="Llama2Tokenizer")
+
+
 def null(folder: Path) -> DataConfig:
     return DataConfig(tokenizer_type="NullTokenizer")
 
@@ -78,6 +83,7 @@ KINDS = {
     "TikTokenizer": tiktoken,
     "SentencePieceTokenizer": sentencepiece,
     "GPTSentencePieceTokenizer": sentencepiece_as_gpt,
+    "Llama2Tokenizer": llama_2,
     "NullTokenizer": null,
 }
 

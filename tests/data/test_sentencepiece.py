@@ -14,6 +14,7 @@ from megatron_lite.data.tokenizers.build import build_tokenizer, read_vocab_size
 from megatron_lite.data.tokenizers.sentencepiece import (
     CHATGLM_SPECIALS,
     GPTSentencePieceTokenizer,
+    Llama2Tokenizer,
     SentencePieceTokenizer,
 )
 from megatron_lite.data.tokenizers.training import SentencePieceSettings, train_sentencepiece
@@ -89,6 +90,32 @@ def test_megatrons_tokens_are_appended_in_its_order(model: str, tmp_path: Path) 
     assert list(SentencePieceTokenizer(str(bare)).specials) == [*names, "<PAD>", "<BOS>", "<EOS>"]
     with pytest.raises(DataError, match="no end-of-sentence piece"):
         _ = GPTSentencePieceTokenizer(str(bare)).eod
+
+
+def test_llama_2_begins_every_text_and_ends_documents_with_the_models_end(
+    model: str, tmp_path: Path
+) -> None:
+    reference = sentencepiece.SentencePieceProcessor(model_file=model)
+    data = DataConfig(tokenizer_type="Llama2Tokenizer", tokenizer_model=model)
+    tokenizer = build_tokenizer(data)
+    texts = [*SENTENCES, "", SENTENCES[0]]
+    expected = [[reference.bos_id(), *reference.encode(text)] for text in texts]
+    found = tokenizer.encode_batch(texts)
+    assert found.lengths.tolist() == [len(ids) for ids in expected]
+    assert found.ids.tolist() == [token for ids in expected for token in ids]
+    assert found.ids.dtype == np.int32
+    assert [tokenizer.encode(text) for text in texts] == expected
+    assert tokenizer.eod == reference.eos_id()
+    assert tokenizer.vocab_size == read_vocab_size(data) == reference.vocab_size()
+    plain = GPTSentencePieceTokenizer(model)
+    assert plain.fingerprint() != tokenizer.fingerprint()
+    bare = tmp_path / "bare.model"
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(SENTENCES * 20), model_writer=bare.open("wb"), vocab_size=100,
+        hard_vocab_limit=False, bos_id=-1, minloglevel=2,
+    )  # fmt: skip
+    with pytest.raises(DataError, match="no begin-of-sentence piece"):
+        Llama2Tokenizer(str(bare))
 
 
 def test_wrong_files_and_a_missing_library_are_named(

@@ -7,15 +7,22 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_lite.config.data import DataConfig
+from megatron_lite.config.data import DataConfig, TokenizerType
 from megatron_lite.config.errors import ConfigError, DataError
-from megatron_lite.data.tokenizers.build import build_tokenizer, read_vocab_size
+from megatron_lite.data.tokenizers.build import (
+    TOKENIZERS,
+    asked_vocab_size,
+    build_tokenizer,
+    planned_vocab_size,
+    read_vocab_size,
+)
 from megatron_lite.data.tokenizers.gpt2_bpe import EOD, GPT2BPETokenizer, byte_characters
 from megatron_lite.data.tokenizers.huggingface import HuggingFaceTokenizer
 from megatron_lite.data.tokenizers.null import NullTokenizer
@@ -173,7 +180,7 @@ def test_wrong_files_are_named_with_flag_and_path(files: tuple[str, str], tmp_pa
     with pytest.raises(DataError, match=re.escape(f"has no {EOD!r}")):
         _ = GPT2BPETokenizer(vocab_with(vocab), files[1]).eod
     with pytest.raises(ConfigError, match="--tokenizer-type Nope.*GPT2BPETokenizer"):
-        build_tokenizer(DataConfig(tokenizer_type="Nope"))
+        build_tokenizer(DataConfig(tokenizer_type="Nope"))  # type: ignore[arg-type]
 
 
 def test_huggingface_files_load_from_file_or_folder(files: tuple[str, str], tmp_path: Path) -> None:
@@ -209,6 +216,10 @@ def test_huggingface_files_load_from_file_or_folder(files: tuple[str, str], tmp_
             HuggingFaceTokenizer(wrong)
 
 
+def test_every_tokenizer_of_the_flag_is_built_and_no_other() -> None:
+    assert list(TOKENIZERS) == list(get_args(TokenizerType))
+
+
 def test_null_tokenizer_takes_numbers_and_adds_eod() -> None:
     tokenizer = NullTokenizer(100)
     assert tokenizer.vocab_size == 101 and tokenizer.eod == 100
@@ -217,7 +228,8 @@ def test_null_tokenizer_takes_numbers_and_adds_eod() -> None:
         with pytest.raises(DataError, match=message):
             tokenizer.encode(wrong)
     data = DataConfig(tokenizer_type="NullTokenizer")
-    assert read_vocab_size(data, vocab_size=100) == 101
+    assert read_vocab_size(data, vocab_size=100) == 101 == planned_vocab_size(data, 100)[0]
+    assert asked_vocab_size(data, 101) == 100 and asked_vocab_size(DataConfig(), 101) == 101
     with pytest.raises(DataError, match="--vocab-size"):
         build_tokenizer(data)
 

@@ -15,6 +15,7 @@ import pytest
 from megatron_lite.blueprint import draw_up
 from megatron_lite.blueprint.schedules.actions import Lowered, Op
 from megatron_lite.config.errors import ConfigError, DistributedError
+from megatron_lite.data.tokenizers.gpt2_bpe import EOD, byte_characters
 from tests.train.runs import alone, argv, run_main
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -143,3 +144,75 @@ def test_a_rehearsal_whose_ranks_do_not_fit_ends_with_code_6_and_names_them(
     line = "message 1 from rank 0 to rank 2 does not fit - rank 0, training step, action "
     assert line in str(caught.value)
     assert "micro batch 1) [16, 2, 32] float32" in str(caught.value)
+
+
+@pytest.fixture
+def byte_tokenizer(tmp_path: Path) -> list[str]:
+    """GPT-2's tokenizer without merges: 256 bytes and the end of a document."""
+    vocab, merges = tmp_path / "vocab.json", tmp_path / "merges.txt"
+    tokens = [*byte_characters(), EOD]
+    vocab.write_text(json.dumps({token: n for n, token in enumerate(tokens)}))
+    merges.write_text("#version: 0.2\n")
+    return ["--vocab-file", str(vocab), "--merge-file", str(merges)]
+
+
+def plan_tool(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(ROOT / "tools/plan.py"), "--hardware", "cpu", "--json", *words],
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+
+
+VOCABULARIES = [
+    # tokenizer and --vocab-size, ids of the model
+    ("NullTokenizer", ["--vocab-size", "63"], 64),
+    pytest.param("NullTokenizer", ["--vocab-size", "64"], 65, marks=pytest.mark.ci),
+    pytest.param("GPT2BPETokenizer", [], 256 + 1, marks=pytest.mark.ci),
+    ("GPT2BPETokenizer", ["--vocab-size", "300"], 300),
+    pytest.param("GPT2BPETokenizer", ["--vocab-size", "100"], 256 + 1, marks=pytest.mark.ci),
+]
+
+
+@pytest.mark.parametrize(("kind", "given", "ids"), VOCABULARIES)
+def test_dry_run_rehearsal_plan_and_run_have_the_same_vocabulary(
+    kind: str, given: list[str], ids: int, byte_tokenizer: list[str]
+) -> None:
+    """NullTokenizer's end of document is one id more than --vocab-size, and a tile more at 64."""
+    padded = -(-ids // 64) * 64
+    files = byte_tokenizer if kind == "GPT2BPETokenizer" else []
+    words = argv(
+        "--tokenizer-type", kind, *given, *files, "--make-vocab-size-divisible-by", "64",
+        "--mock-data", "--train-iters", "2",
+        without=() if given else ("--vocab-size",),
+    )  # fmt: skip
+    said = f"vocabulary {ids:,} padded to {padded:,},"
+    assert said in run_main(*words, "--dry-run").out
+    rows = re.compile(rf"padded vocab \(size: {ids}\) to {padded}\b")
+    assert rows.search(run_main(*words).out)
+    plan = json.loads(plan_tool(*words).stdout)
+    assert plan["model"]["padded_vocab_size"] == padded
+    assert f"{plan['model']['num_parameters']:,} in all" in run_main(*words, "--dry-run").out
+    assert "the ranks fit together" in run_main(*words, "--rehearse").out
+
+
+def refusal(*words: str) -> str:
+    """Why a run, or what stands for it, is not begun: exit code 2."""
+    try:
+        done = run_main(*words)
+    except ConfigError as error:
+        return str(error)
+    assert done.rc == ConfigError.exit_code, done
+    return done.err
+
+
+def test_an_unknown_tokenizer_is_refused_by_all_four() -> None:
+    for wrong, said in (
+        (argv("--tokenizer-type", "NoSuchTokenizer", "--mock-data"),
+         "--tokenizer-type takes one of GPT2BPETokenizer, "),
+        (argv("--mock-data", without=("--vocab-size",)),
+         "--tokenizer-type NullTokenizer needs --vocab-size"),
+    ):  # fmt: skip
+        for how in (["--dry-run"], ["--rehearse"], []):
+            assert said in refusal(*wrong, *how)
+        planned = plan_tool(*wrong)
+        assert planned.returncode == 2 and said in planned.stderr

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from megatron_lite.config.data import DataConfig
-from megatron_lite.config.errors import ConfigError
+from megatron_lite.config.errors import ConfigError, MegatronLiteError
 from megatron_lite.data.tokenizers.base import Tokenizer, read_vocab
 from megatron_lite.data.tokenizers.engines import AUTO
 from megatron_lite.data.tokenizers.gpt2_bpe import GPT2BPETokenizer
@@ -14,6 +14,7 @@ from megatron_lite.data.tokenizers.huggingface import HuggingFaceTokenizer, coun
 from megatron_lite.data.tokenizers.null import NullTokenizer
 from megatron_lite.data.tokenizers.sentencepiece import (
     GPTSentencePieceTokenizer,
+    Llama2Tokenizer,
     SentencePieceTokenizer,
 )
 from megatron_lite.data.tokenizers.tiktoken import TikTokenizer
@@ -46,7 +47,7 @@ def tiktoken(data: DataConfig, vocab_size: int | None, engine: str = AUTO) -> Ti
     )
 
 
-TOKENIZERS = {
+TOKENIZERS: dict[str, Kind] = {
     "GPT2BPETokenizer": Kind(
         lambda data, _, engine: GPT2BPETokenizer(data.vocab_file, data.merge_file, engine=engine),
         lambda data, _: len(read_vocab(data.vocab_file)),
@@ -62,6 +63,10 @@ TOKENIZERS = {
     "GPTSentencePieceTokenizer": Kind(
         lambda data, _, engine: gpt_sentencepiece(data, engine),
         lambda data, _: gpt_sentencepiece(data).vocab_size,
+    ),
+    "Llama2Tokenizer": Kind(
+        lambda data, _, engine: Llama2Tokenizer(data.tokenizer_model, engine=engine),
+        lambda data, _: Llama2Tokenizer(data.tokenizer_model).vocab_size,
     ),
     "TikTokenizer": Kind(
         lambda data, size, engine: tiktoken(data, size, engine),
@@ -95,3 +100,32 @@ def build_tokenizer(
 def read_vocab_size(data: DataConfig, *, vocab_size: int | None = None) -> int:
     """Number of ids, EOD included, before padding; reads one file, needs no torch."""
     return kind_of(data.tokenizer_type).count(data, vocab_size)
+
+
+def model_vocab_size(known: int, asked: int | None) -> int:
+    """Ids that a model has rows for: the tokenizer's, or more where --vocab-size asks for more."""
+    return max(known, asked or 0)
+
+
+def asked_vocab_size(data: DataConfig, ids: int | None) -> int | None:
+    """The --vocab-size behind a model of so many ids: NullTokenizer's EOD comes on top of it."""
+    return ids - 1 if ids is not None and data.tokenizer_type == "NullTokenizer" else ids
+
+
+def planned_vocab_size(data: DataConfig, asked: int | None) -> tuple[int | None, list[str]]:
+    """The same for a run that is only planned, without its tokenizer where that cannot be read.
+
+    Returns None where nothing is known, and a note for each thing that the run will have and the
+    plan has not.
+    """
+    if not data.has_vocabulary:
+        return asked, []
+    try:
+        known = read_vocab_size(data, vocab_size=asked)
+    except MegatronLiteError as error:
+        instead = "GPT-2's vocabulary is assumed" if asked is None else f"{asked:,} ids are planned"
+        return asked, [f"the tokenizer cannot be read ({error}); {instead}"]
+    notes = []
+    if asked is not None and known > asked:
+        notes.append(f"--vocab-size {asked}: the tokenizer has {known:,} ids, so many are planned")
+    return model_vocab_size(known, asked), notes

@@ -48,6 +48,7 @@ _FILES: dict[str, Callable[[DataConfig], list[KeptFile]]] = {
     "HuggingFaceTokenizer": _hugging_face,
     "SentencePieceTokenizer": _one_model,
     "GPTSentencePieceTokenizer": _one_model,
+    "Llama2Tokenizer": _one_model,
     "TikTokenizer": _one_model,
     "NullTokenizer": lambda data: [],
 }

@@ -1,7 +1,8 @@
 """SentencePiece models (Kudo and Richardson, arXiv:1808.06226) from a local .model file.
 
 GPTSentencePieceTokenizer has the model's own ids; SentencePieceTokenizer appends <CLS>, <SEP>,
-<EOD>, <MASK> and whatever the model lacks of padding, begin and end, as Megatron does.
+<EOD>, <MASK> and whatever the model lacks of padding, begin and end, as Megatron does;
+Llama2Tokenizer begins every text with the model's begin.
 """
 
 from __future__ import annotations
@@ -10,8 +11,10 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from megatron_lite.config.errors import ConfigError, DataError
-from megatron_lite.data.tokenizers.base import hash_of, read_bytes
+from megatron_lite.data.tokenizers.base import Encoded, hash_of, read_bytes
 from megatron_lite.data.tokenizers.engines import (
     AUTO,
     Candidate,
@@ -144,3 +147,30 @@ class SentencePieceTokenizer(GPTSentencePieceTokenizer):
     def eod(self) -> int:
         """The id of <EOD>, appended or a piece of the model."""
         return self._specials.get(EOD, int(self._model.piece_to_id(EOD)))
+
+
+class Llama2Tokenizer(GPTSentencePieceTokenizer):
+    """The model's own ids with its begin of sentence before every text, an empty one too."""
+
+    def __init__(self, path: str | None, *, engine: str = AUTO) -> None:
+        super().__init__(path, engine=engine)
+        self._begin = int(self._model.bos_id())
+        if self._begin < 0:
+            raise DataError(
+                f"{FLAG} {path} has no begin-of-sentence piece, which Llama2Tokenizer puts before "
+                "every text - use GPTSentencePieceTokenizer"
+            )
+
+    def encode(self, text: str) -> list[int]:
+        """Begin, then the ids of the text."""
+        return [self._begin, *super().encode(text)]
+
+    def encode_batch(self, texts: Sequence[str]) -> Encoded:
+        """The same of many texts."""
+        ids, lengths = super().encode_batch(texts)
+        starts = np.cumsum(lengths) - lengths
+        return Encoded(np.insert(ids, starts, np.int32(self._begin)), lengths + 1)
+
+    def fingerprint(self) -> str:
+        """A hash of the model, and that texts have a begin."""
+        return hash_of(self._content, b"begin before every text")
