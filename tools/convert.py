@@ -24,6 +24,7 @@ sys.path.insert(
 
 import torch
 
+from megatron_lite.checkpoint.description import saved_model, saved_section
 from megatron_lite.checkpoint.huggingface import (
     CONFIG,
     Conversion,
@@ -172,9 +173,7 @@ def _export(source: Path, target: Path, asked: argparse.Namespace) -> None:
         print(f"WARNING: {line}", file=sys.stderr)
     if manifest is None:
         raise CheckpointError(f"{source} holds no checkpoint: check the path")
-    model = manifest.section(ModelConfig, "model")
-    if model.vocab_size is None:
-        raise CheckpointError(f"{source}: the checkpoint does not say its vocabulary size")
+    model = saved_model(manifest, store.folder(manifest.iteration))
     export = plan_export(store, manifest, model, FORMATS.get(asked.dtype))
     kept = store.folder(manifest.iteration) / TOKENIZER
     files, eod = ({}, None) if asked.no_tokenizer else _tokenizer(asked, manifest, model, kept)
@@ -198,7 +197,7 @@ def _tokenizer(
     asked: argparse.Namespace, manifest: Manifest, model: ModelConfig, kept: Path
 ) -> tuple[dict[str, bytes], int | None]:
     """The tokenizer's files by name, and the id that ends a document."""
-    data: DataConfig = from_kept(manifest.section(DataConfig, "data"), kept)
+    data: DataConfig = from_kept(saved_section(manifest, DataConfig, "data", kept.parent), kept)
     if asked.vocab_file or asked.merge_file:
         data = dataclasses.replace(
             data, tokenizer_type="GPT2BPETokenizer",

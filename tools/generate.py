@@ -19,12 +19,12 @@ sys.path.insert(
 import torch
 
 from megatron_lite.blueprint.batches import padded_vocab_size
+from megatron_lite.checkpoint.description import saved_model, saved_section
 from megatron_lite.checkpoint.manifest import TOKENIZER, Manifest
 from megatron_lite.checkpoint.store import Store
 from megatron_lite.config.data import DataConfig
 from megatron_lite.config.errors import CheckpointError, ConfigError
 from megatron_lite.config.exit import ToolParser, run_tool
-from megatron_lite.config.model import ModelConfig
 from megatron_lite.data.tokenizers.base import Tokenizer
 from megatron_lite.data.tokenizers.build import asked_vocab_size, build_tokenizer
 from megatron_lite.data.tokenizers.kept import from_kept
@@ -111,21 +111,20 @@ def _text(prompt: str) -> str:
 
 def _tokenizer(asked: argparse.Namespace, manifest: Manifest, folder: Path) -> Tokenizer:
     """The one the checkpoint keeps; the run's own files where it is older than that."""
-    data = from_kept(manifest.section(DataConfig, "data"), folder / TOKENIZER)
+    data = from_kept(saved_section(manifest, DataConfig, "data", folder), folder / TOKENIZER)
     given = {
         name: value
         for name in ("vocab_file", "merge_file")
         if (value := getattr(asked, name)) is not None
     }
-    model = manifest.section(ModelConfig, "model")
+    model = saved_model(manifest, folder)
     asked_size = asked_vocab_size(data, model.vocab_size)
     return build_tokenizer(dataclasses.replace(data, **given), vocab_size=asked_size)
 
 
 def _load(store: Store, manifest: Manifest, ctx: ParallelContext) -> Decoder:
-    config = manifest.section(ModelConfig, "model")
-    if config.vocab_size is None:
-        raise CheckpointError(f"{store.root}: the checkpoint does not say its vocabulary size")
+    config = saved_model(manifest, store.folder(manifest.iteration))
+    assert config.vocab_size is not None
     padded = padded_vocab_size(config.vocab_size, config.make_vocab_size_divisible_by, 1)
     setting = Setting(config, ctx, padded_vocab_size=padded, vocab_size=config.vocab_size)
     model = Decoder(setting, range(config.num_layers), has_embedding=True, has_head=True)

@@ -6,16 +6,15 @@ import hashlib
 import json
 import re
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from megatron_lite.checkpoint.hashing import BLOCKS, Hasher
 from megatron_lite.checkpoint.progress import Progress
 from megatron_lite.checkpoint.tensor_file import Written
 from megatron_lite.config.errors import CheckpointError
 
-Section = TypeVar("Section")
 FORMAT, VERSION = "megatron_lite", 2
 NAME = "manifest.json"
 _READERS = 2  # files at a time: one is read while another's last blocks are hashed
@@ -59,12 +58,6 @@ class Manifest:
     tensors: dict[str, StoredTensor] = field(default_factory=dict)
     tokenizer: dict[str, Any] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)
-
-    def section(self, kind: type[Section], name: str) -> Section:
-        """A config section as it was saved; fields that this program does not know are left out."""
-        known = {f.name for f in fields(kind)}  # type: ignore[arg-type]
-        values: dict[str, Any] = self.config.get(name, {})
-        return kind(**{key: value for key, value in values.items() if key in known})
 
     def to_bytes(self) -> bytes:
         """JSON with a hash over its own content."""

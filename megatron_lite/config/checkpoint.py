@@ -43,6 +43,9 @@ class CheckpointConfig:
     allow_data_change: bool = False
     """Resume although the data or the tokenizer are not those the checkpoint was trained with."""
 
+    allow_model_change: str | None = None
+    """Fields of the model that may differ from the checkpoint's, e.g. rotary_base,seq_length."""
+
     keep_last: int | None = None
     """Remove older checkpoints but the newest N good ones, once the newest is verified."""
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from megatron_lite.config.blend import blends, sources
 from megatron_lite.config.errors import ConfigError
 from megatron_lite.config.layout_rules import nearest
+from megatron_lite.config.model_identity import CHANGEABLE, named, not_changeable
 from megatron_lite.config.run import RunConfig
 
 
@@ -301,9 +302,15 @@ def loading(config: RunConfig, world_size: int) -> Iterator[str]:
             ("--ckpt-step", c.ckpt_step is not None),
             ("--exit-on-missing-checkpoint", c.exit_on_missing_checkpoint),
             ("--allow-data-change", c.allow_data_change),
+            ("--allow-model-change", c.allow_model_change is not None),
         ):
             if given:
                 yield f"{flag} needs --load, the folder of the checkpoints"
+    for name in not_changeable(named(c.allow_model_change)):
+        yield (
+            f"--allow-model-change {name}: trained weights can only go on with another "
+            f"{', '.join(CHANGEABLE)}"
+        )
 
 
 def profiling(config: RunConfig, world_size: int) -> Iterator[str]:

@@ -2,14 +2,43 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+from megatron_lite.checkpoint.description import saved_model
 from megatron_lite.checkpoint.manifest import Manifest
 from megatron_lite.config.errors import CheckpointError, DataError
+from megatron_lite.config.model import ModelConfig
+from megatron_lite.config.model_identity import differences
 from megatron_lite.data.identity import Identity, changes
 
 _SHOWN = 20
 ALLOW = "--allow-data-change"
+
+
+def check_model(
+    manifest: Manifest, now: ModelConfig, folder: Path, *, allowed: Sequence[str]
+) -> list[str]:
+    """Notices; raises CheckpointError where a weight would mean something else than it was trained for.
+
+    allowed: fields of the model that may differ.  Tensors are compared elsewhere, by shape.
+    """
+    differ = differences(saved_model(manifest, folder), now)
+    refused = [found for found in differ if found.trait.name not in allowed]
+    if refused:
+        names = ",".join(found.trait.name for found in refused if found.trait.then)
+        firm = ", ".join(found.trait.name for found in refused if not found.trait.then)
+        ways = "give the checkpoint's values"
+        if firm:
+            ways += f" ({firm} can never be changed over trained weights)"
+        if names:
+            ways += f"; a change that is wanted is named: --allow-model-change {names}"
+        lines = "".join(f"\n  {found}" for found in refused)
+        raise CheckpointError(
+            f"{folder} holds another model's weights (checkpoint -> this command line):{lines}\n{ways}"
+        )
+    return [f"--allow-model-change: {found}: {found.trait.then}" for found in differ]
 
 
 def check_tokenizer(manifest: Manifest, now: dict[str, Any], *, allowed: bool) -> list[str]:

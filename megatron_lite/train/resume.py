@@ -12,11 +12,12 @@ from megatron_lite.checkpoint.manifest import NAME, Manifest
 from megatron_lite.checkpoint.store import Store
 from megatron_lite.config.checkpoint import CheckpointConfig
 from megatron_lite.config.errors import CheckpointError, NumericsError
+from megatron_lite.config.model_identity import named
 from megatron_lite.config.optim import LearningRateConfig
 from megatron_lite.parallel.shard import MASTER, exact_slices, weight_slices
 from megatron_lite.train.assemble import Run
 from megatron_lite.train.culprit import first_of_all
-from megatron_lite.train.origin import check_tokenizer
+from megatron_lite.train.origin import check_model, check_tokenizer
 from megatron_lite.train.replay import Watched
 from megatron_lite.train.schedules import Schedules
 
@@ -45,8 +46,8 @@ def resume(
     """Fill the run from --load.  Collective over the world.
 
     asked: the curves of this command line; tokenizer: see check_tokenizer.  Raises CheckpointError
-    where there are checkpoints but none usable, or weights of other programs; where they do not
-    fit the model or were trained with another tokenizer; where the curves differ from the
+    where there are checkpoints but none usable, or weights of other programs; where they are of
+    another model or were trained with another tokenizer; where the curves differ from the
     checkpoint's and no flag says which to take.
     """
     if checkpoint.load is None:
@@ -70,8 +71,10 @@ def resume(
         return Resumed(None, asked, (*warnings, line))
     with_optimizer = checkpoint.load_optim and not checkpoint.finetune
     schedules = asked
+    changes = check_model(manifest, run.setting.model, store.folder(manifest.iteration),
+                          allowed=named(checkpoint.allow_model_change))  # fmt: skip
     allowed = checkpoint.allow_data_change or checkpoint.finetune
-    notices = check_tokenizer(manifest, tokenizer, allowed=allowed)
+    notices = changes + check_tokenizer(manifest, tokenizer, allowed=allowed)
     if with_optimizer:
         _require_optimizer(run, manifest, checkpoint.load)
         schedules, said = _settle_schedules(manifest, learning_rate, asked, checkpoint.load)

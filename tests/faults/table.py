@@ -109,6 +109,8 @@ ROWS = (
         tests=(TRAIN + "origin.py::test_another_tokenizer", TRAIN + "origin.py::test_a_damaged")),
     Row("L15", "another model's checkpoint", "all names and shapes", "4",
         tests=(CHECKPOINT + "store.py::test_another_shape",)),
+    Row("L15b", "the same shapes, another model", "named, both values", "4",
+        tests=(TRAIN + "model_change.py::test_another_model", CONFIG + "model_identity.py")),
     Row("L18b", "pickled folders in convert.py", "refused, never opened", "4",
         tests=(TOOLS + "convert.py::test_what_is_no_gpt2",)),
     Row("L23", "the same crash after restarts", "given up, explained once", "its own",

@@ -1,0 +1,120 @@
+"""The config that a manifest keeps, read as strictly as a command line: types, ranges, rules, tensors.
+
+A manifest may be true to its hash and still say what cannot be.  Whoever builds something from what
+it says asks here first: nothing is allocated before the stored tensors bear it out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+from megatron_lite.blueprint.parameters import parameter_table
+from megatron_lite.blueprint.stages import cut_stages
+from megatron_lite.checkpoint.manifest import NAME, Manifest
+from megatron_lite.config import layout_rules
+from megatron_lite.config.errors import CheckpointError
+from megatron_lite.config.model import ModelConfig
+from megatron_lite.config.model_identity import COMPARED, defaults_before
+from megatron_lite.config.ranges import out_of_range
+from megatron_lite.config.run import RunConfig
+from megatron_lite.config.settings import settings
+from megatron_lite.config.values import from_yaml
+from megatron_lite.parallel.shard import MASTER
+
+Section = TypeVar("Section")
+_RULES = (
+    layout_rules.heads_divide_hidden,
+    layout_rules.query_groups,
+    layout_rules.tensor_parallel_heads,
+    layout_rules.rotary_channels,
+    layout_rules.positions,
+)
+_SHOWN = 5
+
+
+def saved_section(manifest: Manifest, kind: type[Section], name: str, folder: Path) -> Section:
+    """A config section as it was saved; fields that this program does not know are left out.
+
+    Raises CheckpointError, naming the manifest in folder, for a value of another type.
+    """
+    return kind(**_values(manifest, kind, name, folder / NAME))
+
+
+def saved_model(manifest: Manifest, folder: Path) -> ModelConfig:
+    """The model whose weights these are, vocab_size included.
+
+    Raises CheckpointError, naming the manifest in folder, where it leaves out what every version
+    says, names something that this program would not compute, or describes no model or another one
+    than that of the stored tensors.
+    """
+    path, stored = folder / NAME, manifest.config.get("model", {})
+    values: dict[str, Any] = defaults_before() | _values(manifest, ModelConfig, "model", path)
+    strange = {k: v for k, v in stored.items() if k not in values and v not in (None, False)}
+    if strange:
+        listed = ", ".join(f"{name} {value!r}" for name, value in strange.items())
+        raise CheckpointError(
+            f"{path}: the model has {listed}, which this program does not know: use the version of "
+            "the program that wrote it"
+        )
+    missing = [t.name for t in COMPARED if t.name not in values]
+    if missing:
+        raise CheckpointError(f"{path} does not say its model's {', '.join(missing)}")
+    model = ModelConfig(**values)
+    if model.vocab_size is None:
+        raise CheckpointError(f"{path} does not say its model's vocab_size")
+    problems = list(_problems(model)) or list(_misfits(model, manifest))
+    if problems:
+        more = f"; and {len(problems) - _SHOWN} more" if problems[_SHOWN:] else ""
+        raise CheckpointError(
+            f"{path} describes a model that these weights cannot be of: "
+            f"{'; '.join(problems[:_SHOWN])}{more} - take another checkpoint with --ckpt-step"
+        )
+    return model
+
+
+def _values(manifest: Manifest, kind: type, name: str, path: Path) -> dict[str, Any]:
+    """The section's known fields, each of its type."""
+    stored = manifest.config.get(name, {})
+    found: dict[str, Any] = {}
+    for field in fields(kind):
+        if field.name not in stored:
+            continue
+        try:
+            found[field.name] = from_yaml(settings()[f"{name}.{field.name}"], stored[field.name])
+        except ValueError as error:
+            raise CheckpointError(f"{path}: {name}.{field.name} {error}") from None
+    return found
+
+
+def _problems(model: ModelConfig) -> Iterator[str]:
+    """What a command line with these values would be refused for."""
+    config = RunConfig(model=model)
+    bad = [text for key, text in out_of_range(config) if key.startswith("model.")]
+    yield from bad
+    if not bad:
+        for rule in _RULES:
+            yield from rule(config, 1)
+
+
+def _misfits(model: ModelConfig, manifest: Manifest) -> Iterator[str]:
+    """Weights that are missing, too many, or of another shape than the model's."""
+    if model.num_layers > len(manifest.tensors):  # before a table is made of what it claims
+        yield f"num_layers {model.num_layers}, but {len(manifest.tensors)} tensors are stored"
+        return
+    assert model.vocab_size is not None
+    table = parameter_table(
+        model, cut_stages([model.num_layers]), padded_vocab_size=model.vocab_size
+    )
+    shapes = {spec.name: spec.shape for spec in table}
+    for name, shape in shapes.items():
+        stored = manifest.tensors.get(name) or manifest.tensors.get(MASTER + name)
+        if stored is None:
+            yield f"{name} is not stored"
+        elif stored.shape != shape:
+            yield f"{name} is stored as {list(stored.shape)}, by the model it is {list(shape)}"
+    for name in manifest.tensors:
+        if name not in shapes and name.partition(".")[2] not in shapes:
+            yield f"{name} is stored, which the model does not have"
