@@ -14,24 +14,15 @@ from typing import Any, TypeVar
 from megatron_lite.blueprint.parameters import parameter_table
 from megatron_lite.blueprint.stages import cut_stages
 from megatron_lite.checkpoint.manifest import NAME, Manifest
-from megatron_lite.config import layout_rules
 from megatron_lite.config.errors import CheckpointError
 from megatron_lite.config.model import ModelConfig
 from megatron_lite.config.model_identity import COMPARED, defaults_before
-from megatron_lite.config.ranges import out_of_range
-from megatron_lite.config.run import RunConfig
+from megatron_lite.config.rules import model_problems
 from megatron_lite.config.settings import settings
 from megatron_lite.config.values import from_yaml
 from megatron_lite.parallel.shard import MASTER
 
 Section = TypeVar("Section")
-_RULES = (
-    layout_rules.heads_divide_hidden,
-    layout_rules.query_groups,
-    layout_rules.tensor_parallel_heads,
-    layout_rules.rotary_channels,
-    layout_rules.positions,
-)
 _SHOWN = 5
 
 
@@ -65,7 +56,7 @@ def saved_model(manifest: Manifest, folder: Path) -> ModelConfig:
     model = ModelConfig(**values)
     if model.vocab_size is None:
         raise CheckpointError(f"{path} does not say its model's vocab_size")
-    problems = list(_problems(model)) or list(_misfits(model, manifest))
+    problems = model_problems(model) or list(_misfits(model, manifest))
     if problems:
         more = f"; and {len(problems) - _SHOWN} more" if problems[_SHOWN:] else ""
         raise CheckpointError(
@@ -87,16 +78,6 @@ def _values(manifest: Manifest, kind: type, name: str, path: Path) -> dict[str, 
         except ValueError as error:
             raise CheckpointError(f"{path}: {name}.{field.name} {error}") from None
     return found
-
-
-def _problems(model: ModelConfig) -> Iterator[str]:
-    """What a command line with these values would be refused for."""
-    config = RunConfig(model=model)
-    bad = [text for key, text in out_of_range(config) if key.startswith("model.")]
-    yield from bad
-    if not bad:
-        for rule in _RULES:
-            yield from rule(config, 1)
 
 
 def _misfits(model: ModelConfig, manifest: Manifest) -> Iterator[str]:

@@ -9,6 +9,7 @@ from types import MappingProxyType
 from megatron_lite.config import layout_rules as layout
 from megatron_lite.config import training_rules as training
 from megatron_lite.config.errors import ConfigError, all_together
+from megatron_lite.config.model import ModelConfig
 from megatron_lite.config.ranges import out_of_range
 from megatron_lite.config.run import RunConfig
 from megatron_lite.config.settings import settings
@@ -41,13 +42,17 @@ class Rule:
     needs: tuple[str, ...] = ()
 
 
-RULES: tuple[Rule, ...] = (
-    Rule(layout.world, _WORLD),
+OF_THE_MODEL: tuple[Rule, ...] = (
     Rule(layout.heads_divide_hidden, (_HIDDEN, _HEADS)),
     Rule(layout.query_groups, (_HEADS, _GROUPS)),
     Rule(layout.tensor_parallel_heads, (_TP, _HIDDEN, _HEADS, _GROUPS, "model.ffn_hidden_size")),
     Rule(layout.rotary_channels, (_HIDDEN, _HEADS, "model.kv_channels", "model.rotary_percent")),
     Rule(layout.positions, (_SEQ, "model.max_position_embeddings")),
+)
+
+RULES: tuple[Rule, ...] = (
+    Rule(layout.world, _WORLD),
+    *OF_THE_MODEL,
     Rule(layout.pipeline_stages, _STAGES),
     Rule(layout.whole_groups, (*_STAGES, *_BATCH, "train.rampup_batch_size")),
     Rule(layout.split_backward),
@@ -122,6 +127,13 @@ def problems(config: RunConfig, world_size: int, *, built: bool = True) -> list[
     if built and bad.isdisjoint(_WORLD):
         found += not_yet(config, world_size)
     return found
+
+
+def model_problems(model: ModelConfig) -> list[str]:
+    """Everything that keeps such a model from being built at all, on one rank, in words."""
+    config = RunConfig(model=model)
+    found = [problem for key, problem in out_of_range(config) if key.startswith("model.")]
+    return found or [problem for rule in OF_THE_MODEL for problem in rule.find(config, 1)]
 
 
 def check(config: RunConfig, world_size: int, *, built: bool = True) -> None:
