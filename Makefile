@@ -95,4 +95,4 @@ clean: ## remove the demo's files, caches and built extensions
 	find megatron_lite tools tests examples -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean ## clean, and remove .venv
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(VENV).setup-*

@@ -4,12 +4,20 @@
 #   VENV             the folder; .venv
 #   TORCH_INDEX_URL  package index torch itself comes from, e.g. one with CPU builds
 # An installed torch >= 2.10 is used as it is; otherwise the one pinned in requirements/torch.txt comes.
+#
+# An environment that is there stays, whatever PATH says: activated and plain shells mean the same, and
+# only PYTHON asks for another.  A new one is made beside the old one and takes its place when it is
+# complete.  What this script did not make is completed where it is an environment, and never replaced.
 set -euo pipefail
 
-ROOT=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
+ROOT=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)
 cd "$ROOT"
-VENV=${VENV:-.venv}
-STAMP=$VENV/setup-stamp
+NAME=${VENV:-.venv}
+VENV=$(readlink -m -- "$NAME")
+NEW=$VENV.setup-new # the next one, while it is made
+OLD=$VENV.setup-old # the last one, between two renames
+LOG=$VENV.setup-log
+PIN=$(grep '^torch' requirements/torch.txt)
 EXTRAS=tokenizers,fast,sentencepiece,tiktoken,zstd,parquet,tensorboard,plot,huggingface,bench,dev
 
 say() { printf 'setup: %s\n' "$*"; }
@@ -18,21 +26,37 @@ die() {
     exit 2
 }
 
-is_python() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 10))' >/dev/null 2>&1; }
+is_python() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 10))' >/dev/null 2>&1 </dev/null; }
 
+# Version, prefix and path of a python, a line each.
+identity() {
+    "$1" -c '
+import os, sys
+print(" ".join(sys.version.split()), os.path.realpath(sys.prefix), sys.executable, sep="\n")
+' 2>/dev/null </dev/null || true
+}
+
+# Is this the environment's own python, as `python3` is in an activated shell?
+is_own() { [[ $(identity "$1" | sed -n 2p) == "$VENV" ]]; }
+
+# PYTHON, the one that made the environment, or the first on PATH; never the environment's own.
 find_python() {
-    local name
-    if [[ -n ${PYTHON:-} ]]; then
-        is_python "$PYTHON" || die "PYTHON=$PYTHON is not a working Python >= 3.10"
+    local name path
+    if [[ -n ${PYTHON:-} ]] && ! is_own "$PYTHON"; then
         printf '%s\n' "$PYTHON"
         return
     fi
-    for name in python3 python3.14 python3.13 python3.12 python3.11 python3.10 python; do
-        if is_python "$name"; then
-            printf '%s\n' "$name"
+    while IFS= read -r path; do
+        if is_python "$path" && ! is_own "$path"; then
+            printf '%s\n' "$path"
             return
         fi
-    done
+    done < <(
+        printf '%s\n' "${made[2]:-/nowhere}"
+        for name in python3 python3.14 python3.13 python3.12 python3.11 python3.10 python; do
+            type -aP "$name" || true
+        done
+    )
     die "no Python >= 3.10 on PATH; install one, or name one: PYTHON=/path/to/python3 make setup"
 }
 
@@ -47,31 +71,58 @@ if tuple(map(int, re.findall(r"\d+", torch.__version__)[:2])) >= (2, 10):
 PY
 }
 
-# What the environment itself depends on: another one of these makes it anew.
-foundation() {
-    "$1" -c 'import sys; print(sys.version, sys.prefix)'
-    printf '%s %s\n' "$ROOT" "$(grep '^torch' requirements/torch.txt)"
+# What the environment says of itself, in `made`: version, prefix and path of the python that made it
+# ("adopted" for the prefix where this script did not), the repository, the pinned torch or "borrowed".
+read_record() {
+    made=()
+    [[ ! -f $VENV/setup-python ]] || mapfile -t made <"$VENV/setup-python"
 }
 
-# What the installation depends on: another pin or source installs again.
+is_foreign() {
+    [[ -e $VENV && -n $(ls -A -- "$VENV") ]] && [[ ${#made[@]} == 0 || ${made[1]:-} == adopted ]]
+}
+
+# Does PYTHON ask for another python than the environment's?
+is_other_asked() {
+    local asked version
+    [[ -n ${PYTHON:-} ]] || return 1
+    version=$(identity "$VENV/bin/python" | sed -n 1p)
+    mapfile -t asked < <(identity "$PYTHON")
+    [[ ${asked[1]} != "$VENV" ]] || return 1
+    [[ ${asked[0]} != "$version" ]] || { ! is_foreign && [[ ${asked[1]} != "${made[1]:-}" ]]; }
+}
+
+# Is there an environment made for this repository, by a python that is still the same?
+is_kept() {
+    [[ -n ${made[0]:-} && ${made[0]} == "$(identity "$VENV/bin/python" | sed -n 1p)" ]] || return 1
+    [[ ${made[3]:-} == "$ROOT" && ${made[4]:-} == @("$PIN"|borrowed) ]] && ! is_other_asked
+}
+
+# What the installation depends on: another torch, pin or source installs again.
 fingerprint() {
     {
-        foundation "$1"
+        cat "$1/setup-python"
+        "$1/bin/python" -c 'from importlib.metadata import version; print(version("torch"))' 2>&1
         cat setup.py pyproject.toml requirements/*.txt tools/setup.sh
         find csrc -type f | LC_ALL=C sort | xargs -r cat
     } | cksum
 }
 
-# A fresh environment; a Debian python without ensurepip lends it its own pip.
+is_complete() {
+    read_record
+    is_kept && [[ -f $VENV/setup-stamp && $(<"$VENV/setup-stamp") == "$(fingerprint "$VENV")" ]]
+}
+
+# A fresh environment at $NEW; a Debian python without ensurepip lends it its own pip.
 make_venv() {
     local python=$1
     shift
-    "$python" -m venv --clear "$@" "$VENV" >/dev/null 2>&1 && return
-    if "$python" -m venv --clear --without-pip "$@" "$VENV" >/dev/null 2>&1 &&
-        "$python" -m pip --python "$VENV/bin/python" install -q pip; then
+    set -- --clear --prompt "$(basename -- "$VENV")" "$@"
+    "$python" -m venv "$@" "$NEW" >/dev/null 2>&1 && return
+    if "$python" -m venv --without-pip "$@" "$NEW" >/dev/null 2>&1 &&
+        "$python" -m pip --python "$NEW/bin/python" install -q pip; then
         return
     fi
-    rm -rf "$VENV"
     die "$python cannot make a virtual environment; on Debian or Ubuntu: apt-get install python3-venv"
 }
 
@@ -79,7 +130,7 @@ make_venv() {
 lend_torch() {
     local site
     site=$("$1" -c 'import os, torch; print(os.path.dirname(os.path.dirname(torch.__file__)))')
-    "$VENV/bin/python" - "$site" <<'PY'
+    "$NEW/bin/python" - "$site" <<'PY'
 import pathlib
 import sys
 import sysconfig
@@ -89,60 +140,114 @@ PY
 }
 
 pip_install() {
-    "$VENV/bin/python" -m pip install --disable-pip-version-check "$@" >>"$VENV/setup.log" 2>&1 && return
-    tail -n 40 "$VENV/setup.log" >&2
-    die "pip failed; all it said is in $VENV/setup.log"
+    "$env/bin/python" -m pip install --disable-pip-version-check "$@" >>"$LOG" 2>&1 && return
+    tail -n 40 "$LOG" >&2
+    die "pip failed; all it said is in $LOG"
 }
 
-python=$(find_python)
-now=$(fingerprint "$python")
-if [[ -x $VENV/bin/python && -f $STAMP && $(<"$STAMP") == "$now" ]]; then
-    exit 0
-fi
+# Everything into $env, with torch as it is where $torch is its version, or the pinned one.
+install_all() {
+    # Our own copy of the constraints: the pins, and the one torch that is allowed from here on, so that
+    # nothing that wants "torch" can bring another one.
+    local constraints=$env/constraints.txt
+    { cat requirements/constraints.txt && printf '%s\n' "${torch:+torch==}${torch:-$PIN}"; } >"$constraints"
 
-rm -f "$STAMP"
-torch=
-if [[ -x $VENV/bin/python && -f $VENV/setup-python && $(<"$VENV/setup-python") == "$(foundation "$python")" ]]; then
-    torch=$(torch_of "$VENV/bin/python")
-fi
-if [[ -n $torch ]]; then
-    say "$VENV is there with torch $torch; installing what changed"
-elif torch=$(torch_of "$python") && [[ -n $torch ]]; then
-    say "$("$python" --version) ($(command -v "$python")): torch $torch is installed and is used as it is"
-    make_venv "$python" --system-site-packages
-    [[ $(torch_of "$VENV/bin/python") == "$torch" ]] || lend_torch "$python"
-    [[ $(torch_of "$VENV/bin/python") == "$torch" ]] || die "torch $torch of $python cannot be imported in $VENV"
-else
-    say "$("$python" --version) ($(command -v "$python")) without torch >= 2.10"
-    make_venv "$python"
-fi
-
-# Our own copy of the constraints: the pins, and the one torch that is allowed from here on, so that
-# nothing that wants "torch" can bring another one.
-constraints=$VENV/constraints.txt
-if [[ -n $torch ]]; then
-    { cat requirements/constraints.txt && printf 'torch==%s\n' "$torch"; } >"$constraints"
-else
-    cat requirements/constraints.txt requirements/torch.txt >"$constraints"
-fi
-
-pip_install -c "$constraints" pip setuptools wheel pybind11 numpy
-if [[ -z $torch ]]; then
-    # torch's own needs first, from the usual index: an index of torch builds may not hold these versions
-    pip_install -c "$constraints" filelock typing-extensions sympy networkx jinja2 fsspec
-    if [[ -z ${TORCH_INDEX_URL:-} ]] && ! command -v nvidia-smi >/dev/null; then
-        say "no NVIDIA driver here: TORCH_INDEX_URL=<index of CPU builds> can save gigabytes"
+    pip_install -c "$constraints" pip setuptools wheel pybind11 numpy
+    if [[ -z $torch ]]; then
+        # torch's own needs first, from the usual index: an index of torch builds may not hold these versions
+        pip_install -c "$constraints" filelock typing-extensions sympy networkx jinja2 fsspec
+        if [[ -z ${TORCH_INDEX_URL:-} ]] && ! command -v nvidia-smi >/dev/null; then
+            say "no NVIDIA driver here: TORCH_INDEX_URL=<index of CPU builds> can save gigabytes"
+        fi
+        say "installing $PIN${TORCH_INDEX_URL:+ from TORCH_INDEX_URL}"
+        pip_install -c "$constraints" ${TORCH_INDEX_URL:+--index-url "$TORCH_INDEX_URL"} torch
     fi
-    say "installing $(grep '^torch' requirements/torch.txt)${TORCH_INDEX_URL:+ from TORCH_INDEX_URL}"
-    pip_install -c "$constraints" ${TORCH_INDEX_URL:+--index-url "$TORCH_INDEX_URL"} torch
-fi
-say "installing megatron_lite[$EXTRAS]"
-pip_install -c "$constraints" --no-build-isolation -e ".[$EXTRAS]"
-# A ruff lent by another environment does not find its own program.
-"$VENV/bin/python" -m ruff --version >/dev/null 2>&1 ||
-    pip_install -c "$constraints" --ignore-installed --no-deps ruff
-"$VENV/bin/python" -c 'import matplotlib, numpy, pytest, tensorboard, tokenizers, torch, transformers; torch.from_numpy(numpy.zeros(1))'
+    say "installing megatron_lite[$EXTRAS]"
+    pip_install -c "$constraints" --no-build-isolation -e ".[$EXTRAS]"
+    # A ruff lent by another environment does not find its own program.
+    "$env/bin/python" -m ruff --version >/dev/null 2>&1 ||
+        pip_install -c "$constraints" --ignore-installed --no-deps ruff
+    "$env/bin/python" -c 'import matplotlib, numpy, pytest, tensorboard, tokenizers, torch, transformers; torch.from_numpy(numpy.zeros(1))'
+}
 
-foundation "$python" >"$VENV/setup-python"
-printf '%s\n' "$now" >"$STAMP"
-say "done: $("$VENV/bin/python" -c 'import torch; print("torch", torch.__version__)') in $VENV"
+# Programs, activate scripts and pyvenv.cfg hold the path of their environment: at $NEW, let it be $VENV.
+readdress() {
+    "$NEW/bin/python" - "$NEW" "$VENV" <<'PY'
+import os
+import sys
+
+here, there = map(os.fsencode, sys.argv[1:])
+scripts = [os.path.join(here, b"bin", name) for name in os.listdir(os.path.join(here, b"bin"))]
+for path in [*scripts, os.path.join(here, b"pyvenv.cfg")]:
+    if os.path.isfile(path) and not os.path.islink(path):
+        with open(path, "r+b") as file:
+            content = file.read()
+            if here in content and b"\0" not in content:
+                file.seek(0)
+                file.truncate()
+                file.write(content.replace(here, there))
+PY
+}
+
+take_place() {
+    [[ $env != "$VENV" ]] || return 0
+    readdress
+    [[ ! -e $VENV ]] || mv -T -- "$VENV" "$OLD"
+    mv -T -- "$NEW" "$VENV"
+    rm -rf -- "$OLD"
+}
+
+# One setup at a time, and what one that was killed left is put away.
+begin_alone() {
+    mkdir -p -- "$(dirname -- "$VENV")"
+    if command -v flock >/dev/null; then
+        exec 9<"$(dirname -- "$VENV")"
+        flock -n 9 || { say "another setup is at work on $NAME; waiting" && flock 9; }
+    fi
+    rm -rf -- "$NEW"
+    if [[ -e $OLD && ! -e $VENV ]]; then
+        mv -T -- "$OLD" "$VENV" # killed between the two renames
+    fi
+    rm -rf -- "$OLD"
+}
+
+[[ -z ${PYTHON:-} ]] || is_python "$PYTHON" || die "PYTHON=$PYTHON is not a working Python >= 3.10"
+! is_complete || exit 0
+begin_alone
+! is_complete || exit 0
+# An activated shell may have exported the constraints of the environment as it was.
+[[ $(readlink -m -- "${PIP_CONSTRAINT:-/}") != "$VENV/constraints.txt" ]] || unset PIP_CONSTRAINT
+: >"$LOG"
+
+env=$NEW torch=
+if is_kept || { is_foreign && is_python "$VENV/bin/python" && ! is_other_asked; }; then
+    torch=$(torch_of "$VENV/bin/python")
+    [[ -z $torch && ${made[4]:-} == borrowed ]] || env=$VENV # or its torch went away
+elif is_foreign; then
+    die "setup did not make $NAME and cannot use it as it is: remove it, or name another: VENV=folder make setup"
+fi
+if [[ $env == "$VENV" ]]; then
+    rm -f -- "$VENV/setup-stamp"
+    say "$NAME is there${torch:+ with torch $torch}; installing what changed"
+    is_kept || { identity "$env/bin/python" | sed 2s/.*/adopted/ && printf '%s\n' "$ROOT" "$PIN"; } >"$env/setup-python"
+else
+    ! mountpoint -q -- "$VENV" 2>/dev/null || NEW=$VENV env=$VENV # nothing can take its place
+    trap '[[ $NEW == "$VENV" ]] || rm -rf -- "$NEW"' EXIT
+    python=$(find_python)
+    torch=$(torch_of "$python")
+    if [[ -n $torch ]]; then
+        say "$("$python" --version) ($(command -v "$python")): torch $torch is installed and is used as it is"
+        make_venv "$python" --system-site-packages
+        [[ $(torch_of "$NEW/bin/python") == "$torch" ]] || lend_torch "$python"
+        [[ $(torch_of "$NEW/bin/python") == "$torch" ]] || die "torch $torch of $python cannot be imported in $NAME"
+    else
+        say "$("$python" --version) ($(command -v "$python")) without torch >= 2.10"
+        make_venv "$python"
+    fi
+    { identity "$python" && printf '%s\n' "$ROOT" "${torch:+borrowed}"; } | sed "5s/^\$/$PIN/" >"$NEW/setup-python"
+fi
+install_all
+fingerprint "$env" >"$env/setup-stamp"
+take_place
+mv -- "$LOG" "$VENV/setup.log"
+say "done: $("$VENV/bin/python" -c 'import torch; print("torch", torch.__version__)') in $NAME"

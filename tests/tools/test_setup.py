@@ -1,0 +1,241 @@
+"""tools/setup.sh keeps an environment that is there, and puts a new one in place only when complete.
+
+The pythons are real environments of this interpreter; what `python -m venv` makes with them has a
+stand-in for pip, which notes what it is asked and writes modules of a line.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SITE = Path(f"lib/python{sys.version_info[0]}.{sys.version_info[1]}/site-packages")
+PIP = r'''"""A stand-in for pip."""
+import os, pathlib, sys
+log = pathlib.Path(os.environ["PIP_NOTES"])
+with log.open("a") as file:
+    print(*sys.argv[1:], os.environ.get("PIP_CONSTRAINT", "-"), file=file)
+if os.environ.get("PIP_FAILS"):
+    sys.exit("no index today")
+site = pathlib.Path(__file__).parents[1]
+for name in "matplotlib", "numpy", "pytest", "tensorboard", "tokenizers", "transformers", "ruff":
+    (site / f"{name}.py").write_text("zeros = lambda n: None\n")
+if sys.argv[-1] == "torch":
+    (site / "torch.py").write_text("__version__ = '2.13.0'\nfrom_numpy = lambda a: None\n")
+    (site / "torch-2.13.0.dist-info").mkdir()
+    (site / "torch-2.13.0.dist-info/METADATA").write_text("Name: torch\nVersion: 2.13.0\n")
+program = pathlib.Path(sys.executable).with_name("program")
+program.write_text(f"#!/bin/sh\nexec '{sys.executable}' -c 'import sys; print(sys.prefix)'\n")
+program.chmod(0o755)
+'''
+MAKE_WITH_STAND_IN = f'''
+import pathlib, venv
+old = venv.EnvBuilder.__init__
+def begin(self, **options):
+    old(self, **{{**options, "with_pip": False}})
+def add_pip(self, context):
+    folder = pathlib.Path(context.env_dir, "{SITE}", "pip")
+    folder.mkdir()
+    (folder / "__init__.py").touch()
+    (folder / "__main__.py").write_text({PIP!r})
+venv.EnvBuilder.__init__ = begin
+venv.EnvBuilder.post_setup = add_pip
+'''
+
+
+class Checkout:
+    """A copy of what setup reads, and pythons to call it with."""
+
+    def __init__(self, tmp: Path) -> None:
+        self.root = tmp / "a checkout"
+        self.venv = self.root / ".venv"
+        self.notes = tmp / "notes"
+        (self.root / "tools").mkdir(parents=True)
+        for name in ("tools/setup.sh", "setup.py", "pyproject.toml"):
+            shutil.copy(ROOT / name, self.root / name)
+        for name in ("requirements", "csrc"):
+            shutil.copytree(ROOT / name, self.root / name)
+        self.base = self.python(tmp / "base")
+
+    def python(self, folder: Path, *, torch: str | None = None) -> Path:
+        """The bin folder of another python, with a torch of that version."""
+        venv.EnvBuilder(symlinks=True).create(folder)
+        (folder / SITE / "make_with_stand_in.py").write_text(MAKE_WITH_STAND_IN)
+        (folder / SITE / "stand_in.pth").write_text("import make_with_stand_in\n")
+        if torch is not None:
+            found = folder / SITE / "torch/__init__.py"
+            found.parent.mkdir()
+            found.write_text(f"__version__ = {torch!r}\nfrom_numpy = lambda array: None\n")
+            (folder / SITE / f"torch-{torch}.dist-info").mkdir()
+            (folder / SITE / f"torch-{torch}.dist-info/METADATA").write_text(
+                f"Name: torch\nVersion: {torch}\n"
+            )
+        return folder / "bin"
+
+    def setup(self, *first_on_path: Path, **env: str) -> subprocess.CompletedProcess[str]:
+        path = os.pathsep.join(map(str, [*first_on_path, self.base, "/usr/bin", "/bin"]))
+        return subprocess.run(
+            [self.root / "tools/setup.sh"],
+            env={"PATH": path, "PIP_NOTES": str(self.notes), **env},
+            cwd=self.root.parent,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+
+    def done(self, *first_on_path: Path, **env: str) -> str:
+        """What a setup that succeeds says."""
+        found = self.setup(*first_on_path, **env)
+        assert found.returncode == 0, found.stderr
+        assert [path.name for path in self.root.glob(".venv*")] == [".venv"]
+        return found.stdout
+
+    @property
+    def asked(self) -> list[str]:
+        """The lines that pip was called with since the last look."""
+        lines = self.notes.read_text().splitlines() if self.notes.exists() else []
+        self.notes.write_text("")
+        return lines
+
+    def change(self, name: str, old: str, new: str) -> None:
+        text = (self.root / name).read_text()
+        assert old in text
+        (self.root / name).write_text(text.replace(old, new))
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Checkout:
+    return Checkout(tmp_path)
+
+
+def test_activated_and_plain_shells_are_one_and_the_same(checkout: Checkout) -> None:
+    assert "done: torch 2.13.0 in .venv" in checkout.done()
+    before = checkout.venv.stat().st_ino, (checkout.venv / "setup-stamp").stat().st_mtime_ns
+    assert len(checkout.asked) == 4
+    other = checkout.python(checkout.root.parent / "other", torch="2.12.1")
+    active = checkout.venv / "bin"
+    for path in ([active], [other, active], []):
+        assert checkout.done(*path) == ""
+    for named in ("python3", str(checkout.base / "python3")):
+        assert checkout.done(active, PYTHON=named, VIRTUAL_ENV=str(checkout.venv)) == ""
+    (checkout.root.parent / "link").symlink_to(checkout.root)
+    linked = subprocess.run(
+        [checkout.root.parent / "link/tools/setup.sh"], capture_output=True, text=True, timeout=60
+    )
+    assert (linked.returncode, linked.stdout, linked.stderr) == (0, "", "")
+    after = checkout.venv.stat().st_ino, (checkout.venv / "setup-stamp").stat().st_mtime_ns
+    assert checkout.asked == [] and after == before
+
+
+def test_a_new_environment_works_where_it_ends_up(checkout: Checkout) -> None:
+    checkout.done()
+    program = subprocess.run(
+        [checkout.venv / "bin/program"], capture_output=True, text=True, timeout=60
+    )
+    assert program.stdout == f"{checkout.venv}\n"
+    activated = subprocess.run(
+        ["bash", "-c", ". .venv/bin/activate; echo $VIRTUAL_ENV; command -v program"],
+        cwd=checkout.root,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert activated.stdout.split("\n")[:2] == [
+        str(checkout.venv),
+        str(checkout.venv / "bin/program"),
+    ]
+    for path in [*checkout.venv.glob("bin/*"), checkout.venv / "pyvenv.cfg"]:
+        assert b"setup-new" not in path.resolve().read_bytes(), path
+
+
+@pytest.mark.ci
+def test_the_running_environment_is_whole_until_the_next_is(checkout: Checkout) -> None:
+    """A changed torch pin, from an activated shell whose python3 is the environment's own."""
+    checkout.done()
+    (checkout.venv / "mark").touch()
+    checkout.change("requirements/torch.txt", "2.13.0", "2.13.1")
+    active = checkout.venv / "bin"
+    failed = checkout.setup(active, PIP_FAILS="1")
+    assert failed.returncode == 2
+    assert "no index today" in failed.stderr and ".venv.setup-log" in failed.stderr
+    assert not (checkout.root / ".venv.setup-new").exists()
+    assert (checkout.venv / "mark").exists() and (checkout.venv / "bin/program").exists()
+    checkout.notes.unlink()
+    said = checkout.done(active)
+    assert "installing torch==2.13.1" in said and "(/" in said
+    assert not (checkout.venv / "mark").exists() and len(checkout.asked) == 4
+    assert checkout.done() == "" and checkout.done(active) == ""
+
+
+@pytest.mark.ci
+def test_other_pins_are_installed_where_they_are(checkout: Checkout) -> None:
+    checkout.done()
+    (checkout.venv / "mark").touch()
+    checkout.change("requirements/constraints.txt", "pytest==", "# pytest==")
+    assert len(checkout.asked) == 4
+    # as docs/guides/install-gpu.md has it exported
+    constraints = str(checkout.venv / "constraints.txt")
+    assert "with torch 2.13.0; installing what changed" in checkout.done(PIP_CONSTRAINT=constraints)
+    lines = checkout.asked
+    assert (checkout.venv / "mark").exists() and len(lines) == 2
+    assert all(line.endswith(" -") for line in lines)
+    assert "torch==2.13.0" in (checkout.venv / "constraints.txt").read_text()
+
+
+@pytest.mark.ci
+def test_a_python_that_is_named_is_the_one_used(checkout: Checkout) -> None:
+    """One with a torch lends it; without that torch the environment is made anew."""
+    checkout.done()
+    lender = checkout.python(checkout.root.parent / "lender", torch="2.12.1")
+    assert checkout.setup(PYTHON="/nowhere/python3").returncode == 2
+    said = checkout.done(checkout.venv / "bin", PYTHON=str(lender / "python3"))
+    assert "torch 2.12.1 is installed and is used as it is" in said
+    assert checkout.done(checkout.venv / "bin") == "" and checkout.done() == ""
+    checkout.change("requirements/torch.txt", "2.13.0", "2.13.1")  # it has another torch anyway
+    assert "with torch 2.12.1; installing what changed" in checkout.done()
+    shutil.rmtree(lender / ".." / SITE / "torch-2.12.1.dist-info")
+    shutil.rmtree(lender / ".." / SITE / "torch")
+    assert "without torch" in checkout.done(checkout.venv / "bin")
+    assert checkout.done() == ""
+
+
+@pytest.mark.ci
+def test_a_setup_killed_between_two_renames_is_put_right(checkout: Checkout) -> None:
+    checkout.done()
+    checkout.venv.rename(checkout.root / ".venv.setup-old")
+    (checkout.root / ".venv.setup-new").mkdir()
+    assert checkout.done() == "" and len(checkout.asked) == 4
+    assert (checkout.venv / "bin/program").exists()
+
+
+@pytest.mark.ci
+def test_what_setup_did_not_make_is_not_replaced(checkout: Checkout) -> None:
+    checkout.venv.mkdir()
+    (checkout.venv / "thesis.tex").touch()
+    refused = checkout.setup()
+    assert refused.returncode == 2 and "did not make .venv" in refused.stderr
+    assert (checkout.venv / "thesis.tex").exists() and checkout.asked == []
+    shutil.rmtree(checkout.venv)
+    made = ["-m", "venv", str(checkout.venv)]
+    subprocess.run([checkout.base / "python3", *made], check=True, timeout=60)
+    (checkout.venv / SITE / "own.py").touch()
+    assert "installing what changed" in checkout.done()
+    assert (checkout.venv / SITE / "own.py").exists() and len(checkout.asked) == 4
+    assert checkout.done(checkout.venv / "bin") == ""
+    assert checkout.done(PYTHON=str(checkout.base / "python3")) == ""
+
+
+@pytest.mark.ci
+def test_two_setups_at_once_install_once(checkout: Checkout) -> None:
+    env = {"PATH": f"{checkout.base}:/usr/bin:/bin", "PIP_NOTES": str(checkout.notes)}
+    script = [str(checkout.root / "tools/setup.sh")]
+    both = [subprocess.Popen(script, env=env, stdout=subprocess.DEVNULL) for _ in range(2)]
+    assert [one.wait(60) for one in both] == [0, 0]
+    assert len(checkout.asked) == 4
