@@ -26,6 +26,7 @@ from megatron_lite.config.flags import parse
 from megatron_lite.config.run import RunConfig
 from megatron_lite.data.build import build_datasets, sample_counts
 from megatron_lite.data.overview import overview
+from megatron_lite.data.provenance import made_with
 from megatron_lite.data.tokenizers.build import build_tokenizer, model_vocab_size
 
 
@@ -48,11 +49,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         vocab_size=size,
         eod=tokenizer.eod if config.data.mock_data else None,
         cache_folder=folder,
+        tokenizer=made_with(tokenizer, config.data),
         **sample_counts(
             config.train, blueprint.train_iters, blueprint.batch_schedule.final_batch_size
         ),
     )
-    for line in overview(datasets):
+    for line in (*overview(datasets), *datasets.notices):
         print(line)
     seconds = time.perf_counter() - began
     print(f"{folder}: ready after {seconds:.1f} s, digest {datasets.digest:016x}")

@@ -22,9 +22,17 @@ import numpy.typing as npt
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_lite.config.data import DataConfig
-from megatron_lite.config.errors import ConfigError
+from megatron_lite.config.errors import ConfigError, DataError
 from megatron_lite.config.exit import ToolParser, run_tool
 from megatron_lite.data.indexed import IndexedDataset, bin_path
+from megatron_lite.data.provenance import (
+    ALLOW,
+    MadeWith,
+    made_with,
+    maker_of,
+    require_same,
+    told_of_unknown,
+)
 
 PIECE = 1 << 20  # tokens counted together
 PERCENTILES = (1, 10, 50, 90, 99)
@@ -52,6 +60,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--vocab-file", help="gpt2-vocab.json")
     add("--merge-file", help="gpt2-merges.txt")
     add("--tokenizer-model", help="model file or folder of the other tokenizers")
+    add(ALLOW, action="store_true", help="pairs of another tokenizer, or of several, all the same")
     return parser.parse_args(argv)
 
 
@@ -63,8 +72,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ConfigError(f"--{name} {getattr(asked, name)}: give 0 or more")
     text = _Text(asked)
     found = [measure(prefix) for prefix in asked.prefix]
+    makers = {one.prefix: maker_of(one.dataset) for one in found}
+    allowed = asked.allow_tokenizer_mismatch
+    said = require_same(makers, text.made_with, allowed=allowed, whose="--tokenizer-type")
+    for line in (*said, *(told_of_unknown(makers) if text.made_with else ())):
+        print(f"NOTE: {line}", file=sys.stderr)
     for lengths in found:
-        _print_counts(lengths)
+        _print_counts(lengths, makers[lengths.prefix])
         if asked.top:
             _print_frequent(lengths.dataset, asked.top, asked.most_tokens, text)
         if asked.samples:
@@ -84,12 +98,12 @@ def measure(prefix: str) -> Lengths:
     return Lengths(prefix, dataset, np.diff(ends[dataset.document_indices]))
 
 
-def _print_counts(lengths: Lengths) -> None:
+def _print_counts(lengths: Lengths, maker: MadeWith | None) -> None:
     tokens = lengths.tokens
     print(
         f"{lengths.prefix}: {len(tokens):,} documents ({int((tokens == 0).sum()):,} empty), "
         f"{len(lengths.dataset):,} sequences, {int(tokens.sum()):,} tokens of "
-        f"{lengths.dataset.dtype}"
+        f"{lengths.dataset.dtype}" + ("" if maker is None else f", made with {maker}")
     )
     if len(tokens):
         values = np.percentile(tokens, PERCENTILES).astype(np.int64)
@@ -105,6 +119,8 @@ class _Text:
 
     def __init__(self, asked: argparse.Namespace) -> None:
         self.tokenizer: Any = None
+        self.made_with: MadeWith | None = None
+        self._allowed: bool = asked.allow_tokenizer_mismatch
         if asked.tokenizer_type is not None:
             # tokenizer libraries are extras, and counting needs none
             from megatron_lite.data.tokenizers.build import build_tokenizer  # noqa: PLC0415
@@ -112,9 +128,18 @@ class _Text:
             names = ("tokenizer_type", "vocab_file", "merge_file", "tokenizer_model")
             data = DataConfig(**{name: getattr(asked, name) for name in names})
             self.tokenizer = build_tokenizer(data)
+            self.made_with = made_with(self.tokenizer, data)
 
     def of(self, ids: npt.NDArray[np.integer[Any]]) -> str:
         if self.tokenizer is None:
+            return " ".join(str(token) for token in ids.tolist())
+        outside = ids[ids >= self.tokenizer.vocab_size]
+        if outside.size and not self._allowed:
+            raise DataError(
+                f"a file holds token id {outside[0]}, which {self.made_with} lacks - give the tokenizer the "
+                f"files were made with, or {ALLOW} to show such ids as numbers"
+            )
+        if outside.size:
             return " ".join(str(token) for token in ids.tolist())
         return repr(self.tokenizer.decode(ids.tolist()))
 

@@ -4,13 +4,12 @@
 python tools/merge_datasets.py --input PREFIX_OR_FOLDER [...] --output-prefix OUT [--overwrite]
 
 A folder stands for all its pairs in the order of their names.  All must have one dtype and, where
-their .meta.json says so, one tokenizer.
+their .meta.json says so, one tokenizer, which the new pair's .meta.json then names.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import sys
 from collections.abc import Sequence
@@ -22,6 +21,16 @@ from megatron_lite.config.errors import ConfigError, DataError
 from megatron_lite.config.exit import ToolParser, run_tool
 from megatron_lite.data.indexed import IndexedDataset, bin_path, idx_path
 from megatron_lite.data.indexed_builder import IndexedDatasetBuilder
+from megatron_lite.data.provenance import (
+    ALLOW,
+    joined,
+    maker_of,
+    read_facts,
+    require_same,
+    told_of_unknown,
+    write_facts,
+)
+from megatron_lite.storage.disk import Disk
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -29,6 +38,9 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--input", nargs="+", required=True, help="prefixes, or folders of pairs")
     parser.add_argument("--output-prefix", required=True, help="path of the new pair")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing pair")
+    parser.add_argument(
+        ALLOW, action="store_true", help="join pairs of different tokenizers all the same"
+    )
     return parser.parse_args(argv)
 
 
@@ -52,25 +64,6 @@ def _natural(name: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdigit() else (-1, part) for part in parts]
 
 
-def _check_tokenizers(sources: Sequence[str]) -> None:
-    known: dict[str, str] = {}
-    for prefix in sources:
-        path = Path(f"{prefix}.meta.json")
-        if not path.exists():
-            continue
-        try:
-            name = str(json.loads(path.read_bytes())["tokenizer"]["fingerprint"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{path} cannot be read ({error}) - remove or restore it") from error
-        known.setdefault(name, prefix)
-    if len(known) > 1:
-        first, second, *_ = known.values()
-        raise DataError(
-            f"{first} and {second} were made with different tokenizers (.meta.json) - their ids "
-            "mean different words; preprocess one of them again"
-        )
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Merge; returns the exit code."""
     asked = _parse(sys.argv[1:] if argv is None else argv)
@@ -82,12 +75,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         for path in (bin_path(out), idx_path(out)):
             if path.exists():
                 raise ConfigError(f"{path} exists; give --overwrite or another --output-prefix")
-    _check_tokenizers(sources)
+    makers = {prefix: maker_of(IndexedDataset(prefix)) for prefix in sources}
+    said = require_same(makers, None, allowed=asked.allow_tokenizer_mismatch, whose="")
+    for line in (*said, *told_of_unknown(makers)):
+        print(f"NOTE: {line}", file=sys.stderr)
     dtype = IndexedDataset(sources[0]).dtype
+    facts = [] if said else [read_facts(prefix) for prefix in sources]
     with IndexedDatasetBuilder(bin_path(out), dtype) as builder:
         for prefix in sources:
             builder.add_index(prefix)
         builder.finalize(idx_path(out))
+    if facts and None not in makers.values():
+        write_facts(out, joined([one for one in facts if one is not None]), Disk())
     merged = IndexedDataset(out)
     tokens = bin_path(out).stat().st_size // dtype.itemsize
     print(

@@ -169,6 +169,7 @@ class Progress:
 def print_summary(summary: Summary) -> None:
     """What was written, one line per pair of files."""
     print(f"tokenizer: {summary.tokenizer}")
+    print(f"end of document: {summary.end_of_document}")
     speed = summary.read_bytes / max(summary.seconds, 1e-9) / 1e6
     for prefix, count in zip(summary.prefixes, summary.keys, strict=True):
         print(

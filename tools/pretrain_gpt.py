@@ -30,6 +30,7 @@ try:
     from megatron_lite.config.exit import fatal_line, print_everything
     from megatron_lite.config.flags import Parsed, parse
     from megatron_lite.config.run import RunConfig
+    from megatron_lite.data.provenance import end_of_document, made_with
     from megatron_lite.data.tokenizers.build import (
         build_tokenizer,
         model_vocab_size,
@@ -152,7 +153,8 @@ def _train(parsed: Parsed, launch: Launch, failures: Failures) -> int:
         vocab_size=model_vocab_size(tokenizer.vocab_size, config.model.vocab_size),
         eod=tokenizer.eod,
         asked=config.model.vocab_size,
-        fingerprint=tokenizer.fingerprint(),
+        made_with=made_with(tokenizer, config.data),
+        end_of_document=end_of_document(tokenizer),
         files=tokenizer_files(config.data),
     )
     model = dataclasses.replace(config.model, vocab_size=tokens.vocab_size)

@@ -24,6 +24,7 @@ from megatron_lite.config.exit import ToolParser, run_tool
 from megatron_lite.data.blended import normalized
 from megatron_lite.data.indexed import IndexedDataset
 from megatron_lite.data.pretrain import split_ranges
+from megatron_lite.data.provenance import maker_of, require_same
 
 HELD_OUT = {"valid": 1, "test": 2}
 PIECE = 1024  # sequences read at once
@@ -57,6 +58,8 @@ def measure(data_path: list[str], *, split: str, held_out: str, vocab_size: int 
     """Raises DataError where a split holds nothing, ConfigError for a blend that is none."""
     blend = parse_blend(data_path)
     sources = [IndexedDataset(prefix) for prefix in blend.prefixes]
+    makers = {source.prefix: maker_of(source) for source in sources}
+    require_same(makers, None, allowed=False, whose="")
     ranges = [split_ranges(parse_split(split), len(source)) for source in sources]
     size = vocab_size or 1 + max(
         int(s.get(i).max(initial=0)) for s in sources for i in range(len(s))

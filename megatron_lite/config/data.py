@@ -77,6 +77,9 @@ class DataConfig:
     chatglm_special_tokens: bool = False
     """ChatGLM2's [MASK] [gMASK] [sMASK] sop eop behind the pieces of GPTSentencePieceTokenizer."""
 
+    allow_tokenizer_mismatch: bool = False
+    """Read token files whose .meta.json names another tokenizer than this run's."""
+
     num_workers: int = 2
     """Threads that read samples ahead; 0 reads in the training thread."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeAlias, TypedDict
 
 import numpy as np
@@ -30,6 +30,13 @@ from megatron_lite.data.pretrain import (
     TokenSource,
     split_ranges,
 )
+from megatron_lite.data.provenance import (
+    MadeWith,
+    look_at_ids,
+    maker_of,
+    require_same,
+    told_of_unknown,
+)
 from megatron_lite.storage.disk import Disk
 
 Array = npt.NDArray[Any]
@@ -45,7 +52,7 @@ class Datasets:
     """One dataset per split; None where nothing is asked for or --split gives it no share.
 
     digest: 64 bits of all index arrays and of the files' content: ranks that read the same have
-    the same, wherever their copies lie.
+    the same, wherever their copies lie.  notices: what to say of the files' tokenizers.
     """
 
     train: Samples | None
@@ -53,6 +60,7 @@ class Datasets:
     test: Samples | None
     digest: int = 0
     asked: Asked = (None, None, None)
+    notices: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -168,10 +176,12 @@ def build_datasets(
     eod: int | None,
     cache_folder: str | os.PathLike[str] | None,
     disk: Disk | None = None,
+    tokenizer: MadeWith | None = None,
 ) -> Datasets:
     """Build or load what the run reads; a split of which 0 samples are asked for is None.
 
-    A number of samples None means one epoch (only without weights).  One rank per node calls it
+    A number of samples None means one epoch (only without weights).  tokenizer: the run's, with which
+    all files must have been made; None compares them with each other only.  One rank per node calls it
     first and the others after a barrier: they then find the arrays in cache_folder.
     """
     recipe = Recipe(
@@ -190,16 +200,34 @@ def build_datasets(
     found = blends(data)
     if found.mock:
         return _mock(recipe, asked, MOCK_SPLIT if data.split is None else found.split, eod)
-    if found.by_split:
-        return _per_split(found.by_split, asked, recipe)
-    assert found.shared is not None and found.split is not None
-    opened = _open(found.shared, recipe)
-    return _together(
-        [_blend(found.shared, opened, found.split, k, asked[k], recipe) for k in range(3)], asked
+    named = (
+        [found.shared]
+        if found.shared is not None
+        else [
+            found.by_split[split]
+            for split, samples in zip(SPLITS, asked, strict=True)
+            if samples != 0 and split in found.by_split
+        ]
     )
+    opened = _open([prefix for blend in named for prefix in blend.prefixes], recipe)
+    notices = _compare_tokenizers(
+        opened, tokenizer, vocab_size, allowed=data.allow_tokenizer_mismatch
+    )
+    if found.by_split:
+        made = _per_split(found.by_split, opened, asked, recipe)
+    else:
+        assert found.shared is not None and found.split is not None
+        made = [_blend(found.shared, opened, found.split, k, asked[k], recipe) for k in range(3)]
+    return replace(_together(made, asked), notices=tuple(notices))
 
 
-def _per_split(by_split: Mapping[str, Blend], asked: Asked, recipe: Recipe) -> Datasets:
+Opened: TypeAlias = "Mapping[str, IndexedDataset]"
+"""By prefix."""
+
+
+def _per_split(
+    by_split: Mapping[str, Blend], opened: Opened, asked: Asked, recipe: Recipe
+) -> list[Made | None]:
     """Each split has its own files, read whole."""
     made: list[Made | None] = []
     for k, split in enumerate(SPLITS):
@@ -210,28 +238,47 @@ def _per_split(by_split: Mapping[str, Blend], asked: Asked, recipe: Recipe) -> D
         if len(blend.prefixes) == 1:  # as Megatron: one file is no blend, whatever its weight
             blend = Blend(blend.prefixes, None)
         whole = [float(j == k) for j in range(3)]
-        made.append(_blend(blend, _open(blend, recipe), whole, k, asked[k], recipe))
-    return _together(made, asked)
+        made.append(_blend(blend, opened, whole, k, asked[k], recipe))
+    return made
 
 
-def _open(blend: Blend, recipe: Recipe) -> list[IndexedDataset]:
+def _open(prefixes: Sequence[str], recipe: Recipe) -> Opened:
     def open_one(prefix: str) -> IndexedDataset:
         return IndexedDataset(prefix, mmap_bin=recipe.mmap_bin, maps=recipe.maps)
 
     # each waits for the disk several times; the first error in the order of the list is raised
-    with ThreadPoolExecutor(min(OPENERS, len(blend.prefixes)), "open") as threads:
-        return list(threads.map(open_one, blend.prefixes))
+    once = list(dict.fromkeys(prefixes))
+    with ThreadPoolExecutor(min(OPENERS, len(once) or 1), "open") as threads:
+        return dict(zip(once, threads.map(open_one, once), strict=True))
+
+
+def _compare_tokenizers(
+    opened: Opened, tokenizer: MadeWith | None, vocab_size: int | None, *, allowed: bool
+) -> list[str]:
+    """Every file's maker beside the run's tokenizer; without one the ids beside the vocabulary."""
+
+    def look(dataset: IndexedDataset) -> MadeWith | None:
+        found = maker_of(dataset)
+        if found is None and vocab_size is not None:
+            look_at_ids(dataset, vocab_size)
+        return found
+
+    with ThreadPoolExecutor(min(OPENERS, len(opened) or 1), "look") as threads:
+        makers = dict(zip(opened, threads.map(look, opened.values()), strict=True))
+    said = require_same(makers, tokenizer, allowed=allowed, whose="this run's tokenizer")
+    return [*said, *told_of_unknown(makers)]
 
 
 def _blend(
     blend: Blend,
-    opened: Sequence[IndexedDataset],
+    files: Opened,
     shares: Sequence[float],
     number: int,
     samples: int | None,
     recipe: Recipe,
 ) -> Made | None:
     """The dataset of split `number` (0 train, 1 valid, 2 test), or None."""
+    opened = [files[prefix] for prefix in blend.prefixes]
     ranges = [split_ranges(shares, len(source))[number] for source in opened]
     if samples == 0 or ranges[0] is None:
         return None

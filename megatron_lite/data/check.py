@@ -8,7 +8,6 @@ all there and in order, so the true lengths follow.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +28,7 @@ from megatron_lite.data.indexed import (
     read_index,
 )
 from megatron_lite.data.indexed_builder import IndexedDatasetBuilder
+from megatron_lite.data.provenance import facts_path, maker_of, read_facts
 from megatron_lite.storage.disk import Disk
 
 CHUNK = 1 << 22  # tokens looked at together
@@ -55,6 +55,9 @@ def verify(
 ) -> Report:
     """Read every token; DataError for anything wrong, the first id outside the vocabulary included."""
     dataset = IndexedDataset(prefix)
+    maker = maker_of(dataset)
+    if maker is not None and maker.vocab_size is not None:  # no id is outside its own tokenizer
+        vocab_size = min(maker.vocab_size, vocab_size or maker.vocab_size)
     tokens = _tokens(dataset)
     low, high = 0, -1
     for start in range(0, len(tokens), CHUNK):
@@ -85,14 +88,14 @@ def check_hashes(prefix: str | os.PathLike[str]) -> bool:
 
     Raises DataError naming the file that changed after it was written.
     """
-    facts = Path(f"{os.fspath(prefix)}.meta.json")
-    if not facts.exists():
+    facts = facts_path(prefix)
+    recorded = (read_facts(prefix) or {}).get("sha256")
+    if recorded is None:
         return False
     try:
-        recorded = json.loads(facts.read_bytes()).get("sha256", {})
         expected = {kind: str(recorded[kind]) for kind in ("bin", "idx")}
-    except (ValueError, AttributeError, KeyError, TypeError) as error:
-        raise DataError(f"{facts} cannot be read ({error}) - remove it or copy it again") from error
+    except KeyError as error:
+        raise DataError(f"{facts} has no hash of the .{error.args[0]} - copy it again") from error
     for kind, value in expected.items():
         with open(f"{prefix}.{kind}", "rb") as file:
             digest = hashlib.sha256()

@@ -70,7 +70,9 @@ def index_flat(
         )
     lengths = document_lengths(read_flat(path, dtype), eod)
     bounds = np.arange(len(lengths) + 1, dtype=np.int64)
-    write_index(place.with_suffix(".idx"), dtype, lengths, bounds, disk or Disk())
+    disk = disk or Disk()
+    disk.remove(place.with_suffix(".meta.json"))  # of a pair that was there before
+    write_index(place.with_suffix(".idx"), dtype, lengths, bounds, disk)
     return len(lengths)
 
 

@@ -168,8 +168,9 @@ class IndexedDatasetBuilder:
         """Give the prepared files their names; the index, last, says that both are whole."""
         index = self.path.with_suffix(".idx") if path is None else Path(path)
         disk = self._disk
-        # an old .idx must never stand beside a new .bin
+        # an old .idx or .meta.json must never stand beside a new .bin
         disk.remove(index)
+        disk.remove(self.path.with_suffix(".meta.json"))
         disk.sync_folder(index.parent)
         disk.rename(self._unfinished[0], self.path)
         self._unfinished[0] = self.path  # without its index it is removed again

@@ -28,6 +28,7 @@ from megatron_lite.data.encode import Job, Result, WorkerDied, batch_bytes_for, 
 from megatron_lite.data.indexed import IndexedDataset, bin_path, idx_path, token_dtype
 from megatron_lite.data.inputs import Part, Place, plan, read_batches, size_of
 from megatron_lite.data.pair_writer import Counts, PairWriter
+from megatron_lite.data.provenance import end_of_document, made_with, tokenizer_facts
 from megatron_lite.data.summary import Summary
 from megatron_lite.data.tokenizers.base import Tokenizer
 from megatron_lite.storage.disk import Disk, write_atomically
@@ -121,6 +122,7 @@ class Run:
         self.tokenizer: Tokenizer = job.tokenizer()
         if job.append_eod:
             assert self.tokenizer.eod >= 0
+        self.made_with = made_with(self.tokenizer, job.data)
         self.dtype = token_dtype(self.tokenizer.vocab_size)
         self.place = Place()
         self.published = False
@@ -132,8 +134,9 @@ class Run:
             self.prefixes,
             str(self.dtype),
             self.tokenizer.choice.describe(),
-            self.tokenizer.fingerprint(),
+            self.made_with.fingerprint,
             [],
+            end_of_document=end_of_document(self.tokenizer, appended=job.append_eod),
             total_bytes=sum((part.end or size_of(part.path)) - part.begin for part in self.parts),
         )
 
@@ -283,6 +286,7 @@ class Run:
             "--append-eod": job.append_eod,
             "--on-bad-line": job.on_bad_line,
             "tokenizer": [job.data.tokenizer_type, self.summary.fingerprint],
+            "end of document": self.made_with.eod if job.append_eod else None,
             "dtype": str(self.dtype),
         }
 
@@ -339,9 +343,7 @@ class Run:
                 "dtype": summary.dtype,
                 "append_eod": self.job.append_eod,
                 "tokenizer": {
-                    "type": self.job.data.tokenizer_type,
-                    "vocab_size": self.tokenizer.vocab_size,
-                    "fingerprint": summary.fingerprint,
+                    **tokenizer_facts(self.made_with),
                     "engine": summary.tokenizer,
                 },
                 "sha256": hashes,

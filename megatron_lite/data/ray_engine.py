@@ -7,10 +7,8 @@ All nodes must see the input and the output folder.  Scheduling, retries and pla
 
 from __future__ import annotations
 
-import json
 import os
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,10 +23,11 @@ from megatron_lite.config.errors import (
 from megatron_lite.data.encode import Job
 from megatron_lite.data.indexed import bin_path, idx_path, token_dtype
 from megatron_lite.data.indexed_builder import IndexedDatasetBuilder
-from megatron_lite.data.pair_writer import Counts, file_hash
+from megatron_lite.data.pair_writer import Counts
 from megatron_lite.data.preprocess import ResumeRefused, preprocess, shard_prefix
+from megatron_lite.data.provenance import end_of_document, joined, read_facts, write_facts
 from megatron_lite.data.summary import Summary
-from megatron_lite.storage.disk import Disk, write_atomically
+from megatron_lite.storage.disk import Disk
 
 ERRORS = {kind.exit_code: kind for kind in (ConfigError, DataError, StorageError)}
 ROOT = str(Path(__file__).resolve().parents[2])
@@ -104,6 +103,7 @@ def preprocess_on_ray(
         ray.shutdown()
     summary = join(job, output_prefix, count, disk)
     summary.dtype = str(token_dtype(tokenizer.vocab_size))
+    summary.end_of_document = end_of_document(tokenizer, appended=job.append_eod)
     summary.seconds = time.perf_counter() - began
     return summary
 
@@ -164,31 +164,21 @@ def join(job: Job, prefix: str, count: int, disk: Disk) -> Summary:
     summary = Summary(finals, "", "", "", [])
     for key, final in zip(job.keys, finals, strict=True):
         sources = [f"{piece}_{key}_document" for piece in pieces]
-        facts = [json.loads(Path(f"{source}.meta.json").read_bytes()) for source in sources]
-        total = Counts(**{name: sum(f[name] for f in facts) for name in Counts.__slots__})
+        facts = [read_facts(source) or {} for source in sources]
+        whole = joined(facts)
+        total = Counts(**{name: whole[name] for name in Counts.__slots__})
         if total.tokens == 0:
             raise DataError(f"{final}: {total.documents} documents without tokens")
         with IndexedDatasetBuilder(bin_path(final), facts[0]["dtype"], disk) as builder:
             for source in sources:
                 builder.add_index(source)
             builder.finalize()
-        skipped = sum((Counter(f["skipped"]) for f in facts), Counter[str]())
-        whole = facts[0] | {name: getattr(total, name) for name in Counts.__slots__}
-        whole |= {
-            "skipped": skipped,
-            "input_bytes": sum(f["input_bytes"] for f in facts),
-            "read_bytes": sum(f["read_bytes"] for f in facts),
-            "seconds": sum(f["seconds"] for f in facts),
-            "sha256": {"bin": file_hash(bin_path(final)), "idx": file_hash(idx_path(final))},
-        }
-        whole["settings"] = facts[0]["settings"] | {"--shard": None}
-        text = json.dumps(whole, indent=1, ensure_ascii=False) + "\n"
-        write_atomically(f"{final}.meta.json", text.encode("utf-8"), disk)
+        write_facts(final, whole, disk)
         summary.keys.append(total)
-        summary.skipped = skipped
+        summary.skipped = whole["skipped"]
         summary.tokenizer = facts[0]["tokenizer"]["engine"]
         summary.fingerprint = facts[0]["tokenizer"]["fingerprint"]
-        summary.read_bytes = sum(f["read_bytes"] for f in facts)
+        summary.read_bytes = whole["read_bytes"]
     for piece in pieces:
         for key in job.keys:
             for suffix in ("bin", "idx", "meta.json"):

@@ -17,6 +17,7 @@ class Summary:
     tokenizer: str
     fingerprint: str
     keys: list[Counts]
+    end_of_document: str = ""
     skipped: Counter[str] = field(default_factory=Counter)
     input_bytes: int = 0  # of texts and keys, decompressed
     read_bytes: int = 0  # of files on disk

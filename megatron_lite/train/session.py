@@ -29,6 +29,7 @@ from megatron_lite.data.identity import Identity, identity_of
 from megatron_lite.data.loader import Loader
 from megatron_lite.data.overview import overview
 from megatron_lite.data.pretrain import Samples
+from megatron_lite.data.provenance import MadeWith
 from megatron_lite.layers.attention import choose_attention
 from megatron_lite.parallel.checking import Checker
 from megatron_lite.parallel.collectives import MAX, all_reduce
@@ -72,14 +73,16 @@ from megatron_lite.train.timing import RunTimers
 class Tokens:
     """What training needs to know of the tokenizer.
 
-    asked: what --vocab-size said, to which NullTokenizer adds its EOD.  fingerprint: of its files;
-    files: their content by name, to be kept with every checkpoint.
+    asked: what --vocab-size said, to which NullTokenizer adds its EOD.  made_with: itself, beside
+    what the token files say; end_of_document: its eod in words; files: their content by name, to be
+    kept with every checkpoint.
     """
 
     vocab_size: int
     eod: int | None
     asked: int | None = None
-    fingerprint: str = ""
+    made_with: MadeWith = dataclasses.field(default_factory=MadeWith)
+    end_of_document: str = ""
     files: dict[str, bytes] = dataclasses.field(default_factory=dict)
 
 
@@ -155,7 +158,9 @@ def _facts(config: RunConfig, tokens: Tokens) -> dict[str, str]:
         "megatron_lite (hash of its code)": code.hexdigest()[:16],
         "torch": torch.__version__,
     }
-    tokenizer = f"{tokens.vocab_size} ids, eod {tokens.eod}, hash {tokens.fingerprint[:16]}"
+    tokenizer = (
+        f"{tokens.vocab_size} ids, eod {tokens.eod}, hash {tokens.made_with.fingerprint[:16]}"
+    )
     return facts | versions | {"tokenizer": tokenizer}
 
 
@@ -234,7 +239,7 @@ def open_session(
         run = assemble(config, blueprint, ctx, timers=timers)
     if checker is not None:
         run.pipeline.reached = checker.reached
-    log.say(*_description(run, blueprint))
+    log.say(*_description(run, blueprint), *_tokenizer_lines(tokens))
     log.say_of_shard(_shard_size(run))
     faults.attach(run)
     folder = _run_folder(config, ctx)
@@ -253,7 +258,7 @@ def open_session(
     with timers.span("load-checkpoint"):
         tokenizer = {
             "type": config.data.tokenizer_type,
-            "fingerprint": tokens.fingerprint,
+            "fingerprint": tokens.made_with.fingerprint,
             "vocab_size": tokens.vocab_size,
             "padded_vocab_size": run.setting.padded_vocab_size,
             "eod": tokens.eod,
@@ -417,11 +422,12 @@ def _open_datasets(
             vocab_size=tokens.vocab_size,
             eod=tokens.eod,
             cache_folder=cache,
+            tokenizer=tokens.made_with,
             **counts,
         )
 
     datasets = _in_turn(build, launch, log.ctx)
-    log.say(*overview(datasets))
+    log.say(*overview(datasets), *datasets.notices)
     return datasets
 
 
@@ -509,6 +515,13 @@ def _shard_size(run: Run) -> str:
         " > number of parameters on (tensor, pipeline) model parallel rank "
         f"({ctx.tp.rank}, {ctx.pp.rank}): {count}"
     )
+
+
+def _tokenizer_lines(tokens: Tokens) -> list[str]:
+    return [
+        f" > tokenizer: {tokens.made_with}",
+        f" > end of document: {tokens.end_of_document}",
+    ]
 
 
 def _description(run: Run, blueprint: Blueprint) -> list[str]:

@@ -161,6 +161,10 @@ ROWS = (
         tests=(DATA + "faults.py::test_ranks_that_start",)),
     Row("I13", "bad data, blends, vocabulary", "file and flag named", "2, 3",
         tests=(FAULTS + "bad_input.py::test_training", FAULTS + "bad_input.py::test_preparing")),
+    Row("I12", "tokens of another tokenizer", "refused with both names", "3",
+        tests=(FAULTS + "bad_input.py::test_training[another tokenizer]",
+               DATA + "provenance.py::test_a_file_of", DATA + "provenance.py::test_tools_refuse",
+               TRAIN + "origin.py::test_the_data_of")),
     # configuration and environment
     Row("C1", "unknown flags, wrong values", "did you mean", "2",
         tests=(CONFIG + "flags.py::test_all_problems", CONFIG + "rules.py::test_all_failures")),

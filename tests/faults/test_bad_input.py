@@ -86,6 +86,14 @@ def flipped_bit(folder: Path) -> list[str]:
     return ["--data-path", str(prefix), "--split", "100,0,0", "--verify-data"]
 
 
+def another_tokenizer(folder: Path) -> list[str]:
+    """Tokens whose ids all fit, of a tokenizer that is not the run's."""
+    prefix = pair(folder)
+    made = {"type": "GPT2BPETokenizer", "fingerprint": "0123456789abcdef", "vocab_size": 61}
+    Path(f"{prefix}.meta.json").write_text(json.dumps({"tokenizer": made}))
+    return ["--data-path", str(prefix), "--split", "100,0,0"]
+
+
 def three_documents(folder: Path) -> list[str]:
     prefix = pair(folder, *([[1, 2, 3] * 20] * 3))
     return ["--data-path", str(prefix), "--split", "949,50,1", "--eval-iters", "1"]
@@ -127,6 +135,11 @@ TRAINING: dict[str, Row] = {
     ),
     "id beyond the vocabulary": Row(
         beyond_the_vocabulary, 3, ["{folder}/d", "token id 4711", "the vocabulary has"]
+    ),
+    "another tokenizer": Row(
+        another_tokenizer, 3,
+        ["{folder}/d.meta.json", "GPT2BPETokenizer (61 ids, fingerprint 0123456789ab)",
+         "NullTokenizer (62 ids", "--allow-tokenizer-mismatch"],
     ),
     "a flipped bit": Row(flipped_bit, 3, ["{folder}/d.bin", "SHA-256", "copy it again"]),
     "empty split": Row(three_documents, 3, ["{folder}/d", "0 documents", "--split"]),

@@ -11,7 +11,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 
-from megatron_lite.config.errors import ConfigError, DataError
+from megatron_lite.config.errors import ConfigError
 from megatron_lite.config.exit import run_tool
 from megatron_lite.data.flat import document_lengths
 from megatron_lite.data.indexed import IndexedDataset
@@ -96,17 +96,6 @@ def test_merging_keeps_every_document_in_order(tmp_path: Path) -> None:
     again = ("--input", out, wide, "--output-prefix", tmp_path / "both")
     assert run(merge_datasets, *again) == 3
     assert not (tmp_path / "both.idx").exists()
-
-
-def test_pairs_of_different_tokenizers_are_not_merged(tmp_path: Path) -> None:
-    for name in "ab":
-        prefix = write(tmp_path / name, [[1]])
-        Path(f"{prefix}.meta.json").write_text(json.dumps({"tokenizer": {"fingerprint": name}}))
-    with pytest.raises(DataError, match="different tokenizers"):
-        merge_datasets.main(
-            ["--input", str(tmp_path / "a"), str(tmp_path / "b")]
-            + ["--output-prefix", str(tmp_path / "c")]
-        )
 
 
 def test_flat_files_become_pairs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -149,6 +149,29 @@ def test_another_tokenizer_of_the_same_size_is_refused(with_tokenizer, tmp_path:
     assert done.rc == 0 and "--allow-data-change: tokenizer fingerprint" in done.out
 
 
+def test_the_data_of_another_tokenizer_are_refused_at_every_start(
+    with_tokenizer, tmp_path: Path
+) -> None:
+    words, folder = with_tokenizer
+    facts = {"type": "HuggingFaceTokenizer", "fingerprint": "fedcba9876543210", "eod": 7}
+    (tmp_path / "data" / "a.meta.json").write_text(json.dumps({"tokenizer": facts}))
+    for start in (
+        words,
+        [*words, "--load", str(folder)],
+        [*words, "--load", str(folder), "--finetune"],
+        [*words, "--load", str(folder), "--skip-train", "--eval-iters", "1"],
+    ):
+        done = alone(*start, without=["--vocab-size"])
+        assert done.rc == DataError.exit_code, done.err
+        assert (
+            "made with HuggingFaceTokenizer (end of document 7, fingerprint fedcba987654"
+            in done.err
+        )
+        assert "this run's tokenizer is GPT2BPETokenizer" in done.err
+    done = alone(*words, "--allow-tokenizer-mismatch", without=["--vocab-size"])
+    assert done.rc == 0 and " > end of document: id 258, '<|endoftext|>'" in done.out
+
+
 def generate(*words: str) -> str:
     """What tools/generate.py prints."""
     spec = importlib.util.spec_from_file_location("generate_here", TOOL.with_name("generate.py"))
