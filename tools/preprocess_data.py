@@ -20,6 +20,7 @@ from megatron_lite.config.data import DataConfig
 from megatron_lite.config.errors import ConfigError
 from megatron_lite.config.exit import ToolParser, run_tool
 from megatron_lite.data.encode import Job
+from megatron_lite.data.input_flags import add_input_flags, longest_line
 from megatron_lite.data.inputs import find_inputs
 from megatron_lite.data.preprocess import preprocess
 from megatron_lite.data.ray_engine import preprocess_on_ray
@@ -38,16 +39,7 @@ def parse_arguments() -> argparse.Namespace:
     """Megatron's flags; what has no meaning here is refused by name or said to be unnecessary."""
     parser = ToolParser(prog="preprocess_data.py", description=__doc__)
     add = parser.add_argument_group("input").add_argument
-    add(
-        "--input", nargs="+", action="extend", required=True,
-        help=".json/.jsonl (lines or one array), .gz, .zst, .parquet; files, globs or folders",
-    )  # fmt: skip
-    add("--json-keys", nargs="+", default=["text"], help="each gives its own pair of files")
-    add(
-        "--template",
-        help="text of a record, e.g. '{title}\\n\\n{content}'; see docs/guides/data.md",
-    )
-    add("--on-bad-line", choices=["error", "skip"], default="error")
+    add_input_flags(add, keys="each gives its own pair of files")
     add(
         "--shard", metavar="I/N", help="only the I-th of N parts, I from 1; merge_datasets.py joins"
     )
@@ -258,6 +250,8 @@ def main() -> int:
         template=arguments.template,
         on_bad_line=arguments.on_bad_line,
         engine=arguments.tokenizer_engine,
+        text_unit=arguments.text_unit,
+        longest=longest_line(arguments),
     )
     with sigterm_is_ctrl_c():
         summary = (by_ray if arguments.engine == "ray" else here)(arguments, job, workers)

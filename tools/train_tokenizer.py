@@ -12,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_lite.config.errors import ConfigError
 from megatron_lite.config.exit import ToolParser, run_tool
+from megatron_lite.data.input_flags import add_input_flags, longest_line
 from megatron_lite.data.inputs import find_inputs, plan, read_batches
 from megatron_lite.data.records import Reader
 from megatron_lite.data.tokenizers.base import Tokenizer
@@ -33,10 +34,7 @@ def parse_arguments() -> argparse.Namespace:
     """The flags; ConfigError for sizes that cannot work."""
     parser = ToolParser(prog="train_tokenizer.py", description=__doc__)
     add = parser.add_argument
-    add("--input", nargs="+", action="extend", required=True, help="as for preprocess_data.py")
-    add("--json-keys", nargs="+", default=["text"])
-    add("--template", help="as for preprocess_data.py")
-    add("--on-bad-line", choices=["error", "skip"], default="error")
+    add_input_flags(add, keys="all of them are learned from")
     add("--type", choices=list(SMALLEST), default="bpe", help="bpe writes GPT-2's two files")
     add("--vocab-size", type=int, required=True, help="ids, special tokens included")
     add("--output-dir", required=True)
@@ -65,9 +63,10 @@ def parse_arguments() -> argparse.Namespace:
 
 def texts(arguments: argparse.Namespace) -> Iterator[str]:
     """The texts of all records, one after the other; nothing but the current batch is held."""
-    reader = Reader(arguments.json_keys, arguments.template, arguments.on_bad_line)
-    parts = plan(find_inputs(arguments.input))
-    for batch in read_batches(parts, 1 << 20, columns=reader.columns):
+    longest = longest_line(arguments)
+    reader = Reader(arguments.json_keys, arguments.template, arguments.on_bad_line, longest)
+    parts = plan(find_inputs(arguments.input), unit=arguments.text_unit)
+    for batch in read_batches(parts, 1 << 20, columns=reader.columns, longest=longest):
         parsed = reader.parse(batch)
         places = [iter(key.texts) for key in parsed.keys]
         for record in range(len(parsed.lines)):

@@ -25,8 +25,8 @@ import numpy.typing as npt
 from megatron_lite.config.data import DataConfig
 from megatron_lite.config.errors import DataError
 from megatron_lite.data.indexed import token_dtype
-from megatron_lite.data.inputs import Batch
 from megatron_lite.data.pair_writer import TokenBatch
+from megatron_lite.data.parts import LONGEST_LINE, Batch, TextUnit
 from megatron_lite.data.records import OnBadLine, Parsed, Reader, Texts, bad_line
 from megatron_lite.data.tokenizers.base import Encoded, Tokenizer
 from megatron_lite.data.tokenizers.build import build_tokenizer
@@ -57,6 +57,8 @@ class Job:
     template: str | None = None
     on_bad_line: OnBadLine = "error"
     engine: str = AUTO
+    text_unit: TextUnit | None = None
+    longest: int = LONGEST_LINE
 
     def tokenizer(self) -> Tokenizer:
         """Built anew."""
@@ -64,7 +66,7 @@ class Job:
 
     def reader(self) -> Reader:
         """Built anew."""
-        return Reader(self.keys, self.template, self.on_bad_line)
+        return Reader(self.keys, self.template, self.on_bad_line, self.longest)
 
 
 @dataclass(frozen=True, slots=True)

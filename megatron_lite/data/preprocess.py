@@ -26,9 +26,11 @@ import numpy as np
 from megatron_lite.config.errors import ConfigError, DataError, StorageError
 from megatron_lite.data.encode import Job, Result, WorkerDied, batch_bytes_for, encoded_batches
 from megatron_lite.data.indexed import IndexedDataset, bin_path, idx_path, token_dtype
-from megatron_lite.data.inputs import Part, Place, plan, read_batches, size_of
+from megatron_lite.data.inputs import plan, read_batches
 from megatron_lite.data.pair_writer import Counts, PairWriter
+from megatron_lite.data.parts import LONGEST_LINE, Part, Place
 from megatron_lite.data.provenance import end_of_document, made_with, tokenizer_facts
+from megatron_lite.data.streams import size_of
 from megatron_lite.data.summary import Summary
 from megatron_lite.data.tokenizers.base import Tokenizer
 from megatron_lite.storage.disk import Disk, write_atomically
@@ -79,7 +81,9 @@ def preprocess(
             threaded = run.tokenizer.choice.engine.threaded
             size = batch_bytes or batch_bytes_for(threaded, workers)
             columns = job.reader().columns
-            batches = read_batches(run.parts, size, start=run.place, columns=columns)
+            batches = read_batches(
+                run.parts, size, start=run.place, columns=columns, longest=job.longest
+            )
             with contextlib.closing(
                 encoded_batches(job, run.tokenizer, batches, workers)
             ) as results:
@@ -117,7 +121,7 @@ class Run:
         shard: tuple[int, int] | None,
     ) -> None:
         self.job, self.inputs, self.disk, self.shard = job, inputs, disk, shard
-        self.parts: list[Part] = plan(inputs, shard)
+        self.parts: list[Part] = plan(inputs, shard, unit=job.text_unit)
         # a broken tokenizer is found here, before anything is written
         self.tokenizer: Tokenizer = job.tokenizer()
         if job.append_eod:
@@ -238,11 +242,11 @@ class Run:
         self.summary.keys = [writer.counts for writer in self.writers]
 
     def _continue(self, journal: dict[str, Any]) -> None:
-        settings = self._settings()
+        settings, before = self._settings(), journal["settings"]
         different = [
-            f"{name} was {journal['settings'].get(name)}, is {value}"
-            for name, value in settings.items()
-            if journal["settings"].get(name) != value
+            f"{name} was {before.get(name)}, is {settings.get(name)}"
+            for name in dict.fromkeys([*settings, *before])
+            if before.get(name) != settings.get(name)
         ]
         if different:
             raise ResumeRefused(
@@ -275,7 +279,11 @@ class Run:
         """What must be the same for a run to be continued."""
         job = self.job
         stats = [Path(path).stat() for path in self.inputs]
-        return {
+        # settings that are as they were before there was a choice are not named
+        given: dict[str, str] = {"--text-unit": job.text_unit} if job.text_unit else {}
+        if job.longest != LONGEST_LINE:
+            given["--max-line-mb"] = f"{job.longest / 2**20:g}"
+        return given | {
             "--input": [
                 [path, stat.st_size, stat.st_mtime_ns]
                 for path, stat in zip(self.inputs, stats, strict=True)

@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from megatron_lite.config.errors import ConfigError, DataError
-from megatron_lite.data.inputs import Batch
+from megatron_lite.data.parts import LONGEST_LINE, Batch, NoRecord, too_long
+from megatron_lite.data.texts import text_record
 
 OnBadLine = Literal["error", "skip"]
 SHOWN = 80  # characters of a bad line
@@ -65,7 +66,9 @@ class Reader:
         keys: Sequence[str] = ("text",),
         template: str | None = None,
         on_bad_line: OnBadLine = "error",
+        longest: int = LONGEST_LINE,
     ) -> None:
+        self._longest = longest
         self._keys = keys
         self._template = Template(template) if template is not None else None
         self._skip = on_bad_line == "skip"
@@ -81,9 +84,9 @@ class Reader:
         parsed = Parsed([Texts() for _ in self._keys], [], Counter())
         if batch.records is None:
             records: Iterator[tuple[int, Any]] = enumerate(batch.data.split(b"\n"))
-            load: Callable[[Any], Any] = self._load
+            load: Callable[[Any], Any] = self._load_text if batch.plain else self._load
         else:
-            records, load = enumerate(batch.records), lambda record: record
+            records, load = enumerate(batch.records), usable
         extract = self._extract
         for number, raw in records:
             try:
@@ -99,6 +102,8 @@ class Reader:
 
     def _load(self, line: bytes) -> Any:
         """The JSON of a line, None for an empty one."""
+        if len(line) > self._longest:
+            usable(too_long(self._longest))
         try:
             return self._loads(line)
         except ValueError:
@@ -113,6 +118,12 @@ class Reader:
         except (ValueError, RecursionError) as error:
             raise BadRecord("no JSON", f"no JSON ({error})") from error
 
+    def _load_text(self, line: bytes) -> Any:
+        """A line that is a text itself, None for an empty one."""
+        if not line.strip():
+            return None
+        return usable(text_record(line.removesuffix(b"\r"), self._longest))
+
     def _extract(self, record: Any, into: Sequence[Texts]) -> None:
         if not isinstance(record, dict):
             what = f"a JSON {type(record).__name__}, not an object"
@@ -126,6 +137,13 @@ class Reader:
         for key, texts in zip(into, found, strict=True):
             key.texts += texts
             key.counts.append(len(texts))
+
+
+def usable(record: Any) -> Any:
+    """The record itself, unless it only stands for one."""
+    if isinstance(record, NoRecord):
+        raise BadRecord(record.reason, record.story)
+    return record
 
 
 def texts_of(record: dict[str, Any], key: str) -> list[str]:
@@ -157,7 +175,7 @@ def bad_line(batch: Batch, index: int, raw: Any, what: str) -> DataError:
     if isinstance(raw, bytes):
         start = raw[: 4 * SHOWN].decode("utf-8", errors="replace")[:SHOWN]
     else:
-        start = repr(raw)[:SHOWN]
+        start = "" if isinstance(raw, NoRecord) else repr(raw)[:SHOWN]
     return DataError(
         f"{batch.where(index)}: {what} - mend or remove the line, or give --on-bad-line skip: "
         f"{start}"

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from megatron_lite.config.errors import ConfigError, DataError
-from megatron_lite.data.inputs import Batch, Place
+from megatron_lite.data.parts import Batch, Place
 from megatron_lite.data.records import Reader
 
 TEMPLATES: list[tuple[str, dict[str, Any], str]] = [

@@ -237,11 +237,62 @@ def test_input_without_text_is_an_error(
 
 
 @pytest.mark.parametrize(
+    "name, content, extra, message",
+    [
+        ("a.jsonl.zst", b"(\xb5/\xfd\x04", [], "Zstandard ends in the middle at byte 5 of 5"),
+        ("a.jsonl.zst", b'{"text": "1"}\n', [], "no Zstandard (it begins with 7b227465) at byte 0"),
+        ("a.jsonl", gzip.compress(b'{"text": "1"}\n')[:-4], [], "gzip ends in the middle at byte"),
+        ("a.jsonl", b'{"text": "' + b"1 " * 600 + b'"}\n', ["--max-line-mb", "0.001"],
+         "a.jsonl:1: longer than 1048 bytes, which --max-line-mb 0.001 allows"),
+    ],
+)  # fmt: skip
+def test_input_that_is_damaged_or_too_long_is_a_data_error(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+    content: bytes,
+    extra: list[str],
+    message: str,
+) -> None:
+    if name.endswith(".zst"):
+        pytest.importorskip("zstandard", reason="zstandard is not installed")
+    (tmp_path / name).write_bytes(content)
+    arguments = ("--input", tmp_path / name, "--output-prefix", tmp_path / "x", *NULL, *extra)
+    assert call(monkeypatch, *arguments) == 3
+    err = capsys.readouterr().err
+    assert err.startswith("FATAL[3] ") and message in err and len(err.splitlines()) == 1
+    assert os.listdir(tmp_path) == [name]
+
+
+def test_texts_and_tables_are_tokenized_and_resumed_by_their_unit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.txt").write_text("1 2\n3\n\n4\n")
+    (tmp_path / "b.csv").write_text('n,text\n1,"5 6"\n')
+    arguments = ["--input", tmp_path / "a.txt", tmp_path / "b.csv", *NULL]
+    for unit, expected in {
+        None: [[1, 2, 3, 4], [5, 6]],
+        "line": [[1, 2], [3], [4], [5, 6]],
+        "paragraph": [[1, 2, 3], [4], [5, 6]],
+    }.items():
+        extra = ["--output-prefix", tmp_path / f"x{unit}", *(["--text-unit", unit] if unit else [])]
+        assert call(monkeypatch, *arguments, *extra, "--workers", 1) == 0
+        ds = IndexedDataset(tmp_path / f"x{unit}_text_document")
+        assert [sequence.tolist() for sequence in ds] == expected
+        capsys.readouterr()
+        assert call(monkeypatch, *arguments, *extra, "--resume") == 0
+        assert "the files of this run are complete" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
     "extra, code, message",
     [
         (["--split-sentences"], 2, "--split-sentences"),
         (["--dataset-impl", "lazy"], 2, "--dataset-impl lazy"),
         (["--workers", "0"], 2, "--workers 0"),
+        (["--max-line-mb", "0"], 2, "--max-line-mb 0 must be above 0 and at most 16384"),
+        (["--text-unit", "word"], 2, "--text-unit"),
         (["--unknown"], 2, "--unknown"),
         (["--json-keys", "a", "a"], 2, "names a key twice"),
         (["--tokenizer-type", "Nope"], 2, "--tokenizer-type Nope"),
