@@ -162,7 +162,6 @@ def print_summary(summary: Summary) -> None:
     """What was written, one line per pair of files."""
     print(f"tokenizer: {summary.tokenizer}")
     print(f"end of document: {summary.end_of_document}")
-    speed = summary.read_bytes / max(summary.seconds, 1e-9) / 1e6
     for prefix, count in zip(summary.prefixes, summary.keys, strict=True):
         print(
             f"{prefix}.bin/.idx: {count.documents} documents ({count.empty} empty), "
@@ -171,7 +170,13 @@ def print_summary(summary: Summary) -> None:
         )
     reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(summary.skipped.items()))
     print(f"skipped: {summary.skipped.total()} records" + (f" ({reasons})" if reasons else ""))
-    print(f"{summary.read_bytes} bytes in {summary.seconds:.1f} s ({speed:.2f} MB/s)")
+    read = summary.read_bytes - summary.read_before
+    if not read:
+        print(f"{summary.read_bytes} bytes, all read before")
+        return
+    before = f" ({summary.read_before} read before)" if summary.read_before else ""
+    speed = read / max(summary.seconds, 1e-9) / 1e6
+    print(f"{summary.read_bytes} bytes{before} in {summary.seconds:.1f} s ({speed:.2f} MB/s)")
 
 
 @contextlib.contextmanager

@@ -169,7 +169,7 @@ class Run:
         summary.hashes = [fact["sha256"] for fact in facts]
         summary.skipped = Counter(facts[0]["skipped"])
         summary.input_bytes = facts[0]["input_bytes"]
-        summary.read_bytes = summary.total_bytes
+        summary.read_bytes = summary.read_before = summary.total_bytes
         log.warning("note: --resume: the files of this run are complete; nothing to do")
         self.disk.remove_tree(self.folder)
         return True
@@ -261,6 +261,7 @@ class Run:
         summary.resumed = True
         summary.skipped.update(journal["skipped"])
         summary.input_bytes, summary.read_bytes = journal["input_bytes"], journal["read_bytes"]
+        summary.read_before = summary.read_bytes
         summary.hashes = journal["hashes"]
         self.writers = [
             PairWriter(

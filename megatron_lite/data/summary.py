@@ -21,6 +21,7 @@ class Summary:
     skipped: Counter[str] = field(default_factory=Counter)
     input_bytes: int = 0  # of texts and keys, decompressed
     read_bytes: int = 0  # of files on disk
+    read_before: int = 0  # of these by the run that --resume goes on with
     total_bytes: int = 0  # of files on disk there are to read
     seconds: float = 0.0
     resumed: bool = False

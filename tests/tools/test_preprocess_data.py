@@ -242,8 +242,8 @@ def test_input_without_text_is_an_error(
         ("a.jsonl.zst", b"(\xb5/\xfd\x04", [], "Zstandard ends in the middle at byte 5 of 5"),
         ("a.jsonl.zst", b'{"text": "1"}\n', [], "no Zstandard (it begins with 7b227465) at byte 0"),
         ("a.jsonl", gzip.compress(b'{"text": "1"}\n')[:-4], [], "gzip ends in the middle at byte"),
-        ("a.jsonl", b'{"text": "' + b"1 " * 600 + b'"}\n', ["--max-line-mb", "0.001"],
-         "a.jsonl:1: longer than 1048 bytes, which --max-line-mb 0.001 allows"),
+        ("a.jsonl", b'{"text": "' + b"1 " * 600 + b'"}\n', ["--max-line-mb", "0.0009765625"],
+         "a.jsonl:1: longer than 1024 bytes, which --max-line-mb 0.000977 allows"),
     ],
 )  # fmt: skip
 def test_input_that_is_damaged_or_too_long_is_a_data_error(
@@ -282,7 +282,7 @@ def test_texts_and_tables_are_tokenized_and_resumed_by_their_unit(
         assert [sequence.tolist() for sequence in ds] == expected
         capsys.readouterr()
         assert call(monkeypatch, *arguments, *extra, "--resume") == 0
-        assert "the files of this run are complete" in capsys.readouterr().err
+        assert "24 bytes, all read before" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
