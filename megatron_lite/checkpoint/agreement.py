@@ -14,6 +14,7 @@ from megatron_lite.config.errors import StorageError
 from megatron_lite.parallel.collectives import MAX, SUM, all_reduce
 from megatron_lite.parallel.context import Axis, ParallelContext
 
+_WORDS = 1024  # bytes of what one rank tells the others
 _PATIENCE = timedelta(days=7)  # a slow disk is no lost rank: those are the business of the watch
 
 
@@ -51,6 +52,18 @@ class Agreement:
         """Whether it is so on any rank."""
         flag = torch.tensor([own], dtype=torch.int32, device=self.device)
         return bool(all_reduce(flag, self.world, MAX).item())  # waits for the device
+
+    def told(self, own: str | None) -> str | None:
+        """The words of the first rank that has any, on all ranks; None where none has."""
+        turn = self.world.size - self.world.rank if own is not None else 0
+        first = torch.tensor([turn], dtype=torch.int32, device=self.device)
+        first = all_reduce(first, self.world, MAX)
+        if not first.item():  # waits for the device
+            return None
+        text = (own or "").encode()[:_WORDS] if first.item() == turn else b""
+        letters = torch.tensor(list(text.ljust(_WORDS, b"\0")), dtype=torch.int32)
+        said = all_reduce(letters.to(self.device), self.world, SUM)
+        return bytes(said.tolist()).rstrip(b"\0").decode(errors="replace")
 
     @contextlib.contextmanager
     def together(self, what: str, undo: Callable[[], None] | None = None) -> Iterator[None]:

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from megatron_lite.blueprint.parameters import parameter_table
 from megatron_lite.blueprint.stages import cut_stages
 from megatron_lite.checkpoint.manifest import NAME, Manifest
+from megatron_lite.checkpoint.schema import mapping
 from megatron_lite.config.errors import CheckpointError
 from megatron_lite.config.model import ModelConfig
 from megatron_lite.config.model_identity import COMPARED, defaults_before
@@ -41,7 +42,7 @@ def saved_model(manifest: Manifest, folder: Path) -> ModelConfig:
     says, names something that this program would not compute, or describes no model or another one
     than that of the stored tensors.
     """
-    path, stored = folder / NAME, manifest.config.get("model", {})
+    path, stored = folder / NAME, _stored(manifest, "model", folder / NAME)
     values: dict[str, Any] = defaults_before() | _values(manifest, ModelConfig, "model", path)
     strange = {k: v for k, v in stored.items() if k not in values and v not in (None, False)}
     if strange:
@@ -68,7 +69,7 @@ def saved_model(manifest: Manifest, folder: Path) -> ModelConfig:
 
 def _values(manifest: Manifest, kind: type, name: str, path: Path) -> dict[str, Any]:
     """The section's known fields, each of its type."""
-    stored = manifest.config.get(name, {})
+    stored = _stored(manifest, name, path)
     found: dict[str, Any] = {}
     for field in fields(kind):
         if field.name not in stored:
@@ -78,6 +79,13 @@ def _values(manifest: Manifest, kind: type, name: str, path: Path) -> dict[str, 
         except ValueError as error:
             raise CheckpointError(f"{path}: {name}.{field.name} {error}") from None
     return found
+
+
+def _stored(manifest: Manifest, name: str, path: Path) -> dict[str, Any]:
+    try:
+        return mapping(manifest.config.get(name, {}), name)
+    except ValueError as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from None
 
 
 def _misfits(model: ModelConfig, manifest: Manifest) -> Iterator[str]:

@@ -23,7 +23,14 @@ from megatron_lite.checkpoint.huggingface_config import config_of, model_of
 from megatron_lite.checkpoint.manifest import NAME, TOKENIZER, Manifest, StoredPiece, StoredTensor
 from megatron_lite.checkpoint.progress import Progress
 from megatron_lite.checkpoint.store import POINTER, Store
-from megatron_lite.checkpoint.tensor_file import DTYPES, Form, Written, write_bytes, write_stream
+from megatron_lite.checkpoint.tensor_file import (
+    DTYPES,
+    FORMATS,
+    Form,
+    Written,
+    write_bytes,
+    write_stream,
+)
 from megatron_lite.config.errors import CheckpointError
 from megatron_lite.config.model import ModelConfig
 from megatron_lite.models.gpt import huggingface_source
@@ -34,7 +41,6 @@ CONFIG, ONE_FILE, INDEX = "config.json", "model.safetensors", "model.safetensors
 _BELOW = "transformer."
 _HEAD = "lm_head.weight"
 _MASKS = (".attn.bias", ".attn.masked_bias")  # constants that old files keep beside the weights
-_FORMATS = {name: dtype for dtype, name in DTYPES.items()}
 _SHOWN = 20
 
 
@@ -210,11 +216,11 @@ def _forms(path: Path) -> dict[str, Form]:
         with safe_open(path, framework="pt", device="cpu") as file:
             for name in file.keys():  # noqa: SIM118  it is no dict
                 piece = file.get_slice(name)
-                dtype = _FORMATS.get(piece.get_dtype())
+                dtype = FORMATS.get(piece.get_dtype())
                 if dtype is None:
                     raise CheckpointError(
                         f"{path}: {name} has the format {piece.get_dtype()}; read are "
-                        f"{', '.join(_FORMATS)}"
+                        f"{', '.join(FORMATS)}"
                     )
                 found[name] = Form(dtype, tuple(piece.get_shape()))
     except (SafetensorError, OSError) as error:
@@ -333,7 +339,7 @@ def plan_export(
         manifest, folder,
     )  # fmt: skip
     if dtype is None:
-        dtype = _FORMATS[manifest.tensors[next(iter(stored.values()))].dtype]
+        dtype = FORMATS[manifest.tensors[next(iter(stored.values()))].dtype]
     return Export(store, manifest, model, wanted, stored, dtype)
 
 

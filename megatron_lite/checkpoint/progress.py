@@ -5,6 +5,13 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+from megatron_lite.checkpoint.schema import items, mapping, number, whole
+
+_COUNTERS = (
+    "step", "samples", "tokens", "lr_samples", "optimizer_steps", "skipped_steps",
+    "validation_samples",
+)  # fmt: skip
+
 
 @dataclass(slots=True)
 class Progress:
@@ -31,7 +38,40 @@ class Progress:
         return asdict(self)
 
     @classmethod
-    def from_json(cls, values: dict[str, Any]) -> Progress:
-        """Read back what to_json wrote; unknown keys of later versions are left out."""
+    def from_json(cls, stored: object) -> Progress:
+        """Read back what to_json wrote; unknown keys of later versions are left out.
+
+        Raises ValueError for what no run can come to.
+        """
+        values = mapping(stored, "progress")
         known = {f.name for f in fields(cls)}
-        return cls(**{key: value for key, value in values.items() if key in known})
+        progress = cls(**{key: value for key, value in values.items() if key in known})
+        for name in _COUNTERS:
+            whole(getattr(progress, name), f"progress.{name}")
+        for key, value in mapping(progress.loss_scale, "progress.loss_scale").items():
+            number(value, f"progress.loss_scale.{key}")
+        for key, listed in mapping(progress.recent, "progress.recent").items():
+            for value in items(listed, f"progress.recent.{key}"):
+                number(value, f"progress.recent.{key}")
+        progress._require_sense()
+        return progress
+
+    def _require_sense(self) -> None:
+        """Counters of one history; what a step may consume is not known, only that it is something."""
+        left_out = self.samples - self.lr_samples  # of skipped steps
+        for holds, what in (
+            (self.samples >= self.step, f"{self.samples} samples"),
+            (self.samples == 0 or self.step > 0, f"{self.samples} samples"),
+            (self.skipped_steps <= self.step, f"{self.skipped_steps} skipped steps"),
+            (
+                left_out >= self.skipped_steps if self.skipped_steps else left_out == 0,
+                f"{self.skipped_steps} skipped steps, {self.samples} samples and "
+                f"{self.lr_samples} of them learnt from",
+            ),
+            (
+                self.optimizer_steps + self.skipped_steps <= self.step,
+                f"{self.optimizer_steps} updates and {self.skipped_steps} skipped steps",
+            ),
+        ):
+            if not holds:
+                raise ValueError(f"progress: {what} in {self.step} steps is no run's history")

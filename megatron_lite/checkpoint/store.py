@@ -10,9 +10,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
-import re
+import os
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ import torch
 
 from megatron_lite.checkpoint.agreement import Agreement
 from megatron_lite.checkpoint.boxes import check_fit, fill
+from megatron_lite.checkpoint.choice import POINTER, folder_of, iterations, to_try
 from megatron_lite.checkpoint.manifest import (
     NAME,
     TOKENIZER,
@@ -31,6 +33,7 @@ from megatron_lite.checkpoint.manifest import (
     StoredTensor,
     read_manifest,
     verify_files,
+    verify_sizes,
 )
 from megatron_lite.checkpoint.progress import Progress
 from megatron_lite.checkpoint.snapshot import UNKNOWN, Origin, Snapshot, share
@@ -41,8 +44,6 @@ from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.parallel.shard import NamedSlice
 from megatron_lite.storage.disk import Disk, write_atomically
 
-POINTER = "latest_checkpointed_iteration.txt"
-_FOLDER = re.compile(r"iter_(\d{7,})")
 _PROBE = ".can-every-rank-see-this.partial"
 _SEEN_WITHIN_SECONDS = 30.0  # network file systems show another node's new names late
 
@@ -77,6 +78,17 @@ class Keep:
 
 
 KEEP_ALL = Keep()
+
+
+def _manifest_of(folder: Path, iteration: int) -> Manifest:
+    if folder.is_symlink():
+        raise CheckpointError(f"{folder} is a link: a checkpoint's bytes lie in its run folder")
+    manifest = read_manifest(folder)
+    if manifest.iteration != iteration:
+        raise CheckpointError(
+            f"{folder / NAME} is that of iteration {manifest.iteration}: the folder was renamed"
+        )
+    return manifest
 
 
 def _go_on(point: str) -> None:
@@ -116,7 +128,7 @@ class Store:
                 self.disk.make_folder(self.root)
                 self._finish_replacement()
                 for stale in self.root.glob(".*.partial"):
-                    self.disk.remove_tree(stale) if stale.is_dir() else self.disk.remove(stale)
+                    self.disk.remove_tree(stale)
                 with self.disk.create(self.root / _PROBE) as file:
                     file.write(b"yes")
                     file.fsync()
@@ -194,7 +206,7 @@ class Store:
 
     def folder(self, iteration: int) -> Path:
         """Where the checkpoint of an iteration lies."""
-        return self.root / f"iter_{iteration:07d}"
+        return folder_of(self.root, iteration)
 
     def _require_space(self, total: int) -> None:
         free = self.disk.free_bytes(self.root)
@@ -257,7 +269,7 @@ class Store:
         write_bytes(partial / NAME, manifest.to_bytes(), self.disk)
         for folder in {(partial / name).parent for name in (*files, NAME)}:
             self.disk.sync_folder(folder)
-        if final.exists():  # the same iteration once more: the new one takes its place
+        if os.path.lexists(final):  # the same iteration once more: the new one takes its place
             replaced = self.root / f".{final.name}.replaced.partial"
             self.disk.remove_tree(replaced)
             self.disk.rename(final, replaced)
@@ -296,10 +308,7 @@ class Store:
 
     def iterations(self) -> list[int]:
         """Iterations of all checkpoint folders, newest first, intact or not."""
-        if not self.root.is_dir():
-            return []
-        names = (_FOLDER.fullmatch(entry.name) for entry in self.root.iterdir() if entry.is_dir())
-        return sorted((int(m[1]) for m in names if m), reverse=True)
+        return iterations(self.root)
 
     def newest_intact(self, step: int | None = None) -> tuple[Manifest | None, list[str]]:
         """The manifest of the checkpoint to load, verified over all ranks, and loud lines about others.
@@ -315,6 +324,8 @@ class Store:
         for iteration in candidates:
             problem, manifest = self._verify(iteration)
             if problem is None:
+                if step is None and iteration == candidates[0] and self.ctx.rank == 0:
+                    notices += self._newer(iteration)
                 return manifest, notices
             notices.append(f"checkpoint {iteration} is not usable: {problem}")
         raise CheckpointError(
@@ -328,18 +339,10 @@ class Store:
     def _candidates(self, step: int | None, notices: list[str]) -> list[int]:
         """What rank 0 sees, so that all ranks try the same folders in the same order."""
         found: list[int] = []
-        if self.ctx.rank == 0:
-            self._finish_replacement()
-            found = self.iterations()
-            pointer = self._pointer(notices) if found else None
-            if pointer is not None:
-                if pointer in found:
-                    found.remove(pointer)
-                    found.insert(0, pointer)
-                else:
-                    notices.append(f"{POINTER} names iteration {pointer}, which is not there")
-            if step is not None:
-                found = [step]
+        with self.ranks.together(f"look into {self.root}"):
+            if self.ctx.rank == 0:
+                self._finish_replacement()
+                found = to_try(self.root, step, notices)
         limit = 64  # older ones than that are not tried
         listed = torch.full((limit,), -1, dtype=torch.int64, device=self.ctx.device)
         if self.ctx.rank == 0:
@@ -351,33 +354,36 @@ class Store:
         """Put back a folder that a crash caught between the two renames of its replacement."""
         for aside in self.root.glob(".iter_*.replaced.partial"):
             final = self.root / aside.name.removeprefix(".").removesuffix(".replaced.partial")
-            if final.exists():
+            if aside.is_symlink() or os.path.lexists(final):
                 self.disk.remove_tree(aside)
             else:
                 self.disk.rename(aside, final)
 
-    def _pointer(self, notices: list[str]) -> int | None:
-        try:
-            text = (self.root / POINTER).read_bytes().strip()
-        except OSError:
-            notices.append(f"{POINTER} is missing")
-            return None
-        if not re.fullmatch(rb"\d{1,15}", text):
-            notices.append(f"{POINTER} holds {text[:40]!r} instead of an iteration")
-            return None
-        return int(text)
-
     def _verify(self, iteration: int) -> tuple[str | None, Manifest | None]:
+        """What is wrong with it, in the words of the first rank that found something, on all ranks."""
         folder = self.folder(iteration)
         problem, manifest = None, None
         try:
-            manifest = read_manifest(folder)
+            manifest = _manifest_of(folder, iteration)
             verify_files(folder, manifest, share=self.ctx.rank, shares=self.ctx.world_size)
         except CheckpointError as error:
             problem = str(error)
-        if self.ranks.any(problem is not None) and problem is None:
-            problem = "another rank found it damaged"
-        return problem, manifest
+        return self.ranks.told(problem), manifest
+
+    def _newer(self, loaded: int) -> list[str]:
+        """A line where a newer checkpoint than the pointer's choice is complete; for rank 0."""
+        for iteration in iterations(self.root):
+            if iteration <= loaded:
+                break
+            folder = self.folder(iteration)
+            with contextlib.suppress(CheckpointError):
+                verify_sizes(folder, _manifest_of(folder, iteration))
+                return [
+                    f"{POINTER} names iteration {loaded}, and it is taken, but {folder.name} is "
+                    f"complete and newer: --ckpt-step {iteration} takes that one (a crash just before "
+                    "the pointer was written leaves it so, and somebody who went back)"
+                ]
+        return []
 
     def load(self, manifest: Manifest, slices: Sequence[NamedSlice]) -> None:
         """Fill the slices' data in place.

@@ -11,12 +11,13 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from megatron_lite.checkpoint.hashing import BLOCKS, KINDS, Hasher
+from megatron_lite.checkpoint.schema import mapping, whole, word
 from megatron_lite.storage.disk import Disk
 
 DTYPES = {
@@ -28,6 +29,7 @@ DTYPES = {
     torch.int32: "I32",
     torch.uint8: "U8",
 }
+FORMATS = {name: dtype for dtype, name in DTYPES.items()}
 
 _LONG_BYTES = 4 << 20
 _WRITE_BYTES = 16 << 20  # per write: bounds the host copy of a device tensor that is not contiguous
@@ -46,10 +48,11 @@ class Written:
         return {"bytes": self.bytes, self.kind: self.hash}
 
     @classmethod
-    def from_json(cls, stored: Mapping[str, Any]) -> Written:
-        """What to_json gave; raises KeyError where there is no hash of a known kind."""
-        kind = next((kind for kind in KINDS if kind in stored), BLOCKS)
-        return cls(int(stored["bytes"]), str(stored[kind]), kind)
+    def from_json(cls, stored: object) -> Written:
+        """What to_json gave; raises KeyError where there is no hash of a known kind, or ValueError."""
+        values = mapping(stored, "a file's entry")
+        kind = next((kind for kind in KINDS if kind in values), BLOCKS)
+        return cls(whole(values["bytes"], "a file's bytes"), word(values[kind], kind), kind)
 
 
 def file_bytes(tensors: Sequence[Tensor]) -> int:

@@ -83,7 +83,7 @@ class LossScale:
     def load(self, state: dict[str, float]) -> None:
         """Take up a checkpoint's state; a fixed scale of this command line stays."""
         if self.dynamic:
-            self.scale = float(state["scale"])
-            self.tolerance = int(state["tolerance"])
-            self.quiet_steps = int(state["quiet_steps"])
-            self.skips_in_a_row = int(state["skips_in_a_row"])
+            self.scale = float(state.get("scale", self.scale))
+            self.tolerance = int(state.get("tolerance", self.tolerance))
+            self.quiet_steps = int(state.get("quiet_steps", 0))
+            self.skips_in_a_row = int(state.get("skips_in_a_row", 0))

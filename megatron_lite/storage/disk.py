@@ -190,6 +190,12 @@ class Disk:
         """Give a the name b in one step, replacing what was there; sync_folder makes it last."""
         self._run(Operation("rename", Path(a), target=Path(b)), lambda: os.replace(a, b))
 
+    def take_place(self, a: str | os.PathLike[str], b: str | os.PathLike[str]) -> None:
+        """Rename a file to b; an empty folder of that name gives way, as everything else does."""
+        with contextlib.suppress(OSError):
+            os.rmdir(b)
+        self.rename(a, b)
+
     def sync_folder(self, path: str | os.PathLike[str]) -> None:
         """Return only when the folder's names are on the device."""
         folder = Path(path)
@@ -213,12 +219,15 @@ class Disk:
         self._run(Operation("remove", old), lambda: old.unlink(missing_ok=True))
 
     def remove_tree(self, path: str | os.PathLike[str]) -> None:
-        """Remove a folder with all it holds; one that is not there is fine."""
+        """Remove a folder with all it holds, a file, or a link itself; what is not there is fine."""
         folder = Path(path)
 
         def remove() -> None:
             with contextlib.suppress(FileNotFoundError):
-                shutil.rmtree(folder)
+                if folder.is_dir() and not folder.is_symlink():
+                    shutil.rmtree(folder)
+                else:
+                    folder.unlink()
 
         self._run(Operation("remove_tree", folder), remove)
 
@@ -245,7 +254,7 @@ def write_atomically(path: str | os.PathLike[str], data: Bytes, disk: Disk) -> N
         with disk.create(temporary) as file:
             file.write(data)
             file.fsync()
-        disk.rename(temporary, final)
+        disk.take_place(temporary, final)
     except BaseException:
         with contextlib.suppress(StorageError):
             disk.remove(temporary)

@@ -158,7 +158,12 @@ def _settle_schedules(
     """The curves to go on with, and what to say: equal ones, or whichever a flag chose."""
     try:
         saved = Schedules.from_json(manifest.config["schedules"])
-    except (KeyError, TypeError) as error:
+    except ValueError as error:
+        raise CheckpointError(
+            f"the manifest of checkpoint {manifest.iteration} in {folder} is damaged: {error} - take "
+            "an older one with --ckpt-step"
+        ) from None
+    except KeyError as error:
         if flags.use_checkpoint_opt_param_scheduler:
             raise CheckpointError(
                 f"checkpoint {manifest.iteration} in {folder} does not say its learning-rate "

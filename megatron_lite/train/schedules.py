@@ -6,12 +6,14 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar, get_args, get_type_hints
 
+from megatron_lite.checkpoint.schema import mapping, number, word
 from megatron_lite.config.optim import LearningRateConfig, OptimConfig
 from megatron_lite.config.train import TrainConfig
 from megatron_lite.optim.learning_rate import LearningRateSchedule, WeightDecaySchedule
 
+Curve = TypeVar("Curve")
 _MEANS: Mapping[str, str] = MappingProxyType(
     {
         "learning_rate.max_lr": "--lr",
@@ -66,10 +68,10 @@ class Schedules:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Schedules:
-        """Read back what to_json wrote; TypeError or KeyError for anything else."""
+        """Read back what to_json wrote; KeyError where there is none, ValueError for anything else."""
         return cls(
-            LearningRateSchedule(**values["learning_rate"]),
-            WeightDecaySchedule(**values["weight_decay"]),
+            _read(LearningRateSchedule, values["learning_rate"], "learning_rate"),
+            _read(WeightDecaySchedule, values["weight_decay"], "weight_decay"),
         )
 
     def differences(self, other: Schedules) -> list[str]:
@@ -94,6 +96,20 @@ class Schedules:
         if self.weight_decay.style == "constant":
             del values["weight_decay.samples"]
         return values
+
+
+def _read(kind: type[Curve], stored: object, name: str) -> Curve:
+    """A curve with a number or a known word in every field."""
+    values, hints = mapping(stored, f"schedules.{name}"), get_type_hints(kind)
+    for key, hint in hints.items():
+        if key in values and get_args(hint):
+            word(values[key], f"schedules.{name}.{key}", get_args(hint))
+        elif key in values:
+            number(values[key], f"schedules.{name}.{key}")
+    try:
+        return kind(**{key: value for key, value in values.items() if key in hints})
+    except TypeError as error:  # a field is missing
+        raise ValueError(f"schedules.{name}: {error}") from None
 
 
 def _show(value: object) -> str:

@@ -45,7 +45,10 @@ def slices(value: float) -> list[NamedSlice]:
 
 def snapshot(store: Store, step: int, weights: list[NamedSlice], progress: Progress | None = None):
     return store.snapshot(
-        step, weights=weights, optimizer=(), progress=progress or Progress(step=step)
+        step,
+        weights=weights,
+        optimizer=(),
+        progress=progress or Progress(step, step, lr_samples=step),
     )
 
 
@@ -67,7 +70,11 @@ def stored(folder: Path) -> tuple[int, float]:
 
 def test_training_goes_on_while_the_writer_writes_what_was(tmp_path: Path) -> None:
     disk = GatedDisk()
-    saver, weights, progress = background(tmp_path, disk), slices(1.0), Progress(step=1, samples=7)
+    saver, weights, progress = (
+        background(tmp_path, disk),
+        slices(1.0),
+        Progress(step=1, samples=7, lr_samples=7),
+    )
     saver.save(snapshot(saver.store, 1, weights, progress))
     assert disk.reached.wait(30) and saver.finished() is None and not saver.failed
     weights[0].data.fill_(2.0)  # the next step

@@ -1,6 +1,7 @@
 """Checkpoints: any layout loads any other bit by bit; broken ones are found and passed over."""
 
 import hashlib
+import os
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 
 from megatron_lite.checkpoint.manifest import read_manifest
 from megatron_lite.checkpoint.progress import Progress
+from megatron_lite.checkpoint.snapshot import Snapshot
 from megatron_lite.checkpoint.store import POINTER, Store
 from megatron_lite.config.errors import CheckpointError
 from megatron_lite.parallel.context import ParallelContext
@@ -50,7 +52,11 @@ def _save(run, folder, progress):
 def train_and_save(rank, ranks, changes, folder, steps, more):
     config, blueprint, run = _run(rank, ranks, changes)
     _train(config, blueprint, run, steps)
-    _save(run, Path(folder), Progress(step=steps, optimizer_steps=run.engine.steps))
+    _save(
+        run,
+        Path(folder),
+        Progress(steps, steps, lr_samples=steps, optimizer_steps=run.engine.steps),
+    )
     return _train(config, blueprint, run, more)
 
 
@@ -129,7 +135,7 @@ def two_checkpoints(tmp_path):
     config, blueprint, run = _run(0, 1, {})
     for step in (1, 2):
         _train(config, blueprint, run, 1)
-        _save(run, tmp_path, Progress(step=step))
+        _save(run, tmp_path, Progress(step, step, lr_samples=step))
     return Store(tmp_path, run.ctx)
 
 
@@ -169,6 +175,103 @@ def test_a_broken_pointer_gives_the_newest(two_checkpoints, text):
     (two_checkpoints.root / POINTER).write_bytes(text)
     manifest, notices = two_checkpoints.newest_intact()
     assert manifest is not None and manifest.iteration == 2 and notices
+
+
+@pytest.mark.parametrize("of_the_newer", ["complete", "cut", "gone"])
+def test_a_newer_checkpoint_than_the_pointer_s_is_told_where_it_is_complete(
+    two_checkpoints, of_the_newer
+):
+    (two_checkpoints.root / POINTER).write_text("1\n")
+    newer = two_checkpoints.folder(2)
+    if of_the_newer == "cut":
+        _damage(newer / "weights-00000.safetensors", "cut")
+    elif of_the_newer == "gone":
+        (newer / "manifest.json").unlink()
+    manifest, notices = two_checkpoints.newest_intact()
+    assert manifest is not None and manifest.iteration == 1
+    told = [line for line in notices if "--ckpt-step 2 takes that one" in line]
+    assert len(told) == (of_the_newer == "complete")
+    asked, notices = two_checkpoints.newest_intact(1)
+    assert asked is not None and asked.iteration == 1 and notices == []
+
+
+def _in_the_way(path: Path, what: str) -> None:
+    """Something else than a small regular file, in the place of one or where there is none."""
+    path.unlink(missing_ok=True)
+    if what == "pipe":
+        os.mkfifo(path)
+    elif what == "device":
+        path.symlink_to("/dev/zero")
+    elif what == "folder":
+        path.mkdir()
+    elif what == "terabyte":
+        with path.open("wb") as file:
+            file.truncate(1 << 40)
+    elif what == "loop":
+        path.symlink_to(path.name)
+
+
+@pytest.mark.parametrize("what", ["pipe", "device", "folder", "terabyte", "loop"])
+@pytest.mark.parametrize("file", [POINTER, "iter_0000002/manifest.json"])
+def test_what_is_no_small_file_is_passed_over_at_once(two_checkpoints, file, what):
+    _in_the_way(two_checkpoints.root / file, what)
+    manifest, notices = two_checkpoints.newest_intact()
+    assert manifest is not None and manifest.iteration == (2 if file == POINTER else 1)
+    assert any(Path(file).name in line for line in notices), notices
+    two_checkpoints.save(snapshot_like(two_checkpoints, 2))  # all gives way to what a save writes
+    manifest, notices = two_checkpoints.newest_intact()
+    assert manifest is not None and manifest.iteration == 2 and notices == []
+
+
+@pytest.mark.parametrize("what", ["a link", "a link to nothing", "a file", "a left-over link"])
+def test_what_bears_the_name_of_a_checkpoint_blocks_nothing(two_checkpoints, tmp_path, what):
+    folder = two_checkpoints.folder(3)
+    if what == "a link":
+        folder.symlink_to(two_checkpoints.folder(2))
+    elif what == "a link to nothing":
+        folder.symlink_to("nowhere")
+    elif what == "a file":
+        folder.write_text("3")
+    else:
+        folder.with_name(f".{folder.name}.replaced.partial").symlink_to(two_checkpoints.folder(2))
+    manifest, notices = two_checkpoints.newest_intact()
+    assert manifest is not None and manifest.iteration == 2
+    assert bool(notices) == (what != "a left-over link")
+    snapshot = snapshot_like(two_checkpoints, 3)
+    two_checkpoints.prepare(snapshot)
+    two_checkpoints.save(snapshot)
+    manifest, notices = two_checkpoints.newest_intact()
+    assert manifest is not None and manifest.iteration == 3 and notices == []
+    assert two_checkpoints.iterations() == [3, 2, 1], "what a link named is still there"
+
+
+def snapshot_like(store: Store, iteration: int) -> Snapshot:
+    progress = Progress(iteration, iteration, lr_samples=iteration)
+    weights = [NamedSlice("a", (4,), (0,), torch.ones(4))]
+    return store.snapshot(iteration, weights=weights, optimizer=(), progress=progress)
+
+
+def test_a_renamed_folder_is_no_checkpoint_of_that_iteration(two_checkpoints):
+    two_checkpoints.folder(2).rename(two_checkpoints.folder(5))
+    manifest, notices = two_checkpoints.newest_intact()
+    assert manifest is not None and manifest.iteration == 1
+    assert any("is that of iteration 2: the folder was renamed" in line for line in notices)
+
+
+def damaged_on_rank_1(rank, ranks, folder):
+    _, _, run = _run(rank, ranks, {})
+    store = Store(Path(folder), run.ctx)
+    with pytest.raises(CheckpointError) as refused:
+        store.newest_intact()
+    return str(refused.value)
+
+
+@pytest.mark.ci
+def test_damage_that_one_rank_finds_is_named_by_all(two_checkpoints):
+    for step in (1, 2):  # files are dealt out in their order, the weights are the second
+        _damage(two_checkpoints.folder(step) / "weights-00000.safetensors", "flip")
+    for told in spawn(damaged_on_rank_1, 2, str(two_checkpoints.root)):
+        assert told.count("weights-00000.safetensors is damaged") == 2, told
 
 
 def test_another_shape_is_refused_with_all_names(two_checkpoints):

@@ -288,6 +288,35 @@ CRAFTED: dict[str, Callable[[Path, dict[str, Any]], None]] = {
     "no tensors": _manifest(lambda b: b.pop("tensors")),
     "tensors as a list": _manifest(lambda b: b.update(tensors=[])),
     "progress as a list": _manifest(lambda b: b.update(progress=[1])),
+    "a shape of a million dims": _manifest(lambda b: _tensor(b).update(shape=[1 << 60] * 10**6)),
+    "a tensor of 2^60 bytes": lambda folder, body: (
+        _tensor(body).update(shape=[1 << 40, 1 << 18]),
+        _pieces(([0, 0], [1 << 40, 1 << 18]))(folder, body),
+    ),
+    "another iteration's number": _manifest(
+        lambda b: (b.update(iteration=1), b["progress"].update(step=1))
+    ),
+    "an iteration that is true": _manifest(lambda b: b.update(iteration=True)),
+    "steps that are not the iteration": _manifest(lambda b: b["progress"].update(step=3)),
+    "negative samples": _manifest(lambda b: b["progress"].update(samples=-1)),
+    "half a sample": _manifest(lambda b: b["progress"].update(samples=10.5)),
+    "samples that are not those learnt from": _manifest(
+        lambda b: b["progress"].update(samples=10**12)
+    ),
+    "no samples in two steps": _manifest(lambda b: b["progress"].update(samples=0, lr_samples=0)),
+    "more skipped steps than steps": _manifest(lambda b: b["progress"].update(skipped_steps=3)),
+    "more updates than steps": _manifest(lambda b: b["progress"].update(optimizer_steps=10**9)),
+    "2^63 tokens": _manifest(lambda b: b["progress"].update(tokens=1 << 63)),
+    "a loss scale that is no number": _manifest(
+        lambda b: b["progress"].update(loss_scale={"scale": float("inf")})
+    ),
+    "spikes of words": _manifest(lambda b: b["progress"].update(recent={"loss": ["high"]})),
+    "a config that is a list": _manifest(lambda b: b.update(config=[])),
+    "a vocabulary of -1": _manifest(lambda b: b.update(tokenizer={"vocab_size": -1})),
+    "data as a number": _manifest(lambda b: b.update(data={"train": 5})),
+    "data without documents": _manifest(
+        lambda b: b.update(data={"train": [{"prefix": "a", "content": "b"}]})
+    ),
     "files as numbers": _manifest(lambda b: b.update(files={"weights-00000.safetensors": 3})),
 }  # fmt: skip
 

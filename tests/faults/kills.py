@@ -87,7 +87,7 @@ def _save_on(root: str, first: int, pipe: Connection) -> None:
             iteration,
             weights=state(iteration),
             optimizer=state(iteration, "exp_avg."),
-            progress=Progress(step=iteration),
+            progress=Progress(iteration, iteration, lr_samples=iteration),
             config={},
         )
         pipe.send(("begin", iteration))

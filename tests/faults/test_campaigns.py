@@ -59,7 +59,7 @@ def test_a_save_that_is_not_atomic_would_be_seen(tmp_path):
         7,
         weights=kills.state(7),
         optimizer=kills.state(6, "exp_avg."),
-        progress=Progress(),
+        progress=Progress(7, 7, lr_samples=7),
         config={},
     )
     store.save(mixed)

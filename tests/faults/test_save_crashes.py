@@ -57,7 +57,7 @@ def snapshot(store: Store, seed: int, iteration: int) -> Snapshot:
         iteration,
         weights=state(seed),
         optimizer=state(seed + 100, "exp_avg."),
-        progress=Progress(step=iteration, samples=seed),
+        progress=Progress(step=iteration, samples=seed + 9, lr_samples=seed + 9),
         config={"seed": seed},
         origin=Origin(tokenizer_files={"vocab.json": b"{}"}),
     )
@@ -69,7 +69,7 @@ def loaded(folder: Path) -> int:
     manifest, _ = store.newest_intact()
     assert manifest is not None
     seed = manifest.config["seed"]
-    assert manifest.progress.samples == seed
+    assert manifest.progress.samples == seed + 9
     expected = [*state(seed), *state(seed + 100, "exp_avg.")]
     found = [
         NamedSlice(s.name, s.shape, s.offset, torch.full_like(s.data, torch.nan)) for s in expected

@@ -40,6 +40,25 @@ def rewrite(folder: Path, change) -> Path:
     return path.parent
 
 
+@pytest.mark.parametrize(
+    ("section", "name", "value"),
+    [
+        ("learning_rate", "style", "zigzag"),
+        ("weight_decay", "samples", [1]),
+        ("learning_rate", "max_lr", None),
+    ],
+)
+def test_a_learning_rate_that_is_none_is_no_reason_to_take_the_flags(
+    section: str, name: str, value: object, data: list[str], trained: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(trained, tmp_path / "copy")
+    rewrite(
+        tmp_path / "copy", lambda body: body["config"]["schedules"][section].update({name: value})
+    )
+    done = resumed(data, tmp_path / "copy")
+    assert done.rc == CheckpointError.exit_code and f"schedules.{section}.{name} is" in done.err
+
+
 CHANGED = {
     "heads": (["--num-attention-heads", "8"], "--num-attention-heads: 4 -> 8"),
     "base": (["--rotary-base", "500000"], "--rotary-base: 10000 -> 500000"),
