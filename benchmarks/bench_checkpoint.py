@@ -67,7 +67,10 @@ class State:
     def snapshot(self, store: Store, iteration: int) -> Snapshot:
         """All of it."""
         return store.snapshot(
-            iteration, weights=self.weights, optimizer=self.optimizer, progress=Progress(iteration, iteration, lr_samples=iteration)
+            iteration,
+            weights=self.weights,
+            optimizer=self.optimizer,
+            progress=Progress(iteration, iteration, lr_samples=iteration),
         )
 
 
