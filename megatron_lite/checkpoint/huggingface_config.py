@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, Literal
 
 import torch
 
 from megatron_lite.config.errors import CheckpointError
 from megatron_lite.config.model import ModelConfig
 
-TANH_GELU = ("gelu_new", "gelu_pytorch_tanh")  # one function, two kernels of theirs
+GELU: Mapping[str, Literal["tanh", "erf"]] = MappingProxyType(
+    {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "erf"}
+)
+"""activation_function -> our --gelu; the first name of a form is written (two are kernels of one)."""
 
 _NEEDED = {"model_type": "gpt2", "scale_attn_weights": True, "add_cross_attention": False,
            "scale_attn_by_inverse_layer_idx": False}  # fmt: skip
@@ -29,8 +33,8 @@ def model_of(config: Mapping[str, Any], path: Path) -> tuple[ModelConfig, list[s
         if config.get(key, None if key == "model_type" else needed) != needed
     ]
     activation = config.get("activation_function", "gelu_new")
-    if activation not in TANH_GELU:
-        problems.append(f"activation_function {activation!r}: ours is {TANH_GELU[0]}")
+    if activation not in GELU:
+        problems.append(f"activation_function {activation!r}: ours are {', '.join(GELU)}")
     sizes: dict[str, Any] = {
         key: config.get(key) for key in ("n_layer", "n_embd", "n_head", "n_positions")
     }
@@ -68,6 +72,7 @@ def model_of(config: Mapping[str, Any], path: Path) -> tuple[ModelConfig, list[s
         max_position_embeddings=sizes["n_positions"],
         ffn_hidden_size=sizes.get("n_inner", 4 * sizes["n_embd"]),
         vocab_size=sizes["vocab_size"],
+        gelu=GELU[activation],
         norm_epsilon=float(rates["layer_norm_epsilon"]),
         hidden_dropout=float(rates["resid_pdrop"]),
         attention_dropout=float(rates["attn_pdrop"]),
@@ -115,7 +120,7 @@ def config_of(
         "n_layer": model.num_layers,
         "n_head": model.num_attention_heads,
         "n_inner": model.ffn_size,
-        "activation_function": TANH_GELU[0],
+        "activation_function": next(name for name, form in GELU.items() if form == model.gelu),
         "layer_norm_epsilon": model.norm_epsilon,
         "initializer_range": model.init_method_std,
         "resid_pdrop": model.hidden_dropout,

@@ -23,6 +23,9 @@ MAX_DATASETS = 32766
 DEFAULT_SPLIT = "969, 30, 1"
 """Megatron's shares of train, validation and test."""
 
+MOCK_SPLIT = (1 / 3, 1 / 3, 1 / 3)
+"""Megatron's shares of synthetic documents, whatever --split says."""
+
 SPLITS = ("train", "valid", "test")
 
 _NUMBER_LIKE = re.compile(r"[+-]?[0-9]*[.,]?[0-9]+%?|[+-]?(nan|inf|infinity)", re.IGNORECASE)
@@ -133,8 +136,11 @@ def _check_prefix(prefix: str, source: str) -> None:
 
 
 def parse_split(text: str) -> tuple[float, float, float]:
-    """`949,50,1` as shares that sum to 1; also with `/` or spaces, missing shares are 0."""
-    parts = [part for part in re.split(r"[,/\s]+", text.strip()) if part]
+    """`949,50,1` as shares that sum to 1; also with `/` or spaces, missing shares are 0.
+
+    Quotes or brackets around it belong to a shell or YAML file that passed them on.
+    """
+    parts = [part for part in re.split(r"[,/\s]+", text.strip(" \t\n'\"[]()")) if part]
     shares: list[float] = []
     for part in parts:
         try:
@@ -186,7 +192,7 @@ def blends(data: DataConfig) -> Blends:
         return Blends(by_split=_per_split(data))
     split = parse_split(data.split if data.split is not None else DEFAULT_SPLIT)
     if data.mock_data:
-        return Blends(split=split, mock=True)
+        return Blends(split=MOCK_SPLIT, mock=True)
     if data.data_args_path is not None:
         where = f"--data-args-path {data.data_args_path}"
         items = _read(data.data_args_path, "--data-args-path").split()

@@ -84,7 +84,10 @@ class DataConfig:
     """Threads that read samples ahead; 0 reads in the training thread."""
 
     dataloader_type: Literal["single", "cyclic"] = "single"
-    """single reads the dataset's own order; cyclic permutes it anew each epoch."""
+    """single reads the dataset's own order; cyclic permutes it anew each epoch, as dp and micro batch ask."""
+
+    data_sharding: bool = True
+    """With cyclic: each data-parallel rank permutes a part of its own instead of taking turns."""
 
     reset_position_ids: bool = False
     """Positions start at 0 again after an end-of-document token."""

@@ -19,6 +19,7 @@ from typing import Any
 from megatron_lite.config.errors import ConfigError, all_together
 from megatron_lite.config.explain import explain, help_text
 from megatron_lite.config.files import load
+from megatron_lite.config.implied import imply
 from megatron_lite.config.legacy import LEGACY, Legacy
 from megatron_lite.config.presets import list_presets, preset
 from megatron_lite.config.run import RunConfig
@@ -251,6 +252,7 @@ class _Reading:
             self._tokens_to_samples(legacy, tokens, values, origin)
         if self.problems:
             raise all_together(self.problems, "on the command line")
+        self.notices += imply(values, origin)
         return Parsed(
             config=_build(values),
             notices=tuple(self.notices),

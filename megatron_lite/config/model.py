@@ -65,6 +65,9 @@ class ModelConfig:
     swiglu: bool = False
     """SwiGLU feed-forward instead of GELU."""
 
+    gelu: Literal["tanh", "erf"] = "tanh"
+    """Form of GELU; erf by default with --no-bias-gelu-fusion or --disable-bias-linear."""
+
     add_bias_linear: bool = field(default=True, metadata={"off": "--disable-bias-linear"})
     """Biases in the linear layers."""
 

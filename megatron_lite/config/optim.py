@@ -14,7 +14,7 @@ class OptimConfig:
     """Update rule; adam is AdamW (decoupled weight decay)."""
 
     weight_decay: float = 0.01
-    """Decoupled weight decay of matrices; biases and norms have none."""
+    """Weight decay of matrices, decoupled with adam, coupled with sgd; biases and norms have none."""
 
     start_weight_decay: float | None = None
     """Weight decay at the start where --weight-decay-incr-style is not constant."""

@@ -41,7 +41,7 @@ class PrecisionConfig:
     """Let the attention kernel fuse mask and softmax; off takes the plain reference kernel."""
 
     bias_gelu_fusion: bool = True
-    """Kept for Megatron's --no-bias-gelu-fusion; the kernels are not fused."""
+    """Off means --gelu erf, as in Megatron; the kernels are not fused in any case."""
 
     bias_swiglu_fusion: bool = True
     """Kept for Megatron's --no-bias-swiglu-fusion; the kernels are not fused."""

@@ -147,7 +147,6 @@ def check(config: RunConfig, world_size: int, *, built: bool = True) -> None:
 
 OFF_CHANGES_NOTHING: Mapping[str, str] = MappingProxyType(
     {
-        "precision.bias_gelu_fusion": "bias and GELU are separate kernels in any case",
         "precision.bias_swiglu_fusion": "bias and SwiGLU are separate kernels in any case",
         "precision.bias_dropout_fusion": "bias, dropout and addition are separate in any case",
         "checkpoint.load_rng": "randomness is counters: a checkpoint holds no random state",
@@ -165,6 +164,16 @@ def notices(config: RunConfig, world_size: int) -> tuple[str, ...]:
         section, name = key.split(".")
         if not getattr(getattr(config, section), name):
             found.append(f"{settings()[key].off[0]}: changes nothing; {why}")
+    if not config.precision.bias_gelu_fusion and (
+        config.model.swiglu or config.model.gelu == "tanh"
+    ):
+        why = "--swiglu has no GELU" if config.model.swiglu else "--gelu tanh says its form"
+        found.append(f"--no-bias-gelu-fusion: changes nothing; {why}")
+    if config.data.mock_data and config.data.split is not None:
+        found.append(
+            f"--split {config.data.split}: ignored, --mock-data's documents are dealt 1,1,1 as "
+            "Megatron's are"
+        )
     if config.precision.fp16 and config.guards.on_non_finite != "stop":
         found.append("--on-non-finite: changes nothing with --fp16, which skips every overflow")
     if p.sequence_parallel and p.tp == 1:

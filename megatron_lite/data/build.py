@@ -44,7 +44,6 @@ Asked: TypeAlias = "tuple[int | None, int | None, int | None]"
 GPT_ARRAYS = ("documents", "samples", "shuffle")
 OPENERS = 8  # threads that open and check files
 BLEND_ARRAYS = ("dataset", "sample", "counts")
-MOCK_SPLIT = (1 / 3, 1 / 3, 1 / 3)  # what Megatron takes
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,7 +198,7 @@ def build_datasets(
     asked = (train_samples, valid_samples, test_samples)
     found = blends(data)
     if found.mock:
-        return _mock(recipe, asked, MOCK_SPLIT if data.split is None else found.split, eod)
+        return _mock(recipe, asked, found.split, eod)
     named = (
         [found.shared]
         if found.shared is not None

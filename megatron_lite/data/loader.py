@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 
 from megatron_lite.data.batch import Batch, collate
 from megatron_lite.data.pretrain import Samples
-from megatron_lite.data.sampler import Int64, Order, sample_numbers
+from megatron_lite.data.sampler import Int64, Order, Permute, sample_numbers
 
 STEPS_AHEAD = 2
 
@@ -42,7 +42,8 @@ class Loader:
         reset_position_ids: bool = False,
         reset_attention_mask: bool = False,
         order: Literal["single", "cyclic"] = "single",
-        seed: int = 1234,
+        sharding: bool = True,
+        permute: Permute | None = None,
     ) -> None:
         self.dataset = dataset
         self.dp_rank = dp_rank
@@ -52,7 +53,9 @@ class Loader:
         self.reset_position_ids = reset_position_ids
         self.reset_attention_mask = reset_attention_mask
         self.seconds_waited = 0.0
-        self._order = Order(order, len(dataset), seed, dataset.name)
+        self._order = Order(
+            order, len(dataset), dataset.name, dp_size=dp_size, sharding=sharding, permute=permute
+        )
         self._threads: ThreadPoolExecutor | None = None
         if num_workers > 0:
             self._threads = ThreadPoolExecutor(num_workers, thread_name_prefix="data")
@@ -92,7 +95,7 @@ class Loader:
         return sample_numbers(*request, dp_rank=self.dp_rank, dp_size=self.dp_size)
 
     def _read(self, positions: Int64) -> Batch:
-        samples = [self.dataset[int(number)] for number in self._order(positions)]
+        samples = [self.dataset[int(number)] for number in self._order(positions, len(positions))]
         return collate(
             samples,
             positions,

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Callable
+from typing import Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from megatron_lite.config.errors import DataError
-from megatron_lite.data.indices import shuffled
 
 Int64 = npt.NDArray[np.int64]
+Permute: TypeAlias = Callable[[int, int], Int64]
+"""(size, seed) -> a permutation of so many numbers."""
 
 
 def sample_numbers(
@@ -30,18 +32,26 @@ def sample_numbers(
 class Order:
     """Positions of the training stream -> sample numbers of a dataset of `size` samples.
 
-    single: the dataset's own order, which must suffice.  cyclic: every epoch a new permutation,
-    a function of seed and epoch.
+    single: the dataset's own order, which must suffice.  cyclic: Megatron's, which permutes anew in
+    every epoch; a rank reads its own part of the dataset (or, without `sharding`, its turns of one
+    permutation of all), so that the order depends on dp and the micro batch.  Samples beyond the
+    last whole round of micro batches are left out.
     """
 
-    def __init__(self, kind: Literal["single", "cyclic"], size: int, seed: int, name: str) -> None:
+    def __init__(
+        self, kind: Literal["single", "cyclic"], size: int, name: str, *, dp_size: int = 1,
+        sharding: bool = True, permute: Permute | None = None,
+    ) -> None:  # fmt: skip
+        assert kind == "single" or permute is not None, "cyclic needs a permutation"
         self.kind = kind
         self.size = size
-        self.seed = seed
         self.name = name
-        self._permutations: dict[int, Int64] = {}
+        self.dp_size = dp_size
+        self.sharding = sharding
+        self._permute = permute
+        self._permutations: dict[tuple[int, int], Int64] = {}
 
-    def __call__(self, positions: Int64) -> Int64:
+    def __call__(self, positions: Int64, micro: int) -> Int64:
         if self.kind == "single":
             if positions.size and int(positions.max()) >= self.size:
                 raise DataError(
@@ -50,19 +60,38 @@ class Order:
                     "--train-iters or --train-samples, or use --dataloader-type cyclic"
                 )
             return positions
+        together = micro * self.dp_size
+        used = self.size - self.size % together
+        if used == 0:
+            raise DataError(
+                f"{self.name}: {self.size} samples are fewer than --micro-batch-size {micro} x "
+                f"data-parallel size {self.dp_size}, which --dataloader-type cyclic reads at once - "
+                "use --dataloader-type single, or more data"
+            )
+        epochs, inside = np.divmod(positions, used)
         numbers = np.empty_like(positions)
-        epochs = positions // self.size
         for epoch in np.unique(epochs):
             here = epochs == epoch
-            numbers[here] = self._permutation(int(epoch))[positions[here] % self.size]
+            numbers[here] = self._of_epoch(int(epoch), inside[here], micro, used)
         return numbers
 
-    def _permutation(self, epoch: int) -> Int64:
+    def _of_epoch(self, epoch: int, inside: Int64, micro: int, used: int) -> Int64:
+        turn, rest = np.divmod(inside, micro * self.dp_size)
+        rank, at = np.divmod(rest, micro)
+        if self.sharding:
+            part = used // self.dp_size
+            drawn = self._permutation(epoch, part)
+            numbers: Int64 = rank * part + drawn[turn * micro + at]
+            return numbers
+        drawn = self._permutation(epoch, self.size - self.size % micro)
+        numbers = drawn[turn * micro * self.dp_size + at * self.dp_size + rank]
+        return numbers
+
+    def _permutation(self, epoch: int, size: int) -> Int64:
         known = self._permutations
-        if epoch not in known:
-            for old in [other for other in known if abs(other - epoch) > 1]:
+        if (epoch, size) not in known:
+            for old in [other for other in known if abs(other[0] - epoch) > 1]:
                 known.pop(old, None)
-            # RandomState's stream never changes, whatever the version of numpy
-            random = np.random.RandomState((self.seed, epoch))
-            known[epoch] = shuffled(np.arange(self.size, dtype=np.int64), random)
-        return known[epoch]
+            assert self._permute is not None
+            known[epoch, size] = self._permute(size, epoch)
+        return known[epoch, size]

@@ -36,6 +36,11 @@ def gelu(x: Tensor) -> Tensor:
     return _compiled(reference.gelu)(x)
 
 
+def gelu_erf(x: Tensor) -> Tensor:
+    """x: [...] -> [...]; see reference.gelu_erf."""
+    return _compiled(reference.gelu_erf)(x)
+
+
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up; see reference.swiglu."""
     return _compiled(reference.swiglu)(gate, up)

@@ -29,6 +29,11 @@ def gelu(x: Tensor) -> Tensor:
     return F.gelu(x, approximate="tanh")
 
 
+def gelu_erf(x: Tensor) -> Tensor:
+    """x: [...] -> [...]; x times the normal distribution's integral, without approximation."""
+    return F.gelu(x)
+
+
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up, elementwise (arXiv:2002.05202)."""
     return F.silu(gate) * up

@@ -95,6 +95,10 @@ TABLE: dict[str, list[Implementation]] = {
         Implementation("torch-compile", compiled.gelu, _compile),
         Implementation("reference", reference.gelu, _always),
     ],
+    "gelu_erf": [
+        Implementation("torch-compile", compiled.gelu_erf, _compile),
+        Implementation("reference", reference.gelu_erf, _always),
+    ],
     "swiglu": [
         Implementation("torch-compile", compiled.swiglu, _compile),
         Implementation("reference", reference.swiglu, _always),

@@ -18,7 +18,8 @@ class MLP(nn.Module):
         h, f, bias = model.hidden_size, model.ffn_size, model.add_bias_linear
         self.up = ColumnParallelLinear(setting, h, {"up": f}, bias=bias)
         self.down = RowParallelLinear(setting, f, h, bias=bias)
-        self.gelu = choose("gelu", setting.need()).run
+        form = "gelu" if model.gelu == "tanh" else "gelu_erf"
+        self.gelu = choose(form, setting.need()).run
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [s/tp, b, h] with sequence parallelism, else [s, b, h] -> the same."""

@@ -1,4 +1,4 @@
-"""SGD with momentum and decoupled weight decay."""
+"""SGD with momentum and coupled weight decay, as torch's and Megatron's."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 @dataclass(slots=True)
 class SGD:
-    """buf = momentum buf + g; theta -= lr (buf + wd theta)."""
+    """buf = momentum buf + (g + wd theta); theta -= lr buf."""
 
     momentum: float
     needs_whole_matrix: bool = field(default=False, init=False)
@@ -37,8 +37,8 @@ class SGD:
         """One step, in place, of tensors of any shapes; steps: updates done before this one (unused)."""
         for parameter, gradient, state in zip(parameters, gradients, states, strict=True):
             change = gradient
-            if self.momentum:
-                change = state["momentum"].mul_(self.momentum).add_(gradient)
             if weight_decay:
-                parameter.mul_(1.0 - lr * weight_decay)
+                change = gradient.add(parameter, alpha=weight_decay)
+            if self.momentum:
+                change = state["momentum"].mul_(self.momentum).add_(change)
             parameter.add_(change, alpha=-lr)

@@ -6,11 +6,20 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from megatron_lite.data.batch import Batch
 from megatron_lite.layers.setting import Positions
 from megatron_lite.pipeline.stage import MicroBatch
+
+
+def permutation(size: int, seed: int) -> npt.NDArray[np.int64]:
+    """torch's permutation of so many numbers on the CPU: what Megatron's cyclic order is made of."""
+    numbers: npt.NDArray[np.int64] = torch.randperm(
+        size, generator=torch.Generator().manual_seed(seed)
+    ).numpy()
+    return numbers
 
 
 def to_device(batch: Batch, device: torch.device, *, step: int, training: bool) -> MicroBatch:

@@ -19,6 +19,7 @@ from megatron_lite.blueprint.draw_up import Blueprint, draw_up
 from megatron_lite.checkpoint.manifest import Manifest
 from megatron_lite.checkpoint.snapshot import Origin
 from megatron_lite.checkpoint.store import Store
+from megatron_lite.config.data import DataConfig
 from megatron_lite.config.errors import ConfigError, DataError, MegatronLiteError, StorageError
 from megatron_lite.config.files import dump
 from megatron_lite.config.run import RunConfig
@@ -56,6 +57,7 @@ from megatron_lite.train.checkpoints import Checkpoints
 from megatron_lite.train.device import be_deterministic, cpu_notices, device_peak, peak_notices
 from megatron_lite.train.failures import Failures, stacks_on_signal
 from megatron_lite.train.faults import Fault, NoFaults, read_fault
+from megatron_lite.train.feed import permutation
 from megatron_lite.train.log import Log
 from megatron_lite.train.loop import Loaders, Session
 from megatron_lite.train.origin import check_data
@@ -268,7 +270,7 @@ def open_session(
     log.say(*resumed.notices)
     with timers.span("train/valid/test-data-iterators-setup"):
         datasets = _open_datasets(config, launch, log, tokens, folder, train_iters, final_batch)
-    identity = _settle_data(config, datasets, resumed.manifest, log)
+    identity = _settle_data(config, datasets, resumed.manifest, log, dp_size=ctx.dp.size)
     if ctx.rank == 0:  # not before: a start that is refused leaves the run's own description
         _begin_folder(folder, config, tokens)
     checkpoints.origin = Origin(tokenizer=tokenizer, data=identity, tokenizer_files=tokens.files)
@@ -309,14 +311,14 @@ def open_session(
 
 
 def _settle_data(
-    config: RunConfig, datasets: Datasets, manifest: Manifest | None, log: Log
+    config: RunConfig, datasets: Datasets, manifest: Manifest | None, log: Log, *, dp_size: int
 ) -> Identity:
     """What is read, if it may go on where the checkpoint stopped; every rank finds the same."""
     identity = identity_of(
         datasets,
         seed=config.train.seed,
         seq_length=config.model.seq_length,
-        order=config.data.dataloader_type,
+        order=_order(config.data, config.train.micro_batch_size, dp_size),
     )
     if not config.train.skip_train:
         notices, warnings = check_data(
@@ -468,6 +470,14 @@ def _check_equal(digest: int, ctx: ParallelContext) -> None:
         )
 
 
+def _order(data: DataConfig, micro: int, dp_size: int) -> str:
+    """--dataloader-type with all that its order depends on."""
+    if data.dataloader_type == "single":
+        return "single"
+    parts = "" if data.data_sharding else " without sharding"
+    return f"{data.dataloader_type}{parts}, micro batch {micro} x dp {dp_size}"
+
+
 def _loaders(
     config: RunConfig, datasets: Datasets, ctx: ParallelContext, tokens: Tokens
 ) -> Loaders:
@@ -497,7 +507,8 @@ def _loaders(
             reset_position_ids=data.reset_position_ids,
             reset_attention_mask=data.reset_attention_mask,
             order=data.dataloader_type,
-            seed=config.train.seed,
+            sharding=data.data_sharding,
+            permute=permutation,
         )
 
     return Loaders(loader(datasets.train), loader(datasets.valid), loader(datasets.test))

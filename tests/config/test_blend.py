@@ -72,6 +72,9 @@ def test_what_is_wrong_with_a_list_is_named(items: list[str], message: str) -> N
         ("1 1", (0.5, 0.5, 0.0)),
         ("100", (1.0, 0.0, 0.0)),
         (".5,.25,.25", (0.5, 0.25, 0.25)),
+        ("'99,1,0'", (0.99, 0.01, 0.0)),
+        ('"99, 1, 0"', (0.99, 0.01, 0.0)),
+        ("[99,1,0]", (0.99, 0.01, 0.0)),
     ],
 )
 def test_splits(text: str, shares: tuple[float, float, float]) -> None:

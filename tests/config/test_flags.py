@@ -83,7 +83,7 @@ def test_every_spelling_sets_its_field(flag: str, underscores: bool) -> None:
     parsed = parse([written, *words])
     assert value(parsed, spelling.setting.key) == expected
     assert parsed.origin[spelling.setting.key] == f"flag {written}"
-    changed = [key for key, origin in parsed.origin.items() if origin != "default"]
+    changed = [key for key, origin in parsed.origin.items() if origin.startswith("flag")]
     assert changed == [spelling.setting.key]
 
 

@@ -194,7 +194,6 @@ BAD = [
         "--profile-step-end 3 must be above --profile-step-start 10",
     ),
     ("--no-calculate-per-token-loss", 1, "--no-calculate-per-token-loss is not supported"),
-    ("--recompute-granularity full", 1, "--recompute-granularity full needs --recompute-method"),
     ("--recompute-method block", 1, "need --recompute-granularity full; it is not given"),
     ("--recompute-activations --recompute-num-layers 1", 1, "full; it is selective"),
     ("--distribute-saved-activations", 1, "--tensor-model-parallel-size above 1 (it is 1)"),
@@ -208,7 +207,6 @@ BAD = [
     ("--dry-run --rehearse", 1, "--dry-run and --rehearse exclude each other; give one"),
     ("--all-ranks", 1, "--all-ranks says which ranks --rehearse takes; give both or neither"),
     ("--data-path a", 1, "got --data-path and --mock-data"),
-    ("--split 0,1,0", 1, "the training split is empty"),
     ("--split x", 1, "--split 'x'"),
     ("--save c", 1, "--save c needs --save-interval"),
     ("--finetune", 1, "--finetune needs --load"),
@@ -221,6 +219,15 @@ BAD = [
     ),
     ("--num-virtual-stages-per-pipeline-rank 2", 1, "virtual pipeline stages need --pipeline"),
 ]
+
+
+def test_a_split_without_training_data_is_refused_where_the_split_counts() -> None:
+    real = f"{ITERS.replace('--mock-data', '--data-path x')} --tokenizer-type NullTokenizer"
+    (problem,) = found(f"{real} --split 0,1,0")
+    assert "the training split is empty" in problem
+    assert found(f"{ITERS} --split 0,1,0") == []
+    (notice,) = notices(parse(f"{ITERS} --split 0,1,0".split()).config, 1)
+    assert notice.startswith("--split 0,1,0: ignored, --mock-data's documents are dealt 1,1,1")
 
 
 @pytest.mark.parametrize("words, world_size, message", BAD, ids=[words for words, _, _ in BAD])
@@ -339,9 +346,8 @@ def test_what_changes_nothing_gives_a_notice() -> None:
 
 
 def test_a_switch_that_nothing_fuses_gives_a_notice() -> None:
-    words = f"{ITERS} --no-bias-gelu-fusion --no-bias-dropout-fusion --no-load-rng"
+    words = f"{ITERS} --no-bias-dropout-fusion --no-load-rng"
     assert notices(parse(words.split()).config, 1) == (
-        "--no-bias-gelu-fusion: changes nothing; bias and GELU are separate kernels in any case",
         "--no-bias-dropout-fusion: changes nothing; bias, dropout and addition are separate in any "
         "case",
         "--no-load-rng: changes nothing; randomness is counters: a checkpoint holds no random state",

@@ -147,6 +147,15 @@ def test_mock_data_equals_megatron_cores() -> None:
         assert ours.get(index, 1, middle - 1).tolist() == theirs.get(index, 1, middle - 1).tolist()
 
 
+def test_mock_data_are_dealt_evenly_whatever_the_split_says() -> None:
+    plain = build(DataConfig(mock_data=True), (10, 5, 3))
+    for split in ("99,1,0", "1,0,0"):
+        other = build(DataConfig(mock_data=True, split=split), (10, 5, 3))
+        for name in ("train", "valid", "test"):
+            one, same = getattr(plain, name), getattr(other, name)
+            assert [one[n].tolist() for n in range(3)] == [same[n].tolist() for n in range(3)]
+
+
 def test_mock_data_needs_no_files() -> None:
     built = build(DataConfig(mock_data=True), (10, 5, 0))
     assert built.test is None and built.train is not None and built.valid is not None

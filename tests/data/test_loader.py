@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -14,6 +15,7 @@ from megatron_lite.config.errors import DataError
 from megatron_lite.data.batch import collate
 from megatron_lite.data.loader import Loader
 from megatron_lite.data.sampler import Order, sample_numbers
+from megatron_lite.train.feed import permutation
 
 
 class Counting:
@@ -111,16 +113,43 @@ def test_the_end_of_the_data_is_said_in_words() -> None:
     loader.close()
 
 
-def test_cyclic_permutes_each_epoch_anew_and_the_same_for_all_layouts() -> None:
-    order = Order("cyclic", 10, 7, "d")
-    stream = order(np.arange(35))
-    assert sorted(stream[:10]) == sorted(stream[10:20]) == list(range(10))
-    assert stream[:10].tolist() != stream[10:20].tolist()
-    again = Order("cyclic", 10, 7, "d")
-    assert again(np.array([[33, 4], [15, 0]])).tolist() == [
-        [stream[33], stream[4]],
-        [stream[15], stream[0]],
-    ]
+def cyclic(size: int, dp: int = 1, **how: bool) -> Order:
+    return Order("cyclic", size, "d", dp_size=dp, permute=permutation, **how)
+
+
+def reads(order: Order, rank: int, micro: int, dp: int, batches: int) -> list[int]:
+    """What a rank reads in so many global batches of one micro batch each."""
+    numbers = sample_numbers(0, batches * micro * dp, micro, rank, dp)
+    return [int(n) for row in numbers for n in order(row, micro)]
+
+
+def test_cyclic_is_megatrons_order() -> None:
+    """Its sampler: torch.randperm seeded with the epoch, of each rank's part or of all in turn."""
+    order = cyclic(64, 2)
+    assert reads(order, 0, 2, 2, 1) == [12, 31] and reads(order, 1, 2, 2, 1) == [44, 63]
+    for size, micro, dp in ((64, 2, 2), (67, 3, 4), (10, 1, 3), (9, 2, 1)):
+        rounds = size // (micro * dp)
+        for sharding in (True, False):
+            order = cyclic(size, dp, sharding=sharding)
+            expected: list[list[int]] = [[] for _ in range(dp)]
+            for epoch in (0, 1):
+                generator = torch.Generator().manual_seed(epoch)
+                part = rounds * micro
+                if sharding:
+                    drawn = torch.randperm(part, generator=generator).tolist()
+                    for rank in range(dp):
+                        expected[rank] += [rank * part + n for n in drawn]
+                else:
+                    drawn = torch.randperm(size // micro * micro, generator=generator).tolist()
+                    for rank in range(dp):
+                        expected[rank] += drawn[rank::dp][:part]
+            for rank in range(dp):
+                assert reads(order, rank, micro, dp, 2 * rounds) == expected[rank]
+
+
+def test_cyclic_needs_one_whole_round() -> None:
+    with pytest.raises(DataError, match="5 samples are fewer than --micro-batch-size 2 x"):
+        cyclic(5, 3)(np.arange(2), 2)
 
 
 def test_eod_mask_loss_masks_where_the_input_is_eod() -> None:

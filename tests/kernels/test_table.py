@@ -21,6 +21,7 @@ def arguments(op):
         "layer_norm": [draw(3, 5, 24), draw(24), draw(24), 1e-5],
         "rms_norm": [draw(3, 5, 24), draw(24), None, 1e-5],
         "gelu": [draw(3, 7)],
+        "gelu_erf": [draw(3, 7)],
         "swiglu": [draw(3, 7), draw(3, 7)],
         "attention": [draw(2, 4, 9, 8), draw(2, 2, 9, 8), draw(2, 2, 9, 8), AttentionCall()],
     }[op]

@@ -115,15 +115,22 @@ def test_bias_correction_goes_by_the_steps_done():
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
-def test_sgd_is_its_formula_at_every_step(momentum, weight_decay):
+def test_sgd_is_its_formula_and_torchs_at_every_step(momentum, weight_decay):
+    """The decay is coupled: it goes through the momentum, as in the optimizer that Megatron takes."""
     parameter, gradients = drawn()
     ours, state = run(SGD(momentum), parameter, gradients, LEARNING_RATES, weight_decay)
     assert set(state) == ({"momentum"} if momentum else set())
-    theta = parameter
-    for t, (value, lr) in enumerate(zip(ours, LEARNING_RATES, strict=True), start=1):
-        buffer = sum(momentum ** (t - k) * gradients[k - 1] for k in range(1, t + 1))
-        theta = theta - lr * (buffer + weight_decay * theta)
+    theta, buffer = parameter, 0.0
+    theirs = torch.nn.Parameter(parameter.clone())
+    reference = torch.optim.SGD([theirs], lr=1.0, momentum=momentum, weight_decay=weight_decay)
+    for value, gradient, lr in zip(ours, gradients, LEARNING_RATES, strict=True):
+        buffer = momentum * buffer + gradient + weight_decay * theta
+        theta = theta - lr * buffer
         torch.testing.assert_close(value, theta, rtol=1e-12, atol=1e-14)
+        reference.param_groups[0]["lr"] = lr
+        theirs.grad = gradient.clone()
+        reference.step()
+        torch.testing.assert_close(value, theirs.detach(), rtol=1e-12, atol=1e-14)
 
 
 def test_several_tensors_are_updated_as_if_alone():

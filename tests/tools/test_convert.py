@@ -264,7 +264,7 @@ def index(**places: str) -> Callable[[Path], None]:
 
 REFUSED: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "another model": (setting(model_type="llama"), ["model_type 'llama'"]),
-    "exact gelu": (setting(activation_function="gelu"), ["activation_function 'gelu'", "gelu_new"]),
+    "relu": (setting(activation_function="relu"), ["activation_function 'relu'", "gelu_new"]),
     "scores by layer": (
         setting(scale_attn_by_inverse_layer_idx=True), ["scale_attn_by_inverse_layer_idx True"]
     ),

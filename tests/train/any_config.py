@@ -35,7 +35,7 @@ EVERY_PAIR = (
     2409, 854, 491, 4083, 7427, 870, 5730, 4185, 4695, 5597, 410, 2955, 265, 135, 2864, 1860,
     2503, 7540, 1042, 1147, 1803, 2376, 4661, 5738, 654, 3464, 4665, 6137, 1857, 2228, 3258,
     1019, 2207, 4247, 4915, 100, 146, 643, 875, 1336, 2177, 4119, 4793, 95, 275, 2686, 3657,
-    4150, 4810, 45, 65, 68, 283, 326, 331, 384, 693, 1261, 4875, 5212,
+    4150, 4810, 45, 65, 68, 79, 157, 283, 326, 331, 384, 693, 1261, 4875, 5212,
 )  # fmt: skip
 """Seeds that train, most pairs of features first: together every pair that is ever accepted."""
 
@@ -129,7 +129,7 @@ def draw(seed: int) -> Case:
     _batch(r, flags, dp, pp if schedule == "interleaved" and r.random() < 0.8 else 1, wild)
     _memory(r, flags, tp)
     _data_parallel(r, flags, dp)
-    _data(r, flags)
+    _data(r, flags, dp)
     return Case(seed, ranks, tuple(flags.shared), tuple(flags.layout), frozenset(flags.features))
 
 
@@ -259,11 +259,11 @@ def _data_parallel(r: random.Random, flags: Flags, dp: int) -> None:
         flags.lay("--use-tp-pp-dp-mapping")
 
 
-def _data(r: random.Random, flags: Flags) -> None:
+def _data(r: random.Random, flags: Flags, dp: int) -> None:
     for flag in ("--reset-attention-mask", "--reset-position-ids", "--eod-mask-loss"):
         if _maybe(r, 0.25):
             flags.share(flag)
-    if _maybe(r, 0.25):
+    if _maybe(r, 0.25) and dp == 1:  # the order is one of the data-parallel size
         flags.share("--dataloader-type", "cyclic")
     flags.share("--num-workers", r.choice([0, 2]), feature="")
 

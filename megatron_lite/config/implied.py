@@ -1,0 +1,50 @@
+"""Values that the values of other flags imply, as Megatron derives them; each is said in a line.
+
+A flag, a file or a preset that names the value itself wins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+
+def imply(values: dict[str, object], origin: dict[str, str]) -> list[str]:
+    """Fill in what follows; values and origin by section.field."""
+    notices = []
+    for key, value, because, notice in (*_gelu(values, origin), *_recompute(values)):
+        values[key], origin[key] = value, because
+        notices.append(notice)
+    return notices
+
+
+def _gelu(
+    values: Mapping[str, object], origin: Mapping[str, str]
+) -> Iterator[tuple[str, object, str, str]]:
+    """Megatron's tanh form is that of its kernel fused with the bias; without that it is erf."""
+    if origin["model.gelu"] != "default" or values["model.swiglu"]:
+        return
+    for key, flag in (
+        ("precision.bias_gelu_fusion", "--no-bias-gelu-fusion"),
+        ("model.add_bias_linear", "--disable-bias-linear"),
+    ):
+        if not values[key]:
+            yield "model.gelu", "erf", f"implied by {flag}", (
+                f"{flag}: GELU is its erf form, as in Megatron, whose tanh form is the kernel "
+                "fused with the bias; --gelu tanh keeps it"
+            )  # fmt: skip
+            return
+
+
+def _recompute(values: Mapping[str, object]) -> Iterator[tuple[str, object, str, str]]:
+    """Full recomputation without more: layer by layer."""
+    if values["parallel.recompute_granularity"] != "full":
+        return
+    because = "implied by --recompute-granularity full"
+    for key, flag, value in (
+        ("parallel.recompute_method", "--recompute-method", "uniform"),
+        ("parallel.recompute_num_layers", "--recompute-num-layers", 1),
+    ):
+        if values[key] is None:
+            yield key, value, because, (
+                f"--recompute-granularity full without {flag}: {value} is taken"
+            )  # fmt: skip
