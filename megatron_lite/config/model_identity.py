@@ -85,6 +85,12 @@ COMPARED: tuple[Trait, ...] = (
         "norms of small activations come out differently; felt most in fp16 and bf16",
     ),
     Trait("swiglu", lambda m: m.swiglu, False),
+    Trait(
+        "gelu",
+        lambda m: None if m.swiglu else m.gelu,
+        "tanh",
+        "the two forms differ by less than 0.001 of an activation; the loss hardly moves",
+    ),
     Trait("add_bias_linear", lambda m: m.add_bias_linear, True),
     Trait(
         "untie_embeddings_and_output_weights",
@@ -127,6 +133,7 @@ ELSEWHERE: Mapping[str, str] = MappingProxyType(
             ("train.seed", *(f"data.{name}" for name in (
                 "data_path", "split", "data_args_path", "train_data_path", "valid_data_path",
                 "test_data_path", "per_split_data_args_path", "mock_data", "dataloader_type",
+                "data_sharding",
                 "mid_level_dataset_surplus", "exact_blend_counts",
             ))),
             _DATA,
