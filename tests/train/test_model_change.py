@@ -64,7 +64,7 @@ CHANGED = {
     "base": (["--rotary-base", "500000"], "--rotary-base: 10000 -> 500000"),
     "epsilon": (["--norm-epsilon", "1e-6"], "--norm-epsilon: 1e-05 -> 1e-06"),
     "norm": (["--normalization", "RMSNorm"], "--normalization: LayerNorm -> RMSNorm"),
-    "bias": (["--disable-bias-linear"], "--add-bias-linear: True -> False"),
+    "bias": (["--disable-bias-linear", "--gelu", "tanh"], "--add-bias-linear: True -> False"),
     "width": (["--ffn-hidden-size", "64"], "--ffn-hidden-size: 128 -> 64"),
 }
 
