@@ -75,4 +75,4 @@ def _repair(prefix: str, out: str, asked: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_tool(main))
+    sys.exit(run_tool(main, results=True))

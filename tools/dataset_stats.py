@@ -217,4 +217,4 @@ def plot(found: Sequence[Lengths], path: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_tool(main))
+    sys.exit(run_tool(main, results=True))

@@ -138,4 +138,4 @@ def _load(store: Store, manifest: Manifest, ctx: ParallelContext) -> Decoder:
 
 
 if __name__ == "__main__":
-    sys.exit(run_tool(main))
+    sys.exit(run_tool(main, results=True))

@@ -11,7 +11,7 @@ torchrun in one process with three things added:
   75 where the run was asked to stop (0 where --exit-code-on-preemption says so)
 - a host that does not come within --distributed-timeout-minutes is named, and so are two that
   think they are the same; every host must start as many ranks as the others
-- SIGUSR1 reaches the ranks as SIGTERM does
+- SIGUSR1 and SIGXCPU reach the ranks as SIGTERM does; SIGHUP not under nohup
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import signal
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -38,6 +37,7 @@ from megatron_lite.config.exit import run_tool
 from megatron_lite.config.flags import parse
 from megatron_lite.config.run import RunConfig
 from megatron_lite.parallel.launch import Launch, gather_hosts
+from megatron_lite.train.stop import stop_signals
 
 USUAL_SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT"
 LOST = DistributedError.exit_code
@@ -50,7 +50,7 @@ def main() -> int:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # our one line says more than its traces
     asked = parse_args(argv)
     if getattr(asked, "signals_to_handle", None) == USUAL_SIGNALS:
-        asked.signals_to_handle += ",SIGUSR1"
+        asked.signals_to_handle = ",".join(number.name for number in stop_signals())
     config = script_config(asked.training_script_args)
     folder = Path(config.checkpoint.save) if config is not None and config.checkpoint.save else None
     minutes = (config or RunConfig()).parallel.distributed_timeout_minutes
@@ -101,10 +101,9 @@ def exit_code(codes: Iterable[int]) -> int:
         return told[0]
     if all(c == PREEMPTED for c in seen):
         return PREEMPTED
-    if all(c in (128 + signal.SIGTERM, -signal.SIGTERM) for c in seen):
-        return 128 + signal.SIGTERM
-    if all(c in (128 + signal.SIGINT, -signal.SIGINT) for c in seen):
-        return 128 + signal.SIGINT
+    for number in stop_signals():
+        if all(c in (128 + number, -number) for c in seen):
+            return 128 + number
     return LOST
 
 

@@ -354,4 +354,4 @@ def _write(path: Path, text: str) -> None:
 
 
 if __name__ == "__main__":
-    raise SystemExit(run_tool(main))
+    raise SystemExit(run_tool(main, results=True))

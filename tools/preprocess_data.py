@@ -181,16 +181,18 @@ def print_summary(summary: Summary) -> None:
 
 @contextlib.contextmanager
 def sigterm_is_ctrl_c() -> Iterator[None]:
-    """SIGTERM ends the run like Ctrl-C: workers stopped, temporary files removed."""
+    """SIGTERM and SIGHUP end the run like Ctrl-C: workers stopped, temporary files removed."""
 
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, stop)
+    caught = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN]
+    before = [signal.signal(number, stop) for number in caught]
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in zip(caught, before, strict=True):
+            signal.signal(number, handler)
 
 
 def here(arguments: argparse.Namespace, job: Job, workers: int) -> Summary:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -27,9 +26,10 @@ try:
     from megatron_lite.blueprint.plan import describe
     from megatron_lite.config import rules
     from megatron_lite.config.errors import ConfigError, MegatronLiteError
-    from megatron_lite.config.exit import fatal_line, print_everything
+    from megatron_lite.config.exit import fatal_line
     from megatron_lite.config.flags import Parsed, parse
     from megatron_lite.config.run import RunConfig
+    from megatron_lite.config.streams import outlive_output, settle_output
     from megatron_lite.data.provenance import end_of_document, made_with
     from megatron_lite.data.tokenizers.build import (
         build_tokenizer,
@@ -63,7 +63,7 @@ def main(argv: Sequence[str]) -> int:
     from megatron_lite.parallel.launch import read_launch  # noqa: PLC0415
     from megatron_lite.train.failures import Failures, end_process, stop_at_once  # noqa: PLC0415
 
-    signal.signal(signal.SIGTERM, stop_at_once)  # until the loop listens for it
+    stop_at_once()
     launch = read_launch()
     save = parsed.config.checkpoint.save
     failures = Failures(launch.rank, folder=Path(save) if save else None, debug="--debug" in argv)
@@ -164,7 +164,13 @@ def _train(parsed: Parsed, launch: Launch, failures: Failures) -> int:
 
 
 def _start() -> int:
-    print_everything()
+    outlive_output()
+    code = _run()
+    settle_output()
+    return code
+
+
+def _run() -> int:
     try:
         return main(sys.argv[1:])
     except KeyboardInterrupt:  # while torch was being imported
@@ -182,8 +188,6 @@ def _leave(code: int) -> None:
     gloo's worker threads outlive destroy_process_group() while a context still names a group; one
     that frees its last collective during interpreter shutdown aborts the process.
     """
-    sys.stdout.flush()
-    sys.stderr.flush()
     os._exit(code)
 
 

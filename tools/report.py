@@ -241,4 +241,4 @@ def _matplotlib() -> Any:
 
 
 if __name__ == "__main__":
-    sys.exit(run_tool(main))
+    sys.exit(run_tool(main, results=True))

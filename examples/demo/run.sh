@@ -15,7 +15,9 @@ MERGE_FILE=$DEMO/tokenizer/gpt2-merges.txt
 RUN=$DEMO/run
 
 step() { printf '\n== %s  [%d s]\n' "$1" "$SECONDS"; }
-train() { bash "$TRAIN" "$RUN" "$RUN/tensorboard" "$VOCAB_FILE" "$MERGE_FILE"; }
+# shellcheck source=examples/signals.sh
+. "$ROOT/examples/signals.sh"
+train() { passing_signals_on bash "$TRAIN" "$RUN" "$RUN/tensorboard" "$VOCAB_FILE" "$MERGE_FILE"; }
 
 rm -rf -- "$DEMO/text" "$DEMO/tokenizer" "$DEMO/tokens" "$RUN"
 mkdir -p "$DEMO/tokens"

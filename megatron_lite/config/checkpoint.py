@@ -16,8 +16,11 @@ class CheckpointConfig:
     load: str | None = None
     """Folder to resume from; nothing there is a fresh start with a loud line."""
 
-    save_interval: int | None = None
-    """Iterations between checkpoints."""
+    save_interval: int | None = 1000
+    """Iterations between checkpoints; the last step is saved whatever it is."""
+
+    save_checkpoints: bool = True
+    """Write checkpoints to --save; without them a run that is only measured leaves its metrics there."""
 
     ckpt_step: int | None = None
     """Load this iteration instead of the newest."""

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import io
 import sys
 import traceback
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from megatron_lite.config.errors import ConfigError, MegatronLiteError
+from megatron_lite.config.streams import ReaderGone, outlive_output, settle_output
 
 BUG = 70
 INTERRUPTED = 130
@@ -41,30 +41,38 @@ def fatal_line(error: BaseException, *, rank: int | None = None, step: int | Non
     return f"FATAL[{code}] {where}: {what}"
 
 
-def print_everything() -> None:
-    """Let print() never fail for a character that the locale has not: it is written as \\uXXXX.
-
-    A name of a folder or a sampled token must not end a training on a machine set to Latin-1.
-    Streams that already have their own way (PYTHONIOENCODING, the C locale's bytes) keep it.
-    """
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
-            stream.reconfigure(errors="backslashreplace")
-
-
-def run_tool(main: Callable[[], int], *, argv: Sequence[str] | None = None) -> int:
+def run_tool(
+    main: Callable[[], int],
+    *,
+    argv: Sequence[str] | None = None,
+    results: bool = False,
+    go_on: str = "",
+) -> int:
     """Run a tool's main and return its exit code; a failure becomes one FATAL line on stderr.
 
     A foreseeable failure (MegatronLiteError) ends with the code of its class and no traceback
     unless `--debug` is among the arguments; anything else is our bug: code 70 with one.
+    results: the tool is for what it prints; where it writes files, a stdout that takes nothing is
+    a warning.  go_on: what to do after Ctrl-C.
     """
-    print_everything()
+    outlive_output(results=results)
     debug = "--debug" in (sys.argv[1:] if argv is None else argv)
+    code = _run(main, debug=debug, go_on=go_on)
+    settle_output()
+    return code
+
+
+def _run(main: Callable[[], int], *, debug: bool, go_on: str) -> int:
     try:
-        return main()
+        code = main()
+        sys.stdout.flush()
+        return code
     except KeyboardInterrupt:
-        print(f"FATAL[{INTERRUPTED}] rank=- step=-: stopped by Ctrl-C", file=sys.stderr)
+        way = f" - {go_on}" if go_on else ""
+        print(f"FATAL[{INTERRUPTED}] rank=- step=-: stopped by Ctrl-C{way}", file=sys.stderr)
         return INTERRUPTED
+    except ReaderGone as gone:
+        return gone.exit_code
     except MegatronLiteError as error:
         print(fatal_line(error), file=sys.stderr)
         if debug:

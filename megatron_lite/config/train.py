@@ -47,7 +47,7 @@ class TrainConfig:
     """Stop, with a checkpoint, after this many minutes."""
 
     exit_signal_handler: bool = True
-    """Stop cleanly, with a checkpoint, on SIGTERM, SIGUSR1 or Ctrl-C."""
+    """Stop cleanly, with a checkpoint, on SIGTERM, SIGHUP, SIGQUIT, SIGUSR1, SIGXCPU or Ctrl-C."""
 
     kill_switch_file: str | None = None
     """Stop cleanly, with a checkpoint, when this file appears; rank 0 looks once a second."""

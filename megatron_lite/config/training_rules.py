@@ -273,19 +273,19 @@ def tokenizer(config: RunConfig, world_size: int) -> Iterator[str]:
 
 
 def saving(config: RunConfig, world_size: int) -> Iterator[str]:
-    """A place to save goes with a time to save."""
-    c, t = config.checkpoint, config.train
-    stops = t.exit_interval is not None or t.exit_duration_in_mins is not None
-    if c.save is not None and c.save_interval is None and not (stops or t.skip_train):
-        yield f"--save {c.save} needs --save-interval, the iterations between checkpoints"
-    if c.save is None:
+    """Flags about saving need a place to save."""
+    c = config.checkpoint
+    if c.save is None or not c.save_checkpoints:
+        needed = "--save, the folder of the checkpoints"
+        if c.save is not None:
+            needed = "checkpoints: leave out --no-save-checkpoints"
         for flag, given in (
             ("--async-save", c.async_save),
             ("--keep-last", c.keep_last is not None),
             ("--save-failure", c.save_failure != "stop"),
         ):
             if given:
-                yield f"{flag} needs --save, the folder of the checkpoints"
+                yield f"{flag} needs {needed}"
     if c.keep_every is not None and c.keep_last is None:
         yield (
             f"--keep-every {c.keep_every} says which checkpoints --keep-last spares; give "

@@ -5,16 +5,19 @@ One rank writes; the others hold an empty `Writers`, so that nobody asks who the
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import types
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from megatron_lite.config.errors import ConfigError
+from megatron_lite.config.errors import ConfigError, StorageError
 from megatron_lite.config.telemetry import TelemetryConfig
 from megatron_lite.storage.disk import Disk, DiskFile, temporary_name
+from megatron_lite.telemetry.lasting import Lasting, Writer
 from megatron_lite.telemetry.record import (
     EvaluationRecord,
     RanksRecord,
@@ -31,31 +34,19 @@ FLUSH_SECONDS = 10
 """TensorBoard sees a point at most this much later."""
 
 
-class Writer(Protocol):
-    """Takes every record of a run."""
-
-    def write(self, record: Record) -> None:
-        """Keep or pass on one record; cheap for a kind that does not concern it."""
-        ...
-
-    def close(self) -> None:
-        """Write what is still held back."""
-        ...
-
-
 class Writers:
-    """Several writers as one, in their order; none at all on a rank that does not write."""
+    """Several logs as one, in their order; none at all on a rank that does not write."""
 
-    def __init__(self, writers: Sequence[Writer]) -> None:
+    def __init__(self, writers: Sequence[Lasting]) -> None:
         self.writers = tuple(writers)
 
     def write(self, record: Record) -> None:
-        """Give the record to every writer."""
+        """Give the record to every log."""
         for writer in self.writers:
             writer.write(record)
 
     def close(self) -> None:
-        """Close every writer."""
+        """Close every log."""
         for writer in self.writers:
             writer.close()
 
@@ -64,59 +55,97 @@ class JsonLines:
     """metrics.jsonl: one line per record, on its way to the disk when `write` returns.
 
     On resume the lines after the resumed iteration belong to steps that will be made again and are
-    dropped, and so is what a crash left unreadable.  Raises StorageError (exit 5).
+    dropped, and so is what a crash left unreadable.  A failed write may leave half a line: opened
+    again, the file goes on behind its last whole one.  Raises StorageError (exit 5).
     """
 
     def __init__(self, path: Path, *, resumed_iteration: int, disk: Disk) -> None:
-        kept = _lines_until(path, resumed_iteration)
-        disk.make_folder(path.parent)
-        temporary = temporary_name(path)
-        self._file: DiskFile = disk.create(temporary)
-        self._file.write("".join(f"{line}\n" for line in kept).encode())
-        self._file.fsync()
-        disk.rename(temporary, path)  # the open file keeps its new name: appending goes on
-        disk.sync_folder(path.parent)
+        self.name = str(path)
+        self._path, self._resumed, self._disk = path, resumed_iteration, disk
+        self._file: DiskFile | None = None
+        self._whole: int | None = None
+
+    def open(self) -> None:
+        """Begin the file with what is kept of an earlier run, or go on with it."""
+        if self._file is not None:
+            with contextlib.suppress(StorageError):
+                self._file.close()
+            self._file = None
+        if self._whole is not None:
+            self._file = self._disk.reopen(self._path, self._whole)
+            return
+        kept = _lines_until(self._path, self._resumed)
+        self._disk.make_folder(self._path.parent)
+        temporary = temporary_name(self._path)
+        try:
+            file = self._disk.create(temporary)
+            file.write("".join(f"{line}\n" for line in kept).encode())
+            file.fsync()
+            self._disk.rename(temporary, self._path)  # the open file keeps its new name
+        except StorageError:
+            with contextlib.suppress(StorageError):
+                self._disk.remove(temporary)
+            raise
+        self._disk.sync_folder(self._path.parent)
+        self._file, self._whole = file, file.size
 
     def write(self, record: Record) -> None:
         """Append one line."""
+        assert self._file is not None, f"{self._path} is not open"
         self._file.write(f"{to_json(record)}\n".encode())
+        self._whole = self._file.size
 
     def close(self) -> None:
         """Close the file, its bytes on the device."""
-        self._file.fsync()
-        self._file.close()
+        if self._file is not None:
+            self._file.fsync()
+            self._file.close()
 
 
 class TensorBoard:
-    """Megatron-LM's scalars in an event file, through torch's SummaryWriter (extra tensorboard)."""
+    """Megatron-LM's scalars in an event file, through torch's SummaryWriter (extra tensorboard).
+
+    Its thread writes when it likes and fails later, so the points since the last flush are kept:
+    opened again, a new event file begins with them.
+    """
 
     def __init__(self, folder: Path, *, config: TelemetryConfig, disk: Disk) -> None:
-        self._config = config
-        summary_writer = _package(
-            "torch.utils.tensorboard", f"--tensorboard-dir {folder}", "tensorboard"
+        self.name = f"--tensorboard-dir {folder}"
+        self._folder, self._config, self._disk = folder, config, disk
+        self._summary_writer = _package(
+            "torch.utils.tensorboard", self.name, "tensorboard"
         ).SummaryWriter
-        disk.make_folder(folder)
-        self._events: Any = summary_writer(
-            str(folder), max_queue=config.tensorboard_queue_size, flush_secs=FLUSH_SECONDS
+        self._events: Any = None
+        self._unflushed: deque[Record] = deque(maxlen=max(config.tensorboard_queue_size, 100))
+
+    def open(self) -> None:
+        """Begin an event file."""
+        self._disk.make_folder(self._folder)
+        self._events = self._summary_writer(
+            str(self._folder),
+            max_queue=self._config.tensorboard_queue_size,
+            flush_secs=FLUSH_SECONDS,
         )
+        for record in self._unflushed:
+            self._add(record)
 
     def write(self, record: Record) -> None:
         """Queue the record's points; training steps every --tensorboard-log-interval."""
-        if isinstance(record, SaveRecord):
+        every = self._config.tensorboard_log_interval
+        if isinstance(record, StepRecord) and record.iteration % every:
             return
-        if (
-            isinstance(record, StepRecord)
-            and record.iteration % self._config.tensorboard_log_interval
-        ):
-            return
-        points = scalars(record, self._config)
-        if not points:
-            return
-        for name, value in points.items():
-            self._events.add_scalar(name, value, record.iteration)
-            self._events.add_scalar(f"{name} vs samples", value, record.samples)
+        self._add(record)
+        self._unflushed.append(record)
         if isinstance(record, EvaluationRecord):
             self._events.flush()
+            self._unflushed.clear()
+
+    def _add(self, record: Record) -> None:
+        if isinstance(record, SaveRecord):
+            return
+        for name, value in scalars(record, self._config).items():
+            self._events.add_scalar(name, value, record.iteration)
+            self._events.add_scalar(f"{name} vs samples", value, record.samples)
 
     def close(self) -> None:
         """Write the queue and close."""
@@ -132,12 +161,20 @@ class WeightsAndBiases:
     def __init__(
         self, wandb: types.ModuleType, *, config: TelemetryConfig, fallback_folder: Path
     ) -> None:
-        self._config = config
-        self._run: Any = wandb.init(
+        self.name = f"--wandb-project {config.wandb_project}"
+        self._wandb, self._config, self._fallback = wandb, config, fallback_folder
+        self._run: Any = None
+
+    def open(self) -> None:
+        """Begin a run, or go on with it after a failure."""
+        config = self._config
+        known = getattr(self._run, "id", None)
+        self._run = self._wandb.init(
             project=config.wandb_project,
             name=config.wandb_exp_name or None,
             entity=config.wandb_entity or None,
-            dir=config.wandb_save_dir or str(fallback_folder),
+            dir=config.wandb_save_dir or str(self._fallback),
+            **({"id": known, "resume": "allow"} if known else {}),
         )
 
     def write(self, record: Record) -> None:
@@ -160,13 +197,14 @@ def open_writers(
     run_folder: Path,
     resumed_iteration: int,
     *,
+    warn: Callable[[str], None],
     enabled: bool = True,
     disk: Disk | None = None,
 ) -> Writers:
-    """The writers a configuration asks for; none where this rank is not the one that writes.
+    """The logs a configuration asks for; none where this rank is not the one that writes.
 
-    resumed_iteration: 0 for a fresh run.  Raises ConfigError for a missing package and
-    StorageError for a folder that cannot be written.
+    resumed_iteration: 0 for a fresh run.  warn: told of every failure from now on.  Raises
+    ConfigError for a missing package and StorageError for a folder that cannot be written.
     """
     if not enabled:
         return Writers(())
@@ -180,7 +218,10 @@ def open_writers(
         writers.append(TensorBoard(Path(config.tensorboard_dir), config=config, disk=disk))
     if wandb is not None:
         writers.append(WeightsAndBiases(wandb, config=config, fallback_folder=run_folder))
-    return Writers(writers)
+    lasting = [Lasting(writer, warn) for writer in writers]
+    for writer in lasting:
+        writer.open()
+    return Writers(lasting)
 
 
 def _package(module: str, flag: str, extra: str) -> types.ModuleType:

@@ -58,6 +58,15 @@ class Checkpoints:
         """Whether this rank knows of a save beside the training that failed."""
         return self.saver is not None and self.saver.failed
 
+    def describe(self) -> str:
+        """What will be written, for the first lines of a run."""
+        if self.store is None:
+            return " > no checkpoints are written (--save DIR without --no-save-checkpoints)"
+        every, keep = self.config.save_interval, self.config.keep_last
+        often = f"every {every} iterations (--save-interval)" if every else "at the end only"
+        kept = "all are kept (--keep-last N)" if keep is None else f"the newest {keep} are kept"
+        return f" > checkpoints into {self.store.root}: {often}; the last step always; {kept}"
+
     def prepare(self) -> None:
         """Find out at the start whether a checkpoint can be saved, and take the memory for it."""
         if self.store is None or self.saver is None:

@@ -17,10 +17,11 @@ import torch
 
 from megatron_lite.config.errors import DistributedError, MegatronLiteError
 from megatron_lite.config.exit import BUG, fatal_line
+from megatron_lite.config.streams import settle_output
 from megatron_lite.parallel.liveness import Alone, Presence
 from megatron_lite.storage.disk import Disk, write_atomically
 from megatron_lite.train.restart import Refused
-from megatron_lite.train.stop import Stopped
+from megatron_lite.train.stop import Stopped, stop_signals
 
 SIGNS = (
     "Connection closed by peer", "Connection reset", "Broken pipe", "Timed out", "timed out",
@@ -29,9 +30,14 @@ SIGNS = (
 """Parts of the texts by which gloo and NCCL say that a collective failed."""
 
 
-def stop_at_once(number: int, frame: FrameType | None) -> None:
-    """Signal handler of the start: end with a FATAL line, not silently."""
-    raise Stopped(number)
+def stop_at_once() -> None:
+    """Until the loop listens, a signal that asks for a stop ends the start: with a FATAL line, not silently."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise Stopped(number)
+
+    for number in stop_signals():
+        signal.signal(number, stop)
 
 
 class Failures:
@@ -64,7 +70,7 @@ class Failures:
         if not self._once.acquire(blocking=False):
             return  # the main thread has found the words
         _, code = self._say(DistributedError(verdict))
-        _flush()
+        settle_output()
         os._exit(code)
 
     def _in_our_words(self, error: BaseException) -> BaseException:
@@ -119,13 +125,8 @@ def failed_collective(error: RuntimeError) -> bool:
 
 def end_process(code: int) -> None:
     """Leave without destructors: those of a process group wait for ranks that are gone."""
-    _flush()
+    settle_output()
     os._exit(code)
-
-
-def _flush() -> None:
-    for stream in (sys.stdout, sys.stderr):
-        stream.flush()
 
 
 def _first_line(error: BaseException) -> str:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 
+from megatron_lite.config.errors import StorageError
+from megatron_lite.config.streams import outlets
 from megatron_lite.parallel.context import ParallelContext
+from megatron_lite.storage.disk import Disk, write_atomically
 from megatron_lite.telemetry.console import format_record
 from megatron_lite.telemetry.record import Record
 from megatron_lite.telemetry.writers import Writers
@@ -47,3 +52,26 @@ class Log:
     def close(self) -> None:
         """Flush and close every writer."""
         self.writers.close()
+
+
+@dataclass(slots=True)
+class LastResort:
+    """Warnings that neither stdout nor stderr takes: errors/output-rank<r>.txt in the run folder."""
+
+    path: Path
+    lines: list[str] = field(default_factory=list)
+
+    @classmethod
+    def install(cls, folder: Path, rank: int) -> None:
+        """From now on for this process's streams."""
+        resort = cls(folder / "errors" / f"output-rank{rank}.txt")
+        for outlet in outlets():
+            outlet.confide(resort.keep)
+
+    def keep(self, line: str) -> None:
+        """Write the line; if that fails too, there is nobody left to tell."""
+        self.lines.append(line)
+        disk = Disk()
+        with contextlib.suppress(StorageError):
+            disk.make_folder(self.path.parent)
+            write_atomically(self.path, "".join(f"{one}\n" for one in self.lines).encode(), disk)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -48,10 +49,16 @@ class Profiler:
     def close(self) -> None:
         """Write what was profiled; also where the run ends before --profile-step-end."""
         if self._profile is not None:
-            self._profile.stop()
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._profile.export_chrome_trace(str(self.folder / f"trace-rank{self.rank}.json"))
-            self._profile = None
+            profile, self._profile = self._profile, None
+            profile.stop()
+            path = self.folder / f"trace-rank{self.rank}.json"
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                profile.export_chrome_trace(str(path))
+            except (OSError, RuntimeError) as error:  # RuntimeError: torch's own writer of files
+                print(
+                    f"WARNING: the trace {path} is lost, training goes on: {error}", file=sys.stderr
+                )
         if self._marking:
             torch.cuda.synchronize()
             torch.cuda.profiler.stop()

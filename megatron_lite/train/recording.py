@@ -35,6 +35,7 @@ from megatron_lite.blueprint.timeline import (
     chrome_trace,
     hidden,
 )
+from megatron_lite.config.errors import StorageError
 from megatron_lite.config.telemetry import TelemetryConfig
 from megatron_lite.parallel.collectives import barrier, gather_text
 from megatron_lite.parallel.context import ParallelContext
@@ -191,8 +192,11 @@ class StepRecording:
         )
         merged = merge([Part.from_text(text) for text in texts], f"{self.title}, {steps}")
         disk, path = Disk(), self.folder / FILE
-        disk.make_folder(self.folder)
-        write_atomically(path, chrome_trace([merged]).encode(), disk)
+        try:
+            disk.make_folder(self.folder)
+            write_atomically(path, chrome_trace([merged]).encode(), disk)
+        except StorageError as error:  # the steps it shows are done
+            return (f" > timeline of {merged.title}; WARNING: it is lost: {error}",)
         return (f" > timeline of {merged.title}; written to {path}",)
 
 

@@ -58,7 +58,7 @@ from megatron_lite.train.device import be_deterministic, cpu_notices, device_pea
 from megatron_lite.train.failures import Failures, stacks_on_signal
 from megatron_lite.train.faults import Fault, NoFaults, read_fault
 from megatron_lite.train.feed import permutation
-from megatron_lite.train.log import Log
+from megatron_lite.train.log import LastResort, Log
 from megatron_lite.train.loop import Loaders, Session
 from megatron_lite.train.origin import check_data
 from megatron_lite.train.profile import Profiler
@@ -186,7 +186,10 @@ def _carry_out(session: Session) -> int:
         session.log.say(f" > state hash at iteration {session.progress.step}: {value}")
     code = session.train.exit_code_on_preemption if reason in PREEMPTIONS else 0
     if session.run.ctx.rank == 0:
-        write_ended(session.folder, Ended(code, reason, session.progress.step), Disk())
+        try:
+            write_ended(session.folder, Ended(code, reason, session.progress.step), Disk())
+        except StorageError as error:  # a note about the run, whose work is done
+            session.log.warn(f"how the run ended is not noted: {error}")
     session.log.say(f"exiting program at iteration {session.progress.step} datetime: {_now()}")
     return code
 
@@ -245,12 +248,14 @@ def open_session(
     log.say_of_shard(_shard_size(run))
     faults.attach(run)
     folder = _run_folder(config, ctx)
-    save = config.checkpoint.save
-    store = Store(Path(save), ctx, at=faults.at) if save else None
+    saves = config.checkpoint.save is not None and config.checkpoint.save_checkpoints
+    store = Store(folder, ctx, at=faults.at) if saves else None
     checkpoints = Checkpoints.over(run, config.checkpoint, log, failures.presence, store)
     if not config.train.skip_train:
+        log.say(checkpoints.describe())
         checkpoints.prepare()
     failures.folder = folder
+    LastResort.install(folder, ctx.rank)
     final_batch = blueprint.batch_schedule.final_batch_size
     train_iters = blueprint.train_iters
     assert train_iters is not None, "rules.check wants --train-iters or --train-samples"
@@ -276,7 +281,7 @@ def open_session(
     checkpoints.origin = Origin(tokenizer=tokenizer, data=identity, tokenizer_files=tokens.files)
     checkpoints.plain_config = plain(config) | {"schedules": resumed.schedules.to_json()}
     checkpoints.saved_at = run.progress.step
-    log.writers = _writers(config.telemetry, folder, resumed.iteration or 0, ctx)
+    log.writers = _writers(config.telemetry, folder, resumed.iteration or 0, log)
     log.say(f"done with setup ... datetime: {_now()}")
     log.print(format_times(timers.gather(ctx), option=config.telemetry.timing_log_option))
     faults.at("start")
@@ -361,7 +366,7 @@ def _run_folder(config: RunConfig, ctx: ParallelContext) -> Path:
 def _what_is_replaced(config: RunConfig, ctx: ParallelContext) -> list[str]:
     """A loud line where --save holds another run's checkpoints, which this one does not go on from."""
     asked = config.checkpoint
-    if not asked.save or config.train.skip_train:
+    if not asked.save or not asked.save_checkpoints or config.train.skip_train:
         return []
     goes_on = asked.load is not None and Path(asked.load).resolve() == Path(asked.save).resolve()
     found = [] if goes_on and not asked.finetune else Store(Path(asked.save), ctx).iterations()
@@ -383,15 +388,10 @@ def _begin_folder(folder: Path, config: RunConfig, tokens: Tokens) -> None:
     write_atomically(folder / "config.yaml", dump(config).encode(), disk)
 
 
-def _writers(
-    telemetry: TelemetryConfig, folder: Path, resumed_iteration: int, ctx: ParallelContext
-) -> Writers:
+def _writers(telemetry: TelemetryConfig, folder: Path, resumed_iteration: int, log: Log) -> Writers:
     """Rank 0 writes; it may be without a writer's package, and then all ranks stop."""
-    if ctx.rank != 0:
-        return Writers([])
-    return open_writers(
-        telemetry, run_folder=folder, resumed_iteration=resumed_iteration, disk=Disk()
-    )
+    enabled = log.ctx.rank == 0
+    return open_writers(telemetry, folder, resumed_iteration, warn=log.warn, enabled=enabled)
 
 
 def _open_datasets(

@@ -16,6 +16,14 @@ PREEMPTIONS: tuple[Reason, ...] = ("signal", "kill-switch")
 """Stops nobody asked for on the command line: there is no time for an evaluation, and code 75."""
 
 
+def stop_signals() -> tuple[signal.Signals, ...]:
+    """What asks a run to stop; not SIGHUP where nohup has it ignored: that run outlives its terminal."""
+    asked = [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGQUIT, signal.SIGXCPU]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        asked.append(signal.SIGHUP)
+    return tuple(asked)
+
+
 class StopVote(NamedTuple):
     """Why one rank asks for a stop; added up over the world, so that all ranks stop for one reason.
 
@@ -57,10 +65,10 @@ class StopRequests:
     _looked: float = float("-inf")
 
     def listen(self) -> None:
-        """Catch SIGTERM, SIGUSR1 and Ctrl-C instead of dying of them."""
+        """Note the signals that ask for a stop instead of dying of them."""
         if not self.train.exit_signal_handler:
             return
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        for number in stop_signals():
             signal.signal(number, self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:

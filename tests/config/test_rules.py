@@ -208,7 +208,11 @@ BAD = [
     ("--all-ranks", 1, "--all-ranks says which ranks --rehearse takes; give both or neither"),
     ("--data-path a", 1, "got --data-path and --mock-data"),
     ("--split x", 1, "--split 'x'"),
-    ("--save c", 1, "--save c needs --save-interval"),
+    (
+        "--save c --no-save-checkpoints --keep-last 2",
+        1,
+        "--keep-last needs checkpoints: leave out --no-save",
+    ),
     ("--finetune", 1, "--finetune needs --load"),
     ("--ckpt-step 3", 1, "--ckpt-step needs --load"),
     ("--wandb-project p", 1, "--wandb-project p needs --wandb-exp-name"),

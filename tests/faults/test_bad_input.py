@@ -18,7 +18,7 @@ import pytest
 from megatron_lite.config.exit import run_tool
 from megatron_lite.data.indexed_builder import IndexedDatasetBuilder
 from tests.support.launch import LAUNCHER_NAMES, TINY, with_flags
-from tests.train.runs import tool
+from tests.train.runs import HANDLED, tool
 from tools import preprocess_data
 
 NULL = ["--tokenizer-type", "NullTokenizer", "--vocab-size", "60"]
@@ -167,9 +167,7 @@ TRAINING: dict[str, Row] = {
     ),
     "unknown flag": Row(flags("--gloal-batch-size", "4"), 2, ["--global-batch-size"]),
     "learning rate": Row(flags("--lr", "-1"), 2, ["--lr"]),
-    "no save interval": Row(
-        lambda folder: ["--save", str(folder / "run")], 2, ["--save", "--save-interval"]
-    ),
+    "no place for checkpoints": Row(flags("--keep-last", "2"), 2, ["--keep-last needs --save"]),
     "no checkpoint to load": Row(
         lambda folder: ["--load", str(folder), "--exit-on-missing-checkpoint"], 4,
         ["--load {folder}", "leave the flag out"],
@@ -187,7 +185,7 @@ def clean(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
         monkeypatch.delenv(name, raising=False)
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    handlers = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+    handlers = {n: signal.getsignal(n) for n in HANDLED}
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)
@@ -275,3 +273,34 @@ def test_preparing_data(name, tmp_path, monkeypatch, capsys):
     require(row, folder, code, capsys.readouterr().err)
     after = {path.name: path.is_file() and path.read_bytes() for path in folder.iterdir()}
     assert after == before
+
+
+PACKAGES = {
+    "zstandard": (["--input", "{folder}/in.zst", *NULL], "megatron_lite[zstd]"),
+    "pyarrow": (["--input", "{folder}/in.parquet", *NULL], "megatron_lite[parquet]"),
+    "sentencepiece": (
+        ["--input", "{folder}/in.json", "--tokenizer-type", "SentencePieceTokenizer",
+         "--tokenizer-model", "{folder}/in.json"], "megatron_lite[sentencepiece]",
+    ),
+    "ray": (
+        ["--input", "{folder}/in.json", "--engine", "ray", "--shards", "2", *NULL],
+        "megatron_lite[ray]",
+    ),
+}  # fmt: skip
+"""package -> (words that need it, the extra that brings it)"""
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_a_missing_package_is_named_with_its_extra(package, tmp_path, monkeypatch, capsys):
+    words, extra = PACKAGES[package]
+    lines({"text": "1 2"})(tmp_path)
+    content = (tmp_path / "in.json").read_bytes()
+    (tmp_path / "in.zst").write_bytes(b"\x28\xb5\x2f\xfd" + content)
+    (tmp_path / "in.parquet").write_bytes(b"PAR1" + content + b"PAR1")
+    given = [word.replace("{folder}", str(tmp_path)) for word in words]
+    out = ["--output-prefix", str(tmp_path / "out"), "--workers", "1"]
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.setattr(sys, "argv", ["preprocess_data.py", *given, *out])
+    code = run_tool(preprocess_data.main)
+    require(Row(flags(), 2, [package, extra]), tmp_path, code, capsys.readouterr().err)
+    assert not list(tmp_path.glob("out*"))

@@ -107,7 +107,7 @@ class Running:
     def text(self, rank: int, stream: str = "out") -> str:
         """What the rank has written so far; stream is out or err."""
         path = Path(self.folder.name) / f"{rank}.{stream}"
-        return path.read_text(errors="replace") if path.exists() else ""
+        return path.read_text(errors="replace") if path.is_file() else ""
 
     def wait_for(self, rank: int, text: str, *, stream: str = "out", deadline: float = 30) -> None:
         """Return when the rank has written the text."""
@@ -203,12 +203,17 @@ def start(
     env: dict[str, str | None] | Callable[[int], dict[str, str | None]] | None = None,
     fault: str | None = None,
     only: Sequence[int] | None = None,
+    outputs: dict[str, str] | None = None,
 ) -> Running:
     """Start the ranks; argv and env may be functions of the rank, a None in env unsets the name.
 
-    fault: MLITE_FAULT of all.  only: start just these ranks of the world.
+    fault: MLITE_FAULT of all.  only: start just these ranks of the world.  outputs: the file that
+    out or err goes to, such as /dev/full.
     """
     folder = tempfile.TemporaryDirectory(prefix="launch-")
+    for stream, path in (outputs or {}).items():
+        for rank in range(ranks):
+            (Path(folder.name) / f"{rank}.{stream}").symlink_to(path)
     port = free_port()
     processes = {}
     for rank in range(ranks) if only is None else only:

@@ -26,12 +26,22 @@ from tests.telemetry.test_record import EVALUATION, SAVE, TIMING
 DISK = Disk()
 
 
+def opened(writer):
+    """The writer, open."""
+    writer.open()
+    return writer
+
+
+def no_warning(line: str) -> None:
+    raise AssertionError(line)
+
+
 def step(iteration: int, **changes: object):
     return replace(STEP, iteration=iteration, samples=iteration * 16, **changes)
 
 
 def test_every_record_is_in_the_file_when_write_returns(tmp_path: Path):
-    writer = JsonLines(tmp_path / "run" / "metrics.jsonl", resumed_iteration=0, disk=DISK)
+    writer = opened(JsonLines(tmp_path / "run" / "metrics.jsonl", resumed_iteration=0, disk=DISK))
     for count, record in enumerate([step(1), EVALUATION, SAVE, TIMING], start=1):
         writer.write(record)
         assert len(read_metrics(tmp_path / "run" / "metrics.jsonl")) == count
@@ -40,13 +50,13 @@ def test_every_record_is_in_the_file_when_write_returns(tmp_path: Path):
 
 def test_resuming_drops_the_steps_that_are_made_again(tmp_path: Path):
     file = tmp_path / "metrics.jsonl"
-    first = JsonLines(file, resumed_iteration=0, disk=DISK)
+    first = opened(JsonLines(file, resumed_iteration=0, disk=DISK))
     for iteration in range(1, 8):
         first.write(step(iteration))
     first.close()
     with file.open("a") as torn:
         torn.write('{"kind": "train", "iterat')
-    second = JsonLines(file, resumed_iteration=4, disk=DISK)
+    second = opened(JsonLines(file, resumed_iteration=4, disk=DISK))
     second.write(step(5, loss=1.0))
     second.close()
     assert read_metrics(file) == [step(1), step(2), step(3), step(4), step(5, loss=1.0)]
@@ -56,23 +66,23 @@ def test_resuming_drops_the_steps_that_are_made_again(tmp_path: Path):
 def test_resuming_survives_what_a_power_failure_left(tmp_path: Path):
     file = tmp_path / "metrics.jsonl"
     file.write_bytes(to_json(step(1)).encode() + b"\n" + b"\0" * 50 + b"\n[]\n\xff\n")
-    JsonLines(file, resumed_iteration=9, disk=DISK).close()
+    opened(JsonLines(file, resumed_iteration=9, disk=DISK)).close()
     assert read_metrics(file) == [step(1)]
 
 
 def test_a_fresh_run_begins_an_empty_file(tmp_path: Path):
     file = tmp_path / "metrics.jsonl"
     file.write_text(to_json(step(1)) + "\n")
-    JsonLines(file, resumed_iteration=0, disk=DISK).close()
+    opened(JsonLines(file, resumed_iteration=0, disk=DISK)).close()
     assert read_metrics(file) == []
 
 
 def test_a_folder_that_cannot_be_is_a_storage_error(tmp_path: Path):
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match="file"):
-        JsonLines(tmp_path / "file" / "metrics.jsonl", resumed_iteration=0, disk=DISK)
+        opened(JsonLines(tmp_path / "file" / "metrics.jsonl", resumed_iteration=0, disk=DISK))
     with pytest.raises(StorageError, match="file"):
-        TensorBoard(tmp_path / "file" / "tb", config=TelemetryConfig(), disk=DISK)
+        opened(TensorBoard(tmp_path / "file" / "tb", config=TelemetryConfig(), disk=DISK))
 
 
 def read_events(folder: Path) -> dict[str, list[tuple[int, float]]]:
@@ -87,7 +97,7 @@ def read_events(folder: Path) -> dict[str, list[tuple[int, float]]]:
 
 
 def test_tensorboard_reads_what_we_wrote(tmp_path: Path):
-    writer = TensorBoard(tmp_path, config=TelemetryConfig(), disk=DISK)
+    writer = opened(TensorBoard(tmp_path, config=TelemetryConfig(), disk=DISK))
     writer.write(step(1, loss=10.0))
     writer.write(step(300, loss=2.5))
     writer.write(EVALUATION)
@@ -105,14 +115,16 @@ def test_tensorboard_reads_what_we_wrote(tmp_path: Path):
 
 
 def test_nan_reaches_tensorboard(tmp_path: Path):
-    writer = TensorBoard(tmp_path, config=TelemetryConfig(), disk=DISK)
+    writer = opened(TensorBoard(tmp_path, config=TelemetryConfig(), disk=DISK))
     writer.write(step(1, loss=math.nan))
     writer.close()
     assert math.isnan(read_events(tmp_path)["lm loss"][0][1])
 
 
 def test_tensorboard_interval(tmp_path: Path):
-    writer = TensorBoard(tmp_path, config=TelemetryConfig(tensorboard_log_interval=2), disk=DISK)
+    writer = opened(
+        TensorBoard(tmp_path, config=TelemetryConfig(tensorboard_log_interval=2), disk=DISK)
+    )
     for iteration in range(1, 5):
         writer.write(step(iteration))
     writer.close()
@@ -129,7 +141,7 @@ def test_tensorboard_interval(tmp_path: Path):
 def test_a_missing_package_names_flag_and_extra(tmp_path, monkeypatch, module, config, words):
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(ConfigError, match=words + "pip install 'megatron_lite"):
-        open_writers(config, tmp_path, 0)
+        open_writers(config, tmp_path, 0, warn=no_warning)
 
 
 def test_switches_choose_the_scalars():
@@ -183,7 +195,7 @@ def test_wandb_gets_the_same_scalars(tmp_path: Path, monkeypatch: pytest.MonkeyP
     module.init = init  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "wandb", module)
     config = TelemetryConfig(wandb_project="p", wandb_exp_name="e")
-    writers = open_writers(config, tmp_path, 0)
+    writers = open_writers(config, tmp_path, 0, warn=no_warning)
     writers.write(step(3))
     writers.write(SAVE)
     writers.close()
@@ -196,13 +208,13 @@ def test_wandb_gets_the_same_scalars(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_configuration_chooses_the_writers(tmp_path: Path):
     config = TelemetryConfig(tensorboard_dir=str(tmp_path / "tb"))
-    silent = open_writers(config, tmp_path, 0, enabled=False)
+    silent = open_writers(config, tmp_path, 0, enabled=False, warn=no_warning)
     silent.write(step(1))
     silent.close()
     assert list(tmp_path.iterdir()) == []
-    plain = open_writers(TelemetryConfig(), tmp_path, 0)
-    assert [type(writer) for writer in plain.writers] == [JsonLines]
-    both = open_writers(config, tmp_path, 0)
-    assert [type(writer) for writer in both.writers] == [JsonLines, TensorBoard]
+    plain = open_writers(TelemetryConfig(), tmp_path, 0, warn=no_warning)
+    assert [type(log.writer) for log in plain.writers] == [JsonLines]
+    both = open_writers(config, tmp_path, 0, warn=no_warning)
+    assert [type(log.writer) for log in both.writers] == [JsonLines, TensorBoard]
     plain.close()
     both.close()

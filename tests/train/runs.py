@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_lite.telemetry.record import EvaluationRecord, Record, StepRecord, read_metrics
+from megatron_lite.train.stop import stop_signals
 from tests.support.launch import TOOL, launch
 
 TINY = [
@@ -26,7 +27,7 @@ TINY = [
 ]  # fmt: skip
 """Four steps of four samples; what a test gives stands in the place of what stands here."""
 
-HANDLED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+HANDLED = stop_signals()
 
 
 @dataclass(frozen=True)

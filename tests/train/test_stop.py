@@ -17,7 +17,7 @@ from megatron_lite.config.train import TrainConfig
 from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.telemetry.record import SaveRecord
 from megatron_lite.train.step import train_step
-from megatron_lite.train.stop import NO_VOTE, Stopped, StopRequests, StopVote
+from megatron_lite.train.stop import NO_VOTE, Stopped, StopRequests, StopVote, stop_signals
 from tests.support.launch import TINY, start, with_flags
 from tests.train.runs import alone, argv, records, steps
 
@@ -47,12 +47,20 @@ def test_a_signal_to_one_rank_stops_all_with_a_checkpoint(
     assert f"loaded checkpoint from {folder} at iteration {stopped_at}" in again.out
 
 
+@pytest.mark.parametrize(
+    "number",
+    [
+        signal.SIGUSR1,
+        *(pytest.param(n, marks=pytest.mark.ci) for n in (signal.SIGHUP, signal.SIGQUIT)),
+        signal.SIGXCPU,
+    ],
+)
 def test_a_signal_in_one_process_is_the_same(
-    data: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch
+    number: signal.Signals, data: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def step_and_signal(run, batches, **settings):
         if run.progress.step == 1:
-            os.kill(os.getpid(), signal.SIGUSR1)
+            os.kill(os.getpid(), number)
         return train_step(run, batches, **settings)
 
     monkeypatch.setattr("megatron_lite.train.loop.train_step", step_and_signal)
@@ -61,6 +69,15 @@ def test_a_signal_in_one_process_is_the_same(
     assert done.rc == PREEMPTED
     assert pointer(folder) in (2, 3)  # asked during step 2: known before or after its vote
     assert "validation loss" not in done.out, "a preempted run has no time for an evaluation"
+
+
+def test_a_hang_up_that_nohup_ignores_stays_ignored() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert signal.SIGHUP not in stop_signals() and signal.SIGTERM in stop_signals()
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert signal.SIGHUP in stop_signals()
 
 
 def test_a_signal_during_a_save_lets_it_finish_once(data: list[str], folder: Path) -> None:
