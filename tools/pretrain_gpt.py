@@ -65,7 +65,7 @@ def main(argv: Sequence[str]) -> int:
 
     stop_at_once()
     launch = read_launch()
-    save = parsed.config.checkpoint.save
+    save = parsed.config.checkpoint.save if not parsed.config.train.skip_train else None
     failures = Failures(launch.rank, folder=Path(save) if save else None, debug="--debug" in argv)
     try:
         return _train(parsed, launch, failures)

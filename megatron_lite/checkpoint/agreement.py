@@ -13,6 +13,7 @@ import torch.distributed as dist
 from megatron_lite.config.errors import StorageError
 from megatron_lite.parallel.collectives import MAX, SUM, all_reduce
 from megatron_lite.parallel.context import Axis, ParallelContext
+from megatron_lite.storage.lock import FolderTaken
 
 _WORDS = 1024  # bytes of what one rank tells the others
 _PATIENCE = timedelta(days=7)  # a slow disk is no lost rank: those are the business of the watch
@@ -50,8 +51,12 @@ class Agreement:
 
     def any(self, own: bool) -> bool:
         """Whether it is so on any rank."""
-        flag = torch.tensor([own], dtype=torch.int32, device=self.device)
-        return bool(all_reduce(flag, self.world, MAX).item())  # waits for the device
+        return bool(self.most(int(own)))
+
+    def most(self, own: int) -> int:
+        """The largest over all ranks."""
+        value = torch.tensor([own], dtype=torch.int32, device=self.device)
+        return int(all_reduce(value, self.world, MAX).item())  # waits for the device
 
     def told(self, own: str | None) -> str | None:
         """The words of the first rank that has any, on all ranks; None where none has."""
@@ -69,6 +74,8 @@ class Agreement:
     def together(self, what: str, undo: Callable[[], None] | None = None) -> Iterator[None]:
         """Run a part; where it failed on any rank, all ranks raise, the others StorageError.
 
+        Where another run has taken the folder all ranks raise FolderTaken.
+
         what: completes "another rank could not ..."; undo: called on every rank after a failure.
         """
         failure: Exception | None = None
@@ -76,11 +83,13 @@ class Agreement:
             yield
         except Exception as error:  # whatever it is: the others must not wait for this rank
             failure = error
-        if not self.any(failure is not None):
+        worst = self.most(2 if isinstance(failure, FolderTaken) else int(failure is not None))
+        if not worst:
             return
         if undo is not None:
             with contextlib.suppress(StorageError):
                 undo()
-        raise failure or StorageError(
+        kind = FolderTaken if worst == 2 else StorageError
+        raise failure or kind(
             f"another rank could not {what}: see its FATAL line; the older checkpoints are untouched"
         )

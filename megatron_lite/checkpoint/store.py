@@ -95,11 +95,16 @@ def _go_on(point: str) -> None:
     """What happens at the named points of a save, unless a test wants something to."""
 
 
+def _nobody_else() -> None:
+    """Nobody else writes into the folder."""
+
+
 @dataclass(slots=True)
 class Store:
     """The checkpoints of one folder.  Collective: every rank of ctx.world makes the same calls.
 
     at: called with save.begin, save.after_share, save.before_complete and save.end.
+    still_ours: raises StorageError where the folder is not; rank 0 asks before anything appears.
     thread: how the ranks agree where not the main thread but one beside the step makes the calls.
     """
 
@@ -108,6 +113,7 @@ class Store:
     disk: Disk = field(default_factory=Disk)
     at: Callable[[str], None] = _go_on
     thread: Agreement | None = None
+    still_ours: Callable[[], None] = _nobody_else
 
     @property
     def ranks(self) -> Agreement:
@@ -126,6 +132,7 @@ class Store:
         with self.ranks.together(writing, self._remove_probe):
             if self.ctx.rank == 0:
                 self.disk.make_folder(self.root)
+                self.still_ours()
                 self._finish_replacement()
                 for stale in self.root.glob(".*.partial"):
                     self.disk.remove_tree(stale)
@@ -190,6 +197,7 @@ class Store:
         with self.ranks.together(writing, undo):
             self.at("save.begin")
             if self.ctx.rank == 0:
+                self.still_ours()
                 self.disk.remove_tree(partial)
                 self._require_space(total)
                 self.disk.make_folder(partial)
@@ -269,6 +277,7 @@ class Store:
         write_bytes(partial / NAME, manifest.to_bytes(), self.disk)
         for folder in {(partial / name).parent for name in (*files, NAME)}:
             self.disk.sync_folder(folder)
+        self.still_ours()
         if os.path.lexists(final):  # the same iteration once more: the new one takes its place
             replaced = self.root / f".{final.name}.replaced.partial"
             self.disk.remove_tree(replaced)

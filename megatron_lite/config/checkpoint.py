@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
+
+ONE_START = {"one_start": True}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -12,6 +14,9 @@ class CheckpointConfig:
 
     save: str | None = None
     """Folder of the run: checkpoints, resolved config, metrics, errors, index cache."""
+
+    overwrite_run: bool = field(default=False, metadata=ONE_START)
+    """Remove the run whose checkpoints lie in --save; without it such a start is refused."""
 
     load: str | None = None
     """Folder to resume from; nothing there is a fresh start with a loud line."""
@@ -22,16 +27,16 @@ class CheckpointConfig:
     save_checkpoints: bool = True
     """Write checkpoints to --save; without them a run that is only measured leaves its metrics there."""
 
-    ckpt_step: int | None = None
+    ckpt_step: int | None = field(default=None, metadata=ONE_START)
     """Load this iteration instead of the newest."""
 
-    finetune: bool = False
+    finetune: bool = field(default=False, metadata=ONE_START)
     """Load the weights only: iteration, samples, optimizer and learning rate start anew."""
 
-    load_optim: bool = True
+    load_optim: bool = field(default=True, metadata=ONE_START)
     """Load the optimizer's state."""
 
-    load_rng: bool = True
+    load_rng: bool = field(default=True, metadata=ONE_START)
     """Kept for Megatron's --no-load-rng; our randomness is counters and needs no state."""
 
     save_optim: bool = True
@@ -43,10 +48,10 @@ class CheckpointConfig:
     exit_on_missing_checkpoint: bool = False
     """Exit with code 4 where --load holds no checkpoint."""
 
-    allow_data_change: bool = False
+    allow_data_change: bool = field(default=False, metadata=ONE_START)
     """Resume although the data or the tokenizer are not those the checkpoint was trained with."""
 
-    allow_model_change: str | None = None
+    allow_model_change: str | None = field(default=None, metadata=ONE_START)
     """Fields of the model that may differ from the checkpoint's, e.g. rotary_base,seq_length."""
 
     keep_last: int | None = None

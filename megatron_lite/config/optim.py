@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 
@@ -81,8 +81,8 @@ class LearningRateConfig:
     lr_wsd_decay_samples: int | None = None
     """Samples of WSD's final decay."""
 
-    override_opt_param_scheduler: bool = False
+    override_opt_param_scheduler: bool = field(default=False, metadata={"one_start": True})
     """On resume, take the learning-rate flags of this command line without asking."""
 
-    use_checkpoint_opt_param_scheduler: bool = False
+    use_checkpoint_opt_param_scheduler: bool = field(default=False, metadata={"one_start": True})
     """On resume, take the learning-rate settings of the checkpoint."""

@@ -35,6 +35,8 @@ class Setting:
     default: object
     case_insensitive: bool
     required: bool
+    one_start: bool
+    """Asked of one start, not of the run: config.yaml does not keep it."""
     on: tuple[str, ...]
     """Spellings that set it; the first is the flag."""
     off: tuple[str, ...]
@@ -123,6 +125,7 @@ def _setting(section: str, field: dataclasses.Field[object], hint: object) -> Se
         default=default,
         case_insensitive=bool(meta.get("case_insensitive", False)),
         required=bool(meta.get("required", False)),
+        one_start=bool(meta.get("one_start", False)),
         on=on,
         off=off,
     )

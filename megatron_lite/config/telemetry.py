@@ -81,7 +81,7 @@ class TelemetryConfig:
     wandb_entity: str = ""
     """Weights & Biases entity."""
 
-    profile: bool = False
+    profile: bool = field(default=False, metadata={"one_start": True})
     """Profile the steps from --profile-step-start to --profile-step-end."""
 
     profile_step_start: int = 10
@@ -93,7 +93,7 @@ class TelemetryConfig:
     profile_ranks: list[int] = field(default_factory=lambda: [0])
     """Ranks that are profiled."""
 
-    profile_timeline: bool = False
+    profile_timeline: bool = field(default=False, metadata={"one_start": True})
     """Record the same steps on every rank: actions, waits, collectives; as one timeline in the run folder."""
 
     use_pytorch_profiler: bool = True

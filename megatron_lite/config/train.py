@@ -55,7 +55,7 @@ class TrainConfig:
     exit_code_on_preemption: Literal[75, 0] = 75
     """Exit code after a signal or the kill switch: 75 asks a scheduler to start again."""
 
-    skip_train: bool = False
+    skip_train: bool = field(default=False, metadata={"one_start": True})
     """Only evaluate the loaded checkpoint."""
 
     manual_gc: bool = False
@@ -67,16 +67,16 @@ class TrainConfig:
     calculate_per_token_loss: bool = True
     """Weigh each token alike over the whole step; the negation is refused."""
 
-    dry_run: bool = False
+    dry_run: bool = field(default=False, metadata={"one_start": True})
     """Check every rule, print the plan and stop; needs no accelerator and no data."""
 
-    rehearse: bool = False
+    rehearse: bool = field(default=False, metadata={"one_start": True})
     """Run ranks of the world here, one by one, without data or accelerator, and compare what they say."""
 
-    all_ranks: bool = False
+    all_ranks: bool = field(default=False, metadata={"one_start": True})
     """Rehearse every rank, not only those that stand for all."""
 
-    world_size: int | None = None
+    world_size: int | None = field(default=None, metadata={"one_start": True})
     """Ranks to plan for with --dry-run and --rehearse; a real run counts its processes."""
 
     use_cpu: bool = False

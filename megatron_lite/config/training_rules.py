@@ -283,6 +283,7 @@ def saving(config: RunConfig, world_size: int) -> Iterator[str]:
             ("--async-save", c.async_save),
             ("--keep-last", c.keep_last is not None),
             ("--save-failure", c.save_failure != "stop"),
+            ("--overwrite-run", c.overwrite_run),
         ):
             if given:
                 yield f"{flag} needs {needed}"

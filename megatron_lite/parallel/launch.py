@@ -245,6 +245,10 @@ def from_rank_0(launch: Launch, world: World, find: Callable[[], str]) -> str:
     key = f"{world.prefix}/from-rank-0"
     if launch.rank == 0:
         world.store.set(key, find())
+    while not world.store.check(
+        [key]
+    ):  # as long as it takes: the watch ends a wait for a lost rank
+        time.sleep(0.02)
     return bytes(world.store.get(key)).decode()
 
 

@@ -102,6 +102,13 @@ class DiskFile:
             self.size += written
             view = view[written:]
 
+    def rewrite(self, data: Bytes) -> None:
+        """Put as many bytes as the file has in the place of its own; a reader sees either."""
+        view, descriptor = memoryview(data).cast("B"), self._descriptor
+        assert descriptor is not None and view.nbytes == self.size, f"{self.path}: {view.nbytes}"
+        operation = Operation("rewrite", self.path, data=view)
+        self._disk._run(operation, lambda: os.pwrite(descriptor, view, 0))
+
     def start_write_back(self) -> None:
         """Let the system begin to move to the device what it holds of this file, without waiting.
 
@@ -196,6 +203,10 @@ class Disk:
             os.rmdir(b)
         self.rename(a, b)
 
+    def link(self, a: str | os.PathLike[str], b: str | os.PathLike[str]) -> None:
+        """Give a the name b as well; a b that is there is an error."""
+        self._run(Operation("link", Path(a), target=Path(b)), lambda: os.link(a, b))
+
     def sync_folder(self, path: str | os.PathLike[str]) -> None:
         """Return only when the folder's names are on the device."""
         folder = Path(path)
@@ -217,6 +228,11 @@ class Disk:
         """Remove a file; one that is not there is fine."""
         old = Path(path)
         self._run(Operation("remove", old), lambda: old.unlink(missing_ok=True))
+
+    def remove_empty(self, path: str | os.PathLike[str]) -> None:
+        """Remove a folder that holds nothing; another is an error."""
+        folder = Path(path)
+        self._run(Operation("remove_empty", folder), folder.rmdir)
 
     def remove_tree(self, path: str | os.PathLike[str]) -> None:
         """Remove a folder with all it holds, a file, or a link itself; what is not there is fine."""

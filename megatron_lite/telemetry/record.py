@@ -133,6 +133,9 @@ class EvaluationRecord:
     final: bool = False
     """Made after the end of the training."""
 
+    alone: bool = False
+    """Made by a start that only evaluated (--skip-train): no point of a training's curve."""
+
     timestamp: float = 0.0
 
     def __post_init__(self) -> None:

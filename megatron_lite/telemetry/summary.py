@@ -48,12 +48,14 @@ def train_records(records: Sequence[Record]) -> list[StepRecord]:
     return [record for record in records if isinstance(record, StepRecord)]
 
 
-def evaluation_records(records: Sequence[Record], split: str) -> list[EvaluationRecord]:
-    """The evaluations of one split among the records."""
+def evaluation_records(
+    records: Sequence[Record], split: str, *, alone: bool = False
+) -> list[EvaluationRecord]:
+    """The evaluations of one split that the training made, or those of starts that only evaluated."""
     return [
         record
         for record in records
-        if isinstance(record, EvaluationRecord) and record.split == split
+        if isinstance(record, EvaluationRecord) and (record.split, record.alone) == (split, alone)
     ]
 
 
@@ -102,8 +104,14 @@ def measure_speed(records: Sequence[Record], *, source: str) -> Speed:
 def describe_losses(records: Sequence[Record]) -> list[str]:
     """First and last training loss, best and last validation loss, test loss with perplexity."""
     steps = train_records(records)
+    looked = [
+        f"evaluated alone at iteration {record.iteration}: {split} loss {record.loss:.4f} "
+        f"(PPL {record.perplexity:.2f})"
+        for split in ("validation", "test")
+        for record in evaluation_records(records, split, alone=True)
+    ]
     if not steps:
-        return ["no optimizer step yet"]
+        return [*looked, "no optimizer step here"] if looked else ["no optimizer step yet"]
     first, last = steps[0], steps[-1]
     lines = [
         f"iterations {first.iteration} to {last.iteration} of {last.train_iters}, "
@@ -124,7 +132,7 @@ def describe_losses(records: Sequence[Record]) -> list[str]:
     skipped = sum(step.skipped_iterations for step in steps)
     if skipped:
         lines.append(f"{skipped} steps were skipped")
-    return lines
+    return [*lines, *looked]
 
 
 def smoothed(values: Sequence[float], *, window: int) -> list[float]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import json
+import sys
 import types
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -29,6 +30,9 @@ from megatron_lite.telemetry.record import (
 )
 
 METRICS_FILE = "metrics.jsonl"
+
+EVERYTHING = sys.maxsize
+"""A resumed_iteration that keeps every line there is."""
 
 FLUSH_SECONDS = 10
 """TensorBoard sees a point at most this much later."""

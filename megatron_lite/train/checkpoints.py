@@ -6,6 +6,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
+from megatron_lite.checkpoint.agreement import Agreement
 from megatron_lite.checkpoint.saver import Background, Foreground, Saver
 from megatron_lite.checkpoint.snapshot import UNKNOWN, Origin, Snapshot
 from megatron_lite.checkpoint.store import Keep, Store
@@ -13,8 +14,10 @@ from megatron_lite.config.checkpoint import CheckpointConfig
 from megatron_lite.config.errors import StorageError
 from megatron_lite.parallel.liveness import Presence
 from megatron_lite.parallel.shard import weight_slices
+from megatron_lite.storage.lock import FolderTaken
 from megatron_lite.telemetry.record import SaveRecord
 from megatron_lite.train.assemble import Run
+from megatron_lite.train.folder import RunFolder
 from megatron_lite.train.log import Log
 
 
@@ -31,6 +34,7 @@ class Checkpoints:
     plain_config: dict[str, Any]
     store: Store | None
     saver: Saver | None
+    folder: RunFolder
     origin: Origin = UNKNOWN
     saved_at: int = field(init=False)
     _stalled_seconds: float = field(init=False, default=0.0)
@@ -40,7 +44,13 @@ class Checkpoints:
 
     @classmethod
     def over(
-        cls, run: Run, config: CheckpointConfig, log: Log, presence: Presence, store: Store | None
+        cls,
+        run: Run,
+        config: CheckpointConfig,
+        log: Log,
+        presence: Presence,
+        store: Store | None,
+        folder: RunFolder,
     ) -> Checkpoints:
         """With the saver that was asked for.  Collective over the world."""
         keep = Keep(config.keep_last, config.keep_every)
@@ -51,12 +61,13 @@ class Checkpoints:
                 if config.async_save
                 else Foreground(store, keep)
             )
-        return cls(run, config, log, {}, store, saver)
+        return cls(run, config, log, {}, store, saver, folder)
 
     @property
     def failed(self) -> bool:
-        """Whether this rank knows of a save beside the training that failed."""
-        return self.saver is not None and self.saver.failed
+        """Whether this rank knows of a save beside the training that failed, or of a lost folder."""
+        lost = self.store is not None and self.folder.lost is not None
+        return lost or (self.saver is not None and self.saver.failed)
 
     def describe(self) -> str:
         """What will be written, for the first lines of a run."""
@@ -104,6 +115,20 @@ class Checkpoints:
             self._pass_over(error, last=last)
         self.tell()
 
+    def confirm(self) -> None:
+        """Hear what befell the run folder, if anything; told once.  Collective over the world."""
+        if self.store is None:
+            return
+        lost = self.folder.lost
+        try:
+            with Agreement.of_the_step(self.run.ctx).together(f"find {self.store.root}"):
+                if lost is not None:
+                    raise lost
+        except StorageError as error:
+            if self.folder.lock is not None:
+                self.folder.lock.told = True
+            self._pass_over(error, last=False)
+
     def finish(self) -> None:
         """The last step is saved and nothing is being written any more."""
         step = self.run.progress.step
@@ -129,7 +154,7 @@ class Checkpoints:
         self.log.warn(*saved.warnings)
 
     def _pass_over(self, error: StorageError, *, last: bool) -> None:
-        if last or self.config.save_failure == "stop":
+        if last or self.config.save_failure == "stop" or isinstance(error, FolderTaken):
             raise error
         step = self.run.progress.step
         self.log.warn(f"iteration {step}: no checkpoint, training goes on: {error}")

@@ -20,7 +20,7 @@ from megatron_lite.config.exit import BUG, fatal_line
 from megatron_lite.config.streams import settle_output
 from megatron_lite.parallel.liveness import Alone, Presence
 from megatron_lite.storage.disk import Disk, write_atomically
-from megatron_lite.train.restart import Refused
+from megatron_lite.storage.lock import LOCK
 from megatron_lite.train.stop import Stopped, stop_signals
 
 SIGNS = (
@@ -43,13 +43,15 @@ def stop_at_once() -> None:
 class Failures:
     """Reports the failure that ends this process, once; the main thread or the watch over the ranks.
 
-    folder: the run folder, as soon as there is one.  torchrun hides a worker's exit code, so
-    errors/rank<r>.json there keeps it.
+    folder: the run folder, as soon as there is one; entered: whether it is this run's, so that
+    nothing is written into another's.  torchrun hides a worker's exit code, so errors/rank<r>.json
+    there keeps it.
     """
 
     def __init__(self, rank: int, *, folder: Path | None, debug: bool) -> None:
         self.rank, self.folder, self.debug = rank, folder, debug
         self.presence: Presence = Alone()
+        self.entered = False
         self._once = threading.Lock()
 
     def report(self, error: BaseException) -> int:
@@ -61,7 +63,7 @@ class Failures:
         self.presence.leave(line)
         return code
 
-    def refuse(self, refused: Refused) -> None:
+    def refuse(self, refused: MegatronLiteError) -> None:
         """Say, on one rank for all, why nothing is started; the others end with its code in silence."""
         self._say(refused)
 
@@ -83,7 +85,12 @@ class Failures:
         print(line, file=sys.stderr, flush=True)
         if self.debug or code == BUG:
             traceback.print_exception(error)
-        if self.folder is not None and self.folder.is_dir():
+        folder = self.folder
+        if (
+            folder is not None
+            and folder.is_dir()
+            and (self.entered or not (folder / LOCK).exists())
+        ):
             self._write(error, code, line)
         return line, code
 

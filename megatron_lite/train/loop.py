@@ -112,6 +112,7 @@ class Session:
             self.profiler.after(progress.step)
             if agreed.save_failed:
                 self.checkpoints.settle()
+                self.checkpoints.confirm()
             self.checkpoints.tell()
             reason = self.stop.reason(progress.step, agreed=agreed, finished=self._finished())
             self.log.say(*self.recording.after(progress.step, last=reason is not None))
@@ -275,6 +276,7 @@ class Session:
             loss=total / count if count else math.nan,
             seconds=time.perf_counter() - began,
             final=final,
+            alone=self.train.skip_train,
             timestamp=time.time(),
         )
         self.log.write(record)

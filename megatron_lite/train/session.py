@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -21,9 +20,7 @@ from megatron_lite.checkpoint.snapshot import Origin
 from megatron_lite.checkpoint.store import Store
 from megatron_lite.config.data import DataConfig
 from megatron_lite.config.errors import ConfigError, DataError, MegatronLiteError, StorageError
-from megatron_lite.config.files import dump
 from megatron_lite.config.run import RunConfig
-from megatron_lite.config.telemetry import TelemetryConfig
 from megatron_lite.data.build import Datasets, build_datasets, sample_counts
 from megatron_lite.data.check import verify_blends
 from megatron_lite.data.identity import Identity, identity_of
@@ -40,30 +37,31 @@ from megatron_lite.parallel.launch import (
     World,
     choose_device,
     compare_ranks,
-    from_rank_0,
     gather,
     set_device_environment,
     start_process_group,
     stop_process_group,
 )
 from megatron_lite.parallel.waits import measuring
-from megatron_lite.storage.disk import Disk, write_atomically
+from megatron_lite.storage.disk import Disk
 from megatron_lite.telemetry.recorder import Recorder
 from megatron_lite.telemetry.throughput import IntervalMeter
 from megatron_lite.telemetry.timers import format_times
-from megatron_lite.telemetry.writers import Writers, open_writers
+from megatron_lite.telemetry.writers import EVERYTHING, Writers, open_writers
 from megatron_lite.train.assemble import Run, assemble
 from megatron_lite.train.checkpoints import Checkpoints
 from megatron_lite.train.device import be_deterministic, cpu_notices, device_peak, peak_notices
 from megatron_lite.train.failures import Failures, stacks_on_signal
 from megatron_lite.train.faults import Fault, NoFaults, read_fault
 from megatron_lite.train.feed import permutation
+from megatron_lite.train.folder import RunFolder, begin, enter, of_the_run, remove_run
+from megatron_lite.train.folder import notices as evaluation_notices
 from megatron_lite.train.log import LastResort, Log
 from megatron_lite.train.loop import Loaders, Session
 from megatron_lite.train.origin import check_data
 from megatron_lite.train.profile import Profiler
 from megatron_lite.train.recording import StepRecording, watch_collectives
-from megatron_lite.train.restart import Ended, begin_attempt, refusal, write_ended
+from megatron_lite.train.restart import Ended, write_ended
 from megatron_lite.train.resume import resume
 from megatron_lite.train.schedules import Schedules
 from megatron_lite.train.state_hash import state_hash
@@ -110,38 +108,26 @@ def train(
     world = gather(launch, config.parallel, end=failures.lost)
     failures.presence = world.presence
     compare_ranks(launch, world, _facts(config, tokens))
-    code = _refused(config, launch, world, failures)
-    if code:
+    folder = enter(config, launch, world, failures)
+    if folder.code:
         world.presence.leave()
-        return code
-    faults.at("init")
-    start_process_group(launch, config.parallel, device, world)
-    session = open_session(config, launch, tokens, device, notices, failures, faults, world)
+        return folder.code
     try:
-        code = _carry_out(session)
+        faults.at("init")
+        start_process_group(launch, config.parallel, device, world)
+        session = open_session(
+            config, launch, tokens, device, notices, failures, faults, world, folder
+        )
+        try:
+            code = _carry_out(session)
+        finally:
+            session.loaders.close()
+            session.log.close()
     finally:
-        session.loaders.close()
-        session.log.close()
+        folder.leave()
     stop_process_group()
     world.presence.leave()
     return code
-
-
-def _refused(config: RunConfig, launch: Launch, world: World, failures: Failures) -> int:
-    """0, or the exit code of all ranks where this start makes no sense: rank 0 has said why."""
-
-    def look() -> str:
-        found = refusal(config.train, failures.folder, attempt=launch.attempt)
-        if found is not None:
-            if not found.told:
-                failures.refuse(found)
-            return str(found.exit_code)
-        if failures.folder is not None:
-            with contextlib.suppress(StorageError):  # Store.prepare finds it too, on all ranks
-                begin_attempt(failures.folder, Disk(), attempt=launch.attempt)
-        return "0"
-
-    return int(from_rank_0(launch, world, look))
 
 
 def _facts(config: RunConfig, tokens: Tokens) -> dict[str, str]:
@@ -187,6 +173,7 @@ def _carry_out(session: Session) -> int:
     code = session.train.exit_code_on_preemption if reason in PREEMPTIONS else 0
     if session.run.ctx.rank == 0:
         try:
+            session.checkpoints.folder.require()
             write_ended(session.folder, Ended(code, reason, session.progress.step), Disk())
         except StorageError as error:  # a note about the run, whose work is done
             session.log.warn(f"how the run ended is not noted: {error}")
@@ -221,6 +208,7 @@ def open_session(
     failures: Failures,
     faults: Fault | NoFaults,
     world: World,
+    folder: RunFolder,
 ) -> Session:
     """Open data, model, checkpoint and logs.  Collective over the world."""
     blueprint = draw_up(config, launch.world_size)
@@ -238,7 +226,7 @@ def open_session(
     if config.telemetry.log_straggler:
         ctx = ctx.with_waits(measuring(device))
     log = Log(ctx)
-    log.say(*notices)
+    log.say(*notices, *evaluation_notices(config, folder.path))
     timers = RunTimers(config.telemetry.timing_log_level, device, recorder)
     with timers.span("model-and-optimizer-setup"):
         run = assemble(config, blueprint, ctx, timers=timers)
@@ -247,15 +235,14 @@ def open_session(
     log.say(*_description(run, blueprint), *_tokenizer_lines(tokens))
     log.say_of_shard(_shard_size(run))
     faults.attach(run)
-    folder = _run_folder(config, ctx)
-    saves = config.checkpoint.save is not None and config.checkpoint.save_checkpoints
-    store = Store(folder, ctx, at=faults.at) if saves else None
-    checkpoints = Checkpoints.over(run, config.checkpoint, log, failures.presence, store)
+    kept = config.checkpoint
+    saves = kept.save is not None and kept.save_checkpoints and not config.train.skip_train
+    store = Store(folder.path, ctx, at=faults.at, still_ours=folder.require) if saves else None
+    checkpoints = Checkpoints.over(run, kept, log, failures.presence, store, folder)
     if not config.train.skip_train:
         log.say(checkpoints.describe())
-        checkpoints.prepare()
-    failures.folder = folder
-    LastResort.install(folder, ctx.rank)
+    checkpoints.prepare()
+    LastResort.install(folder.path, ctx.rank)
     final_batch = blueprint.batch_schedule.final_batch_size
     train_iters = blueprint.train_iters
     assert train_iters is not None, "rules.check wants --train-iters or --train-samples"
@@ -271,17 +258,21 @@ def open_session(
             "eod": tokens.eod,
         }
         resumed = resume(run, config.checkpoint, config.learning_rate, asked, tokenizer)
-    log.warn(*resumed.warnings, *_what_is_replaced(config, ctx))
+    log.warn(*resumed.warnings)
     log.say(*resumed.notices)
     with timers.span("train/valid/test-data-iterators-setup"):
-        datasets = _open_datasets(config, launch, log, tokens, folder, train_iters, final_batch)
+        datasets = _open_datasets(
+            config, launch, log, tokens, folder.path, train_iters, final_batch
+        )
     identity = _settle_data(config, datasets, resumed.manifest, log, dp_size=ctx.dp.size)
-    if ctx.rank == 0:  # not before: a start that is refused leaves the run's own description
-        _begin_folder(folder, config, tokens)
+    if ctx.rank == 0:  # not before: a start that is refused leaves the run that is there
+        log.say(*_begin_run(folder, config, tokens, run.progress.step, ctx.world_size))
     checkpoints.origin = Origin(tokenizer=tokenizer, data=identity, tokenizer_files=tokens.files)
-    checkpoints.plain_config = plain(config) | {"schedules": resumed.schedules.to_json()}
+    checkpoints.plain_config = plain(of_the_run(config)) | {
+        "schedules": resumed.schedules.to_json()
+    }
     checkpoints.saved_at = run.progress.step
-    log.writers = _writers(config.telemetry, folder, resumed.iteration or 0, log)
+    log.writers = _writers(config, folder.path, resumed.iteration or 0, log)
     log.say(f"done with setup ... datetime: {_now()}")
     log.print(format_times(timers.gather(ctx), option=config.telemetry.timing_log_option))
     faults.at("start")
@@ -302,11 +293,11 @@ def open_session(
             peak_tflops=device_peak(device),
         ),
         stop=StopRequests(config.train, looks=ctx.rank == 0),
-        profiler=Profiler(config.telemetry, ctx.rank, folder / "traces", device),
+        profiler=Profiler(config.telemetry, ctx.rank, folder.path / "traces", device),
         recording=StepRecording(
-            config.telemetry, ctx, folder / "traces", _layout(blueprint), recorder
+            config.telemetry, ctx, folder.path / "traces", _layout(blueprint), recorder
         ),
-        folder=folder,
+        folder=folder.path,
         checkpoints=checkpoints,
         presence=failures.presence,
         faults=faults,
@@ -355,42 +346,26 @@ def plain(config: RunConfig) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
-def _run_folder(config: RunConfig, ctx: ParallelContext) -> Path:
-    if config.checkpoint.save:
-        return Path(config.checkpoint.save)
-    now = torch.tensor([int(time.time()) if ctx.rank == 0 else 0], device=ctx.device)
-    seconds = int(all_reduce(now, ctx.world, MAX).item())  # one name on all ranks
-    return Path("runs") / time.strftime("%Y-%m-%d_%H-%M-%S", time.localtime(seconds))
-
-
-def _what_is_replaced(config: RunConfig, ctx: ParallelContext) -> list[str]:
-    """A loud line where --save holds another run's checkpoints, which this one does not go on from."""
-    asked = config.checkpoint
-    if not asked.save or not asked.save_checkpoints or config.train.skip_train:
-        return []
-    goes_on = asked.load is not None and Path(asked.load).resolve() == Path(asked.save).resolve()
-    found = [] if goes_on and not asked.finetune else Store(Path(asked.save), ctx).iterations()
-    if not found:
-        return []
-    return [
-        f"*** --save {asked.save} holds checkpoints of another run, the newest of iteration {found[0]}: "
-        "THIS RUN WILL REPLACE THEM - stop it and give "
-        f"--load {asked.save} (without --finetune) to go on from them, or another --save ***"
-    ]
-
-
-def _begin_folder(folder: Path, config: RunConfig, tokens: Tokens) -> None:
-    """config.yaml is what starts the same run again, so the vocabulary is the one asked for."""
+def _begin_run(
+    folder: RunFolder, config: RunConfig, tokens: Tokens, iteration: int, world_size: int
+) -> list[str]:
+    """On rank 0, last of all; config.yaml starts the same run, so its vocabulary is the one asked for."""
+    said = remove_run(folder.path, Disk()) if config.checkpoint.overwrite_run else []
     model = dataclasses.replace(config.model, vocab_size=tokens.asked or tokens.vocab_size)
     config = dataclasses.replace(config, model=model)
-    disk = Disk()
-    disk.make_folder(folder)
-    write_atomically(folder / "config.yaml", dump(config).encode(), disk)
+    begin(folder.path, config, iteration=iteration, world_size=world_size)
+    return said
 
 
-def _writers(telemetry: TelemetryConfig, folder: Path, resumed_iteration: int, log: Log) -> Writers:
-    """Rank 0 writes; it may be without a writer's package, and then all ranks stop."""
-    enabled = log.ctx.rank == 0
+def _writers(config: RunConfig, folder: Path, resumed_iteration: int, log: Log) -> Writers:
+    """Rank 0 writes; it may be without a writer's package, and then all ranks stop.
+
+    A start that only evaluates adds to no run's curves: it has its own metrics.jsonl, which grows.
+    """
+    telemetry, enabled = config.telemetry, log.ctx.rank == 0
+    if config.train.skip_train:
+        telemetry = dataclasses.replace(telemetry, tensorboard_dir=None, wandb_project="")
+        resumed_iteration = EVERYTHING
     return open_writers(telemetry, folder, resumed_iteration, warn=log.warn, enabled=enabled)
 
 

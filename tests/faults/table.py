@@ -85,6 +85,13 @@ ROWS = (
         tests=(CHECKPOINT + "saver.py::test_a_failing_writer", TRAIN + "resume.py::test_a_failing_save")),
     Row("S17", "the end with a save in flight", "waits; saved", "0",
         tests=(TRAIN + "resume.py::test_a_checkpoint_written_beside",)),
+    Row("S19", "two starts into one --save", "the second refused, named", "5",
+        tests=("tests/storage/test_lock.py", TRAIN + "folder.py::test_a_second",
+               TRAIN + "folder.py::test_two_starts_of", TRAIN + "folder.py::test_no_checkpoint")),
+    Row("S20", "--save renamed, removed, unmounted", "noticed, stops or warns", "5",
+        "since the last checkpoint", tests=(TRAIN + "folder.py::test_a_folder_lost",)),
+    Row("S21", "another run's checkpoints in --save", "refused, or removed whole", "2",
+        tests=(TRAIN + "folder.py::test_another",)),
     Row("S18", "retention and a failing save", "the last good one stays", "5",
         tests=(CHECKPOINT + "saver.py::test_no_older", CHECKPOINT + "saver.py::test_which")),
     # loading and resuming

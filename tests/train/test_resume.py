@@ -303,7 +303,8 @@ def test_a_refused_start_leaves_the_run_as_it_was(data: list[str], tmp_path: Pat
     done = alone(*words, "--load", inside)
     assert done.rc == 4 and "--ckpt-step 2" in done.err, done.err
     assert (tmp_path / "run" / "config.yaml").read_bytes() == before
-    done = alone(*words, "--load", str(tmp_path / "nowhere"), "--finetune")
+    new = ["--load", str(tmp_path / "nowhere"), "--finetune", "--overwrite-run"]
+    done = alone(*words, *new)
     assert done.rc == 4 and "--finetune" in done.err, done.err
-    done = alone(*words)
-    assert done.rc == 0 and "THIS RUN WILL REPLACE THEM" in done.err
+    assert (tmp_path / "run" / "config.yaml").read_bytes() == before
+    assert (tmp_path / "run" / "iter_0000002").is_dir()
