@@ -31,7 +31,8 @@ from megatron_lite.data.tokenizers.kept import from_kept
 from megatron_lite.inference.generate import generate
 from megatron_lite.inference.sampling import sample
 from megatron_lite.layers.setting import Setting
-from megatron_lite.models.decoder import Decoder, local_parameters
+from megatron_lite.models.decoder import Decoder
+from megatron_lite.models.parameters import local_parameters
 from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.parallel.shard import exact_slices, weight_slices
 

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from megatron_lite.blueprint.batches import BatchSchedule, batch_schedule, padded_vocab_size
+from megatron_lite.blueprint.figure.parts import Figure
+from megatron_lite.blueprint.figure.transformer import figure_of
 from megatron_lite.blueprint.flops import flops_per_token
 from megatron_lite.blueprint.grid import RankGrid
 from megatron_lite.blueprint.parameters import ParamSpec, parameter_table, rank_size, total_size
@@ -41,6 +43,7 @@ class Blueprint:
     placement: Placement
     vocab_size: int
     padded_vocab_size: int
+    figure: Figure
     batch_schedule: BatchSchedule
     train_iters: int | None
     train_samples: int | None
@@ -124,6 +127,7 @@ def draw_up(config: RunConfig, world_size: int) -> Blueprint:
         placement=placement,
         vocab_size=vocab_size,
         padded_vocab_size=padded,
+        figure=figure_of(model, padded),
         batch_schedule=batches,
         train_iters=iterations,
         train_samples=samples,

@@ -1,4 +1,4 @@
-"""FLOPs of training, counted from the matrix products.
+"""FLOPs of training, counted from the matrix products of a model's figure.
 
 Where the 6 in 6N comes from: a parameter that multiplies costs 2 FLOPs (multiply, add) per token in
 forward, and backward has two products of the same size (for the input, for the weight): 2 + 4 = 6.
@@ -13,26 +13,34 @@ from __future__ import annotations
 
 from typing import Literal
 
+from megatron_lite.blueprint.figure.parts import Core, Figure, Matrix, Parts
+from megatron_lite.blueprint.figure.transformer import figure_of
 from megatron_lite.config.model import ModelConfig
 
 Attention = Literal["full", "causal"]
 Recompute = Literal["full", "selective"]
 
 
-def layer_forward(model: ModelConfig, attention: Attention = "full") -> int:
-    """FLOPs of one block's forward per token."""
-    h = model.hidden_size
-    queries = model.num_attention_heads * model.head_size
-    keys = model.num_kv_heads * model.head_size
-    projections = 2 * h * (queries + 2 * keys) + 2 * queries * h
-    mlp = 2 * (3 if model.swiglu else 2) * h * model.ffn_size
-    return projections + core_forward(model, attention) + mlp
+def layer_forward(layer: Parts, seq_length: int, attention: Attention = "full") -> int:
+    """FLOPs of one layer's forward per token."""
+    products = sum(2 * matrix.size for matrix in layer.of(Matrix))
+    return products + core_forward(layer, seq_length, attention)
 
 
-def core_forward(model: ModelConfig, attention: Attention = "full") -> int:
+def core_forward(layer: Parts, seq_length: int, attention: Attention = "full") -> int:
     """FLOPs per token of scores and weighted values alone: 4 * s * n * d, half if causal."""
     products = 4 if attention == "full" else 2
-    return products * model.seq_length * model.num_attention_heads * model.head_size
+    return sum(products * seq_length * core.queries for core in layer.of(Core))
+
+
+def head_forward(figure: Figure) -> int:
+    """FLOPs per token of the output matrix."""
+    return 2 * figure.output.size
+
+
+def cores_forward(figure: Figure, seq_length: int, attention: Attention = "full") -> int:
+    """Those of all attention cores."""
+    return int(figure.total(lambda layer: core_forward(layer, seq_length, attention)))
 
 
 def flops_per_token(
@@ -46,14 +54,10 @@ def flops_per_token(
 
     full recompute runs every block's forward once more, selective only the core of attention.
     """
-    layer = layer_forward(model, attention)
-    head = 2 * model.hidden_size * padded_vocab_size
-    once_more = {
-        None: 0,
-        "selective": core_forward(model, attention),
-        "full": layer,
-    }[recompute]
-    return 3 * (model.num_layers * layer + head) + model.num_layers * once_more
+    figure, s = figure_of(model, padded_vocab_size), model.seq_length
+    layers = int(figure.total(lambda layer: layer_forward(layer, s, attention)))
+    again = {None: 0, "selective": cores_forward(figure, s, attention), "full": layers}
+    return 3 * (layers + head_forward(figure)) + again[recompute]
 
 
 def flops_per_step(

@@ -1,8 +1,7 @@
 """Every parameter of a model by canonical name: shape, tp split, stage, kind.
 
-The one deliberate double entry of the project: the modules in layers/ and models/ define the same
-tensors, and a test compares both.  Names know no layout: global layer numbers, q/k/v and gate/up
-apart even where they are fused in memory.
+A fold over the model's figure, as the modules of layers/ are.  Names know no layout: global layer
+numbers, q/k/v and gate/up apart even where they are fused in memory.
 """
 
 from __future__ import annotations
@@ -10,30 +9,39 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
+from megatron_lite.blueprint.figure.parts import Figure, Tensor
+from megatron_lite.blueprint.figure.transformer import figure_of
 from megatron_lite.blueprint.stages import Stage
 from megatron_lite.config.errors import ConfigError
 from megatron_lite.config.model import ModelConfig
 
-Kind = Literal["weight", "bias", "norm", "embedding"]
-"""weight and embedding get weight decay, bias and norm do not; norm weights start at one."""
-
 
 @dataclass(frozen=True, slots=True)
 class ParamSpec:
-    """One tensor of the whole model.
+    """A tensor of the whole model and the stage that holds it; shapes are global.
 
-    shape is global; tp_dim is the dim cut over tp, None where every tp rank holds all of it.
     replica: a second copy (tied embedding on the head's stage), not counted in the model's size.
     """
 
-    name: str
-    shape: tuple[int, ...]
-    tp_dim: int | None
+    tensor: Tensor
     stage: int
-    kind: Kind
     replica: bool = False
+
+    @property
+    def name(self) -> str:
+        """Canonical."""
+        return self.tensor.name
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the whole tensor."""
+        return self.tensor.shape
+
+    @property
+    def tp_dim(self) -> int | None:
+        """The dim cut over tp, None where every tp rank holds all of it."""
+        return self.tensor.tp_dim
 
     @property
     def size(self) -> int:
@@ -49,9 +57,8 @@ def parameter_table(
     model: ModelConfig, stages: Sequence[Stage], *, padded_vocab_size: int, tp: int = 1
 ) -> tuple[ParamSpec, ...]:
     """All parameters, stage by stage in the modules' order; ConfigError if tp does not divide."""
-    table = tuple(
-        spec for stage in stages for spec in _stage_parameters(model, stage, padded_vocab_size)
-    )
+    figure = figure_of(model, padded_vocab_size)
+    table = tuple(spec for stage in stages for spec in _stage_parameters(figure, stage))
     _check_divisible(model, tp, padded_vocab_size)
     return table
 
@@ -71,54 +78,24 @@ def rank_size(table: Iterable[ParamSpec], held_stages: Iterable[int], tp: int) -
     return sum(spec.local_size(tp) for spec in mine.values())
 
 
-def _stage_parameters(model: ModelConfig, stage: Stage, padded_vocab: int) -> Iterator[ParamSpec]:
-    tied = not model.untie_embeddings_and_output_weights
-    vocabulary = (padded_vocab, model.hidden_size)
+def stage_tensors(figure: Figure, stage: Stage) -> Iterator[Tensor]:
+    """The canonical tensors that a stage holds, in the modules' order."""
     if stage.has_embedding:
-        yield ParamSpec("embedding.tokens.weight", vocabulary, 0, stage.index, "embedding")
-        if model.position_embedding_type == "learned_absolute":
-            shape = (model.num_positions, model.hidden_size)
-            yield ParamSpec("embedding.positions.weight", shape, None, stage.index, "embedding")
-    elif stage.has_head and tied:
-        yield ParamSpec(
-            "embedding.tokens.weight", vocabulary, 0, stage.index, "embedding", replica=True
-        )
+        yield from figure.embedding.tensors()
+    elif stage.has_head and figure.tied:
+        yield from figure.tokens.tensors()
     for layer in stage.layers:
-        yield from _block(model, f"blocks.{layer}", stage.index)
+        for tensor in figure.layers[layer].tensors():
+            yield tensor.below(f"blocks.{layer}.")
     if stage.has_head:
-        yield from _norm(model, "final_norm", stage.index)
-        if not tied:
-            yield ParamSpec("head.weight", vocabulary, 0, stage.index, "weight")
+        yield from figure.head.tensors()
 
 
-def _block(model: ModelConfig, block: str, stage: int) -> Iterator[ParamSpec]:
-    h, f = model.hidden_size, model.ffn_size
-    queries = model.num_attention_heads * model.head_size
-    keys = model.num_kv_heads * model.head_size
-    yield from _norm(model, f"{block}.attention_norm", stage)
-    for part, rows in (("q", queries), ("k", keys), ("v", keys)):
-        yield from _linear(model, f"{block}.attention.{part}", (rows, h), 0, stage)
-    yield from _linear(model, f"{block}.attention.output", (h, queries), 1, stage)
-    yield from _norm(model, f"{block}.mlp_norm", stage)
-    if model.swiglu:
-        yield from _linear(model, f"{block}.mlp.gate", (f, h), 0, stage)
-    yield from _linear(model, f"{block}.mlp.up", (f, h), 0, stage)
-    yield from _linear(model, f"{block}.mlp.down", (h, f), 1, stage)
-
-
-def _norm(model: ModelConfig, name: str, stage: int) -> Iterator[ParamSpec]:
-    yield ParamSpec(f"{name}.weight", (model.hidden_size,), None, stage, "norm")
-    if model.normalization == "LayerNorm":
-        yield ParamSpec(f"{name}.bias", (model.hidden_size,), None, stage, "norm")
-
-
-def _linear(
-    model: ModelConfig, name: str, shape: tuple[int, int], tp_dim: int, stage: int
-) -> Iterator[ParamSpec]:
-    yield ParamSpec(f"{name}.weight", shape, tp_dim, stage, "weight")
-    if model.add_bias_linear:
-        # split outputs have split biases; a row-parallel layer adds the whole bias after its sum
-        yield ParamSpec(f"{name}.bias", shape[:1], 0 if tp_dim == 0 else None, stage, "bias")
+def _stage_parameters(figure: Figure, stage: Stage) -> Iterator[ParamSpec]:
+    lent = stage.has_head and figure.tied and not stage.has_embedding
+    table = {tensor.name for tensor in figure.tokens.tensors()} if lent else set()
+    for tensor in stage_tensors(figure, stage):
+        yield ParamSpec(tensor, stage.index, replica=tensor.name in table)
 
 
 def _check_divisible(model: ModelConfig, tp: int, padded_vocab_size: int) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from megatron_lite.blueprint.flops import core_forward, layer_forward
+from megatron_lite.blueprint.figure.parts import Parts
+from megatron_lite.blueprint.figure.transformer import figure_of
+from megatron_lite.blueprint.flops import core_forward, head_forward, layer_forward
 from megatron_lite.blueprint.schedules.actions import Action, Op
 from megatron_lite.blueprint.schedules.simulate import Cost
 from megatron_lite.blueprint.stages import Stage
@@ -18,14 +20,27 @@ def flops_cost(model: ModelConfig, stages: Sequence[Stage], padded_vocab_size: i
     (both its factors are activations); that of the weights has the projections alone
     (arXiv:2401.10241, table 1).
     """
-    layer, core = layer_forward(model, "causal"), core_forward(model, "causal")
-    head = 2 * model.hidden_size * padded_vocab_size
-    per_layer = {Op.F: layer, Op.I: layer + core, Op.W: layer - core, Op.B: 2 * layer}
-    per_head = {Op.F: head, Op.I: head, Op.W: head, Op.B: 2 * head}
+    figure = figure_of(model, padded_vocab_size)
+
+    def whole(layer: Parts) -> int:
+        return layer_forward(layer, model.seq_length, "causal")
+
+    def core(layer: Parts) -> int:
+        return core_forward(layer, model.seq_length, "causal")
+
+    def of_stage(stage: Stage) -> dict[Op, float]:
+        layers, cores = (figure.total(value, stage.layers) for value in (whole, core))
+        head = head_forward(figure) * stage.has_head
+        return {
+            Op.F: layers + head,
+            Op.I: layers + cores + head,
+            Op.W: layers - cores + head,
+            Op.B: 2 * (layers + head),
+        }
+
+    costs = [of_stage(stage) for stage in stages]
 
     def cost(action: Action) -> float:
-        stage = stages[action.stage]
-        products = len(stage.layers) * per_layer[action.op]
-        return float(max(products + stage.has_head * per_head[action.op], 1))
+        return float(max(costs[action.stage][action.op], 1))
 
     return cost

@@ -59,6 +59,9 @@ class ModelConfig:
     )
     """Norm before attention, before the MLP, and at the end."""
 
+    layernorm_bias: bool = True
+    """A bias in every LayerNorm; an RMSNorm has none."""
+
     norm_epsilon: float = field(default=1e-5, metadata={"aliases": ["--layernorm-epsilon"]})
     """Added to the variance inside a norm."""
 

@@ -94,6 +94,11 @@ class ParallelConfig:
         return self.tensor_model_parallel_size
 
     @property
+    def splits_sequence(self) -> bool:
+        """Whether activations between the linear layers are split over tp; tp 1 has nothing to split."""
+        return self.sequence_parallel and self.tp > 1
+
+    @property
     def pp(self) -> int:
         """Pipeline-parallel size."""
         return self.pipeline_model_parallel_size

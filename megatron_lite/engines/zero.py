@@ -213,7 +213,7 @@ class ZeroEngine:
         """Sum gradients over dp, over tp where each rank saw its share of the sequence, and over twins."""
         for buckets in self._buckets.values():
             buckets.finish()
-        partial = [held.gradient for held in self._held if held.local.partial]
+        partial = [held.gradient for held in self._held if held.local.summed]
         if partial:
             flat = torch.cat([gradient.reshape(-1) for gradient in partial])
             all_reduce(flat, self.ctx.tp)

@@ -7,9 +7,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from megatron_lite.blueprint.figure.parts import Core, Matrix
 from megatron_lite.kernels.attention import AttentionCall
 from megatron_lite.kernels.table import PREFERENCES, Choice, Need, choose
 from megatron_lite.layers.linear import ColumnParallelLinear, RowParallelLinear
+from megatron_lite.layers.recompute import recomputed_part
 from megatron_lite.layers.rotary import rotary_tables, rotate
 from megatron_lite.layers.setting import Positions, Setting
 from megatron_lite.parallel.random import keep_mask, key, token_numbers
@@ -42,39 +44,31 @@ class SelfAttention(nn.Module):
 
     def __init__(self, setting: Setting, layer: int) -> None:
         super().__init__()
-        model = setting.model
+        parts = setting.figure.layers[layer]
         self.setting, self.layer = setting, layer
-        self.heads = model.num_attention_heads // setting.tp.size
-        self.kv_heads = model.num_kv_heads // setting.tp.size
-        width, kv_width = (
-            model.num_attention_heads * model.head_size,
-            model.num_kv_heads * model.head_size,
-        )
-        self.qkv = ColumnParallelLinear(
-            setting, model.hidden_size, {"q": width, "k": kv_width, "v": kv_width},
-            bias=model.add_bias_linear,
-        )  # fmt: skip
-        self.output = RowParallelLinear(
-            setting, width, model.hidden_size, bias=model.add_bias_linear
-        )
+        self.core = parts.named("attention.core", Core)
+        self.heads = self.core.heads // setting.tp.size
+        self.kv_heads = self.core.kv_heads // setting.tp.size
+        self.qkv = ColumnParallelLinear(setting, parts.named("attention.qkv", Matrix))
+        self.output = RowParallelLinear(setting, parts.named("attention.output", Matrix))
 
     def forward(self, x: Tensor, at: Positions) -> Tensor:
         """x: [s/tp, b, h] with sequence parallelism, else [s, b, h] -> the same."""
-        model = self.setting.model
         fused = self.qkv(x)  # [s, b, (n + 2m)d/tp]
-        q, k, v = fused.split(list(self.qkv.parts.values()), dim=-1)
+        q, k, v = fused.split(self.qkv.rows, dim=-1)
         s, b = fused.shape[:2]
         q = q.view(s, b, self.heads, -1)
         k, v = (y.view(s, b, self.kv_heads, -1) for y in (k, v))
-        if model.position_embedding_type == "rope":
-            cos, sin = rotary_tables(model, at.encoded)
+        if self.core.rotated:
+            base = self.setting.model.rotary_base
+            cos, sin = rotary_tables(self.core.rotated, base, at.encoded)
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         q, k, v = (y.permute(1, 2, 0, 3) for y in (q, k, v))  # [b, n/tp, s, d]
         if at.cache is not None:
             k, v = at.cache.extend(self.layer, k, v)  # type: ignore[attr-defined]
         choice = choose_attention(self.setting, training=at.training, masked=at.mask is not None)
         call = self._call(at, q.shape[2], k.shape[2])
-        y = self.setting.recompute.part("core_attn", choice.run, q, k, v, call)
+        y = recomputed_part(self.setting.recompute, "core_attn", choice.run, q, k, v, call)
         return self.output(y.permute(2, 0, 1, 3).reshape(s, b, -1))
 
     def _call(self, at: Positions, queries: int, keys: int) -> AttentionCall:

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megatron_lite.blueprint.figure.parts import Table
 from megatron_lite.layers.gradients import WeightGradients
 from megatron_lite.layers.setting import Setting
 from megatron_lite.parallel.collectives import local_slice
@@ -35,11 +36,10 @@ class VocabParallelEmbedding(nn.Module):
     A rank looks up its own ids, gives zeros for the others', and the sum over tp is the embedding.
     """
 
-    def __init__(self, setting: Setting) -> None:
+    def __init__(self, setting: Setting, part: Table) -> None:
         super().__init__()
-        self.setting = setting
-        rows = setting.padded_vocab_size // setting.tp.size
-        self.weight = setting.parameter(rows, setting.model.hidden_size, tp_dim=0)
+        self.setting, self.part = setting, part
+        self.weight = setting.parameter(part.rows // setting.tp.size, part.columns)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """tokens: int64 [s, b] -> [s/tp, b, h] with sequence parallelism, else [s, b, h].
@@ -60,11 +60,10 @@ class VocabParallelEmbedding(nn.Module):
 class PositionEmbedding(nn.Module):
     """Learned absolute positions; W: [positions, h], whole on every tp rank."""
 
-    def __init__(self, setting: Setting) -> None:
+    def __init__(self, setting: Setting, part: Table) -> None:
         super().__init__()
-        self.setting = setting
-        model = setting.model
-        self.weight = setting.parameter(model.num_positions, model.hidden_size, partial=True)
+        self.setting, self.part = setting, part
+        self.weight = setting.parameter(part.rows, part.columns)
 
     def forward(self, index: Tensor) -> Tensor:
         """index: [s] or [s, b] -> [s/tp, 1 or b, h] with sequence parallelism, else [s, ...]."""

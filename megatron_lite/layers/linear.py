@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megatron_lite.blueprint.figure.parts import Matrix
 from megatron_lite.layers.gradients import Factor, Product, WeightGradients
 from megatron_lite.layers.setting import Setting
 from megatron_lite.parallel.collectives import (
@@ -90,18 +91,15 @@ class _Linear(torch.autograd.Function):
 class ColumnParallelLinear(nn.Module):
     """y = x Wᵀ + b with the outputs split over tp; W: [out/tp, in] (arXiv:1909.08053 § 3).
 
-    parts: sizes of the canonical tensors fused in it (q, k, v), each split over tp by itself.
+    rows: of each piece fused in it (q, k, v) on this rank; each is split over tp by itself.
     """
 
-    def __init__(
-        self, setting: Setting, fan_in: int, parts: dict[str, int], *, bias: bool = True
-    ) -> None:
+    def __init__(self, setting: Setting, part: Matrix) -> None:
         super().__init__()
-        self.setting = setting
-        self.parts = {name: size // setting.tp.size for name, size in parts.items()}
-        rows = sum(self.parts.values())
-        self.weight = setting.parameter(rows, fan_in, tp_dim=0)
-        self.bias = setting.parameter(rows, tp_dim=0) if bias else None
+        self.setting, self.part = setting, part
+        self.rows = [rows // setting.tp.size for _, rows in part.pieces]
+        self.weight = setting.parameter(sum(self.rows), part.columns)
+        self.bias = setting.parameter(sum(self.rows)) if part.bias else None
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [s/tp, b, in] with sequence parallelism, else [s, b, in] -> [s, b, out/tp]."""
@@ -116,11 +114,12 @@ class RowParallelLinear(nn.Module):
     slices of the sequence (arXiv:2205.05198 § 4.2.2).
     """
 
-    def __init__(self, setting: Setting, fan_in: int, fan_out: int, *, bias: bool = True) -> None:
+    def __init__(self, setting: Setting, part: Matrix) -> None:
         super().__init__()
-        self.setting = setting
-        self.weight = setting.parameter(fan_out, fan_in // setting.tp.size, tp_dim=1)
-        self.bias = setting.parameter(fan_out, partial=True) if bias else None
+        self.setting, self.part = setting, part
+        self.rows = [rows for _, rows in part.pieces]
+        self.weight = setting.parameter(part.rows, part.columns // setting.tp.size)
+        self.bias = setting.parameter(part.rows) if part.bias else None
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [s, b, in/tp] -> [s/tp, b, out] with sequence parallelism, else [s, b, out]."""

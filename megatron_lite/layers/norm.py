@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from megatron_lite.blueprint.figure import parts
 from megatron_lite.kernels.table import choose
 from megatron_lite.layers.setting import Setting
 
 
 class Norm(nn.Module):
-    """The model's norm over h; weight [h], and bias [h] for LayerNorm (arXiv:1607.06450, 1910.07467)."""
+    """LayerNorm or RMSNorm over h; weight [h], and bias [h] where it has one (arXiv:1607.06450, 1910.07467)."""
 
-    def __init__(self, setting: Setting) -> None:
+    def __init__(self, setting: Setting, part: parts.Norm) -> None:
         super().__init__()
-        model = setting.model
-        self.epsilon = model.norm_epsilon
-        self.weight = setting.parameter(model.hidden_size, partial=True)
-        layer = model.normalization == "LayerNorm"
-        self.bias = setting.parameter(model.hidden_size, partial=True) if layer else None
+        self.part, self.epsilon = part, setting.model.norm_epsilon
+        self.weight = setting.parameter(part.width)
+        self.bias = setting.parameter(part.width) if part.bias else None
+        layer = part.function == "LayerNorm"
         self.run = choose("layer_norm" if layer else "rms_norm", setting.need()).run
 
     def forward(self, x: Tensor) -> Tensor:

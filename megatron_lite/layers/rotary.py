@@ -5,14 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megatron_lite.config.model import ModelConfig
 
-
-def rotary_tables(model: ModelConfig, index: Tensor) -> tuple[Tensor, Tensor]:
+def rotary_tables(channels: int, base: float, index: Tensor) -> tuple[Tensor, Tensor]:
     """cos and sin, fp32 [s, 1 or b, 1, r/2], for positions index [s] or [s, b]; r rotated channels."""
-    channels = int(model.head_size * model.rotary_percent) // 2 * 2
     exponent = torch.arange(0, channels, 2, dtype=torch.float64, device=index.device) / channels
-    angle = index[..., None].double() * model.rotary_base**-exponent
+    angle = index[..., None].double() * base**-exponent
     if index.dim() == 1:
         angle = angle[:, None]
     return angle.cos().float()[:, :, None], angle.sin().float()[:, :, None]

@@ -7,11 +7,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from megatron_lite.blueprint.figure.parts import Figure
+from megatron_lite.blueprint.figure.transformer import figure_of
+from megatron_lite.blueprint.recompute import RecomputePlan
 from megatron_lite.config.model import ModelConfig
 from megatron_lite.config.precision import PrecisionConfig
 from megatron_lite.kernels.table import Need
 from megatron_lite.layers.gradients import WeightGradients
-from megatron_lite.layers.recompute import Recompute
 from megatron_lite.parallel.context import Axis, ParallelContext
 
 
@@ -31,13 +33,18 @@ class Setting:
     sequence_parallel: bool = False
     seed: int = 1234
     gradients: WeightGradients = field(default_factory=WeightGradients)
-    recompute: Recompute = field(default_factory=Recompute)
+    recompute: RecomputePlan = field(default_factory=RecomputePlan)
 
     @property
     def dtype(self) -> torch.dtype:
         """The parameters' and activations' number format."""
         formats = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
         return formats[self.precision.name]
+
+    @property
+    def figure(self) -> Figure:
+        """The model's parts, from which the layers are built."""
+        return figure_of(self.model, self.padded_vocab_size)
 
     def need(self) -> Need:
         """What a pointwise kernel of this stage must cope with."""
@@ -48,17 +55,9 @@ class Setting:
         """The tensor-parallel axis."""
         return self.ctx.tp
 
-    def parameter(
-        self, *shape: int, tp_dim: int | None = None, partial: bool = False
-    ) -> nn.Parameter:
-        """An unfilled parameter that knows how it is cut; models/ fills it by its canonical name.
-
-        partial: with sequence parallelism its gradient is this rank's share and is summed over tp.
-        """
-        made = nn.Parameter(torch.empty(*shape, dtype=self.dtype, device=self.ctx.device))
-        made.tp_dim = tp_dim  # type: ignore[attr-defined]
-        made.partial = partial and self.sequence_parallel and self.tp.size > 1  # type: ignore[attr-defined]
-        return made
+    def parameter(self, *shape: int) -> nn.Parameter:
+        """An unfilled parameter; models/ fills it by the canonical names of its module's part."""
+        return nn.Parameter(torch.empty(*shape, dtype=self.dtype, device=self.ctx.device))
 
 
 @dataclass(frozen=True, slots=True)

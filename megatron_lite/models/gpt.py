@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from megatron_lite.blueprint.figure import parts as figure
 from megatron_lite.layers.attention import SelfAttention
 from megatron_lite.layers.dropout import hidden_dropout
-from megatron_lite.layers.mlp import MLP, GatedMLP
+from megatron_lite.layers.mlp import MLP
 from megatron_lite.layers.norm import Norm
+from megatron_lite.layers.recompute import recomputed_part
 from megatron_lite.layers.setting import Positions, Setting
 
 
@@ -20,14 +23,15 @@ class GPTBlock(nn.Module):
     def __init__(self, setting: Setting, layer: int) -> None:
         super().__init__()
         self.setting, self.layer = setting, layer
-        self.attention_norm = Norm(setting)
+        parts = setting.figure.layers[layer]
+        self.attention_norm = Norm(setting, parts.named("attention_norm", figure.Norm))
         self.attention = SelfAttention(setting, layer)
-        self.mlp_norm = Norm(setting)
-        self.mlp = GatedMLP(setting) if setting.model.swiglu else MLP(setting)
+        self.mlp_norm = Norm(setting, parts.named("mlp_norm", figure.Norm))
+        self.mlp = MLP(setting, layer)
 
     def forward(self, x: Tensor, at: Positions) -> Tensor:
         """x: [s/tp, b, h] with sequence parallelism, else [s, b, h] -> the same."""
-        again = self.setting.recompute.part
+        again = partial(recomputed_part, self.setting.recompute)
         y = self.attention(again("layernorm", self.attention_norm, x), at)
         x = x + self._drop(y, at, "attention.output")
         y = again("mlp", self.mlp, again("layernorm", self.mlp_norm, x))

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Literal
 
 from torch import Tensor, nn
 
+from megatron_lite.blueprint.figure.parts import Tensor as Spec
 from megatron_lite.parallel.context import ParallelContext
 
 MASTER = "master."
 """Prefix of the fp32 masters among the optimizer's named slices."""
-
-Kind = Literal["weight", "bias", "norm", "embedding"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,8 +54,9 @@ class NamedSlice:
 class LocalParameter:
     """One parameter of this rank, and what the engine and the checkpoint must know of it.
 
-    tp_dim: the dim cut over tp, None where every tp rank holds the whole.
-    partial: its gradient is only this rank's share of the sequence and must be summed over tp.
+    spec: of the canonical tensor that it is, or of the first of those fused in it.
+    summed: axes over which its gradient must be summed, because each rank has only its share of
+    the sequence.
     pieces leave out the padding rows of the vocabulary.
     twin: a copy lives on another stage (tied embedding); gradients of both are summed.
     replica: the copy that norms and checkpoints do not count.
@@ -66,12 +65,16 @@ class LocalParameter:
 
     parameter: nn.Parameter
     pieces: tuple[Piece, ...]
-    kind: Kind
-    tp_dim: int | None = None
-    partial: bool = False
+    spec: Spec
+    summed: tuple[str, ...] = ()
     twin: bool = False
     replica: bool = False
     uses: int = 1
+
+    @property
+    def tp_dim(self) -> int | None:
+        """The dim cut over tp, None where every tp rank holds the whole."""
+        return self.spec.tp_dim
 
 
 def stands_for(local: LocalParameter, ctx: ParallelContext) -> bool:

@@ -7,9 +7,12 @@ without a fused kernel.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from megatron_lite.blueprint.figure.parts import Activation, Core, Matrix, Norm, Parts
+from megatron_lite.blueprint.recompute import RecomputePlan
 from megatron_lite.config.model import ModelConfig
 from megatron_lite.config.parallel import ParallelConfig
 from megatron_lite.config.precision import PrecisionConfig
@@ -88,6 +91,7 @@ def uses_flash(model: ModelConfig, precision: PrecisionConfig, *, on_gpu: bool) 
 
 
 def block_items(
+    layer: Parts,
     model: ModelConfig,
     parallel: ParallelConfig,
     precision: PrecisionConfig,
@@ -98,41 +102,54 @@ def block_items(
     """What one block keeps for a micro batch, nothing recomputed, and what its backward adds."""
     w, tp = element_bytes(precision), parallel.tp
     tokens = model.seq_length * micro_batch_size / parallel.cp
-    split = tokens / tp if parallel.sequence_parallel else tokens
-    h, f = model.hidden_size, model.ffn_size / tp
-    up = f * (2 if model.swiglu else 1)
-    queries = model.num_attention_heads * model.head_size / tp
-    keys = model.num_kv_heads * model.head_size / tp
-    fused = queries + 2 * keys
-    rms = model.normalization == "RMSNorm"
-    qkv, tables = tokens * w * fused, 0.0
-    if model.position_embedding_type == "rope":
-        # rotated q and k are tensors of their own beside the fused q|k|v that v is a view of,
-        # and every layer has tables of cosines and sines
-        tables = 4.0 * model.seq_length * int(model.head_size * model.rotary_percent)
-        qkv += tokens * w * (queries + keys)
-    core, core_gradients = _core(
-        model, parallel, precision, micro_batch_size=micro_batch_size, on_gpu=on_gpu, qkv=qkv
-    )
-    mlp = tokens * w * (up + f * (2 if model.swiglu else 1))
-    gathered = 2 * tokens * w * h + (2 * split * w * h if parallel.sequence_parallel else 0.0)
+    split = tokens / tp if parallel.splits_sequence else tokens
+    h = model.hidden_size
+    norms, cores, acts = layer.of(Norm), layer.of(Core), layer.of(Activation)
+    mlp = sum(tokens * w * act.kept / tp for act in acts)
+    qkv, tables = _qkv_bytes(cores, model, tp, tokens * w)
+    core, core_gradients = 0.0, 0.0
+    for one in cores:
+        kept, gradients = _core(
+            one, model, parallel, precision, micro_batch_size=micro_batch_size, on_gpu=on_gpu,
+            qkv=qkv / len(cores),
+        )  # fmt: skip
+        core, core_gradients = core + kept, max(core_gradients, gradients)
+    gathered = 2 * tokens * w * h + (2 * split * w * h if parallel.splits_sequence else 0.0)
+    in_fp32 = [norm for norm in norms if norm.function == "RMSNorm"]
+    dropped = [m for m in layer.of(Matrix) if m.into_stream and model.hidden_dropout > 0.0]
     return Items(
-        stream=0.0 if rms else 2 * split * w * h,
-        norms=2 * split * h * w,
-        inner=2 * split * h * 8.0 if rms else 0.0,
+        stream=sum(split * w * norm.width for norm in norms if norm not in in_fp32),
+        norms=sum(split * w * norm.width for norm in norms),
+        inner=sum(split * norm.width * 8.0 for norm in in_fp32),
         qkv=qkv + tables,
         core=core,
-        attended=tokens * w * queries,
+        attended=sum(tokens * w * one.queries / tp for one in cores),
         mlp=mlp,
-        masks=2 * split * h if model.hidden_dropout > 0.0 else 0.0,
-        # of gelu(x): its gradient and that of x, less the output that is free by then
-        mlp_gradients=tokens * w * f * (3 if model.swiglu else 1),
+        masks=sum(split * matrix.rows for matrix in dropped),
+        mlp_gradients=max((tokens * w * act.gradients / tp for act in acts), default=0.0),
         core_gradients=core_gradients - mlp - split * w * h,
         gathered=gathered,
     )
 
 
+def _qkv_bytes(
+    cores: Sequence[Core], model: ModelConfig, tp: int, bytes_per_feature: float
+) -> tuple[float, float]:
+    """(q, k and v as attention keeps them, tables of rotary positions)."""
+    qkv, tables = 0.0, 0.0
+    for core in cores:
+        queries, keys = core.queries / tp, core.keys / tp
+        qkv += bytes_per_feature * (queries + 2 * keys)
+        if core.rotated:
+            # rotated q and k are tensors of their own beside the fused q|k|v that v is a view of,
+            # and every layer has tables of cosines and sines
+            qkv += bytes_per_feature * (queries + keys)
+            tables += 4.0 * model.seq_length * core.rotated
+    return qkv, tables
+
+
 def postponed_bytes(
+    layer: Parts,
     model: ModelConfig,
     parallel: ParallelConfig,
     precision: PrecisionConfig,
@@ -141,21 +158,22 @@ def postponed_bytes(
 ) -> float:
     """What one block keeps for a micro batch between I and W: both factors of its weight gradients.
 
-    Inputs and output gradients of the four linear layers; what a column-parallel layer gathers and a
+    Inputs and output gradients of its matrices; what a column-parallel one gathers and a
     row-parallel one reduces is kept as it is split (layers/gradients.py).  Recomputing saves nothing
     of it.
     """
-    tp, h, f = parallel.tp, model.hidden_size, model.ffn_size / parallel.tp
     tokens = model.seq_length * micro_batch_size / parallel.cp
-    split = tokens / tp if parallel.sequence_parallel else tokens
-    queries = model.num_attention_heads * model.head_size / tp
-    keys = model.num_kv_heads * model.head_size / tp
-    up = f * (2 if model.swiglu else 1)
-    whole = (queries + 2 * keys) + queries + up + f
-    return element_bytes(precision) * (split * 4 * h + tokens * whole)
+    split = tokens / parallel.tp if parallel.splits_sequence else tokens
+    elements = 0.0
+    for matrix in layer.of(Matrix):
+        inputs, outputs = matrix.local(parallel.tp)
+        x, dy = (split, tokens) if matrix.cut == "rows" else (tokens, split)
+        elements += x * inputs + dy * outputs
+    return element_bytes(precision) * elements
 
 
 def _core(
+    core: Core,
     model: ModelConfig,
     parallel: ParallelConfig,
     precision: PrecisionConfig,
@@ -167,8 +185,7 @@ def _core(
     """(kept beside q, k and v, added by backward) of attention; qkv: bytes of q, k and v."""
     w = element_bytes(precision)
     tokens = model.seq_length * micro_batch_size / parallel.cp
-    heads = model.num_attention_heads / parallel.tp
-    queries = heads * model.head_size
+    heads, queries = core.heads / parallel.tp, core.queries / parallel.tp
     gradients = 2 * qkv
     if uses_flash(model, precision, on_gpu=on_gpu):
         return tokens * heads * 4.0, gradients  # log of the sum, fp32
@@ -181,11 +198,9 @@ def _core(
     elif wide != w:
         kept += square * w
     # products want [b n, s, d]: views of the fused tensor are copied where there are several samples
-    if micro_batch_size > 1 or model.num_kv_heads < model.num_attention_heads:
+    if micro_batch_size > 1 or core.kv_heads < core.heads:
         kept += tokens * w * 3 * queries - qkv
-    elif (
-        model.position_embedding_type != "rope"
-    ):  # the scaled q; a rotated one it takes the place of
+    elif not core.rotated:  # the scaled q; a rotated one it takes the place of
         kept += tokens * w * queries
     return kept, square * (wide + max(wide, float(w))) + gradients
 
@@ -204,41 +219,48 @@ class StageBytes:
 
 
 def stage_bytes(
-    num_layers: int, items: Items, parallel: ParallelConfig, *, layer_input: float
+    layers: Sequence[Items], parallel: ParallelConfig, *, layer_input: float
 ) -> StageBytes:
-    """What so many blocks of a stage hold; layer_input: bytes of the stream between two blocks."""
-    if num_layers == 0:  # the embedding or the loss alone
+    """What the layers of a stage hold; layer_input: bytes of the stream between two of them."""
+    if not layers:  # the embedding or the loss alone
         return StageBytes(0.0, 0.0, 0.0)
-    granularity, modules = parallel.recompute_granularity, parallel.recompute_modules
-    per_layer, core, mlp = items.total, 0.0, 0.0
-    if granularity == "selective":
-        if "core_attn" in modules:
-            per_layer, core = per_layer - items.core, items.core
-        if "mlp" in modules:
-            per_layer, mlp = per_layer - items.mlp, items.mlp
-        if "layernorm" in modules and items.inner:
-            per_layer += 2 * layer_input - items.inner
-    if granularity != "full":
-        moments = (
+    plan = RecomputePlan.from_config(parallel)
+    if not plan.group:
+        return _with_parts_again(layers, plan, layer_input)
+    split = parallel.tp if plan.split else 1
+    kept, again = 0.0, 0.0
+    groups = plan.groups(len(layers))
+    for positions, recomputed in groups:
+        items = [layers[position] for position in positions]
+        whole = sum(item.total for item in items)
+        kept += layer_input / split if recomputed else whole
+        if recomputed:
+            # the kept input is the first block's stream, unless every rank keeps a slice of it
+            shared = layer_input if plan.layers is None and split == 1 and items[0].stream else 0.0
+            again = max(again, whole - shared)
+    if not groups[-1][1]:
+        # where some layers keep everything, theirs is free before the first is computed again
+        again = 0.0
+    return StageBytes(
+        kept, again, max(max(i.mlp_gradients, i.core_gradients) + i.gathered for i in layers)
+    )
+
+
+def _with_parts_again(
+    layers: Sequence[Items], plan: RecomputePlan, layer_input: float
+) -> StageBytes:
+    """All layers kept, but for the parts that --recompute-modules names."""
+    kept = 0.0
+    moments = []
+    for items in layers:
+        core = items.core if "core_attn" in plan.modules else 0.0
+        mlp = items.mlp if "mlp" in plan.modules else 0.0
+        kept += items.total - core - mlp
+        if "layernorm" in plan.modules and items.inner:
+            kept += 2 * layer_input - items.inner
+        moments += [
             (mlp, items.mlp_gradients + items.gathered),
             (core, items.core_gradients + mlp + items.gathered),
-        )
-        again, backward = max(moments, key=sum)
-        return StageBytes(num_layers * per_layer, again, backward)
-    count = min(parallel.recompute_num_layers or 1, num_layers)
-    split = parallel.tp if parallel.distribute_saved_activations else 1
-    backward = max(items.mlp_gradients, items.core_gradients) + items.gathered
-    if parallel.recompute_method == "block":
-        whole = num_layers - count
-        # where some layers keep everything, theirs is free before the first is computed again
-        again = 0.0 if whole else items.total
-        kept = count * layer_input / split + whole * items.total
-        return StageBytes(kept, again, backward)
-    groups = -(-num_layers // count)
-    # the kept input is the first block's stream, unless every rank keeps a slice of it
-    shared = layer_input if split == 1 and items.stream else 0.0
-    return StageBytes(
-        groups * layer_input / split,
-        count * items.total - shared,
-        backward,
-    )
+        ]
+    again, backward = max(moments, key=sum)
+    return StageBytes(kept, again, backward)

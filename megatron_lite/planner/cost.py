@@ -8,9 +8,12 @@ have nothing to run under, and what W gathers again runs under the product befor
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, replace
 
 from megatron_lite.blueprint.draw_up import Blueprint
+from megatron_lite.blueprint.figure.parts import Activation, Core, Matrix, Norm, Parts
+from megatron_lite.blueprint.recompute import RecomputePlan
 from megatron_lite.blueprint.schedules.actions import Action, Op
 from megatron_lite.blueprint.schedules.simulate import Cost
 from megatron_lite.blueprint.stages import Stage
@@ -116,7 +119,8 @@ class Costs:
         self.tokens = self.model.seq_length * asked.micro_batch_size / asked.parallel.cp
         self.width = element_bytes(asked.precision)
         self.slow = 1.0 if self.width == 2 else self._fp32_factor()
-        self.layer = self._layer()
+        self.tp = blueprint.grid.tp
+        self._by_parts: dict[int, Passes] = {}
         self.head = self._head()
         self.embedding = self._embedding()
         self._by_action: dict[tuple[Op, int], Work] = {}
@@ -183,44 +187,58 @@ class Costs:
         payload = self.tokens * self.model.hidden_size * self.width
         return self.cluster.ring_seconds(payload, self.blueprint.grid.tp, stride=1, passes=2)
 
-    def _layer(self) -> Passes:
-        model, tp = self.model, self.blueprint.grid.tp
-        h, f = model.hidden_size, model.ffn_size / tp
-        queries = model.num_attention_heads * model.head_size / tp
-        keys = model.num_kv_heads * model.head_size / tp
-        up = f * (2 if model.swiglu else 1)
-        columns = (self._product(h, queries + 2 * keys), self._product(h, up))
-        linears = (*columns, self._product(queries, h), self._product(f, h))
-        forward, inputs, weights = (sum(seconds) for seconds in zip(*linears, strict=True))
-        core_forward, core_backward = self._core()
-        parallel = self.asked.parallel
-        split = self.tokens * h / (tp if parallel.sequence_parallel else 1)
-        dropped = self.device.dropout_values if model.hidden_dropout > 0.0 else 0.0
-        # two norms (2 values each), two additions with dropout (3 and a mask), the activation
-        forward_moves = self._moving(split, 2 * 2 + 2 * (3 + dropped)) + self._moving(
-            self.tokens, up + f
+    def layer(self, number: int) -> Passes:
+        """The work of a layer."""
+        parts = self.blueprint.figure.layers[number]
+        known = self._by_parts.get(id(parts))
+        if known is None:
+            known = self._by_parts[id(parts)] = self._layer(parts)
+        return known
+
+    def _layer(self, layer: Parts) -> Passes:
+        matrices, cores = layer.of(Matrix), layer.of(Core)
+        linears = {matrix: self._product(*matrix.local(self.tp)) for matrix in matrices}
+        forward, inputs, weights = (sum(seconds) for seconds in zip(*linears.values(), strict=True))
+        core_forward, core_backward = (
+            sum(seconds) for seconds in zip(*map(self._core, cores), strict=True)
         )
-        # norm: x, dy -> dx; addition of gradients; dropout; activation: inputs, dy -> their gradients
-        backward_moves = self._moving(split, 2 * 3 + 2 * 3 + 2 * 2.5 * (dropped > 0))
-        backward_moves += self._moving(self.tokens, 2 * up + f)
-        if model.position_embedding_type == "rope":
-            forward_moves += self._moving(self.tokens, 2 * (queries + keys))
-            backward_moves += self._moving(self.tokens, 2 * (queries + keys))
+        forward_moves, backward_moves = self._moves(layer)
         ring = self._all_reduce()
-        exposed, hidden = self._backward_tp(ring, sum(linear[2] for linear in columns))
-        keys_around = self._around_cp(keys)  # under the attention of the piece that is there
+        # an all-reduce, or a gather and a scatter, of each pair of matrices between two norms
+        rings = sum(matrix.into_stream for matrix in matrices) * ring
+        under = sum(seconds[2] for matrix, seconds in linears.items() if matrix.cut == "rows")
+        exposed, hidden = self._backward_tp(rings, under)
+        # keys and values around cp, under the attention of the piece that is there
+        around = self._around_cp(sum(core.keys for core in cores) / self.tp)
         return Passes(
             Work(forward, core_forward, forward_moves,
-                 2 * ring + max(keys_around - core_forward, 0.0), min(keys_around, core_forward)),
+                 rings + max(around - core_forward, 0.0), min(around, core_forward)),
             Work(inputs, core_backward, backward_moves,
-                 exposed + max(2 * keys_around - core_backward, 0.0),
-                 hidden + min(2 * keys_around, core_backward)),
-            Work(weights, 0.0, self._accumulating(), 0.0),
+                 exposed + max(2 * around - core_backward, 0.0),
+                 hidden + min(2 * around, core_backward)),
+            Work(weights, 0.0, self._accumulating(layer), 0.0),
             # two all-reduces, or two gathers of dy and two scatters of dx
-            exposed=2 * ring + max(2 * keys_around - core_backward, 0.0),
+            exposed=rings + max(2 * around - core_backward, 0.0),
             # the inputs of two column-parallel, dy of two row-parallel layers
-            gathered=2 * ring if parallel.sequence_parallel else 0.0,
+            gathered=rings if self.asked.parallel.splits_sequence else 0.0,
         )  # fmt: skip
+
+    def _moves(self, layer: Parts) -> tuple[float, float]:
+        """Seconds of a layer's elementwise kernels in forward and in backward."""
+        split = self.tokens / (self.tp if self.asked.parallel.splits_sequence else 1)
+        dropped = self.device.dropout_values if self.model.hidden_dropout > 0.0 else 0.0
+        norms = sum(norm.width for norm in layer.of(Norm))
+        added = sum(matrix.rows for matrix in layer.of(Matrix) if matrix.into_stream)
+        # a norm reads and writes; an addition with dropout has three values and a mask
+        forward = split * (norms * 2 + added * (3 + dropped))
+        # norm: x, dy -> dx; addition of gradients; dropout
+        backward = split * (norms * 3 + added * (3 + 2.5 * (dropped > 0)))
+        for activation in layer.of(Activation):
+            forward += self.tokens * (activation.inputs + activation.width) / self.tp
+            backward += self.tokens * (2 * activation.inputs + activation.width) / self.tp
+        rotated = sum(core.queries + core.keys for core in layer.of(Core) if core.rotated)
+        both = self.tokens * 2 * rotated / self.tp
+        return self._moving(forward + both, 1), self._moving(backward + both, 1)
 
     def _around_cp(self, keys: float) -> float:
         """Keys and values passed around the ranks that share a sequence."""
@@ -229,37 +247,33 @@ class Costs:
         return self.cluster.ring_seconds(whole, grid.cp, stride=grid.tp, passes=1)
 
     def _backward_tp(self, ring: float, under: float) -> tuple[float, float]:
-        """(exposed, hidden) of a layer's two backward all-reduces.
+        """(exposed, hidden) of a layer's backward all-reduces, which take `ring` seconds.
 
-        Without sequence parallelism both belong to column-parallel inputs and run under the weight
+        Without sequence parallelism all belong to column-parallel inputs and run under the weight
         gradient; with it half of each does, and gathering a row-parallel layer's dy is exposed.
         """
-        able = 2 * ring if not self.asked.parallel.sequence_parallel else ring
+        able = ring if not self.asked.parallel.splits_sequence else ring / 2
         hidden = min(able, under) * self.device.overlap
-        return 2 * ring - hidden, hidden
+        return ring - hidden, hidden
 
-    def _accumulating(self) -> float:
+    def _accumulating(self, layer: Parts) -> float:
         """Adding the weight gradient to the accumulator: written, read, sum read and written."""
-        model, tp = self.model, self.blueprint.grid.tp
-        h = model.hidden_size
-        weights = h * model.head_size * (2 * model.num_attention_heads + 2 * model.num_kv_heads)
-        weights += h * model.ffn_size * (3 if model.swiglu else 2)
+        weights = sum(matrix.size for matrix in layer.of(Matrix))
         wide = 4 if self.asked.parallel.accumulate_allreduce_grads_in_fp32 else self.width
-        return self.device.moving_seconds(weights / tp * 2 * wide)
+        return self.device.moving_seconds(weights / self.tp * 2 * wide)
 
-    def _core(self) -> tuple[float, float]:
+    def _core(self, core: Core) -> tuple[float, float]:
         """Attention between q, k, v and its output, forward and backward."""
         model, device = self.model, self.device
-        heads = model.num_attention_heads / self.blueprint.grid.tp
-        square = self.tokens * model.seq_length * heads
-        flops = 4.0 * square * model.head_size
+        square = self.tokens * model.seq_length * core.heads / self.tp
+        flops = 4.0 * square * core.head_size
         if uses_flash(model, self.asked.precision, on_gpu=self.asked.on_gpu):
             rate = device.matmul_tflops * 1e12 * device.attention
             forward = flops / 2 / rate * self.slow  # the causal half
             return forward + device.launch_seconds, 2.5 * forward + 2 * device.launch_seconds
         # two batched products whose square operand goes through memory, softmax, dropout
         # their inner dimensions are a head and the sequence
-        share = (device.efficiency(model.head_size) + device.efficiency(model.seq_length)) / 2
+        share = (device.efficiency(core.head_size) + device.efficiency(model.seq_length)) / 2
         products = max(
             flops / (device.matmul_tflops * 1e12 * share) * self.slow,
             self._moving(square, 2.0),
@@ -276,7 +290,7 @@ class Costs:
         forward_product, inputs, weights = self._product(model.hidden_size, columns)
         logits = self.tokens * columns
         ring = self._all_reduce()
-        half = ring / 2 if self.asked.parallel.sequence_parallel else 0.0
+        half = ring / 2 if self.asked.parallel.splits_sequence else 0.0
         # fp32 log probabilities: 16-bit read, written, read again for the sum; back the same way
         forward = self.device.moving_seconds(logits * (self.width + 4 + 4))
         backward = self.device.moving_seconds(logits * (4 + 4 + 4 + self.width))
@@ -295,15 +309,16 @@ class Costs:
         ring = self._all_reduce()
         none = Work()
         look_up = self._moving(elements, 4.0)
-        back = ring / 2 if self.asked.parallel.sequence_parallel else 0.0
+        back = ring / 2 if self.asked.parallel.splits_sequence else 0.0
         # its gradient is no product: B, or I, adds it
         return Passes(
             Work(0.0, 0.0, look_up, ring), Work(0.0, 0.0, look_up * 2, back), none, exposed=back
         )
 
     def _work(self, op: Op, stage: Stage) -> Work:
-        layers = len(stage.layers)
-        parts = [(self.layer, float(layers))]
+        like = Counter(id(self.blueprint.figure.layers[number]) for number in stage.layers)
+        first = {id(self.blueprint.figure.layers[n]): n for n in stage.layers}
+        parts = [(self.layer(first[same]), float(times)) for same, times in like.items()]
         if stage.has_head:
             parts.append((self.head, 1.0))
         if stage.has_embedding:
@@ -319,27 +334,33 @@ class Costs:
             if op is Op.W:
                 done += passes.split()[1] * times
         if op in (Op.B, Op.I):
-            done += self._again(layers)
+            done += self._again(stage)
         return done
 
-    def _again(self, layers: int) -> Work:
-        """What recomputing adds to a backward."""
-        parallel = self.asked.parallel
-        if parallel.recompute_granularity is None:
-            return Work()
-        forward = self.layer.forward
-        if parallel.recompute_granularity == "full":
-            count = layers
-            if parallel.recompute_method == "block":
-                count = min(layers, parallel.recompute_num_layers or 1)
-            return forward * count
+    def _again(self, stage: Stage) -> Work:
+        """What recomputing adds to a stage's backward."""
+        plan, done = RecomputePlan.from_config(self.asked.parallel), Work()
+        for position in plan.recomputed(len(stage.layers)):
+            done += self.layer(stage.layers[position]).forward
+        if not plan.modules:
+            return done
+        for number in stage.layers:
+            if "core_attn" in plan.modules:
+                done += Work(attention=self.layer(number).forward.attention)
+            if "mlp" in plan.modules:
+                done += self._mlp_again(self.blueprint.figure.layers[number])
+        return done
+
+    def _mlp_again(self, layer: Parts) -> Work:
         again = Work()
-        if "core_attn" in parallel.recompute_modules:
-            again += Work(attention=forward.attention)
-        if "mlp" in parallel.recompute_modules:
-            h, f = self.model.hidden_size, self.model.ffn_size / self.blueprint.grid.tp
-            up = f * (2 if self.model.swiglu else 1)
-            again += Work(products=self._product(h, up)[0] + self._product(f, h)[0],
-                          elementwise=self._moving(self.tokens, up + f),
-                          tp=self._all_reduce())  # fmt: skip
-        return again * layers
+        for activation in layer.of(Activation):
+            branch = activation.name.rpartition(".")[0]
+            matrices = [m for m in layer.of(Matrix) if m.name.startswith(branch + ".")]
+            again += Work(
+                products=sum(self._product(*matrix.local(self.tp))[0] for matrix in matrices),
+                elementwise=self._moving(
+                    self.tokens * (activation.inputs + activation.width) / self.tp, 1
+                ),
+                tp=self._all_reduce(),
+            )
+        return again

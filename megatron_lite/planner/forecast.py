@@ -6,10 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from megatron_lite.blueprint.draw_up import Blueprint
-from megatron_lite.blueprint.flops import core_forward, flops_per_token
+from megatron_lite.blueprint.flops import cores_forward, layer_forward
+from megatron_lite.blueprint.recompute import RecomputePlan
 from megatron_lite.blueprint.schedules import SCHEDULES
 from megatron_lite.blueprint.schedules.actions import Op
 from megatron_lite.blueprint.schedules.simulate import Simulation, simulate
+from megatron_lite.config.parallel import ParallelConfig
 from megatron_lite.config.pipeline import SPLIT_BACKWARD
 from megatron_lite.planner.cost import Costs, StageTimes, Work
 from megatron_lite.planner.hardware import Cluster
@@ -42,6 +44,20 @@ class Rates:
         return tokens / (self.tgs * world_size)
 
 
+def hardware_flops_per_token(blueprint: Blueprint, parallel: ParallelConfig) -> int:
+    """FLOPs of forward, backward and what is computed again, attention's full square."""
+    figure, s = blueprint.figure, blueprint.model.seq_length
+    full, plan = blueprint.flops_per_token_full, RecomputePlan.from_config(parallel)
+    if plan.modules:
+        return full + int(cores_forward(figure, s))
+    again = (
+        stage.layers[position]
+        for stage in blueprint.stages
+        for position in plan.recomputed(len(stage.layers))
+    )
+    return full + int(figure.total(lambda layer: layer_forward(layer, s), again))
+
+
 def rates(blueprint: Blueprint, asked: Asked, step_seconds: float, peak_tflops: float) -> Rates:
     """The rates of a step of the full global batch that takes so long."""
     model, world = blueprint.model, blueprint.grid.world_size
@@ -49,17 +65,10 @@ def rates(blueprint: Blueprint, asked: Asked, step_seconds: float, peak_tflops: 
     tgs = tokens / (step_seconds * world)
     full, causal = blueprint.flops_per_token_full, blueprint.flops_per_token_causal
     parallel = asked.parallel
-    hardware = flops_per_token(
-        model, blueprint.padded_vocab_size, recompute=parallel.recompute_granularity
-    )
-    if parallel.recompute_granularity == "full" and parallel.recompute_method == "block":
-        per_stage = parallel.recompute_num_layers or 1
-        again = sum(min(per_stage, len(stage.layers)) for stage in blueprint.stages)
-        share = again / model.num_layers
-        hardware = round(full + (hardware - full) * share)
+    hardware = hardware_flops_per_token(blueprint, parallel)
     published = hardware
     if parallel.recompute_granularity == "selective":
-        published = full + 3 * model.num_layers * core_forward(model)
+        published = full + 3 * cores_forward(blueprint.figure, model.seq_length)
     per_peak = tgs / (peak_tflops * 1e12)
     return Rates(
         step_seconds=step_seconds,

@@ -7,11 +7,12 @@ around     message buffers, the device's own context, allowance for fragmentatio
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 from megatron_lite.blueprint.draw_up import Blueprint
+from megatron_lite.blueprint.figure.parts import Matrix, Parts
 from megatron_lite.blueprint.schedules import SCHEDULES
 from megatron_lite.blueprint.schedules.actions import Op, Schedule
 from megatron_lite.blueprint.stages import Placement, Stage
@@ -88,17 +89,27 @@ def memory(
     schedule = _schedule(
         blueprint.schedule, blueprint.placement, peak_microbatches(blueprint, num_microbatches)
     )
-    items = block_items(
-        blueprint.model,
-        asked.parallel,
-        asked.precision,
-        micro_batch_size=asked.micro_batch_size,
-        on_gpu=asked.on_gpu,
-    )
+    items = layer_items(blueprint, asked)
     return tuple(
         _rank_memory(blueprint, asked, schedule, items, pp_rank)
         for pp_rank in (range(blueprint.grid.pp) if pp_ranks is None else pp_ranks)
     )
+
+
+def layer_items(blueprint: Blueprint, asked: Asked) -> list[Items]:
+    """What every layer of the model keeps of a micro batch."""
+    known: dict[int, Items] = {}
+    for parts in blueprint.figure.layers:
+        if id(parts) not in known:
+            known[id(parts)] = block_items(
+                parts,
+                blueprint.model,
+                asked.parallel,
+                asked.precision,
+                micro_batch_size=asked.micro_batch_size,
+                on_gpu=asked.on_gpu,
+            )
+    return [known[id(parts)] for parts in blueprint.figure.layers]
 
 
 @lru_cache(maxsize=64)  # a search asks for few, thousands of times
@@ -134,19 +145,20 @@ def layer_input_bytes(model: ModelConfig, asked: Asked) -> float:
     """The residual stream of a micro batch between two layers on one rank."""
     parallel = asked.parallel
     tokens = model.seq_length * asked.micro_batch_size / parallel.cp
-    split = parallel.tp if parallel.sequence_parallel else 1
+    split = parallel.tp if parallel.splits_sequence else 1
     return tokens * model.hidden_size * element_bytes(asked.precision) / split
 
 
 def _rank_memory(
-    blueprint: Blueprint, asked: Asked, schedule: Schedule, items: Items, pp_rank: int
+    blueprint: Blueprint, asked: Asked, schedule: Schedule, items: Sequence[Items], pp_rank: int
 ) -> RankMemory:
     model, stages = blueprint.model, blueprint.stages_of(pp_rank)
     parameters = blueprint.rank_parameters(pp_rank)
     stream = layer_input_bytes(model, asked)
     held, waiting = {}, stage_waiting(blueprint, asked, pp_rank)
     for stage in stages:
-        blocks = stage_bytes(len(stage.layers), items, asked.parallel, layer_input=stream)
+        of_stage = [items[layer] for layer in stage.layers]
+        blocks = stage_bytes(of_stage, asked.parallel, layer_input=stream)
         held[stage.index] = _held(blueprint, asked, stage, blocks, waiting[stage.index])
     worst = _worst(schedule, pp_rank, held)
     kinds = static_bytes(parameters, asked, blueprint.dp * blueprint.grid.cp)
@@ -205,14 +217,15 @@ def _held(
     # a 16-bit product of a weight's gradient exists before it is added to the fp32 accumulator
     passing = float(low) if low == 2 and asked.parallel.accumulate_allreduce_grads_in_fp32 else 0.0
     workspace = blocks.backward
-    if stage.layers:
-        workspace += _largest_matrix(model, tp) * passing
+    workspace += passing * max(
+        (largest_matrix(blueprint.figure.layers[layer], tp) for layer in stage.layers), default=0.0
+    )
     if stage.has_embedding and model.hidden_dropout > 0.0:
         kept += stream / low  # the mask
     if not stage.has_head:
         return _Held(kept, postponed, _Moment(), (_Moment(0.0, blocks.again, 0.0, workspace),))
-    norm = (2 if model.normalization == "LayerNorm" else 1) * stream
-    norm += 8 * stream / low if model.normalization == "RMSNorm" else 0.0
+    in_fp32 = blueprint.figure.final_norm.function == "RMSNorm"
+    norm = stream + 8 * stream / low if in_fp32 else 2 * stream
     logits = blueprint.padded_vocab_size / tp * _tokens(model, asked)
     forward, grown = _logits_moments(blueprint, asked, logits)
     head = blueprint.padded_vocab_size / tp * model.hidden_size * passing
@@ -230,11 +243,9 @@ def _held(
     )
 
 
-def _largest_matrix(model: ModelConfig, tp: int) -> float:
-    """Elements of a block's largest weight on one rank, q|k|v and gate|up being one each."""
-    heads = model.num_attention_heads + 2 * model.num_kv_heads
-    up = model.ffn_size * (2 if model.swiglu else 1)
-    return model.hidden_size * max(heads * model.head_size, up) / tp
+def largest_matrix(layer: Parts, tp: int) -> float:
+    """Elements of a layer's largest weight on one rank, q|k|v and gate|up being one each."""
+    return max((matrix.size / tp for matrix in layer.of(Matrix)), default=0.0)
 
 
 def _tokens(model: ModelConfig, asked: Asked) -> float:
@@ -244,12 +255,15 @@ def _tokens(model: ModelConfig, asked: Asked) -> float:
 def stage_waiting(blueprint: Blueprint, asked: Asked, pp_rank: int) -> dict[int, float]:
     """Stage of the rank -> bytes that a micro batch keeps there between I and W."""
     model = blueprint.model
-    block = postponed_bytes(
-        model, asked.parallel, asked.precision, micro_batch_size=asked.micro_batch_size
-    )
+
+    def postponed(layer: Parts) -> float:
+        return postponed_bytes(
+            layer, model, asked.parallel, asked.precision, micro_batch_size=asked.micro_batch_size
+        )
+
     waiting = {}
     for stage in blueprint.stages_of(pp_rank):
-        waiting[stage.index] = len(stage.layers) * block
+        waiting[stage.index] = blueprint.figure.total(postponed, stage.layers)
         if stage.has_head:
             waiting[stage.index] += layer_input_bytes(model, asked)
             waiting[stage.index] += _logits_gradient_bytes(blueprint, asked)

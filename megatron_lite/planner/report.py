@@ -6,15 +6,19 @@ import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from megatron_lite.blueprint.flops import flops_per_token
 from megatron_lite.blueprint.schedules.actions import Op
-from megatron_lite.planner.activations import VARIANTS, block_items, korthikanti
+from megatron_lite.planner.activations import VARIANTS, korthikanti
 from megatron_lite.planner.advice import Change, layout_flags, warnings
 from megatron_lite.planner.corpus import Reading
 from megatron_lite.planner.curve import Point
-from megatron_lite.planner.forecast import DAY, Forecast, num_microbatches
+from megatron_lite.planner.forecast import (
+    DAY,
+    Forecast,
+    hardware_flops_per_token,
+    num_microbatches,
+)
 from megatron_lite.planner.hardware import GIB
-from megatron_lite.planner.memory import Asked
+from megatron_lite.planner.memory import Asked, layer_items
 from megatron_lite.planner.search import Found
 
 _SHORT = {"communication": "comm", "fragmentation": "reserve", "activations": "activ."}
@@ -252,10 +256,7 @@ def _run(plan: Forecast, extra: Extra) -> dict[str, object]:
 
 def _per_layer(plan: Forecast) -> dict[str, object]:
     blueprint, asked = plan.blueprint, plan.asked
-    items = block_items(
-        blueprint.model, asked.parallel, asked.precision,
-        micro_batch_size=asked.micro_batch_size, on_gpu=asked.on_gpu,
-    )  # fmt: skip
+    items = layer_items(blueprint, asked)[0]
     return {
         "kept": items.total,
         "items": dataclasses.asdict(items),
@@ -290,11 +291,7 @@ def _pipeline(plan: Forecast) -> dict[str, object]:
 
 
 def _hardware_flops(plan: Forecast) -> int:
-    return flops_per_token(
-        plan.blueprint.model,
-        plan.blueprint.padded_vocab_size,
-        recompute=plan.asked.parallel.recompute_granularity,
-    )
+    return hardware_flops_per_token(plan.blueprint, plan.asked.parallel)
 
 
 def found_text(found: Found, asked: Asked, *, top: int) -> str:

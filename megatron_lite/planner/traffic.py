@@ -8,7 +8,12 @@ the whole tensor per pass, and an all-reduce takes two passes.
 
 from __future__ import annotations
 
+import math
+
 from megatron_lite.blueprint.draw_up import Blueprint
+from megatron_lite.blueprint.figure.parts import Matrix, Parts
+from megatron_lite.blueprint.parameters import stage_tensors
+from megatron_lite.blueprint.recompute import RecomputePlan
 from megatron_lite.blueprint.schedules.actions import Op
 from megatron_lite.blueprint.stages import Stage
 from megatron_lite.planner.activations import element_bytes
@@ -25,11 +30,11 @@ def sent_bytes(
     grid, parallel = blueprint.grid, asked.parallel
     at = grid.coords(rank)
     stages = blueprint.stages_of(at.pp)
-    passes = num_microbatches * sum(_tp_passes(asked, stage) for stage in stages)
-    if parallel.sequence_parallel:
+    passes = num_microbatches * sum(_tp_passes(blueprint, asked, stage) for stage in stages)
+    if parallel.splits_sequence:
         passes += _postponed_passes(blueprint, at.pp, num_microbatches)
     whole = layer_input_bytes(blueprint.model, asked)
-    if parallel.sequence_parallel:
+    if parallel.splits_sequence:
         whole *= grid.tp
     wide = 4 if parallel.accumulate_allreduce_grads_in_fp32 else element_bytes(asked.precision)
     shared = grid.dp if parallel.use_distributed_optimizer else 1
@@ -54,34 +59,54 @@ def _ring(ranks: int) -> float:
     return (ranks - 1) / ranks
 
 
-def _tp_passes(asked: Asked, stage: Stage) -> float:
+def _tp_passes(blueprint: Blueprint, asked: Asked, stage: Stage) -> float:
     """Passes of the whole [s, b, h] per micro batch: 2 for an all-reduce, 1 to gather or scatter."""
-    parallel = asked.parallel
-    split = parallel.sequence_parallel
-    layer, forward = (10, 4) if split else (8, 4)
-    layers = len(stage.layers)
-    passes = layers * layer
+    parallel, figure = asked.parallel, blueprint.figure
+    split = parallel.splits_sequence
+    passes = figure.total(lambda layer: both_ways(layer, split=split), stage.layers)
     # the lookup is summed forward; with the sequence split it is scattered, and gathered back
     passes += 2 * stage.has_embedding
     # the head sums its input's gradient; split, it gathers, gathers again and scatters
     passes += (3 if split else 2) * stage.has_head
-    if parallel.recompute_granularity == "full":
-        count = parallel.recompute_num_layers or 1
-        again = min(count, layers) if parallel.recompute_method == "block" else layers
-        passes += again * forward
-        if parallel.distribute_saved_activations:
-            passes += again if parallel.recompute_method == "block" else -(-layers // count)
-    elif parallel.recompute_granularity == "selective" and "mlp" in parallel.recompute_modules:
+    plan, count = RecomputePlan.from_config(parallel), len(stage.layers)
+    again = [stage.layers[position] for position in plan.recomputed(count)]
+    passes += figure.total(lambda layer: forward_only(layer, split=split), again)
+    if plan.split:  # every kept slice is gathered
+        passes += sum(recomputed for _, recomputed in plan.groups(count))
+    if "mlp" in plan.modules:
         # up to what the last product keeps: its sum is not made again
-        passes += layers * split
+        passes += count * split
     return float(passes)
 
 
-def _postponed_passes(blueprint: Blueprint, pp_rank: int, num_microbatches: int) -> int:
+_FORWARD = {("rows", False): 0, ("columns", False): 2, ("rows", True): 1, ("columns", True): 1}
+_BOTH = {("rows", False): 2, ("columns", False): 2, ("rows", True): 3, ("columns", True): 2}
+"""(cut of a matrix, sequence parallelism) -> passes: an input gathered, in backward again, and its
+gradient scattered; or an all-reduce of the input's gradient, or of the output."""
+
+
+def forward_only(layer: Parts, *, split: bool) -> int:
+    """Passes of a layer's forward."""
+    return sum(_FORWARD[matrix.cut, split] for matrix in layer.of(Matrix))
+
+
+def both_ways(layer: Parts, *, split: bool) -> int:
+    """Passes of a layer's forward and backward."""
+    return sum(_BOTH[matrix.cut, split] for matrix in layer.of(Matrix))
+
+
+def _postponed_passes(blueprint: Blueprint, pp_rank: int, num_microbatches: int) -> float:
     """A W of its own keeps slices: what row-parallel layers were given is gathered once more for it."""
-    layers = {stage.index: len(stage.layers) for stage in blueprint.stages_of(pp_rank)}
+
+    def reduced(layer: Parts) -> int:
+        return sum(matrix.cut == "columns" for matrix in layer.of(Matrix))
+
+    per_stage = {
+        stage.index: blueprint.figure.total(reduced, stage.layers)
+        for stage in blueprint.stages_of(pp_rank)
+    }
     row = blueprint.compute(num_microbatches).lists[pp_rank]
-    return sum(2 * layers[action.stage] for action in row if action.op is Op.W)
+    return sum(per_stage[action.stage] for action in row if action.op is Op.W)
 
 
 def _messages(blueprint: Blueprint, stages: tuple[Stage, ...]) -> int:
@@ -106,12 +131,7 @@ def _tied_elements(blueprint: Blueprint, stages: tuple[Stage, ...], tp_rank: int
 
 def _split_sequence_elements(blueprint: Blueprint, asked: Asked, stage: Stage) -> float:
     """Elements whose gradient is each tp rank's share of the sequence, summed once a step."""
-    model = blueprint.model
-    if not asked.parallel.sequence_parallel:
+    if not asked.parallel.splits_sequence:
         return 0.0
-    norm = model.hidden_size * (2 if model.normalization == "LayerNorm" else 1)
-    biases = 2 * model.hidden_size if model.add_bias_linear else 0
-    count = len(stage.layers) * (2 * norm + biases) + norm * stage.has_head
-    if stage.has_embedding and model.position_embedding_type == "learned_absolute":
-        count += model.num_positions * model.hidden_size
-    return float(count)
+    whole = (t for t in stage_tensors(blueprint.figure, stage) if t.tp_dim is None)
+    return float(sum(math.prod(tensor.shape) for tensor in whole))

@@ -8,15 +8,17 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from megatron_lite.blueprint.draw_up import Blueprint
+from megatron_lite.blueprint.recompute import RecomputePlan
 from megatron_lite.blueprint.schedules.actions import Action
 from megatron_lite.checkpoint.progress import Progress
 from megatron_lite.config.run import RunConfig
 from megatron_lite.data.batch import Batch
 from megatron_lite.engines.zero import Watch, ZeroEngine
 from megatron_lite.layers.gradients import WeightGradients
-from megatron_lite.layers.recompute import Recompute
 from megatron_lite.layers.setting import Setting
-from megatron_lite.models.decoder import Decoder, initialise, local_parameters
+from megatron_lite.models.decoder import Decoder
+from megatron_lite.models.initialise import initialise
+from megatron_lite.models.parameters import local_parameters
 from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.parallel.shard import LocalParameter
 from megatron_lite.pipeline.executor import Executor
@@ -95,10 +97,10 @@ def assemble(
             padded_vocab_size=blueprint.padded_vocab_size,
             vocab_size=config.model.vocab_size,
             precision=config.precision,
-            sequence_parallel=config.parallel.sequence_parallel and ctx.tp.size > 1,
+            sequence_parallel=config.parallel.splits_sequence,
             seed=config.train.seed,
             gradients=WeightGradients(span=timers.span),
-            recompute=Recompute.from_config(config.parallel),
+            recompute=RecomputePlan.from_config(config.parallel),
         )
         decoder = Decoder(
             setting,

@@ -40,10 +40,9 @@ def _owned(run: Run) -> Iterator[NamedSlice]:
 
 def _tensors(run: Run) -> list[tuple[str, tuple[int, ...], torch.dtype]]:
     """Name, global shape and format of every tensor of the state; equal on all ranks."""
-    vocabulary = {"embedding.tokens.weight", "head.weight"}
     shapes = {
         spec.name: (run.setting.vocab_size, *spec.shape[1:])
-        if spec.name in vocabulary
+        if spec.tensor.vocabulary
         else spec.shape
         for spec in run.blueprint.parameters
     }

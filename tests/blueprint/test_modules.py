@@ -1,8 +1,9 @@
-"""The parameter table is the one double entry: every stage's real modules, on the meta device, agree."""
+"""Table and modules are built from one figure: every stage's real modules, on the meta device, agree."""
 
 from __future__ import annotations
 
 import math
+import random
 
 import pytest
 import torch
@@ -13,8 +14,10 @@ from megatron_lite.blueprint.stages import Stage, cut_stages
 from megatron_lite.config.model import ModelConfig
 from megatron_lite.config.presets import PRESETS
 from megatron_lite.layers.setting import Setting
-from megatron_lite.models.decoder import Decoder, local_parameters
+from megatron_lite.models.decoder import Decoder
+from megatron_lite.models.parameters import local_parameters
 from megatron_lite.parallel.context import Axis, ParallelContext
+from megatron_lite.parallel.shard import LocalParameter
 
 VARIANT = ModelConfig(
     num_layers=4, hidden_size=64, num_attention_heads=8, seq_length=32, vocab_size=301,
@@ -29,26 +32,35 @@ MODELS = {
 } | {"variant": VARIANT}
 
 
-def built(model: ModelConfig, stage: Stage, *, padded: int, tp: int, pp: int) -> dict[str, tuple]:
-    """(shape, tp dim, kind, replica, elements held) by canonical name, from the modules of tp rank 0."""
+def locals_of(
+    model: ModelConfig, stage: Stage, *, padded: int, tp: int, pp: int, split: bool = False
+) -> list[LocalParameter]:
+    """What tp rank 0 holds of a stage, without memory; split: with sequence parallelism."""
     assert model.vocab_size is not None
     ctx = ParallelContext(
         torch.device("meta"),
         tp=Axis("tp", 0, tp, tuple(range(tp))),
         tied=Axis("tied", size=pp),
     )
-    setting = Setting(model, ctx, padded_vocab_size=padded, vocab_size=model.vocab_size)
-    decoder = Decoder(
-        setting, stage.layers, has_embedding=stage.has_embedding, has_head=stage.has_head
+    setting = Setting(
+        model, ctx, padded_vocab_size=padded, vocab_size=model.vocab_size, sequence_parallel=split
     )
+    return local_parameters(
+        Decoder(setting, stage.layers, has_embedding=stage.has_embedding, has_head=stage.has_head)
+    )
+
+
+def built(model: ModelConfig, stage: Stage, *, padded: int, tp: int, pp: int) -> dict[str, tuple]:
+    """(shape, tp dim, kind, replica, elements held) by canonical name, from the modules of tp rank 0."""
+    assert model.vocab_size is not None
     found = {}
-    for local in local_parameters(decoder):
+    for local in locals_of(model, stage, padded=padded, tp=tp, pp=pp):
         held = sum(piece.stop - piece.start for piece in local.pieces)
         rest = math.prod(local.parameter.shape[1:])
         assert local.parameter.shape[0] - held <= padded - model.vocab_size
         for piece in local.pieces:
             size = (piece.stop - piece.start) * rest
-            found[piece.name] = (piece.shape, local.tp_dim, local.kind, local.replica, size)
+            found[piece.name] = (piece.shape, local.tp_dim, local.spec.kind, local.replica, size)
     return found
 
 
@@ -68,5 +80,75 @@ def test_every_stage_of_every_preset_equals_the_table(name: str, pp: int) -> Non
             if shape[0] == padded:  # modules report the real rows of the vocabulary only
                 shape = (model.vocab_size, *shape[1:])
                 size = min(padded // tp, model.vocab_size) * shape[1]
-            expected[spec.name] = (shape, spec.tp_dim, spec.kind, spec.replica, size)
+            expected[spec.name] = (shape, spec.tp_dim, spec.tensor.kind, spec.replica, size)
         assert built(model, stage, padded=padded, tp=tp, pp=pp) == expected
+
+
+def test_with_sequence_parallelism_whole_parameters_have_gradients_that_are_shares() -> None:
+    """Norms, positions and the biases added after a row-parallel sum meet this rank's tokens only."""
+    model = ModelConfig(
+        num_layers=1, hidden_size=8, num_attention_heads=2, seq_length=4, vocab_size=10
+    )
+    (stage,) = cut_stages([1])
+    sizes = {"padded": 12, "tp": 2, "pp": 1}
+    summed = {
+        local.pieces[0].name
+        for local in locals_of(model, stage, split=True, **sizes)
+        if local.summed == ("tp",)
+    }
+    assert summed == {
+        "embedding.positions.weight", "final_norm.weight", "final_norm.bias",
+        *(f"blocks.0.{norm}.{leaf}" for norm in ("attention_norm", "mlp_norm")
+          for leaf in ("weight", "bias")),
+        "blocks.0.attention.output.bias", "blocks.0.mlp.down.bias",
+    }  # fmt: skip
+    assert not any(local.summed for local in locals_of(model, stage, split=False, **sizes))
+    alone = {"padded": 12, "tp": 1, "pp": 1}
+    assert not any(local.summed for local in locals_of(model, stage, split=True, **alone))
+
+
+def drawn_models(count: int = 20) -> list[ModelConfig]:
+    """Models of every combination of parts that a seed brings."""
+    draw = random.Random(12)
+    found = []
+    for _ in range(count):
+        heads = draw.choice((2, 4, 8))
+        groups = draw.choice([n for n in (2, 4, 8) if heads % n == 0])
+        found.append(
+            ModelConfig(
+                num_layers=draw.choice((2, 4)), hidden_size=16 * heads, num_attention_heads=heads,
+                group_query_attention=draw.random() < 0.5, num_query_groups=groups,
+                kv_channels=draw.choice((None, 8, 24)), seq_length=32,
+                ffn_hidden_size=draw.choice((None, 48, 80)), swiglu=draw.random() < 0.5,
+                normalization=draw.choice(("LayerNorm", "RMSNorm")),
+                layernorm_bias=draw.random() < 0.5, add_bias_linear=draw.random() < 0.5,
+                position_embedding_type=draw.choice(("learned_absolute", "rope", "none")),
+                untie_embeddings_and_output_weights=draw.random() < 0.5,
+                vocab_size=draw.randrange(200, 400),
+            )
+        )  # fmt: skip
+    return found
+
+
+@pytest.mark.parametrize("model", [
+    pytest.param(model, id=str(number)) for number, model in enumerate(drawn_models())
+])  # fmt: skip
+def test_a_drawn_model_is_its_figure(model: ModelConfig) -> None:
+    """Names, shapes and sizes of the modules are those of the figure's tensors, cut over tp 2."""
+    assert model.vocab_size is not None
+    padded = padded_vocab_size(model.vocab_size, 8, 2)
+    (stage,) = cut_stages([model.num_layers])
+    found = [
+        (piece.name, piece.shape, piece.stop - piece.start)
+        for local in locals_of(model, stage, padded=padded, tp=2, pp=1)
+        for piece in local.pieces
+    ]
+    expected = []
+    for spec in parameter_table(model, [stage], padded_vocab_size=padded, tp=2):
+        rows = spec.shape[0] // (2 if spec.tp_dim == 0 else 1)
+        shape = (model.vocab_size, *spec.shape[1:]) if spec.tensor.vocabulary else spec.shape
+        expected.append((spec.name, shape, min(rows, shape[0])))
+    assert sorted(found) == sorted(expected)
+    assert not any("bias" in name for name, *_ in found) or (
+        model.add_bias_linear or (model.layernorm_bias and model.normalization == "LayerNorm")
+    )

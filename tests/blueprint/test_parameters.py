@@ -6,6 +6,7 @@ import dataclasses
 
 import pytest
 
+from megatron_lite.blueprint.figure.parts import Tensor
 from megatron_lite.blueprint.parameters import (
     ParamSpec,
     parameter_table,
@@ -83,7 +84,7 @@ def test_names_shapes_and_cuts_of_a_small_model() -> None:
 
 
 def test_kinds_decide_weight_decay() -> None:
-    kinds = {s.name.partition(".1.")[2] or s.name: s.kind for s in table(SMALL, vocab=16)}
+    kinds = {s.name.partition(".1.")[2] or s.name: s.tensor.kind for s in table(SMALL, vocab=16)}
     assert kinds["attention_norm.bias"] == kinds["final_norm.weight"] == "norm"
     assert kinds["attention.q.bias"] == "bias"
     assert kinds["attention.q.weight"] == "weight"
@@ -100,7 +101,8 @@ def test_options_change_the_table() -> None:
     assert not [name for name in specs if name.endswith(".bias")]
     assert specs["blocks.0.mlp.gate.weight"].shape == (12, 8)
     assert specs["blocks.0.attention.k.weight"].shape == (4, 8)
-    assert specs["head.weight"] == ParamSpec("head.weight", (16, 8), 0, 0, "weight")
+    head = Tensor("head.weight", (16, 8), "weight", cuts=(("tp", 0),), vocabulary=True)
+    assert specs["head.weight"] == ParamSpec(head, stage=0)
     assert "embedding.positions.weight" not in specs
 
 

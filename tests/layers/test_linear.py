@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+from megatron_lite.blueprint.figure.parts import Matrix, Table
 from megatron_lite.config.model import ModelConfig
 from megatron_lite.layers.embedding import PositionEmbedding, VocabParallelEmbedding
 from megatron_lite.layers.linear import (
@@ -110,7 +111,9 @@ class Gradients:
 
 def check_column(rank, ranks, sequence_parallel, bias, how):
     setting = setting_of(rank, ranks, sequence_parallel)
-    module = ColumnParallelLinear(setting, FAN_IN, PARTS, bias=bias)
+    module = ColumnParallelLinear(
+        setting, Matrix("qkv", tuple(PARTS.items()), FAN_IN, "rows", bias)
+    )
     rows = sum(PARTS.values())
     weight, b = draw(1, rows, FAN_IN).requires_grad_(True), draw(2, rows).requires_grad_(True)
     fill(module, weight=rows_of_parts(weight.detach(), rank, ranks))
@@ -133,13 +136,14 @@ def check_column(rank, ranks, sequence_parallel, bias, how):
     close(found["weight"], rows_of_parts(weight.grad, rank, ranks), "weight gradient")
     if bias:
         close(found["bias"], rows_of_parts(b.grad, rank, ranks), "bias gradient")
-    assert module.weight.tp_dim == 0 and not module.weight.partial
 
 
 def check_row(rank, ranks, sequence_parallel, bias, how):
     setting = setting_of(rank, ranks, sequence_parallel)
     fan_out = 10
-    module = RowParallelLinear(setting, FAN_IN, fan_out, bias=bias)
+    module = RowParallelLinear(
+        setting, Matrix("output", (("output", fan_out),), FAN_IN, "columns", bias)
+    )
     weight, b = draw(1, fan_out, FAN_IN).requires_grad_(True), draw(2, fan_out).requires_grad_(True)
     fill(module, weight=share(weight.detach(), rank, ranks, dim=1))
     if bias:
@@ -158,19 +162,17 @@ def check_row(rank, ranks, sequence_parallel, bias, how):
         close(local.grad, share(theirs.grad, rank, ranks, dim=2), "input gradient")
     found = gradients.finish(module.weight)
     close(found["weight"], share(weight.grad, rank, ranks, dim=1), "weight gradient")
-    assert module.weight.tp_dim == 1
     if bias:
         # with sequence parallelism each rank has its tokens' share, and says so
-        assert module.bias.partial == (setting.sequence_parallel and ranks > 1)
         summed = found["bias"].clone()
-        if module.bias.partial:
+        if setting.sequence_parallel and ranks > 1:
             dist.all_reduce(summed)
         close(summed, b.grad, "bias gradient")
 
 
 def check_embedding(rank, ranks, sequence_parallel, how):
     setting = setting_of(rank, ranks, sequence_parallel)
-    module = VocabParallelEmbedding(setting)
+    module = VocabParallelEmbedding(setting, Table("tokens", PADDED, FAN_IN, vocabulary=True))
     weight = draw(1, PADDED, FAN_IN).requires_grad_(True)
     fill(module, weight=share(weight.detach(), rank, ranks))
     gradients = Gradients(setting, module, how)
@@ -190,7 +192,7 @@ def check_embedding(rank, ranks, sequence_parallel, how):
 
 def check_positions(rank, ranks, sequence_parallel, how):
     setting = setting_of(rank, ranks, sequence_parallel)
-    module = PositionEmbedding(setting)
+    module = PositionEmbedding(setting, Table("positions", S, FAN_IN, vocabulary=False))
     weight = draw(1, S, FAN_IN).requires_grad_(True)
     fill(module, weight=weight.detach())
     gradients = Gradients(setting, module, how)
@@ -204,15 +206,16 @@ def check_positions(rank, ranks, sequence_parallel, how):
         close(y, share(expected.detach(), rank, ranks) if split else expected.detach(), "output")
         gradients.backward(m, y, share(dy, rank, ranks) if split else dy)
     found = gradients.finish()["weight"].clone()
-    assert module.weight.partial == (setting.sequence_parallel and ranks > 1)
-    if module.weight.partial:
+    if setting.sequence_parallel and ranks > 1:
         dist.all_reduce(found)
     close(found, weight.grad, "table gradient")
 
 
 def check_head(rank, ranks, sequence_parallel, how):
     setting = setting_of(rank, ranks, sequence_parallel)
-    module = VocabParallelEmbedding(setting)  # the tied table as output matrix
+    module = VocabParallelEmbedding(
+        setting, Table("tokens", PADDED, FAN_IN, vocabulary=True)
+    )  # the tied table as output matrix
     weight = draw(1, PADDED, FAN_IN).requires_grad_(True)
     fill(module, weight=share(weight.detach(), rank, ranks))
     gradients = Gradients(setting, module, how)

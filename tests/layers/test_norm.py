@@ -30,17 +30,17 @@ def formula(kind, x, weight, bias, dy):
     return z * weight + bias, dx / scale, (dy * z).sum((0, 1)), dy.sum((0, 1))
 
 
-def norm_of(kind, precision=None, *, sequence_parallel=False):
+def norm_of(kind, precision=None):
     model = ModelConfig(
         hidden_size=H, num_attention_heads=2, num_layers=1, seq_length=8,
         normalization=kind, norm_epsilon=EPSILON,
     )  # fmt: skip
-    ctx = ParallelContext(torch.device("cpu"), tp=Axis("tp", 0, 2 if sequence_parallel else 1))
+    ctx = ParallelContext(torch.device("cpu"), tp=Axis("tp"))
     setting = Setting(
         model, ctx, padded_vocab_size=8, vocab_size=8,
-        precision=precision or PrecisionConfig(), sequence_parallel=sequence_parallel,
+        precision=precision or PrecisionConfig(),
     )  # fmt: skip
-    return Norm(setting)
+    return Norm(setting, setting.figure.final_norm)
 
 
 def drawn():
@@ -105,10 +105,3 @@ def test_bf16_statistics_are_computed_in_fp32(kind):
     assert y.dtype == torch.bfloat16
     # one rounding of the result: half a unit in the last of 8 bits
     torch.testing.assert_close(y.double(), expected, rtol=2**-8, atol=2**-9)
-
-
-def test_with_sequence_parallelism_the_gradients_are_shares():
-    norm = norm_of("LayerNorm", sequence_parallel=True)
-    assert norm.weight.partial and norm.bias.partial
-    alone = norm_of("LayerNorm")
-    assert not alone.weight.partial and not alone.bias.partial

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from megatron_lite.blueprint.figure.parts import Matrix
 from megatron_lite.config.model import ModelConfig
 from megatron_lite.config.precision import PrecisionConfig
 from megatron_lite.layers import gradients, linear
@@ -54,7 +55,7 @@ def mlp_of(rank: int, ranks: int, sequence_parallel: bool) -> tuple[Setting, MLP
         model, ParallelContext(torch.device("cpu"), tp=tp), padded_vocab_size=16, vocab_size=16,
         sequence_parallel=sequence_parallel,
     )  # fmt: skip
-    module = MLP(setting)
+    module = MLP(setting, 0)
     torch.manual_seed(rank)
     for parameter in module.parameters():
         parameter.data = torch.randn_like(parameter)
@@ -154,7 +155,9 @@ def test_a_weight_gradient_is_added_straight_to_the_fp32_accumulator(precision, 
     setting = Setting(
         model, ParallelContext.serial(), padded_vocab_size=16, vocab_size=16, precision=precision
     )
-    layer = linear.ColumnParallelLinear(setting, H, {"up": 5 * H})
+    layer = linear.ColumnParallelLinear(
+        setting, Matrix("up", (("up", 5 * H),), H, "rows", bias=True)
+    )
     torch.nn.init.normal_(layer.weight)
     total = torch.zeros(5 * H, H)
     sink: WeightGradients = setting.gradients

@@ -6,8 +6,10 @@ import torch
 from megatron_lite.config.model import ModelConfig
 from megatron_lite.layers.cross_entropy import cross_entropy
 from megatron_lite.layers.setting import Positions, Setting
-from megatron_lite.models.decoder import Decoder, initialise, local_parameters
+from megatron_lite.models.decoder import Decoder
 from megatron_lite.models.gpt import huggingface_source
+from megatron_lite.models.initialise import initialise
+from megatron_lite.models.parameters import local_parameters
 from megatron_lite.parallel.context import Axis, ParallelContext
 
 transformers = pytest.importorskip("transformers", reason="the reference; extra huggingface")

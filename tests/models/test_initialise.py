@@ -9,7 +9,9 @@ import torch
 
 from megatron_lite.config.model import ModelConfig
 from megatron_lite.layers.setting import Setting
-from megatron_lite.models.decoder import Decoder, initialise, local_parameters
+from megatron_lite.models.decoder import Decoder
+from megatron_lite.models.initialise import initialise
+from megatron_lite.models.parameters import local_parameters
 from megatron_lite.parallel.context import Axis, ParallelContext
 
 LAYERS, STD = 8, 0.05

@@ -10,10 +10,12 @@ from torch.autograd.graph import get_gradient_edge
 from torch.distributed._tools.mem_tracker import MemTracker
 
 from megatron_lite.blueprint.draw_up import draw_up
+from megatron_lite.blueprint.figure.transformer import figure_of
+from megatron_lite.blueprint.recompute import RecomputePlan
 from megatron_lite.config.flags import parse
-from megatron_lite.layers.recompute import Recompute
 from megatron_lite.layers.setting import Positions, Setting
-from megatron_lite.models.decoder import Decoder, initialise
+from megatron_lite.models.decoder import Decoder
+from megatron_lite.models.initialise import initialise
 from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.planner.activations import block_items, stage_bytes
 from megatron_lite.planner.memory import Asked, memory
@@ -63,7 +65,7 @@ def kept_by(flags: str, num_layers: int) -> int:
     config = parse(f"{SMALL} {flags}".split()).config
     setting = Setting(
         model=config.model, ctx=ParallelContext.serial(), padded_vocab_size=1024, vocab_size=1000,
-        precision=config.precision, recompute=Recompute.from_config(config.parallel),
+        precision=config.precision, recompute=RecomputePlan.from_config(config.parallel),
     )  # fmt: skip
     blocks = Decoder(setting, range(num_layers), has_embedding=False, has_head=False)
     initialise(blocks)
@@ -92,12 +94,14 @@ def test_a_block_keeps_what_the_plan_counts_item_by_item(flags: str) -> None:
     measured = (kept_by(flags, 3) - kept_by(flags, 1)) / 2
     config = parse(f"{SMALL} {flags}".split()).config
     micro = config.train.micro_batch_size
+    layer = figure_of(config.model, 128).layers[0]
     items = block_items(
-        config.model, config.parallel, config.precision, micro_batch_size=micro, on_gpu=False
-    )
+        layer, config.model, config.parallel, config.precision,
+        micro_batch_size=micro, on_gpu=False,
+    )  # fmt: skip
     width = 4 if config.precision.name == "fp32" else 2
     stream = float(config.model.seq_length * micro * config.model.hidden_size * width)
-    planned = stage_bytes(1, items, config.parallel, layer_input=stream).kept
+    planned = stage_bytes([items], config.parallel, layer_input=stream).kept
     assert planned == pytest.approx(measured, rel=0.02)
 
 
@@ -110,10 +114,7 @@ def test_a_block_keeps_what_the_plan_counts_item_by_item(flags: str) -> None:
 def test_a_stage_without_layers_keeps_and_recomputes_nothing(how: str) -> None:
     """The embedding or the loss alone, where both count in the split: Llama-3 405B's first stage."""
     config = parse(f"{SMALL} {how}".split()).config
-    items = block_items(
-        config.model, config.parallel, config.precision, micro_batch_size=1, on_gpu=True
-    )
-    held = stage_bytes(0, items, config.parallel, layer_input=1e6)
+    held = stage_bytes([], config.parallel, layer_input=1e6)
     assert (held.kept, held.again, held.backward) == (0.0, 0.0, 0.0)
 
 

@@ -12,6 +12,7 @@ from megatron_lite.blueprint.schedules.simulate import simulate
 from megatron_lite.blueprint.stages import round_robin
 from megatron_lite.planner.activations import VARIANTS, korthikanti
 from megatron_lite.planner.forecast import measured, rates
+from megatron_lite.planner.memory import layer_items
 from tests.planner import published
 from tests.planner.published import Run, error, plan
 
@@ -107,9 +108,7 @@ def test_our_layers_keep_what_the_formula_says_where_attention_is_fused() -> Non
     """34 sbh/t with sequence parallelism: 16-bit tensors and masks; a flash kernel adds 4 bytes a row."""
     run = next(r for r in published.K22_RUNS if r.name == "K22 175B present work")
     blueprint, asked = published._drawn(run)
-    from megatron_lite.planner.activations import block_items
-
-    items = block_items(blueprint.model, asked.parallel, asked.precision, micro_batch_size=1)
+    items = layer_items(blueprint, asked)[0]
     expected = korthikanti(blueprint.model, micro_batch_size=1, tp=8, variant="tp+sp+selective")
     assert items.total - items.core == expected
 

@@ -1,0 +1,76 @@
+"""ModelConfig -> Figure: the pre-norm transformer of GPT and Llama."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Literal
+
+from megatron_lite.blueprint.figure.parts import (
+    FINAL_NORM,
+    HEAD,
+    POSITIONS,
+    TOKENS,
+    Activation,
+    Core,
+    Figure,
+    Matrix,
+    Norm,
+    Parts,
+    Table,
+)
+from megatron_lite.config.model import ModelConfig
+
+
+@lru_cache(maxsize=64)  # a search asks for the same model thousands of times
+def figure_of(model: ModelConfig, padded_vocab_size: int) -> Figure:
+    """The model's parts with a vocabulary of so many rows, padding included."""
+    h = model.hidden_size
+    embedding: list[Table] = [Table(TOKENS, padded_vocab_size, h, vocabulary=True)]
+    if model.position_embedding_type == "learned_absolute":
+        embedding.append(Table(POSITIONS, model.num_positions, h, vocabulary=False))
+    head: list[Norm | Table] = [_norm(model, FINAL_NORM)]
+    if model.untie_embeddings_and_output_weights:
+        head.append(Table(HEAD, padded_vocab_size, h, vocabulary=True, kind="weight"))
+    return Figure(
+        embedding=Parts(tuple(embedding)),
+        layers=(_layer(model),) * model.num_layers,
+        head=Parts(tuple(head)),
+        tied=not model.untie_embeddings_and_output_weights,
+    )
+
+
+def _norm(model: ModelConfig, name: str) -> Norm:
+    layer = model.normalization == "LayerNorm"
+    return Norm(name, model.hidden_size, model.normalization, bias=layer and model.layernorm_bias)
+
+
+def _function(model: ModelConfig) -> Literal["gelu", "gelu_erf", "swiglu"]:
+    if model.swiglu:
+        return "swiglu"
+    return "gelu" if model.gelu == "tanh" else "gelu_erf"
+
+
+def _layer(model: ModelConfig) -> Parts:
+    h, f, bias = model.hidden_size, model.ffn_size, model.add_bias_linear
+    rotary = model.position_embedding_type == "rope"
+    core = Core(
+        "attention.core", model.num_attention_heads, model.num_kv_heads, model.head_size,
+        rotated=int(model.head_size * model.rotary_percent) // 2 * 2 if rotary else 0,
+    )  # fmt: skip
+    qkv = (
+        ("attention.q", core.queries),
+        ("attention.k", core.keys),
+        ("attention.v", core.keys),
+    )
+    up = (("mlp.gate", f), ("mlp.up", f)) if model.swiglu else (("mlp.up", f),)
+    output, down = (("attention.output", h),), (("mlp.down", h),)
+    return Parts((
+        _norm(model, "attention_norm"),
+        Matrix("attention.qkv", qkv, h, "rows", bias),
+        core,
+        Matrix("attention.output", output, core.queries, "columns", bias, into_stream=True),
+        _norm(model, "mlp_norm"),
+        Matrix("mlp.up", up, h, "rows", bias),
+        Activation("mlp.activation", f, _function(model)),
+        Matrix("mlp.down", down, f, "columns", bias, into_stream=True),
+    ))  # fmt: skip

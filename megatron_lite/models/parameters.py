@@ -1,0 +1,75 @@
+"""The parameters of a stage's modules, each with its canonical pieces and its place in the ranks."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+
+from torch import nn
+
+from megatron_lite.blueprint.figure.parts import TOKENS, Matrix, Norm, Table, Tensor
+from megatron_lite.layers.setting import Setting
+from megatron_lite.models.decoder import Decoder
+from megatron_lite.parallel.shard import LocalParameter, Piece
+
+TOKEN_TABLE = f"{TOKENS}.weight"
+
+
+def local_parameters(model: Decoder) -> list[LocalParameter]:
+    """Every parameter of the stage with its canonical pieces, in order of definition."""
+    setting = model.setting
+    split = setting.sequence_parallel and setting.tp.size > 1
+    found = []
+    for name, parameter in model.named_parameters():
+        if name == TOKEN_TABLE and model.borrows_table:
+            continue
+        specs = list(_specs(model, name))
+        tied = name == TOKEN_TABLE and model.tied
+        twin = tied and setting.ctx.tied.size > 1
+        found.append(
+            LocalParameter(
+                parameter=parameter,
+                pieces=tuple(_pieces(specs, parameter, setting)),
+                spec=specs[0],
+                summed=("tp",) if specs[0].sequence and split else (),
+                twin=twin,
+                replica=twin and not model.has_embedding,
+                uses=_uses(model) if tied and not twin else 1,
+            )
+        )
+    return found
+
+
+def _uses(model: Decoder) -> int:
+    """Gradients of a tied table in the stage's last backward; past counting where it is lent."""
+    return 2 if model.has_head else sys.maxsize
+
+
+def _specs(model: Decoder, name: str) -> Iterator[Tensor]:
+    """The canonical tensors fused in a parameter; every module that holds one knows its part."""
+    path, _, leaf = name.rpartition(".")
+    part = model.get_submodule(path).part
+    assert isinstance(part, Norm | Matrix | Table), path
+    prefix = path.removesuffix(part.name)
+    for tensor in part.tensors():
+        if tensor.name.endswith(f".{leaf}"):
+            yield tensor.below(prefix)
+
+
+def _pieces(specs: list[Tensor], parameter: nn.Parameter, setting: Setting) -> Iterator[Piece]:
+    tp, start = setting.tp, 0
+    for spec in specs:
+        cut = spec.tp_dim
+        local = tuple(n // tp.size if dim == cut else n for dim, n in enumerate(spec.shape))
+        offset = tuple(n * tp.rank if dim == cut else 0 for dim, n in enumerate(local))
+        piece = Piece(spec.name, start, start + local[0], spec.shape, offset)
+        yield _trimmed(piece, setting.vocab_size) if spec.vocabulary else piece
+        start += local[0]
+    assert start == parameter.shape[0], (specs[0].name, start, tuple(parameter.shape))
+
+
+def _trimmed(piece: Piece, vocab_size: int) -> Piece:
+    """The piece without the padding rows of the vocabulary (possibly no rows at all)."""
+    stop = min(piece.stop, piece.start + max(vocab_size - piece.offset[0], 0))
+    offset = (min(piece.offset[0], vocab_size), *piece.offset[1:])
+    return Piece(piece.name, piece.start, stop, (vocab_size, *piece.shape[1:]), offset)
