@@ -88,6 +88,8 @@ def _inexpressible(model: ModelConfig) -> Iterator[str]:
         yield f"--position-embedding-type {model.position_embedding_type}"
     if model.normalization != "LayerNorm":
         yield f"--normalization {model.normalization}"
+    if not model.layernorm_bias:
+        yield "--no-layernorm-bias"
     if model.swiglu:
         yield "--swiglu"
     if not model.add_bias_linear:

@@ -84,6 +84,11 @@ COMPARED: tuple[Trait, ...] = (
         1e-5,
         "norms of small activations come out differently; felt most in fp16 and bf16",
     ),
+    Trait(
+        "layernorm_bias",
+        lambda m: m.layernorm_bias if m.normalization == "LayerNorm" else None,
+        True,
+    ),
     Trait("swiglu", lambda m: m.swiglu, False),
     Trait(
         "gelu",
