@@ -2,12 +2,14 @@
 """Continue a prompt with a trained model, in one process, from a checkpoint of any layout.
 
 python tools/generate.py --load RUN_FOLDER --prompt "Return the" --max-new-tokens 60
+python tools/generate.py --load RUN_FOLDER/iter_0001000 --prompt-file prompts.txt    one prompt a line
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,11 +22,15 @@ import torch
 
 from megatron_lite.blueprint.batches import padded_vocab_size
 from megatron_lite.checkpoint.description import saved_model, saved_section
-from megatron_lite.checkpoint.manifest import TOKENIZER, Manifest
+from megatron_lite.checkpoint.manifest import NAME, TOKENIZER, Manifest
 from megatron_lite.checkpoint.store import Store
+from megatron_lite.checkpoint.tensor_file import DTYPES
+from megatron_lite.checkpoint.vocabulary import check_vocabulary
 from megatron_lite.config.data import DataConfig
 from megatron_lite.config.errors import CheckpointError, ConfigError
 from megatron_lite.config.exit import ToolParser, run_tool
+from megatron_lite.config.precision import PrecisionConfig
+from megatron_lite.data.provenance import ALLOW, made_with
 from megatron_lite.data.tokenizers.base import Tokenizer
 from megatron_lite.data.tokenizers.build import asked_vocab_size, build_tokenizer
 from megatron_lite.data.tokenizers.kept import from_kept
@@ -36,25 +42,32 @@ from megatron_lite.models.parameters import local_parameters
 from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.parallel.shard import exact_slices, weight_slices
 
+PRECISIONS = {
+    "float32": PrecisionConfig(),
+    "float16": PrecisionConfig(fp16=True),
+    "bfloat16": PrecisionConfig(bf16=True),
+}
+
 
 def main() -> int:
     """Load, continue every prompt, print."""
     asked = _parse(sys.argv[1:])
     device = torch.device("cuda" if torch.cuda.is_available() and not asked.use_cpu else "cpu")
     ctx = ParallelContext.serial(device)
-    store = Store(Path(asked.load), ctx)
-    manifest, notices = store.newest_intact(asked.ckpt_step)
+    root, step = _checkpoint(asked.load, asked.ckpt_step)
+    store = Store(root, ctx)
+    manifest, notices = store.newest_intact(step)
     for line in notices:
         print(f"WARNING: {line}", file=sys.stderr)
     if manifest is None:
         raise CheckpointError(f"--load {asked.load} holds no checkpoint: check the path")
     tokenizer = _tokenizer(asked, manifest, store.folder(manifest.iteration))
-    model = _load(store, manifest, ctx)
+    model = _load(store, manifest, ctx, asked.dtype)
     generator = torch.Generator(device=device).manual_seed(asked.seed)
 
     def pick(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         return sample(
-            logits,
+            logits[:, : tokenizer.vocab_size],  # rows that no id gives mean nothing
             tokens,
             temperature=asked.temperature,
             top_k=asked.top_k,
@@ -82,9 +95,10 @@ def main() -> int:
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = ToolParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--load", required=True, help="run folder with checkpoints")
+    parser.add_argument("--load", required=True, help="run folder, or one iter_N folder of it")
     parser.add_argument("--ckpt-step", type=int, help="this iteration instead of the newest")
     parser.add_argument("--prompt", nargs="+", action="extend", help="texts to continue")
+    parser.add_argument("--prompt-file", help="one prompt a line, empty lines left out; - is stdin")
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--num-samples", type=int, default=1, help="continuations per prompt")
     parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest")
@@ -94,9 +108,16 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=1234)
     parser.add_argument("--vocab-file", help="instead of the one the run was trained with")
     parser.add_argument("--merge-file", help="instead of the one the run was trained with")
+    parser.add_argument(
+        ALLOW, action="store_true", help="speak with another tokenizer than its own"
+    )
+    parser.add_argument("--dtype", choices=PRECISIONS, help="as the checkpoint holds it by default")
     parser.add_argument("--use-cpu", action="store_true")
     asked = parser.parse_args(argv)
-    asked.prompt = [_text(prompt) for prompt in asked.prompt or [""]]
+    asked.prompt = [_text(prompt) for prompt in asked.prompt or []]
+    if asked.prompt_file is not None:
+        asked.prompt += _prompts(asked.prompt_file)
+    asked.prompt = asked.prompt or [""]
     if asked.max_new_tokens < 1 or asked.num_samples < 1:
         raise ConfigError("--max-new-tokens and --num-samples must be at least 1")
     return asked
@@ -110,6 +131,43 @@ def _text(prompt: str) -> str:
         raise ConfigError(f"--prompt {prompt!r} is not UTF-8 ({error.reason})") from None
 
 
+def _prompts(path: str) -> list[str]:
+    """The lines of --prompt-file."""
+    try:
+        content = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
+    except OSError as error:
+        raise ConfigError(f"--prompt-file {path} cannot be read: {error.strerror}") from None
+    prompts = []
+    for number, line in enumerate(content.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
+        try:
+            prompts.append(line.removesuffix(b"\r").decode("utf-8"))
+        except UnicodeDecodeError as error:
+            raise ConfigError(
+                f"--prompt-file {path}:{number} is not UTF-8 ({error.reason}): save it as UTF-8"
+            ) from None
+    found = [prompt for prompt in prompts if prompt]
+    if not found:
+        raise ConfigError(f"--prompt-file {path} holds no prompt: write one a line")
+    return found
+
+
+def _checkpoint(load: str, step: int | None) -> tuple[Path, int | None]:
+    """The run folder and the iteration that --load and --ckpt-step mean."""
+    folder = Path(load)
+    if not (folder / NAME).is_file():
+        return folder, step
+    name = folder.resolve().name
+    match = re.fullmatch(r"iter_(\d{7,})", name)
+    if match is None:
+        raise CheckpointError(
+            f"--load {load} is one checkpoint under another name than iter_NNNNNNN, which says its "
+            "iteration: give it its name back"
+        )
+    if step not in (None, int(match[1])):
+        raise ConfigError(f"--load {load} is iteration {int(match[1])}, --ckpt-step says {step}")
+    return folder.resolve().parent, int(match[1])
+
+
 def _tokenizer(asked: argparse.Namespace, manifest: Manifest, folder: Path) -> Tokenizer:
     """The one the checkpoint keeps; the run's own files where it is older than that."""
     data = from_kept(saved_section(manifest, DataConfig, "data", folder), folder / TOKENIZER)
@@ -118,16 +176,39 @@ def _tokenizer(asked: argparse.Namespace, manifest: Manifest, folder: Path) -> T
         for name in ("vocab_file", "merge_file")
         if (value := getattr(asked, name)) is not None
     }
-    model = saved_model(manifest, folder)
-    asked_size = asked_vocab_size(data, model.vocab_size)
-    return build_tokenizer(dataclasses.replace(data, **given), vocab_size=asked_size)
+    data = dataclasses.replace(data, **given)
+    rows = saved_model(manifest, folder).vocab_size
+    assert rows is not None
+    tokenizer = build_tokenizer(data, vocab_size=asked_vocab_size(data, rows))
+    said = check_vocabulary(
+        manifest,
+        rows,
+        made_with(tokenizer, data),
+        foreign=bool(given),
+        allowed=asked.allow_tokenizer_mismatch,
+    )
+    for line in said:
+        print(f"WARNING: {line}", file=sys.stderr)
+    return tokenizer
 
 
-def _load(store: Store, manifest: Manifest, ctx: ParallelContext) -> Decoder:
+def _precision(manifest: Manifest, dtype: str | None) -> PrecisionConfig:
+    """--dtype, or the format in which the checkpoint holds the weights that training used."""
+    if dtype is not None:
+        return PRECISIONS[dtype]
+    held = {DTYPES[getattr(torch, name)]: chosen for name, chosen in PRECISIONS.items()}
+    table = manifest.tensors.get("embedding.tokens.weight")
+    return PRECISIONS["float32"] if table is None else held.get(table.dtype, PRECISIONS["float32"])
+
+
+def _load(store: Store, manifest: Manifest, ctx: ParallelContext, dtype: str | None) -> Decoder:
     config = saved_model(manifest, store.folder(manifest.iteration))
     assert config.vocab_size is not None
     padded = padded_vocab_size(config.vocab_size, config.make_vocab_size_divisible_by, 1)
-    setting = Setting(config, ctx, padded_vocab_size=padded, vocab_size=config.vocab_size)
+    setting = Setting(
+        config, ctx, padded_vocab_size=padded, vocab_size=config.vocab_size,
+        precision=_precision(manifest, dtype),
+    )  # fmt: skip
     model = Decoder(setting, range(config.num_layers), has_embedding=True, has_head=True)
     parameters = local_parameters(model)
     with torch.no_grad():

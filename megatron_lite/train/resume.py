@@ -73,8 +73,7 @@ def resume(
     schedules = asked
     changes = check_model(manifest, run.setting.model, store.folder(manifest.iteration),
                           allowed=named(checkpoint.allow_model_change))  # fmt: skip
-    allowed = checkpoint.allow_data_change or checkpoint.finetune
-    notices = changes + check_tokenizer(manifest, tokenizer, allowed=allowed)
+    notices = changes + check_tokenizer(manifest, tokenizer, allowed=checkpoint.allow_data_change)
     if with_optimizer:
         _require_optimizer(run, manifest, checkpoint.load)
         schedules, said = _settle_schedules(manifest, learning_rate, asked, checkpoint.load)

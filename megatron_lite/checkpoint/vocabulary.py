@@ -1,0 +1,56 @@
+"""The tokenizer that a checkpoint was trained with beside the one at hand, for whoever uses a model."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from megatron_lite.checkpoint.manifest import Manifest
+from megatron_lite.config.errors import CheckpointError
+from megatron_lite.data.provenance import ALLOW, MadeWith
+
+
+def trained_with(manifest: Manifest) -> MadeWith | None:
+    """What the checkpoint says of its tokenizer; None where it says nothing."""
+    found = manifest.tokenizer
+    if not found.get("fingerprint"):
+        return None
+    eod = found.get("eod")
+    return MadeWith(
+        type=str(found.get("type") or ""),
+        fingerprint=str(found["fingerprint"]),
+        eod=eod if type(eod) is int else None,
+        ends_documents=True,
+    )
+
+
+def check_vocabulary(
+    manifest: Manifest, rows: int, tokenizer: MadeWith, *, foreign: bool, allowed: bool
+) -> list[str]:
+    """What to say; rows: ids the model has rows for; foreign: the tokenizer is not the one it keeps.
+
+    Raises CheckpointError with both sizes where the tokenizer gives ids without a row, where it is
+    not the one the model was trained with, and where that is not known and a foreign one has fewer.
+    """
+    where = f"checkpoint {manifest.iteration}"
+    ids = tokenizer.vocab_size
+    assert ids is not None
+    if ids > rows:
+        raise CheckpointError(
+            f"{tokenizer} gives {ids} ids, {where} has rows for {rows}: {ids - rows} ids would have "
+            "no row - give the tokenizer it was trained with"
+        )
+    before = trained_with(manifest)
+    if before is None:
+        if not foreign or ids == rows:
+            return []
+        line = f"{tokenizer} gives {ids} ids, {where} has rows for {rows}"
+    elif not before.differs(dataclasses.replace(tokenizer, vocab_size=None)):
+        return []
+    else:
+        line = f"{where}, of {rows} ids, was trained with {before}, not with {tokenizer}"
+    if not allowed:
+        raise CheckpointError(
+            f"{line}: the same id is another word there - give the tokenizer it was trained with (it "
+            f"lies in the checkpoint's folder tokenizer/), or {ALLOW}"
+        )
+    return [f"{ALLOW}: {line}"]

@@ -1,0 +1,145 @@
+"""What generate.py takes and refuses; the words that come out are those of the model."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import shutil
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from megatron_lite.checkpoint.manifest import read_manifest
+from megatron_lite.config.exit import run_tool
+from megatron_lite.parallel.context import ParallelContext
+from tests.data.test_kept import write_gpt2
+from tests.train.runs import alone
+from tools import generate
+
+Capture = pytest.CaptureFixture[str]
+
+
+@pytest.fixture(scope="module")
+def spoken(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a vocabulary (words/) and two iterations in bf16 of a run with it (run/)."""
+    folder = tmp_path_factory.mktemp("spoken")
+    (folder / "words").mkdir()
+    data = write_gpt2(folder / "words", [("t", "h"), ("th", "e")])
+    done = alone(
+        "--mock-data", "--tokenizer-type", "GPT2BPETokenizer", "--vocab-file", str(data.vocab_file),
+        "--merge-file", str(data.merge_file), "--save", str(folder / "run"), "--save-interval", "1",
+        "--train-iters", "2", "--bf16", without=["--vocab-size"],
+    )  # fmt: skip
+    assert done.rc == 0, done.err
+    return folder
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
+    argv = ["generate.py", "--use-cpu", "--max-new-tokens", "5", *map(str, words)]
+    monkeypatch.setattr(sys, "argv", argv)
+    return run_tool(generate.main)
+
+
+def foreign(folder: Path, merges: list[tuple[str, str]]) -> list[str]:
+    folder.mkdir()
+    data = write_gpt2(folder, merges)
+    return ["--vocab-file", str(data.vocab_file), "--merge-file", str(data.merge_file)]
+
+
+@pytest.mark.parametrize(
+    ("merges", "sizes"),
+    [
+        ([("t", "h"), ("th", "e"), ("i", "n")], ("260 ids", "rows for 259")),
+        ([("t", "h")], ("258 ids", "of 259 ids")),
+        ([("h", "e"), ("t", "he")], ("259 ids", "of 259 ids")),
+    ],
+    ids=["more ids", "fewer ids", "as many"],
+)
+def test_a_foreign_vocabulary_is_refused_with_both_sizes(
+    spoken: Path, tmp_path: Path, monkeypatch, capsys: Capture, merges, sizes
+) -> None:
+    words = ["--load", spoken / "run", "--prompt", "the", *foreign(tmp_path / "f", merges)]
+    assert run(monkeypatch, *words) == 4
+    err = capsys.readouterr().err
+    assert all(size in err for size in sizes) and "Traceback" not in err, err
+    code = 4 if len(merges) == 3 else 0  # an id without a row cannot be allowed
+    assert run(monkeypatch, *words, "--allow-tokenizer-mismatch") == code
+
+
+def test_an_older_checkpoint_compares_sizes(
+    spoken: Path, tmp_path: Path, monkeypatch, capsys: Capture
+) -> None:
+    manifest = read_manifest(spoken / "run" / "iter_0000002")
+    silent = dataclasses.replace(manifest, tokenizer={})
+    monkeypatch.setattr(generate.Store, "newest_intact", lambda store, step: (silent, []))
+    words = ["--load", spoken / "run", *foreign(tmp_path / "f", [("t", "h")])]
+    assert run(monkeypatch, *words) == 4
+    assert "258 ids" in (err := capsys.readouterr().err) and "rows for 259" in err
+
+
+def test_prompts_come_from_a_file_or_stdin(
+    spoken: Path, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_bytes("\ufeffthe end\r\n\nother \n他".encode())
+    words = ["--load", spoken / "run", "--temperature", "0"]
+    assert run(monkeypatch, *words, "--prompt", "first", "--prompt-file", file) == 0
+    out = capsys.readouterr().out
+    assert [part.strip("\n")[:5] for part in out.split("-" * 80)] == [
+        "first", "the e", "other", out.split("-" * 80)[3].strip("\n")[:5]]  # fmt: skip
+    assert out.split("-" * 80)[3].lstrip("\n").startswith("他")
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(b"the end\n")))
+    assert run(monkeypatch, *words, "--prompt-file", "-") == 0
+    assert capsys.readouterr().out.strip("\n") == out.split("-" * 80)[1].strip("\n")
+    for content, said in (
+        (b"ok\n\xff\n", "prompts.txt:2 is not UTF-8"),
+        (b"\n \n"[:1], "no prompt"),
+    ):
+        file.write_bytes(content)
+        assert run(monkeypatch, *words, "--prompt-file", file) == 2
+        assert said in capsys.readouterr().err
+    assert run(monkeypatch, *words, "--prompt-file", tmp_path) == 2
+
+
+def test_an_iteration_folder_is_its_iteration(spoken: Path, tmp_path, monkeypatch, capsys) -> None:
+    words = ["--prompt", "the", "--temperature", "0"]
+    first = spoken / "run" / "iter_0000001"
+    assert run(monkeypatch, "--load", spoken / "run", "--ckpt-step", 1, *words) == 0
+    expected = capsys.readouterr().out
+    assert run(monkeypatch, "--load", first, *words) == 0
+    assert capsys.readouterr().out == expected
+    assert run(monkeypatch, "--load", first, "--ckpt-step", 2, *words) == 2
+    assert "is iteration 1, --ckpt-step says 2" in capsys.readouterr().err
+    (tmp_path / "best").mkdir()
+    shutil.copy(first / "manifest.json", tmp_path / "best")
+    assert run(monkeypatch, "--load", tmp_path / "best", *words) == 4
+    assert "give it its name back" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("asked", "dtype"), [(None, torch.bfloat16), ("float32", torch.float32), ("float16", torch.float16)]
+)  # fmt: skip
+def test_a_model_is_loaded_in_its_own_format(spoken: Path, asked, dtype) -> None:
+    ctx = ParallelContext.serial(torch.device("cpu"))
+    store = generate.Store(spoken / "run", ctx)
+    manifest = read_manifest(spoken / "run" / "iter_0000002")
+    model = generate._load(store, manifest, ctx, asked)
+    exact = generate._load(store, manifest, ctx, "float32")
+    for weight, master in zip(model.parameters(), exact.parameters(), strict=True):
+        assert weight.dtype is dtype and torch.equal(weight, master.to(dtype))
+
+
+def test_no_id_is_sampled_that_the_tokenizer_lacks(spoken: Path, tmp_path, monkeypatch) -> None:
+    """--vocab-size gave the model more rows than the tokenizer has ids: they cannot be decoded."""
+    made = ["--vocab-file", str(spoken / "words" / "my vocab"),
+            "--merge-file", str(spoken / "words" / "my merges")]  # fmt: skip
+    done = alone(
+        "--mock-data", "--tokenizer-type", "GPT2BPETokenizer", *made, "--vocab-size", "900",
+        "--save", str(tmp_path / "run"), "--save-interval", "2", "--train-iters", "2",
+    )  # fmt: skip
+    assert done.rc == 0, done.err
+    assert run(monkeypatch, "--load", tmp_path / "run", "--temperature", "50",
+               "--max-new-tokens", "15") == 0  # fmt: skip
