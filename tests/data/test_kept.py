@@ -45,8 +45,8 @@ def hugging_face(folder: Path) -> DataConfig:
 def tiktoken(folder: Path) -> DataConfig:
     ranks = [bytes([n]) for n in range(256)] + [b"th", b"the"]
     lines = (f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in enumerate(ranks))
-    (folder / "r50k_base.tiktoken").write_text("".join(lines))  # the name says which pattern
-    path = str(folder / "r50k_base.tiktoken")
+    (folder / "p50k_base.tiktoken").write_text("".join(lines))  # the name says which pattern
+    path = str(folder / "p50k_base.tiktoken")
     return DataConfig(tokenizer_type="TikTokenizer", tokenizer_model=path)
 
 

@@ -13,7 +13,7 @@ from megatron_lite.config.data import DataConfig
 from megatron_lite.config.errors import ConfigError, DataError
 from megatron_lite.data.tokenizers.build import build_tokenizer, read_vocab_size
 from megatron_lite.data.tokenizers.gpt2_bpe import GPT2BPETokenizer, ranks_of, read_merges
-from megatron_lite.data.tokenizers.tiktoken import PATTERNS, PUBLISHED, TikTokenizer
+from megatron_lite.data.tokenizers.tiktoken import PATTERNS, PUBLISHED, RANKS, TikTokenizer
 from tests.data.test_engines import SENTENCES, files, hard_texts
 
 tiktoken = pytest.importorskip("tiktoken", reason="tiktoken is not installed")
@@ -117,7 +117,9 @@ def test_published_names_know_their_pattern_and_specials(
     ranks: dict[bytes, int],
     files: tuple[str, str],
     tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setitem(RANKS, "r50k_base", len(ranks))
     tokenizer = TikTokenizer(write_text(tmp_path / "r50k_base.tiktoken", ranks))
     assert tokenizer.eod == PUBLISHED["r50k_base"][1]["<|endoftext|>"] == 50256
     assert tokenizer.vocab_size == 50257
@@ -145,6 +147,7 @@ def test_wrong_files_and_flags_are_named(ranks: dict[bytes, int], tmp_path: Path
         (gap, "not 0 to"),
         (str(tmp_path / "bad.tiktoken"), r"bad.tiktoken:2: b'!!' is not `base64 rank`"),
         (str(tmp_path / "bad.json"), "not a list of rank"),
+        (write_text(tmp_path / "cl100k_base.tiktoken", ranks), "cl100k_base has 100256: it is cut"),
     ]:
         with pytest.raises(DataError, match=message):
             TikTokenizer(wrong, pattern="gpt2")

@@ -26,6 +26,7 @@ from megatron_lite.data.tokenizers.engines import (
     Unavailable,
     missing,
 )
+from megatron_lite.data.tokenizers.fit import unmade
 
 EOD = "<|endoftext|>"
 WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -150,6 +151,8 @@ class GPT2BPETokenizer(EngineTokenizer):
         self._vocab_file = vocab_file
         self._vocab = vocab = read_vocab(vocab_file)
         merges = read_merges(merge_file)
+        self._names = [name for name, _ in sorted(vocab.items(), key=lambda item: item[1])]
+        self._bytes = {character: byte for byte, character in enumerate(byte_characters())}
         self._check(merges, merge_file)
         self._hash = hash_of(
             read_bytes(vocab_file, "--vocab-file"), read_bytes(merge_file, "--merge-file")
@@ -167,8 +170,6 @@ class GPT2BPETokenizer(EngineTokenizer):
             reference=("tokenizers", "plain"),
             asked=engine,
         )
-        self._names = [name for name, _ in sorted(vocab.items(), key=lambda item: item[1])]
-        self._bytes = {character: byte for byte, character in enumerate(byte_characters())}
 
     def _check(self, merges: Sequence[Merge], merge_file: str | None) -> None:
         for a, b in merges:
@@ -179,12 +180,29 @@ class GPT2BPETokenizer(EngineTokenizer):
                         f"--vocab-file {self._vocab_file} lacks - the two belong to different "
                         "vocabularies"
                     )
-        missing = [c for c in byte_characters() if c not in self._vocab]
-        if missing:
+        lacking = [c for c in byte_characters() if c not in self._vocab]
+        if lacking:
             raise DataError(
-                f"--vocab-file {self._vocab_file} lacks {len(missing)} of the 256 byte tokens, "
-                f"e.g. {missing[0]!r} - it is no byte-level vocabulary"
+                f"--vocab-file {self._vocab_file} lacks {len(lacking)} of the 256 byte tokens, "
+                f"e.g. {lacking[0]!r} - it is no byte-level vocabulary"
             )
+        orphans = unmade(self._vocab, merges, self._spell)
+        if orphans:
+            raise DataError(
+                f"--merge-file {merge_file}: none of its {len(merges)} merges makes {len(orphans)} of "
+                f"the {len(self._vocab)} tokens of --vocab-file {self._vocab_file}, e.g. "
+                f"{orphans[0]!r} (id {self._vocab[orphans[0]]}): it is cut off, or belongs to another "
+                "vocabulary - copy both files again"
+            )
+
+    def _spell(self, token: str) -> str | None:
+        """As text; bytes that are no whole character are part of a word, too."""
+        if not all(character in self._bytes for character in token):
+            return None
+        try:
+            return bytes(self._bytes[character] for character in token).decode("utf-8")
+        except UnicodeDecodeError:
+            return "part"
 
     @property
     def vocab_size(self) -> int:

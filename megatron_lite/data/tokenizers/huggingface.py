@@ -17,6 +17,7 @@ from megatron_lite.data.tokenizers.engines import (
     GigatokenEngine,
     TokenizersEngine,
 )
+from megatron_lite.data.tokenizers.fit import check_json
 
 FLAG = "--tokenizer-model"
 EOD_NAMES = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>", "[SEP]")
@@ -75,6 +76,7 @@ class HuggingFaceTokenizer(EngineTokenizer):
             self._fast: Any = tokenizers.Tokenizer.from_str(self._content.decode("utf-8"))
         except Exception as error:  # the library raises bare Exception for a broken file
             raise DataError(f"{FLAG} {self._file} cannot be loaded: {error}") from error
+        check_json(json.loads(self._content), f"{FLAG} {self._file}")
         self._fast.no_truncation()
         self._fast.no_padding()
         self._fast.encode_special_tokens = True  # text that spells one stays text

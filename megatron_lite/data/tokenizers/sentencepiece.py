@@ -25,6 +25,7 @@ from megatron_lite.data.tokenizers.engines import (
     Unavailable,
     version_of,
 )
+from megatron_lite.data.tokenizers.fit import check_whole_model
 
 FLAG = "--tokenizer-model"
 CHATGLM_SPECIALS = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop")
@@ -60,6 +61,7 @@ class GPTSentencePieceTokenizer(EngineTokenizer):
                 "SentencePiece tokenizers need the package `sentencepiece`: "
                 "pip install 'megatron_lite[sentencepiece]'"
             ) from error
+        check_whole_model(self._content, f"{FLAG} {path}")
         try:
             self._model: Any = sentencepiece.SentencePieceProcessor(model_proto=self._content)
         except (RuntimeError, OSError) as error:

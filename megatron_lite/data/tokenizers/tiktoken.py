@@ -64,6 +64,7 @@ PUBLISHED: dict[str, tuple[str, dict[str, int]]] = {
     "o200k_base": ("o200k", {EOD: 199999, "<|endofprompt|>": 200018}),
 }  # fmt: skip
 """File name -> pattern and special tokens, which a .tiktoken file does not hold."""
+RANKS = {"r50k_base": 50256, "cl100k_base": 100256, "o200k_base": 199998}
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +110,12 @@ def read_text_file(path: str, pattern: str | None) -> Vocabulary:
     check_ranks(path, ranks)
     name = Path(path).name.removesuffix(".tiktoken")
     known, specials = PUBLISHED.get(name, (None, {EOD: len(ranks)}))
+    whole = RANKS.get(name)
+    if whole is not None and len(ranks) != whole:
+        raise DataError(
+            f"{FLAG} {path} has {len(ranks)} ranks, {name} has {whole}: it is cut off - copy it again, or "
+            "give a file of your own another name and --tiktoken-pattern"
+        )
     chosen = pattern or known
     if chosen is None:
         raise ConfigError(
