@@ -72,7 +72,7 @@ def our_logits(root: Path, tokens: torch.Tensor) -> torch.Tensor:
     """tokens: [b, s] -> [b, s, v], by the newest checkpoint of a folder."""
     store = Store(root, ParallelContext.serial())
     manifest, _ = store.newest_intact()
-    model = generate._load(store, manifest, store.ctx)
+    model = generate._load(store, manifest, store.ctx, "float32")
     at = Positions(samples=torch.arange(len(tokens)), index=torch.arange(tokens.shape[1]))
     with torch.no_grad():
         logits = model(tokens.t(), at).transpose(0, 1)
