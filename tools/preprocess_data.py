@@ -22,12 +22,15 @@ from megatron_lite.config.exit import ToolParser, run_tool
 from megatron_lite.data.encode import Job
 from megatron_lite.data.input_flags import add_input_flags, longest_line
 from megatron_lite.data.inputs import find_inputs
+from megatron_lite.data.pair_writer import Counts
 from megatron_lite.data.preprocess import preprocess
 from megatron_lite.data.ray_engine import preprocess_on_ray
 from megatron_lite.data.summary import Summary
 from megatron_lite.data.tokenizers.build import TOKENIZERS
 from megatron_lite.data.tokenizers.engines import AUTO, ENGINES
 from megatron_lite.storage.disk import Disk
+
+MOST_UNKNOWN = 0.001  # of the tokens; from here on it is said loudly
 
 REFUSED = {
     "split_sentences": "--split-sentences is for BERT; GPT data has one sequence per document",
@@ -158,6 +161,19 @@ class Progress:
             self.bar.close()
 
 
+def print_unknown(prefix: str, count: Counts, name: str) -> None:
+    """How much of the text the vocabulary lacks; loud where it is much."""
+    share = count.unknown / max(count.tokens - count.eods, 1)
+    print(f"  unknown: {count.unknown} tokens ({share:.4%}) are {name}")
+    if share > MOST_UNKNOWN:
+        print(
+            f"WARNING: {prefix}: {share:.2%} of the text's tokens are unknown ({name}), more than "
+            f"{MOST_UNKNOWN:.1%}: the vocabulary lacks characters of this text, and a model learns "
+            "nothing there - take another tokenizer, or train one on this text",
+            file=sys.stderr,
+        )
+
+
 def print_summary(summary: Summary) -> None:
     """What was written, one line per pair of files."""
     print(f"tokenizer: {summary.tokenizer}")
@@ -168,6 +184,8 @@ def print_summary(summary: Summary) -> None:
             f"{count.sequences} sequences, {count.tokens} tokens ({count.eods} EOD), "
             f"{summary.dtype}"
         )
+        if summary.unknown:
+            print_unknown(prefix, count, summary.unknown)
     reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(summary.skipped.items()))
     print(f"skipped: {summary.skipped.total()} records" + (f" ({reasons})" if reasons else ""))
     read = summary.read_bytes - summary.read_before

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,12 @@ class Counts:
     sequences: int = 0
     tokens: int = 0
     eods: int = 0
+    unknown: int = 0
+
+    @classmethod
+    def of(cls, facts: Mapping[str, Any]) -> Counts:
+        """Those of a `.meta.json`; what an older one did not count is 0."""
+        return cls(**{name: facts.get(name, 0) for name in cls.__slots__})
 
 
 @dataclass(frozen=True, slots=True)

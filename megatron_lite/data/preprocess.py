@@ -29,7 +29,7 @@ from megatron_lite.data.indexed import IndexedDataset, bin_path, idx_path, token
 from megatron_lite.data.inputs import plan, read_batches
 from megatron_lite.data.pair_writer import Counts, PairWriter
 from megatron_lite.data.parts import LONGEST_LINE, Part, Place
-from megatron_lite.data.provenance import end_of_document, made_with, tokenizer_facts
+from megatron_lite.data.provenance import end_of_document, made_with, tokenizer_facts, unknown_token
 from megatron_lite.data.streams import size_of
 from megatron_lite.data.summary import Summary
 from megatron_lite.data.tokenizers.base import Tokenizer
@@ -127,6 +127,11 @@ class Run:
         if job.append_eod:
             assert self.tokenizer.eod >= 0
         self.made_with = made_with(self.tokenizer, job.data)
+        if self.tokenizer.loses_text:
+            log.warning(
+                "note: %s leaves out characters that its vocabulary lacks, and has no unknown token to "
+                "count them by", self.made_with,
+            )  # fmt: skip
         self.dtype = token_dtype(self.tokenizer.vocab_size)
         self.place = Place()
         self.published = False
@@ -141,6 +146,7 @@ class Run:
             self.made_with.fingerprint,
             [],
             end_of_document=end_of_document(self.tokenizer, appended=job.append_eod),
+            unknown=unknown_token(self.tokenizer),
             total_bytes=sum((part.end or size_of(part.path)) - part.begin for part in self.parts),
         )
 
@@ -165,7 +171,7 @@ class Run:
                 return False
         summary = self.summary
         summary.resumed = True
-        summary.keys = [Counts(**{name: fact[name] for name in Counts.__slots__}) for fact in facts]
+        summary.keys = [Counts.of(fact) for fact in facts]
         summary.hashes = [fact["sha256"] for fact in facts]
         summary.skipped = Counter(facts[0]["skipped"])
         summary.input_bytes = facts[0]["input_bytes"]
@@ -301,8 +307,12 @@ class Run:
 
     def add(self, result: Result) -> None:
         """Write a batch; the place moves behind it."""
+        unknown = self.tokenizer.unknown
         for writer, tokens in zip(self.writers, result.tokens, strict=True):
             writer.add(tokens)
+            if unknown is not None:
+                ends = tokens.num_eods if unknown == self.made_with.eod else 0
+                writer.counts.unknown += int(np.count_nonzero(tokens.tokens == unknown)) - ends
         summary = self.summary
         summary.skipped += result.skipped
         summary.input_bytes += result.input_bytes

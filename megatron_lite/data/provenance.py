@@ -92,6 +92,12 @@ def end_of_document(tokenizer: Tokenizer, *, appended: bool = True) -> str:
     return words if appended else f"{words}, not appended (--append-eod is not given)"
 
 
+def unknown_token(tokenizer: Tokenizer) -> str:
+    """The id for what the vocabulary lacks, in words; empty where there is none."""
+    number = tokenizer.unknown
+    return "" if number is None else f"id {number}, {tokenizer.decode([number])!r}"
+
+
 def facts_path(prefix: str | os.PathLike[str]) -> Path:
     """Where the facts of a pair lie."""
     return Path(f"{os.fspath(prefix)}.meta.json")

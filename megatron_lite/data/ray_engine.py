@@ -25,7 +25,13 @@ from megatron_lite.data.indexed import bin_path, idx_path, token_dtype
 from megatron_lite.data.indexed_builder import IndexedDatasetBuilder
 from megatron_lite.data.pair_writer import Counts
 from megatron_lite.data.preprocess import ResumeRefused, preprocess, shard_prefix
-from megatron_lite.data.provenance import end_of_document, joined, read_facts, write_facts
+from megatron_lite.data.provenance import (
+    end_of_document,
+    joined,
+    read_facts,
+    unknown_token,
+    write_facts,
+)
 from megatron_lite.data.summary import Summary
 from megatron_lite.storage.disk import Disk
 
@@ -104,6 +110,7 @@ def preprocess_on_ray(
     summary = join(job, output_prefix, count, disk)
     summary.dtype = str(token_dtype(tokenizer.vocab_size))
     summary.end_of_document = end_of_document(tokenizer, appended=job.append_eod)
+    summary.unknown = unknown_token(tokenizer)
     summary.seconds = time.perf_counter() - began
     return summary
 
@@ -166,7 +173,7 @@ def join(job: Job, prefix: str, count: int, disk: Disk) -> Summary:
         sources = [f"{piece}_{key}_document" for piece in pieces]
         facts = [read_facts(source) or {} for source in sources]
         whole = joined(facts)
-        total = Counts(**{name: whole[name] for name in Counts.__slots__})
+        total = Counts.of(whole)
         if total.tokens == 0:
             raise DataError(f"{final}: {total.documents} documents without tokens")
         with IndexedDatasetBuilder(bin_path(final), facts[0]["dtype"], disk) as builder:

@@ -18,6 +18,7 @@ class Summary:
     fingerprint: str
     keys: list[Counts]
     end_of_document: str = ""
+    unknown: str = ""  # the token for what the vocabulary lacks; empty where there is none
     skipped: Counter[str] = field(default_factory=Counter)
     input_bytes: int = 0  # of texts and keys, decompressed
     read_bytes: int = 0  # of files on disk

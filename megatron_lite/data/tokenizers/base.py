@@ -40,6 +40,16 @@ class Tokenizer(Protocol):
         """Id that ends a document; DataError where the vocabulary has none."""
         ...
 
+    @property
+    def unknown(self) -> int | None:
+        """Id for what the vocabulary lacks, if it has one."""
+        ...
+
+    @property
+    def loses_text(self) -> bool:
+        """What the vocabulary lacks gives no id at all."""
+        ...
+
     def encode(self, text: str) -> list[int]:
         """Ids of one text."""
         ...

@@ -306,6 +306,16 @@ class EngineTokenizer:
 
     choice: EngineChoice
 
+    @property
+    def unknown(self) -> int | None:
+        """The id for what the vocabulary lacks; None where it lacks nothing, or gives nothing for it."""
+        return None
+
+    @property
+    def loses_text(self) -> bool:
+        """What the vocabulary lacks gives no id at all, not even the unknown one."""
+        return False
+
     def encode(self, text: str) -> list[int]:
         """Ids of one text; a lone surrogate raises UnicodeEncodeError."""
         ids: list[int] = self.choice.exact.encode_batch([text]).ids.tolist()

@@ -21,6 +21,17 @@ from megatron_lite.data.tokenizers.fit import check_json
 
 FLAG = "--tokenizer-model"
 EOD_NAMES = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>", "[SEP]")
+BESIDE = ("tokenizer_config.json", "special_tokens_map.json")
+"""Files that may name special tokens."""
+
+
+def token_name(config: Any, key: str, path: Path) -> str | None:
+    """A special token's text, which files give as it is or with its properties."""
+    if not isinstance(config, dict):
+        raise DataError(f"{path} must hold one JSON object")
+    found = config.get(key)
+    name = found.get("content") if isinstance(found, dict) else found
+    return name if isinstance(name, str) else None
 
 
 def tokenizer_json(path: str | None) -> Path:
@@ -76,7 +87,13 @@ class HuggingFaceTokenizer(EngineTokenizer):
             self._fast: Any = tokenizers.Tokenizer.from_str(self._content.decode("utf-8"))
         except Exception as error:  # the library raises bare Exception for a broken file
             raise DataError(f"{FLAG} {self._file} cannot be loaded: {error}") from error
-        check_json(json.loads(self._content), f"{FLAG} {self._file}")
+        found = json.loads(self._content)
+        check_json(found, f"{FLAG} {self._file}")
+        self._model: dict[str, Any] = found.get("model") or {}
+        self._bytewise = "ByteLevel" in json.dumps(
+            [found.get("pre_tokenizer"), found.get("decoder")]
+        )
+        self._named_eos()
         self._fast.no_truncation()
         self._fast.no_padding()
         self._fast.encode_special_tokens = True  # text that spells one stays text
@@ -100,13 +117,10 @@ class HuggingFaceTokenizer(EngineTokenizer):
     @property
     def eod(self) -> int:
         """eos_token of tokenizer_config.json, else the first usual name the vocabulary has."""
-        names: tuple[str, ...] = EOD_NAMES
-        config = self._file.with_name("tokenizer_config.json")
-        if config.is_file():
-            found = read_json(str(config), FLAG).get("eos_token")
-            name = found.get("content") if isinstance(found, dict) else found
-            names = (name, *names) if isinstance(name, str) else names
-        for name in names:
+        named = self._named_eos()
+        if named is not None:
+            return named
+        for name in EOD_NAMES:
             number = self._fast.token_to_id(name)
             if number is not None:
                 return int(number)
@@ -114,6 +128,46 @@ class HuggingFaceTokenizer(EngineTokenizer):
             f"{FLAG} {self._file} has no end-of-document token: neither eos_token in "
             f"tokenizer_config.json nor one of {', '.join(EOD_NAMES)}"
         )
+
+    def _named_eos(self) -> int | None:
+        """The id of the eos_token that the files beside name; DataError where it has none."""
+        names = {}
+        for beside in BESIDE:
+            path = self._file.with_name(beside)
+            if path.is_file():
+                name = token_name(read_json(str(path), FLAG), "eos_token", path)
+                if name is not None:
+                    names[beside] = name
+        if not names:
+            return None
+        (where, name), *others = names.items()
+        if any(other != name for _, other in others):
+            raise DataError(
+                f"{self._file.parent}: eos_token is {name!r} by {where} and {others[0][1]!r} by "
+                f"{others[0][0]} - correct the one that is wrong"
+            )
+        number = self._fast.token_to_id(name)
+        if number is None:
+            raise DataError(
+                f"{self._file.with_name(where)} names the eos_token {name!r}, which {self._file.name} "
+                f"of {self._size} ids lacks: no id would end a document - correct eos_token, or add "
+                "the token to the tokenizer"
+            )
+        return int(number)
+
+    @property
+    def unknown(self) -> int | None:
+        """The id of the model's unk_token."""
+        if type(self._model.get("unk_id")) is int:
+            return int(self._model["unk_id"])
+        number = self._fast.token_to_id(self._model.get("unk_token") or "")
+        return None if number is None else int(number)
+
+    @property
+    def loses_text(self) -> bool:
+        """A byte-pair model of characters without unk_token leaves out what it does not know."""
+        of_characters = not self._bytewise and not self._model.get("byte_fallback")
+        return self._model.get("type") == "BPE" and of_characters and self.unknown is None
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of the ids, special tokens written out."""

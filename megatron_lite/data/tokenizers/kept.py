@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from megatron_lite.config.data import DataConfig
 from megatron_lite.data.tokenizers.base import read_bytes
-from megatron_lite.data.tokenizers.huggingface import tokenizer_json
+from megatron_lite.data.tokenizers.huggingface import BESIDE, tokenizer_json
 
 
 class KeptFile(NamedTuple):
@@ -30,11 +30,11 @@ def _gpt2(data: DataConfig) -> list[KeptFile]:
 
 def _hugging_face(data: DataConfig) -> list[KeptFile]:
     main = tokenizer_json(data.tokenizer_model)
-    config = main.with_name("tokenizer_config.json")
-    found = [KeptFile("tokenizer.json", str(main), "tokenizer_model")]
-    if config.is_file():  # it names the end of a document
-        found.append(KeptFile(config.name, str(config), None))
-    return found
+    beside = (main.with_name(name) for name in BESIDE)  # they name the end of a document
+    return [
+        KeptFile("tokenizer.json", str(main), "tokenizer_model"),
+        *(KeptFile(path.name, str(path), None) for path in beside if path.is_file()),
+    ]
 
 
 def _one_model(data: DataConfig) -> list[KeptFile]:

@@ -111,7 +111,7 @@ class GPTSentencePieceTokenizer(EngineTokenizer):
         return number
 
     @property
-    def unknown(self) -> int:
+    def unknown(self) -> int | None:
         """The piece for what the model does not know."""
         return int(self._model.unk_id())
 

@@ -152,7 +152,7 @@ def train_sentencepiece(texts: Iterable[str], settings: SentencePieceSettings) -
 def token_names(tokenizer: Tokenizer) -> list[str]:
     """The text of every id that is whole characters."""
     specials = {f"<0x{byte:02X}>" for byte in range(256)} | set(CHATGLM_SPECIALS)
-    out = (tokenizer.eod, getattr(tokenizer, "unknown", None))
+    out = (tokenizer.eod, tokenizer.unknown)
     ids = (number for number in range(tokenizer.vocab_size) if number not in out)
     names = [tokenizer.decode([number]) for number in ids]
     return [name for name in names if REPLACEMENT not in name and name not in specials]
@@ -162,7 +162,7 @@ def report_lines(tokenizer: Tokenizer, texts: Sequence[str]) -> list[str]:
     """Characters per token, share of unknown tokens, and the longest tokens, on a sample."""
     encoded = tokenizer.encode_batch(texts)
     characters, tokens = sum(map(len, texts)), max(len(encoded.ids), 1)
-    unknown = getattr(tokenizer, "unknown", None)
+    unknown = tokenizer.unknown
     lost = 0 if unknown is None else int((encoded.ids == unknown).sum())
     longest = sorted(token_names(tokenizer), key=lambda name: (-len(name), name))[:LONGEST]
     return [
