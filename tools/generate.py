@@ -25,7 +25,6 @@ from megatron_lite.checkpoint.description import saved_model, saved_section
 from megatron_lite.checkpoint.manifest import NAME, TOKENIZER, Manifest
 from megatron_lite.checkpoint.store import Store
 from megatron_lite.checkpoint.tensor_file import DTYPES
-from megatron_lite.checkpoint.vocabulary import check_vocabulary
 from megatron_lite.config.data import DataConfig
 from megatron_lite.config.errors import CheckpointError, ConfigError
 from megatron_lite.config.exit import ToolParser, run_tool
@@ -34,6 +33,7 @@ from megatron_lite.data.provenance import ALLOW, made_with
 from megatron_lite.data.tokenizers.base import Tokenizer
 from megatron_lite.data.tokenizers.build import asked_vocab_size, build_tokenizer
 from megatron_lite.data.tokenizers.kept import from_kept
+from megatron_lite.data.vocabulary import check_vocabulary
 from megatron_lite.inference.generate import generate
 from megatron_lite.inference.sampling import sample
 from megatron_lite.layers.setting import Setting
@@ -181,9 +181,10 @@ def _tokenizer(asked: argparse.Namespace, manifest: Manifest, folder: Path) -> T
     assert rows is not None
     tokenizer = build_tokenizer(data, vocab_size=asked_vocab_size(data, rows))
     said = check_vocabulary(
-        manifest,
+        manifest.tokenizer,
         rows,
         made_with(tokenizer, data),
+        where=f"checkpoint {manifest.iteration}",
         foreign=bool(given),
         allowed=asked.allow_tokenizer_mismatch,
     )

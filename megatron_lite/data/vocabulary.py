@@ -3,35 +3,42 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
-from megatron_lite.checkpoint.manifest import Manifest
 from megatron_lite.config.errors import CheckpointError
 from megatron_lite.data.provenance import ALLOW, MadeWith
 
 
-def trained_with(manifest: Manifest) -> MadeWith | None:
-    """What the checkpoint says of its tokenizer; None where it says nothing."""
-    found = manifest.tokenizer
-    if not found.get("fingerprint"):
+def trained_with(kept: Mapping[str, Any]) -> MadeWith | None:
+    """What a manifest keeps of its tokenizer; None where it keeps nothing."""
+    if not kept.get("fingerprint"):
         return None
-    eod = found.get("eod")
+    eod = kept.get("eod")
     return MadeWith(
-        type=str(found.get("type") or ""),
-        fingerprint=str(found["fingerprint"]),
+        type=str(kept.get("type") or ""),
+        fingerprint=str(kept["fingerprint"]),
         eod=eod if type(eod) is int else None,
         ends_documents=True,
     )
 
 
 def check_vocabulary(
-    manifest: Manifest, rows: int, tokenizer: MadeWith, *, foreign: bool, allowed: bool
+    kept: Mapping[str, Any],
+    rows: int,
+    tokenizer: MadeWith,
+    *,
+    where: str,
+    foreign: bool,
+    allowed: bool,
 ) -> list[str]:
-    """What to say; rows: ids the model has rows for; foreign: the tokenizer is not the one it keeps.
+    """What to say of a tokenizer beside a model; kept: what its manifest keeps of its own.
+
+    rows: ids the model has rows for; where: the checkpoint; foreign: the tokenizer is not its own.
 
     Raises CheckpointError with both sizes where the tokenizer gives ids without a row, where it is
     not the one the model was trained with, and where that is not known and a foreign one has fewer.
     """
-    where = f"checkpoint {manifest.iteration}"
     ids = tokenizer.vocab_size
     assert ids is not None
     if ids > rows:
@@ -39,7 +46,7 @@ def check_vocabulary(
             f"{tokenizer} gives {ids} ids, {where} has rows for {rows}: {ids - rows} ids would have "
             "no row - give the tokenizer it was trained with"
         )
-    before = trained_with(manifest)
+    before = trained_with(kept)
     if before is None:
         if not foreign or ids == rows:
             return []
