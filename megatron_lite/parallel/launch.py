@@ -99,12 +99,15 @@ def choose_device(launch: Launch, *, use_cpu: bool, backend: str | None) -> torc
                 "--distributed-backend nccl needs a GPU; here use gloo, or leave it out"
             )
         return torch.device("cpu")
-    if launch.local_rank >= torch.cuda.device_count():
+    there = torch.cuda.device_count()
+    # NCCL 2.30 and newer allow several ranks on one GPU where this is set; without it they refuse
+    shared = os.environ.get("NCCL_MULTI_RANK_GPU_ENABLE") == "1"
+    if launch.local_rank >= there and not shared:
         raise ConfigError(
-            f"local rank {launch.local_rank} has no GPU: this node has {torch.cuda.device_count()}; "
+            f"local rank {launch.local_rank} has no GPU: this node has {there}; "
             "set GPUS_PER_NODE (torchrun's --nproc_per_node) to that"
         )
-    device = torch.device("cuda", launch.local_rank)
+    device = torch.device("cuda", launch.local_rank % there)
     torch.cuda.set_device(device)
     return device
 

@@ -1,7 +1,11 @@
-"""Where the bodies of this folder run: NCCL, one GPU a rank; and gloo on the CPU, so that they are tried."""
+"""Where the bodies of this folder run: NCCL, one GPU a rank; and gloo on the CPU, so that they are tried.
+
+With NCCL_MULTI_RANK_GPU_ENABLE=1 (NCCL 2.30 and newer) ranks share the GPUs that are there.
+"""
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import pytest
@@ -16,6 +20,8 @@ NCCL, GLOO = "nccl", "gloo"
 def places(ranks: int, name: str, *values: object, twin: str = "ci") -> list[Any]:
     """Two parameters of a test: gloo, marked as `twin` says, and NCCL where there are so many GPUs."""
     there = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if os.environ.get("NCCL_MULTI_RANK_GPU_ENABLE") == "1":
+        there *= 8
     few = pytest.mark.skipif(there < ranks, reason=f"needs {ranks} GPUs, there are {there}")
     return [
         pytest.param(GLOO, *values, marks=getattr(pytest.mark, twin), id=f"{name}-gloo"),
