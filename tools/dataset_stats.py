@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from megatron_lite.config.data import DataConfig
 from megatron_lite.config.errors import ConfigError, DataError
 from megatron_lite.config.exit import ToolParser, run_tool
+from megatron_lite.config.extras import how_to_install
 from megatron_lite.data.indexed import IndexedDataset, bin_path
 from megatron_lite.data.provenance import (
     ALLOW,
@@ -194,7 +195,7 @@ def plot(found: Sequence[Lengths], path: str) -> None:
         matplotlib.use("Agg")
         from matplotlib import pyplot  # noqa: PLC0415
     except ImportError as error:
-        raise ConfigError("--plot needs matplotlib: pip install 'megatron_lite[plot]'") from error
+        raise ConfigError(f"--plot needs matplotlib: {how_to_install('plot')}") from error
     longest = max((int(one.tokens.max(initial=1)) for one in found), default=1)
     edges = np.geomspace(1, max(longest, 2), 60)
     figure, (upper, lower) = pyplot.subplots(2, 1, sharex=True, figsize=(8, 6))

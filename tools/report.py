@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_lite.config.errors import ConfigError
 from megatron_lite.config.exit import ToolParser, run_tool
+from megatron_lite.config.extras import how_to_install
 from megatron_lite.storage.disk import Disk, write_atomically
 from megatron_lite.telemetry.record import EvaluationRecord, Record, StepRecord, read_metrics
 from megatron_lite.telemetry.summary import (
@@ -235,8 +236,8 @@ def _matplotlib() -> Any:
         return importlib.import_module("matplotlib")
     except ImportError as error:
         raise ConfigError(
-            "drawing needs matplotlib, which is not installed: `pip install matplotlib` or, in the "
-            "checkout, `pip install '.[plot]'`; --tgs works without it"
+            f"drawing needs matplotlib, which is not installed: {how_to_install('plot')}; "
+            "--tgs works without it"
         ) from error
 
 

@@ -20,6 +20,7 @@ from megatron_lite.config.errors import (
     MegatronLiteError,
     StorageError,
 )
+from megatron_lite.config.extras import how_to_install
 from megatron_lite.data.encode import Job
 from megatron_lite.data.indexed import bin_path, idx_path, token_dtype
 from megatron_lite.data.indexed_builder import IndexedDatasetBuilder
@@ -92,7 +93,7 @@ def preprocess_on_ray(
         import ray  # noqa: PLC0415  an optional extra
     except ImportError as error:
         raise ConfigError(
-            "--engine ray needs the package `ray`: pip install 'megatron_lite[ray]'"
+            f"--engine ray needs the package `ray`: {how_to_install('ray')}"
         ) from error
     began = time.perf_counter()
     final = [f"{output_prefix}_{key}_document" for key in job.keys]

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from megatron_lite.config.errors import ConfigError, DataError
+from megatron_lite.config.extras import how_to_install
 
 PARQUET = b"PAR1"  # begins and ends such a file
 SNIFFED_BYTES = 1 << 16
@@ -45,7 +46,7 @@ class Packing:
             return importlib.import_module(self.module)
         except ImportError as error:
             way_out = (
-                f"pip install 'megatron_lite[{self.extra}]'"
+                how_to_install(self.extra)
                 if self.extra
                 else f"this Python was built without it; unpack {path} first"
             )

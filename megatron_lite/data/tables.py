@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from typing import IO, Any
 
 from megatron_lite.config.errors import ConfigError, DataError
+from megatron_lite.config.extras import how_to_install
 from megatron_lite.data.parts import BOM, Batch, NoRecord, Part, Place, Record, too_long
 from megatron_lite.data.streams import PARQUET, damaged, drop_line, open_stream, size_of, stem
 
@@ -21,7 +22,7 @@ def read_parquet(
         import pyarrow.parquet  # noqa: PLC0415  an optional extra
     except ImportError as error:
         raise ConfigError(
-            f"--input {part.path} needs the package `pyarrow`: pip install 'megatron_lite[parquet]'"
+            f"--input {part.path} needs the package `pyarrow`: {how_to_install('parquet')}"
         ) from error
     _check_footer(part.path)
     size, offset, row = size_of(part.path), 0, 0

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_lite.config.errors import ConfigError, StorageError
+from megatron_lite.config.extras import how_to_install
 from megatron_lite.config.telemetry import TelemetryConfig
 from megatron_lite.storage.disk import Disk, DiskFile, temporary_name
 from megatron_lite.telemetry.lasting import Lasting, Writer
@@ -235,7 +236,7 @@ def _package(module: str, flag: str, extra: str) -> types.ModuleType:
     except ImportError as error:
         raise ConfigError(
             f"{flag} needs the package {extra}, which is not installed; "
-            f"`pip install 'megatron_lite[{extra}]'`, or leave the flag out"
+            f"`{how_to_install(extra)}`, or leave the flag out"
         ) from error
 
 

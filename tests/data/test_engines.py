@@ -91,7 +91,7 @@ def test_what_is_not_installed_is_named_with_its_extra(
     choice = GPT2BPETokenizer(*files).choice
     assert choice.engine.name.split()[0] == rest[0]
     for name in absent:
-        assert f"{name} is not installed (pip install 'megatron_lite[" in choice.describe()
+        assert f"{name} is not installed (pip install -e '.[" in choice.describe()
 
 
 class Lying:

@@ -185,5 +185,5 @@ def test_a_missing_package_is_named_with_its_extra(
     monkeypatch.setitem(__import__("sys").modules, package, None)
     path = tmp_path / f"a.{suffix}"
     path.write_bytes({"parquet": b"PAR1", "json.zst": b"\x28\xb5\x2f\xfd"}[suffix])
-    with pytest.raises(ConfigError, match=rf"`{package}`: pip install 'megatron_lite\["):
+    with pytest.raises(ConfigError, match=rf"`{package}`: pip install -e '\.\["):
         list(read_batches(plan([str(path)]), 100))

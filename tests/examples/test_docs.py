@@ -79,3 +79,11 @@ def test_setup_installs_extras_that_exist_and_pins_what_they_name() -> None:
     pinned = set(re.findall(r"^([a-z0-9-]+)==", pins, flags=re.MULTILINE))
     named = {re.split(r"[><=\[]", item)[0].lower() for name in asked for item in extras[name]}
     assert named - pinned == set()
+
+
+def test_nothing_says_that_a_package_index_has_megatron_lite() -> None:
+    """`pip install 'megatron_lite[extra]'` finds nothing; how_to_install() says what works."""
+    asked = ["git", "-C", str(ROOT), "grep", "-nE", r"pip install [^`]*megatron[_-]lite(\[|$| )"]
+    where = ["--", ".", ":!tests", ":!CHANGELOG.md"]
+    done = subprocess.run([*asked, *where], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", "")  # 1: nothing found

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from megatron_lite.config.errors import ConfigError, DataError
+from megatron_lite.config.extras import how_to_install
 from megatron_lite.data.tokenizers.base import Encoded, gather
 
 AUTO = "auto"
@@ -80,7 +81,7 @@ def version_of(package: str) -> str:
 
 def missing(package: str, extra: str) -> Unavailable:
     """The package is not installed."""
-    return Unavailable(f"{package} is not installed (pip install 'megatron_lite[{extra}]')")
+    return Unavailable(f"{package} is not installed ({how_to_install(extra)})")
 
 
 class FunctionEngine:

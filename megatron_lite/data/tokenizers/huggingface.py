@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_lite.config.errors import ConfigError, DataError
+from megatron_lite.config.extras import how_to_install
 from megatron_lite.data.tokenizers.base import hash_of, read_bytes, read_json
 from megatron_lite.data.tokenizers.engines import (
     AUTO,
@@ -79,7 +80,7 @@ class HuggingFaceTokenizer(EngineTokenizer):
         except ImportError as error:
             raise ConfigError(
                 "HuggingFaceTokenizer needs the package `tokenizers`: "
-                "pip install 'megatron_lite[tokenizers]'"
+                f"{how_to_install('tokenizers')}"
             ) from error
         self._size = count_ids(path)
         self._content = read_bytes(str(self._file), FLAG)

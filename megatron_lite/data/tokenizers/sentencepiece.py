@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from megatron_lite.config.errors import ConfigError, DataError
+from megatron_lite.config.extras import how_to_install
 from megatron_lite.data.tokenizers.base import Encoded, hash_of, read_bytes
 from megatron_lite.data.tokenizers.engines import (
     AUTO,
@@ -59,7 +60,7 @@ class GPTSentencePieceTokenizer(EngineTokenizer):
         except ImportError as error:
             raise ConfigError(
                 "SentencePiece tokenizers need the package `sentencepiece`: "
-                "pip install 'megatron_lite[sentencepiece]'"
+                f"{how_to_install('sentencepiece')}"
             ) from error
         check_whole_model(self._content, f"{FLAG} {path}")
         try:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from megatron_lite.config.errors import ConfigError, DataError
+from megatron_lite.config.extras import how_to_install
 from megatron_lite.data.tokenizers.base import Tokenizer
 from megatron_lite.data.tokenizers.gpt2_bpe import EOD, WORDS
 from megatron_lite.data.tokenizers.sentencepiece import CHATGLM_SPECIALS
@@ -55,7 +56,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int, max_token_chars: int) -> di
         import tokenizers  # noqa: PLC0415  an optional extra
     except ImportError as error:
         raise ConfigError(
-            "training a BPE needs the package `tokenizers`: pip install 'megatron_lite[tokenizers]'"
+            f"training a BPE needs the package `tokenizers`: {how_to_install('tokenizers')}"
         ) from error
     words = tokenizers.pre_tokenizers
     bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
@@ -116,7 +117,7 @@ def train_sentencepiece(texts: Iterable[str], settings: SentencePieceSettings) -
     except ImportError as error:
         raise ConfigError(
             "training SentencePiece needs the package `sentencepiece`: "
-            "pip install 'megatron_lite[sentencepiece]'"
+            f"{how_to_install('sentencepiece')}"
         ) from error
     model = io.BytesIO()
     options: dict[str, Any] = {
