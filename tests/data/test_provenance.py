@@ -22,7 +22,7 @@ from megatron_lite.data.provenance import MadeWith, made_with, maker, read_facts
 from megatron_lite.data.tokenizers.build import build_tokenizer
 from megatron_lite.storage.disk import Disk
 from tests.data.test_kept import write_gpt2
-from tools import check_dataset, dataset_stats, merge_datasets, unigram
+from tools import check_dataset, dataset_stats, merge_datasets, ngrams
 
 MERGES = {"a": [("t", "h"), ("th", "e")], "b": [("h", "e"), ("t", "he")]}  # as many ids
 
@@ -161,7 +161,7 @@ def test_tools_refuse_what_training_refuses(
         assert "NOTE: --allow-tokenizer-mismatch: " in capsys.readouterr().err
     assert read_facts(out) is None  # nobody made it as a whole
     with pytest.raises(DataError, match="made with"):
-        unigram.measure(
+        ngrams.measure(
             ["1", corpus.a, "1", corpus.b], split="80,20,0", held_out="valid", vocab_size=None
         )
 
