@@ -115,7 +115,9 @@ def _other_flags() -> Iterator[str]:
         yield "| flag | values | what happens |\n|---|---|---|"
         for row in (r for r in LEGACY.values() if r.kind == kind):
             values = " ".join(row.values) if row.values else "any" if row.takes_value else ""
-            yield f"| `{row.flag}` | {values} | {_cell(row.say)} |"
+            apart = "refused elsewhere" if kind == "no-op" else "elsewhere it changes nothing"
+            say = f"{row.say}; {apart}: {row.otherwise}" if row.otherwise else row.say
+            yield f"| `{row.flag}` | {values} | {_cell(say)} |"
         yield ""
 
 

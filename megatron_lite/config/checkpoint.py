@@ -22,7 +22,7 @@ class CheckpointConfig:
     """Folder to resume from; nothing there is a fresh start with a loud line."""
 
     save_interval: int | None = 1000
-    """Iterations between checkpoints; the last step is saved whatever it is."""
+    """Iterations between checkpoints; the last step is saved whatever it is, with 0 nothing else."""
 
     save_checkpoints: bool = True
     """Write checkpoints to --save; without them a run that is only measured leaves its metrics there."""

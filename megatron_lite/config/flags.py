@@ -20,7 +20,8 @@ from megatron_lite.config.errors import ConfigError, all_together
 from megatron_lite.config.explain import explain, help_text
 from megatron_lite.config.files import load
 from megatron_lite.config.implied import imply
-from megatron_lite.config.legacy import LEGACY, Legacy
+from megatron_lite.config.legacy import LEGACY
+from megatron_lite.config.legacy_flag import Legacy
 from megatron_lite.config.presets import list_presets, preset
 from megatron_lite.config.run import RunConfig
 from megatron_lite.config.settings import Setting, sections, settings
@@ -150,6 +151,10 @@ def _suggestion(flag: str) -> str:
 class _Given:
     value: object
     written: str
+    own: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.written} ({_show(self.value)})"
 
 
 class _Reading:
@@ -158,7 +163,8 @@ class _Reading:
     def __init__(self) -> None:
         self.given: dict[str, _Given] = {}
         self.fallback: dict[str, _Given] = {}
-        self.tokens: list[tuple[Legacy, int]] = []
+        self.tokens: dict[str, tuple[Legacy, int]] = {}
+        self.conditional: list[tuple[_Use, Legacy]] = []
         self.commands: dict[str, str] = {}
         self.notices: list[str] = []
         self.problems: list[str] = []
@@ -184,16 +190,21 @@ class _Reading:
             return
         if len(use.values) != 1 or not use.values[0]:
             raise ValueError(f"takes one value, got {list(use.values)}")
-        if self.commands.setdefault(command, use.values[0]) != use.values[0]:
-            raise ValueError(f"is given twice: {self.commands[command]} and {use.values[0]}")
+        earlier = self.commands.get(command)
+        if earlier not in (None, use.values[0]):
+            self.notices.append(
+                _repeated(f"{use.written} {earlier}", f"{use.written} {use.values[0]}")
+            )
+        self.commands[command] = use.values[0]
 
     def _own(self, use: _Use, spelling: Spelling) -> None:
         if spelling.value is None:
-            self._give(spelling.setting, from_text(spelling.setting, use.values), use.written)
+            value = from_text(spelling.setting, use.values)
+            self._give(spelling.setting, value, use.written, own=True)
             return
         other = spelling.setting.off if spelling.value else spelling.setting.on
         _no_values(use, f"; {other[0]} is its opposite")
-        self._give(spelling.setting, spelling.value, use.written)
+        self._give(spelling.setting, spelling.value, use.written, own=True)
 
     def _legacy(self, use: _Use, legacy: Legacy) -> None:
         if legacy.kind == "refused":
@@ -201,23 +212,46 @@ class _Reading:
             self.problems.append(f"{shown}: not supported; {legacy.say}")
             return
         value = self._legacy_value(use, legacy)
+        if legacy.needs:
+            self.conditional.append((use, legacy))
+            return
         if legacy.value_to is not None:
             setting = settings()[legacy.value_to]
             self._give(setting, from_text(setting, use.values), use.written)
         if legacy.tokens_to is not None:
-            self.tokens.append((legacy, whole_number(value)))
+            self.tokens[legacy.tokens_to] = (legacy, whole_number(value))
         for key, fixed in legacy.sets.items():
             self._give(settings()[key], fixed, use.written)
         for key, fixed in legacy.unless_given.items():
             self.fallback.setdefault(key, _Given(fixed, use.written))
+        self._say(use, legacy.say, changes=legacy.kind == "mapped")
+
+    def _say(self, use: _Use, what: str, *, changes: bool) -> None:
+        """Note what a flag of the table did."""
         shown = " ".join((use.written, *use.values))
-        effect = "" if legacy.kind == "mapped" else "accepted, changes nothing: "
-        self.notices.append(f"{shown}: {effect}{legacy.say}")
+        notice = f"{shown}: {'' if changes else 'accepted, changes nothing: '}{what}"
+        if notice not in self.notices:
+            self.notices.append(notice)
+
+    def _settle(self, values: dict[str, object], origin: dict[str, str]) -> None:
+        """Flags of the table that hold only beside others, when all others are known."""
+        for use, legacy in self.conditional:
+            holds = all(values[key] in allowed for key, allowed in legacy.needs.items())
+            if not holds and legacy.kind == "no-op":
+                self.problems.append(f"{use.written}: {legacy.otherwise}")
+                continue
+            for key, fixed in legacy.unless_given.items():
+                if holds and key not in self.given:
+                    values[key], origin[key] = fixed, f"flag {use.written}"
+            changes = holds and legacy.kind == "mapped"
+            self._say(use, legacy.say if holds else legacy.otherwise, changes=changes)
 
     def _legacy_value(self, use: _Use, legacy: Legacy) -> str:
         """The value of a flag of the table, checked; empty where it takes none."""
         if not legacy.takes_value:
             _no_values(use)
+            return ""
+        if legacy.many:
             return ""
         if len(use.values) != 1:
             raise ValueError(f"takes one value, got {list(use.values)}")
@@ -228,15 +262,18 @@ class _Reading:
             )
         return value
 
-    def _give(self, setting: Setting, value: object, written: str) -> None:
-        earlier = self.given.get(setting.key)
-        if earlier is None:
-            self.given[setting.key] = _Given(value, written)
-        elif earlier.value != value:
-            first = f"{earlier.written} ({_show(earlier.value)})"
-            self.problems.append(
-                f"{first} and {written} ({_show(value)}) contradict each other; keep one"
-            )
+    def _give(self, setting: Setting, value: object, written: str, *, own: bool = False) -> None:
+        """Set a field; of its own flags the last one counts, any other must say the same.
+
+        own: written is a spelling of the field itself.
+        """
+        earlier, new = self.given.get(setting.key), _Given(value, written, own)
+        if earlier is not None and earlier.value != value:
+            if earlier.written != written and not (earlier.own and own):
+                self.problems.append(f"{earlier} and {new} contradict each other; keep one")
+                return
+            self.notices.append(_repeated(str(earlier), str(new)))
+        self.given[setting.key] = new
 
     def finish(self) -> Parsed:
         """Put preset, file and flags together."""
@@ -248,8 +285,9 @@ class _Reading:
             self.problems.append(str(error))
         for key, given in {**self.fallback, **self.given}.items():
             values[key], origin[key] = given.value, f"flag {given.written}"
-        for legacy, tokens in self.tokens:
+        for legacy, tokens in self.tokens.values():
             self._tokens_to_samples(legacy, tokens, values, origin)
+        self._settle(values, origin)
         if self.problems:
             raise all_together(self.problems, "on the command line")
         self.notices += imply(values, origin)
@@ -292,6 +330,10 @@ class _Reading:
                 f"{other.written} says {other.value}; keep one"
             )
         values[key], origin[key] = samples, f"flag {legacy.flag}"
+
+
+def _repeated(first: str, last: str) -> str:
+    return f"{first} and {last}: the last one counts"
 
 
 def _no_values(use: _Use, hint: str = "") -> None:

@@ -114,7 +114,7 @@ RANGES: Mapping[str, Range] = {
     "guards.grad_norm_spike_factor": _NOT_NEGATIVE,
     "guards.spike_window": Range(2, 100_000),
     "guards.check_replicas": _SIZE,
-    "checkpoint.save_interval": _SIZE,
+    "checkpoint.save_interval": _COUNT,
     "checkpoint.ckpt_step": _COUNT,
     "checkpoint.keep_last": _SIZE,
     "checkpoint.keep_every": _SIZE,

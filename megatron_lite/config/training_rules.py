@@ -330,13 +330,13 @@ def profiling(config: RunConfig, world_size: int) -> Iterator[str]:
 
 
 def weights_and_biases(config: RunConfig, world_size: int) -> Iterator[str]:
-    """A W&B project needs the package and a run name."""
+    """A W&B project needs a run name, and the package where something is trained."""
     t = config.telemetry
     if not t.wandb_project:
         return
     if not t.wandb_exp_name:
         yield f"--wandb-project {t.wandb_project} needs --wandb-exp-name"
-    if importlib.util.find_spec("wandb") is None:
+    if not config.train.needs_no_data and importlib.util.find_spec("wandb") is None:
         yield (
             f"--wandb-project {t.wandb_project} needs the package wandb; pip install wandb, or "
             "use --tensorboard-dir (metrics.jsonl is always written)"

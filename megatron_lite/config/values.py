@@ -11,7 +11,7 @@ from megatron_lite.config.settings import Setting
 LARGEST_INT = 2**63 - 1
 """Counters live in int64 arrays and files."""
 
-_WHOLE = re.compile(r"[+-]?[0-9]+")
+_WHOLE = re.compile(r"[+-]?[0-9]+(_[0-9]+)*")
 
 
 def from_text(setting: Setting, texts: Sequence[str]) -> object:
@@ -84,7 +84,7 @@ def _chosen(setting: Setting, value: object) -> object:
 
 
 def whole_number(text: str) -> int:
-    """An int64 written with digits only; ValueError says what else it was."""
+    """An int64 written with digits, and _ between them; ValueError says what else it was."""
     stripped = text.strip()
     if not _WHOLE.fullmatch(stripped):
         try:
@@ -95,7 +95,7 @@ def whole_number(text: str) -> int:
         if math.isfinite(number) and number.is_integer() and abs(number) <= LARGEST_INT:
             way_out = f"; write {int(number)}"
         raise ValueError(f"takes a whole number, got the float {_short(text)}{way_out}")
-    if len(stripped) > 20 or abs(int(stripped)) > LARGEST_INT:
+    if len(stripped.replace("_", "")) > 20 or abs(int(stripped)) > LARGEST_INT:
         raise ValueError(f"takes a whole number up to 2^63-1, got {_short(text)}")
     return int(stripped)
 
@@ -103,7 +103,7 @@ def whole_number(text: str) -> int:
 def finite_number(text: str) -> float:
     """A float that is neither NaN nor infinite; ValueError says what else it was."""
     try:
-        number = float(text.replace("_", "?"))  # Python reads 1_0 as 10; nobody means that
+        number = float(text)
     except ValueError:
         raise ValueError(f"takes a number, got {_short(text)}") from None
     if not math.isfinite(number):

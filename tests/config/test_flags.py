@@ -131,14 +131,10 @@ def test_a_value_may_look_like_a_flag_after_an_equals_sign() -> None:
         ("--save=", "--save got an empty value (an unset shell variable?)"),
         ("--split 949, 50, 1", "--split takes one value, got 3: '949,' '50,' '1'"),
         ("--lr-decay-style cosin", "takes one of constant, linear, cosine, inverse-square-root"),
-        ("--lr 1 --lr 2", "--lr (1.0) and --lr (2.0) contradict each other; keep one"),
-        ("--norm-epsilon 1 --layernorm-epsilon 2", "--norm-epsilon (1.0) and --layernorm-eps"),
-        ("--bf16 --no-bf16", "--bf16 (True) and --no-bf16 (False) contradict each other"),
         ("--use-flash-attn --attention-backend local", "--use-flash-attn (flash) and --attention"),
         ("--no-pipeline-parallel --pipeline-model-parallel-size 2", "contradict each other"),
         ("surplus", "'surplus' belongs to no flag"),
         ("--preset gpt2-123m", "--preset gpt2-123m: no such preset; did you mean gpt2-124m?"),
-        ("--preset gpt2-124m --preset gpt2-355m", "--preset is given twice"),
         ("--config /nowhere/run.yaml", "--config /nowhere/run.yaml: cannot be read (No such file"),
         ("--explain --nun-layers", "no such flag; did you mean --num-layers?"),
         ("--train-tokens 100", "--train-tokens 100 needs --seq-length"),
@@ -146,6 +142,53 @@ def test_a_value_may_look_like_a_flag_after_an_equals_sign() -> None:
 )
 def test_what_is_wrong_is_named(words: str, message: str) -> None:
     assert message in error(words.split())
+
+
+@pytest.mark.parametrize(
+    ("words", "key", "expected", "said"),
+    [
+        ("--lr 1 --lr 2", "learning_rate.lr", 2.0, "--lr (1.0) and --lr (2.0)"),
+        ("--lr 2 --lr 1 --lr 2", "learning_rate.lr", 2.0, "--lr (1.0) and --lr (2.0)"),
+        ("--norm-epsilon .1 --layernorm-epsilon .2", "model.norm_epsilon", 0.2,
+         "--norm-epsilon (0.1) and --layernorm-epsilon (0.2)"),
+        ("--bf16 --no-bf16", "precision.bf16", False, "--bf16 (True) and --no-bf16 (False)"),
+        ("--data-path a --data-path 1 b 2 c", "data.data_path", ["1", "b", "2", "c"],
+         "--data-path (a) and --data-path (1 b 2 c)"),
+        ("--num-key-value-heads 2 --num-key-value-heads 4", "model.num_query_groups", 4,
+         "--num-key-value-heads (2) and --num-key-value-heads (4)"),
+        ("--preset gpt2-124m --preset gpt2-355m", "model.num_layers", 24,
+         "--preset gpt2-124m and --preset gpt2-355m"),
+        ("--seq-length 8 --train-tokens 80 --train-tokens 160", "train.train_samples", 20, ""),
+    ],
+)  # fmt: skip
+def test_the_last_of_a_repeated_flag_counts_and_is_said(
+    words: str, key: str, expected: object, said: str
+) -> None:
+    """As argparse, and so Megatron, does it: scripts append flags to override earlier ones."""
+    parsed = parse(words.split())
+    assert value(parsed, key) == expected
+    assert not said or f"{said}: the last one counts" in parsed.notices
+
+
+@pytest.mark.parametrize(
+    ("words", "key", "expected"),
+    [
+        ("--train-samples 2_000_000", "train.train_samples", 2_000_000),
+        ("--train-iters 1_0", "train.train_iters", 10),
+        ("--lr 1_0.5e-1_0", "learning_rate.lr", 10.5e-10),
+        ("--train-tokens 1_024 --seq-length 1_024", "train.train_samples", 1),
+        ("--save-interval 0", "checkpoint.save_interval", 0),
+    ],
+)
+def test_numbers_are_read_as_megatrons_parser_reads_them(
+    words: str, key: str, expected: object
+) -> None:
+    assert value(parse(words.split()), key) == expected
+
+
+@pytest.mark.parametrize("text", ["2__0", "_2", "2_", "2_000.5", "0x10", "2,000"])
+def test_what_is_no_whole_number_stays_none(text: str) -> None:
+    assert "takes a whole number" in error(["--train-samples", text])
 
 
 def test_equal_duplicates_are_fine() -> None:
@@ -250,7 +293,7 @@ def test_an_awkward_number_is_taken_or_refused_by_name(setting: Setting, text: s
     except ConfigError as refused:
         assert setting.flag in str(refused)
         return
-    assert text in ("0", "-1", "1" + "0" * 30)
+    assert text in ("0", "-1", "1" + "0" * 30, "1_0")
     number = value(parsed, setting.key)
     assert number in (float(text), [float(text)])
     if float(text) in (-1.0, 1e30):  # no count, rate or size is negative or 10^30
