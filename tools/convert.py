@@ -42,14 +42,16 @@ from megatron_lite.config.data import DataConfig
 from megatron_lite.config.errors import CheckpointError, ConfigError, StorageError
 from megatron_lite.config.exit import ToolParser, run_tool
 from megatron_lite.config.model import ModelConfig
-from megatron_lite.data.tokenizers.base import read_vocab
+from megatron_lite.data.provenance import ALLOW, end_of_document, made_with
+from megatron_lite.data.tokenizers.build import build_tokenizer
 from megatron_lite.data.tokenizers.exchange import (
     files_for_huggingface,
     section_for,
     tokenizer_files,
 )
-from megatron_lite.data.tokenizers.gpt2_bpe import EOD
 from megatron_lite.data.tokenizers.kept import from_kept
+from megatron_lite.data.tokenizers.statements import compare, ends_of, read_vocabulary
+from megatron_lite.data.vocabulary import check_vocabulary
 from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.storage.disk import Disk, folder_at_once, write_atomically
 
@@ -89,6 +91,9 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--no-tokenizer", action="store_true", help="leave the tokenizer out")
     parser.add_argument("--vocab-file", help="instead of the one the run was trained with")
     parser.add_argument("--merge-file", help="instead of the one the run was trained with")
+    parser.add_argument(
+        ALLOW, action="store_true", help="export with another tokenizer than its own"
+    )
     asked = parser.parse_args(argv)
     match = re.fullmatch(r"(\d{1,15})\s*([KMG]i?B)?", asked.max_shard_size, re.IGNORECASE)
     if match is None or not int(match[1]):
@@ -120,8 +125,21 @@ def _import(source: Path, target: Path, asked: argparse.Namespace) -> None:
                               "folder of Hugging Face's")  # fmt: skip
     found = open_folder(source)
     files = {} if asked.no_tokenizer else tokenizer_files(source)
-    data = section_for(files, target.absolute() / "tokenizer")
-    for line in found.notices:
+    vocabulary = read_vocabulary(files, str(source))
+    rows, positions = found.model.vocab_size, found.model.num_positions
+    assert rows is not None
+    eos, _ = vocabulary.special.get("eos", (None, ""))
+    data = section_for(files, target.absolute() / "tokenizer", eos=eos)
+    here = section_for(files, source, eos=eos)
+    facts = _tokenizer_facts(DataConfig(**here), rows) if here else {}
+    said = compare(
+        vocabulary, found.config, eod=facts.get("eod"), rows=rows, positions=positions,
+        where=str(source),
+    )  # fmt: skip
+    ends = [end for end in ends_of(found.config) if end < rows]
+    if ends and "eod" not in facts:  # nothing else in the checkpoint would know it
+        facts |= {"vocab_size": rows, "eod": ends[0]}
+    for line in (*found.notices, *said):
         print(f"NOTE: {line}")
     if not data:
         print("NOTE: no tokenizer comes with it: give its flags when training and generating")
@@ -143,6 +161,7 @@ def _import(source: Path, target: Path, asked: argparse.Namespace) -> None:
             partial,
             data=data,
             tokenizer=files if data else {},
+            facts=facts,
             shard_bytes=asked.shard_bytes,
             disk=disk,
         )
@@ -150,6 +169,19 @@ def _import(source: Path, target: Path, asked: argparse.Namespace) -> None:
           f"next: python tools/generate.py --load {target} --prompt ...\n"
           f"      python tools/pretrain_gpt.py --config {target / 'config.yaml'} --load {target} "
           "--finetune --save ...")  # fmt: skip
+
+
+def _tokenizer_facts(data: DataConfig, rows: int) -> dict[str, Any]:
+    """What the manifest says of the tokenizer that comes with a model; says which id ends a document."""
+    try:
+        tokenizer = build_tokenizer(data)
+    except ConfigError as error:  # a library that only using it needs
+        print(f"NOTE: the tokenizer was not looked at: {error}")
+        return {}
+    print(f"end of document: {end_of_document(tokenizer)}")
+    maker = made_with(tokenizer, data)
+    found = {"type": maker.type, "fingerprint": maker.fingerprint, "vocab_size": rows}
+    return found if maker.eod is None else found | {"eod": maker.eod}
 
 
 def _yaml(model: ModelConfig, data: dict[str, Any]) -> str:
@@ -176,7 +208,19 @@ def _export(source: Path, target: Path, asked: argparse.Namespace) -> None:
     model = saved_model(manifest, store.folder(manifest.iteration))
     export = plan_export(store, manifest, model, FORMATS.get(asked.dtype))
     kept = store.folder(manifest.iteration) / TOKENIZER
-    files, eod = ({}, None) if asked.no_tokenizer else _tokenizer(asked, manifest, model, kept)
+    files: dict[str, bytes] = {}
+    eod = manifest.tokenizer.get("eod")
+    if not asked.no_tokenizer:
+        files, eod = _tokenizer(asked, manifest, model, kept)
+    rows = model.vocab_size
+    assert rows is not None
+    said = compare(
+        read_vocabulary(files, str(kept)), {"eos_token_id": eod}, eod=None, rows=rows,
+        positions=model.num_positions, where=str(kept),
+    )  # fmt: skip
+    for line in said:
+        print(f"NOTE: {line}")
+    print("end of document: " + ("not known" if eod is None else f"id {eod}"))
     if asked.dry_run:
         _list(export.conversions, _forms_out(export), export.bytes, files, target, export=True)
         return
@@ -206,12 +250,25 @@ def _tokenizer(
         )  # fmt: skip
     if data.tokenizer_type == "GPT2BPETokenizer" and not (data.vocab_file or data.merge_file):
         print("NOTE: the checkpoint names no tokenizer: only the model is written")
-        return {}, None
+        return {}, manifest.tokenizer.get("eod")
     files = files_for_huggingface(data, positions=model.num_positions)
-    eod = None
-    if data.tokenizer_type == "GPT2BPETokenizer":
-        eod = read_vocab(data.vocab_file).get(EOD)
-    return files, eod
+    try:
+        maker = made_with(build_tokenizer(data), data)
+    except ConfigError as error:  # a library that only using it needs
+        print(f"NOTE: the tokenizer was not looked at: {error}")
+        return files, manifest.tokenizer.get("eod")
+    assert model.vocab_size is not None
+    said = check_vocabulary(
+        manifest.tokenizer,
+        model.vocab_size,
+        maker,
+        where=f"checkpoint {manifest.iteration}",
+        foreign=bool(asked.vocab_file or asked.merge_file),
+        allowed=asked.allow_tokenizer_mismatch,
+    )
+    for line in said:
+        print(f"WARNING: {line}", file=sys.stderr)
+    return files, maker.eod if said else manifest.tokenizer.get("eod", maker.eod)
 
 
 def _forms_in(found: HuggingFaceFolder) -> Iterator[str]:

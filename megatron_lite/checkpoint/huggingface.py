@@ -96,10 +96,11 @@ class HuggingFaceFolder:
     """A folder that was read but for its tensors, and fits our GPT-2 whole.
 
     places: by their full names (older files leave out `transformer.`).
-    notices: what differs and does not matter.
+    notices: what differs and does not matter; config: what config.json says.
     """
 
     path: Path
+    config: Mapping[str, Any]
     model: ModelConfig
     conversions: Sequence[Conversion]
     places: Mapping[str, Place]
@@ -118,7 +119,8 @@ def open_folder(path: Path) -> HuggingFaceFolder:
     that are missing, too many or of another shape.  Nothing is ever unpickled.
     """
     places = _places(path)
-    model, notices = model_of(_read_json(path / CONFIG), path / CONFIG)
+    config = _read_json(path / CONFIG)
+    model, notices = model_of(config, path / CONFIG)
     # before a table is made of what config.json claims
     if model.num_layers > len(places):
         raise CheckpointError(
@@ -149,7 +151,7 @@ def open_folder(path: Path) -> HuggingFaceFolder:
             f"{path} is no GPT-2 of its own {CONFIG} ({len(wrong)} tensors): take it from where it "
             f"came once more\n  {listed}{more}"
         )
-    return HuggingFaceFolder(path, model, wanted, places, tuple(notices))
+    return HuggingFaceFolder(path, config, model, wanted, places, tuple(notices))
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -243,12 +245,14 @@ def import_folder(
     *,
     data: dict[str, Any],
     tokenizer: Mapping[str, bytes],
+    facts: Mapping[str, Any],
     shard_bytes: int,
     disk: Disk,
 ) -> None:
     """Write iteration 0 and the pointer into a new folder of checkpoints.
 
-    data: the data section, which names the tokenizer; tokenizer: its files, which are kept.
+    data: the data section, which names the tokenizer; tokenizer: its files, which are kept; facts:
+    what the manifest says of it.
     root must not be looked for by anybody yet: the caller gives it its name when all is written.
     The peak is one tensor of theirs and one of ours.
     """
@@ -276,7 +280,7 @@ def import_folder(
     if tokenizer:
         disk.sync_folder(folder / TOKENIZER)
     config = {"model": asdict(source.model), "data": data}
-    manifest = Manifest(0, Progress(), config, files, tensors).to_bytes()
+    manifest = Manifest(0, Progress(), config, files, tensors, dict(facts)).to_bytes()
     write_bytes(folder / NAME, manifest, disk)
     disk.sync_folder(folder)
     write_bytes(root / POINTER, b"0\n", disk)

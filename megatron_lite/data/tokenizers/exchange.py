@@ -32,9 +32,12 @@ def tokenizer_files(folder: Path) -> dict[str, bytes]:
     return found
 
 
-def section_for(names: Collection[str], folder: Path) -> dict[str, Any]:
-    """Fields of the data section for a folder with these files; nothing where they are no tokenizer."""
-    if {"vocab.json", "merges.txt"} <= set(names):
+def section_for(names: Collection[str], folder: Path, *, eos: str | None = None) -> dict[str, Any]:
+    """Fields of the data section for a folder with these files; nothing where they are no tokenizer.
+
+    eos: the token that the files say ends a document; GPT2BPETokenizer knows only its own.
+    """
+    if {"vocab.json", "merges.txt"} <= set(names) and eos in (None, EOD):
         return {
             "tokenizer_type": "GPT2BPETokenizer",
             "vocab_file": str(folder / "vocab.json"),
@@ -42,6 +45,11 @@ def section_for(names: Collection[str], folder: Path) -> dict[str, Any]:
         }
     if "tokenizer.json" in names:
         return {"tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": str(folder)}
+    if {"vocab.json", "merges.txt"} <= set(names):
+        raise DataError(
+            f"the files name the eos_token {eos!r}, GPT2BPETokenizer ends documents with {EOD!r}, and there "
+            "is no tokenizer.json: let transformers write one (save_pretrained), or add --no-tokenizer"
+        )
     return {}
 
 
