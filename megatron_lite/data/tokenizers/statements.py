@@ -123,9 +123,6 @@ def compare(
 
     Raises DataError where an id would have no row, or the two end documents with different ids.
     """
-    notices = _compare_ends(config, vocabulary.eos if eod is None else eod, rows, where)
-    if not vocabulary.ids:
-        return notices
     if vocabulary.size > rows:
         last = max(vocabulary.ids, key=lambda token: vocabulary.ids[token])
         raise DataError(
@@ -133,6 +130,9 @@ def compare(
             f"{last!r}, but the model has {rows} rows (vocab_size): {vocabulary.size - rows} ids have "
             "no row - take the tokenizer that belongs to it, or add --no-tokenizer"
         )
+    notices = _compare_ends(config, vocabulary.eos if eod is None else eod, rows, where)
+    if not vocabulary.ids:
+        return notices
     if vocabulary.size < rows:
         notices.append(
             f"the model has {rows} rows, the tokenizer gives {vocabulary.size} ids: the last "
