@@ -4,7 +4,8 @@
 python tools/convert_flat.py train.bin --eod 50256                       writes train.idx beside it
 python tools/convert_flat.py train.bin --eod 50256 --output-prefix OUT   copies to OUT.bin, OUT.idx
 
-A document ends with the token --eod; whatever follows the last one is a document, too.
+A document ends with the token --eod; whatever follows the last one is a document, too.  The header of
+llm.c's files and of .npy files is left out, with a line; files of other kinds are refused.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = ToolParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", help="the flat file")
     parser.add_argument("--eod", type=int, required=True, help="id that ends a document")
-    parser.add_argument("--dtype", choices=("uint16", "int32"), default="uint16")
+    parser.add_argument("--dtype", choices=("uint16", "int32"), help="uint16, or as a header says")
     parser.add_argument(
         "--output-prefix", help="copy to this pair; by default only FILE.idx is made"
     )
@@ -45,7 +46,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if Path(path).exists() and not asked.overwrite:
             raise ConfigError(f"{path} exists; give --overwrite or another --output-prefix")
     if asked.output_prefix:
-        convert_flat(asked.file, asked.eod, prefix, dtype=asked.dtype)
+        header = convert_flat(asked.file, asked.eod, prefix, dtype=asked.dtype)
+        if header is not None:
+            print(
+                f"NOTE: {header.name} of {header.bytes} bytes is left out; {header.dtype} follows"
+            )
     else:
         index_flat(asked.file, asked.eod, dtype=asked.dtype)
     report = verify(prefix, eod=asked.eod)
@@ -53,6 +58,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"{prefix}: {report.documents:,} documents, {report.tokens:,} tokens of {report.dtype}, "
         f"{report.ended_by_eod:,} end with token {asked.eod}"
     )
+    if not report.ended_by_eod:
+        print(
+            f"WARNING: token {asked.eod} stands nowhere at an end: the file is one document - is it the "
+            "--eod with which it was made?",
+            file=sys.stderr,
+        )
     return 0
 
 

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from megatron_lite.config.errors import DataError
+from megatron_lite.data.flat_header import Header, header_of
 from megatron_lite.data.indexed_builder import IndexedDatasetBuilder, write_index
 from megatron_lite.storage.disk import Disk
 
@@ -21,21 +22,37 @@ CHUNK = 1 << 24  # tokens looked at together
 MOST = np.iinfo(np.int32).max
 
 
-def read_flat(
-    path: str | os.PathLike[str], dtype: npt.DTypeLike = np.uint16
-) -> npt.NDArray[np.integer[Any]]:
-    """The tokens, mapped; DataError if the size is no whole number of them."""
-    kind = np.dtype(dtype).newbyteorder("<")
+class Flat(NamedTuple):
+    """The tokens of a flat file, mapped, and what stood before them."""
+
+    tokens: npt.NDArray[np.integer[Any]]
+    header: Header | None
+
+
+def read_flat(path: str | os.PathLike[str], dtype: npt.DTypeLike | None = None) -> Flat:
+    """Of dtype, uint16 by default, or of what a header says.
+
+    DataError if the size is no whole number of tokens, or the file is one of another kind.
+    """
     try:
         size = Path(path).stat().st_size
+        header = header_of(path)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror} - give the .bin file") from error
+    if header is not None:
+        kind = header.dtype
+        if dtype is not None and np.dtype(dtype).itemsize != kind.itemsize:
+            raise DataError(f"{path}: {header.name} says {kind}, --dtype says {np.dtype(dtype)}")
+        # a pair has no unsigned 32 bits; no vocabulary reaches the last of them
+        signed = kind if kind.itemsize == 2 else np.dtype("<i4")
+        return Flat(np.memmap(path, signed, "r", offset=header.bytes), header)
+    kind = np.dtype(dtype or np.uint16).newbyteorder("<")
     if size == 0 or size % kind.itemsize:
         raise DataError(
             f"{path} has {size} bytes, no whole number of {kind.itemsize}-byte tokens - is it a "
             "flat file of another --dtype, or cut off?"
         )
-    return np.memmap(path, kind, "r")
+    return Flat(np.memmap(path, kind, "r"), None)
 
 
 def document_lengths(tokens: npt.NDArray[np.integer[Any]], eod: int) -> npt.NDArray[np.int64]:
@@ -59,21 +76,26 @@ def index_flat(
     path: str | os.PathLike[str],
     eod: int,
     *,
-    dtype: npt.DTypeLike = np.uint16,
+    dtype: npt.DTypeLike | None = None,
     disk: Disk | None = None,
-) -> int:
-    """Write the .idx that makes FILE.bin a pair where it lies; returns the documents."""
+) -> None:
+    """Write the .idx that makes FILE.bin a pair where it lies."""
     place = Path(path)
     if place.suffix != ".bin":
         raise DataError(
             f"{path} must be named *.bin to be a pair - give --output-prefix to copy it"
         )
-    lengths = document_lengths(read_flat(path, dtype), eod)
+    tokens, header = read_flat(path, dtype)
+    if header is not None:
+        raise DataError(
+            f"{path} begins with {header.name} of {header.bytes} bytes, which are no tokens: give "
+            "--output-prefix, and the tokens behind it are copied"
+        )
+    lengths = document_lengths(tokens, eod)
     bounds = np.arange(len(lengths) + 1, dtype=np.int64)
     disk = disk or Disk()
     disk.remove(place.with_suffix(".meta.json"))  # of a pair that was there before
-    write_index(place.with_suffix(".idx"), dtype, lengths, bounds, disk)
-    return len(lengths)
+    write_index(place.with_suffix(".idx"), tokens.dtype, lengths, bounds, disk)
 
 
 def convert_flat(
@@ -81,14 +103,14 @@ def convert_flat(
     eod: int,
     prefix: str | os.PathLike[str],
     *,
-    dtype: npt.DTypeLike = np.uint16,
+    dtype: npt.DTypeLike | None = None,
     disk: Disk | None = None,
-) -> int:
-    """Copy a flat file to a pair of its own; returns the documents."""
-    tokens = read_flat(path, dtype)
+) -> Header | None:
+    """Copy a flat file to a pair of its own; returns the header that was left out."""
+    tokens, header = read_flat(path, dtype)
     lengths = document_lengths(tokens, eod)
     stops = np.cumsum(lengths)
-    with IndexedDatasetBuilder(f"{os.fspath(prefix)}.bin", dtype, disk) as builder:
+    with IndexedDatasetBuilder(f"{os.fspath(prefix)}.bin", tokens.dtype, disk) as builder:
         first, begin = 0, 0
         while first < len(lengths):
             last = max(first + 1, int(np.searchsorted(stops, begin + CHUNK, side="right")))
@@ -97,4 +119,4 @@ def convert_flat(
             builder.add_documents(tokens[begin:stop], part, np.ones(len(part), np.int64))
             first, begin = last, stop
         builder.finalize(f"{os.fspath(prefix)}.idx")
-    return len(lengths)
+    return header

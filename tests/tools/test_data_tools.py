@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
+import io
 import json
 import sys
 from pathlib import Path
@@ -173,3 +175,74 @@ def test_the_index_is_built_offline_and_found(
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "cache").iterdir()} == files
     with pytest.raises(ConfigError, match="--data-cache-path or --save"):
         build_index.main(flags)
+
+
+def llm_c(magic: int, version: int, tokens: np.ndarray, count: int | None = None) -> bytes:
+    """A token file as llm.c writes it."""
+    header = np.zeros(256, "<i4")
+    header[:3] = magic, version, len(tokens) if count is None else count
+    return header.tobytes() + tokens.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("gpt-2", lambda t: llm_c(20240520, 1, t.astype("<u2")), "llm.c's header of 1024 bytes"),
+        ("llama 3", lambda t: llm_c(20240801, 7, t.astype("<u4")), "uint32 follows"),
+        ("numpy", lambda t: npy(t.astype("<u2")), "numpy's header of 128 bytes"),
+    ],
+)
+def test_a_known_header_is_left_out_with_a_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, content, words: str
+) -> None:
+    tokens = np.array([5, 6, 0, 0, 7, 0, 8, 8])
+    (tmp_path / "train.bin").write_bytes(content(tokens))
+    assert run(convert_flat, tmp_path / "train.bin", "--eod", 0) == 3
+    assert "are no tokens: give --output-prefix" in capsys.readouterr().err
+    out = tmp_path / "out"
+    assert run(convert_flat, tmp_path / "train.bin", "--eod", 0, "--output-prefix", out) == 0
+    assert words in capsys.readouterr().out
+    assert [s.tolist() for s in IndexedDataset(out)[:]] == [[5, 6, 0], [0], [7, 0], [8, 8]]
+
+
+def npy(tokens: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    np.save(file, tokens)
+    return file.getvalue()
+
+
+SHORT = np.arange(1, 41, dtype=np.uint16)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (llm_c(20240520, 1, SHORT, count=50), "says 50 tokens of uint16"),
+        (llm_c(20240520, 2, SHORT), "version 2, read is version 1"),
+        (llm_c(20240522, 1, SHORT), "an evaluation file of llm.c"),
+        (npy(np.zeros((2, 3), np.uint16)), "the shape [2, 3]"),
+        (npy(SHORT.astype(np.float32)), "float32"),
+        (npy(SHORT)[:-4], "damaged .npy"),
+        (gzip.compress(SHORT.tobytes() * 9), "a gzip file"),
+        (b"PAR1" + bytes(200), "a Parquet file"),
+        (b'{"text": "The quick brown fox jumps over the lazy dog, again and again"}\n', "is text"),
+        ("他们说了很多次，他们说了很多次，他们说了很多次，他们说了很多次。".encode(), "is text"),
+        (b"\x80\x04\x95" + bytes(99), "a pickle"),
+        (b"MMIDIDX\x00\x00" + bytes(99), "an index of token files"),
+    ],
+)  # fmt: skip
+def test_a_file_that_is_no_row_of_tokens_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes, said: str
+) -> None:
+    (tmp_path / "x.bin").write_bytes(content + b" " * (len(content) % 2))
+    assert run(convert_flat, tmp_path / "x.bin", "--eod", 0, "--output-prefix", tmp_path / "o") == 3
+    assert said in capsys.readouterr().err
+
+
+def test_tokens_that_look_like_a_short_magic_are_tokens(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokens = np.frombuffer(b"\x1f\x8b\x09\x00\xff\xfe\x01\x00" * 20, "<u2")
+    (tmp_path / "x.bin").write_bytes(tokens.tobytes())
+    assert run(convert_flat, tmp_path / "x.bin", "--eod", 77) == 0
+    assert "token 77 stands nowhere at an end" in capsys.readouterr().err
