@@ -70,4 +70,4 @@ def _folder(config: RunConfig) -> Path:
 
 
 if __name__ == "__main__":
-    sys.exit(run_tool(main))
+    sys.exit(run_tool(main, go_on="nothing was finished: start it again"))

@@ -187,4 +187,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(run_tool(main))
+    raise SystemExit(run_tool(main, go_on="nothing was finished: start it again"))

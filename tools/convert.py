@@ -299,4 +299,4 @@ def _list(
 
 
 if __name__ == "__main__":
-    sys.exit(run_tool(main))
+    sys.exit(run_tool(main, go_on="nothing was finished: start it again"))

@@ -5,8 +5,9 @@ python tools/launch.py --nproc_per_node 4 tools/pretrain_gpt.py ...     torchrun
 python tools/launch.py --nproc_per_node 4 --max_restarts 3 tools/pretrain_gpt.py ... --save RUN --load RUN
 
 torchrun ends with 1 whatever happened to its ranks, and with a traceback after SIGTERM.  This is
-torchrun in one process with three things added:
+torchrun in one process with four things added:
 
+- what is wrong on the command line of tools/pretrain_gpt.py is told once, before any rank is started
 - the exit code is that of the rank of this host that failed first by itself, 6 where a rank was lost,
   75 where the run was asked to stop (0 where --exit-code-on-preemption says so)
 - a host that does not come within --distributed-timeout-minutes is named, and so are two that
@@ -18,9 +19,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
+import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 sys.path.insert(
@@ -32,7 +35,8 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import parse_args, run
 
-from megatron_lite.config.errors import PREEMPTED, DistributedError, MegatronLiteError
+from megatron_lite.config import rules
+from megatron_lite.config.errors import PREEMPTED, DistributedError
 from megatron_lite.config.exit import run_tool
 from megatron_lite.config.flags import parse
 from megatron_lite.config.run import RunConfig
@@ -41,6 +45,7 @@ from megatron_lite.train.stop import stop_signals
 
 USUAL_SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT"
 LOST = DistributedError.exit_code
+TRAINER = "pretrain_gpt.py"
 
 
 def main() -> int:
@@ -51,7 +56,8 @@ def main() -> int:
     asked = parse_args(argv)
     if getattr(asked, "signals_to_handle", None) == USUAL_SIGNALS:
         asked.signals_to_handle = ",".join(number.name for number in stop_signals())
-    config = script_config(asked.training_script_args)
+    config = script_config(asked)
+    quieten()
     folder = Path(config.checkpoint.save) if config is not None and config.checkpoint.save else None
     minutes = (config or RunConfig()).parallel.distributed_timeout_minutes
     seconds = max(minutes * 60.0, 1.0)
@@ -107,12 +113,34 @@ def exit_code(codes: Iterable[int]) -> int:
     return LOST
 
 
-def script_config(argv: Sequence[str]) -> RunConfig | None:
-    """What the script's arguments ask for; None where they are wrong, which the ranks will say."""
-    try:
-        return parse(list(argv)).config
-    except MegatronLiteError:
+def script_config(asked: argparse.Namespace) -> RunConfig | None:
+    """What our trainer's arguments ask for; None for another program, of which we know nothing.
+
+    Raises ConfigError for what every rank would say of them.
+    """
+    if Path(asked.training_script).name != TRAINER:
         return None
+    parsed = parse(asked.training_script_args)
+    fewest, _, most = asked.nnodes.partition(":")
+    sizes = (fewest, asked.nproc_per_node)
+    known = all(size.isdigit() for size in sizes) and most in ("", fewest)
+    if known and not parsed.config.train.needs_no_data:
+        rules.check(parsed.config, int(sizes[0]) * int(sizes[1]))
+    return parsed.config
+
+
+def quieten() -> None:
+    """Let torchrun say of a rank only what the rank cannot: that a signal killed it.
+
+    A rank of ours that fails has said why; that the others are then ended is no news.
+    """
+
+    def speaks(record: logging.LogRecord) -> bool:
+        text = record.getMessage()
+        code = re.search(r"failed \(exitcode: (-?\d+)\)", text)
+        return int(code[1]) < 0 if code else "closing signal" not in text
+
+    logging.getLogger("torch.distributed.elastic.multiprocessing.api").addFilter(speaks)
 
 
 def _stamp(folder: Path | None) -> tuple[int, int] | None:

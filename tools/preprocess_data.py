@@ -115,6 +115,11 @@ def parse_shard(text: str | None) -> tuple[int, int] | None:
     return int(index), int(count)
 
 
+def rate(count: float, per: float, form: str) -> str:
+    """A quotient as text; `-` over next to nothing: a run that found its work done has no speed."""
+    return f"{count / per:{form}}" if per > 1e-3 else "-"
+
+
 class Progress:
     """A bar on a terminal; in a log Megatron's line every so many documents."""
 
@@ -129,21 +134,21 @@ class Progress:
         now = (summary.documents, summary.read_bytes, summary.tokens)
         if self.before is None:  # rates are of this run, not of what --resume found
             self.before = now if summary.resumed else (0, 0, 0)
-        seconds = max(time.perf_counter() - self.began, 1e-9)
+        seconds = time.perf_counter() - self.began
         documents, size, tokens = (a - b for a, b in zip(now, self.before, strict=True))
         if sys.stderr.isatty():
-            self._draw(summary, documents / seconds)
+            self._draw(summary, rate(documents, seconds, ",.0f"))
         elif summary.documents >= self.next:
             self.next = summary.documents - summary.documents % self.interval + self.interval
-            left = (summary.total_bytes - summary.read_bytes) * seconds / max(size, 1)
+            left = seconds * (summary.total_bytes - summary.read_bytes)
             print(
-                f"Processed {summary.documents} documents ({documents / seconds:.1f} docs/s, "
-                f"{size / seconds / 1e6:.2f} MB/s); {summary.tokens} tokens, "
-                f"{tokens / seconds / 1e6:.2f} M tokens/s, ETA {left:.0f} s",
+                f"Processed {summary.documents} documents ({rate(documents, seconds, '.1f')} docs/s, "
+                f"{rate(size / 1e6, seconds, '.2f')} MB/s); {summary.tokens} tokens, "
+                f"{rate(tokens / 1e6, seconds, '.2f')} M tokens/s, ETA {rate(left, size, '.0f')} s",
                 file=sys.stderr,
             )
 
-    def _draw(self, summary: Summary, rate: float) -> None:
+    def _draw(self, summary: Summary, speed: str) -> None:
         if self.bar is None:
             self.bar = tqdm(
                 total=summary.total_bytes, unit="B", unit_scale=True, smoothing=0.1,
@@ -151,7 +156,7 @@ class Progress:
             )  # fmt: skip
         self.bar.update(summary.read_bytes - self.bar.n)
         self.bar.set_postfix_str(
-            f"{rate:,.0f} docs/s, {summary.documents:,} docs, {summary.tokens / 1e6:,.1f} M tokens",
+            f"{speed} docs/s, {summary.documents:,} docs, {summary.tokens / 1e6:,.1f} M tokens",
             refresh=False,
         )
 
@@ -193,8 +198,8 @@ def print_summary(summary: Summary) -> None:
         print(f"{summary.read_bytes} bytes, all read before")
         return
     before = f" ({summary.read_before} read before)" if summary.read_before else ""
-    speed = read / max(summary.seconds, 1e-9) / 1e6
-    print(f"{summary.read_bytes} bytes{before} in {summary.seconds:.1f} s ({speed:.2f} MB/s)")
+    speed = rate(read / 1e6, summary.seconds, ".2f")
+    print(f"{summary.read_bytes} bytes{before} in {summary.seconds:.1f} s ({speed} MB/s)")
 
 
 @contextlib.contextmanager
@@ -285,4 +290,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_tool(main))
+    sys.exit(run_tool(main, go_on="the same command with --resume goes on from here"))

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -66,7 +67,12 @@ def main(argv: Sequence[str]) -> int:
     stop_at_once()
     launch = read_launch()
     save = parsed.config.checkpoint.save if not parsed.config.train.skip_train else None
-    failures = Failures(launch.rank, folder=Path(save) if save else None, debug="--debug" in argv)
+    failures = Failures(
+        launch.rank,
+        folder=Path(save) if save else None,
+        debug="--debug" in argv,
+        speaks_first=launch.local_rank == 0,
+    )
     try:
         return _train(parsed, launch, failures)
     except BaseException as error:
@@ -173,10 +179,11 @@ def _start() -> int:
 def _run() -> int:
     try:
         return main(sys.argv[1:])
-    except KeyboardInterrupt:  # while torch was being imported
-        print("FATAL[130] rank=- step=-: stopped by Ctrl-C before anything was started",
-              file=sys.stderr, flush=True)  # fmt: skip
-        return 130
+    except KeyboardInterrupt as error:  # while torch was being imported, or before ranks are known
+        number = getattr(error, "number", signal.SIGINT)
+        print(f"FATAL[{128 + number}] rank=- step=-: stopped by {signal.Signals(number).name} before "
+              "anything was started", file=sys.stderr, flush=True)  # fmt: skip
+        return 128 + number
     except MegatronLiteError as error:  # before it was known which rank this is
         print(fatal_line(error), file=sys.stderr, flush=True)
         return error.exit_code

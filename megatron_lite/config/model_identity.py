@@ -187,7 +187,7 @@ FREE: Mapping[str, str] = MappingProxyType({
     "checkpoint": """save load save_interval save_checkpoints ckpt_step finetune load_optim load_rng save_optim
         save_rng exit_on_missing_checkpoint allow_data_change allow_model_change keep_last keep_every
         async_save save_failure overwrite_run""",
-    "telemetry": """log_interval tensorboard_dir tensorboard_log_interval tensorboard_queue_size
+    "telemetry": """log_interval log_format tensorboard_dir tensorboard_log_interval tensorboard_queue_size
         log_throughput log_params_norm log_num_zeros_in_grad log_timers_to_tensorboard
         log_batch_size_to_tensorboard log_learning_rate_to_tensorboard
         log_loss_scale_to_tensorboard log_validation_ppl_to_tensorboard log_memory_to_tensorboard

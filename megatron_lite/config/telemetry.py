@@ -13,6 +13,9 @@ class TelemetryConfig:
     log_interval: int = 100
     """Iterations between console lines."""
 
+    log_format: Literal["auto", "megatron", "short", "json"] = "auto"
+    """Megatron's long lines, short ones, or records as JSON; auto is short on a terminal, else Megatron's."""
+
     tensorboard_dir: str | None = None
     """Folder of TensorBoard events."""
 

@@ -1,6 +1,7 @@
 """Records as the lines people and scripts read; pure functions, fixed to the byte by tests.
 
-The training line is Megatron-DeepSpeed's, field for field and in order, so that parsers of its
+A file or a pipe gets Megatron's lines, a terminal the same numbers shorter (--log-format).  The long
+training line is Megatron-DeepSpeed's, field for field and in order, so that parsers of its
 logs keep working; MFU is added at the end.  TFLOPs counts the full attention square and no
 recompute.  Unlike its model the loss is always there, also when it is nan.
 """
@@ -8,6 +9,7 @@ recompute.  Unlike its model the loss is always there, also when it is nan.
 from __future__ import annotations
 
 import math
+from typing import Literal, TypeAlias
 
 from megatron_lite.telemetry.ranks import format_ranks
 from megatron_lite.telemetry.record import (
@@ -16,8 +18,11 @@ from megatron_lite.telemetry.record import (
     Record,
     SaveRecord,
     StepRecord,
+    to_json,
 )
 from megatron_lite.telemetry.timers import format_times
+
+Form: TypeAlias = Literal["megatron", "short", "json"]
 
 
 def format_line(record: StepRecord) -> str:
@@ -76,12 +81,65 @@ def format_save(record: SaveRecord) -> str:
     )
 
 
-def format_record(record: Record) -> str:
+def short_line(record: StepRecord) -> str:
+    """`   100/500000 | loss 3.2142 | lr 6.000E-05 | grad norm 0.521 | ... | ETA 3 h 12 min`."""
+    width = len(str(record.train_iters))
+    parts = [
+        f" {record.iteration:{width}d}/{record.train_iters}",
+        f"loss {record.loss:.4f}",
+        f"lr {record.learning_rate:.3E}",
+    ]
+    if record.grad_norm is not None:
+        parts.append(f"grad norm {record.grad_norm:.3f}")
+    if record.loss_scale != 1.0:
+        parts.append(f"scale {record.loss_scale:.0f}")
+    parts.append(f"batch {record.global_batch_size}")
+    parts.append(f"{record.seconds_per_iteration * 1000.0:.1f} ms")
+    parts.append(f"{record.tokens_per_second_per_gpu:,.0f} tokens/s/rank")
+    mfu = record.mfu
+    parts.append(f"{record.tflops_per_gpu:.2f} TFLOPs" if mfu is None else f"MFU {mfu:.2%}")
+    if record.skipped_iterations:
+        parts.append(f"{record.skipped_iterations} skipped")
+    if record.nan_iterations:
+        parts.append(f"{record.nan_iterations} NaN")
+    if record.eta_seconds:
+        parts.append(f"ETA {duration(record.eta_seconds)}")
+    return " | ".join(parts)
+
+
+def duration(seconds: float) -> str:
+    """`12 s`, `3 min 20 s`, `3 h 12 min`, `12 d 4 h`; `-` where it is not known."""
+    if not math.isfinite(seconds):
+        return "-"
+    whole = round(seconds)
+    for size, name, smaller, small in (
+        (86400, "d", 3600, "h"),
+        (3600, "h", 60, "min"),
+        (60, "min", 1, "s"),
+    ):
+        if whole >= size:
+            return f"{whole // size} {name} {whole % size // smaller} {small}"
+    return f"{whole} s"
+
+
+def short_evaluation(record: EvaluationRecord) -> str:
+    """` final test at iteration 100 | loss 3.2142 | PPL 24.88 | 12.3 s`."""
+    which = f"final {record.split}" if record.final else record.split
+    return (
+        f" {which} at iteration {record.iteration} | loss {record.loss:.4f} "
+        f"| PPL {record.perplexity:.2f} | {record.seconds:.1f} s"
+    )
+
+
+def format_record(record: Record, form: Form = "megatron") -> str:
     """Whichever of the forms belongs to the record."""
+    if form == "json":
+        return to_json(record)
+    short = form == "short"
     if isinstance(record, StepRecord):
-        return format_line(record)
+        return short_line(record) if short else format_line(record)
     if isinstance(record, EvaluationRecord):
-        return format_evaluation(record)
+        return short_evaluation(record) if short else format_evaluation(record)
     if isinstance(record, SaveRecord):
         return format_save(record)
     if isinstance(record, RanksRecord):

@@ -15,7 +15,12 @@ from types import FrameType
 
 import torch
 
-from megatron_lite.config.errors import DistributedError, MegatronLiteError
+from megatron_lite.config.errors import (
+    ConfigError,
+    DataError,
+    DistributedError,
+    MegatronLiteError,
+)
 from megatron_lite.config.exit import BUG, fatal_line
 from megatron_lite.config.streams import settle_output
 from megatron_lite.parallel.liveness import Alone, Presence
@@ -28,6 +33,9 @@ SIGNS = (
     "Socket", "NCCL", "connectFullMesh", "Gloo", "gloo", "recvBytes", "sendBytes",
 )  # fmt: skip
 """Parts of the texts by which gloo and NCCL say that a collective failed."""
+
+FIRST_SPEAKS_SECONDS = 3.0
+"""How long the other ranks of a host keep silent about what the first is about to say, too."""
 
 
 def stop_at_once() -> None:
@@ -45,11 +53,14 @@ class Failures:
 
     folder: the run folder, as soon as there is one; entered: whether it is this run's, so that
     nothing is written into another's.  torchrun hides a worker's exit code, so errors/rank<r>.json
-    there keeps it.
+    there keeps it.  speaks_first: of the ranks of a host that fail alike.
     """
 
-    def __init__(self, rank: int, *, folder: Path | None, debug: bool) -> None:
+    def __init__(
+        self, rank: int, *, folder: Path | None, debug: bool, speaks_first: bool = True
+    ) -> None:
         self.rank, self.folder, self.debug = rank, folder, debug
+        self.speaks_first = speaks_first
         self.presence: Presence = Alone()
         self.entered = False
         self._once = threading.Lock()
@@ -59,9 +70,19 @@ class Failures:
         if not self._once.acquire(blocking=False):
             threading.Event().wait()  # the watch is ending this process with its own line
         known = self._in_our_words(error)
+        if isinstance(known, ConfigError | DataError) and isinstance(self.presence, Alone):
+            self._let_the_first_speak(known.exit_code)
         line, code = self._say(known)
         self.presence.leave(line)
         return code
+
+    def _let_the_first_speak(self, code: int) -> None:
+        """Before the ranks have met, one of a host finds what all find: a launcher then ends the others."""
+        if self.speaks_first:
+            return
+        for number in stop_signals():
+            signal.signal(number, lambda *_: os._exit(code))
+        time.sleep(FIRST_SPEAKS_SECONDS)
 
     def refuse(self, refused: MegatronLiteError) -> None:
         """Say, on one rank for all, why nothing is started; the others end with its code in silence."""
@@ -148,7 +169,7 @@ def _line_and_code(error: BaseException, rank: int, step: int | None) -> tuple[s
         where = f"rank={rank} step={'-' if step is None else step}"
         return (
             f"FATAL[{128 + number}] {where}: stopped by {name} {done} - no checkpoint was written "
-            "for this - start again to go on from the last one",
+            "for this - start again; --load of the --save folder goes on from the last one",
             128 + number,
         )
     if isinstance(error, MegatronLiteError):

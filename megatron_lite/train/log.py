@@ -9,9 +9,11 @@ from pathlib import Path
 
 from megatron_lite.config.errors import StorageError
 from megatron_lite.config.streams import outlets
+from megatron_lite.config.telemetry import TelemetryConfig
+from megatron_lite.parallel.collectives import gather_text
 from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.storage.disk import Disk, write_atomically
-from megatron_lite.telemetry.console import format_record
+from megatron_lite.telemetry.console import Form, format_record
 from megatron_lite.telemetry.record import Record
 from megatron_lite.telemetry.writers import Writers
 
@@ -21,6 +23,7 @@ class Log:
     """Rank 0 says notices and writes records; the last rank prints the training line, as Megatron does."""
 
     ctx: ParallelContext
+    form: Form = "megatron"
     writers: Writers = field(default_factory=lambda: Writers(()))
 
     def say(self, *lines: str) -> None:
@@ -42,16 +45,28 @@ class Log:
     def print(self, record: Record | str) -> None:
         """On the console of the last rank."""
         if self.ctx.rank == self.ctx.world_size - 1:
-            print(record if isinstance(record, str) else format_record(record), flush=True)
+            text = record if isinstance(record, str) else format_record(record, self.form)
+            print(text, flush=True)
 
     def say_of_shard(self, line: str) -> None:
-        """Print on dp rank 0 of every model shard: what differs between tp and pp ranks."""
-        if self.ctx.dp.rank == 0:
-            print(line, flush=True)
+        """Print on rank 0, in the order of ranks, a line of dp rank 0 of every model shard.
+
+        What differs between tp and pp ranks.  Collective over the world.
+        """
+        mine = f"{line}\n" if self.ctx.dp.rank == 0 else "\n"  # never empty: that cannot be sent
+        lines = gather_text(mine, self.ctx.world, self.ctx.device)
+        self.say(*(text.removesuffix("\n") for text in lines if text != "\n"))
 
     def close(self) -> None:
         """Flush and close every writer."""
         self.writers.close()
+
+
+def form_of(config: TelemetryConfig) -> Form:
+    """What --log-format auto means here: a person at a terminal, or a file, a pipe, a parser."""
+    if config.log_format != "auto":
+        return config.log_format
+    return "short" if sys.stdout is not None and sys.stdout.isatty() else "megatron"
 
 
 @dataclass(slots=True)

@@ -239,14 +239,13 @@ class Session:
             return
         times = self.run.timers.gather(self.run.ctx)
         progress = self.progress
-        self.log.print(
-            format_times(times, option=self.telemetry.timing_log_option, iterations=iterations)
+        record = timing_record(
+            times, iteration=progress.step, samples=progress.samples, iterations=iterations
         )
-        self.log.write(
-            timing_record(
-                times, iteration=progress.step, samples=progress.samples, iterations=iterations
-            )
-        )
+        option = self.telemetry.timing_log_option
+        text = format_times(times, option=option, iterations=iterations)
+        self.log.print(record if self.log.form == "json" else text)
+        self.log.write(record)
 
     def evaluate(self, split: str, *, final: bool) -> None:
         """Mean loss over --eval-iters batches, on the console and in the records."""

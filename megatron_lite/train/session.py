@@ -30,7 +30,7 @@ from megatron_lite.data.pretrain import Samples
 from megatron_lite.data.provenance import MadeWith
 from megatron_lite.layers.attention import choose_attention
 from megatron_lite.parallel.checking import Checker
-from megatron_lite.parallel.collectives import MAX, all_reduce
+from megatron_lite.parallel.collectives import MAX, all_reduce, barrier
 from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.parallel.launch import (
     Launch,
@@ -56,7 +56,7 @@ from megatron_lite.train.faults import Fault, NoFaults, read_fault
 from megatron_lite.train.feed import permutation
 from megatron_lite.train.folder import RunFolder, begin, enter, of_the_run, remove_run
 from megatron_lite.train.folder import notices as evaluation_notices
-from megatron_lite.train.log import LastResort, Log
+from megatron_lite.train.log import LastResort, Log, form_of
 from megatron_lite.train.loop import Loaders, Session
 from megatron_lite.train.origin import check_data
 from megatron_lite.train.profile import Profiler
@@ -163,8 +163,10 @@ def _carry_out(session: Session) -> int:
         session.stop.listen()
         session.log.say("training ...")
         reason = session.fit()
+        barrier(session.run.ctx.world)  # the last rank's lines come first
         session.log.say(_farewell(session, reason))
     if reason == "finished":
+        session.log.say(*_final_evaluations(session))
         session.evaluate("validation", final=True)
         session.evaluate("test", final=True)
     if session.train.print_state_hash:
@@ -185,10 +187,25 @@ def _now() -> str:
     return time.strftime("%Y-%m-%d %H:%M:%S")
 
 
+def _final_evaluations(session: Session) -> list[str]:
+    """What the losses after the end are of: Megatron's lines differ from those on the way by a word."""
+    loaders, batches = session.loaders, session.train.eval_iters
+    sets = [
+        n for n, one in (("validation", loaders.valid), ("test", loaders.test)) if one is not None
+    ]
+    if not sets or not batches:
+        return []
+    return [
+        f"final evaluation of the trained model: {batches} batches of the {' set, then of the '.join(sets)} set"
+    ]
+
+
 def _farewell(session: Session, reason: Reason) -> str:
     step = session.progress.step
     store = session.checkpoints.store
-    kept = f"; checkpoint in {store.root}" if store is not None else ""
+    kept = "" if store is None else f"; checkpoint in {store.root}"
+    if store is not None and reason != "finished":
+        kept += f", --load {store.root} goes on"
     why = {
         "finished": "after training is done",
         "signal": "stopped by a signal: the step was finished",
@@ -225,7 +242,7 @@ def open_session(
         ctx = ctx.witnessed(checker)
     if config.telemetry.log_straggler:
         ctx = ctx.with_waits(measuring(device))
-    log = Log(ctx)
+    log = Log(ctx, form_of(config.telemetry))
     log.say(*notices, *evaluation_notices(config, folder.path))
     timers = RunTimers(config.telemetry.timing_log_level, device, recorder)
     with timers.span("model-and-optimizer-setup"):
@@ -274,7 +291,7 @@ def open_session(
     checkpoints.saved_at = run.progress.step
     log.writers = _writers(config, folder.path, resumed.iteration or 0, log)
     log.say(f"done with setup ... datetime: {_now()}")
-    log.print(format_times(timers.gather(ctx), option=config.telemetry.timing_log_option))
+    log.say(format_times(timers.gather(ctx), option=config.telemetry.timing_log_option))
     faults.at("start")
     return Session(
         run=run,

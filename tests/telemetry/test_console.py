@@ -5,13 +5,16 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+import pytest
+
 from megatron_lite.telemetry.console import (
+    duration,
     format_evaluation,
     format_line,
     format_record,
     format_save,
 )
-from megatron_lite.telemetry.record import EvaluationRecord, SaveRecord, StepRecord
+from megatron_lite.telemetry.record import EvaluationRecord, SaveRecord, StepRecord, from_json
 
 STEP = StepRecord(
     iteration=5,
@@ -53,6 +56,35 @@ GOLDEN = (
 def test_training_line_is_megatron_deepspeeds_with_mfu_at_the_end():
     assert format_line(STEP) == GOLDEN
     assert format_record(STEP) == GOLDEN
+
+
+def test_a_terminal_gets_a_short_line_of_the_same_numbers():
+    assert format_record(STEP, "short") == (
+        "  5/10 | loss 11.0008 | lr 2.270E-05 | grad norm 1.235 | scale 4294967296 | batch 1536 | "
+        "344656.1 ms | 143 tokens/s/rank | MFU 49.16% | 2 skipped | ETA 28 min 43 s"
+    )
+    plain = replace(STEP, loss_scale=1.0, mfu=None, skipped_iterations=0, eta_seconds=0.0)
+    assert format_record(replace(plain, grad_norm=None, loss=math.nan), "short") == (
+        "  5/10 | loss nan | lr 2.270E-05 | batch 1536 | 344656.1 ms | 143 tokens/s/rank | "
+        "153.38 TFLOPs"
+    )
+    final = EvaluationRecord(
+        iteration=6, split="test", samples=9, loss=2.5, seconds=1.0, final=True
+    )
+    said = format_record(final, "short")
+    assert said == " final test at iteration 6 | loss 2.5000 | PPL 12.18 | 1.0 s"
+
+
+def test_json_lines_are_those_of_the_metrics():
+    assert from_json(format_record(STEP, "json")) == STEP
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.4, "0 s"), (59.6, "1 min 0 s"), (3600, "1 h 0 min"), (273900, "3 d 4 h"), (math.nan, "-")],
+)
+def test_a_duration_has_two_units(seconds: float, text: str):
+    assert duration(seconds) == text
 
 
 def test_unknown_peak_prints_a_dash():

@@ -543,3 +543,9 @@ def test_a_terminal_shows_a_bar_with_rates_and_time_left(tmp_path: Path) -> None
     os.close(screen)
     assert done.returncode == 0
     assert re.search(r"tokenizing: 100%.*B/s, [\d,]+ docs/s, 100 docs, 0\.0 M tokens", shown)
+
+
+@pytest.mark.parametrize(("count", "per", "text"), [(10.0, 4.0, "2.50"), (616.512, 0.0, "-")])
+def test_a_rate_over_no_time_is_not_a_number(count: float, per: float, text: str) -> None:
+    """A run that finds its work done says no 616512000.00 MB/s."""
+    assert preprocess_data.rate(count, per, ".2f") == text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import signal
@@ -14,11 +15,13 @@ from pathlib import Path
 import pytest
 
 from megatron_lite.checkpoint.store import POINTER
+from megatron_lite.config.exit import run_tool
 from megatron_lite.config.train import TrainConfig
 from megatron_lite.storage.disk import Disk
 from megatron_lite.train.restart import Ended, begin_attempt, last_crash, refusal, write_ended
 from tests.support.launch import LAUNCHER_NAMES, TOOL, start
 from tests.train.runs import Outcome, argv, on_ranks, steps
+from tools import launch as launcher
 from tools.launch import exit_code
 
 LAUNCHER = TOOL.with_name("launch.py")
@@ -115,6 +118,59 @@ class Launched:
             if self.process.poll() is None:
                 self.process.terminate()
         return Outcome(self.process.returncode, out, err)
+
+
+BATCH = ["--mock-data", "--global-batch-size", "16"]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "words", "told"),
+    [
+        (["--standalone"], ["--gloal-batch-size", "4"], "did you mean --global-batch-size?"),
+        (["--nnodes", "2"], ["--global-batch-size", "6"], "6 is not divisible by"),
+        (["--nnodes", "1:1"], ["--hidden-size", "30"], "--hidden-size 30"),
+    ],
+)
+def test_what_every_rank_would_refuse_the_launcher_refuses_once(
+    sizes: list[str], words: list[str], told: str, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    command = [
+        "launch.py",
+        *sizes,
+        "--nproc_per_node",
+        "8",
+        str(TOOL),
+        *argv("--mock-data", *words),
+    ]
+    monkeypatch.setattr(sys, "argv", command)
+    monkeypatch.setattr(launcher, "run", lambda asked: pytest.fail("ranks were started"))
+    assert run_tool(launcher.main) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == err.count("FATAL[") == 1 and told in err, err
+
+
+def test_of_torchruns_own_lines_only_those_of_killed_ranks_are_news() -> None:
+    log = logging.getLogger("torch.distributed.elastic.multiprocessing.api")
+    before = list(log.filters)
+    launcher.quieten()
+    try:
+        texts = ("Sending process %s closing signal SIGTERM", "failed (exitcode: %s) local_rank: 0")
+        seen = [
+            bool(log.filter(log.makeRecord("a", logging.ERROR, "f", 1, text, (number,), None)))
+            for text, number in ((texts[0], 7), (texts[1], 2), (texts[1], -9))
+        ]
+    finally:
+        log.filters = before
+    assert seen == [False, False, True]
+
+
+@pytest.mark.ci
+def test_of_the_ranks_that_cannot_start_one_speaks(tmp_path: Path) -> None:
+    """Found by every rank before they meet: one FATAL line, and nothing of torchrun's."""
+    files = ["--vocab-file", str(tmp_path / "no.json"), "--merge-file", str(tmp_path / "no.txt")]
+    done = Launched("--mock-data", "--tokenizer-type", "GPT2BPETokenizer", *files).wait()
+    assert done.rc == 3
+    assert done.err.count("FATAL[") == done.err.count("\n") == 1 and "no.json" in done.err, done.err
 
 
 @pytest.mark.ci
