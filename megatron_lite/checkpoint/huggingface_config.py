@@ -90,6 +90,8 @@ def _inexpressible(model: ModelConfig) -> Iterator[str]:
         yield f"--normalization {model.normalization}"
     if not model.layernorm_bias:
         yield "--no-layernorm-bias"
+    if model.apply_layernorm_1p:
+        yield "--apply-layernorm-1p"
     if model.swiglu:
         yield "--swiglu"
     if not model.add_bias_linear:

@@ -62,6 +62,9 @@ class ModelConfig:
     layernorm_bias: bool = True
     """A bias in every LayerNorm; an RMSNorm has none."""
 
+    apply_layernorm_1p: bool = False
+    """Norms keep their weight less one and add it again, which is finer near one in 16 bits."""
+
     norm_epsilon: float = field(default=1e-5, metadata={"aliases": ["--layernorm-epsilon"]})
     """Added to the variance inside a norm."""
 

@@ -84,6 +84,7 @@ COMPARED: tuple[Trait, ...] = (
         1e-5,
         "norms of small activations come out differently; felt most in fp16 and bf16",
     ),
+    Trait("apply_layernorm_1p", lambda m: m.apply_layernorm_1p, False),
     Trait(
         "layernorm_bias",
         lambda m: m.layernorm_bias if m.normalization == "LayerNorm" else None,
@@ -127,7 +128,8 @@ ELSEWHERE: Mapping[str, str] = MappingProxyType(
                 "optim.end_weight_decay",
                 "optim.weight_decay_incr_style",
                 *(f"learning_rate.{name}" for name in (
-                    "lr", "min_lr", "lr_decay_style", "lr_decay_iters", "lr_decay_samples",
+                    "lr", "min_lr", "decoupled_lr", "decoupled_min_lr", "lr_decay_style",
+                    "lr_decay_iters", "lr_decay_samples",
                     "lr_warmup_fraction", "lr_warmup_iters", "lr_warmup_samples", "lr_warmup_init",
                     "lr_wsd_decay_style", "lr_wsd_decay_iters", "lr_wsd_decay_samples",
                 )),

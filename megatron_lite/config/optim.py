@@ -51,6 +51,12 @@ class LearningRateConfig:
     min_lr: float = 0.0
     """Learning rate after the decay, and the floor of it."""
 
+    decoupled_lr: float | None = None
+    """Peak learning rate of the token embedding and the output layer; --lr by default."""
+
+    decoupled_min_lr: float | None = None
+    """Their learning rate after the decay; --min-lr by default."""
+
     lr_decay_style: Literal["constant", "linear", "cosine", "inverse-square-root", "WSD"] = "linear"
     """Curve after the warm-up."""
 

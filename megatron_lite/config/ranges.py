@@ -87,6 +87,8 @@ RANGES: Mapping[str, Range] = {
     "optim.clip_grad": _NOT_NEGATIVE,
     "learning_rate.lr": _POSITIVE,
     "learning_rate.min_lr": _NOT_NEGATIVE,
+    "learning_rate.decoupled_lr": _POSITIVE,
+    "learning_rate.decoupled_min_lr": _NOT_NEGATIVE,
     "learning_rate.lr_decay_iters": _SIZE,
     "learning_rate.lr_decay_samples": _SAMPLES,
     "learning_rate.lr_warmup_fraction": _SHARE,

@@ -39,7 +39,6 @@ REFUSED: tuple[Legacy, ...] = (
     refused("--rotary-seq-len-interpolation-factor", "not built; use --rotary-base"),
     refused("--use-rope-scaling", "not built; use --rotary-base"),
     refused("--rope-scaling-factor", "not built; use --rotary-base"),
-    refused("--apply-layernorm-1p", "not built; use --normalization LayerNorm"),
     refused("--squared-relu", "not built; use GELU or --swiglu"),
     refused("--use-torch-fsdp2", "not built; use --use-distributed-optimizer"),
     refused("--data-parallel-sharding-strategy", "not built; use --use-distributed-optimizer"),

@@ -99,6 +99,14 @@ def learning_rate(config: RunConfig, world_size: int) -> Iterator[str]:
     for flag, value in (("--min-lr", lr.min_lr), ("--lr-warmup-init", lr.lr_warmup_init)):
         if value > lr.lr:
             yield f"{flag} {value:g} is above --lr {lr.lr:g}"
+    if lr.decoupled_lr is None:
+        if lr.decoupled_min_lr is not None:
+            yield f"--decoupled-min-lr {lr.decoupled_min_lr:g} needs --decoupled-lr; add it"
+        return
+    least = lr.min_lr if lr.decoupled_min_lr is None else lr.decoupled_min_lr
+    if least > lr.decoupled_lr:
+        flag = "--min-lr" if lr.decoupled_min_lr is None else "--decoupled-min-lr"
+        yield f"{flag} {least:g} is above --decoupled-lr {lr.decoupled_lr:g}; lower it"
 
 
 def warm_up(config: RunConfig, world_size: int) -> Iterator[str]:

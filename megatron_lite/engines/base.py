@@ -71,8 +71,13 @@ class Engine(Protocol):
         """This rank's share of the gradient's squared norm; the sum over the world is the whole."""
         ...
 
-    def apply(self, norm: Tensor, *, lr: float, weight_decay: float) -> Update:
-        """Clip by the global norm, update, clear the accumulators.  Collective over the grid."""
+    def apply(
+        self, norm: Tensor, *, lr: float, weight_decay: float, decoupled_lr: float | None = None
+    ) -> Update:
+        """Clip by the global norm, update, clear the accumulators.  Collective over the grid.
+
+        decoupled_lr: of the tensors with a row for each token, where it is another.
+        """
         ...
 
     def discard(self, norm: Tensor) -> Update:

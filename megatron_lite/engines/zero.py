@@ -186,7 +186,9 @@ class ZeroEngine:
         return stands_for(held.local, self.ctx) and (self.sharded or self.ctx.dp.rank == 0)
 
     @torch.no_grad()
-    def apply(self, norm: Tensor, *, lr: float, weight_decay: float) -> Update:
+    def apply(
+        self, norm: Tensor, *, lr: float, weight_decay: float, decoupled_lr: float | None = None
+    ) -> Update:
         """Clip by the global norm, update, clear the accumulators.  Collective over the grid."""
         counted = [held for held in self._held if stands_for(held.local, self.ctx)]
         num_zeros = self._num_zeros(counted) if self.watch.num_zeros else None
@@ -199,7 +201,7 @@ class ZeroEngine:
                     for buckets in self._buckets.values():
                         buckets.buffer.mul_(coefficient)
         with self.span("optimizer-inner-step"):
-            self._apply(lr, weight_decay)
+            self._apply(lr, weight_decay, decoupled_lr)
         self._clear()
         params_norm = self._params_norm(counted) if self.watch.params_norm else None
         return Update(norm, skipped=False, num_zeros=num_zeros, params_norm=params_norm)
@@ -227,15 +229,21 @@ class ZeroEngine:
             for buckets in self._buckets.values():
                 buckets.buffer.mul_(1.0 / self.loss_scale)
 
-    def _apply(self, lr: float, weight_decay: float) -> None:
-        for decayed in (True, False):
-            held = [h for h in self._held if (h.local.parameter.dim() > 1) == decayed]
+    @staticmethod
+    def _group(held: _Held, decoupled_lr: float | None) -> tuple[bool, bool]:
+        """(has weight decay, has the decoupled learning rate)."""
+        table = held.local.spec.vocabulary and decoupled_lr is not None
+        return held.local.parameter.dim() > 1, table
+
+    def _apply(self, lr: float, weight_decay: float, decoupled_lr: float | None) -> None:
+        for decayed, table in ((True, False), (True, True), (False, False)):
+            held = [h for h in self._held if self._group(h, decoupled_lr) == (decayed, table)]
             self.rule.update(
                 [h.master for h in held],
                 [h.gradient.to(h.master.dtype) for h in held],
                 [h.state for h in held],
                 steps=self.steps,
-                lr=lr,
+                lr=decoupled_lr if table and decoupled_lr is not None else lr,
                 weight_decay=weight_decay if decayed else 0.0,
             )
         self.steps += 1

@@ -22,4 +22,5 @@ class Norm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [s/tp, b, h] with sequence parallelism, else [s, b, h] -> the same; statistics over h in fp32."""
-        return self.run(x, self.weight, self.bias, self.epsilon)
+        weight = self.weight + 1.0 if self.part.less_one else self.weight
+        return self.run(x, weight, self.bias, self.epsilon)

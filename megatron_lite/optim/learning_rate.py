@@ -14,7 +14,7 @@ warm-up from 0; the log shows the value at the samples after it.  Both are Megat
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from megatron_lite.config.errors import ConfigError, all_together
@@ -74,6 +74,13 @@ class LearningRateSchedule:
             wsd_style=lr.lr_wsd_decay_style,
             wsd_samples=wsd,
         )
+
+    def decoupled(self, lr: LearningRateConfig) -> LearningRateSchedule | None:
+        """The same curve between --decoupled-lr and --decoupled-min-lr; None where it is not asked for."""
+        if lr.decoupled_lr is None:
+            return None
+        least = self.min_lr if lr.decoupled_min_lr is None else lr.decoupled_min_lr
+        return replace(self, max_lr=lr.decoupled_lr, min_lr=least)
 
     def at(self, lr_samples: int) -> float:
         """Learning rate after that many samples of successful steps."""

@@ -154,6 +154,7 @@ class Session:
             batches,
             lr=self.schedules.learning_rate.at(progress.lr_samples),
             weight_decay=self.schedules.weight_decay.at(progress.lr_samples),
+            decoupled_lr=self.schedules.decoupled_at(progress.lr_samples),
             vote=self.stop.vote(save_failed=self.checkpoints.failed),
         )
         loss = result.loss.item()  # waits for the device

@@ -31,6 +31,8 @@ _MEANS: Mapping[str, str] = MappingProxyType(
         "learning_rate.wsd_samples": (
             "samples of the final decay (--lr-wsd-decay-iters or --lr-wsd-decay-samples)"
         ),
+        "decoupled.max_lr": "--decoupled-lr",
+        "decoupled.min_lr": "--decoupled-min-lr (without it --min-lr)",
         "weight_decay.start": "weight decay at the start (--weight-decay, --start-weight-decay)",
         "weight_decay.end": "weight decay at the end (--weight-decay, --end-weight-decay)",
         "weight_decay.style": "--weight-decay-incr-style",
@@ -42,10 +44,14 @@ _MEANS: Mapping[str, str] = MappingProxyType(
 
 @dataclass(frozen=True, slots=True)
 class Schedules:
-    """Both curves, everything in samples: what is derived from the run's length is in them."""
+    """All curves, everything in samples: what is derived from the run's length is in them.
+
+    decoupled: of the token embedding and the output layer, where their learning rate is another.
+    """
 
     learning_rate: LearningRateSchedule
     weight_decay: WeightDecaySchedule
+    decoupled: LearningRateSchedule | None = None
 
     @classmethod
     def from_config(
@@ -57,10 +63,13 @@ class Schedules:
         global_batch_size: int,
     ) -> Schedules:
         """The curves the flags ask for; iterations count at the full global batch."""
-        return cls(
-            LearningRateSchedule.from_config(learning_rate, train, global_batch_size),
-            WeightDecaySchedule.from_config(optim, train, global_batch_size),
-        )
+        rate = LearningRateSchedule.from_config(learning_rate, train, global_batch_size)
+        decay = WeightDecaySchedule.from_config(optim, train, global_batch_size)
+        return cls(rate, decay, rate.decoupled(learning_rate))
+
+    def decoupled_at(self, lr_samples: int) -> float | None:
+        """Learning rate of embedding and output after that many samples; None where it is --lr's."""
+        return None if self.decoupled is None else self.decoupled.at(lr_samples)
 
     def to_json(self) -> dict[str, Any]:
         """Plain numbers and words."""
@@ -72,6 +81,9 @@ class Schedules:
         return cls(
             _read(LearningRateSchedule, values["learning_rate"], "learning_rate"),
             _read(WeightDecaySchedule, values["weight_decay"], "weight_decay"),
+            None
+            if values.get("decoupled") is None  # checkpoints of versions without it
+            else _read(LearningRateSchedule, values["decoupled"], "decoupled"),
         )
 
     def differences(self, other: Schedules) -> list[str]:
@@ -86,9 +98,12 @@ class Schedules:
     def _effective(self) -> dict[str, object]:
         """The values that have a say in the curves: a constant one has no end, for example."""
         sections = self.to_json()
-        values = {f"{s}.{name}": v for s, fields in sections.items() for name, v in fields.items()}
+        values = {
+            f"{s}.{name}": v for s, fields in sections.items() for name, v in (fields or {}).items()
+        }
         if self.learning_rate.style == "constant":
             del values["learning_rate.decay_samples"], values["learning_rate.min_lr"]
+            values.pop("decoupled.min_lr", None)
         if self.learning_rate.style != "WSD":
             del values["learning_rate.wsd_style"], values["learning_rate.wsd_samples"]
         if not self.learning_rate.warmup_samples:

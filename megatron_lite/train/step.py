@@ -50,7 +50,7 @@ class Attempt:
 
 
 def train_step(run: Run, batches: Sequence[Batch], *, lr: float, weight_decay: float,
-               vote: StopVote = NO_VOTE) -> StepResult:  # fmt: skip
+               decoupled_lr: float | None = None, vote: StopVote = NO_VOTE) -> StepResult:  # fmt: skip
     """Forward and backward over this rank's micro batches, then the update.  Collective over the world.
 
     The gradient is that of the mean loss per token over the whole global batch: each micro batch's
@@ -75,7 +75,9 @@ def train_step(run: Run, batches: Sequence[Batch], *, lr: float, weight_decay: f
         update = run.engine.discard(attempt.norm)
     else:
         with run.timers.span("optimizer"):
-            update = run.engine.apply(attempt.norm, lr=lr, weight_decay=weight_decay)
+            update = run.engine.apply(
+                attempt.norm, lr=lr, weight_decay=weight_decay, decoupled_lr=decoupled_lr
+            )
     said = f"iteration {run.progress.step + 1}: {told}"
     if verdict.act is Act.STOP:
         return StepResult(attempt.loss, update, attempt.votes, stop=f"{said} - {verdict.advice}")

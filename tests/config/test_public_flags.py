@@ -16,7 +16,8 @@ from megatron_lite.config.legacy import LEGACY
 from megatron_lite.config.rules import check
 
 WORKS = """
---accumulate-allreduce-grads-in-fp32 --adam-beta1 --adam-beta2 --adam-eps 
+--accumulate-allreduce-grads-in-fp32 --adam-beta1 --adam-beta2 --adam-eps --apply-layernorm-1p
+--decoupled-lr --decoupled-min-lr
 --apply-query-key-layer-scaling --async-save --attention-backend --attention-dropout
 --attention-softmax-in-fp32 --bf16 --bias-swiglu-fusion --calculate-per-token-loss
 --check-for-nan-in-loss-and-grad --check-weight-hash-across-dp-replicas-interval --ckpt-step
@@ -132,7 +133,7 @@ REFUSED = """
 --train-data-exact-num-epochs --load-tag --decrease-batch-size-if-needed
 --train-weighted-split-paths --valid-weighted-split-paths --test-weighted-split-paths
 --rotary-interleaved --rotary-seq-len-interpolation-factor --use-rope-scaling
---rope-scaling-factor --apply-layernorm-1p --squared-relu --use-torch-fsdp2 --data-parallel-sharding-strategy
+--rope-scaling-factor --squared-relu --use-torch-fsdp2 --data-parallel-sharding-strategy
 --fp8-format --fp8-recipe --full-validation --multi-latent-attention --no-initialization
 --qk-layernorm --qk-l2-norm --qk-clip --add-qkv-bias --quick-geglu --attention-output-gate
 --activation-func-clamp-value --window-size --window-attn-skip-freq

@@ -75,7 +75,7 @@ def test_updates_equal_torch_adamw_with_clipping():
         batches = make_batches(config, blueprint, 0, step)
         train_step(ours, batches, lr=1e-2, weight_decay=0.1)
 
-        def gradients_only(norm, *, lr, weight_decay, run=theirs):
+        def gradients_only(norm, *, lr, weight_decay, decoupled_lr, run=theirs):
             for parameter, gradient in run.engine.accumulators():
                 parameter.grad = gradient.clone()
                 gradient.zero_()

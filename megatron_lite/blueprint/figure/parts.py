@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Literal, TypeVar
 
 Kind = Literal["weight", "bias", "norm", "embedding"]
-"""weight and embedding get weight decay, bias and norm do not; norm weights start at one."""
+"""weight and embedding get weight decay, bias and norm do not."""
 
 Cut = Literal["rows", "columns"]
 """Which side of a matrix tp splits: its outputs (column-parallel) or its inputs (row-parallel)."""
@@ -63,10 +63,13 @@ class Norm:
     width: int
     function: Literal["LayerNorm", "RMSNorm"]
     bias: bool
+    less_one: bool = False
+    """The weight is kept less one: it starts at zero."""
 
     def tensors(self) -> Iterator[Tensor]:
         """Its weight, and its bias where it has one."""
-        yield Tensor(f"{self.name}.weight", (self.width,), "norm", "ones", sequence=True)
+        start: Init = "zeros" if self.less_one else "ones"
+        yield Tensor(f"{self.name}.weight", (self.width,), "norm", start, sequence=True)
         if self.bias:
             yield Tensor(f"{self.name}.bias", (self.width,), "norm", "zeros", sequence=True)
 

@@ -41,7 +41,10 @@ def figure_of(model: ModelConfig, padded_vocab_size: int) -> Figure:
 
 def _norm(model: ModelConfig, name: str) -> Norm:
     layer = model.normalization == "LayerNorm"
-    return Norm(name, model.hidden_size, model.normalization, bias=layer and model.layernorm_bias)
+    return Norm(
+        name, model.hidden_size, model.normalization,
+        bias=layer and model.layernorm_bias, less_one=model.apply_layernorm_1p,
+    )  # fmt: skip
 
 
 def _function(model: ModelConfig) -> Literal["gelu", "gelu_erf", "swiglu"]:
