@@ -40,7 +40,7 @@ check: setup ## lint, format, types, shell scripts, import directions, documents
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy megatron_lite tools
 	@if command -v shellcheck >/dev/null; then \
-	    shellcheck -x .ci/run tools/*.sh examples/*.sh examples/*/*.sh; \
+	    shellcheck .ci/run tools/*.sh examples/*/*.sh; \
 	else echo "shellcheck is not installed: shell scripts not linted"; fi
 	$(PY) -m pytest -q tests/architecture tests/docs tests/examples/test_docs.py
 

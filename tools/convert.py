@@ -24,6 +24,7 @@ sys.path.insert(
 
 import torch
 
+from megatron_lite.checkpoint.choice import iterations, names_in
 from megatron_lite.checkpoint.description import saved_model, saved_section
 from megatron_lite.checkpoint.huggingface import (
     CONFIG,
@@ -64,8 +65,8 @@ def main() -> int:
     asked = _parse(sys.argv[1:])
     source, target = Path(asked.source), Path(asked.target)
     _require_empty(target)
-    theirs = (source / CONFIG).is_file()
-    ours = any(source.glob("iter_*/manifest.json"))
+    theirs = CONFIG in names_in(source)
+    ours = bool(iterations(source))
     if theirs == ours:
         what = "both config.json and" if ours else "neither config.json nor"
         raise CheckpointError(

@@ -5,11 +5,14 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
+from typing import TypeVar
 
 from megatron_lite.storage.disk import Bytes
 
+Result = TypeVar("Result")
 _MIB = 1 << 20
 BLOCKS = "sha256-4MiB"
 KINDS = {BLOCKS: 4 * _MIB, "sha256": None}
@@ -53,12 +56,19 @@ class Hasher:
 
     def _start(self) -> None:
         """Hash the full block in a thread."""
-        if self._threads is None:
-            self._threads = ThreadPoolExecutor(_THREADS, "checkpoint-hash")
         if len(self._running) == _AHEAD:
             self._whole.update(self._running.popleft().result())
-        self._running.append(self._threads.submit(_digest, self._parts))
+        self._running.append(self._pool().submit(_digest, self._parts))
         self._parts, self._filled = [], 0
+
+    def beside(self, task: Callable[[], Result]) -> Future[Result]:
+        """Run something in the same threads, in turn with the hashing: for what is still in the cache."""
+        return self._pool().submit(task)
+
+    def _pool(self) -> ThreadPoolExecutor:
+        if self._threads is None:
+            self._threads = ThreadPoolExecutor(_THREADS, "checkpoint-hash")
+        return self._threads
 
     def hexdigest(self) -> str:
         """The hash of all that was appended; nothing can be appended any more."""

@@ -36,12 +36,14 @@ from megatron_lite.config.model import ModelConfig
 from megatron_lite.models.gpt import huggingface_source
 from megatron_lite.parallel.shard import MASTER, NamedSlice
 from megatron_lite.storage.disk import Disk
+from megatron_lite.storage.reading import read_plain
 
 CONFIG, ONE_FILE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 _BELOW = "transformer."
 _HEAD = "lm_head.weight"
 _MASKS = (".attn.bias", ".attn.masked_bias")  # constants that old files keep beside the weights
 _SHOWN = 20
+_LARGEST_JSON = 1 << 28  # bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +158,7 @@ def open_folder(path: Path) -> HuggingFaceFolder:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_bytes())
+        found = json.loads(read_plain(path, _LARGEST_JSON))
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror} - check the path") from None
     except (ValueError, RecursionError) as error:

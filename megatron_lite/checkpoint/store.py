@@ -10,7 +10,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import os
@@ -24,26 +23,35 @@ import torch
 
 from megatron_lite.checkpoint.agreement import Agreement
 from megatron_lite.checkpoint.boxes import check_fit, fill
-from megatron_lite.checkpoint.choice import POINTER, folder_of, iterations, to_try
+from megatron_lite.checkpoint.choice import (
+    KEEP_ALL,
+    POINTER,
+    Keep,
+    folder_of,
+    iterations,
+    manifest_of,
+    names_in,
+    newer,
+    to_try,
+)
 from megatron_lite.checkpoint.manifest import (
     NAME,
     TOKENIZER,
     Manifest,
     StoredPiece,
     StoredTensor,
-    read_manifest,
     verify_files,
-    verify_sizes,
 )
 from megatron_lite.checkpoint.progress import Progress
 from megatron_lite.checkpoint.snapshot import UNKNOWN, Origin, Snapshot, share
 from megatron_lite.checkpoint.tensor_file import DTYPES, Written, write_bytes, write_tensors
-from megatron_lite.config.errors import CheckpointError, StorageError
+from megatron_lite.config.errors import CheckpointError, NumericsError, StorageError
 from megatron_lite.parallel.collectives import MAX, all_reduce, barrier
 from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.parallel.shard import NamedSlice
 from megatron_lite.storage.disk import Disk, write_atomically
 
+_REPLACED = ".replaced.partial"
 _PROBE = ".can-every-rank-see-this.partial"
 _SEEN_WITHIN_SECONDS = 30.0  # network file systems show another node's new names late
 
@@ -57,38 +65,6 @@ class Saved:
     bytes: int
     seconds: float = 0.0
     warnings: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Keep:
-    """Which older checkpoints stay: the newest `last` and those of every `every`-th iteration.
-
-    last None: all.
-    """
-
-    last: int | None = None
-    every: int | None = None
-
-    def removable(self, iterations: Sequence[int], newest: int) -> list[int]:
-        """Those to remove after `newest` is complete; iterations are newest first."""
-        if self.last is None:
-            return []
-        old = [n for n in iterations if n != newest][max(self.last - 1, 0) :]
-        return [n for n in old if self.every is None or n % self.every]
-
-
-KEEP_ALL = Keep()
-
-
-def _manifest_of(folder: Path, iteration: int) -> Manifest:
-    if folder.is_symlink():
-        raise CheckpointError(f"{folder} is a link: a checkpoint's bytes lie in its run folder")
-    manifest = read_manifest(folder)
-    if manifest.iteration != iteration:
-        raise CheckpointError(
-            f"{folder / NAME} is that of iteration {manifest.iteration}: the folder was renamed"
-        )
-    return manifest
 
 
 def _go_on(point: str) -> None:
@@ -183,7 +159,10 @@ class Store:
         )
 
     def save(self, snapshot: Snapshot, keep: Keep = KEEP_ALL) -> Saved:
-        """Write a checkpoint; on any rank's failure all ranks raise and the older ones stay."""
+        """Write a checkpoint; on any rank's failure all ranks raise and the older ones stay.
+
+        NumericsError where a value is not finite: whatever is kept, and what retention counts on, is.
+        """
         began = time.monotonic()
         final = self.folder(snapshot.iteration)
         partial = self.root / f".{final.name}.partial"
@@ -202,8 +181,15 @@ class Store:
                 self._require_space(total)
                 self.disk.make_folder(partial)
         with self.ranks.together(writing, undo):
-            self._write_share(partial, snapshot)
+            bad = self._write_share(partial, snapshot)
             self.at("save.after_share")
+        bad = self.ranks.told(bad)
+        if bad is not None:
+            undo()
+            raise NumericsError(
+                f"iteration {snapshot.iteration} is not kept: {bad} - the older checkpoints in "
+                f"{self.root} are untouched: go on from one of them, with a lower --lr if it comes again"
+            )
         with self.ranks.together(writing, undo):
             if self.ctx.rank == 0:
                 self.at("save.before_complete")
@@ -226,8 +212,12 @@ class Store:
                 "checkpoints are untouched"
             )
 
-    def _write_share(self, partial: Path, snapshot: Snapshot) -> None:
-        """This rank's files, and last the list of them, whose presence says that they are whole."""
+    def _write_share(self, partial: Path, snapshot: Snapshot) -> str | None:
+        """This rank's files, and last the list of them, whose presence says that they are whole.
+
+        Returns what in them is not finite, in words.
+        """
+        bad: list[str] = []
         self._wait_for(partial)
         part: dict[str, Any] = {"files": {}, "tensors": []}
         for kind, slices in snapshot.shares.items():
@@ -235,7 +225,9 @@ class Store:
                 continue
             file = f"{kind}-{self.ctx.rank:05d}.safetensors"
             keys = {f"{i}:{s.name}": s for i, s in enumerate(slices)}
-            written = write_tensors(partial / file, {k: s.data for k, s in keys.items()}, self.disk)
+            written = write_tensors(
+                partial / file, {k: s.data for k, s in keys.items()}, self.disk, not_finite=bad
+            )
             part["files"][file] = dataclasses.astuple(written)
             part["tensors"] += [
                 [s.name, s.shape, DTYPES[s.data.dtype], file, key, s.offset, tuple(s.data.shape)]
@@ -248,6 +240,11 @@ class Store:
                 written = write_bytes(partial / file, data, self.disk)
                 part["files"][file] = dataclasses.astuple(written)
         write_bytes(self._listing(partial, self.ctx.rank), json.dumps(part).encode(), self.disk)
+        if not bad:
+            return None
+        names = ", ".join(key.partition(":")[2] for key in bad[:3])
+        more = f" and {len(bad) - 3} more" if bad[3:] else ""
+        return f"{names}{more} of rank {self.ctx.rank} hold values that are not finite"
 
     def _listing(self, partial: Path, rank: int) -> Path:
         return partial / f"part-{rank:05d}.json"
@@ -279,7 +276,7 @@ class Store:
             self.disk.sync_folder(folder)
         self.still_ours()
         if os.path.lexists(final):  # the same iteration once more: the new one takes its place
-            replaced = self.root / f".{final.name}.replaced.partial"
+            replaced = self.root / f".{final.name}{_REPLACED}"
             self.disk.remove_tree(replaced)
             self.disk.rename(final, replaced)
             self.disk.rename(partial, final)
@@ -334,7 +331,7 @@ class Store:
             problem, manifest = self._verify(iteration)
             if problem is None:
                 if step is None and iteration == candidates[0] and self.ctx.rank == 0:
-                    notices += self._newer(iteration)
+                    notices += newer(self.root, iteration)
                 return manifest, notices
             notices.append(f"checkpoint {iteration} is not usable: {problem}")
         raise CheckpointError(
@@ -361,8 +358,11 @@ class Store:
 
     def _finish_replacement(self) -> None:
         """Put back a folder that a crash caught between the two renames of its replacement."""
-        for aside in self.root.glob(".iter_*.replaced.partial"):
-            final = self.root / aside.name.removeprefix(".").removesuffix(".replaced.partial")
+        for name in names_in(self.root):
+            if not (name.startswith(".iter_") and name.endswith(_REPLACED)):
+                continue
+            aside = self.root / name
+            final = self.root / name.removeprefix(".").removesuffix(_REPLACED)
             if aside.is_symlink() or os.path.lexists(final):
                 self.disk.remove_tree(aside)
             else:
@@ -373,26 +373,11 @@ class Store:
         folder = self.folder(iteration)
         problem, manifest = None, None
         try:
-            manifest = _manifest_of(folder, iteration)
+            manifest = manifest_of(folder, iteration)
             verify_files(folder, manifest, share=self.ctx.rank, shares=self.ctx.world_size)
         except CheckpointError as error:
             problem = str(error)
         return self.ranks.told(problem), manifest
-
-    def _newer(self, loaded: int) -> list[str]:
-        """A line where a newer checkpoint than the pointer's choice is complete; for rank 0."""
-        for iteration in iterations(self.root):
-            if iteration <= loaded:
-                break
-            folder = self.folder(iteration)
-            with contextlib.suppress(CheckpointError):
-                verify_sizes(folder, _manifest_of(folder, iteration))
-                return [
-                    f"{POINTER} names iteration {loaded}, and it is taken, but {folder.name} is "
-                    f"complete and newer: --ckpt-step {iteration} takes that one (a crash just before "
-                    "the pointer was written leaves it so, and somebody who went back)"
-                ]
-        return []
 
     def load(self, manifest: Manifest, slices: Sequence[NamedSlice]) -> None:
         """Fill the slices' data in place.

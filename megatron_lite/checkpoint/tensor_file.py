@@ -9,7 +9,9 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +20,7 @@ from torch import Tensor
 
 from megatron_lite.checkpoint.hashing import BLOCKS, KINDS, Hasher
 from megatron_lite.checkpoint.schema import mapping, whole, word
+from megatron_lite.config.errors import NumericsError
 from megatron_lite.storage.disk import Disk
 
 DTYPES = {
@@ -72,13 +75,16 @@ class Form(NamedTuple):
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor], disk: Disk) -> Written:
+def write_tensors(
+    path: Path, tensors: dict[str, Tensor], disk: Disk, *, not_finite: list[str] | None = None
+) -> Written:
     """Write and fsync a new safetensors file of named tensors of any shapes; its size and hash.
 
+    not_finite: gets the names of those with a value that is not finite; NumericsError without it.
     Raises StorageError where the file exists, or cannot be written whole.
     """
     forms = {name: Form(t.dtype, tuple(t.shape)) for name, t in tensors.items()}
-    return write_stream(path, forms, tensors.values(), disk)
+    return write_stream(path, forms, tensors.values(), disk, not_finite=not_finite)
 
 
 def write_stream(
@@ -88,6 +94,7 @@ def write_stream(
     disk: Disk,
     *,
     metadata: Mapping[str, str] | None = None,
+    not_finite: list[str] | None = None,
 ) -> Written:
     """The same for tensors that come one by one, in the order of their forms, and are not kept."""
     header: dict[str, object] = {} if metadata is None else {"__metadata__": dict(metadata)}
@@ -102,21 +109,36 @@ def write_stream(
         start = stop
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the data begin 8-byte aligned
+    looks: list[tuple[str, Future[bool]]] = []
     with disk.create(path) as file, Hasher() as hashed:
         for data in (len(text).to_bytes(8, "little"), text):
             hashed.update(data)
             file.write(data)
-        for form, tensor in zip(forms.values(), tensors, strict=True):
+        for (name, form), tensor in zip(forms.items(), tensors, strict=True):
             assert (tensor.dtype, tuple(tensor.shape)) == form, "not the tensor that was announced"
             flat = tensor.detach().reshape(-1).view(torch.uint8)
             for chunk in flat.split(_WRITE_BYTES):
-                data = chunk.cpu().numpy().data
+                host = chunk.cpu()
+                data = host.numpy().data
                 hashed.update(data)
+                if form.dtype.is_floating_point and data.nbytes:
+                    looks.append((name, hashed.beside(partial(_is_finite, host.view(form.dtype)))))
                 file.write(data)
                 if data.nbytes >= _LONG_BYTES:
                     file.start_write_back()
         file.fsync()
-        return Written(file.size, hashed.hexdigest())
+        written = Written(file.size, hashed.hexdigest())
+        bad = list(dict.fromkeys(name for name, look in looks if not look.result()))
+    if bad and not_finite is None:
+        raise NumericsError(f"{path}: {bad[0]} holds values that are not finite")
+    if not_finite is not None:
+        not_finite += bad
+    return written
+
+
+def _is_finite(values: Tensor) -> bool:
+    """In one pass without a copy: the smallest and the largest of values with a NaN are NaN."""
+    return all(bool(edge.isfinite()) for edge in values.aminmax())
 
 
 def write_bytes(path: Path, data: bytes, disk: Disk) -> Written:

@@ -33,7 +33,7 @@ class GuardsConfig:
     """A spike is printed, or its step is left out, too, or it ends the run with exit code 7."""
 
     check_replicas: int | None = field(
-        default=None,
+        default=100,
         metadata={"aliases": ["--check-weight-hash-across-dp-replicas-interval"]},
     )
-    """Steps between comparisons of everything that several ranks hold a copy of."""
+    """Steps between comparisons of everything that several ranks hold a copy of; 0: never."""

@@ -115,7 +115,7 @@ RANGES: Mapping[str, Range] = {
     "guards.loss_spike_factor": _NOT_NEGATIVE,
     "guards.grad_norm_spike_factor": _NOT_NEGATIVE,
     "guards.spike_window": Range(2, 100_000),
-    "guards.check_replicas": _SIZE,
+    "guards.check_replicas": _COUNT,
     "checkpoint.save_interval": _COUNT,
     "checkpoint.ckpt_step": _COUNT,
     "checkpoint.keep_last": _SIZE,

@@ -57,8 +57,9 @@ class TelemetryConfig:
     log_world_size_to_tensorboard: bool = False
     """World size as a TensorBoard scalar."""
 
-    log_straggler: bool = False
-    """At every log interval, the time each rank worked without waiting for others; the slow one named."""
+    log_straggler: bool | None = None
+    """Print at every log interval how long each rank worked without waiting for others; without the
+    flag only of a rank that stays slow, with --no-log-straggler never."""
 
     straggler_minmax_count: int = 1
     """How many of the slowest and of the fastest ranks are named."""
@@ -101,3 +102,7 @@ class TelemetryConfig:
 
     use_pytorch_profiler: bool = True
     """Use torch.profiler (a Chrome trace in the run folder)."""
+
+    def watches(self, num_ranks: int) -> bool:
+        """Whether ranks measure their own time: one alone only where that was asked for."""
+        return num_ranks > 1 if self.log_straggler is None else self.log_straggler

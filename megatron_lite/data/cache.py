@@ -16,18 +16,22 @@ import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 
 from megatron_lite.data.digest import digest_of
 from megatron_lite.storage.disk import Disk, DiskFile, temporary_name, write_atomically
+from megatron_lite.storage.reading import open_plain, read_plain
 
 FORMAT = 3  # part of the key: arrays of another format are not found
 ALIGNMENT = 64
 Arrays = dict[str, npt.NDArray[Any]]
 Build = Callable[[], Iterable[tuple[str, npt.NDArray[Any]]]]
+
+_LARGEST_DESCRIPTION = 1 << 28
+_SAMPLES, _SAMPLE_BYTES = 16, 4096
 
 log = logging.getLogger(__name__)
 
@@ -112,13 +116,34 @@ def _save(folder: Path, name: str, key: Mapping[str, Any], build: Build, disk: D
                 digest = digest_of(values, digest)
             size = file.size
             file.fsync()
+        with open_plain(temporary) as written:
+            sample = _sample(written, size)
+        _clear_the_way(path, disk)
         disk.rename(temporary, path)
     finally:
         disk.remove(temporary)
     # the description comes last: where it stands, every array is complete
-    body = {**key, "size": size, "digest": f"{digest:016x}", "arrays": described}
+    body = {
+        **key, "size": size, "digest": f"{digest:016x}", "sample": sample, "arrays": described,
+    }  # fmt: skip
     text = json.dumps({"hash": _hash(body), "body": body})
+    _clear_the_way(folder / f"{name}.json", disk)
     write_atomically(folder / f"{name}.json", text.encode(), disk)
+
+
+def _clear_the_way(path: Path, disk: Disk) -> None:
+    """A folder cannot be renamed over; nothing else than a cache has such a name in a cache folder."""
+    if os.path.isdir(path) and not os.path.islink(path):
+        disk.remove_tree(path)
+
+
+def _sample(file: BinaryIO, size: int) -> str:
+    """Hash of some bytes from all over the file: a file of zeros, or of another moment, has another."""
+    digest = hashlib.blake2b(digest_size=16)
+    for part in range(_SAMPLES):
+        file.seek(max(size - _SAMPLE_BYTES, 0) * part // (_SAMPLES - 1))
+        digest.update(file.read(_SAMPLE_BYTES))
+    return digest.hexdigest()
 
 
 def _append(file: DiskFile, values: npt.NDArray[Any]) -> int:
@@ -132,17 +157,19 @@ def _append(file: DiskFile, values: npt.NDArray[Any]) -> int:
 
 def _load(folder: Path, name: str, verify: bool) -> Kept | None:
     try:
-        outer = json.loads((folder / f"{name}.json").read_text())
+        outer = json.loads(read_plain(folder / f"{name}.json", _LARGEST_DESCRIPTION))
         described = outer["body"]
         if outer["hash"] != _hash(described):
             raise ValueError("its description does not match its hash")
         size = described["size"]
         path = folder / f"{name}.arrays"
         buffer: bytes | mmap.mmap = b""
-        with open(path, "rb") as file:
+        with open_plain(path) as file:
             actual = os.fstat(file.fileno()).st_size
             if actual != size:
                 raise ValueError(f"{path} has {actual} bytes, expected {size}")
+            if described.get("sample", None) not in (None, _sample(file, size)):
+                raise ValueError(f"{path} holds something else than was written")
             if size:
                 buffer = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         arrays: Arrays = {}

@@ -24,6 +24,7 @@ import numpy.typing as npt
 from megatron_lite.config.errors import DataError
 from megatron_lite.data.digest import digest_of
 from megatron_lite.data.maps import FileMaps, read_failure
+from megatron_lite.storage.reading import open_plain
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
@@ -143,7 +144,7 @@ def check_index(path: Path, buffer: Buffer) -> Layout:
 
 def _read_or_map(path: Path) -> bytes | mmap.mmap:
     try:
-        with open(path, "rb") as file:
+        with open_plain(path) as file:
             if os.fstat(file.fileno()).st_size <= IN_MEMORY_INDEX_BYTES:
                 return file.read()
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -350,7 +351,7 @@ class IndexedDataset:
 
     def _opened(self) -> Any:
         try:
-            return open(self._bin, "rb")
+            return open_plain(self._bin)
         except OSError as error:
             raise read_failure(self._bin, error) from error
 

@@ -8,6 +8,7 @@ from collections import OrderedDict
 from pathlib import Path
 
 from megatron_lite.config.errors import DataError, StorageError
+from megatron_lite.storage.reading import open_plain
 
 OPEN_FILES = 256  # a mapped file holds a handle, and `ulimit -n` is 1024 on many machines
 
@@ -51,7 +52,7 @@ def read_failure(path: Path, error: OSError) -> DataError | StorageError:
 
 def _map(path: Path, size: int) -> mmap.mmap:
     try:
-        with open(path, "rb") as file:
+        with open_plain(path) as file:
             made = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except ValueError as error:  # an empty file cannot be mapped
         raise DataError(f"{path} is empty, expected {size} bytes - copy it again") from error

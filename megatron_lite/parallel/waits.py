@@ -1,8 +1,8 @@
 """How long this rank stands still for others: what is left of a step is its own time.
 
 A collective ends when the last rank has come, so the slowest rank is the one that waits least.  An
-Axis carries one of these objects; collectives and mail enter it around every wait.  --log-straggler
-asks for one that measures; all others cost two empty calls.
+Axis carries one of these objects; collectives and mail enter it around every wait.  Several
+ranks have one that measures, unless --no-log-straggler; all others cost two empty calls.
 """
 
 from __future__ import annotations
@@ -71,12 +71,18 @@ class DeviceWaits:
 
     def __init__(self) -> None:
         self._pairs: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._free: list[
+            tuple[torch.cuda.Event, torch.cuda.Event]
+        ] = []  # making one is the dear part
 
     def __enter__(self) -> None:
         """An event before the wait."""
-        pair = tuple(torch.cuda.Event(enable_timing=True) for _ in range(2))
+        if self._free:
+            pair = self._free.pop()
+        else:
+            pair = (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
         pair[0].record()
-        self._pairs.append(pair)  # type: ignore[arg-type]
+        self._pairs.append(pair)
 
     def __exit__(self, *error: object) -> None:
         """An event behind it."""
@@ -87,6 +93,7 @@ class DeviceWaits:
         pairs, self._pairs = self._pairs, []
         if pairs:
             pairs[-1][1].synchronize()
+        self._free += pairs
         return sum(before.elapsed_time(after) for before, after in pairs) / 1000.0
 
 

@@ -71,7 +71,7 @@ def storage_error(operation: Operation, error: OSError) -> StorageError:
 
 def nearest_folder(path: Path) -> Path:
     """The path itself or its closest parent that exists."""
-    while not path.exists() and path != path.parent:
+    while not os.path.exists(path) and path != path.parent:
         path = path.parent
     return path
 

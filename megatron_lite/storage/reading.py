@@ -6,6 +6,7 @@ import errno
 import os
 import stat
 from pathlib import Path
+from typing import BinaryIO
 
 _KINDS = {
     stat.S_IFDIR: "a folder",
@@ -33,11 +34,20 @@ def read_plain(path: str | os.PathLike[str], at_most: int, *, links: bool = True
     place = Path(path)
     if not links and place.is_symlink():
         raise NotPlain(place, "is a link, not a regular file")
-    # O_NONBLOCK: a named pipe without a writer opens at once
-    descriptor = os.open(place, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
-    with open(descriptor, "rb") as file:
-        require_plain(place, os.fstat(descriptor), at_most)
+    with open_plain(place, at_most) as file:
         return file.read(at_most)
+
+
+def open_plain(path: str | os.PathLike[str], at_most: int | None = None) -> BinaryIO:
+    """A regular file of at most so many bytes, opened for reading without waiting; or OSError."""
+    # O_NONBLOCK: a named pipe without a writer opens at once
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+    try:
+        require_plain(Path(path), os.fstat(descriptor), at_most)
+        return open(descriptor, "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise
 
 
 def require_plain(path: Path, found: os.stat_result, at_most: int | None = None) -> None:

@@ -38,6 +38,11 @@ def ranks_record(
     )
 
 
+def slow_ranks(record: RanksRecord) -> dict[str, float]:
+    """Stragglers: rank -> its own time over the median."""
+    return {r: v / record.median for r, v in record.most.items() if v > SLOW * record.median > 0}
+
+
 def format_ranks(record: RanksRecord) -> str:
     """` own time per iteration of 4 ranks (ms) | median ... | most: rank 1 ... | least: rank 0 ... |`."""
     own = record.what == "own time"
@@ -56,7 +61,7 @@ def format_ranks(record: RanksRecord) -> str:
         f" {title} of {record.ranks} ranks ({unit}) | median: {record.median * scale:.2f}"
         f" | most: {listed(record.most)} | least: {listed(record.least)} |"
     )
-    slow = {r: v / record.median for r, v in record.most.items() if v > SLOW * record.median > 0}
+    slow = slow_ranks(record)
     if own and slow:
         named = ", ".join(f"rank {rank} ({factor:.2f} x)" for rank, factor in slow.items())
         line += f"\n straggler: {named} the median: all others wait for it in every step"

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeAlias
 
 from megatron_lite.config.errors import DataError
+from megatron_lite.storage.reading import open_plain
 
 LARGEST_EXPONENT = 20.0
 """Perplexity is exp(min(20, loss)), as Megatron caps it."""
@@ -265,7 +266,8 @@ def read_metrics(path: str | os.PathLike[str]) -> list[Record]:
 def complete_lines(path: Path) -> list[str]:
     """The lines that end with a newline; what a killed process left behind them is dropped."""
     try:
-        text = path.read_bytes().decode("utf-8", errors="replace")
+        with open_plain(path) as file:
+            text = file.read().decode("utf-8", errors="replace")
     except OSError as error:
         raise DataError(
             f"cannot read {path}: {error.strerror} - give a run folder whose training has started"

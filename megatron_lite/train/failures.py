@@ -109,8 +109,8 @@ class Failures:
         folder = self.folder
         if (
             folder is not None
-            and folder.is_dir()
-            and (self.entered or not (folder / LOCK).exists())
+            and os.path.isdir(folder)
+            and (self.entered or not os.path.exists(folder / LOCK))
         ):
             self._write(error, code, line)
         return line, code

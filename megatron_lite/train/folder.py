@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import itertools
 import json
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -131,7 +132,7 @@ def _kept(config: RunConfig) -> Path | None:
         return Path(save) if save is not None else None
     folder = Path(save)
     loaded = config.checkpoint.load is not None and _same(config.checkpoint.load, save)
-    runs = loaded or (folder / CONFIG).exists() or (folder / POINTER).exists()
+    runs = loaded or any(os.path.exists(folder / name) for name in (CONFIG, POINTER))
     return None if runs else folder
 
 
@@ -153,7 +154,7 @@ def _new_folder(disk: Disk) -> RunFolder:
     now = Path("runs") / time.strftime("%Y-%m-%d_%H-%M-%S")
     for number in itertools.count(1):
         path = now if number == 1 else now.with_name(f"{now.name}_{number}")
-        if path.exists():
+        if os.path.exists(path):
             continue
         found = _locked(path, disk)
         if not isinstance(found.problem, FolderTaken):
@@ -258,5 +259,5 @@ def begin(folder: Path, config: RunConfig, *, iteration: int, world_size: int) -
         "asked": of_this_start(config),
     }
     path = folder / STARTS
-    before = path.read_bytes() if path.is_file() else b""
+    before = path.read_bytes() if os.path.isfile(path) else b""
     write_atomically(path, before + (json.dumps(start) + "\n").encode(), disk)

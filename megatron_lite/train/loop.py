@@ -208,8 +208,10 @@ class Session:
             return
         record = self.meter.take()
         self.log.print(record)
-        if self.telemetry.log_straggler:
-            self._report(self.own_time.report(self.progress, self.telemetry))
+        if self.telemetry.watches(self.run.ctx.world_size):
+            own = self.own_time.report(self.progress, self.telemetry)
+            if self.telemetry.log_straggler or self.own_time.stays_slow(own):
+                self._report(own)
         if not self.reported_memory:
             ctx = self.run.ctx
             line = memory_line(ctx.device, rank=ctx.rank, iterations=step)
@@ -225,7 +227,7 @@ class Session:
 
     def _check_replicas(self) -> None:
         """Once per step at most; before a save, too: what has drifted must not replace what is good."""
-        if self.guards.check_replicas is not None and self.replicas_checked_at < self.progress.step:
+        if self.guards.check_replicas and self.replicas_checked_at < self.progress.step:
             check_replicas(self.run)
             self.replicas_checked_at = self.progress.step
 

@@ -12,7 +12,7 @@ from megatron_lite.checkpoint.progress import Progress
 from megatron_lite.config.telemetry import TelemetryConfig
 from megatron_lite.parallel.collectives import all_gather
 from megatron_lite.parallel.context import ParallelContext
-from megatron_lite.telemetry.ranks import ranks_record
+from megatron_lite.telemetry.ranks import ranks_record, slow_ranks
 from megatron_lite.telemetry.record import RanksRecord
 
 
@@ -26,6 +26,8 @@ class OwnTime:
     ctx: ParallelContext
     seconds: float = 0.0
     steps: int = -1
+    _slow: frozenset[str] = frozenset()
+    _told: frozenset[str] = frozenset()
 
     def begin(self) -> None:
         """What was waited for until now belongs to no step."""
@@ -52,6 +54,15 @@ class OwnTime:
             samples=progress.samples,
             count=config.straggler_minmax_count,
         )
+
+    def stays_slow(self, record: RanksRecord | None) -> bool:
+        """Whether a rank stands out in this report as in the one before, and was not told of yet."""
+        if record is None:
+            return False
+        slow = frozenset(slow_ranks(record))
+        lasting, self._slow = slow & self._slow, slow
+        news, self._told = lasting - self._told, lasting
+        return bool(news)
 
 
 def memory_report(ctx: ParallelContext, progress: Progress, count: int) -> RanksRecord:

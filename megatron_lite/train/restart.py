@@ -11,6 +11,7 @@ stop is not restarted: torchrun knows neither, it only sees an exit code that is
 from __future__ import annotations
 
 import json
+import os
 import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,11 +21,13 @@ from megatron_lite.checkpoint.store import POINTER
 from megatron_lite.config.errors import PREEMPTED, ConfigError, MegatronLiteError
 from megatron_lite.config.train import TrainConfig
 from megatron_lite.storage.disk import Disk, write_atomically
+from megatron_lite.storage.reading import read_plain
 
 ENDED = "ended.json"
 EARLIER = "earlier.json"
 SAME_FAILURES = 2
 """The same failure this often, with no checkpoint in between, and the run is not started again."""
+_LARGEST = 1 << 24  # bytes of a file about how a run ended; one may hold a long traceback
 GAVE_UP = "not started again: "
 
 
@@ -96,7 +99,7 @@ def refusal(train: TrainConfig, folder: Path | None, *, attempt: int) -> Refused
         if found is not None:
             return found
     switch = train.kill_switch_file
-    if switch is not None and Path(switch).exists():
+    if switch is not None and os.path.exists(switch):
         return Refused(
             f"--kill-switch-file {switch} exists: somebody asked the runs that look at it to stop - "
             "remove it to train",
@@ -136,7 +139,7 @@ def begin_attempt(folder: Path, disk: Disk, *, attempt: int) -> None:
     crash = last_crash(folder) if attempt else None
     kept = [*_earlier(folder), crash] if crash is not None else []
     disk.remove_tree(folder / "errors")
-    if (folder / ENDED).exists():
+    if os.path.lexists(folder / ENDED):
         disk.remove(folder / ENDED)
     if kept:
         disk.make_folder(folder / "errors")
@@ -156,7 +159,7 @@ def _earlier(folder: Path) -> list[Crash]:
 
 def _newest(folder: Path) -> str:
     try:
-        return (folder / POINTER).read_text(encoding="utf-8").strip()
+        return read_plain(folder / POINTER, _LARGEST).decode().strip()
     except (OSError, UnicodeDecodeError):
         return ""
 
@@ -164,7 +167,7 @@ def _newest(folder: Path) -> str:
 def _read(path: Path) -> dict[str, Any]:
     """The file's JSON object; empty where there is none or it is no such thing."""
     try:
-        value = json.loads(path.read_bytes())
+        value = json.loads(read_plain(path, _LARGEST))
     except (OSError, ValueError):
         return {}
     return value if isinstance(value, dict) else {}

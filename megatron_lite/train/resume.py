@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,12 +99,12 @@ def resume(
 
 def _require_ours(folder: Path) -> None:
     """A folder without checkpoints may be that of a new run; one with other people's weights is a mistake."""
-    if folder.is_file():
+    if os.path.isfile(folder):
         what = "is a file - give the run folder, and --ckpt-step for an older iteration"
-    elif re.fullmatch(r"iter_\d+", folder.name) and (folder / NAME).exists():
+    elif re.fullmatch(r"iter_\d+", folder.name) and os.path.exists(folder / NAME):
         step = int(folder.name.removeprefix("iter_"))
         what = f"is one checkpoint of a run - give --load {folder.parent} --ckpt-step {step}"
-    elif (folder / "config.json").is_file():
+    elif os.path.isfile(folder / "config.json"):
         what = (
             f"is a folder of Hugging Face - `python tools/convert.py {folder} START` makes one of ours: "
             "--load START --finetune"

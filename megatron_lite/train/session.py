@@ -240,7 +240,7 @@ def open_session(
     checker = _checker(config, blueprint, launch, world)
     if checker is not None:
         ctx = ctx.witnessed(checker)
-    if config.telemetry.log_straggler:
+    if config.telemetry.watches(ctx.world_size):
         ctx = ctx.with_waits(measuring(device))
     log = Log(ctx, form_of(config.telemetry))
     log.say(*notices, *evaluation_notices(config, folder.path))

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import FrameType
 from typing import Literal, NamedTuple
 
@@ -92,7 +92,7 @@ class StopRequests:
         path, now = self.train.kill_switch_file, time.monotonic()
         if path is not None and self.looks and not self.killed and now - self._looked >= 1.0:
             self._looked = now
-            self.killed = Path(path).exists()
+            self.killed = os.path.exists(path)
         return self.killed
 
     def reason(self, step: int, *, agreed: StopVote, finished: bool) -> Reason | None:

@@ -14,7 +14,8 @@ from megatron_lite.checkpoint.manifest import read_manifest
 from megatron_lite.checkpoint.progress import Progress
 from megatron_lite.checkpoint.saver import Background, Foreground, Saver
 from megatron_lite.checkpoint.store import KEEP_ALL, Keep, Store
-from megatron_lite.config.errors import StorageError
+from megatron_lite.checkpoint.tensor_file import write_tensors
+from megatron_lite.config.errors import NumericsError, StorageError
 from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.parallel.shard import NamedSlice
 from megatron_lite.storage.disk import Disk, Operation
@@ -225,3 +226,42 @@ def test_no_room_for_the_copy_is_found_when_it_is_made(tmp_path: Path) -> None:
     wide = NamedSlice("a.weight", shape, (0, 0), torch.empty(1).expand(shape))
     with pytest.raises(StorageError, match=r"--async-save wants \d+\.\d{3} GB of host memory"):
         saver.reserve(snapshot(saver.store, 0, [wide]))
+
+
+@pytest.mark.parametrize("make", [Foreground, None], ids=["at once", "beside"])
+@pytest.mark.parametrize("bad", [float("nan"), float("-inf")])
+def test_weights_that_are_not_finite_are_never_kept_and_cost_no_older_one(
+    tmp_path: Path, make: type[Foreground] | None, bad: float
+) -> None:
+    keep = Keep(1)
+    store = Store(tmp_path, ParallelContext.serial())
+    saver: Saver = Foreground(store, keep) if make else background(tmp_path, Disk(), keep)
+    saver.save(snapshot(store, 1, slices(1.0)))
+    saver.wait()
+    weights = slices(2.0)
+    weights[0].data[63, 2] = bad
+    with pytest.raises(NumericsError, match="iteration 2 is not kept: a.weight of rank 0 hold"):
+        saver.save(snapshot(store, 2, weights))
+        saver.wait()
+    assert stored(tmp_path) == (1, 1.0)
+    assert not list(tmp_path.glob(".*.partial"))
+    saver.save(snapshot(store, 3, slices(3.0)))
+    saver.wait()
+    assert stored(tmp_path) == (3, 3.0) and store.iterations() == [3]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_one_value_that_is_not_finite_is_found_wherever_it_is(tmp_path: Path, dtype) -> None:
+    """In a tensor of several writes, among others of formats that shift it off its alignment."""
+    count = (16 << 20) // dtype.itemsize + 5
+    tensors = {
+        "bytes": torch.zeros(3, dtype=torch.uint8), "good": torch.zeros(count, dtype=dtype),
+        "bad": torch.zeros(count, dtype=dtype), "none": torch.zeros(0, dtype=dtype),
+        "numbers": torch.full((5,), -1, dtype=torch.int64),
+    }  # fmt: skip
+    tensors["bad"][-1] = float("nan")
+    found: list[str] = []
+    write_tensors(tmp_path / "a", tensors, Disk(), not_finite=found)
+    assert found == ["bad"]
+    with pytest.raises(NumericsError, match="bad holds values that are not finite"):
+        write_tensors(tmp_path / "b", tensors, Disk())

@@ -135,3 +135,29 @@ def test_data_that_changed_is_not_read_through_an_old_index(
     second = read()
     assert second != first and len(os.listdir(tmp_path / "cache")) == 2 * len(files)
     assert "the data changed since its index was built" in caplog.text
+
+
+@pytest.mark.parametrize("what", ["zeros", "pipe", "folder", "terabyte", "device"])
+@pytest.mark.parametrize("suffix", [".json", ".arrays"])
+def test_a_cache_that_holds_something_else_is_built_anew(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, suffix: str, what: str
+) -> None:
+    """Without --verify-data, at once, and mended for the next start."""
+    build_or_load(tmp_path, {}, arrays, Disk())
+    (path,) = tmp_path.glob(f"*{suffix}")
+    size = path.stat().st_size
+    path.unlink()
+    if what == "pipe":
+        os.mkfifo(path)
+    elif what == "folder":
+        (path / "inside").mkdir(parents=True)
+    elif what == "device":
+        path.symlink_to("/dev/zero")
+    else:
+        with path.open("wb") as file:
+            file.truncate(size if what == "zeros" else 1 << 40)
+    assert_same(build_or_load(tmp_path, {}, arrays, Disk()))
+    assert "building it anew" in caplog.text
+    caplog.clear()
+    assert_same(build_or_load(tmp_path, {}, arrays, Disk()))
+    assert "building it anew" not in caplog.text

@@ -137,7 +137,7 @@ def test_the_quickstart_goes_as_printed(tmp_path: Path) -> None:
         "make setup",
         "tensorboard --logdir run/tb",
     ]
-    assert "iteration       40/      60" in said and "iteration       60/      60" in said
+    assert "iteration       60/     100" in said and "iteration      100/     100" in said
     assert list((folder / "run").glob("*.png"))
     assert "bigram on the test split" in said
 

@@ -94,6 +94,9 @@ ROWS = (
         tests=(TRAIN + "folder.py::test_another",)),
     Row("S18", "retention and a failing save", "the last good one stays", "5",
         tests=(CHECKPOINT + "saver.py::test_no_older", CHECKPOINT + "saver.py::test_which")),
+    Row("S21", "weights that are not finite", "not saved, no older one lost", "7",
+        tests=(CHECKPOINT + "saver.py::test_weights_that", CHECKPOINT + "saver.py::test_one_value",
+               FAULTS + "numerics.py::test_weights_that")),
     # loading and resuming
     Row("L1", "truncated, empty, flipped files", "the older one loads, told", "0",
         tests=(CHECKPOINT + "store.py::test_a_damaged",)),
@@ -130,6 +133,10 @@ ROWS = (
         tests=(TOOLS + "convert.py::test_what_is_no_gpt2",)),
     Row("L23", "the same crash after restarts", "given up, explained once", "its own",
         tests=(TRAIN + "restart.py::test_the_same_crash", TRAIN + "restart.py::test_a_crash_that")),
+    Row("L17", "a checkpoint that holds NaN", "named at the load", "7",
+        tests=(TRAIN + "resume.py::test_a_checkpoint_that_is_not",)),
+    Row("L24", "clocks that jump, another host", "no matter", "0",
+        tests=(TRAIN + "resume.py::test_clocks_that",)),
     # distributed
     Row("D1", "kill -9 of a rank at 8 points", "others name it", "6",
         tests=(FAULTS + "lost_ranks.py::test_a_killed",)),
@@ -198,6 +205,8 @@ ROWS = (
         tests=(DATA + "faults.py::test_two_seconds",)),
     Row("I11", "ranks start with a fresh cache", "the same order", "0",
         tests=(DATA + "faults.py::test_ranks_that_start",)),
+    Row("I11b", "zeros, pipes, folders in the cache", "built anew at once", "0",
+        tests=(DATA + "cache.py::test_a_cache_that_holds",)),
     Row("I13", "bad data, blends, vocabulary", "file and flag named", "2, 3",
         tests=(FAULTS + "bad_input.py::test_training", FAULTS + "bad_input.py::test_preparing")),
     Row("P12", "half a tokenizer", "refused, what is missing named", "3",
@@ -216,6 +225,8 @@ ROWS = (
         tests=(FAULTS + "bad_input.py::test_a_missing", DATA + "tokenizers.py::test_without_the",
                "tests/telemetry/test_writers.py::test_a_missing")),
     Row("C5", "permissions", "named, the way out", "3, 5", tests=("tests/faults/test_permissions.py",)),
+    Row("C5b", "a folder that may not be entered", "named once, no fresh start", "5",
+        tests=("tests/faults/test_permissions.py::test_a_folder_that_may_not_be_entered",)),
     Row("C9", "pickle, eval, exec, shell", "nowhere; loads never unpickle", "-",
         tests=("tests/architecture/test_habits.py", FAULTS + "unpickling.py")),
 )  # fmt: skip

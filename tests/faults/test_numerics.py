@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.launch import TINY, Ended, Running, launch, start, with_flags
+from tests.support.launch import TINY, Ended, Running, start, with_flags
 from tests.train.runs import steps
 
 PP2 = ["--pipeline-model-parallel-size", "2", "--global-batch-size", "8"]
@@ -21,7 +21,7 @@ RUNS: dict[str, tuple[int, str | None, list[str]]] = {
     "skipped": (2, "step3.loss:1:nan-again", SKIP),
     "healed": (2, "step3.loss:1:nan", SKIP),
     "poisoned": (2, "step6.gradient:1:nan=blocks.1.mlp.up.weight", [
-        "--no-check-for-nan-in-loss-and-grad", "--save-interval", "6",
+        "--no-check-for-nan-in-loss-and-grad", "--save-interval", "3", "--keep-last", "1",
     ]),
     "drift": (2, "step3:1:flip=blocks.0.mlp.up.weight", [
         "--check-replicas", "2", "--save-interval", "4",
@@ -144,13 +144,9 @@ def test_fp16_that_never_stops_overflowing_ends_with_what_overflows(outcome):
     assert len({r.learning_rate for r in records}) == 1 and records[-1].samples == 24
 
 
-def test_a_checkpoint_that_is_not_finite_is_refused_when_loaded(outcome):
+def test_weights_that_are_not_finite_are_not_saved_and_the_older_checkpoint_stays(outcome):
     ranks, folder = outcome("poisoned")
-    assert [rank.rc for rank in ranks] == [0, 0], "as it was asked for"
-    ended = launch(2, with_flags(TINY, "--load", str(folder)))
-    assert [rank.rc for rank in ended] == [7, 7], [rank.err for rank in ended]
-    (line,) = reports(ended)
-    assert (
-        f"checkpoint 6 in {folder}: the weight embedding.tokens.weight" in line
-        and "--ckpt-step" in line
-    )
+    assert [rank.rc for rank in ranks] == [7, 7], "guards were off, the save looks all the same"
+    (line,) = reports(ranks)
+    assert "iteration 6 is not kept: " in line and "hold values that are not finite" in line
+    assert [path.name for path in folder.glob("iter_*")] == ["iter_0000003"]

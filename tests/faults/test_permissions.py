@@ -83,3 +83,16 @@ def test_an_output_folder_that_may_not_be_written(tmp_path: Path) -> None:
     done = run(tmp_path, ROOT / "tools" / "preprocess_data.py", words)
     require(done, 5, str(fixed), "ermission", "choose a folder you may write to")
     assert not list(fixed.iterdir())
+
+
+@pytest.mark.parametrize("flag", ["--save", "--load"])
+def test_a_folder_that_may_not_be_entered(tmp_path: Path, flag: str) -> None:
+    """What lies in it cannot even be asked for: no traceback, and no fresh start."""
+    closed = tmp_path / "closed"
+    (closed / "run").mkdir(parents=True)
+    closed.chmod(0)
+    try:
+        done = run(tmp_path, TOOL, [*TINY, flag, str(closed / "run"), "--save-interval", "2"])
+    finally:
+        closed.chmod(0o755)
+    require(done, 5, str(closed / "run"), "ermission")

@@ -10,12 +10,13 @@ import pytest
 import torch
 
 from megatron_lite.checkpoint.progress import Progress
+from megatron_lite.config.telemetry import TelemetryConfig
 from megatron_lite.parallel.context import Axis, ParallelContext
 from megatron_lite.parallel.waits import HostWaits
 from megatron_lite.telemetry.console import format_record
 from megatron_lite.telemetry.ranks import ranks_record
 from megatron_lite.telemetry.record import RanksRecord, from_json, to_json
-from megatron_lite.train.reports import memory_report, peak_bytes
+from megatron_lite.train.reports import OwnTime, memory_report, peak_bytes
 from tests.support.launch import TINY, launch, start, with_flags
 from tests.train.runs import alone, records
 
@@ -110,3 +111,24 @@ def test_sigusr2_prints_all_stacks_of_a_rank_that_waits_and_the_run_goes_on():
             assert re.search(rf"{place}\", line \d+ in ", said), said
         ended = running.wait(60)
     assert [rank.rc for rank in ended] == [0, 0], ended
+
+
+def test_a_rank_that_stays_slow_is_told_of_once():
+    """Without --log-straggler: not of a rank that is slow in one report, not again while it lasts."""
+
+    def report(*seconds: float):
+        return ranks_record("own time", seconds, iteration=1, samples=1, count=1)
+
+    own = OwnTime(ParallelContext.serial())
+    even, slow, other = report(1.0, 1.0, 1.0), report(1.0, 2.0, 1.0), report(2.0, 1.0, 1.0)
+    told = [
+        own.stays_slow(r)
+        for r in (even, slow, even, other, slow, slow, slow, None, even, slow, slow)
+    ]
+    assert told == [False] * 5 + [True] + [False] * 4 + [True]
+
+
+def test_who_measures_own_times():
+    asked = {None: [False, True], True: [True, True], False: [False, False]}
+    for flag, expected in asked.items():
+        assert [TelemetryConfig(log_straggler=flag).watches(n) for n in (1, 2)] == expected

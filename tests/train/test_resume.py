@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
+import socket
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from megatron_lite.checkpoint.manifest import Manifest, read_manifest
-from megatron_lite.config.errors import CheckpointError, StorageError
+from megatron_lite.checkpoint.store import Store
+from megatron_lite.config.errors import CheckpointError, NumericsError, StorageError
 from megatron_lite.data.loader import Loader
+from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.telemetry.record import SaveRecord
 from tests.train.runs import MLiteFault, Outcome, alone, curve, on_ranks, records, steps
 
@@ -209,6 +214,26 @@ def test_a_missing_checkpoint_is_a_fresh_start_or_an_exit(data: list[str], folde
     assert done.rc == CheckpointError.exit_code and "--exit-on-missing-checkpoint" in done.err
 
 
+@pytest.fixture
+def poisoned(data: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A checkpoint that is not finite, as saves wrote them that did not look."""
+    with (
+        monkeypatch.context() as without,
+        MLiteFault("step2.gradient:0:nan=blocks.0.mlp.up.weight"),
+    ):
+        without.setattr("megatron_lite.checkpoint.tensor_file._is_finite", lambda values: True)
+        saved(data, folder, "--no-check-for-nan-in-loss-and-grad", "--exit-interval", "2")
+    return folder
+
+
+def test_a_checkpoint_that_is_not_finite_is_refused_when_loaded(
+    data: list[str], poisoned: Path
+) -> None:
+    done = alone(*data, "--load", str(poisoned))
+    assert done.rc == NumericsError.exit_code
+    assert f"checkpoint 2 in {poisoned}: the weight " in done.err and "--ckpt-step" in done.err
+
+
 def test_another_global_batch_goes_on_without_gap_or_repeat(
     data: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -308,3 +333,20 @@ def test_a_refused_start_leaves_the_run_as_it_was(data: list[str], tmp_path: Pat
     assert done.rc == 4 and "--finetune" in done.err, done.err
     assert (tmp_path / "run" / "config.yaml").read_bytes() == before
     assert (tmp_path / "run" / "iter_0000002").is_dir()
+
+
+def test_clocks_that_jump_and_names_that_change_are_no_matter(
+    data: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Resumed a decade earlier on another host, with hours gained and lost at every look at the clock."""
+    once, again = tmp_path / "once", tmp_path / "again"
+    straight = saved(data, once)
+    looks = itertools.count()
+    monkeypatch.setattr(time, "time", lambda: 1.4e9 + 1e4 * (-1) ** next(looks))
+    monkeypatch.setattr(socket, "gethostname", lambda: "elsewhere")
+    load = ["--load", str(once), "--ckpt-step", "2", "--exit-duration-in-mins", "60"]
+    resumed = saved(data, again, *load)
+    assert curve(steps(again)) == curve(steps(once)[2:]) and next(looks) >= 1
+    assert resumed.state_hash == straight.state_hash
+    _, notices = Store(again, ParallelContext.serial()).newest_intact()
+    assert notices == []

@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from megatron_lite.config.errors import DataError
+from megatron_lite.storage.reading import read_plain
 
 if TYPE_CHECKING:
     from megatron_lite.data.tokenizers.engines import EngineChoice
@@ -67,6 +67,10 @@ class Tokenizer(Protocol):
         ...
 
 
+LARGEST_FILE = 1 << 32
+"""Bytes; the largest vocabularies there are have a few hundred million."""
+
+
 def gather(ids: Sequence[Sequence[int]]) -> Encoded:
     """Lists of ids as one array."""
     lengths = np.fromiter((len(part) for part in ids), np.int64, len(ids))
@@ -79,7 +83,7 @@ def read_bytes(path: str | None, flag: str) -> bytes:
     if path is None:
         raise DataError(f"the tokenizer needs {flag}: give the path of the file")
     try:
-        return Path(path).read_bytes()
+        return read_plain(path, LARGEST_FILE)
     except OSError as error:
         raise DataError(
             f"{flag} {path} cannot be read: {error.strerror} - check the path"

@@ -9,8 +9,9 @@ from typing import Any
 
 from megatron_lite.config.data import DataConfig
 from megatron_lite.config.errors import DataError
-from megatron_lite.data.tokenizers.base import read_bytes, read_vocab
+from megatron_lite.data.tokenizers.base import LARGEST_FILE, read_bytes, read_vocab
 from megatron_lite.data.tokenizers.gpt2_bpe import EOD, read_merges, tokenizer_json
+from megatron_lite.storage.reading import read_plain
 
 FILES = (
     "vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json",
@@ -24,7 +25,7 @@ def tokenizer_files(folder: Path) -> dict[str, bytes]:
     found = {}
     for name in FILES:
         try:
-            found[name] = (folder / name).read_bytes()
+            found[name] = read_plain(folder / name, LARGEST_FILE)
         except FileNotFoundError:
             continue
         except OSError as error:
