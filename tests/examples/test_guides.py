@@ -120,12 +120,21 @@ def follow(folder: Path, blocks: list[str], **env: str) -> str:
 
 
 @pytest.mark.parametrize("guide", TRANSLATED)
-def test_a_translated_guide_has_the_same_commands(guide: str) -> None:
+def test_a_translated_guide_has_the_same_commands_and_paragraphs(guide: str) -> None:
     ours, theirs = commands(guide), commands(f"{guide}.zh-CN")
-    assert [without_comments(block) for block in theirs] == [
-        without_comments(block) for block in ours
-    ]
-    assert ours
+    assert [*map(without_comments, theirs)] == [*map(without_comments, ours)] != []
+    english, chinese = (
+        (GUIDES / f"{name}.md").read_text(encoding="utf-8") for name in (guide, f"{guide}.zh-CN")
+    )
+    for mark in (
+        r"^#+ ",
+        r"^\| ",
+        r"^- ",
+        r"^\*\*",
+        r"\n\n",
+    ):  # headings, rows, items, lead-ins, gaps
+        found = [len(re.findall(mark, text, flags=re.MULTILINE)) for text in (english, chinese)]
+        assert found[0] == found[1], f"{mark!r}: what one language says, the other says, too"
 
 
 @pytest.mark.ci
