@@ -28,6 +28,8 @@ from megatron_lite.data.build import build_datasets, sample_counts
 from megatron_lite.data.overview import overview
 from megatron_lite.data.provenance import made_with
 from megatron_lite.data.tokenizers.build import build_tokenizer, model_vocab_size
+from megatron_lite.storage.disk import Disk
+from megatron_lite.storage.outputs import check_folder
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -36,6 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     world_size = config.train.world_size or config.parallel.tp * config.parallel.pp
     rules.check(config, world_size)
     folder = _folder(config)
+    check_folder("--data-cache-path or --save", folder, Disk())
     tokenizer = build_tokenizer(config.data, vocab_size=config.model.vocab_size)
     size = model_vocab_size(tokenizer.vocab_size, config.model.vocab_size)
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=size))

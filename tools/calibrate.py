@@ -24,11 +24,13 @@ sys.path.insert(
 import torch
 
 from megatron_lite.blueprint.devices import ACCELERATORS, short_name
-from megatron_lite.config.errors import ConfigError, StorageError
+from megatron_lite.config.errors import ConfigError
 from megatron_lite.config.exit import ToolParser, run_tool
 from megatron_lite.planner import calibrate
 from megatron_lite.planner.calibrate import Trial
 from megatron_lite.planner.hardware import DEVICES, Device
+from megatron_lite.storage.disk import Disk
+from megatron_lite.storage.outputs import check_outputs, write_output
 
 TOOL = Path(__file__).with_name("pretrain_gpt.py")
 _MODEL = "--tokenizer-type NullTokenizer --num-attention-heads 8"
@@ -176,12 +178,10 @@ def main() -> int:
         raise ConfigError(f"--output {path}: --hardware takes files that end in .yaml")
     if own.steps < 4:
         raise ConfigError(f"--steps {own.steps} must be at least 4: the first two are left out")
+    check_outputs("--output", [path], Disk())
     device, done = calibrated(own.steps)
     print("\n".join(explained(device, done)))
-    try:
-        path.write_text(calibrate.as_yaml(device), encoding="utf-8")
-    except OSError as error:
-        raise StorageError(f"{path}: cannot be written ({error.strerror})") from None
+    write_output(path, calibrate.as_yaml(device).encode(), Disk())
     print(f"python tools/plan.py --hardware {path} ...")
     return 0
 

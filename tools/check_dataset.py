@@ -19,6 +19,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from megatron_lite.config.errors import ConfigError, DataError
 from megatron_lite.config.exit import ToolParser, run_tool
 from megatron_lite.data.check import Report, check_hashes, repair, verify
+from megatron_lite.data.indexed import bin_path
+from megatron_lite.storage.disk import Disk
+from megatron_lite.storage.outputs import check_outputs, check_prefix, pair_paths, require_room
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -36,6 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if asked.repair is not None:
         if len(asked.prefix) != 1:
             raise ConfigError("--repair takes one PREFIX")
+        check_prefix("--repair", asked.repair)
+        check_outputs("--repair", pair_paths(asked.repair)[:2], Disk())
         return _repair(asked.prefix[0], asked.repair, asked)
     problems = []
     for prefix in asked.prefix:
@@ -68,7 +73,10 @@ def _print(prefix: str, report: Report) -> None:
 
 
 def _repair(prefix: str, out: str, asked: argparse.Namespace) -> int:
-    eod = repair(prefix, out)
+    disk = Disk()
+    require_room("--repair", Path(out).absolute().parent, bin_path(prefix).stat().st_size, disk)
+    disk.make_folder(Path(out).absolute().parent)
+    eod = repair(prefix, out, disk)
     print(f"{prefix}: repaired as {out}; every document ends with token {eod}")
     _print(out, verify(out, vocab_size=asked.vocab_size, eod=eod))
     return 0

@@ -40,7 +40,7 @@ from megatron_lite.checkpoint.manifest import TOKENIZER, Manifest
 from megatron_lite.checkpoint.store import Store
 from megatron_lite.checkpoint.tensor_file import DTYPES
 from megatron_lite.config.data import DataConfig
-from megatron_lite.config.errors import CheckpointError, ConfigError, StorageError
+from megatron_lite.config.errors import CheckpointError, ConfigError
 from megatron_lite.config.exit import ToolParser, run_tool
 from megatron_lite.config.model import ModelConfig
 from megatron_lite.data.provenance import ALLOW, end_of_document, made_with
@@ -55,6 +55,7 @@ from megatron_lite.data.tokenizers.statements import compare, ends_of, read_voca
 from megatron_lite.data.vocabulary import check_vocabulary
 from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.storage.disk import Disk, folder_at_once, write_atomically
+from megatron_lite.storage.outputs import check_folder, require_room
 
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 FORMATS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -64,6 +65,8 @@ def main() -> int:
     """Look at FROM, convert or list, and say what to do next."""
     asked = _parse(sys.argv[1:])
     source, target = Path(asked.source), Path(asked.target)
+    if not asked.dry_run:
+        check_folder("TO", target, Disk())
     _require_empty(target)
     theirs = CONFIG in names_in(source)
     ours = bool(iterations(source))
@@ -110,15 +113,6 @@ def _require_empty(target: Path) -> None:
         raise ConfigError(f"{target} is there already: nothing is overwritten; name a new folder")
 
 
-def _require_space(target: Path, needed: int, disk: Disk) -> None:
-    free = disk.free_bytes(target)
-    if free < needed:
-        raise StorageError(
-            f"{target} has {free} bytes free, but {needed} bytes are needed ({needed / 1e9:.3f} GB) "
-            "- free some space or choose another folder"
-        )
-
-
 def _import(source: Path, target: Path, asked: argparse.Namespace) -> None:
     for flag in ("ckpt_step", "dtype", "vocab_file", "merge_file"):
         if getattr(asked, flag) is not None:
@@ -148,8 +142,8 @@ def _import(source: Path, target: Path, asked: argparse.Namespace) -> None:
         _list(found.conversions, _forms_in(found), found.bytes, files, target, export=False)
         return
     disk = Disk()
-    _require_space(
-        target, int(found.bytes * 1.02) + sum(map(len, files.values())) + (1 << 20), disk
+    require_room(
+        "TO", target, int(found.bytes * 1.02) + sum(map(len, files.values())) + (1 << 20), disk
     )
     with folder_at_once(target, disk) as partial:
         if data:
@@ -226,8 +220,8 @@ def _export(source: Path, target: Path, asked: argparse.Namespace) -> None:
         _list(export.conversions, _forms_out(export), export.bytes, files, target, export=True)
         return
     disk = Disk()
-    _require_space(
-        target, int(export.bytes * 1.02) + sum(map(len, files.values())) + (1 << 20), disk
+    require_room(
+        "TO", target, int(export.bytes * 1.02) + sum(map(len, files.values())) + (1 << 20), disk
     )
     with folder_at_once(target, disk) as partial:
         for name, content in files.items():

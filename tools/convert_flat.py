@@ -21,6 +21,8 @@ from megatron_lite.config.errors import ConfigError
 from megatron_lite.config.exit import ToolParser, run_tool
 from megatron_lite.data.check import verify
 from megatron_lite.data.flat import convert_flat, index_flat
+from megatron_lite.storage.disk import Disk
+from megatron_lite.storage.outputs import check_outputs, check_prefix
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -40,19 +42,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     asked = _parse(sys.argv[1:] if argv is None else argv)
     prefix = asked.output_prefix or str(Path(asked.file).with_suffix(""))
     made = [f"{prefix}.idx"] + ([f"{prefix}.bin"] if asked.output_prefix else [])
+    disk = Disk()
+    if asked.output_prefix is not None:
+        check_prefix("--output-prefix", asked.output_prefix)
+    check_outputs("--output-prefix" if asked.output_prefix else "FILE", made, disk,
+                  needed=Path(asked.file).stat().st_size
+                  if asked.output_prefix and Path(asked.file).is_file() else 0)  # fmt: skip
     if asked.output_prefix and Path(f"{prefix}.bin").resolve() == Path(asked.file).resolve():
         raise ConfigError("--output-prefix is the file itself; leave it out to write only the .idx")
     for path in made:
         if Path(path).exists() and not asked.overwrite:
             raise ConfigError(f"{path} exists; give --overwrite or another --output-prefix")
     if asked.output_prefix:
-        header = convert_flat(asked.file, asked.eod, prefix, dtype=asked.dtype)
+        disk.make_folder(Path(prefix).absolute().parent)
+        header = convert_flat(asked.file, asked.eod, prefix, dtype=asked.dtype, disk=disk)
         if header is not None:
             print(
                 f"NOTE: {header.name} of {header.bytes} bytes is left out; {header.dtype} follows"
             )
     else:
-        index_flat(asked.file, asked.eod, dtype=asked.dtype)
+        index_flat(asked.file, asked.eod, dtype=asked.dtype, disk=disk)
     report = verify(prefix, eod=asked.eod)
     print(
         f"{prefix}: {report.documents:,} documents, {report.tokens:,} tokens of {report.dtype}, "

@@ -11,6 +11,7 @@ read tokens, --top at most --most-tokens of each pair (evenly spread pieces).
 from __future__ import annotations
 
 import argparse
+import io
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,7 +35,10 @@ from megatron_lite.data.provenance import (
     require_same,
     told_of_unknown,
 )
+from megatron_lite.storage.disk import Disk
+from megatron_lite.storage.outputs import check_outputs, write_output
 
+DRAWN = (".png", ".svg", ".pdf")  # what --plot can be
 PIECE = 1 << 20  # tokens counted together
 PERCENTILES = (1, 10, 50, 90, 99)
 SHOWN = 400  # characters of a sample
@@ -71,6 +75,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in ("top", "samples"):
         if getattr(asked, name) < 0:
             raise ConfigError(f"--{name} {getattr(asked, name)}: give 0 or more")
+    if asked.plot is not None:
+        if Path(asked.plot).suffix not in DRAWN:
+            raise ConfigError(f"--plot {asked.plot}: give a file that ends in {', '.join(DRAWN)}")
+        check_outputs("--plot", [asked.plot], Disk())
+        _pyplot()
     text = _Text(asked)
     found = [measure(prefix) for prefix in asked.prefix]
     makers = {one.prefix: maker_of(one.dataset) for one in found}
@@ -187,8 +196,7 @@ def _print_samples(lengths: Lengths, number: int, seed: int, text: _Text) -> Non
         print(f"  document {document} ({len(tokens):,} tokens): {shown[:SHOWN]}{rest}")
 
 
-def plot(found: Sequence[Lengths], path: str) -> None:
-    """Two histograms over the length, logarithmic: documents, and the tokens they hold."""
+def _pyplot() -> Any:
     try:
         import matplotlib  # noqa: PLC0415  an optional extra
 
@@ -196,6 +204,12 @@ def plot(found: Sequence[Lengths], path: str) -> None:
         from matplotlib import pyplot  # noqa: PLC0415
     except ImportError as error:
         raise ConfigError(f"--plot needs matplotlib: {how_to_install('plot')}") from error
+    return pyplot
+
+
+def plot(found: Sequence[Lengths], path: str) -> None:
+    """Two histograms over the length, logarithmic: documents, and the tokens they hold."""
+    pyplot = _pyplot()
     longest = max((int(one.tokens.max(initial=1)) for one in found), default=1)
     edges = np.geomspace(1, max(longest, 2), 60)
     figure, (upper, lower) = pyplot.subplots(2, 1, sharex=True, figsize=(8, 6))
@@ -213,7 +227,9 @@ def plot(found: Sequence[Lengths], path: str) -> None:
     if len(found) <= 10:
         upper.legend()
     figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    image = io.BytesIO()
+    figure.savefig(image, dpi=120, format=Path(path).suffix[1:])
+    write_output(path, image.getvalue(), Disk())
     pyplot.close(figure)
 
 

@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from megatron_lite.config.errors import ConfigError, DataError
 from megatron_lite.config.exit import ToolParser, run_tool
 from megatron_lite.storage.disk import Disk, write_atomically
+from megatron_lite.storage.outputs import check_outputs
 
 LEFT_OUT = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idlelib", "lib2to3",
             "encodings"}  # fmt: skip  # tables of characters read like noise
@@ -134,6 +135,7 @@ def main() -> int:
     """Write both corpora."""
     arguments = parse_arguments()
     folder = Path(arguments.outdir)
+    check_outputs("OUTDIR", [folder / "docs.json", folder / "code.json"], Disk())
     Disk().make_folder(folder)
     print(write(folder / "docs.json", docs_documents(), arguments.megabytes))
     print(write(folder / "code.json", code_documents(), arguments.megabytes))

@@ -31,6 +31,7 @@ from megatron_lite.data.provenance import (
     write_facts,
 )
 from megatron_lite.storage.disk import Disk
+from megatron_lite.storage.outputs import check_outputs, check_prefix, pair_paths, require_room
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -67,8 +68,10 @@ def _natural(name: str) -> list[tuple[int, str]]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Merge; returns the exit code."""
     asked = _parse(sys.argv[1:] if argv is None else argv)
+    out, disk = asked.output_prefix, Disk()
+    check_prefix("--output-prefix", out)
+    check_outputs("--output-prefix", pair_paths(out), disk)
     sources = prefixes(asked.input)
-    out = asked.output_prefix
     if any(Path(prefix).resolve() == Path(out).resolve() for prefix in sources):
         raise ConfigError(f"--output-prefix {out} is one of the inputs; choose another")
     if not asked.overwrite:
@@ -80,13 +83,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     for line in (*said, *told_of_unknown(makers)):
         print(f"NOTE: {line}", file=sys.stderr)
     dtype = IndexedDataset(sources[0]).dtype
+    sizes = (path(prefix).stat().st_size for prefix in sources for path in (bin_path, idx_path))
+    require_room("--output-prefix", Path(out).absolute().parent, sum(sizes), disk)
     facts = [] if said else [read_facts(prefix) for prefix in sources]
-    with IndexedDatasetBuilder(bin_path(out), dtype) as builder:
+    disk.make_folder(Path(out).absolute().parent)
+    with IndexedDatasetBuilder(bin_path(out), dtype, disk) as builder:
         for prefix in sources:
             builder.add_index(prefix)
         builder.finalize(idx_path(out))
     if facts and None not in makers.values():
-        write_facts(out, joined([one for one in facts if one is not None]), Disk())
+        write_facts(out, joined([one for one in facts if one is not None]), disk)
     merged = IndexedDataset(out)
     tokens = bin_path(out).stat().st_size // dtype.itemsize
     print(

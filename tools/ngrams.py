@@ -26,6 +26,8 @@ from megatron_lite.data.indexed import IndexedDataset
 from megatron_lite.data.ngrams import Counts, NgramModel, Stream, count
 from megatron_lite.data.pretrain import Range, split_ranges
 from megatron_lite.data.provenance import maker_of, require_same
+from megatron_lite.storage.disk import Disk
+from megatron_lite.storage.outputs import check_outputs, write_output
 
 HELD_OUT = {"valid": 1, "test": 2}
 NAMES = ("unigram", "bigram", "trigram")
@@ -143,6 +145,8 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> int:
     """Count, print, and write --json where it is asked for."""
     arguments: Any = parse_arguments()
+    if arguments.json is not None:
+        check_outputs("--json", [arguments.json], Disk())
     found = measure(
         arguments.data_path,
         split=arguments.split,
@@ -151,7 +155,7 @@ def main() -> int:
         max_order=arguments.max_order,
     )
     if arguments.json is not None:
-        Path(arguments.json).write_text(json.dumps(asdict(found)) + "\n", encoding="utf-8")
+        write_output(arguments.json, (json.dumps(asdict(found)) + "\n").encode(), Disk())
     for name, score in found.models.items():
         print(
             f"{name} on the {found.split} split: loss {score.loss:.6E} | PPL {score.perplexity:.6E}"

@@ -44,9 +44,13 @@ from megatron_lite.planner.curve import Point, run_curve
 from megatron_lite.planner.forecast import Forecast, forecast, measured, num_microbatches
 from megatron_lite.planner.hardware import Cluster
 from megatron_lite.planner.memory import Asked
+from megatron_lite.storage.disk import Disk
+from megatron_lite.storage.outputs import check_outputs, write_output
 
 _DEVICE = "h100"
 """Planned for where --hardware is left out."""
+
+DRAWN = {".svg": draw.as_svg, ".json": draw.as_chrome_trace, ".txt": draw.as_text}
 
 
 def main() -> int:
@@ -55,6 +59,7 @@ def main() -> int:
     if own.list_hardware:
         print(hardware.table())
         return 0
+    _check_outputs(own)
     if flags and flags[0].endswith(".sh"):
         flags = _printed(flags)
     launch, flags = _launched(flags)
@@ -319,11 +324,7 @@ def _draw(own: Namespace, plan: Forecast) -> None:
     if own.draw == "-":
         _put(draw.as_text(drawn), own)
         return
-    makers = {".svg": draw.as_svg, ".json": draw.as_chrome_trace, ".txt": draw.as_text}
-    path = Path(own.draw)
-    if path.suffix not in makers:
-        raise ConfigError(f"--draw {path}: give -, a .txt, a .svg or a .json (Chrome trace) file")
-    _write(path, makers[path.suffix](drawn))
+    write_output(own.draw, DRAWN[Path(own.draw).suffix](drawn).encode(), Disk())
 
 
 def _recorded(path: Path) -> Timeline:
@@ -343,14 +344,18 @@ def _put(what: str | dict[str, object], own: Namespace) -> None:
     if own.output is None:
         print(text)
     else:
-        _write(Path(own.output), text + "\n")
+        write_output(own.output, (text + "\n").encode(), Disk())
 
 
-def _write(path: Path, text: str) -> None:
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise StorageError(f"{path}: cannot be written ({error.strerror})") from None
+def _check_outputs(own: Namespace) -> None:
+    """What will be written, before anything is planned."""
+    if own.draw is not None and own.draw != "-" and Path(own.draw).suffix not in DRAWN:
+        raise ConfigError(
+            f"--draw {own.draw}: give -, a .txt, a .svg or a .json (Chrome trace) file"
+        )
+    for flag, name in (("--output", own.output), ("--draw", own.draw)):
+        if name is not None and (flag, name) != ("--draw", "-"):
+            check_outputs(flag, [name], Disk())
 
 
 if __name__ == "__main__":

@@ -23,8 +23,9 @@ from megatron_lite.data.encode import Job
 from megatron_lite.data.input_flags import add_input_flags, longest_line
 from megatron_lite.data.inputs import find_inputs
 from megatron_lite.data.pair_writer import Counts
-from megatron_lite.data.preprocess import preprocess
+from megatron_lite.data.preprocess import preprocess, shard_prefix
 from megatron_lite.data.ray_engine import preprocess_on_ray
+from megatron_lite.data.room import check_pairs
 from megatron_lite.data.summary import Summary
 from megatron_lite.data.tokenizers.build import TOKENIZERS
 from megatron_lite.data.tokenizers.engines import AUTO, ENGINES
@@ -283,6 +284,8 @@ def main() -> int:
         text_unit=arguments.text_unit,
         longest=longest_line(arguments),
     )
+    shard, prefix = parse_shard(arguments.shard), arguments.output_prefix
+    check_pairs(shard_prefix(prefix, shard) if shard else prefix, job.keys, Disk())
     with sigterm_is_ctrl_c():
         summary = (by_ray if arguments.engine == "ray" else here)(arguments, job, workers)
     print_summary(summary)

@@ -16,7 +16,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from megatron_lite.config.errors import ConfigError
 from megatron_lite.config.exit import ToolParser, run_tool
 from megatron_lite.config.extras import how_to_install
-from megatron_lite.storage.disk import Disk, write_atomically
+from megatron_lite.storage.disk import Disk
+from megatron_lite.storage.outputs import check_outputs, write_output
 from megatron_lite.telemetry.record import EvaluationRecord, Record, StepRecord, read_metrics
 from megatron_lite.telemetry.summary import (
     describe_losses,
@@ -70,6 +71,12 @@ def main() -> int:
     """Read, sum up, draw."""
     arguments = parse_arguments()
     folders = [Path(folder) for folder in arguments.run_folder]
+    output = Path(arguments.output) if arguments.output else folders[0] / "loss.png"
+    if not arguments.tgs:
+        if output.suffix != ".png":
+            raise ConfigError(f"--output {output}: give a file that ends in .png")
+        check_outputs("--output", [output], Disk())
+        _matplotlib()
     records = [read_metrics(folder / METRICS_FILE) for folder in folders]
     for folder, of_run in zip(folders, records, strict=True):
         if len(folders) > 1:
@@ -80,13 +87,12 @@ def main() -> int:
             print("\n".join(describe_losses(of_run)))
     if arguments.tgs:
         return 0
-    output = Path(arguments.output) if arguments.output else folders[0] / "loss.png"
     names = _short_names(folders)
     stories = [
         _story(name, COLOURS[number % len(COLOURS)], of_run)
         for number, (name, of_run) in enumerate(zip(names, records, strict=True))
     ]
-    write_atomically(output, draw(stories), Disk())
+    write_output(output, draw(stories), Disk())
     print(f"loss curve: {output}")
     return 0
 

@@ -26,7 +26,9 @@ from megatron_lite.data.tokenizers.training import (
     train_sentencepiece,
 )
 from megatron_lite.storage.disk import Disk, write_atomically
+from megatron_lite.storage.outputs import check_outputs
 
+MODEL = "tokenizer.model"
 SMALLEST = {"bpe": 257, "sentencepiece-bpe": 260, "sentencepiece-unigram": 260}
 
 
@@ -78,6 +80,8 @@ def main() -> int:
     """Train, write the files whole, and print the report."""
     arguments = parse_arguments()
     folder, disk, sample = Path(arguments.output_dir), Disk(), Sample()
+    names = ["gpt2-vocab.json", "gpt2-merges.txt"] if arguments.type == "bpe" else [MODEL]
+    check_outputs("--output-dir", [folder / name for name in names], disk)
     disk.make_folder(folder)
     corpus = sample.watch(texts(arguments))
     tokenizer: Tokenizer
@@ -97,7 +101,7 @@ def main() -> int:
             byte_fallback=not arguments.no_byte_fallback,
             sample=arguments.input_sentence_size,
         )
-        names = [str(folder / "tokenizer.model")]
+        names = [str(folder / MODEL)]
         write_atomically(names[0], train_sentencepiece(corpus, settings), disk)
         tokenizer = GPTSentencePieceTokenizer(names[0])
     if tokenizer.vocab_size < arguments.vocab_size:

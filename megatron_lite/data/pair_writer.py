@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_lite.config.errors import DataError, StorageError
-from megatron_lite.data.indexed import CODES, HEADER, MAGIC, VERSION
+from megatron_lite.data.indexed import CODES, HEADER, MAGIC, VERSION, IndexedDataset
 from megatron_lite.storage.disk import Disk, DiskFile
 
 WRITE_BYTES = 4 << 20  # small batches are gathered into writes of this size
@@ -238,3 +238,16 @@ def _verified(path: Path, expected: str) -> str:
             "broken; write to another one"
         )
     return expected
+
+
+def verify_written(prefix: str, counts: Counts) -> None:
+    """Open what was written as a trainer would: a count that differs is the disk's doing."""
+    written = IndexedDataset(prefix)
+    tokens = int(written.sequence_lengths.sum(dtype=np.int64))
+    found = [len(written.document_indices) - 1, len(written), tokens]
+    expected = [counts.documents, counts.sequences, counts.tokens]
+    if found != expected:
+        raise StorageError(
+            f"{prefix}: wrote {expected} documents, sequences and tokens, read back "
+            f"{found} - the disk does not keep what is written"
+        )

@@ -27,9 +27,10 @@ from megatron_lite.config.errors import ConfigError, DataError, StorageError
 from megatron_lite.data.encode import Job, Result, WorkerDied, batch_bytes_for, encoded_batches
 from megatron_lite.data.indexed import IndexedDataset, bin_path, idx_path, token_dtype
 from megatron_lite.data.inputs import plan, read_batches
-from megatron_lite.data.pair_writer import Counts, PairWriter
+from megatron_lite.data.pair_writer import Counts, PairWriter, verify_written
 from megatron_lite.data.parts import LONGEST_LINE, Part, Place
 from megatron_lite.data.provenance import end_of_document, made_with, tokenizer_facts, unknown_token
+from megatron_lite.data.room import require_room_for_rest
 from megatron_lite.data.streams import size_of
 from megatron_lite.data.summary import Summary
 from megatron_lite.data.tokenizers.base import Tokenizer
@@ -88,8 +89,11 @@ def preprocess(
                 encoded_batches(job, run.tokenizer, batches, workers)
             ) as results:
                 marked = time.perf_counter()
-                for result in results:
+                for number, result in enumerate(results):
                     run.add(result)
+                    if number == 0:
+                        left = summary.total_bytes - summary.read_bytes
+                        require_room_for_rest(result, left, run.folder.parent, disk)
                     summary.seconds = time.perf_counter() - began
                     progress(summary)
                     if time.perf_counter() - marked >= mark_seconds:
@@ -349,7 +353,7 @@ class Run:
         for writer, prefix in zip(self.writers, self.prefixes, strict=True):
             writer.publish(prefix)
         for prefix, counts in zip(self.prefixes, self.summary.keys, strict=True):
-            _verify(prefix, counts)
+            verify_written(prefix, counts)
 
     def _write_facts(self) -> None:
         """`{prefix}.meta.json`: the counts, the tokenizer and the hashes of both files."""
@@ -389,16 +393,3 @@ class Run:
         for writer in self.writers:
             with contextlib.suppress(StorageError):
                 writer.close()
-
-
-def _verify(prefix: str, counts: Counts) -> None:
-    """Open what was written as a trainer would: a count that differs is the disk's doing."""
-    written = IndexedDataset(prefix)
-    tokens = int(written.sequence_lengths.sum(dtype=np.int64))
-    found = [len(written.document_indices) - 1, len(written), tokens]
-    expected = [counts.documents, counts.sequences, counts.tokens]
-    if found != expected:
-        raise StorageError(
-            f"{prefix}: wrote {expected} documents, sequences and tokens, read back "
-            f"{found} - the disk does not keep what is written"
-        )

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -204,12 +204,20 @@ def _more(others: Sequence[str], words: str) -> str:
     return f" ({words} {', '.join(others[:_SHOWN])}{rest})"
 
 
+def _opened(path: Path) -> IO[bytes]:
+    try:
+        return open(path, "rb", buffering=0)
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror} - check its permissions"
+                        ) from error  # fmt: skip
+
+
 def look_at_ids(dataset: IndexedDataset, vocab_size: int) -> None:
     """DataError where a few evenly spread pieces of the pair hold an id outside the vocabulary."""
     path = bin_path(dataset.prefix)
     kind = dataset.dtype.newbyteorder("<")
     size = path.stat().st_size // kind.itemsize
-    with open(path, "rb", buffering=0) as file:
+    with _opened(path) as file:
         for number in range(PIECES):
             start = max(0, size - PIECE) * number // (PIECES - 1)
             file.seek(start * kind.itemsize)

@@ -26,6 +26,8 @@ Bytes = bytes | bytearray | memoryview
 
 CREATE_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | getattr(os, "O_NOFOLLOW", 0)
 
+NO_NAMELESS = (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL)
+
 WAYS_OUT = {
     errno.ENOSPC: "free some space there or choose another folder",
     errno.EDQUOT: "your quota is used up: free some space there or choose another folder",
@@ -192,6 +194,27 @@ class Disk:
         file = DiskFile(self, old, self._run(Operation("reopen", old), cut))
         file.size = size
         return file
+
+    def try_out(self, path: str | os.PathLike[str]) -> None:
+        """Write a byte to a file of the folder that has no name, or soon has none; nothing stays."""
+        folder = Path(path)
+
+        def write() -> None:
+            try:
+                descriptor = os.open(folder, os.O_WRONLY | os.O_TMPFILE | os.O_CLOEXEC, 0o600)
+            except (OSError, AttributeError) as error:
+                # network file systems and kernels without such files say so with these
+                if isinstance(error, OSError) and error.errno not in NO_NAMELESS:
+                    raise
+                named = temporary_name(folder / "probe")
+                descriptor = os.open(named, CREATE_FLAGS, 0o600)
+                named.unlink()
+            try:
+                os.write(descriptor, b"\0")
+            finally:
+                os.close(descriptor)
+
+        self._run(Operation("try_out", folder), write)
 
     def rename(self, a: str | os.PathLike[str], b: str | os.PathLike[str]) -> None:
         """Give a the name b in one step, replacing what was there; sync_folder makes it last."""

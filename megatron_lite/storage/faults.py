@@ -9,7 +9,7 @@ from typing import Literal
 
 from megatron_lite.storage.disk import Disk, Operation, Result
 
-NEEDS_SPACE = ("make_folder", "create", "write")
+NEEDS_SPACE = ("make_folder", "create", "write", "try_out")
 
 
 class SimulatedCrash(BaseException):

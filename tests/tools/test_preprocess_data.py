@@ -300,6 +300,7 @@ def test_texts_and_tables_are_tokenized_and_resumed_by_their_unit(
         (["--input", "/no/file"], 3, "--input /no/file does not exist"),
         (["--input", "/dev/null"], 3, "--input /dev/null is no file"),
         (["--output-prefix", "/proc/no/x"], 5, "/proc/no"),
+        (["--json-keys", "a/b"], 2, "--json-keys a/b would be a folder"),
     ],
 )
 def test_wrong_flags_end_with_their_code_in_one_line(
@@ -549,3 +550,32 @@ def test_a_terminal_shows_a_bar_with_rates_and_time_left(tmp_path: Path) -> None
 def test_a_rate_over_no_time_is_not_a_number(count: float, per: float, text: str) -> None:
     """A run that finds its work done says no 616512000.00 MB/s."""
     assert preprocess_data.rate(count, per, ".2f") == text
+
+
+class SmallDisk(Disk):
+    """A disk with this much space left."""
+
+    def free_bytes(self, path: str | os.PathLike[str]) -> int:
+        return 10_000
+
+
+@pytest.mark.parametrize("records, fits", [(700, True), (1600, False)])
+def test_text_that_will_not_fit_is_refused_after_the_first_batch(
+    tmp_path: Path, records: int, fits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write_lines(tmp_path / "a.json", *({"text": "1 2 3 4"} for _ in range(records)))
+    seen: list[int] = []
+
+    def run() -> None:
+        preprocess(job(), inputs=[str(source)], output_prefix=str(tmp_path / "x"), workers=1,
+                   disk=SmallDisk(), batch_bytes=2000,
+                   progress=lambda summary: seen.append(summary.documents))  # fmt: skip
+
+    monkeypatch.setattr("megatron_lite.data.room.PER_SEQUENCE", 0)
+    monkeypatch.setattr("megatron_lite.data.room.PER_DOCUMENT", 0)
+    if fits:
+        run()
+        return
+    with pytest.raises(StorageError, match=r"has 10000 bytes free, but the first \d+ of \d+ .* 12"):
+        run()
+    assert not seen and os.listdir(tmp_path) == ["a.json"]
