@@ -94,7 +94,7 @@ ROWS = (
         tests=(TRAIN + "folder.py::test_another",)),
     Row("S18", "retention and a failing save", "the last good one stays", "5",
         tests=(CHECKPOINT + "saver.py::test_no_older", CHECKPOINT + "saver.py::test_which")),
-    Row("S21", "weights that are not finite", "not saved, no older one lost", "7",
+    Row("S22", "weights that are not finite", "not saved, no older one lost", "7",
         tests=(CHECKPOINT + "saver.py::test_weights_that", CHECKPOINT + "saver.py::test_one_value",
                FAULTS + "numerics.py::test_weights_that")),
     # loading and resuming
