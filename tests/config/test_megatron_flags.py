@@ -230,6 +230,48 @@ _MDS_LLAMA = f"""{_MODEL_175B}
 """
 
 
+_LLAMA_3 = """
+--use-mcore-models --num-layers 32 --hidden-size 4096 --ffn-hidden-size 14336
+--num-attention-heads 32 --group-query-attention --num-query-groups 8 --kv-channels 128
+--seq-length 8192 --max-position-embeddings 8192 --position-embedding-type rope
+--no-position-embedding --rotary-base 1000000 --rotary-percent 1.0 --attention-dropout 0.0
+--hidden-dropout 0.0 --swiglu --init-method-std 0.0134 --attention-backend fused
+--apply-layernorm-1p --untie-embeddings-and-output-weights --disable-bias-linear
+--micro-batch-size 1 --global-batch-size 128 --train-samples 1_953_125_000
+--lr-decay-samples 1949218748 --lr-warmup-samples 3906252 --lr 0.00015 --min-lr 0.00001
+--decoupled-lr 5.0e-4 --decoupled-min-lr 4.5e-5 --lr-decay-style cosine --clip-grad 1.0
+--weight-decay 0.1 --adam-beta1 0.9 --adam-beta2 0.95 --bf16 --grad-reduce-in-bf16
+--cross-entropy-loss-fusion --calculate-per-token-loss --manual-gc
+--empty-unused-memory-level 1 --exit-duration-in-mins 235 --use-distributed-optimizer
+--overlap-grad-reduce --overlap-param-gather --tensor-model-parallel-size 4
+--pipeline-model-parallel-size 2 --sequence-parallel --mock-data --tokenizer-type NullTokenizer
+--vocab-size 128256 --tiktoken-pattern v2 --split '99,1,0'
+--no-create-attention-mask-in-dataloader --no-mmap-bin-files --num-workers 1 --log-interval 1
+--eval-iters 32 --eval-interval 100 --save-interval 0 --log-throughput --ckpt-format torch_dist
+--distributed-timeout-minutes 60 --save ckpt --load ckpt --tensorboard-dir tb
+--recompute-granularity full --wandb-project w --wandb-exp-name e
+"""
+_TEST_CASE = """
+--num-layers 12 --hidden-size 512 --num-attention-heads 8 --log-params-norm
+--log-num-zeros-in-grad --log-validation-ppl-to-tensorboard --log-timers-to-tensorboard
+--tensorboard-dir tb --micro-batch-size 4 --global-batch-size 32 --seq-length 1024
+--max-position-embeddings 1024 --train-iters 50 --timing-log-level 0 --lr-decay-iters 320000
+--save ckpt --load ckpt --data-path 1.0 corpus --vocab-file v.json --merge-file m.txt
+--split 949,50,1 --distributed-backend nccl --lr 0.00015 --lr-decay-style cosine --min-lr 1.0e-5
+--weight-decay 1e-2 --clip-grad 1.0 --lr-warmup-fraction .01 --log-interval 1 --save-interval 50
+--eval-interval 1000 --eval-iters 10 --transformer-impl transformer_engine
+--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2
+--num-layers-per-virtual-pipeline-stage 3 --sequence-parallel --use-distributed-optimizer
+--deterministic-mode --no-gradient-accumulation-fusion --attention-softmax-in-fp32
+--use-checkpoint-opt_param-scheduler --use-mcore-models --ckpt-format torch_dist
+--dist-ckpt-strictness log_all --use-persistent-ckpt-worker --async-save
+--dist-ckpt-optim-fully-reshardable --use-checkpoint-args --ckpt-fully-parallel-load
+--ckpt-assume-constant-structure --data-cache-path cache --bf16 --attention-backend unfused
+--log-memory-to-tensorboard --exit-interval 50 --legacy-tokenizer --openai-gelu
+--check-weight-hash-across-dp-replicas-interval 10 --no-ckpt-fully-parallel-save
+"""
+
+
 @pytest.mark.parametrize(
     "words, world_size",
     [
@@ -240,8 +282,22 @@ _MDS_LLAMA = f"""{_MODEL_175B}
         (_MDS.split(), 1024),
         (_MDS_WITH_MP.split(), 8),
         (_MDS_LLAMA.split(), 64),
+        ([*_LLAMA_3.split(), "--dry-run"], 64),
+        (_TEST_CASE.split(), 8),
+        ([*_TEST_CASE.split(), "--lr", "1e-3", "--no-bf16"], 8),
     ],
-    ids=["mlm", "mlm-backend", "mlm-rampup", "mlm-steps", "mds", "mds-mp", "mds-llama"],
+    ids=[
+        "mlm",
+        "mlm-backend",
+        "mlm-rampup",
+        "mlm-steps",
+        "mds",
+        "mds-mp",
+        "mds-llama",
+        "llama-3",
+        "test-case",
+        "test-case-and-more",
+    ],
 )
 def test_whole_scripts_pass_all_rules(words: list[str], world_size: int) -> None:
     check(parse(words).config, world_size)

@@ -37,7 +37,9 @@ def used(monkeypatch: pytest.MonkeyPatch) -> list[tuple[float, float, bool]]:
     calls: list[tuple[float, float, bool]] = []
     apply, discard = ZeroEngine.apply, ZeroEngine.discard
 
-    def applied(engine: ZeroEngine, norm: Tensor, *, lr: float, weight_decay: float) -> Update:
+    def applied(
+        engine: ZeroEngine, norm: Tensor, *, lr: float, weight_decay: float, decoupled_lr: None
+    ) -> Update:
         calls.append((lr, weight_decay, False))
         return apply(engine, norm, lr=lr, weight_decay=weight_decay)
 
