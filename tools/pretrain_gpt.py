@@ -166,6 +166,9 @@ def _train(parsed: Parsed, launch: Launch, failures: Failures) -> int:
     model = dataclasses.replace(config.model, vocab_size=tokens.vocab_size)
     config = dataclasses.replace(config, model=model)
     notices = [*parsed.notices, *rules.notices(config, launch.world_size)]
+    rows, own = tokens.asked, tokenizer.vocab_size
+    if rows is not None and rows < own and config.data.tokenizer_type != "NullTokenizer":
+        notices.append(f"--vocab-size {rows}: the tokenizer has {own} ids, so many rows are made")
     return train(config, launch, tokens, notices, failures)
 
 

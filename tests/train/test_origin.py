@@ -168,7 +168,8 @@ def test_the_data_of_another_tokenizer_are_refused_at_every_start(
             in done.err
         )
         assert "this run's tokenizer is GPT2BPETokenizer" in done.err
-    done = alone(*words, "--allow-tokenizer-mismatch", without=["--vocab-size"])
+    done = alone(*words, "--allow-tokenizer-mismatch", "--vocab-size", "250")
+    assert "--vocab-size 250: the tokenizer has 259 ids, so many rows are made" in done.out
     assert done.rc == 0 and " > end of document: id 258, '<|endoftext|>'" in done.out
 
 
