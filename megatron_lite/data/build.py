@@ -265,6 +265,9 @@ def _compare_tokenizers(
     with ThreadPoolExecutor(min(OPENERS, len(opened) or 1), "look") as threads:
         makers = dict(zip(opened, threads.map(look, opened.values()), strict=True))
     said = require_same(makers, tokenizer, allowed=allowed, whose="this run's tokenizer")
+    if said and vocab_size is not None:  # allowed; an id that has no row is not
+        for dataset in opened.values():
+            look_at_ids(dataset, vocab_size)
     return [*said, *told_of_unknown(makers)]
 
 

@@ -22,9 +22,11 @@ from megatron_lite.data.indexed import IndexedDataset, bin_path, idx_path
 from megatron_lite.data.pair_writer import Counts, file_hash
 from megatron_lite.data.tokenizers.base import Tokenizer
 from megatron_lite.storage.disk import Disk, write_atomically
+from megatron_lite.storage.reading import read_plain
 
 ALLOW = "--allow-tokenizer-mismatch"
 PIECES, PIECE = 8, 4096  # of a file whose tokenizer nobody recorded: pieces looked at, their tokens
+MOST_BYTES = 1 << 28  # of a .meta.json, which names every input file
 SUMS = (*Counts.__slots__, "input_bytes", "read_bytes", "seconds")
 _SHOWN = 3
 
@@ -106,15 +108,16 @@ def facts_path(prefix: str | os.PathLike[str]) -> Path:
 def read_facts(prefix: str | os.PathLike[str]) -> dict[str, Any] | None:
     """The whole `.meta.json` of a pair; None where there is none, DataError where it is damaged."""
     path = facts_path(prefix)
-    if not path.exists():
-        return None
     try:
-        found = json.loads(path.read_bytes())
+        found = json.loads(read_plain(path, MOST_BYTES))
         if not isinstance(found, dict):
             raise TypeError("no JSON object")
-        for name in ("tokenizer", "sha256"):
-            if not isinstance(found.get(name, {}), dict):
+        kinds = {name: dict for name in ("tokenizer", "sha256", "settings", "skipped")}
+        for name, kind in (kinds | dict.fromkeys(SUMS, (int, float))).items():
+            if name in found and not isinstance(found[name], kind):
                 raise TypeError(f"its {name!r} is {found[name]!r}")
+    except FileNotFoundError:
+        return None
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise DataError(f"{path} cannot be read ({error}) - remove it or copy it again") from error
     return found

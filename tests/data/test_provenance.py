@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -94,6 +95,8 @@ def test_a_file_of_another_tokenizer_is_refused_with_both_names(corpus: Corpus, 
     for word in (f"{corpus.b}.meta.json", corpus.makers["a"].fingerprint[:12], "this run's",
                  corpus.makers["b"].fingerprint[:12], "--allow-tokenizer-mismatch"):  # fmt: skip
         assert word in str(refused.value)
+    with pytest.raises(DataError, match="the vocabulary has 100"):
+        corpus.build("a", vocab_size=100, **where(corpus), allow_tokenizer_mismatch=True)
     told = corpus.build("a", **where(corpus), allow_tokenizer_mismatch=True).notices
     assert len(told) == 1 and told[0].startswith("--allow-tokenizer-mismatch: ")
 
@@ -127,10 +130,14 @@ def test_facts_of_another_pair_are_refused(corpus: Corpus) -> None:
     Path(f"{corpus.silent}.meta.json").write_bytes(Path(f"{corpus.a}.meta.json").read_bytes())
     with pytest.raises(DataError, match="it belongs to another pair"):
         corpus.build("a", data_path=[corpus.silent])
-    for broken in ("[]", '{"tokenizer": 5}', "{"):
+    for broken in ("[]", '{"tokenizer": 5}', "{", '{"tokens": "many"}', '{"skipped": [1]}'):
         Path(f"{corpus.silent}.meta.json").write_text(broken)
         with pytest.raises(DataError, match="silent.meta.json cannot be read"):
             corpus.build("a", data_path=[corpus.silent])
+    Path(f"{corpus.silent}.meta.json").unlink()
+    os.mkfifo(f"{corpus.silent}.meta.json")  # nobody writes into it
+    with pytest.raises(DataError, match="is a named pipe, not a regular file"):
+        corpus.build("a", data_path=[corpus.silent])
 
 
 def test_a_pair_written_anew_loses_the_old_facts(corpus: Corpus) -> None:
