@@ -198,10 +198,18 @@ def test_data_shorter_than_a_sample_repeats_or_is_refused(write_documents: Write
 
 
 def test_token_ids_beyond_the_vocabulary_name_dataset_and_sample(
-    write_documents: WriteDocuments,
+    write_documents: WriteDocuments, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    prefix = str(write_documents("a", 30))
-    train = build(DataConfig(data_path=[prefix], split="1"), (5, 0, 0), vocab_size=99).train
+    data = DataConfig(data_path=[str(write_documents("a", 30))], split="1")
+    with pytest.raises(DataError, match=r"/a.bin: token \d+ is token id 99, the vocabulary has 99"):
+        build(data, (5, 0, 0), vocab_size=99)
+    # the start looks at a few pieces of a long file; reading looks at every sample
+    monkeypatch.setattr("megatron_lite.data.provenance.PIECE", 1)
+    monkeypatch.setattr("megatron_lite.data.provenance.PIECES", 2)
+    with pytest.raises(DataError):  # the last token ends a document
+        build(data, (5, 0, 0), vocab_size=99)
+    monkeypatch.setattr("megatron_lite.data.build.look_at_ids", lambda dataset, vocab_size: None)
+    train = build(data, (5, 0, 0), vocab_size=99).train
     assert train is not None
     with pytest.raises(DataError, match=r"/a: sample \d+ of split train holds token id 99"):
         samples(train)

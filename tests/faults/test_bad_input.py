@@ -276,15 +276,15 @@ def test_preparing_data(name, tmp_path, monkeypatch, capsys):
 
 
 PACKAGES = {
-    "zstandard": (["--input", "{folder}/in.zst", *NULL], "megatron_lite[zstd]"),
-    "pyarrow": (["--input", "{folder}/in.parquet", *NULL], "megatron_lite[parquet]"),
+    "zstandard": (["--input", "{folder}/in.zst", *NULL], ".[zstd]"),
+    "pyarrow": (["--input", "{folder}/in.parquet", *NULL], ".[parquet]"),
     "sentencepiece": (
         ["--input", "{folder}/in.json", "--tokenizer-type", "SentencePieceTokenizer",
-         "--tokenizer-model", "{folder}/in.json"], "megatron_lite[sentencepiece]",
+         "--tokenizer-model", "{folder}/in.json"], ".[sentencepiece]",
     ),
     "ray": (
         ["--input", "{folder}/in.json", "--engine", "ray", "--shards", "2", *NULL],
-        "megatron_lite[ray]",
+        ".[ray]",
     ),
 }  # fmt: skip
 """package -> (words that need it, the extra that brings it)"""
