@@ -19,12 +19,13 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_lite.blueprint.draw_up import draw_up
+from megatron_lite.blueprint.length import sample_counts
 from megatron_lite.config import rules
 from megatron_lite.config.errors import ConfigError
 from megatron_lite.config.exit import run_tool
 from megatron_lite.config.flags import parse
 from megatron_lite.config.run import RunConfig
-from megatron_lite.data.build import build_datasets, sample_counts
+from megatron_lite.data.build import build_datasets
 from megatron_lite.data.overview import overview
 from megatron_lite.data.provenance import made_with
 from megatron_lite.data.tokenizers.build import build_tokenizer, model_vocab_size
@@ -43,7 +44,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     size = model_vocab_size(tokenizer.vocab_size, config.model.vocab_size)
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=size))
     blueprint = draw_up(config, world_size)
-    assert blueprint.train_iters is not None, "rules.check wants --train-iters or --train-samples"
     began = time.perf_counter()
     datasets = build_datasets(
         config.data,
@@ -53,9 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         eod=tokenizer.eod if config.data.mock_data else None,
         cache_folder=folder,
         tokenizer=made_with(tokenizer, config.data),
-        **sample_counts(
-            config.train, blueprint.train_iters, blueprint.batch_schedule.final_batch_size
-        ),
+        **sample_counts(config.train, blueprint.batch_schedule),
     )
     for line in (*overview(datasets), *datasets.notices):
         print(line)

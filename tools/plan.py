@@ -28,6 +28,7 @@ sys.path.insert(
     0, str(Path(__file__).resolve().parents[1])
 )  # run from a checkout, installed or not
 
+from megatron_lite.blueprint.batches import batch_schedule
 from megatron_lite.blueprint.draw_up import Blueprint, draw_up
 from megatron_lite.blueprint.timeline import Timeline, parse_trace
 from megatron_lite.config import rules
@@ -66,7 +67,7 @@ def main() -> int:
     parsed = parse(flags)
     device = hardware.find_device(own.hardware or _DEVICE)
     cluster = _cluster(own, launch, device, parsed.config)
-    config, notes = _completed(parsed.config, own)
+    config, notes = _completed(parsed.config, own, cluster.world_size)
     world = cluster.world_size
     notes += rules.not_yet(config, world)
     if own.hardware is None:
@@ -257,15 +258,14 @@ def _cluster(
     )
 
 
-def _completed(config: RunConfig, own: Namespace) -> tuple[RunConfig, list[str]]:
+def _completed(config: RunConfig, own: Namespace, world: int) -> tuple[RunConfig, list[str]]:
     """The config with what only a real run needs filled in, and a note for each guess."""
     notes: list[str] = []
     config = _with_vocabulary(config, notes)
     train, rate = dataclasses.replace(config.train, dry_run=True), config.learning_rate
     if train.train_iters is None and train.train_samples is None:
         samples = max(round(own.tokens / config.model.seq_length), 1) if own.tokens else None
-        batch = train.global_batch_size or 1
-        iterations = max(-(-samples // batch), 1) if samples else 1
+        iterations = _iterations(config, samples, world) if samples else 1
         train = dataclasses.replace(train, train_iters=iterations)
         notes.append(
             f"--train-iters is not given: {iterations:,} for --tokens"
@@ -276,6 +276,18 @@ def _completed(config: RunConfig, own: Namespace) -> tuple[RunConfig, list[str]]
         rate = dataclasses.replace(rate, lr=1e-4)
         notes.append("--lr is not given: the curve is of 1e-4")
     return dataclasses.replace(config, train=train, learning_rate=rate), notes
+
+
+def _iterations(config: RunConfig, samples: int, world: int) -> int:
+    """Steps that take so many samples, the last one whole."""
+    train, parallel = config.train, config.parallel
+    dp = max(1, world // (parallel.tp * parallel.cp * parallel.pp))
+    # of one replica with micro batches of one, which divide every batch size
+    size = train.global_batch_size or train.micro_batch_size * dp
+    train = dataclasses.replace(train, micro_batch_size=1, global_batch_size=size)
+    batches = batch_schedule(train, seq_length=config.model.seq_length, dp=1)
+    steps = batches.iterations_within(samples)
+    return steps + (batches.samples_after(steps) < samples)
 
 
 def _with_vocabulary(config: RunConfig, notes: list[str]) -> RunConfig:
@@ -301,7 +313,7 @@ def _tokens(blueprint: Blueprint) -> float | None:
 
 def _curve(config: RunConfig, blueprint: Blueprint) -> tuple[Point, ...]:
     schedule = LearningRateSchedule.from_config(
-        config.learning_rate, config.train, blueprint.batch_schedule.final_batch_size
+        config.learning_rate, config.train, blueprint.batch_schedule.samples_after
     )
     bends = (schedule.warmup_samples, schedule.decay_samples)
     return run_curve(blueprint, schedule.at, bends=bends)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from megatron_lite.config.batch_schedule import parse_schedule
@@ -31,7 +31,7 @@ def padded_vocab_size(vocab_size: int, divisible_by: int, tp: int) -> int:
 
 
 class Phase(NamedTuple):
-    """A run of iterations with one batch size, as a training from sample 0 meets it."""
+    """A run of iterations with one batch size, and the samples before it."""
 
     iteration: int
     samples: int
@@ -40,15 +40,20 @@ class Phase(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class BatchSchedule:
-    """The global batch size at any number of consumed samples.
+    """The global batch size at any number of consumed samples, and with it what iterations mean.
 
     thresholds[i] is the first number of consumed samples at which sizes[i] holds; the first is 0.
+    Everything given in iterations becomes samples here (`samples_after`), and back
+    (`iterations_within`).  past: the steps of a training taken up, which other flags may have set;
+    the schedule goes on at (iteration, samples) `done`.
     """
 
     thresholds: tuple[int, ...]
     sizes: tuple[int, ...]
     micro_batch_size: int
     dp: int
+    past: tuple[Phase, ...] = ()
+    done: tuple[int, int] = (0, 0)
 
     def global_batch_size(self, consumed_samples: int) -> int:
         """Samples of the step that starts after `consumed_samples`."""
@@ -63,22 +68,44 @@ class BatchSchedule:
         """The size once the ramp is over."""
         return self.sizes[-1]
 
+    def taken_up(
+        self, past: Sequence[Sequence[int]], iterations: int, samples: int
+    ) -> BatchSchedule:
+        """The same after so many steps and samples, whatever schedule those followed.
+
+        past: their phases; none where a checkpoint does not say.
+        """
+        if not past and self.samples_after(iterations) == samples:
+            return self  # this schedule explains it
+        if not past and iterations:
+            size, larger = divmod(samples, iterations)
+            border = iterations - larger
+            past = [(0, 0, size)] + [(border, border * size, size + 1)] * (larger > 0)
+        return replace(
+            self, past=tuple(Phase(*phase) for phase in past), done=(iterations, samples)
+        )
+
+    def anew(self) -> BatchSchedule:
+        """The same for a training that begins with it."""
+        return replace(self, past=(), done=(0, 0))
+
     def phases(self) -> tuple[Phase, ...]:
-        """Where a training from sample 0 changes its batch size.
+        """Where the batch size changes, from the first step on.
 
         A step that starts below a threshold keeps its size although it ends beyond, so phases begin
         at the first step boundary at or after a threshold; one that is jumped over never occurs.
         """
-        found, iteration, samples = [Phase(0, 0, self.sizes[0])], 0, 0
-        for threshold, before, size in zip(
-            self.thresholds[1:], self.sizes, self.sizes[1:], strict=False
-        ):
-            steps = max(0, -(-(threshold - samples) // before))
-            iteration, samples = iteration + steps, samples + steps * before
-            if steps == 0:
-                found.pop()
-            found.append(Phase(iteration, samples, size))
-        return tuple(found)
+        iteration, samples = self.done
+        found = [*self.past]
+        while True:
+            at = bisect_right(self.thresholds, samples)
+            size = self.sizes[at - 1]
+            if not found or found[-1].global_batch_size != size:
+                found.append(Phase(iteration, samples, size))
+            if at == len(self.thresholds):
+                return tuple(found)
+            steps = -(-(self.thresholds[at] - samples) // size)
+            iteration, samples = iteration + steps, samples + steps * size
 
     def samples_after(self, iterations: int) -> int:
         """Samples consumed by the first `iterations` steps."""
@@ -86,7 +113,7 @@ class BatchSchedule:
         return phase.samples + (iterations - phase.iteration) * phase.global_batch_size
 
     def iterations_within(self, samples: int) -> int:
-        """Whole steps that fit into `samples`; a last partial batch is left out, as in Megatron."""
+        """Whole steps that fit into `samples`."""
         phases = self.phases()
         phase = max(p for p in phases if p.samples <= samples)
         return phase.iteration + (samples - phase.samples) // phase.global_batch_size
@@ -139,13 +166,27 @@ def _ramp(rampup: Sequence[int], final: int) -> list[tuple[int, int]]:
             f"{flag}: {start} plus steps of {increment} does not reach --global-batch-size {final}"
         )
     num = (final - start) // increment
-    # step k begins at the first whole sample with c * num >= k * samples (exact, no rounding)
-    pairs = [(-(-k * samples // num) if k else 0, start + k * increment) for k in range(num + 1)]
+    pairs = [(0, start)]
+    pairs += [(_first_sample(k, num, samples), start + k * increment) for k in range(1, num + 1)]
     return [
         pair
         for pair, after in zip(pairs, [*pairs[1:], None], strict=True)
         if after is None or after[0] > pair[0]
     ]
+
+
+def _first_sample(step: int, steps: int, samples: int) -> int:
+    """The first number of samples at which Megatron's ramp takes its `step`-th size.
+
+    Its division is of doubles: a threshold that is a whole number may be met a sample late.
+    """
+    if samples == 0:
+        return 0
+    share = samples / steps
+    first = max(0, step * samples // steps - 1)
+    while int(first / share) < step and first <= samples:
+        first += 1
+    return first
 
 
 def _check_sizes(flag: str, sizes: Sequence[int], micro_batch_size: int, dp: int) -> None:

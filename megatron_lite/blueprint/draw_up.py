@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from megatron_lite.blueprint.batches import BatchSchedule, batch_schedule, padded_vocab_size
@@ -10,6 +10,7 @@ from megatron_lite.blueprint.figure.parts import Figure
 from megatron_lite.blueprint.figure.transformer import figure_of
 from megatron_lite.blueprint.flops import flops_per_token
 from megatron_lite.blueprint.grid import RankGrid
+from megatron_lite.blueprint.length import Length, run_length
 from megatron_lite.blueprint.parameters import ParamSpec, parameter_table, rank_size, total_size
 from megatron_lite.blueprint.schedules import SCHEDULES
 from megatron_lite.blueprint.schedules.actions import Lowered, Schedule
@@ -32,8 +33,8 @@ class Blueprint:
     """Everything that follows from a RunConfig and a world size, the same on every rank.
 
     placement[stage] is the pp rank of a stage.  flops_per_token_*: forward and backward in the two
-    conventions of flops.py, without recompute.  train_iters and train_samples are None where the
-    run has no given length.  notes: assumptions the reader of a plan should know.
+    conventions of flops.py, without recompute.  length is None where nobody has given it.
+    notes: assumptions the reader of a plan should know.
     """
 
     model: ModelConfig
@@ -45,12 +46,21 @@ class Blueprint:
     padded_vocab_size: int
     figure: Figure
     batch_schedule: BatchSchedule
-    train_iters: int | None
-    train_samples: int | None
+    length: Length | None
     parameters: tuple[ParamSpec, ...]
     flops_per_token_full: int
     flops_per_token_causal: int
     notes: tuple[str, ...] = ()
+
+    @property
+    def train_iters(self) -> int | None:
+        """Steps of the whole run; None where nobody has said."""
+        return None if self.length is None else self.length.iterations
+
+    @property
+    def train_samples(self) -> int | None:
+        """Samples of these steps."""
+        return None if self.length is None else self.length.samples
 
     @property
     def dp(self) -> int:
@@ -118,7 +128,7 @@ def draw_up(config: RunConfig, world_size: int) -> Blueprint:
     padded = padded_vocab_size(vocab_size, model.make_vocab_size_divisible_by, grid.tp)
     stages = cut_stages(asked.layers)
     batches = batch_schedule(train, seq_length=model.seq_length, dp=grid.dp)
-    iterations, samples = run_length(train, batches)
+    length = run_length(train, batches)
     return Blueprint(
         model=model,
         grid=grid,
@@ -129,13 +139,17 @@ def draw_up(config: RunConfig, world_size: int) -> Blueprint:
         padded_vocab_size=padded,
         figure=figure_of(model, padded),
         batch_schedule=batches,
-        train_iters=iterations,
-        train_samples=samples,
+        length=length,
         parameters=parameter_table(model, stages, padded_vocab_size=padded, tp=grid.tp),
         flops_per_token_full=flops_per_token(model, padded, attention="full"),
         flops_per_token_causal=flops_per_token(model, padded, attention="causal"),
         notes=tuple(notes),
     )
+
+
+def taken_up(blueprint: Blueprint, train: TrainConfig, batches: BatchSchedule) -> Blueprint:
+    """The blueprint of a run that goes on from a checkpoint; batches: see Progress.goes_on."""
+    return replace(blueprint, batch_schedule=batches, length=run_length(train, batches))
 
 
 def check_model(model: ModelConfig) -> None:
@@ -185,23 +199,3 @@ def draw_grid(parallel: ParallelConfig, world_size: int, *, folded: bool = False
         order="tp-cp-pp-dp" if parallel.use_tp_pp_dp_mapping else "tp-cp-dp-pp",
         folded=folded,
     )
-
-
-def run_length(train: TrainConfig, batches: BatchSchedule) -> tuple[int | None, int | None]:
-    """(iterations, samples) of the run; one is given, the other follows; None without either."""
-    if train.train_iters is not None and train.train_samples is not None:
-        raise ConfigError(
-            f"--train-iters {train.train_iters} and --train-samples {train.train_samples} "
-            "both set the length of the run; give one"
-        )
-    if train.train_iters is not None:
-        return train.train_iters, batches.samples_after(train.train_iters)
-    if train.train_samples is None:
-        return None, None
-    iterations = batches.iterations_within(train.train_samples)
-    if iterations < 1:
-        raise ConfigError(
-            f"--train-samples {train.train_samples} is less than one batch of "
-            f"{batches.global_batch_size(0)} samples"
-        )
-    return iterations, batches.samples_after(iterations)

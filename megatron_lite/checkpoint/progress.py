@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from megatron_lite.checkpoint.schema import items, mapping, number, whole
+from megatron_lite.blueprint.batches import BatchSchedule
+from megatron_lite.checkpoint.schema import items, mapping, number, whole, wholes
 
 _COUNTERS = (
     "step", "samples", "tokens", "lr_samples", "optimizer_steps", "skipped_steps",
@@ -21,6 +22,7 @@ class Progress:
     lr_samples: samples of successful steps, which alone move the learning rate;
     optimizer_steps: successful updates (Adam's bias correction); loss_scale: fp16's scaler.
     recent: the last losses and gradient norms, oldest first, against which spikes are held.
+    batches: [first step, samples before it, batch size] of each run of steps of one size.
     """
 
     step: int = 0
@@ -32,6 +34,29 @@ class Progress:
     validation_samples: int = 0
     loss_scale: dict[str, float] = field(default_factory=dict)
     recent: dict[str, list[float]] = field(default_factory=dict)
+    batches: list[list[int]] = field(default_factory=list)
+
+    def count(self, batch: int, seq_length: int, *, skipped: bool) -> None:
+        """One more step, of so many samples."""
+        if not self.batches or self.batches[-1][2] != batch:
+            # a new list: a save under way may hold the old one
+            self.batches = [*self.batches, [self.step, self.samples, batch]]
+        self.step += 1
+        self.samples += batch
+        self.tokens += batch * seq_length
+        if skipped:
+            self.skipped_steps += 1
+        else:
+            self.lr_samples += batch
+
+    def goes_on(self, schedule: BatchSchedule) -> BatchSchedule:
+        """The batch schedule from here on, with what was done before as its past.
+
+        From now on it is known here, too, where an older checkpoint does not say it.
+        """
+        taken_up = schedule.taken_up(self.batches, self.step, self.samples)
+        self.batches = [list(phase) for phase in taken_up.phases() if phase.iteration < self.step]
+        return taken_up
 
     def to_json(self) -> dict[str, Any]:
         """Plain numbers."""
@@ -53,8 +78,23 @@ class Progress:
         for key, listed in mapping(progress.recent, "progress.recent").items():
             for value in items(listed, f"progress.recent.{key}"):
                 number(value, f"progress.recent.{key}")
+        for phase in items(progress.batches, "progress.batches"):
+            wholes(phase, "progress.batches", 3)
         progress._require_sense()
+        progress._require_history()
         return progress
+
+    def _require_history(self) -> None:
+        """The batch sizes lead from the first step to this one; older versions did not keep them."""
+        if not self.batches:
+            return
+        step, samples, size = 0, 0, 0
+        for phase in [*self.batches, [self.step, self.samples, 1]]:
+            samples += (phase[0] - step) * size
+            if phase[0] < step or phase[1] != samples or phase[2] < 1:
+                raise ValueError(f"progress: the batch sizes {self.batches} do not lead to "
+                                 f"{self.samples} samples in {self.step} steps")  # fmt: skip
+            step, _, size = phase
 
     def _require_sense(self) -> None:
         """Counters of one history; what a step may consume is not known, only that it is something."""

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, TypeAlias, TypedDict
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +14,6 @@ import numpy.typing as npt
 from megatron_lite.config.blend import SPLITS, Blend, blends
 from megatron_lite.config.data import DataConfig
 from megatron_lite.config.errors import ConfigError
-from megatron_lite.config.train import TrainConfig
 from megatron_lite.data.blended import BlendedDataset, BlendPlan, normalized, samples_per_dataset
 from megatron_lite.data.cache import build_or_load
 from megatron_lite.data.digest import digest_of
@@ -141,26 +140,6 @@ def _together(made: Sequence[Made | None], asked: Asked) -> Datasets:
         digest = digest_of(np.array([0 if one is None else one.digest], np.uint64), digest)
     train, valid, test = (None if one is None else one.dataset for one in made)
     return Datasets(train, valid, test, digest, asked)
-
-
-class Counts(TypedDict):
-    """Samples a run asks of each split; as arguments of build_datasets."""
-
-    train_samples: int
-    valid_samples: int
-    test_samples: int
-
-
-def sample_counts(train: TrainConfig, train_iters: int, final_batch: int) -> Counts:
-    """What a run of train_iters iterations reads, as Megatron counts it: full batches throughout."""
-    rounds = train_iters // train.eval_interval + 1 if train.eval_interval else 1
-    evaluated = train.eval_iters * final_batch
-    asked = train.train_samples or train_iters * final_batch
-    return Counts(
-        train_samples=0 if train.skip_train else asked,
-        valid_samples=rounds * evaluated,
-        test_samples=evaluated,
-    )
 
 
 def build_datasets(

@@ -5,11 +5,11 @@ from __future__ import annotations
 import time
 from collections import OrderedDict
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from megatron_lite.data.batch import Batch, collate
 from megatron_lite.data.pretrain import Samples
-from megatron_lite.data.sampler import Int64, Order, Permute, sample_numbers
+from megatron_lite.data.sampler import Int64, Order, OrderKind, Permute, sample_numbers
 
 STEPS_AHEAD = 2
 
@@ -41,7 +41,7 @@ class Loader:
         eod_mask_loss: bool = False,
         reset_position_ids: bool = False,
         reset_attention_mask: bool = False,
-        order: Literal["single", "cyclic"] = "single",
+        order: OrderKind = "single",
         sharding: bool = True,
         permute: Permute | None = None,
     ) -> None:

@@ -13,6 +13,7 @@ from megatron_lite.config.errors import DataError
 Int64 = npt.NDArray[np.int64]
 Permute: TypeAlias = Callable[[int, int], Int64]
 """(size, seed) -> a permutation of so many numbers."""
+OrderKind: TypeAlias = Literal["single", "repeated", "cyclic"]
 
 
 def sample_numbers(
@@ -32,17 +33,17 @@ def sample_numbers(
 class Order:
     """Positions of the training stream -> sample numbers of a dataset of `size` samples.
 
-    single: the dataset's own order, which must suffice.  cyclic: Megatron's, which permutes anew in
-    every epoch; a rank reads its own part of the dataset (or, without `sharding`, its turns of one
-    permutation of all), so that the order depends on dp and the micro batch.  Samples beyond the
-    last whole round of micro batches are left out.
+    single: the dataset's own order, which must suffice.  repeated: that order again and again.
+    cyclic: Megatron's, which permutes anew in every epoch; a rank reads its own part of the dataset
+    (or, without `sharding`, its turns of one permutation of all), so that the order depends on dp
+    and the micro batch.  Samples beyond the last whole round of micro batches are left out.
     """
 
     def __init__(
-        self, kind: Literal["single", "cyclic"], size: int, name: str, *, dp_size: int = 1,
+        self, kind: OrderKind, size: int, name: str, *, dp_size: int = 1,
         sharding: bool = True, permute: Permute | None = None,
     ) -> None:  # fmt: skip
-        assert kind == "single" or permute is not None, "cyclic needs a permutation"
+        assert kind != "cyclic" or permute is not None, "cyclic needs a permutation"
         self.kind = kind
         self.size = size
         self.name = name
@@ -60,6 +61,8 @@ class Order:
                     "--train-iters or --train-samples, or use --dataloader-type cyclic"
                 )
             return positions
+        if self.kind == "repeated":
+            return positions % self.size
         together = micro * self.dp_size
         used = self.size - self.size % together
         if used == 0:

@@ -14,8 +14,9 @@ warm-up from 0; the log shows the value at the samples after it.  Both are Megat
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, TypeAlias
 
 from megatron_lite.config.errors import ConfigError, all_together
 from megatron_lite.config.optim import LearningRateConfig, OptimConfig
@@ -23,6 +24,8 @@ from megatron_lite.config.train import TrainConfig
 
 DecayStyle = Literal["constant", "linear", "cosine", "inverse-square-root", "WSD"]
 FinalStyle = Literal["exponential", "linear", "cosine", "minus_sqrt"]
+SamplesAfter: TypeAlias = Callable[[int], int]
+"""Samples of the first so many steps: what iterations mean under the run's batch schedule."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,26 +43,16 @@ class LearningRateSchedule:
 
     @classmethod
     def from_config(
-        cls, lr: LearningRateConfig, train: TrainConfig, global_batch_size: int
+        cls, lr: LearningRateConfig, train: TrainConfig, samples_after: SamplesAfter
     ) -> LearningRateSchedule:
-        """Iterations count as samples of the full global batch, also during a batch ramp.
+        """What is given in iterations becomes the samples of just these steps.
 
-        Raises ConfigError with every value that cannot make a curve.
+        A fraction is one of the decay's samples.  Raises ConfigError with every value that cannot
+        make a curve.
         """
-        length = train_samples(train, global_batch_size)
-        by_samples = train.train_samples is not None
-        decay = _in_samples(
-            by_samples, lr.lr_decay_samples, lr.lr_decay_iters, global_batch_size, length
-        )
+        decay, warmup, wsd = _in_samples(lr, train, samples_after)
         if lr.lr_warmup_fraction is not None:
-            warmup: float = lr.lr_warmup_fraction * decay
-        else:
-            warmup = _in_samples(
-                by_samples, lr.lr_warmup_samples, lr.lr_warmup_iters, global_batch_size, 0
-            )
-        wsd = _in_samples(
-            by_samples, lr.lr_wsd_decay_samples, lr.lr_wsd_decay_iters, global_batch_size, 0
-        )
+            warmup = lr.lr_warmup_fraction * decay
         problems = _problems(lr, decay=decay, warmup=warmup, wsd=wsd)
         if problems:
             raise all_together(problems, "with the learning rate")
@@ -118,10 +111,10 @@ class WeightDecaySchedule:
 
     @classmethod
     def from_config(
-        cls, optim: OptimConfig, train: TrainConfig, global_batch_size: int
+        cls, optim: OptimConfig, train: TrainConfig, samples_after: SamplesAfter
     ) -> WeightDecaySchedule:
         """Raises ConfigError where a style that moves has no start or no end."""
-        samples = float(train_samples(train, global_batch_size))
+        samples = float(train_samples(train, samples_after))
         style = optim.weight_decay_incr_style
         start, end = optim.start_weight_decay, optim.end_weight_decay
         if style == "constant":
@@ -151,24 +144,31 @@ class WeightDecaySchedule:
         return self.start + (self.end - self.start) * done
 
 
-def train_samples(train: TrainConfig, global_batch_size: int) -> int:
-    """Length of the run in samples, iterations counted at the full global batch."""
+def train_samples(train: TrainConfig, samples_after: SamplesAfter) -> int:
+    """Length of the run in samples: as given, or those of its iterations."""
     if train.train_samples is not None:
         return train.train_samples
     if train.train_iters is None:
         raise ConfigError(
             "the length of the run is not known; give --train-iters or --train-samples"
         )
-    return train.train_iters * global_batch_size
+    return samples_after(train.train_iters)
 
 
 def _in_samples(
-    by_samples: bool, samples: int | None, iters: int | None, batch: int, default: int
-) -> int:
-    """A length given in the run's own unit, or the default, in samples."""
-    if by_samples:
-        return default if samples is None else samples
-    return default if iters is None else iters * batch
+    lr: LearningRateConfig, train: TrainConfig, samples_after: SamplesAfter
+) -> tuple[int, float, int]:
+    """Decay, warm-up and WSD's last part, given in the run's own unit, in samples."""
+    length = train_samples(train, samples_after)
+    if train.train_samples is not None:
+        decay = length if lr.lr_decay_samples is None else lr.lr_decay_samples
+        return decay, lr.lr_warmup_samples, lr.lr_wsd_decay_samples or 0
+    steps = train.train_iters if lr.lr_decay_iters is None else lr.lr_decay_iters
+    assert steps is not None, "train_samples wants one of the two"
+    decay, wsd = samples_after(steps), lr.lr_wsd_decay_iters or 0
+    # WSD's part is the last of the decay, where the batch may be larger than at the start
+    last = decay - samples_after(max(0, steps - wsd)) if wsd <= steps else samples_after(wsd)
+    return decay, samples_after(lr.lr_warmup_iters), last
 
 
 def _wsd_remaining(style: FinalStyle, done: float) -> float:

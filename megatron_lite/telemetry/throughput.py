@@ -60,6 +60,9 @@ class IntervalMeter:
     """
 
     train_iters: int
+    train_samples: int
+    """Samples of the whole run: what is left of them, not of the steps, takes the time left."""
+
     world_size: int
     flops_per_token: float
     """Forward and backward, full attention square."""
@@ -126,7 +129,7 @@ class IntervalMeter:
             data_seconds=sum(step.data_seconds for step in timed) / len(timed),
             memory_bytes=last.memory_bytes,
             world_size=self.world_size,
-            eta_seconds=max(0, self.train_iters - last.iteration) * per_iteration,
+            eta_seconds=max(0, self.train_samples - last.samples) * seconds / max(samples, 1),
             warmup=not steady,
             timestamp=self.clock(),
         )

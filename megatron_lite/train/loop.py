@@ -15,7 +15,6 @@ from megatron_lite.config.errors import NumericsError, StorageError
 from megatron_lite.config.guards import GuardsConfig
 from megatron_lite.config.telemetry import TelemetryConfig
 from megatron_lite.config.train import TrainConfig
-from megatron_lite.data.loader import Loader
 from megatron_lite.parallel.liveness import Presence
 from megatron_lite.telemetry.record import EvaluationRecord, RanksRecord
 from megatron_lite.telemetry.throughput import IntervalMeter, Step
@@ -26,27 +25,13 @@ from megatron_lite.train.device import memory_line, peak_memory_bytes
 from megatron_lite.train.faults import Fault, NoFaults
 from megatron_lite.train.log import Log
 from megatron_lite.train.profile import Profiler
+from megatron_lite.train.reading import Loaders, Reach
 from megatron_lite.train.recording import StepRecording
 from megatron_lite.train.replicas import check_replicas
 from megatron_lite.train.reports import OwnTime, memory_report
 from megatron_lite.train.schedules import Schedules
 from megatron_lite.train.step import StepResult, evaluation_step, train_step
 from megatron_lite.train.stop import PREEMPTIONS, Reason, StopRequests, StopVote
-
-
-@dataclass(frozen=True, slots=True)
-class Loaders:
-    """This dp rank's readers; None where a split is not read."""
-
-    train: Loader | None
-    valid: Loader | None
-    test: Loader | None
-
-    def close(self) -> None:
-        """Stop their threads."""
-        for loader in (self.train, self.valid, self.test):
-            if loader is not None:
-                loader.close()
 
 
 @dataclass(slots=True)
@@ -67,7 +52,7 @@ class Session:
     recording: StepRecording
     folder: Path
     checkpoints: Checkpoints
-    train_iters: int
+    reach: Reach
     seq_length: int
     presence: Presence
     faults: Fault | NoFaults
@@ -131,10 +116,7 @@ class Session:
         return reason
 
     def _finished(self) -> bool:
-        by_samples = self.train.train_samples
-        if by_samples is not None:
-            return self.progress.samples >= by_samples
-        return self.progress.step >= self.train_iters
+        return self.progress.step >= self.reach.length.iterations
 
     def _step(self) -> StopVote:
         """One optimizer step and its records; returns what the ranks agreed to stop for after it."""
@@ -192,13 +174,7 @@ class Session:
 
     def _account(self, size: int, result: StepResult) -> None:
         progress = self.progress
-        progress.step += 1
-        progress.samples += size
-        progress.tokens += size * self.seq_length
-        if result.update.skipped:
-            progress.skipped_steps += 1
-        else:
-            progress.lr_samples += size
+        progress.count(size, self.seq_length, skipped=result.update.skipped)
         progress.optimizer_steps = self.run.engine.steps
         progress.loss_scale = self.run.engine.scaler.state()
 
@@ -258,7 +234,9 @@ class Session:
         began = time.perf_counter()
         progress, run, micro = self.progress, self.run, self.train.micro_batch_size
         size = run.blueprint.batch_schedule.final_batch_size
-        start = progress.validation_samples if split == "validation" else 0
+        # as Megatron: validation goes on where the last one stopped, unless nothing is trained
+        goes_on = split == "validation" and not self.train.skip_train
+        start = progress.validation_samples if goes_on else 0
         total, count = 0.0, 0.0
         for index in range(self.train.eval_iters):
             self.presence.tick()
@@ -269,7 +247,7 @@ class Session:
             with run.timers.paused():
                 batch_total, batch_count = evaluation_step(run, batches)
             total, count = total + batch_total.item(), count + batch_count.item()  # waits
-        if split == "validation":
+        if goes_on:
             progress.validation_samples += self.train.eval_iters * size
         record = EvaluationRecord(
             iteration=progress.step,

@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_lite.blueprint.batches import BatchSchedule
 from megatron_lite.checkpoint.manifest import NAME, Manifest
 from megatron_lite.checkpoint.store import Store
 from megatron_lite.config.checkpoint import CheckpointConfig
@@ -41,18 +43,19 @@ def resume(
     run: Run,
     checkpoint: CheckpointConfig,
     learning_rate: LearningRateConfig,
-    asked: Schedules,
+    curves: Callable[[BatchSchedule], Schedules],
     tokenizer: dict[str, Any],
 ) -> Resumed:
     """Fill the run from --load.  Collective over the world.
 
-    asked: the curves of this command line; tokenizer: see check_tokenizer.  Raises CheckpointError
-    where there are checkpoints but none usable, or weights of other programs; where they are of
-    another model or were trained with another tokenizer; where the curves differ from the
-    checkpoint's and no flag says which to take.
+    curves: those of this command line, under a batch schedule; tokenizer: see check_tokenizer.
+    Raises CheckpointError where there are checkpoints but none usable, or weights of other
+    programs; where they are of another model or were trained with another tokenizer; where the
+    curves differ from the checkpoint's and no flag says which to take.
     """
+    fresh = run.blueprint.batch_schedule
     if checkpoint.load is None:
-        return Resumed(None, asked)
+        return Resumed(None, curves(fresh))
     store = Store(Path(checkpoint.load), run.ctx)
     manifest, found = store.newest_intact(checkpoint.ckpt_step)
     warnings = tuple(found)
@@ -69,15 +72,15 @@ def resume(
                 "set: check the path, or leave the flag out to start fresh"
             )
         line = f"*** no checkpoint in --load {checkpoint.load}: STARTING FRESH, from random weights ***"
-        return Resumed(None, asked, (*warnings, line))
+        return Resumed(None, curves(fresh), (*warnings, line))
     with_optimizer = checkpoint.load_optim and not checkpoint.finetune
-    schedules = asked
+    schedules = curves(fresh if checkpoint.finetune else manifest.progress.goes_on(fresh))
     changes = check_model(manifest, run.setting.model, store.folder(manifest.iteration),
                           allowed=named(checkpoint.allow_model_change))  # fmt: skip
     notices = changes + check_tokenizer(manifest, tokenizer, allowed=checkpoint.allow_data_change)
     if with_optimizer:
         _require_optimizer(run, manifest, checkpoint.load)
-        schedules, said = _settle_schedules(manifest, learning_rate, asked, checkpoint.load)
+        schedules, said = _settle_schedules(manifest, learning_rate, schedules, checkpoint.load)
         notices += said
     fill_run(run, store, manifest, optimizer=with_optimizer)
     _require_finite(run, manifest, checkpoint.load)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, TypeVar, get_args, get_type_hints
 
+from megatron_lite.blueprint.batches import BatchSchedule
 from megatron_lite.checkpoint.schema import mapping, number, word
 from megatron_lite.config.optim import LearningRateConfig, OptimConfig
 from megatron_lite.config.train import TrainConfig
@@ -59,12 +60,11 @@ class Schedules:
         learning_rate: LearningRateConfig,
         optim: OptimConfig,
         train: TrainConfig,
-        *,
-        global_batch_size: int,
+        batches: BatchSchedule,
     ) -> Schedules:
-        """The curves the flags ask for; iterations count at the full global batch."""
-        rate = LearningRateSchedule.from_config(learning_rate, train, global_batch_size)
-        decay = WeightDecaySchedule.from_config(optim, train, global_batch_size)
+        """The curves the flags ask for; batches: from where the run stands."""
+        rate = LearningRateSchedule.from_config(learning_rate, train, batches.samples_after)
+        decay = WeightDecaySchedule.from_config(optim, train, batches.samples_after)
         return cls(rate, decay, rate.decoupled(learning_rate))
 
     def decoupled_at(self, lr_samples: int) -> float | None:

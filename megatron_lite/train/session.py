@@ -7,30 +7,20 @@ import functools
 import hashlib
 import json
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.distributed import PrefixStore
 
-from megatron_lite.blueprint.draw_up import Blueprint, draw_up
-from megatron_lite.checkpoint.manifest import Manifest
+from megatron_lite.blueprint.draw_up import Blueprint, draw_up, taken_up
 from megatron_lite.checkpoint.snapshot import Origin
 from megatron_lite.checkpoint.store import Store
-from megatron_lite.config.data import DataConfig
-from megatron_lite.config.errors import ConfigError, DataError, MegatronLiteError, StorageError
+from megatron_lite.config.errors import DataError, StorageError
 from megatron_lite.config.run import RunConfig
-from megatron_lite.data.build import Datasets, build_datasets, sample_counts
-from megatron_lite.data.check import verify_blends
-from megatron_lite.data.identity import Identity, identity_of
-from megatron_lite.data.loader import Loader
-from megatron_lite.data.overview import overview
-from megatron_lite.data.pretrain import Samples
-from megatron_lite.data.provenance import MadeWith
 from megatron_lite.layers.attention import choose_attention
 from megatron_lite.parallel.checking import Checker
-from megatron_lite.parallel.collectives import MAX, all_reduce, barrier
+from megatron_lite.parallel.collectives import barrier
 from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.parallel.launch import (
     Launch,
@@ -53,13 +43,12 @@ from megatron_lite.train.checkpoints import Checkpoints
 from megatron_lite.train.device import be_deterministic, cpu_notices, device_peak, peak_notices
 from megatron_lite.train.failures import Failures, stacks_on_signal
 from megatron_lite.train.faults import Fault, NoFaults, read_fault
-from megatron_lite.train.feed import permutation
 from megatron_lite.train.folder import RunFolder, begin, enter, of_the_run, remove_run
 from megatron_lite.train.folder import notices as evaluation_notices
 from megatron_lite.train.log import LastResort, Log, form_of
-from megatron_lite.train.loop import Loaders, Session
-from megatron_lite.train.origin import check_data
+from megatron_lite.train.loop import Session
 from megatron_lite.train.profile import Profiler
+from megatron_lite.train.reading import Reach, Tokens, loaders_of, open_datasets, settle_data
 from megatron_lite.train.recording import StepRecording, watch_collectives
 from megatron_lite.train.restart import Ended, write_ended
 from megatron_lite.train.resume import resume
@@ -67,23 +56,6 @@ from megatron_lite.train.schedules import Schedules
 from megatron_lite.train.state_hash import state_hash
 from megatron_lite.train.stop import PREEMPTIONS, Reason, StopRequests
 from megatron_lite.train.timing import RunTimers
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Tokens:
-    """What training needs to know of the tokenizer.
-
-    asked: what --vocab-size said, to which NullTokenizer adds its EOD.  made_with: itself, beside
-    what the token files say; end_of_document: its eod in words; files: their content by name, to be
-    kept with every checkpoint.
-    """
-
-    vocab_size: int
-    eod: int | None
-    asked: int | None = None
-    made_with: MadeWith = dataclasses.field(default_factory=MadeWith)
-    end_of_document: str = ""
-    files: dict[str, bytes] = dataclasses.field(default_factory=dict)
 
 
 def train(
@@ -155,16 +127,22 @@ def _facts(config: RunConfig, tokens: Tokens) -> dict[str, str]:
 def _carry_out(session: Session) -> int:
     reason: Reason = "finished"
     if not session.train.skip_train:
-        if session.first_step >= session.train_iters:
+        length = session.reach.length
+        if session.first_step >= length.iterations:
+            flag = "--train-iters" if session.train.train_iters else "--train-samples"
             session.log.say(
                 f"nothing left to do: the checkpoint has {session.first_step} of "
-                f"{session.train_iters} iterations; raise --train-iters to go on"
+                f"{length.iterations} iterations ({session.progress.samples} of {length.samples} "
+                f"samples); raise {flag} to go on"
             )
         session.stop.listen()
         session.log.say("training ...")
         reason = session.fit()
         barrier(session.run.ctx.world)  # the last rank's lines come first
         session.log.say(_farewell(session, reason))
+        if reason == "finished" and session.reach.is_short:
+            step = session.progress.step
+            raise DataError(session.reach.say(f"they ended after iteration {step}"))
     if reason == "finished":
         session.log.say(*_final_evaluations(session))
         session.evaluate("validation", final=True)
@@ -260,11 +238,8 @@ def open_session(
         log.say(checkpoints.describe())
     checkpoints.prepare()
     LastResort.install(folder.path, ctx.rank)
-    final_batch = blueprint.batch_schedule.final_batch_size
-    train_iters = blueprint.train_iters
-    assert train_iters is not None, "rules.check wants --train-iters or --train-samples"
-    asked = Schedules.from_config(
-        config.learning_rate, config.optim, config.train, global_batch_size=final_batch
+    curves = functools.partial(
+        Schedules.from_config, config.learning_rate, config.optim, config.train
     )
     with timers.span("load-checkpoint"):
         tokenizer = {
@@ -274,14 +249,23 @@ def open_session(
             "padded_vocab_size": run.setting.padded_vocab_size,
             "eod": tokens.eod,
         }
-        resumed = resume(run, config.checkpoint, config.learning_rate, asked, tokenizer)
+        resumed = resume(run, config.checkpoint, config.learning_rate, curves, tokenizer)
+    run.blueprint = taken_up(
+        blueprint, config.train, run.progress.goes_on(blueprint.batch_schedule)
+    )
     log.warn(*resumed.warnings)
     log.say(*resumed.notices)
+    if run.blueprint.train_iters != blueprint.train_iters:
+        log.say(f"setting training iterations to {run.blueprint.train_iters}")
     with timers.span("train/valid/test-data-iterators-setup"):
-        datasets = _open_datasets(
-            config, launch, log, tokens, folder.path, train_iters, final_batch
-        )
-    identity = _settle_data(config, datasets, resumed.manifest, log, dp_size=ctx.dp.size)
+        batches = run.blueprint.batch_schedule
+        datasets = open_datasets(config, launch, log, tokens, folder.path, batches, run.progress)
+    identity = settle_data(config, datasets, resumed.manifest, log)
+    length = run.blueprint.length
+    assert length is not None, "rules.check wants --train-iters or --train-samples"
+    reach = Reach.of(length, batches, datasets, config.data.dataloader_type)
+    if reach.is_short:
+        log.warn(f"*** {reach.say(f'THE RUN WILL END AT ITERATION {reach.length.iterations}')} ***")
     if ctx.rank == 0:  # not before: a start that is refused leaves the run that is there
         log.say(*_begin_run(folder, config, tokens, run.progress.step, ctx.world_size))
     checkpoints.origin = Origin(tokenizer=tokenizer, data=identity, tokenizer_files=tokens.files)
@@ -299,11 +283,12 @@ def open_session(
         guards=config.guards,
         telemetry=config.telemetry,
         checkpoint=config.checkpoint,
-        loaders=_loaders(config, datasets, ctx, tokens),
+        loaders=loaders_of(config, datasets, ctx, tokens),
         schedules=resumed.schedules,
         log=log,
         meter=IntervalMeter(
-            train_iters=train_iters,
+            train_iters=reach.length.iterations,
+            train_samples=reach.length.samples,
             world_size=ctx.world_size,
             flops_per_token=blueprint.flops_per_token_full,
             causal_flops_per_token=blueprint.flops_per_token_causal,
@@ -318,28 +303,9 @@ def open_session(
         checkpoints=checkpoints,
         presence=failures.presence,
         faults=faults,
-        train_iters=train_iters,
+        reach=reach,
         seq_length=config.model.seq_length,
     )
-
-
-def _settle_data(
-    config: RunConfig, datasets: Datasets, manifest: Manifest | None, log: Log, *, dp_size: int
-) -> Identity:
-    """What is read, if it may go on where the checkpoint stopped; every rank finds the same."""
-    identity = identity_of(
-        datasets,
-        seed=config.train.seed,
-        seq_length=config.model.seq_length,
-        order=_order(config.data, config.train.micro_batch_size, dp_size),
-    )
-    if not config.train.skip_train:
-        notices, warnings = check_data(
-            manifest, identity, allowed=config.checkpoint.allow_data_change
-        )
-        log.say(*notices)
-        log.warn(*warnings)
-    return identity
 
 
 def _checker(
@@ -384,126 +350,6 @@ def _writers(config: RunConfig, folder: Path, resumed_iteration: int, log: Log) 
         telemetry = dataclasses.replace(telemetry, tensorboard_dir=None, wandb_project="")
         resumed_iteration = EVERYTHING
     return open_writers(telemetry, folder, resumed_iteration, warn=log.warn, enabled=enabled)
-
-
-def _open_datasets(
-    config: RunConfig,
-    launch: Launch,
-    log: Log,
-    tokens: Tokens,
-    folder: Path,
-    train_iters: int,
-    final_batch: int,
-) -> Datasets:
-    train = config.train
-    counts = sample_counts(train, train_iters, final_batch)
-    cache = config.data.data_cache_path or folder / "index-cache"
-    log.say(
-        "> building train, validation, and test datasets ...",
-        " > datasets target sizes (minimum size):",
-        f"    train:      {counts['train_samples']}",
-        f"    validation: {counts['valid_samples']}",
-        f"    test:       {counts['test_samples']}",
-    )
-
-    def build() -> Datasets:
-        if config.data.verify_data and launch.local_rank == 0:  # once per node
-            log.say(*verify_blends(config.data, vocab_size=tokens.vocab_size))
-        return build_datasets(
-            config.data,
-            seq_length=config.model.seq_length,
-            seed=train.seed,
-            vocab_size=tokens.vocab_size,
-            eod=tokens.eod,
-            cache_folder=cache,
-            tokenizer=tokens.made_with,
-            **counts,
-        )
-
-    datasets = _in_turn(build, launch, log.ctx)
-    log.say(*overview(datasets), *datasets.notices)
-    return datasets
-
-
-def _in_turn(build: Callable[[], Datasets], launch: Launch, ctx: ParallelContext) -> Datasets:
-    """Rank 0 builds, then one rank of every node, then the others map what is there.
-
-    A node that shares no file system with rank 0 finds nothing and builds its own.  Collective
-    over the world: where one rank fails all stop, and where two read different data, too.
-    """
-    datasets: Datasets | None = None
-    turns = (launch.rank == 0, launch.local_rank == 0, True)
-    for turn in turns if ctx.world.size > 1 else (True,):
-        problem: MegatronLiteError | None = None
-        if turn and datasets is None:
-            try:
-                datasets = build()
-            except MegatronLiteError as error:
-                problem = error
-        failed = torch.tensor([int(problem is not None)], device=ctx.device)
-        failed = all_reduce(failed, ctx.world, MAX)
-        if problem is not None:
-            raise problem
-        if failed.item():
-            raise DataError("another rank could not open the data - see the first FATAL line")
-    assert datasets is not None
-    _check_equal(datasets.digest, ctx)
-    return datasets
-
-
-def _check_equal(digest: int, ctx: ParallelContext) -> None:
-    both = torch.tensor([digest & ((1 << 63) - 1)], device=ctx.device)  # int64, and its negation
-    low, high = all_reduce(-both, ctx.world, MAX), all_reduce(both, ctx.world, MAX)
-    if high.item() != -low.item():
-        raise DataError(
-            f"rank {ctx.rank}: the ranks read different data or built different indices (digest "
-            f"{digest:016x} here) - copy the same --data-path files to every node, and remove "
-            "--data-cache-path"
-        )
-
-
-def _order(data: DataConfig, micro: int, dp_size: int) -> str:
-    """--dataloader-type with all that its order depends on."""
-    if data.dataloader_type == "single":
-        return "single"
-    parts = "" if data.data_sharding else " without sharding"
-    return f"{data.dataloader_type}{parts}, micro batch {micro} x dp {dp_size}"
-
-
-def _loaders(
-    config: RunConfig, datasets: Datasets, ctx: ParallelContext, tokens: Tokens
-) -> Loaders:
-    data = config.data
-    needing = {
-        "--eod-mask-loss": data.eod_mask_loss,
-        "--reset-position-ids": data.reset_position_ids,
-        "--reset-attention-mask": data.reset_attention_mask,
-    }
-    asked = [flag for flag, given in needing.items() if given]
-    if asked and tokens.eod is None:
-        raise ConfigError(
-            f"{', '.join(asked)}: the tokenizer ({data.tokenizer_type}) names no end-of-document "
-            "token - use one that does, or drop the flag"
-        )
-
-    def loader(dataset: Samples | None) -> Loader | None:
-        if dataset is None:
-            return None
-        return Loader(
-            dataset,
-            dp_rank=ctx.dp.rank,
-            dp_size=ctx.dp.size,
-            num_workers=data.num_workers,
-            eod=tokens.eod,
-            eod_mask_loss=data.eod_mask_loss,
-            reset_position_ids=data.reset_position_ids,
-            reset_attention_mask=data.reset_attention_mask,
-            order=data.dataloader_type,
-            sharding=data.data_sharding,
-            permute=permutation,
-        )
-
-    return Loaders(loader(datasets.train), loader(datasets.valid), loader(datasets.test))
 
 
 def _layout(blueprint: Blueprint) -> str:

@@ -52,6 +52,39 @@ def test_gpt3_ramp_equals_megatrons_formula_at_every_thousandth_sample() -> None
         assert GPT3_RAMP.global_batch_size(consumed) == expected
 
 
+@pytest.mark.parametrize(
+    ("consumed", "size"), [(49, 102), (50, 102), (51, 108), (100, 168), (101, 174)]
+)
+def test_a_threshold_that_is_a_whole_number_is_met_as_megatrons_doubles_meet_it(
+    consumed: int, size: int
+) -> None:
+    # recorded from megatron-core 0.16.1: 50 samples are 11 of 22 shares, but 50 / (100 / 22) < 11
+    schedule = ramp(42, 6, 100, final=174, micro=2, dp=3)
+    assert schedule.global_batch_size(consumed) == size
+
+
+def test_a_schedule_taken_up_counts_on_from_what_was_done_before() -> None:
+    before = ramp(2, 2, 24, final=8)
+    later = batch_schedule(TrainConfig(global_batch_size=3), seq_length=8, dp=1)
+    past = [phase for phase in before.phases() if phase.iteration < 7]
+    schedule = later.taken_up(past, 7, before.samples_after(7))
+    for iteration in range(7):
+        assert schedule.samples_after(iteration) == before.samples_after(iteration)
+    assert schedule.samples_after(9) == before.samples_after(7) + 6
+    assert schedule.iterations_within(schedule.samples_after(9) + 2) == 9
+    assert schedule.anew() == later
+    assert before.taken_up(past, 7, before.samples_after(7)).phases() == before.phases()
+
+
+@given(steps=st.integers(1, 50), samples=st.integers(50, 900))
+def test_a_past_that_nobody_recorded_is_cut_into_even_steps(steps: int, samples: int) -> None:
+    schedule = batch_schedule(TrainConfig(global_batch_size=4), seq_length=8, dp=1)
+    taken_up = schedule.taken_up([], steps, samples)
+    sizes = [taken_up.samples_after(i + 1) - taken_up.samples_after(i) for i in range(steps)]
+    assert sum(sizes) == samples and max(sizes) - min(sizes) <= 1
+    assert taken_up.samples_after(steps + 2) == samples + 8
+
+
 def test_todays_gpt3_step_schedule_switches_at_its_tokens() -> None:
     text = "0:16 2.4B:320 4.8B:624 7.2B:928 9.6B:1232 12B:1536"
     train = TrainConfig(micro_batch_size=1, global_batch_size=1536, step_batch_size_schedule=text)
@@ -103,9 +136,10 @@ def test_closed_forms_equal_a_loop_over_steps(
     consumed, iterations = 0, 0
     while True:
         assert schedule.samples_after(iterations) == consumed
-        # exact form of start + int(c / (N / n)) * increment
-        steps = consumed * increments // samples if consumed < samples else increments
-        size = start + steps * increment
+        # Megatron's division of doubles, which may meet a whole threshold a sample late
+        size = final
+        if consumed <= samples and samples and increments:
+            size = start + int(consumed / (samples / increments)) * increment
         assert schedule.global_batch_size(consumed) == size
         if consumed + size > limit:
             break

@@ -13,6 +13,7 @@ from megatron_lite.config.train import TrainConfig
 from megatron_lite.optim.learning_rate import (
     DecayStyle,
     LearningRateSchedule,
+    SamplesAfter,
     WeightDecaySchedule,
 )
 
@@ -27,8 +28,12 @@ BATCH = 1536
 ITERATIONS = TrainConfig(train_iters=500000)
 
 
+def batches(size: int) -> SamplesAfter:
+    return lambda iterations: iterations * size
+
+
 def gpt3() -> LearningRateSchedule:
-    return LearningRateSchedule.from_config(GPT3, train=ITERATIONS, global_batch_size=BATCH)
+    return LearningRateSchedule.from_config(GPT3, train=ITERATIONS, samples_after=batches(BATCH))
 
 
 @pytest.mark.parametrize(
@@ -97,7 +102,7 @@ def test_inverse_square_root_stops_at_the_minimum():
 def test_warm_up_starts_at_its_initial_value():
     lr = LearningRateConfig(lr=1e-3, lr_warmup_init=1e-5, lr_warmup_iters=10)
     schedule = LearningRateSchedule.from_config(
-        lr, train=TrainConfig(train_iters=100), global_batch_size=4
+        lr, train=TrainConfig(train_iters=100), samples_after=batches(4)
     )
     assert schedule.at(0) == 1e-5
     assert schedule.at(20) == pytest.approx(5.05e-4)
@@ -107,7 +112,7 @@ def test_warm_up_starts_at_its_initial_value():
 
 def test_without_a_warm_up_the_first_step_has_the_peak():
     schedule = LearningRateSchedule.from_config(
-        LearningRateConfig(lr=1e-3), train=TrainConfig(train_iters=10), global_batch_size=4
+        LearningRateConfig(lr=1e-3), train=TrainConfig(train_iters=10), samples_after=batches(4)
     )
     assert schedule.at(0) == 1e-3
 
@@ -117,12 +122,12 @@ def test_a_run_by_samples_equals_the_run_by_iterations():
         LearningRateConfig(lr=1e-3, lr_decay_style="WSD", lr_warmup_samples=64,
                            lr_wsd_decay_samples=160),
         train=TrainConfig(train_samples=1600),
-        global_batch_size=16,
+        samples_after=batches(16),
     )  # fmt: skip
     by_iterations = LearningRateSchedule.from_config(
         LearningRateConfig(lr=1e-3, lr_decay_style="WSD", lr_warmup_iters=4, lr_wsd_decay_iters=10),
         train=TrainConfig(train_iters=100),
-        global_batch_size=16,
+        samples_after=batches(16),
     )
     assert by_samples == by_iterations
 
@@ -141,7 +146,7 @@ def test_a_run_by_samples_equals_the_run_by_iterations():
 def test_a_curve_that_cannot_be_is_a_config_error(lr: LearningRateConfig, words: str):
     with pytest.raises(ConfigError) as caught:
         LearningRateSchedule.from_config(
-            lr, train=TrainConfig(train_iters=100), global_batch_size=4
+            lr, train=TrainConfig(train_iters=100), samples_after=batches(4)
         )
     assert words in str(caught.value)
 
@@ -151,20 +156,20 @@ def test_all_problems_are_reported_together():
         LearningRateSchedule.from_config(
             LearningRateConfig(lr=1e-4, min_lr=1.0, lr_warmup_iters=100),
             train=TrainConfig(train_iters=100),
-            global_batch_size=4,
+            samples_after=batches(4),
         )
 
 
 def test_a_run_without_a_length_is_a_config_error():
     with pytest.raises(ConfigError, match="--train-iters"):
         LearningRateSchedule.from_config(
-            LearningRateConfig(lr=1.0), train=TrainConfig(), global_batch_size=4
+            LearningRateConfig(lr=1.0), train=TrainConfig(), samples_after=batches(4)
         )
 
 
 def weight_decay(**settings: object) -> WeightDecaySchedule:
     return WeightDecaySchedule.from_config(
-        OptimConfig(**settings), train=TrainConfig(train_iters=100), global_batch_size=12
+        OptimConfig(**settings), train=TrainConfig(train_iters=100), samples_after=batches(12)
     )
 
 

@@ -17,6 +17,7 @@ def meter(**settings: object) -> IntervalMeter:
     return IntervalMeter(
         **{
             "train_iters": 100,
+            "train_samples": 1600,
             "world_size": 4,
             "flops_per_token": FLOPS,
             "causal_flops_per_token": CAUSAL,
