@@ -205,6 +205,7 @@ def _order(data: DataConfig, micro: int, dp_size: int) -> str:
 def loaders_of(
     config: RunConfig, datasets: Datasets, ctx: ParallelContext, tokens: Tokens
 ) -> Loaders:
+    """This rank's readers, in the order of --dataloader-type; evaluations never run out of data."""
     data = config.data
     needing = {
         "--eod-mask-loss": data.eod_mask_loss,
