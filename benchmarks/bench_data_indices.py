@@ -122,6 +122,34 @@ def exhaustive(helper: ModuleType | None, size: int, datasets: int, repeats: int
     row(f"exhaustive, {total:,} samples, {datasets} datasets", ours, theirs, repeats, total)
 
 
+def twin(size: int, datasets: int, repeats: int) -> None:
+    """numpy's blending beside one step at a time, of which a twentieth is measured."""
+    weights = np.random.default_rng(datasets).uniform(1, 10, datasets)
+    shares = weights / weights.sum()
+    few = max(size // 20, 1)
+
+    def one_by_one() -> Arrays:
+        taken, behind = np.zeros(datasets), np.empty(datasets)
+        chosen = np.empty(few, np.int16)
+        for step in range(few):
+            np.multiply(shares, max(float(step), 1.0), out=behind)
+            behind -= taken
+            chosen[step] = behind.argmax()
+            taken[chosen[step]] += 1.0
+        return (chosen,)
+
+    pairs = [(timed(lambda: (blend_index(shares, size, helpers=None).dataset,)), timed(one_by_one))
+             for _ in range(repeats)]  # fmt: skip
+    equal = all(np.array_equal(ours[1][0][:few], slow[1][0]) for ours, slow in pairs)
+    mine = min(ours[0] for ours, _ in pairs) / size
+    other = min(slow[0] for _, slow in pairs) / few
+    name = f"numpy twin, {size:,} samples, {datasets} datasets"
+    print(f"{name:<42} ours {mine * size:7.3f} s ({mine * 1e9:5.1f} ns each)   one at a time "
+          f"{other * size:7.3f} s   {other / mine:5.1f} x   arrays equal: {equal}")  # fmt: skip
+    if not equal:
+        raise SystemExit(f"{name}: the arrays differ")
+
+
 def shuffling(size: int, repeats: int) -> None:
     """numpy's RandomState.shuffle is the baseline."""
 
@@ -154,6 +182,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for datasets in (2, 10, 100):
         blending(helper, 20_000_000 // scale, datasets, asked.repeats)
     exhaustive(helper, 20_000_000 // scale, 10, asked.repeats)
+    for datasets in (2, 10, 100):
+        twin(1_000_000 // scale * (100 if COMPILED is None else 1), datasets, asked.repeats)
     shuffling(20_000_000 // scale, asked.repeats)
     return 0
 

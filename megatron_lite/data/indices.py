@@ -20,6 +20,8 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from megatron_lite.data import blending
+
 COMPILED: ModuleType | None
 try:
     COMPILED = importlib.import_module("megatron_lite.data._index_helpers")
@@ -147,7 +149,8 @@ def blend_index(
 ) -> BlendIndex:
     """The dataset furthest behind its share gets the next sample; on a tie the lowest number.
 
-    weights: positive shares that sum to 1; limits: samples a dataset has at most.
+    weights: positive shares that sum to 1; limits: samples a dataset has at most.  IndexError where
+    they are fewer than size.
     """
     shares = np.asarray(weights, dtype=np.float64)
     assert 0 < len(shares) <= MAX_DATASETS, len(shares)
@@ -157,22 +160,7 @@ def blend_index(
         most = np.asarray(limits, dtype=np.int64)
     if helpers is not None:
         return BlendIndex(*helpers.blend(shares.tolist(), most.tolist(), size))
-    dataset = np.empty(size, np.int16)
-    sample = np.empty(size, np.int64)
-    taken = np.zeros(len(shares), np.float64)
-    behind = np.empty(len(shares), np.float64)
-    spent = most <= 0
-    for k in range(size):
-        np.multiply(shares, max(float(k), 1.0), out=behind)
-        behind -= taken
-        behind[spent] = -np.inf
-        chosen = int(behind.argmax())  # the first of equals
-        assert not spent[chosen], "no dataset has samples left"
-        dataset[k] = chosen
-        sample[k] = int(taken[chosen])
-        taken[chosen] += 1.0
-        spent[chosen] = taken[chosen] >= most[chosen]
-    return BlendIndex(dataset, sample)
+    return BlendIndex(*blending.blend(shares, most, size))
 
 
 def exhaustive_blend_index(
