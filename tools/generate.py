@@ -26,7 +26,7 @@ from megatron_lite.checkpoint.manifest import NAME, TOKENIZER, Manifest
 from megatron_lite.checkpoint.store import Store
 from megatron_lite.checkpoint.tensor_file import DTYPES
 from megatron_lite.config.data import DataConfig
-from megatron_lite.config.errors import CheckpointError, ConfigError
+from megatron_lite.config.errors import CheckpointError, ConfigError, NumericsError
 from megatron_lite.config.exit import ToolParser, run_tool
 from megatron_lite.config.precision import PrecisionConfig
 from megatron_lite.data.provenance import ALLOW, made_with
@@ -215,8 +215,14 @@ def _load(store: Store, manifest: Manifest, ctx: ParallelContext, dtype: str | N
     with torch.no_grad():
         for local in parameters:
             local.parameter.zero_()
-    slices = weight_slices(parameters, ctx, owned=False)
+    slices = list(weight_slices(parameters, ctx, owned=False))
     store.load(manifest, exact_slices(slices, manifest.tensors))
+    for piece in slices:
+        if not torch.isfinite(piece.data).all():
+            raise NumericsError(
+                f"checkpoint {manifest.iteration} in {store.root}: {piece.name} holds values that are "
+                "not finite - take an older one with --ckpt-step"
+            )
     return model.eval()
 
 

@@ -130,7 +130,7 @@ def write_stream(
         written = Written(file.size, hashed.hexdigest())
         bad = list(dict.fromkeys(name for name, look in looks if not look.result()))
     if bad and not_finite is None:
-        raise NumericsError(f"{path}: {bad[0]} holds values that are not finite")
+        raise NumericsError(f"{bad[0]} holds values that are not finite: nothing is made of them")
     if not_finite is not None:
         not_finite += bad
     return written

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +18,7 @@ from megatron_lite.config.errors import CheckpointError, NumericsError, StorageE
 from megatron_lite.data.loader import Loader
 from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.telemetry.record import SaveRecord
+from tests.support.launch import TOOL
 from tests.train.runs import MLiteFault, Outcome, alone, curve, on_ranks, records, steps
 
 BIT_EXACT = {
@@ -226,12 +229,24 @@ def poisoned(data: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
     return folder
 
 
+@pytest.mark.ci
 def test_a_checkpoint_that_is_not_finite_is_refused_when_loaded(
-    data: list[str], poisoned: Path
+    data: list[str], poisoned: Path, tmp_path: Path
 ) -> None:
     done = alone(*data, "--load", str(poisoned))
     assert done.rc == NumericsError.exit_code
     assert f"checkpoint 2 in {poisoned}: the weight " in done.err and "--ckpt-step" in done.err
+    for tool, *words in (
+        ("generate.py", "--load", str(poisoned), "--use-cpu", "--prompt", "1 2"),
+        ("convert.py", str(poisoned), str(tmp_path / "theirs"), "--no-tokenizer"),
+    ):
+        ended = subprocess.run(
+            [sys.executable, str(TOOL.with_name(tool)), *words],
+            capture_output=True, text=True, timeout=90,
+        )  # fmt: skip
+        assert ended.returncode == NumericsError.exit_code, ended.stderr
+        assert "holds values that are not finite" in ended.stderr
+    assert not (tmp_path / "theirs").exists()
 
 
 def test_another_global_batch_goes_on_without_gap_or_repeat(
