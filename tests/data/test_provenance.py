@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
+import shutil
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -65,10 +67,26 @@ class Corpus:
             tokenizer=self.makers[name],
         )  # fmt: skip
 
+    def copied(self, folder: Path) -> Corpus:
+        """The pairs once more, for a test that changes them."""
+        mine = copy.copy(self)
+        mine.makers = dict(self.makers)
+        for name in ("a", "b", "silent"):
+            prefix = Path(getattr(self, name))
+            for file in prefix.parent.glob(f"{prefix.name}.*"):
+                shutil.copy(file, folder)
+            setattr(mine, name, str(folder / prefix.name))
+        return mine
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
+    return Corpus(tmp_path_factory.mktemp("corpus"))
+
 
 @pytest.fixture
-def corpus(tmp_path: Path) -> Corpus:
-    return Corpus(tmp_path)
+def corpus(made: Corpus, tmp_path: Path) -> Corpus:
+    return made.copied(tmp_path)
 
 
 def test_the_facts_name_the_tokenizer_and_its_end_of_document(corpus: Corpus) -> None:

@@ -15,6 +15,8 @@ from tests.tools.test_convert import MERGES, setting, theirs, tokenizer_files, t
 from tests.train.runs import alone
 from tools import convert
 
+pytestmark = pytest.mark.ci  # every folder of Hugging Face's takes a third of a second
+
 Capture = pytest.CaptureFixture[str]
 Change = Callable[[Path], object]
 
