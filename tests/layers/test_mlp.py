@@ -38,7 +38,7 @@ def mlp(parsed: Parsed) -> MLP:
         model=parsed.config.model, ctx=ParallelContext.serial(), padded_vocab_size=128,
         vocab_size=100, precision=parsed.config.precision,
     )  # fmt: skip
-    layer = MLP(setting)
+    layer = MLP(setting, 0)
     torch.manual_seed(0)
     with torch.no_grad():
         for parameter in layer.parameters():
