@@ -36,11 +36,12 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import parse_args, run
 
 from megatron_lite.config import rules
-from megatron_lite.config.errors import PREEMPTED, DistributedError
+from megatron_lite.config.errors import PREEMPTED, ConfigError, DistributedError
 from megatron_lite.config.exit import run_tool
 from megatron_lite.config.flags import parse
 from megatron_lite.config.run import RunConfig
-from megatron_lite.parallel.launch import Launch, gather_hosts
+from megatron_lite.data.present import require_local_files
+from megatron_lite.parallel.launch import Launch, gather_hosts, one_of_many
 from megatron_lite.train.stop import stop_signals
 
 USUAL_SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT"
@@ -63,7 +64,10 @@ def main() -> int:
     seconds = max(minutes * 60.0, 1.0)
     before = _stamp(folder)
     try:
+        _require_a_launcher_of_its_own(asked)
         hosts = _hosts(asked)
+        if config is not None and not config.train.needs_no_data:
+            require_local_files(config.data)  # before anybody is waited for
         store = gather_hosts(hosts, seconds) if hosts is not None else None
         run(asked)
         del store  # until here the other hosts need it
@@ -86,13 +90,41 @@ def _hosts(asked: argparse.Namespace) -> Launch | None:
     """This host among the others, or None where torchrun's own rendezvous was asked for or is local."""
     if not asked.nnodes.isdigit() or int(asked.nnodes) == 1 or asked.rdzv_backend != "static":
         return None
-    endpoint = asked.rdzv_endpoint or f"{asked.master_addr}:{asked.master_port or 29500}"
+    endpoint = asked.rdzv_endpoint or _master(asked)
     address, _, port = endpoint.rpartition(":")
     if not port.isdigit():
         return None
     return Launch(
         asked.node_rank, int(asked.nnodes), host=address.strip("[]"), port=int(port), noun="host"
     )
+
+
+def _master(asked: argparse.Namespace) -> str:
+    """Where host 0 is: as given, or as MASTER_ADDR and MASTER_PORT say, which torchrun does not read."""
+    ours = sys.argv[1 : len(sys.argv) - len(asked.training_script_args)]
+    if not any(word.replace("_", "-").startswith("--master-addr") for word in ours):
+        if "MASTER_ADDR" not in os.environ and "PET_MASTER_ADDR" not in os.environ:
+            raise ConfigError(
+                f"{asked.nnodes} nodes and no MASTER_ADDR: name the host of node 0 as the others reach it, "
+                "the same on every node (MASTER_ADDR=node0 or --master_addr node0), or start one node "
+                "(NUM_NODES=1, --nnodes 1)"
+            )
+        asked.master_addr = os.environ.get("MASTER_ADDR", asked.master_addr)
+        if not asked.master_port:
+            port = os.environ.get("MASTER_PORT", "")
+            asked.master_port = int(port) if port.isascii() and port.isdigit() else 29500
+    return f"{asked.master_addr}:{asked.master_port or 29500}"
+
+
+def _require_a_launcher_of_its_own(asked: argparse.Namespace) -> None:
+    """Raise ConfigError where several of these were started and each thinks that it is alone."""
+    others = one_of_many(of_torchrun=False) if asked.nnodes in ("1", "1:1") else None
+    if others is not None:
+        raise ConfigError(
+            f"{others}, and this launcher was told of one node: each would train alone, into one folder - "
+            "give every launcher --nnodes N and its own --node_rank (one per node: srun "
+            "--ntasks-per-node 1, NODE_RANK=$SLURM_NODEID), or start one"
+        )
 
 
 def exit_code(codes: Iterable[int]) -> int:

@@ -10,6 +10,7 @@ python tools/pretrain_gpt.py ... --rehearse --world-size 64     runs its ranks h
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import signal
 import sys
@@ -29,8 +30,10 @@ try:
     from megatron_lite.config.errors import ConfigError, MegatronLiteError
     from megatron_lite.config.exit import fatal_line
     from megatron_lite.config.flags import Parsed, parse
+    from megatron_lite.config.parallel import ParallelConfig
     from megatron_lite.config.run import RunConfig
     from megatron_lite.config.streams import outlive_output, settle_output
+    from megatron_lite.data.present import require_local_files
     from megatron_lite.data.provenance import end_of_document, made_with
     from megatron_lite.data.tokenizers.build import (
         build_tokenizer,
@@ -38,8 +41,9 @@ try:
         planned_vocab_size,
     )
     from megatron_lite.data.tokenizers.kept import tokenizer_files
-    from megatron_lite.planner.memory import Asked
+    from megatron_lite.planner.memory import Asked, RankMemory, memory
     from megatron_lite.planner.rehearsed import Measured, as_text, beside_plan
+    from megatron_lite.planner.shortage import beside_the_plan
 except ModuleNotFoundError as missing:  # a bare python: the first thing many try is a dry run
     print(f"FATAL[2] rank=- step=-: {sys.executable} lacks the package {missing.name}; `make setup` "
           "makes .venv with everything: activate it, or name a python that has it with PYTHON=",
@@ -155,6 +159,8 @@ def _train(parsed: Parsed, launch: Launch, failures: Failures) -> int:
             "for --dry-run and --rehearse: leave it out"
         )
     rules.check(config, launch.world_size)
+    failures.plan = functools.partial(_beside_the_plan, config, launch.world_size, launch.rank)
+    require_local_files(config.data)
     tokenizer = build_tokenizer(config.data, vocab_size=config.model.vocab_size)
     tokens = Tokens(
         vocab_size=model_vocab_size(tokenizer.vocab_size, config.model.vocab_size),
@@ -171,6 +177,22 @@ def _train(parsed: Parsed, launch: Launch, failures: Failures) -> int:
     if rows is not None and rows < own and config.data.tokenizer_type != "NullTokenizer":
         notices.append(f"--vocab-size {rows}: the tokenizer has {own} ids, so many rows are made")
     return train(config, launch, tokens, notices, failures)
+
+
+def _beside_the_plan(
+    config: RunConfig, world_size: int, rank: int, missing: float, *, on_gpu: bool
+) -> str:
+    """What to say of a rank's plan where so many bytes were missing."""
+
+    def planned(parallel: ParallelConfig, micro_batch_size: int) -> RankMemory:
+        train = dataclasses.replace(config.train, micro_batch_size=micro_batch_size)
+        changed = dataclasses.replace(config, parallel=parallel, train=train)
+        rules.check(changed, world_size)
+        blueprint = draw_up(changed, world_size)
+        asked = Asked(parallel, config.precision, config.optim, micro_batch_size, on_gpu=on_gpu)
+        return memory(blueprint, asked, pp_ranks=[blueprint.grid.coords(rank).pp])[0]
+
+    return beside_the_plan(config.parallel, config.train.micro_batch_size, planned, missing)
 
 
 def _start() -> int:

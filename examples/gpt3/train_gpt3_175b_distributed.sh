@@ -200,4 +200,7 @@ if [[ $PRINT_COMMAND == 1 ]]; then
     printf '%s\n' "${COMMAND[*]@Q}"
     exit 0
 fi
+if [[ $DRY_RUN$REHEARSE == 00 && -z ${MASTER_ADDR:-} ]] && ((NUM_NODES > 1)); then
+    die "NUM_NODES=$NUM_NODES and MASTER_ADDR is not set: name node 0 as the others reach it, the same on every node, or NUM_NODES=1"
+fi
 exec "${COMMAND[@]}"

@@ -47,6 +47,18 @@ class NumericsError(MegatronLiteError):
     exit_code = 7
 
 
+class OutOfMemory(MegatronLiteError):
+    """The run does not fit into the memory of a device or of the host: another configuration may."""
+
+    exit_code = 2
+
+
+class DeviceFault(MegatronLiteError):
+    """A device failed, and no other rank was lost before."""
+
+    exit_code = 6
+
+
 PREEMPTED = 75
 """Exit code of a run stopped on request from outside, its checkpoint saved: please requeue."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from datetime import timedelta
 from typing import Any, Protocol
 
 import torch
@@ -82,9 +83,15 @@ class ParallelContext:
         return cls(device=torch.device(device))
 
     @classmethod
-    def from_grid(cls, grid: RankGrid, rank: int, device: torch.device) -> ParallelContext:
-        """Make every group of the grid.  Collective over the world: all ranks call it alike."""
-        axes = {name: _axis(grid, name, rank) for name in ("tp", "cp", "dp", "pp")}
+    def from_grid(
+        cls, grid: RankGrid, rank: int, device: torch.device, *, timeout: timedelta | None = None
+    ) -> ParallelContext:
+        """Make every group of the grid.  Collective over the world: all ranks call it alike.
+
+        timeout: of every group's collectives; torch would give a new group its own default,
+        whatever the world has.
+        """
+        axes = {name: _axis(grid, name, rank, timeout) for name in ("tp", "cp", "dp", "pp")}
         if device.type == "cuda" and axes["pp"].size > 1:
             # NCCL: messages between two ranks of a group come after a collective of the whole group
             dist.all_reduce(torch.zeros(1, device=device), group=axes["pp"].group)
@@ -93,8 +100,8 @@ class ParallelContext:
             rank=rank,
             world_size=grid.world_size,
             **axes,
-            model=_axis(grid, "tp-pp", rank),
-            tied=_tied(grid, rank),
+            model=_axis(grid, "tp-pp", rank, timeout),
+            tied=_tied(grid, rank, timeout),
             world=_world(grid, rank),
         )
 
@@ -117,19 +124,19 @@ _AXES = ("tp", "cp", "dp", "pp", "model", "tied", "world")
 """Fields of ParallelContext that are axes."""
 
 
-def _axis(grid: RankGrid, axes: str, rank: int) -> Axis:
+def _axis(grid: RankGrid, axes: str, rank: int, timeout: timedelta | None) -> Axis:
     mine = Axis(axes)
     for ranks in grid.groups(axes):  # every rank makes every group, in the same order
-        group = dist.new_group(list(ranks)) if len(ranks) > 1 else None
+        group = dist.new_group(list(ranks), timeout=timeout) if len(ranks) > 1 else None
         if rank in ranks:
             mine = Axis(axes, ranks.index(rank), len(ranks), tuple(ranks), group)
     return mine
 
 
-def _tied(grid: RankGrid, rank: int) -> Axis:
+def _tied(grid: RankGrid, rank: int, timeout: timedelta | None) -> Axis:
     mine = Axis("tied", ranks=(rank,))
     for ranks in grid.tied_groups():
-        group = dist.new_group(list(ranks)) if len(ranks) > 1 else None
+        group = dist.new_group(list(ranks), timeout=timeout) if len(ranks) > 1 else None
         if rank in ranks:
             mine = Axis("tied", ranks.index(rank), len(ranks), ranks, group)
     return mine

@@ -16,7 +16,11 @@ from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-
 from megatron_lite.config.errors import ConfigError, DistributedError
 from megatron_lite.config.parallel import ParallelConfig
 from megatron_lite.parallel.liveness import Alone, Liveness, Presence, differences, roll_call
+from megatron_lite.parallel.reminder import Reminder, numbers
 from megatron_lite.parallel.watch import Limits
+
+_NCCL_FAILED = "exception_dump"
+"""Key of torch's ProcessGroupNCCL, outside of every prefix, so that it survives a restart."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +50,15 @@ def read_launch() -> Launch:
     fault = os.environ.get("MLITE_FAULT") or None
     given = {n: os.environ[n] for n in ("RANK", "WORLD_SIZE", "LOCAL_RANK") if n in os.environ}
     if "RANK" not in given and "WORLD_SIZE" not in given:
+        others = one_of_many()
+        if others is not None:
+            raise ConfigError(
+                f"{others}, and RANK is not set: every one of them would train alone, into one folder - "
+                "start one tools/launch.py per node, which starts its ranks (srun --ntasks-per-node 1 "
+                "... --nnodes N --node_rank K --nproc_per_node G, see examples/gpt3/README.md), or set "
+                "RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT for each; for one process, "
+                "start one"
+            )
         return Launch(fault=fault)
     if not {"RANK", "WORLD_SIZE"} <= given.keys():
         raise ConfigError(
@@ -81,6 +94,35 @@ def read_launch() -> Launch:
     )
 
 
+TASKS = (
+    ("SLURM_STEP_NUM_TASKS", "srun started {} tasks"),
+    ("OMPI_COMM_WORLD_SIZE", "mpirun started {} processes"),
+    ("PMI_SIZE", "mpirun started {} processes"),
+    ("MV2_COMM_WORLD_SIZE", "mpirun started {} processes"),
+    ("PALS_SIZE", "mpiexec started {} processes"),
+    ("PET_NNODES", "torchrun's settings ask for {} nodes"),
+)
+"""Variables that count the copies of this process, and what more than one means."""
+
+
+def one_of_many(*, of_torchrun: bool = True) -> str | None:
+    """Says so where a launcher that is not torchrun started this process beside others like it.
+
+    of_torchrun: whether torchrun's own settings (PET_*), which only torchrun reads, count.
+    A batch script is one process however many tasks its job has: only a step counts its own.
+    """
+    for name, what in TASKS:
+        text = os.environ.get(name, "").rpartition(":")[2]  # PET_NNODES may be MIN:MAX
+        if not of_torchrun and name.startswith("PET_"):
+            continue
+        if text.isascii() and text.isdigit() and int(text) > 1:
+            return f"{what.format(text)} ({name}={os.environ[name]})"
+    number = os.environ.get("SLURM_PROCID", "")
+    if number.isascii() and number.isdigit() and int(number) > 0:
+        return f"srun started this as task {number} of several (SLURM_PROCID={number})"
+    return None
+
+
 def _number(name: str, otherwise: str = "") -> int:
     text = os.environ.get(name, otherwise)
     if not (text.isascii() and text.isdigit()):
@@ -113,24 +155,29 @@ def choose_device(launch: Launch, *, use_cpu: bool, backend: str | None) -> torc
 
 
 def set_device_environment(
-    parallel: ParallelConfig, device: torch.device, *, deterministic: bool = False
+    parallel: ParallelConfig, *, use_cpu: bool, deterministic: bool = False
 ) -> list[str]:
-    """What CUDA reads from the environment, before it starts; returns notices.
+    """What CUDA and NCCL read from the environment once, when they start; returns notices for a GPU.
 
-    deterministic: a fixed workspace for cuBLAS, and for NCCL an algorithm that adds in one order;
-    what is set already stays.
+    To be called before anything asks CUDA, choose_device() included: the flags alone decide.  What
+    is set already is the user's and stays.  deterministic: a fixed workspace for cuBLAS, and for
+    NCCL an algorithm that adds in one order.
     """
-    if device.type != "cuda":
+    if use_cpu or parallel.distributed_backend == "gloo":
         return []
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         os.environ.setdefault("NCCL_ALGO", "Ring")
     if parallel.tp * parallel.cp == 1:
         return []
-    if os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS") == "1":
-        return []
-    os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
-    return ["CUDA_DEVICE_MAX_CONNECTIONS set to 1: tensor-parallel overlap needs it"]
+    name = "CUDA_DEVICE_MAX_CONNECTIONS"
+    if name in os.environ:
+        asked = os.environ[name]
+        return [] if asked == "1" else [f"{name}={asked}, as set in the environment"]
+    if torch.cuda.is_initialized():
+        return [f"{name} is not set, and CUDA has started: tensor-parallel overlap may be less"]
+    os.environ[name] = "1"
+    return [f"{name} set to 1: tensor-parallel overlap needs it"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,12 +216,17 @@ def gather(launch: Launch, parallel: ParallelConfig, *, end: Callable[[str], Non
     )  # fmt: skip
     try:
         liveness.announce()
+        if (
+            launch.rank == 0
+        ):  # before anybody can go on: NCCL's watchdog of an attempt before left it,
+            store.delete_key(_NCCL_FAILED)  # and would end this one after its heartbeat timeout
         missing = roll_call(
             store,
             prefix=prefix,
             rank=launch.rank,
             world_size=launch.world_size,
             seconds=max(seconds - (time.monotonic() - began), 1.0),
+            remind=_reminder(launch, seconds).missing,
         )
     except ValueError as error:
         raise ConfigError(f"{error}: give every process its own RANK") from error
@@ -203,6 +255,7 @@ def gather_hosts(hosts: Launch, seconds: float) -> Store:
             rank=hosts.rank,
             world_size=hosts.world_size,
             seconds=seconds,
+            remind=_reminder(hosts, seconds).missing,
         )
     except ValueError as error:
         what = f"two launchers say they are {hosts.noun} {hosts.rank}"
@@ -217,7 +270,7 @@ def gather_hosts(hosts: Launch, seconds: float) -> Store:
 
 def _came(launch: Launch, missing: list[int]) -> str:
     came = launch.world_size - len(missing)
-    shown = ", ".join(map(str, missing[:16])) + (" ..." if missing[16:] else "")
+    shown = numbers(missing)
     return f"{came} of {launch.world_size} {launch.noun}s came, missing: {launch.noun} {shown}"
 
 
@@ -302,8 +355,22 @@ def _connect(launch: Launch, seconds: float) -> Store:
     return store
 
 
+def _reminder(launch: Launch, seconds: float) -> Reminder:
+    """Hosts are started one by one, ranks together: those are waited for in silence at first."""
+    return Reminder(
+        launch.noun,
+        launch.rank,
+        launch.world_size,
+        f"{launch.host}:{launch.port}",
+        seconds,
+        after=0.0 if launch.noun == "host" else 5.0,
+        silent=launch.local_rank > 0,
+    )
+
+
 def _wait_for_port(launch: Launch, end: float, seconds: float) -> None:
     """torch's client logs every refusal with a stack; knocking first keeps a slow start quiet."""
+    reminder = _reminder(launch, seconds)
     while True:
         try:
             socket.create_connection((launch.host, launch.port), timeout=2.0).close()
@@ -312,6 +379,7 @@ def _wait_for_port(launch: Launch, end: float, seconds: float) -> None:
             if time.monotonic() > end:
                 what = f"nobody answers there ({error}): {launch.noun} 0, which holds the store, is missing"
                 raise _cannot_join(launch, seconds, what) from error
+            reminder.say(f"nobody answers there yet ({error})")
         time.sleep(0.05)
 
 

@@ -248,23 +248,35 @@ def _step(step: int | None) -> str:
 
 
 def roll_call(
-    store: Store, *, prefix: str, rank: int, world_size: int, seconds: float
+    store: Store,
+    *,
+    prefix: str,
+    rank: int,
+    world_size: int,
+    seconds: float,
+    remind: Callable[[Callable[[], list[int]]], None] = lambda missing: None,
 ) -> list[int]:
     """Wait until all ranks have called; returns the ranks still missing after `seconds`.
 
-    Raises ValueError where two processes say they are this rank.
+    remind: called again and again while there are some, with what finds them.  Raises ValueError
+    where two processes say they are this rank.
     """
     if store.add(f"{prefix}/present/{rank}", 1) > 1:
         raise ValueError(f"two processes say they are rank {rank}")
     missing = list(range(world_size))
     end = time.monotonic() + seconds
     pause = 0.005
+
+    def absent() -> list[int]:
+        return [r for r in missing if not store.check([f"{prefix}/present/{r}"])]
+
     while True:
         # the first missing rank is enough to know that we are not complete
         while missing and store.check([f"{prefix}/present/{missing[0]}"]):
             missing.pop(0)
         if not missing or time.monotonic() > end:
-            return [r for r in missing if not store.check([f"{prefix}/present/{r}"])]
+            return absent()
+        remind(absent)
         time.sleep(pause)
         pause = min(2 * pause, 0.25)
 

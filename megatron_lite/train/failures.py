@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import faulthandler
 import json
 import os
+import re
 import signal
 import sys
 import threading
@@ -12,14 +14,17 @@ import time
 import traceback
 from pathlib import Path
 from types import FrameType
+from typing import Protocol
 
 import torch
 
 from megatron_lite.config.errors import (
     ConfigError,
     DataError,
+    DeviceFault,
     DistributedError,
     MegatronLiteError,
+    OutOfMemory,
 )
 from megatron_lite.config.exit import BUG, fatal_line
 from megatron_lite.config.streams import settle_output
@@ -53,7 +58,8 @@ class Failures:
 
     folder: the run folder, as soon as there is one; entered: whether it is this run's, so that
     nothing is written into another's.  torchrun hides a worker's exit code, so errors/rank<r>.json
-    there keeps it.  speaks_first: of the ranks of a host that fail alike.
+    there keeps it.  speaks_first: of the ranks of a host that fail alike.  device, plan: what the
+    rank runs on, and what to say where its memory was too small by so many bytes.
     """
 
     def __init__(
@@ -63,6 +69,8 @@ class Failures:
         self.speaks_first = speaks_first
         self.presence: Presence = Alone()
         self.entered = False
+        self.device = torch.device("cpu")
+        self.plan: Plan = _no_plan
         self._once = threading.Lock()
 
     def report(self, error: BaseException) -> int:
@@ -97,6 +105,25 @@ class Failures:
         os._exit(code)
 
     def _in_our_words(self, error: BaseException) -> BaseException:
+        if out_of_memory(error):
+            missing = missing_bytes(str(error))
+            where = "host memory" if self.device.type == "cpu" else f"memory of {self.device}"
+            return OutOfMemory(
+                f"rank {self.rank} is out of {where}: {_first_line(error)[:300]}{_held(self.device)}"
+                + self.plan(missing, on_gpu=self.device.type == "cuda")
+            )
+        if isinstance(error, RuntimeError) and device_failed(error):
+            first = _first_line(error)
+            verdict = self.presence.explain(first)
+            if (
+                first not in verdict
+            ):  # a lost rank takes its memory with it: its neighbours' kernels fail
+                return DistributedError(verdict)
+            return DeviceFault(
+                f"rank {self.rank}: {self.device} failed and no rank is missing: {first} - look at the "
+                "node's log (dmesg: Xid) and leave the node out if it comes again; "
+                "CUDA_LAUNCH_BLOCKING=1 names the line"
+            )
         if isinstance(error, RuntimeError) and failed_collective(error):
             return DistributedError(self.presence.explain(_first_line(error)))
         return error
@@ -136,6 +163,18 @@ class Failures:
             print(f"({path} cannot be written: {problem})", file=sys.stderr)
 
 
+NO_ROOM = (
+    "CUDA out of memory", "'out of memory'", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED",
+    "can't allocate memory", "Cannot allocate memory", "not enough memory",
+)  # fmt: skip
+"""Parts of the texts of errors that are about memory and have no class of their own."""
+
+DEVICE_SIGNS = (
+    "CUDA error:", "CUDA driver error", "CUBLAS_STATUS_", "CUDNN_STATUS_", "cudaError",
+    "an illegal memory access", "device-side assert",
+)  # fmt: skip
+
+
 def stacks_on_signal() -> None:
     """SIGUSR2 prints where every thread is, on stderr, and the run goes on.
 
@@ -155,6 +194,57 @@ def end_process(code: int) -> None:
     """Leave without destructors: those of a process group wait for ranks that are gone."""
     settle_output()
     os._exit(code)
+
+
+class Plan(Protocol):
+    """What to say of a rank's planned memory, where so many bytes were missing."""
+
+    def __call__(self, missing: float, *, on_gpu: bool) -> str:
+        """Begins with a dash; names a way out."""
+        ...
+
+
+def _held(device: torch.device) -> str:
+    if device.type != "cuda" or not torch.cuda.is_initialized():
+        return ""
+    free, total = torch.cuda.mem_get_info(device)
+    held = torch.cuda.memory_allocated(device)
+    return f" - tensors hold {held / 2**30:.2f} GiB, {free / 2**30:.2f} of {total / 2**30:.2f} GiB are free"
+
+
+def _no_plan(missing: float, *, on_gpu: bool) -> str:
+    return " - lower --micro-batch-size or split the model further"
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether a device or the host had no room, as torch and Python say it."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    text = str(error)
+    return isinstance(error, RuntimeError) and any(sign in text for sign in NO_ROOM)
+
+
+def missing_bytes(text: str) -> float:
+    """How much was asked for and not there; 0 where the text does not say.
+
+    >>> missing_bytes("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has ...")
+    2684354560.0
+    """
+    found = re.search(r"[Tt]ried to allocate ([\d.]+) ?(bytes|[KMGT]iB)", text)
+    unit = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+    return float(found[1]) * unit[found[2]] if found else 0.0
+
+
+def device_failed(error: RuntimeError) -> bool:
+    """Whether CUDA says so: an error of a kernel, of memory access, of the device itself."""
+    if isinstance(error, torch.distributed.DistError):
+        return False
+    kind = getattr(torch, "AcceleratorError", None)  # torch < 2.8 has none
+    return (kind is not None and isinstance(error, kind)) or any(
+        sign in str(error) for sign in DEVICE_SIGNS
+    )
 
 
 def _first_line(error: BaseException) -> str:

@@ -7,6 +7,7 @@ import functools
 import hashlib
 import json
 import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -67,11 +68,11 @@ def train(
     """
     stacks_on_signal()
     faults = read_fault(launch.fault, launch.rank, launch.world_size, launch.attempt)
-    device = choose_device(
-        launch, use_cpu=config.train.use_cpu, backend=config.parallel.distributed_backend
-    )
-    deterministic = config.train.deterministic_mode
-    notices += set_device_environment(config.parallel, device, deterministic=deterministic)
+    deterministic, use_cpu = config.train.deterministic_mode, config.train.use_cpu
+    said = set_device_environment(config.parallel, use_cpu=use_cpu, deterministic=deterministic)
+    device = choose_device(launch, use_cpu=use_cpu, backend=config.parallel.distributed_backend)
+    failures.device = device
+    notices += said if device.type == "cuda" else []
     if deterministic:
         be_deterministic()
     notices += cpu_notices(config.precision, config.telemetry, device)
@@ -208,7 +209,12 @@ def open_session(
     """Open data, model, checkpoint and logs.  Collective over the world."""
     blueprint = draw_up(config, launch.world_size)
     ctx = (
-        ParallelContext.from_grid(blueprint.grid, launch.rank, device)
+        ParallelContext.from_grid(
+            blueprint.grid,
+            launch.rank,
+            device,
+            timeout=timedelta(minutes=config.parallel.distributed_timeout_minutes),
+        )
         if launch.world_size > 1
         else ParallelContext.serial(device)
     )

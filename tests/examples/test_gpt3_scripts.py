@@ -66,7 +66,9 @@ def run(
     cwd: Path = ROOT,
     timeout: float = 120,
 ) -> subprocess.CompletedProcess[str]:
-    """The script in an environment that holds PATH and `env` only."""
+    """The script in an environment that holds PATH and `env` only; a real start has a MASTER_ADDR."""
+    if "PRINT_COMMAND" not in (env or {}):
+        env = {"MASTER_ADDR": "localhost", **(env or {})}
     return subprocess.run(
         ["bash", str(script), *paths],
         cwd=cwd,
@@ -288,6 +290,16 @@ def test_a_fifth_argument_is_refused_with_the_way_out() -> None:
     done = run(TRAIN, *PATHS, "/data/corpus")
     assert done.returncode == 2
     assert "takes 4 paths, got 5" in done.stderr and "DATASET" in done.stderr
+
+
+@pytest.mark.parametrize("script", [TRAIN, TGS])
+def test_several_nodes_and_no_address_are_refused_at_once(script: Path) -> None:
+    done = run(script, *PATHS, env={"MASTER_ADDR": "", "PYTHON": "true"})
+    assert done.returncode == 2 and "NUM_NODES=8 and MASTER_ADDR is not set" in done.stderr
+    assert (
+        run(script, *PATHS, env={"MASTER_ADDR": "", "PYTHON": "true", "NUM_NODES": "1"}).returncode
+        == 0
+    )
 
 
 def test_help_is_the_usage_text() -> None:

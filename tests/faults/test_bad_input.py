@@ -112,7 +112,7 @@ TRAINING: dict[str, Row] = {
         lambda folder: ["--data-path", str(folder / "no")], 3, ["{folder}/no", "prefix"]
     ),
     "index missing": Row(data(lambda f: os.remove(f / "d.idx")), 3, ["{folder}/d", "prefix"]),
-    "tokens missing": Row(data(lambda f: os.remove(f / "d.bin")), 3, ["{folder}/d.bin", "exist"]),
+    "tokens missing": Row(data(lambda f: os.remove(f / "d.bin")), 3, ["{folder}/d.bin", "not on this machine"]),
     "truncated by a byte": Row(
         data(lambda f: os.truncate(f / "d.bin", 2399)), 3,
         ["{folder}/d.bin", "2399 bytes, expected 2400"],

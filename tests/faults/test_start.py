@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import os
 import re
@@ -19,10 +20,12 @@ import pytest
 
 from megatron_lite.checkpoint.store import Store
 from megatron_lite.config.errors import ConfigError, DistributedError, StorageError
+from megatron_lite.config.exit import run_tool
 from megatron_lite.config.run import RunConfig
 from megatron_lite.data.tokenizers.gpt2_bpe import byte_characters
+from megatron_lite.parallel import reminder
 from megatron_lite.parallel.context import ParallelContext
-from megatron_lite.parallel.launch import Launch, gather_hosts, read_launch
+from megatron_lite.parallel.launch import TASKS, Launch, gather_hosts, one_of_many, read_launch
 from megatron_lite.storage.disk import Disk
 from megatron_lite.train import session
 from megatron_lite.train.faults import Fault, NoFaults, read_fault
@@ -40,6 +43,7 @@ from tests.support.launch import (
 
 QUICK = [*TINY, "--distributed-timeout-minutes", "0.05"]
 
+MODEL = [word for word in TINY if word != "--mock-data"]
 GOOD = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 ENVIRONMENTS: dict[str, tuple[dict[str, str | None], str]] = {
     "no MASTER_ADDR": ({"MASTER_ADDR": None}, "MASTER_ADDR are not set.*torch.distributed.run"),
@@ -76,6 +80,37 @@ def test_the_environment_of_torchrun_is_read(monkeypatch):
     read = read_launch()
     assert (read.rank, read.world_size, read.local_rank, read.attempt) == (1, 2, 0, 3)
     assert (read.host, read.port, read.agent_holds_store) == ("127.0.0.1", 29500, True)
+
+
+LAUNCHERS: dict[str, tuple[dict[str, str | None], str | None]] = {
+    "srun, task 2 of 4": ({"SLURM_PROCID": "2", "SLURM_STEP_NUM_TASKS": "4"}, "srun started 4 tasks"),
+    "srun, task 0 of 4": ({"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "4"}, "srun started 4 tasks"),
+    "srun, only the number": ({"SLURM_PROCID": "1"}, "as task 1 of several"),
+    "Open MPI": ({"OMPI_COMM_WORLD_SIZE": "2"}, "mpirun started 2 processes"),
+    "MPICH": ({"PMI_SIZE": "3"}, "mpirun started 3 processes"),
+    "nodes of torchrun": ({"PET_NNODES": "2"}, "settings ask for 2 nodes"),
+    "a range of nodes": ({"PET_NNODES": "1:4"}, "settings ask for 4 nodes .PET_NNODES=1:4"),
+    "a batch script": (
+        {"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_JOB_NUM_NODES": "2"}, None),
+    "its own single step": ({"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"}, None),
+    "one of each": ({"OMPI_COMM_WORLD_SIZE": "1", "PMI_SIZE": "1", "PET_NNODES": "1"}, None),
+    "no numbers": ({"SLURM_PROCID": "", "PET_NNODES": "many", "PMI_SIZE": "-2"}, None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LAUNCHERS)
+def test_copies_that_know_nothing_of_each_other_are_refused(monkeypatch, name):
+    values, message = LAUNCHERS[name]
+    for variable, _ in TASKS:
+        monkeypatch.delenv(variable, raising=False)
+    set_environment(monkeypatch, values)
+    if message is None:
+        assert read_launch().world_size == 1 and one_of_many() is None
+        return
+    with pytest.raises(ConfigError, match=f"{message}.*RANK is not set.*tools/launch.py per node"):
+        read_launch()
+    set_environment(monkeypatch, GOOD | values)  # torchrun, or the user, has said who is who
+    assert read_launch().rank == 1
 
 
 WRONG_FAULTS = {
@@ -198,6 +233,78 @@ def test_a_launcher_names_the_hosts_that_do_not_come_and_two_that_are_the_same()
     assert problems[0] is None and sum(problem is None for problem in problems) == 2
     (twins,) = filter(None, problems)
     assert isinstance(twins, ConfigError) and "two launchers say they are host 1" in str(twins)
+
+
+def test_what_a_launcher_waits_for_is_said_at_once_and_again(monkeypatch, capsys):
+    monkeypatch.setattr(reminder, "SECONDS", 0.4)
+    here = Launch(0, 9, host="127.0.0.1", port=free_port(), noun="host")
+    with ThreadPoolExecutor(2) as threads:
+        waiting = [
+            threads.submit(gather_hosts, dataclasses.replace(here, rank=r), 1.5) for r in (0, 2)
+        ]
+        assert all(isinstance(end.exception(), DistributedError) for end in waiting)
+    said = [
+        line for line in capsys.readouterr().out.splitlines() if line.startswith("host 0 waits")
+    ]
+    assert len(said) >= 3 and f"waits at 127.0.0.1:{here.port}" in said[0]
+    assert "hosts present: 0, 2; missing: 1, 3-8 - for up to " in said[-1]
+    assert "MASTER_ADDR" in said[0] and "--distributed-timeout-minutes" in said[0]
+    alone = dataclasses.replace(here, rank=1, port=free_port())
+    with pytest.raises(DistributedError):
+        gather_hosts(alone, 0.3)
+    assert "host 1 waits at" in (said := capsys.readouterr().out) and "nobody answers" in said
+
+
+def test_ranks_are_waited_for_in_silence_at_first(capsys):
+    quiet = reminder.Reminder("rank", 0, 4, "node0:1", 600.0, after=5.0)
+    quiet.missing(lambda: [1])
+    reminder.Reminder("rank", 1, 4, "node0:1", 600.0, silent=True).missing(lambda: [0])
+    assert capsys.readouterr().out == ""
+    reminder.Reminder("rank", 0, 4, "node0:1", 600.0).missing(lambda: [1, 3])
+    assert "ranks present: 0, 2; missing: 1, 3" in capsys.readouterr().out
+
+
+HOSTS = ["--nnodes", "8", "--nproc_per_node", "1", "--node_rank", "0"]
+SOUND = ["--mock-data", "--global-batch-size", "16"]
+MASTER = ["--master_addr", "127.0.0.1", "--master_port", "1"]
+WRONG_STARTS: dict[str, tuple[dict[str, str], list[str], list[str], int, str]] = {
+    "several nodes, none named": ({}, HOSTS, SOUND, 2, "8 nodes and no MASTER_ADDR"),
+    "srun without numbers": (
+        {"SLURM_STEP_NUM_TASKS": "4"}, ["--nproc_per_node", "2"], SOUND, 2, "srun started 4 tasks"),
+    "mpirun without numbers": (
+        {"OMPI_COMM_WORLD_SIZE": "2"}, ["--nnodes", "1"], SOUND, 2, "mpirun started 2 processes"),
+    "no files": (
+        {}, [*HOSTS, *MASTER],
+        ["--data-path", "0.5", "a", "0.5", "b", "--global-batch-size", "16",
+         "--tokenizer-type", "GPT2BPETokenizer",
+         "--vocab-file", "no/vocab.json", "--merge-file", "no/merges.txt"],
+        3, "--vocab-file no/vocab.json\n  --merge-file no/merges.txt\n  data a.idx\n  data a.bin\n  data b"),
+    "no such flag": ({}, [*HOSTS, *MASTER], ["--learning", "1"], 2, "--learning"),
+    "no such layout": ({}, [*HOSTS, *MASTER], ["--tensor-model-parallel-size", "3"], 2, "8 ranks"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG_STARTS)
+def test_a_launcher_says_at_once_what_is_wrong_here(monkeypatch, tmp_path, capsys, name):
+    env, flags, words, code, message = WRONG_STARTS[name]
+    monkeypatch.chdir(tmp_path)
+    set_environment(monkeypatch, dict(env))
+    monkeypatch.setattr("sys.argv", ["launch.py", *flags, str(TOOL), *with_flags(MODEL, *words)])
+    spec = importlib.util.spec_from_file_location("launch_tool", TOOL.with_name("launch.py"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(module, "run", lambda asked: pytest.fail("torchrun was started"))
+    monkeypatch.setattr(module, "gather_hosts", lambda *_: pytest.fail("the hosts were waited for"))
+    assert run_tool(module.main, argv=[]) == code
+    said = capsys.readouterr().err
+    assert message in said and said.count("FATAL[") == 1
+
+
+def test_files_that_are_not_here_are_told_before_anybody_is_waited_for(tmp_path):
+    """One rank of two: the other never comes."""
+    gone = with_flags(MODEL, "--data-path", str(tmp_path / "text"), "--vocab-size", "61")
+    said = fatal(launch(2, gone, only=[0], deadline=30), 3)
+    assert f"data {tmp_path}/text.idx" in said and f"data {tmp_path}/text.bin" in said
 
 
 def test_a_signal_while_waiting_for_the_others_ends_at_once():

@@ -1,0 +1,68 @@
+"""What to say where a rank's memory was too small: its plan, and the cheapest change that frees enough."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from megatron_lite.config.errors import ConfigError
+from megatron_lite.config.parallel import ParallelConfig
+from megatron_lite.planner.memory import RankMemory
+
+Planned = Callable[[ParallelConfig, int], RankMemory]
+"""(layout, micro batch size) -> the rank's memory in the same run; ConfigError where no rule allows it."""
+
+_SHOWN = 4
+
+
+def beside_the_plan(
+    parallel: ParallelConfig, micro_batch_size: int, planned: Planned, missing: float
+) -> str:
+    """The rank's plan, and the first change that frees more than what was missing (0: not known)."""
+    now = planned(parallel, micro_batch_size)
+    largest = sorted(now.kinds.items(), key=lambda kind: -kind[1])[:_SHOWN]
+    listed = ", ".join(f"{name} {_gib(size)}" for name, size in largest)
+    said = f" - planned {_gib(now.total)} ({listed})"
+    for flags, layout, micro_batch in _changes(parallel, micro_batch_size):
+        try:
+            freed = now.total - planned(layout, micro_batch).total
+        except ConfigError:
+            continue
+        if freed > missing * 1.1:
+            return f"{said} - the cheapest change by the plan: {flags} frees {_gib(freed)}"
+    return f"{said} - no single change frees enough: split the model over more ranks, see tools/plan.py"
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:.2f} GiB"
+
+
+def _changes(p: ParallelConfig, micro: int) -> Iterator[tuple[str, ParallelConfig, int]]:
+    """From what costs next to nothing to what costs a third of the speed."""
+
+    def with_(**changes: Any) -> ParallelConfig:
+        return dataclasses.replace(p, **changes)
+
+    if not p.use_distributed_optimizer:
+        yield "--use-distributed-optimizer", with_(use_distributed_optimizer=True), micro
+    if not p.sequence_parallel and p.tp > 1:
+        yield "--sequence-parallel", with_(sequence_parallel=True), micro
+    if micro > 1:
+        yield f"--micro-batch-size {micro // 2}", p, micro // 2
+    if p.recompute_granularity is None:
+        selective = with_(recompute_granularity="selective")
+        yield "--recompute-granularity selective", selective, micro
+    if p.recompute_granularity != "full":
+        full = with_(
+            recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1
+        )
+        flags = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
+        yield flags, full, micro
+    if micro > 2:
+        yield "--micro-batch-size 1", p, 1
+    for flag, name, size in (
+        ("--tensor-model-parallel-size", "tensor_model_parallel_size", p.tp * 2),
+        ("--pipeline-model-parallel-size", "pipeline_model_parallel_size", p.pp * 2),
+    ):
+        yield f"{flag} {size}", with_(**{name: size}), micro
