@@ -308,6 +308,22 @@ def from_rank_0(launch: Launch, world: World, find: Callable[[], str]) -> str:
     return bytes(world.store.get(key)).decode()
 
 
+def wait_for_all(world: World, name: str, world_size: int) -> None:
+    """Return when all ranks have come here, however long one of them works before it.
+
+    A collective would end everybody after --distributed-timeout-minutes; here the watch over the
+    ranks decides: who is lost, or no longer gets on, ends the wait.  name: once per run.
+    """
+    if world.store is None:
+        return
+    key = f"{world.prefix}/all/{name}"
+    come, pause = world.store.add(key, 1), 0.01
+    while come < world_size:
+        time.sleep(pause)
+        pause = min(2 * pause, 0.5)
+        come = world.store.add(key, 0)
+
+
 def start_process_group(
     launch: Launch, parallel: ParallelConfig, device: torch.device, world: World
 ) -> None:

@@ -20,7 +20,7 @@ from typing import Protocol
 
 from torch.distributed import Store  # type: ignore[attr-defined]
 
-from megatron_lite.parallel.watch import Beat, Limits, Watch, place_of
+from megatron_lite.parallel.watch import Beat, Limits, Watch, place_of, work_of
 
 NO_VERDICT = b"-"
 
@@ -237,7 +237,9 @@ class Liveness:
     def _beat(self) -> Beat:
         self._count += 1
         place, waits = place_of(self._main)
-        return Beat(self._count, self._phase, self.step, self._ticks, place, waits)
+        # in a step a rank that computes for ever hangs; before it, host work has no smaller parts
+        work = 0 if waits or self._phase != "start" else work_of(self._main)
+        return Beat(self._count, self._phase, self.step, self._ticks, place, waits, work)
 
     def _key(self, *parts: object) -> str:
         return "/".join([self._prefix, *map(str, parts)])

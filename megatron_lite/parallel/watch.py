@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
-from dataclasses import dataclass, field, replace
+import time
+from dataclasses import astuple, dataclass, field, replace
+from pathlib import Path
 from types import FrameType
+
+_IO = Path("/proc/self/io")
 
 MISSED_BEATS = 5
 """Own beats without one of another rank, after a collective failed, before that rank is named."""
@@ -41,7 +46,11 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Beat:
-    """What a rank says of itself: phase is start, train, failed (a collective) or ended."""
+    """What a rank says of itself: phase is start, train, failed (a collective) or ended.
+
+    work: grows with the processor time and the bytes read or written of a rank that prepares
+    something while others wait: one call that builds an index for minutes is no hang.
+    """
 
     count: int
     phase: str = "start"
@@ -49,10 +58,11 @@ class Beat:
     ticks: int = 0
     place: str = "?"
     waits: bool = False
+    work: int = 0
 
     def to_bytes(self) -> str:
         """As JSON."""
-        return json.dumps([self.count, self.phase, self.step, self.ticks, self.place, self.waits])
+        return json.dumps(list(astuple(self)))
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Beat:
@@ -78,6 +88,17 @@ def place_of(thread: int | None) -> tuple[str, bool]:
     waits = any(part in _file(innermost) for part in WAITING_IN)
     name = _file(frame).rpartition("megatron_lite/")[2]
     return f"megatron_lite/{name}:{frame.f_lineno} {frame.f_code.co_name}", waits
+
+
+def work_of(thread: int | None) -> int:
+    """Tenths of a second the thread has computed, and megabytes the process has read or written."""
+    tenths = megabytes = 0
+    with contextlib.suppress(OSError, AttributeError):  # another system; a thread that has ended
+        tenths = int(10 * time.clock_gettime(time.pthread_getcpuclockid(thread or 0)))
+    with contextlib.suppress(OSError, ValueError):
+        counted = dict(line.split(": ") for line in _IO.read_text().splitlines())
+        megabytes = sum(int(counted[name]) for name in ("read_bytes", "write_bytes")) >> 20
+    return tenths + megabytes
 
 
 def _file(frame: FrameType) -> str:
@@ -184,10 +205,6 @@ class Watch:
 
     def _hanging(self, now: float) -> str | None:
         living = [(r, s) for r, s in self._seen.items() if s.beat.phase != "ended"]
-        if any(seen.beat.phase == "start" for _, seen in living):
-            return (
-                None  # data is indexed or kernels are compiled: the process group has its timeout
-            )
         moves = any(now - seen.same_since <= self.limits.start for _, seen in living)
         busy = [rank for rank, seen in living if not seen.beat.waits]
         if moves or not busy or len(busy) == len(living):

@@ -6,6 +6,7 @@
     MLITE_FAULT=save.after_share:0:exit     rank 0 leaves after writing its share of a checkpoint
 
 points   init                   the ranks have met, the process group comes
+         data                   this rank opens its data, while others wait for it
          start                  data, model and checkpoint are open, no step yet
          step<N>                iteration N (from 1) begins
          step<N>.forward        a stage's first forward of it
@@ -21,6 +22,7 @@ points   init                   the ranks have met, the process group comes
 actions  sigkill sigstop sigterm sigint    that signal to the rank itself
          exit                   end at once, code 9, without a word
          sleep<seconds> hang    stay in Python
+         busy<seconds>          compute so long
          error<code>            raise the failure of that exit code (2 to 7)
          bug                    raise a RuntimeError nobody foresaw
          nan spike              at step<N>.loss the loss becomes nan or grows a thousandfold; at
@@ -67,7 +69,7 @@ IN_STEP = ("step", "forward", "loss", "backward", "gradient", "reduce")
 NUMBERS = ("loss", "gradient", "reduce")
 """Points at which loss or gradients can be spoiled."""
 OUTSIDE = (
-    "init", "start", "evaluate", "save.begin", "save.after_share", "save.before_complete", "save.end",
+    "init", "data", "start", "evaluate", "save.begin", "save.after_share", "save.before_complete", "save.end",
 )  # fmt: skip
 SIGNALS = ("sigkill", "sigstop", "sigterm", "sigint")
 RAISED = {
@@ -170,6 +172,8 @@ class Fault:
             _sleep(float("inf"))
         elif what.startswith("sleep"):
             _sleep(float(what.removeprefix("sleep")))
+        elif what.startswith("busy"):
+            _compute(float(what.removeprefix("busy")))
         elif what.startswith("slow"):
             _sleep(float(what.removeprefix("slow")))
         elif what in FACTORS:
@@ -202,6 +206,13 @@ class Fault:
                 bits[bits.numel() // 2] ^= 1 << (22 if four else 6)
 
 
+def _compute(seconds: float) -> None:
+    """Processor time of this thread, in one stretch."""
+    end = time.thread_time() + seconds
+    while time.thread_time() < end:
+        pass
+
+
 def _sleep(seconds: float) -> None:
     end = time.monotonic() + seconds
     while time.monotonic() < end:
@@ -230,10 +241,12 @@ def read_fault(text: str | None, rank: int, world_size: int, attempt: int = 0) -
     verb, _, target = action.partition("=")
     again = verb.endswith("-again")
     verb = verb.removesuffix("-again")
-    known = re.fullmatch(r"exit|hang|bug|nan|spike|flip|(sleep|slow)\d+(\.\d+)?|error[2-7]", verb)
+    known = re.fullmatch(
+        r"exit|hang|bug|nan|spike|flip|(sleep|slow|busy)\d+(\.\d+)?|error[2-7]", verb
+    )
     if verb not in SIGNALS and not known:
         raise _wrong(text, f"{action!r} is no action; choose {', '.join(SIGNALS)}, exit, hang, "
-                     "sleep<seconds>, slow<seconds>, error<2 to 7>, bug, nan, spike, "
+                     "sleep<seconds>, slow<seconds>, busy<seconds>, error<2 to 7>, bug, nan, spike, "
                      "flip=<name>")  # fmt: skip
     if verb in FACTORS and name not in NUMBERS:
         raise _wrong(text, f"{verb} is for {_listed(NUMBERS)}")

@@ -28,10 +28,12 @@ from megatron_lite.data.provenance import MadeWith
 from megatron_lite.data.sampler import OrderKind
 from megatron_lite.parallel.collectives import MAX, all_reduce
 from megatron_lite.parallel.context import ParallelContext
-from megatron_lite.parallel.launch import Launch
+from megatron_lite.parallel.launch import Launch, World, wait_for_all
+from megatron_lite.train.faults import Fault, NoFaults
 from megatron_lite.train.feed import permutation
 from megatron_lite.train.log import Log
 from megatron_lite.train.origin import check_data
+from megatron_lite.train.patience import told
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -74,6 +76,8 @@ def open_datasets(
     folder: Path,
     batches: BatchSchedule,
     progress: Progress,
+    world: World,
+    faults: Fault | NoFaults,
 ) -> Datasets:
     """Build or load what the run reads.  Collective over the world."""
     counts = sample_counts(config.train, batches, validation_samples=progress.validation_samples)
@@ -87,6 +91,7 @@ def open_datasets(
     )
 
     def build() -> Datasets:
+        faults.at("data")
         if config.data.verify_data and launch.local_rank == 0:  # once per node
             log.say(*verify_blends(config.data, vocab_size=tokens.vocab_size))
         return build_datasets(
@@ -100,7 +105,8 @@ def open_datasets(
             **counts,
         )
 
-    datasets = _in_turn(build, launch, log.ctx)
+    with told("opening the data", log.say):
+        datasets = _in_turn(build, launch, log.ctx, world)
     log.say(*overview(datasets), *datasets.notices, *_read_again(datasets, counts))
     return datasets
 
@@ -157,7 +163,9 @@ class Reach:
         )
 
 
-def _in_turn(build: Callable[[], Datasets], launch: Launch, ctx: ParallelContext) -> Datasets:
+def _in_turn(
+    build: Callable[[], Datasets], launch: Launch, ctx: ParallelContext, world: World
+) -> Datasets:
     """Rank 0 builds, then one rank of every node, then the others map what is there.
 
     A node that shares no file system with rank 0 finds nothing and builds its own.  Collective
@@ -165,13 +173,14 @@ def _in_turn(build: Callable[[], Datasets], launch: Launch, ctx: ParallelContext
     """
     datasets: Datasets | None = None
     turns = (launch.rank == 0, launch.local_rank == 0, True)
-    for turn in turns if ctx.world.size > 1 else (True,):
+    for number, turn in enumerate(turns if ctx.world.size > 1 else (True,)):
         problem: MegatronLiteError | None = None
         if turn and datasets is None:
             try:
                 datasets = build()
             except MegatronLiteError as error:
                 problem = error
+        wait_for_all(world, f"data-{number}", ctx.world_size)
         failed = torch.tensor([int(problem is not None)], device=ctx.device)
         failed = all_reduce(failed, ctx.world, MAX)
         if problem is not None:

@@ -265,7 +265,9 @@ def open_session(
         log.say(f"setting training iterations to {run.blueprint.train_iters}")
     with timers.span("train/valid/test-data-iterators-setup"):
         batches = run.blueprint.batch_schedule
-        datasets = open_datasets(config, launch, log, tokens, folder.path, batches, run.progress)
+        datasets = open_datasets(
+            config, launch, log, tokens, folder.path, batches, run.progress, world, faults
+        )
     identity = settle_data(config, datasets, resumed.manifest, log)
     length = run.blueprint.length
     assert length is not None, "rules.check wants --train-iters or --train-samples"

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import re
 import threading
+import time
 from dataclasses import replace
 
 import pytest
 
-from megatron_lite.parallel.watch import MISSED_BEATS, Beat, Limits, Watch, place_of
+from megatron_lite.parallel.watch import MISSED_BEATS, Beat, Limits, Watch, place_of, work_of
 from megatron_lite.train.faults import _sleep
 
 LIMITS = Limits.from_timeout(600.0)
@@ -107,12 +108,54 @@ def test_slow_is_not_hanging(kind):
         world.say(1, waits=False)
     if kind == "all busy":
         world.say(0, 1, waits=False)
-    if kind == "start":
+    if kind == "start":  # one call that builds an index for an hour
         world.say(0, 1, phase="start", step=None)
         world.say(1, waits=False)
     for n in range(6):
-        world.say(1, **{"evaluation": {"ticks": n}, "steps": {"step": 5 + n}}.get(kind, {}))
+        world.say(
+            1,
+            **{"evaluation": {"ticks": n}, "steps": {"step": 5 + n}, "start": {"work": n}}.get(
+                kind, {}
+            ),
+        )
         assert world.pass_time(500) == ""
+
+
+def test_a_rank_that_stops_working_at_the_start_hangs():
+    """The others wait for the index it builds; neither processor time nor bytes grow any more."""
+    world = World(3)
+    world.say(0, 1, 2, phase="start", **WAITS)
+    world.say(0, place="megatron_lite/data/indices.py:9 blend", waits=False)
+    for work in range(4):
+        world.say(0, work=work)
+        assert world.pass_time(500) == ""
+    said = world.pass_time(120)
+    assert said.startswith("rank 0 hangs while the others wait") and "indices.py:9" in said
+
+
+def test_work_is_processor_time_and_bytes():
+    ready, go, over = (threading.Event() for _ in range(3))
+
+    def work() -> None:
+        ready.set()
+        go.wait()
+        end = time.thread_time() + 0.35
+        while time.thread_time() < end:
+            pass
+        over.wait()
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    ready.wait()
+    before = work_of(thread.ident)
+    time.sleep(0.3)
+    assert work_of(thread.ident) == before, "sleeping is no work"
+    go.set()
+    end = time.monotonic() + 20
+    while work_of(thread.ident) < before + 3:
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    over.set()
 
 
 def test_after_a_timeout_the_rank_that_does_not_wait_is_named():

@@ -16,10 +16,11 @@ from megatron_lite.data.build import Datasets
 from megatron_lite.layers.dropout import hidden_dropout
 from megatron_lite.layers.setting import Positions
 from megatron_lite.parallel.context import ParallelContext
-from megatron_lite.parallel.launch import Launch
+from megatron_lite.parallel.launch import Launch, World
+from megatron_lite.parallel.liveness import Alone
 from megatron_lite.train.assemble import assemble
 from megatron_lite.train.feed import to_device
-from megatron_lite.train.session import _in_turn
+from megatron_lite.train.reading import _in_turn
 from megatron_lite.train.step import train_step
 from tests.support.spawn import RankFailed, spawn
 from tests.support.tiny import SEQ, VOCAB, context, draw, tiny_config
@@ -139,7 +140,7 @@ def _turns(rank: int, ranks: int, folder: str, case: str) -> list[str]:
         place.mkdir(exist_ok=True)
         return Datasets(None, None, None, digest=rank if case == "different" else 7)
 
-    _in_turn(build, launch, ctx)
+    _in_turn(build, launch, ctx, World(Alone()))
     return happened
 
 

@@ -120,9 +120,6 @@ class Launched:
         return Outcome(self.process.returncode, out, err)
 
 
-BATCH = ["--mock-data", "--global-batch-size", "16"]
-
-
 @pytest.mark.parametrize(
     ("sizes", "words", "told"),
     [
@@ -140,7 +137,7 @@ def test_what_every_rank_would_refuse_the_launcher_refuses_once(
         "--nproc_per_node",
         "8",
         str(TOOL),
-        *argv("--mock-data", *words),
+        *argv("--mock-data", "--global-batch-size", "16", *words),
     ]
     monkeypatch.setattr(sys, "argv", command)
     monkeypatch.setattr(launcher, "run", lambda asked: pytest.fail("ranks were started"))

@@ -1,0 +1,44 @@
+"""Long honest work of one rank at the start ends nobody; one that no longer gets on is named."""
+
+from __future__ import annotations
+
+import threading
+
+from megatron_lite.train import patience
+from tests.support.launch import TINY, launch, start, with_flags
+
+SHORT = with_flags(TINY, "--distributed-timeout-minutes", "0.05")  # 3 s
+
+
+def test_others_wait_for_work_that_is_longer_than_the_timeout_and_not_for_a_hang():
+    works = start(2, SHORT, fault="data:0:busy6")
+    hangs = start(2, SHORT, fault="data:0:hang")
+    ended = works.wait(90)
+    assert [rank.rc for rank in ended] == [0, 0], ended[1].err
+    ended = hangs.wait(90)
+    assert [rank.rc for rank in ended] == [6, 6], ended[1].err
+    assert all("rank 0 hangs while the others wait" in rank.fatal for rank in ended)
+    assert all("faults.py" in rank.fatal for rank in ended)
+
+
+def test_a_rank_that_dies_at_it_is_named():
+    ended = launch(2, SHORT, fault="data:0:sigkill", deadline=60)
+    assert ended[1].rc == 6 and "rank 0" in ended[1].fatal
+
+
+def test_the_one_that_works_says_so(monkeypatch):
+    work = iter([0, 5])
+    told_twice = threading.Event()
+    said: list[str] = []
+
+    def say(line: str) -> None:
+        said.append(line)
+        if len(said) == 2:
+            told_twice.set()
+
+    monkeypatch.setattr(patience, "TELL_SECONDS", 0.01)
+    monkeypatch.setattr(patience, "work_of", lambda thread: next(work, 5))
+    with patience.told("opening the data", say):
+        assert told_twice.wait(20)
+    assert "opening the data: 0 s so far, works in" in said[0]
+    assert "stands still in" in said[1]
