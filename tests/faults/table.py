@@ -157,6 +157,8 @@ ROWS = (
         tests=(FAULTS + "start.py::test_a_wrong_environment", FAULTS + "start.py::test_two_processes")),
     Row("D10", "mismatched collectives", "named with --check-collectives", "6",
         tests=("tests/parallel/test_checking.py",)),
+    Row("D11", "threads that read data ahead", "200 steps, no hang, no fork", "0",
+        tests=(FAULTS + "surroundings.py::test_threads",)),
     Row("D8", "a node never joins", "the missing rank named", "6",
         tests=(FAULTS + "start.py::test_a_world",)),
     # output: what a run says is not the run
@@ -234,6 +236,8 @@ ROWS = (
     Row("C5", "permissions", "named, the way out", "3, 5", tests=("tests/faults/test_permissions.py",)),
     Row("C5b", "a folder that may not be entered", "named once, no fresh start", "5",
         tests=("tests/faults/test_permissions.py::test_a_folder_that_may_not_be_entered",)),
+    Row("C8", "no locale, HOME, /dev/shm; cwd read-only", "works, or told", "0, 5",
+        tests=(FAULTS + "surroundings.py::test_no_locale",)),
     Row("C9", "pickle, eval, exec, shell", "nowhere; loads never unpickle", "-",
         tests=("tests/architecture/test_habits.py", FAULTS + "unpickling.py")),
 )  # fmt: skip
