@@ -19,6 +19,12 @@ export TRAIN_ITERS=${TRAIN_ITERS:-10}
 export LOG_INTERVAL=${LOG_INTERVAL:-1}
 export EVAL_ITERS=${EVAL_ITERS:-0}
 export LOAD_PATH=
+# From 2^32 an fp16 run comes down by skipping steps, more of them than are timed here.
+SCALE=${INITIAL_LOSS_SCALE:-65536}
+if [[ ${PRECISION:-fp16} == fp16 && ! ${EXTRA_ARGS:-} =~ (^|[[:space:]])--(initial-)?loss-scale([=[:space:]]|$) ]]; then
+    EXTRA_ARGS="--initial-loss-scale $SCALE ${EXTRA_ARGS:-}"
+    (($# < 4)) || printf '%s: fp16 starts at loss scale %s, not 2^32, so that the timed steps run (INITIAL_LOSS_SCALE)\n' "${0##*/}" "$SCALE" >&2
+fi
 # what is wanted is the metrics; a checkpoint of 175B would be 350 GB without its optimizer
 export EXTRA_ARGS="--no-save-checkpoints ${EXTRA_ARGS:-}"
 

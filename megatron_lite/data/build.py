@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -27,6 +27,7 @@ from megatron_lite.data.pretrain import (
     Range,
     Samples,
     TokenSource,
+    shortage,
     split_ranges,
 )
 from megatron_lite.data.provenance import (
@@ -50,7 +51,8 @@ class Datasets:
     """One dataset per split; None where nothing is asked for or --split gives it no share.
 
     digest: 64 bits of all index arrays and of the files' content: ranks that read the same have
-    the same, wherever their copies lie.  notices: what to say of the files' tokenizers.
+    the same, wherever their copies lie.  notices: what to say of the files' tokenizers and
+    of splits without a sample.
     """
 
     train: Samples | None
@@ -75,6 +77,7 @@ class Recipe:
     disk: Disk
     maps: FileMaps
     verify: bool
+    notices: list[str] = field(default_factory=list)
 
     def plan(
         self, source: TokenSource, name: str, split: str, documents: Range, samples: int | None
@@ -196,7 +199,7 @@ def build_datasets(
     else:
         assert found.shared is not None and found.split is not None
         made = [_blend(found.shared, opened, found.split, k, asked[k], recipe) for k in range(3)]
-    return replace(_together(made, asked), notices=tuple(notices))
+    return replace(_together(made, asked), notices=(*notices, *recipe.notices))
 
 
 Opened: TypeAlias = "Mapping[str, IndexedDataset]"
@@ -264,6 +267,15 @@ def _blend(
     if samples == 0 or ranges[0] is None:
         return None
     name = SPLITS[number]
+    short = [
+        shortage(s, _present(r), recipe.seq_length) for s, r in zip(opened, ranges, strict=True)
+    ]
+    if number and all(short):  # nothing is trained on it: what is not there is not evaluated
+        recipe.notices.extend(
+            f" > {source.prefix}: split {name} {why}: there is no {name} evaluation"
+            for source, why in zip(opened, short, strict=True)
+        )
+        return None
     weights = None if blend.weights is None else normalized(blend.weights)
     if weights is not None and samples is None:
         raise ConfigError(f"a blend with weights needs a number of {name} samples")

@@ -70,7 +70,7 @@ def build_or_load(
     found = _load(place, name, verify)
     if found is not None:
         return found
-    _report_other_data(place, name)
+    _report_other_data(place, name, dict(data or {}))
     _save(place, name, key, build, disk)
     made = _load(place, name, verify)
     assert made is not None, f"{place / name} was written, but cannot be read"
@@ -89,9 +89,20 @@ def _hash(*parts: Any) -> str:
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
-def _report_other_data(folder: Path, name: str) -> None:
+def _sources(data: Any) -> list[Any]:
+    """What names the files' content; a --split or a length only chooses from it."""
+    return [file["source"] for file in data["files"]]
+
+
+def _report_other_data(folder: Path, name: str, data: Mapping[str, Any]) -> None:
     asked = name.partition("-")[0]
     other = sorted(p for p in folder.glob(f"{asked}-*.json") if p.stem != name)
+    for path in other:
+        try:
+            if _sources(json.loads(path.read_text())["body"]["data"]) == _sources(data):
+                return  # of the same files, but for another --split or length
+        except (OSError, ValueError, KeyError, TypeError):
+            continue  # a broken one tells nothing, or the data are not described by files
     if other:
         log.warning(
             "the data changed since its index was built (%s was for other files of the same "

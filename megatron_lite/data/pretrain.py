@@ -78,6 +78,18 @@ def split_ranges(shares: Sequence[float], num_documents: int) -> list[Range | No
     return ranges
 
 
+def shortage(source: TokenSource, documents: Range, seq_length: int) -> str:
+    """Why these documents do not make one sample, in words; "" where they do."""
+    total = len(source.sequence_lengths)
+    lengths = source.sequence_lengths[documents.start : documents.stop]
+    if len(lengths) == 0:
+        return f"of {total} documents has 0 documents"
+    tokens = int(lengths.sum(dtype=np.int64))
+    if tokens <= seq_length:
+        return f"has {tokens} tokens, one sample needs {seq_length + 1}"
+    return ""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GPTPlan:
     """Which samples of one file's split are asked for, before any array of it is built."""

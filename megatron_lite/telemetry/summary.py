@@ -19,6 +19,9 @@ class Speed:
     left_out: int
     """Warm-up steps: the first of each process."""
 
+    skipped: int
+    """Steps without an update, which are left out, too: they cost less than a step."""
+
     mean: float
     """Tokens of all steady steps / their time / world size."""
 
@@ -37,7 +40,7 @@ class Speed:
             f"tokens per gpu per second (tgs): mean {self.mean:.3f} | median {self.median:.3f}"
             f" | min {self.smallest:.3f} | max {self.largest:.3f}\n"
             f"  over {self.steps} steps on {self.world_size} ranks"
-            f" (without {self.left_out} of warm-up)"
+            f" (without {self.left_out} of warm-up{f', {self.skipped} skipped' if self.skipped else ''})"
             f" | elapsed time per iteration (ms): {1000.0 * self.seconds_per_iteration:.1f}"
             f" | TFLOPs: {self.tflops_per_gpu:.2f} (causal {self.tflops_causal:.2f}) | MFU: {mfu}"
         )
@@ -70,9 +73,12 @@ def measure_speed(records: Sequence[Record], *, source: str) -> Speed:
         step
         for step in steps
         if not step.warmup
+        and not step.skipped_iterations
         and step.world_size == ranks
         and math.isfinite(step.tokens_per_second_per_gpu)
     ]
+    if steps and all(step.skipped_iterations for step in steps):
+        raise DataError(f"{source}: {_never_ran(steps)}")
     if not steady:
         raise DataError(
             f"{source} has {len(steps)} steps and none after the warm-up step; "
@@ -89,6 +95,11 @@ def measure_speed(records: Sequence[Record], *, source: str) -> Speed:
     return Speed(
         steps=len(steady),
         left_out=sum(step.warmup for step in steps),
+        skipped=sum(
+            step.skipped_iterations > 0
+            for step in steps
+            if step.world_size == ranks and not step.warmup
+        ),
         mean=over_time(rates),
         median=statistics.median(rates),
         smallest=min(rates),
@@ -130,9 +141,20 @@ def describe_losses(records: Sequence[Record]) -> list[str]:
     if test:
         lines.append(f"test loss {test[-1].loss:.4f} (PPL {test[-1].perplexity:.2f})")
     skipped = sum(step.skipped_iterations for step in steps)
-    if skipped:
+    if all(step.skipped_iterations for step in steps):
+        lines.append(f"*** {_never_ran(steps)} ***")
+    elif skipped:
         lines.append(f"{skipped} steps were skipped")
     return [*lines, *looked]
+
+
+def _never_ran(steps: Sequence[StepRecord]) -> str:
+    return (
+        f"NO OPTIMIZER STEP RAN: all {len(steps)} steps were skipped, at a loss scale from "
+        f"{steps[0].loss_scale:g} to {steps[-1].loss_scale:g}; their speed is none of training, their "
+        "loss that of the weights at the start - begin at --initial-loss-scale 65536, run more "
+        "iterations, or train in --bf16"
+    )
 
 
 def smoothed(values: Sequence[float], *, window: int) -> list[float]:

@@ -22,11 +22,15 @@ from megatron_lite.engines.loss_scale import LossScale
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """One step's numbers, equal on all ranks: mean loss, gradient norm, ranks with non-finite gradients."""
+    """One step's numbers, equal on all ranks: mean loss, gradient norm, ranks with non-finite gradients.
+
+    tokens: those that the loss counts.
+    """
 
     loss: float
     grad_norm: float
     bad_ranks: int
+    tokens: int = 1
 
     @property
     def finite(self) -> bool:

@@ -63,6 +63,16 @@ def train_step(run: Run, batches: Sequence[Batch], *, lr: float, weight_decay: f
     micro = [to_device(b, device, step=run.progress.step, training=True) for b in batches]
     run.expect_messages(batches[0])
     attempt = _attempt(run, run.pipeline, micro, tokens, vote)
+    if not attempt.measured.tokens:
+        first, size = (
+            run.progress.samples,
+            sum(len(batch.tokens) for batch in batches) * run.ctx.dp.size,
+        )
+        said = f"iteration {run.progress.step + 1}: no token of the samples {first} to "
+        said += (
+            f"{first + size - 1} counts in the loss (--eod-mask-loss): nothing to learn from them"
+        )
+        return StepResult(attempt.loss, run.engine.discard(attempt.norm), attempt.votes, (said,))
     verdict = run.guards.judge(attempt.measured, run.progress)
     told = verdict.what
     if verdict.replay:
@@ -96,11 +106,10 @@ def _attempt(
     own = run.engine.squared_norm()
     extra = torch.stack([own.share, (~own.finite).double()])
     sums = _sum_over_world(run, scored, (*map(float, vote),), extra)
-    loss, norm = sums[0] / tokens, sums[2].sqrt()
-    measured = torch.stack([loss, norm, sums[3]]).tolist()  # waits for the device
-    return Attempt(
-        scored, loss, norm.float(), sums[4:], Measured(measured[0], measured[1], int(measured[2]))
-    )
+    loss, norm = sums[0] / tokens.clamp(min=1.0), sums[2].sqrt()
+    measured = torch.stack([loss, norm, sums[3], sums[1]]).tolist()  # waits for the device
+    seen = Measured(measured[0], measured[1], int(measured[2]), int(measured[3]))
+    return Attempt(scored, loss, norm.float(), sums[4:], seen)
 
 
 def _again(

@@ -13,6 +13,7 @@ from megatron_lite.config.data import DataConfig
 from megatron_lite.config.errors import ConfigError, DataError
 from megatron_lite.data.blended import BlendedDataset, BlendPlan
 from megatron_lite.data.build import Datasets, build_datasets
+from megatron_lite.data.indexed_builder import IndexedDatasetBuilder
 from megatron_lite.data.pretrain import GPTDataset, Range, split_ranges
 from tests.data.conftest import WriteDocuments
 
@@ -178,13 +179,15 @@ def test_split_bounds_are_megatrons(number: int, bounds: list[int]) -> None:
     assert split_ranges((0.949, 0.05, 0.001), number) == expected
 
 
-def test_a_split_without_documents_is_an_error_only_if_it_is_asked_for(
+def test_a_split_without_documents_is_an_error_only_where_it_is_trained_on(
     write_documents: WriteDocuments,
 ) -> None:
-    data = DataConfig(data_path=[str(write_documents("a", 10))], split="949,50,1")
-    with pytest.raises(DataError, match="split test of 10 documents has 0 documents.*--split"):
-        build(data, (4, 1, 1))
-    assert build(data, (4, 1, 0)).test is None
+    prefix = str(write_documents("a", 10))
+    made = build(DataConfig(data_path=[prefix], split="949,50,1"), (4, 1, 1))
+    assert made.test is None and "split test of 10 documents has 0 documents" in made.notices[-1]
+    assert build(DataConfig(data_path=[prefix], split="949,50,1"), (4, 1, 0)).test is None
+    with pytest.raises(DataError, match="split train of 10 documents has 0 documents.*--split"):
+        build(DataConfig(data_path=[prefix], split="1,50,949"), (4, 1, 1))
 
 
 def test_data_shorter_than_a_sample_repeats_or_is_refused(write_documents: WriteDocuments) -> None:
@@ -236,3 +239,23 @@ def test_a_blend_that_takes_more_than_there_is_says_what_to_do() -> None:
     with pytest.raises(DataError, match="takes 5 samples of three, which has 3.*surplus"):
         plan = BlendPlan.draw_up([0.5, 0.5], 10, [3, 3])
         BlendedDataset([Three(), Three()], plan, plan.build(), name="blend")
+
+
+@pytest.mark.parametrize("weights", [(), (0.3, 0.7)])
+def test_an_evaluation_split_without_a_sample_is_a_line(
+    weights: tuple[float, ...], tmp_path: Path
+) -> None:
+    prefixes = []
+    for name in "ab"[: len(weights) or 1]:
+        with IndexedDatasetBuilder(tmp_path / f"{name}.bin") as builder:
+            for _ in range(401):
+                builder.add_document([1] * 5, [5])
+            builder.finalize()
+        prefixes.append(str(tmp_path / name))
+    words = [word for pair in zip(map(str, weights), prefixes, strict=False) for word in pair]
+    data = DataConfig(data_path=words or prefixes, split="949,50,1")
+    made = build_datasets(data, seq_length=8, seed=1, train_samples=20, valid_samples=4,
+                          test_samples=4, vocab_size=9, eod=None, cache_folder=None)  # fmt: skip
+    assert made.train is not None and made.valid is not None and made.test is None
+    said = [line for line in made.notices if "split test of 401 documents has 0 documents" in line]
+    assert len(said) == len(prefixes)

@@ -161,3 +161,13 @@ def test_a_cache_that_holds_something_else_is_built_anew(
     caplog.clear()
     assert_same(build_or_load(tmp_path, {}, arrays, Disk()))
     assert "building it anew" not in caplog.text
+
+
+def test_another_split_is_no_other_data(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for documents in (8, 6):
+        data = {"files": [{"source": "the same", "documents": [0, documents]}]}
+        build_or_load(tmp_path, {"names": ["a"]}, lambda: [], Disk(), data=data)
+    assert not caplog.records
+    build_or_load(tmp_path, {"names": ["a"]}, lambda: [], Disk(),
+                  data={"files": [{"source": "another", "documents": [0, 6]}]})  # fmt: skip
+    assert "the data changed since its index was built" in caplog.text

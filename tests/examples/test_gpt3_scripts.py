@@ -389,7 +389,8 @@ def test_tgs_is_the_same_run_for_ten_iterations_in_its_own_folder() -> None:
         "--log-interval": ["1"],
         "--eval-iters": ["0"],
         "--save": ["check points/tgs"],
-        "--no-save-optim": [],
+        "--no-save-checkpoints": [],
+        "--initial-loss-scale": ["65536"],
     }
     assert flags(words) == expected
 

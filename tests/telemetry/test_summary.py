@@ -31,7 +31,7 @@ def step(iteration: int, tgs: float, seconds: float, **changes: object):
 
 RUN = [
     step(1, 5.0, 100.0, warmup=True, loss=10.0),
-    step(2, 200.0, 1.0, loss=8.0),
+    step(2, 200.0, 1.0, loss=8.0, skipped_iterations=0),
     step(3, 100.0, 2.0, loss=7.0, skipped_iterations=0),
     step(4, 50.0, 4.0, loss=6.0, skipped_iterations=0),
     EvaluationRecord(iteration=4, split="validation", samples=64, loss=6.5, seconds=1.0),
@@ -60,7 +60,7 @@ def test_mfu_is_unknown_where_a_step_has_none():
 
 def test_no_steady_step_is_a_data_error():
     with pytest.raises(DataError, match="somewhere has 1 steps and none after the warm-up"):
-        measure_speed(RUN[:1], source="somewhere")
+        measure_speed([replace(RUN[0], skipped_iterations=0)], source="somewhere")
 
 
 def test_losses_in_words():
@@ -69,7 +69,7 @@ def test_losses_in_words():
         "training loss 10.0000 -> 6.0000",
         "validation loss 6.5000 (PPL 665.14) at iteration 4; best 6.5000 at 4",
         "test loss 6.5511 (PPL 700.00)",
-        "4 steps were skipped",
+        "2 steps were skipped",
     ]
     assert describe_losses([]) == ["no optimizer step yet"]
 
@@ -106,7 +106,7 @@ def test_report_draws_a_png(run_folder: Path):
     done = report(str(run_folder))
     assert done.returncode == 0, done.stderr
     png = run_folder / "loss.png"
-    assert done.stdout.endswith(f"test loss 6.5511 (PPL 700.00)\n4 steps were skipped\n"
+    assert done.stdout.endswith(f"test loss 6.5511 (PPL 700.00)\n2 steps were skipped\n"
                                 f"loss curve: {png}\n")  # fmt: skip
     head = png.read_bytes()[:24]
     assert head[:8] == b"\x89PNG\r\n\x1a\n"
@@ -119,3 +119,18 @@ def test_report_of_a_folder_without_metrics_exits_3(tmp_path: Path):
     assert done.returncode == 3
     assert done.stderr.startswith("FATAL[3] ")
     assert "metrics.jsonl" in done.stderr
+
+
+def test_skipped_steps_are_no_speed():
+    skipped = step(5, 900.0, 0.1, skipped_iterations=1)
+    speed = measure_speed([*RUN, skipped], source="x")
+    assert (speed.steps, speed.skipped) == (3, 1)
+    assert speed.mean == measure_speed(RUN, source="x").mean
+    assert "1 of warm-up, 1 skipped)" in str(speed)
+
+
+def test_a_run_whose_optimizer_never_ran_is_told_so():
+    run = [step(n, 900.0, 0.1, skipped_iterations=1, warmup=n == 1) for n in (1, 2, 3)]
+    with pytest.raises(DataError, match="NO OPTIMIZER STEP RAN: all 3 steps were skipped"):
+        measure_speed(run, source="x")
+    assert any("*** NO OPTIMIZER STEP RAN" in line for line in describe_losses(run))

@@ -203,3 +203,20 @@ def test_validation_data_that_are_read_once_are_read_again(
     assert read.take("valid") == [4 * k for k in range(9)]
     assert " > validation: 6 samples are there and 36 are read" in done.out
     assert all(record.loss > 0.0 for record in evaluations(folder))
+
+
+def test_a_batch_without_a_counted_token_is_skipped_by_its_samples(
+    tmp_path: Path, folder: Path
+) -> None:
+    with IndexedDatasetBuilder(tmp_path / "ends.bin") as builder:
+        for _ in range(90):
+            builder.add_document([60] * 8, [8])
+        builder.finalize()
+    ends = ["--data-path", str(tmp_path / "ends"), "--split", "100,0,0", "--eod-mask-loss"]
+    done = kept(folder, *ends)
+    assert done.rc == 0, done.err
+    assert "iteration 1: no token of the samples 0 to 3 counts in the loss" in done.err
+    found = steps(folder)
+    assert [r.skipped_iterations for r in found] == [1] * 4
+    assert [r.nan_iterations for r in found] == [0] * 4
+    assert {r.learning_rate for r in found} == {0.0}, "a skipped step moves no curve"
