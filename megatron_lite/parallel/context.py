@@ -93,8 +93,7 @@ class ParallelContext:
         """
         axes = {name: _axis(grid, name, rank, timeout) for name in ("tp", "cp", "dp", "pp")}
         if device.type == "cuda" and axes["pp"].size > 1:
-            # NCCL: messages between two ranks of a group come after a collective of the whole group
-            dist.all_reduce(torch.zeros(1, device=device), group=axes["pp"].group)
+            connect_neighbours(axes["pp"], device)
         return cls(
             device=device,
             rank=rank,
@@ -122,6 +121,26 @@ class ParallelContext:
 
 _AXES = ("tp", "cp", "dp", "pp", "model", "tied", "world")
 """Fields of ParallelContext that are axes."""
+
+
+def connect_neighbours(pp: Axis, device: torch.device) -> None:
+    """Exchange a number with the neighbouring pipeline ranks, both ways, before the first step.
+
+    NCCL connects two ranks, for each direction, when their first message is launched, and the host
+    waits there for the partner.  A partner whose posted receive still occupies its device may be
+    waiting in turn, to load a kernel that it runs for the first time: neither would go on.
+    """
+    # NCCL: messages between two ranks of a group come after a collective of the whole group
+    dist.all_reduce(torch.zeros(1, device=device), group=pp.group)
+    peers = sorted({pp.ranks[(pp.rank + step) % pp.size] for step in (1, -1)})
+    mine = torch.full((1,), float(pp.ranks[pp.rank]), device=device)
+    boxes = {peer: torch.empty(1, device=device) for peer in peers}
+    operations = [dist.P2POp(dist.isend, mine, peer, pp.group) for peer in peers]
+    operations += [dist.P2POp(dist.irecv, box, peer, pp.group) for peer, box in boxes.items()]
+    for work in dist.batch_isend_irecv(operations):
+        work.wait()
+    for peer, box in boxes.items():
+        assert box.item() == peer, (peer, box)  # waits for the device
 
 
 def _axis(grid: RankGrid, axes: str, rank: int, timeout: timedelta | None) -> Axis:
