@@ -351,6 +351,7 @@ def set_up(tmp_path: Path) -> Path:
     folder.mkdir(parents=True)
     for script in (TRAIN, TGS):
         shutil.copy(script, folder)
+    shutil.copy(ROOT / "examples" / "signals.sh", folder.parent)
     python = tmp_path / "repo" / ".venv" / "bin" / "python"
     python.parent.mkdir(parents=True)
     python.write_text('#!/bin/sh\necho "$(cd "${0%/*}" && pwd)"\n')
