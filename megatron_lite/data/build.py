@@ -262,20 +262,16 @@ def _blend(
     recipe: Recipe,
 ) -> Made | None:
     """The dataset of split `number` (0 train, 1 valid, 2 test), or None."""
-    opened = [files[prefix] for prefix in blend.prefixes]
-    ranges = [split_ranges(shares, len(source))[number] for source in opened]
-    if samples == 0 or ranges[0] is None:
+    first = files[blend.prefixes[0]]
+    if samples == 0 or split_ranges(shares, len(first))[number] is None:
         return None
     name = SPLITS[number]
-    short = [
-        shortage(s, _present(r), recipe.seq_length) for s, r in zip(opened, ranges, strict=True)
-    ]
-    if number and all(short):  # nothing is trained on it: what is not there is not evaluated
-        recipe.notices.extend(
-            f" > {source.prefix}: split {name} {why}: there is no {name} evaluation"
-            for source, why in zip(opened, short, strict=True)
-        )
-        return None
+    if number:
+        blend = _with_samples(blend, files, shares, number, samples, recipe)
+        if not blend.prefixes:
+            return None
+    opened = [files[prefix] for prefix in blend.prefixes]
+    ranges = [split_ranges(shares, len(source))[number] for source in opened]
     weights = None if blend.weights is None else normalized(blend.weights)
     if weights is not None and samples is None:
         raise ConfigError(f"a blend with weights needs a number of {name} samples")
@@ -297,6 +293,35 @@ def _blend(
         weights = [float(length) for length in lengths]
         size = None if samples is None else min(samples, sum(lengths))
     return _make(plans, BlendPlan.draw_up(weights, size, lengths), recipe)
+
+
+def _with_samples(
+    blend: Blend,
+    files: Opened,
+    shares: Sequence[float],
+    number: int,
+    samples: int | None,
+    recipe: Recipe,
+) -> Blend:
+    """The files that have a sample of an evaluation split; nothing is trained on it: a line each."""
+    kept, said, name = [], [], SPLITS[number]
+    once = blend.weights is None and len(blend.prefixes) > 1  # each file once, whatever is asked
+    for k, prefix in enumerate(blend.prefixes):
+        source = files[prefix]
+        documents = _present(split_ranges(shares, len(source))[number])
+        why = shortage(source, documents, recipe.seq_length, None if once else samples)
+        if why:
+            said.append(f" > {source.prefix}: split {name} {why}")
+        else:
+            kept.append(k)
+    rest = f"there is no {name} evaluation"
+    if kept:
+        rest = f"the {name} evaluation reads the other {len(kept)} of {len(blend.prefixes)} files"
+    recipe.notices.extend(f"{line}: {rest}" for line in said)
+    if not said:
+        return blend
+    weights = None if blend.weights is None else tuple(blend.weights[k] for k in kept)
+    return Blend(tuple(blend.prefixes[k] for k in kept), weights)
 
 
 def _present(documents: Range | None) -> Range:

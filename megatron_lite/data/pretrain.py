@@ -78,14 +78,18 @@ def split_ranges(shares: Sequence[float], num_documents: int) -> list[Range | No
     return ranges
 
 
-def shortage(source: TokenSource, documents: Range, seq_length: int) -> str:
-    """Why these documents do not make one sample, in words; "" where they do."""
+def shortage(
+    source: TokenSource, documents: Range, seq_length: int, num_samples: int | None
+) -> str:
+    """Why these documents do not make one sample, in words; "" where they do, read again if need be."""
     total = len(source.sequence_lengths)
     lengths = source.sequence_lengths[documents.start : documents.stop]
     if len(lengths) == 0:
         return f"of {total} documents has 0 documents"
     tokens = int(lengths.sum(dtype=np.int64))
-    if tokens <= seq_length:
+    if tokens == 0:
+        return f"has no tokens in its {len(lengths)} documents"
+    if plan_epochs(tokens, seq_length, num_samples).samples == 0:
         return f"has {tokens} tokens, one sample needs {seq_length + 1}"
     return ""
 
@@ -120,33 +124,20 @@ class GPTPlan:
 
         Raises DataError for a split without documents or tokens, or shorter than one sample.
         """
-        lengths = source.sequence_lengths
-        total = len(lengths)
-        if documents.stop <= documents.start:
+        if why := shortage(source, documents, seq_length, num_samples):
             raise DataError(
-                f"{name}: split {split} of {total} documents has 0 documents - give it a larger "
-                "share in --split, or ask for no samples of it (--eval-iters 0)"
+                f"{name}: split {split} {why} - give it a larger share in --split, "
+                "use more data or a smaller --seq-length"
             )
-        lengths = lengths[documents.start : documents.stop]
+        lengths = source.sequence_lengths[documents.start : documents.stop]
         tokens = int(lengths.sum(dtype=np.int64))
-        if tokens == 0:
-            raise DataError(
-                f"{name}: the {len(lengths)} documents of split {split} have no tokens - "
-                "use other data or another --split"
-            )
-        epochs = plan_epochs(tokens, seq_length, num_samples)
-        if epochs.samples == 0:
-            raise DataError(
-                f"{name}: split {split} has {tokens} tokens, one sample needs "
-                f"{seq_length + 1} - use more data or a smaller --seq-length"
-            )
         return GPTPlan(
             source=source,
             name=name,
             split=split,
             documents=documents,
             tokens_per_epoch=tokens,
-            epochs=epochs,
+            epochs=plan_epochs(tokens, seq_length, num_samples),
             seq_length=seq_length,
             seed=seed,
             vocab_size=vocab_size,

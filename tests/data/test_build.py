@@ -259,3 +259,39 @@ def test_an_evaluation_split_without_a_sample_is_a_line(
     assert made.train is not None and made.valid is not None and made.test is None
     said = [line for line in made.notices if "split test of 401 documents has 0 documents" in line]
     assert len(said) == len(prefixes)
+
+
+@pytest.mark.parametrize("weights", [None, (0.3, 0.5, 0.2)])
+def test_a_blend_evaluates_the_files_that_have_a_sample(
+    weights: tuple[float, ...] | None, write_documents: WriteDocuments
+) -> None:
+    names = {"a": 10, "b": 2000, "c": 1500}  # of 10 documents --split leaves none for testing
+    prefixes = {name: str(write_documents(name, count)) for name, count in names.items()}
+
+    def blend(*chosen: str) -> list[str]:
+        if weights is None:
+            return [prefixes[name] for name in chosen]
+        return [w for n in chosen for w in (str(weights["abc".index(n)]), prefixes[n])]
+
+    data = DataConfig(data_path=blend("a", "b", "c"), split="949,50,1")
+    made = build(data, (40, 4, 4))
+    (said,) = [line for line in made.notices if "split test" in line]
+    assert "a: split test of 10 documents has 0 documents: the test evaluation reads the" in said
+    assert "other 2 of 3 files" in said
+    others = build(DataConfig(data_path=blend("b", "c"), split="949,50,1"), (0, 0, 4))
+    assert made.test is not None and others.test is not None
+    assert np.array_equal(samples(made.test), samples(others.test))
+    one = build(DataConfig(data_path=blend("a", "b"), split="949,50,1"), (40, 4, 4))
+    assert one.test is not None and len(one.test) >= 4
+    assert not [n for n in build(data, (40, 4, 0)).notices if "split test" in n], (
+        "not read, not told"
+    )
+
+
+def test_an_evaluation_split_shorter_than_a_sample_is_read_again(
+    write_documents: WriteDocuments,
+) -> None:
+    data = DataConfig(data_path=[str(write_documents("a", 12, longest=3))], split="80,10,10")
+    made = build(data, (4, 3, 3))
+    assert made.test is not None and len(made.test) >= 3
+    assert not [line for line in made.notices if "split v" in line or "split test" in line]

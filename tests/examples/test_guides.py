@@ -202,5 +202,7 @@ def test_the_fine_tune_guide_goes_as_printed(tmp_path: Path) -> None:
     transformers.GPT2LMHeadModel(config).save_pretrained(folder / "gpt2")
     said = follow(folder, commands("fine-tune-gpt2"))
     assert "iteration      100/     100" in said
+    assert "split test of 401 documents has 0 documents: there is no test evaluation" in said
+    assert "final evaluation of the trained model: 10 batches of the validation set\n" in said
     back = transformers.GPT2LMHeadModel.from_pretrained(folder / "tuned-hf")
     assert back.config.n_embd == 32 and back.config.eos_token_id == size - 1
