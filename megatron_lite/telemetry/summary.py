@@ -149,11 +149,19 @@ def describe_losses(records: Sequence[Record]) -> list[str]:
 
 
 def _never_ran(steps: Sequence[StepRecord]) -> str:
+    return never_ran(len(steps), steps[0].loss_scale, steps[-1].loss_scale)
+
+
+def never_ran(steps: int, first_scale: float, last_scale: float) -> str:
+    """What to say where every step was skipped; scales: fp16's at first and at last."""
+    told = f"NO OPTIMIZER STEP RAN: all {steps} steps were skipped"
+    useless = "their speed is none of training, their loss that of the weights at the start"
+    if first_scale == last_scale == 1.0:  # not fp16, as far as records tell
+        return f"{told}; {useless} - the warnings of the steps say why and what to do"
     return (
-        f"NO OPTIMIZER STEP RAN: all {len(steps)} steps were skipped, at a loss scale from "
-        f"{steps[0].loss_scale:g} to {steps[-1].loss_scale:g}; their speed is none of training, their "
-        "loss that of the weights at the start - begin at --initial-loss-scale 65536, run more "
-        "iterations, or train in --bf16"
+        f"{told}, at a loss scale from {first_scale:g} to {last_scale:g}; {useless} - begin at "
+        f"--initial-loss-scale {min(65536.0, last_scale):.0f} (a fixed --loss-scale: lower it), run "
+        "more iterations, or train in --bf16"
     )
 
 

@@ -17,6 +17,7 @@ from megatron_lite.config.telemetry import TelemetryConfig
 from megatron_lite.config.train import TrainConfig
 from megatron_lite.parallel.liveness import Presence
 from megatron_lite.telemetry.record import EvaluationRecord, RanksRecord
+from megatron_lite.telemetry.summary import never_ran
 from megatron_lite.telemetry.throughput import IntervalMeter, Step
 from megatron_lite.telemetry.timers import format_times, timing_record
 from megatron_lite.train.assemble import Run
@@ -59,6 +60,8 @@ class Session:
     logged_at: int = field(init=False)
     progress: Progress = field(init=False)
     first_step: int = field(init=False)
+    first_skipped: int = field(init=False)
+    first_scale: float = field(init=False)
     reported_memory: bool = field(init=False, default=False)
     own_time: OwnTime = field(init=False)
     replicas_checked_at: int = field(init=False, default=0)
@@ -67,6 +70,8 @@ class Session:
         self.progress = self.run.progress
         self.own_time = OwnTime(self.run.ctx)
         self.first_step = self.logged_at = self.progress.step
+        self.first_skipped = self.progress.skipped_steps
+        self.first_scale = self.run.engine.loss_scale
 
     def fit(self) -> Reason:
         """Train until the end or until somebody asks for a stop; returns why it ended."""
@@ -114,6 +119,13 @@ class Session:
             if self.train.manual_gc and _is_due(self.train.manual_gc_interval, progress.step):
                 gc.collect()
         return reason
+
+    def learnt_nothing(self) -> str:
+        """What to say where no step of this start changed a weight; "" otherwise."""
+        steps = self.progress.step - self.first_step
+        if not steps or self.progress.skipped_steps - self.first_skipped < steps:
+            return ""
+        return f"*** {never_ran(steps, self.first_scale, self.run.engine.loss_scale)} ***"
 
     def _finished(self) -> bool:
         return self.progress.step >= self.reach.length.iterations

@@ -141,6 +141,8 @@ def _carry_out(session: Session) -> int:
         reason = session.fit()
         barrier(session.run.ctx.world)  # the last rank's lines come first
         session.log.say(_farewell(session, reason))
+        if nothing := session.learnt_nothing():
+            session.log.warn(nothing)
         if reason == "finished" and session.reach.is_short:
             step = session.progress.step
             raise DataError(session.reach.say(f"they ended after iteration {step}"))

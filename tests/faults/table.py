@@ -191,6 +191,10 @@ ROWS = (
         tests=(TRAIN + "replicas.py::test_one_wrong_bit",)),
     Row("N7", "impossible numbers", "refused by name", "2",
         tests=(CONFIG + "rules.py::test_what_cannot", CONFIG + "flags.py::test_what_is_wrong")),
+    Row("N8", "a batch without a counted token", "skipped, its samples named", "0",
+        tests=(TRAIN + "length.py::test_a_batch_without",)),
+    Row("N9", "every step is skipped", "told at the end, the way out", "0",
+        tests=(TRAIN + "length.py::test_an_fp16_run_whose",)),
     # preprocessing and data files
     Row("P1", "bad lines", "file:line, or counted", "3",
         tests=(TOOLS + "preprocess_data.py::test_a_bad_line",

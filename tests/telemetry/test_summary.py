@@ -13,7 +13,7 @@ import pytest
 
 from megatron_lite.config.errors import DataError
 from megatron_lite.telemetry.record import EvaluationRecord, to_json
-from megatron_lite.telemetry.summary import describe_losses, measure_speed, smoothed
+from megatron_lite.telemetry.summary import describe_losses, measure_speed, never_ran, smoothed
 from tests.telemetry.test_console import STEP
 
 REPORT = Path(__file__).resolve().parents[2] / "tools" / "report.py"
@@ -134,3 +134,10 @@ def test_a_run_whose_optimizer_never_ran_is_told_so():
     with pytest.raises(DataError, match="NO OPTIMIZER STEP RAN: all 3 steps were skipped"):
         measure_speed(run, source="x")
     assert any("*** NO OPTIMIZER STEP RAN" in line for line in describe_losses(run))
+
+
+def test_the_advice_where_nothing_was_learnt_fits_its_cause():
+    assert "from 4.29497e+09 to 65536; " in never_ran(10, 2.0**32, 65536.0)
+    assert "--initial-loss-scale 65536 (" in never_ran(10, 2.0**32, 2.0**30)
+    assert "--initial-loss-scale 512 (" in never_ran(10, 1024.0, 512.0)
+    assert "scale" not in never_ran(10, 1.0, 1.0) and "warnings" in never_ran(10, 1.0, 1.0)

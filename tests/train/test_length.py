@@ -220,3 +220,18 @@ def test_a_batch_without_a_counted_token_is_skipped_by_its_samples(
     assert [r.skipped_iterations for r in found] == [1] * 4
     assert [r.nan_iterations for r in found] == [0] * 4
     assert {r.learning_rate for r in found} == {0.0}, "a skipped step moves no curve"
+    assert "WARNING: *** NO OPTIMIZER STEP RAN: all 4 steps were skipped; their" in done.err
+
+
+def test_an_fp16_run_whose_steps_all_overflow_says_so_at_its_end(
+    data: list[str], folder: Path
+) -> None:
+    done = kept(folder, *data, "--fp16", "--initial-loss-scale", "4294967296")
+    assert done.rc == 0, done.err
+    assert (
+        "WARNING: *** NO OPTIMIZER STEP RAN: all 4 steps were skipped, at a loss scale from "
+        "4.29497e+09 to 5.36871e+08;" in done.err
+    )
+    assert "begin at --initial-loss-scale 65536" in done.err
+    lower = kept(folder.with_name("lower"), *data, "--fp16", "--initial-loss-scale", "65536")
+    assert lower.rc == 0 and "NO OPTIMIZER STEP RAN" not in lower.err
