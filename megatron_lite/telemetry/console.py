@@ -33,6 +33,10 @@ def format_line(record: StepRecord) -> str:
         f" consumed tokens: {record.tokens:12d}",
         f" elapsed time per iteration (ms): {record.seconds_per_iteration * 1000.0:.1f}",
         f" learning rate: {record.learning_rate:.3E}",
+    ]
+    if record.decoupled_learning_rate is not None:
+        parts.append(f" decoupled learning rate: {record.decoupled_learning_rate:.3E}")
+    parts += [
         f" global batch size: {record.global_batch_size:5d}",
         f" lm loss: {_scientific(record.loss)}",
         f" loss scale: {record.loss_scale:.1f}",
@@ -89,6 +93,8 @@ def short_line(record: StepRecord) -> str:
         f"loss {record.loss:.4f}",
         f"lr {record.learning_rate:.3E}",
     ]
+    if record.decoupled_learning_rate is not None:
+        parts.append(f"decoupled lr {record.decoupled_learning_rate:.3E}")
     if record.grad_norm is not None:
         parts.append(f"grad norm {record.grad_norm:.3f}")
     if record.loss_scale != 1.0:

@@ -51,6 +51,9 @@ class StepRecord:
     learning_rate: float
     """Value after the step, as Megatron logs it: lr(samples of successful steps)."""
 
+    decoupled_learning_rate: float | None = None
+    """Of the token embedding and the output layer after the step (--decoupled-lr); None: no other."""
+
     weight_decay: float
     """Weight decay after the step."""
 

@@ -43,6 +43,7 @@ class Step:
     loss: float
     learning_rate: float
     weight_decay: float
+    decoupled_learning_rate: float | None = None
     loss_scale: float = 1.0
     grad_norm: float | None = None
     num_zeros: float | None = None
@@ -111,6 +112,7 @@ class IntervalMeter:
             tokens=last.tokens,
             seconds_per_iteration=per_iteration,
             learning_rate=last.learning_rate,
+            decoupled_learning_rate=last.decoupled_learning_rate,
             weight_decay=last.weight_decay,
             global_batch_size=last.global_batch_size,
             loss=_mean_loss(steps),

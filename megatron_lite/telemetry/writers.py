@@ -264,8 +264,10 @@ def scalars(record: Record, config: TelemetryConfig) -> dict[str, float]:
 
 def _step_scalars(record: StepRecord, config: TelemetryConfig) -> dict[str, float]:
     throughput = config.log_throughput
+    rates = config.log_learning_rate_to_tensorboard
     chosen: list[tuple[str, float | None, bool]] = [
-        ("learning-rate", record.learning_rate, config.log_learning_rate_to_tensorboard),
+        ("learning-rate", record.learning_rate, rates),
+        ("decoupled-learning-rate", record.decoupled_learning_rate, rates),
         ("batch-size", record.global_batch_size, config.log_batch_size_to_tensorboard),
         ("lm loss", record.loss, True),
         ("loss-scale", record.loss_scale, config.log_loss_scale_to_tensorboard),

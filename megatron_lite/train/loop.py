@@ -166,6 +166,7 @@ class Session:
                 data_seconds=loader.seconds_waited - waited,
                 loss=loss,
                 learning_rate=self.schedules.learning_rate.at(progress.lr_samples),
+                decoupled_learning_rate=self.schedules.decoupled_at(progress.lr_samples),
                 weight_decay=self.schedules.weight_decay.at(progress.lr_samples),
                 loss_scale=run.engine.loss_scale,
                 grad_norm=result.update.grad_norm.item(),

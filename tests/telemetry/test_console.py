@@ -58,6 +58,14 @@ def test_training_line_is_megatron_deepspeeds_with_mfu_at_the_end():
     assert format_record(STEP) == GOLDEN
 
 
+def test_a_second_learning_rate_stands_behind_the_first():
+    two = replace(STEP, decoupled_learning_rate=5e-4)
+    first, second = " learning rate: 2.270E-05 |", " decoupled learning rate: 5.000E-04 |"
+    assert format_line(two) == GOLDEN.replace(first, first + second)
+    assert "| lr 2.270E-05 | decoupled lr 5.000E-04 |" in format_record(two, "short")
+    assert from_json(format_record(two, "json")) == two
+
+
 def test_a_terminal_gets_a_short_line_of_the_same_numbers():
     assert format_record(STEP, "short") == (
         "  5/10 | loss 11.0008 | lr 2.270E-05 | grad norm 1.235 | scale 4294967296 | batch 1536 | "

@@ -157,11 +157,11 @@ def test_switches_choose_the_scalars():
         log_loss_scale_to_tensorboard=False,
         log_throughput=False,
     )
-    full = step(1, memory_bytes=7, num_zeros=3.0, params_norm=2.0)
+    full = step(1, memory_bytes=7, num_zeros=3.0, params_norm=2.0, decoupled_learning_rate=5e-4)
     assert set(scalars(full, everything)) == {
         "learning-rate", "batch-size", "lm loss", "loss-scale", "world-size", "grad-norm",
         "num-zeros", "params-norm", "iteration-time", "throughput", "tgs", "mfu",
-        "mem-max-allocated-bytes",
+        "mem-max-allocated-bytes", "decoupled-learning-rate",
     }  # fmt: skip
     assert set(scalars(step(1), nothing)) == {"lm loss", "grad-norm"}
     assert scalars(EVALUATION, everything)["lm loss test ppl"] == EVALUATION.perplexity

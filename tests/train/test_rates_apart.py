@@ -70,13 +70,16 @@ def test_every_layout_takes_the_same_two_rates(layout: list[str], tmp_path: Path
     assert done.rc == 0, done.err
     for ours, theirs in zip(steps(two), steps(one), strict=True):
         assert ours.loss == pytest.approx(theirs.loss, abs=1e-4)
+        assert ours.decoupled_learning_rate == theirs.decoupled_learning_rate
+    assert steps(one)[0].decoupled_learning_rate == 3e-2 and steps(one)[0].learning_rate == 1e-2
+    assert steps(one)[-1].decoupled_learning_rate == pytest.approx(1e-3)
 
 
 def test_the_decoupled_curve_is_the_same_curve_between_its_own_ends() -> None:
     """megatron.core's get_lr with a param group's own max_lr and min_lr; the start is shared."""
     lr = LearningRateConfig(lr=1.0, min_lr=0.1, lr_decay_style="cosine", lr_warmup_iters=2,
                             decoupled_lr=4.0, decoupled_min_lr=0.0)  # fmt: skip
-    curve = LearningRateSchedule.from_config(lr, TrainConfig(train_iters=10), 1)
+    curve = LearningRateSchedule.from_config(lr, TrainConfig(train_iters=10), lambda done: done)
     apart = curve.decoupled(lr)
     assert apart is not None
     for samples in range(12):
