@@ -161,22 +161,29 @@ def _train(parsed: Parsed, launch: Launch, failures: Failures) -> int:
     rules.check(config, launch.world_size)
     failures.plan = functools.partial(_beside_the_plan, config, launch.world_size, launch.rank)
     require_local_files(config.data)
-    tokenizer = build_tokenizer(config.data, vocab_size=config.model.vocab_size)
-    tokens = Tokens(
-        vocab_size=model_vocab_size(tokenizer.vocab_size, config.model.vocab_size),
-        eod=tokenizer.eod,
-        asked=config.model.vocab_size,
-        made_with=made_with(tokenizer, config.data),
-        end_of_document=end_of_document(tokenizer),
-        files=tokenizer_files(config.data),
-    )
-    model = dataclasses.replace(config.model, vocab_size=tokens.vocab_size)
-    config = dataclasses.replace(config, model=model)
-    notices = [*parsed.notices, *rules.notices(config, launch.world_size)]
-    rows, own = tokens.asked, tokenizer.vocab_size
-    if rows is not None and rows < own and config.data.tokenizer_type != "NullTokenizer":
-        notices.append(f"--vocab-size {rows}: the tokenizer has {own} ids, so many rows are made")
-    return train(config, launch, tokens, notices, failures)
+    notices = list(parsed.notices)
+
+    def open_tokens() -> tuple[RunConfig, Tokens]:
+        tokenizer = build_tokenizer(config.data, vocab_size=config.model.vocab_size)
+        tokens = Tokens(
+            vocab_size=model_vocab_size(tokenizer.vocab_size, config.model.vocab_size),
+            eod=tokenizer.eod,
+            asked=config.model.vocab_size,
+            made_with=made_with(tokenizer, config.data),
+            end_of_document=end_of_document(tokenizer),
+            files=tokenizer_files(config.data),
+        )
+        model = dataclasses.replace(config.model, vocab_size=tokens.vocab_size)
+        filled = dataclasses.replace(config, model=model)
+        notices.extend(rules.notices(filled, launch.world_size))
+        rows, own = tokens.asked, tokenizer.vocab_size
+        if rows is not None and rows < own and config.data.tokenizer_type != "NullTokenizer":
+            notices.append(
+                f"--vocab-size {rows}: the tokenizer has {own} ids, so many rows are made"
+            )
+        return filled, tokens
+
+    return train(config, launch, open_tokens, notices, failures)
 
 
 def _beside_the_plan(

@@ -6,6 +6,8 @@ import hashlib
 import json
 import math
 import re
+import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -233,29 +235,47 @@ def verify_sizes(folder: Path, manifest: Manifest, *, share: int = 0, shares: in
             raise CheckpointError(f"{path} has {size} bytes, its manifest says {expected.bytes}")
 
 
-def verify_files(folder: Path, manifest: Manifest, *, share: int = 0, shares: int = 1) -> None:
-    """The same, and then the hash of every shares-th file."""
+def verify_files(
+    folder: Path,
+    manifest: Manifest,
+    *,
+    share: int = 0,
+    shares: int = 1,
+    seen: Callable[[int, int], None] = lambda done, total: None,
+) -> None:
+    """The same, and then the hash of every shares-th file; seen: told the bytes read, of how many."""
     verify_sizes(folder, manifest, share=share, shares=shares)
     mine = sorted(manifest.files.items())[share::shares]
+    total, done, lock = sum(expected.bytes for _, expected in mine), 0, threading.Lock()
+
+    def read(count: int) -> None:
+        nonlocal done
+        with lock:
+            done += count
+            seen(done, total)
+
     with ThreadPoolExecutor(_READERS, "verify") as readers:
-        for _ in readers.map(lambda one: _verify_content(folder / one[0], one[1]), mine):
+        for _ in readers.map(lambda one: _verify_content(folder / one[0], one[1], read), mine):
             pass
 
 
-def _verify_content(path: Path, expected: Written) -> None:
+def _verify_content(path: Path, expected: Written, read: Callable[[int], None]) -> None:
     try:
-        found = hash_of(path, expected.kind)
+        found = hash_of(path, expected.kind, read)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
     if found != expected:
         raise CheckpointError(f"{path} is damaged: its content does not match its hash")
 
 
-def hash_of(path: Path, kind: str = BLOCKS) -> Written:
-    """Size and hash of a file as it lies on the disk."""
+def hash_of(
+    path: Path, kind: str = BLOCKS, read: Callable[[int], None] = lambda count: None
+) -> Written:
+    """Size and hash of a file as it lies on the disk; read: told the bytes of every part."""
     size = 0
     with path.open("rb", buffering=0) as file, Hasher(kind) as hashed:
         while data := file.read(_READ_BYTES):
             hashed.update(data)
             size += len(data)
+            read(len(data))
         return Written(size, hashed.hexdigest(), kind)

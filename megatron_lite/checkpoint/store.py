@@ -79,9 +79,11 @@ def _nobody_else() -> None:
 class Store:
     """The checkpoints of one folder.  Collective: every rank of ctx.world makes the same calls.
 
-    at: called with save.begin, save.after_share, save.before_complete and save.end.
+    at: called with load, save.begin, save.after_share, save.before_complete and save.end.
     still_ours: raises StorageError where the folder is not; rank 0 asks before anything appears.
     thread: how the ranks agree where not the main thread but one beside the step makes the calls.
+    meet, seen: for a start, whose ranks may read for long: meet waits for the others without a
+    time-out under a name used once, seen is told the bytes this rank has verified, of how many.
     """
 
     root: Path
@@ -90,6 +92,8 @@ class Store:
     at: Callable[[str], None] = _go_on
     thread: Agreement | None = None
     still_ours: Callable[[], None] = _nobody_else
+    meet: Callable[[str], None] = _go_on
+    seen: Callable[[int, int], None] = lambda done, total: None
 
     @property
     def ranks(self) -> Agreement:
@@ -328,6 +332,7 @@ class Store:
         if not candidates:
             return None, notices
         for iteration in candidates:
+            self.at("load")
             problem, manifest = self._verify(iteration)
             if problem is None:
                 if step is None and iteration == candidates[0] and self.ctx.rank == 0:
@@ -374,9 +379,11 @@ class Store:
         problem, manifest = None, None
         try:
             manifest = manifest_of(folder, iteration)
-            verify_files(folder, manifest, share=self.ctx.rank, shares=self.ctx.world_size)
+            shares = self.ctx.world_size
+            verify_files(folder, manifest, share=self.ctx.rank, shares=shares, seen=self.seen)
         except CheckpointError as error:
             problem = str(error)
+        self.meet(f"verified-{iteration}")
         return self.ranks.told(problem), manifest
 
     def load(self, manifest: Manifest, slices: Sequence[NamedSlice]) -> None:
@@ -388,4 +395,5 @@ class Store:
         wanted = [s for s in slices if s.data.numel()]
         check_fit(wanted, manifest, folder)
         fill(wanted, manifest, folder)
+        self.meet("filled")
         barrier(self.ctx.world)

@@ -6,6 +6,8 @@
     MLITE_FAULT=save.after_share:0:exit     rank 0 leaves after writing its share of a checkpoint
 
 points   init                   the ranks have met, the process group comes
+         tokenizer              this rank builds its tokenizer, while others wait for it
+         load                   it verifies its share of the checkpoint to load, likewise
          data                   this rank opens its data, while others wait for it
          start                  data, model and checkpoint are open, no step yet
          step<N>                iteration N (from 1) begins
@@ -69,7 +71,8 @@ IN_STEP = ("step", "forward", "loss", "backward", "gradient", "reduce")
 NUMBERS = ("loss", "gradient", "reduce")
 """Points at which loss or gradients can be spoiled."""
 OUTSIDE = (
-    "init", "data", "start", "evaluate", "save.begin", "save.after_share", "save.before_complete", "save.end",
+    "tokenizer", "init", "load", "data", "start", "evaluate",
+    "save.begin", "save.after_share", "save.before_complete", "save.end",
 )  # fmt: skip
 SIGNALS = ("sigkill", "sigstop", "sigterm", "sigint")
 RAISED = {

@@ -17,6 +17,7 @@ from megatron_lite.config.checkpoint import CheckpointConfig
 from megatron_lite.config.errors import CheckpointError, NumericsError
 from megatron_lite.config.model_identity import named
 from megatron_lite.config.optim import LearningRateConfig
+from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.parallel.shard import MASTER, exact_slices, weight_slices
 from megatron_lite.train.assemble import Run
 from megatron_lite.train.culprit import first_of_all
@@ -45,6 +46,7 @@ def resume(
     learning_rate: LearningRateConfig,
     curves: Callable[[BatchSchedule], Schedules],
     tokenizer: dict[str, Any],
+    open_store: Callable[[Path, ParallelContext], Store] = Store,
 ) -> Resumed:
     """Fill the run from --load.  Collective over the world.
 
@@ -56,7 +58,7 @@ def resume(
     fresh = run.blueprint.batch_schedule
     if checkpoint.load is None:
         return Resumed(None, curves(fresh))
-    store = Store(Path(checkpoint.load), run.ctx)
+    store = open_store(Path(checkpoint.load), run.ctx)
     manifest, found = store.newest_intact(checkpoint.ckpt_step)
     warnings = tuple(found)
     if manifest is None:

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
-import json
 import time
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch.distributed import PrefixStore
@@ -27,11 +24,11 @@ from megatron_lite.parallel.launch import (
     Launch,
     World,
     choose_device,
-    compare_ranks,
     gather,
     set_device_environment,
     start_process_group,
     stop_process_group,
+    wait_for_all,
 )
 from megatron_lite.parallel.waits import measuring
 from megatron_lite.storage.disk import Disk
@@ -39,6 +36,7 @@ from megatron_lite.telemetry.recorder import Recorder
 from megatron_lite.telemetry.throughput import IntervalMeter
 from megatron_lite.telemetry.timers import format_times
 from megatron_lite.telemetry.writers import EVERYTHING, Writers, open_writers
+from megatron_lite.train.alike import OpenTokens, open_alike, plain
 from megatron_lite.train.assemble import Run, assemble
 from megatron_lite.train.checkpoints import Checkpoints
 from megatron_lite.train.device import be_deterministic, cpu_notices, device_peak, peak_notices
@@ -48,6 +46,7 @@ from megatron_lite.train.folder import RunFolder, begin, enter, of_the_run, remo
 from megatron_lite.train.folder import notices as evaluation_notices
 from megatron_lite.train.log import LastResort, Log, form_of
 from megatron_lite.train.loop import Session
+from megatron_lite.train.patience import Verified, told
 from megatron_lite.train.profile import Profiler
 from megatron_lite.train.reading import Reach, Tokens, loaders_of, open_datasets, settle_data
 from megatron_lite.train.recording import StepRecording, watch_collectives
@@ -60,7 +59,11 @@ from megatron_lite.train.timing import RunTimers
 
 
 def train(
-    config: RunConfig, launch: Launch, tokens: Tokens, notices: list[str], failures: Failures
+    config: RunConfig,
+    launch: Launch,
+    open_tokens: OpenTokens,
+    notices: list[str],
+    failures: Failures,
 ) -> int:
     """Train as asked and return the exit code.  Every rank of the world calls it alike.
 
@@ -80,7 +83,7 @@ def train(
     torch.backends.cuda.matmul.allow_tf32 = config.precision.tf32
     world = gather(launch, config.parallel, end=failures.lost)
     failures.presence = world.presence
-    compare_ranks(launch, world, _facts(config, tokens))
+    config, tokens = open_alike(open_tokens, launch, world, faults)
     folder = enter(config, launch, world, failures)
     if folder.code:
         world.presence.leave()
@@ -101,28 +104,6 @@ def train(
     stop_process_group()
     world.presence.leave()
     return code
-
-
-def _facts(config: RunConfig, tokens: Tokens) -> dict[str, str]:
-    """What must be the same on every rank; a cache may lie elsewhere on every node."""
-    facts = {
-        f"{section}.{name}": json.dumps(value)
-        for section, fields in plain(config).items()
-        for name, value in fields.items()
-        if name != "data_cache_path"
-    }
-    code = hashlib.sha256()
-    package = Path(__file__).parents[1]
-    for path in sorted(package.rglob("*.py")):
-        code.update(path.relative_to(package).as_posix().encode() + path.read_bytes())
-    versions = {
-        "megatron_lite (hash of its code)": code.hexdigest()[:16],
-        "torch": torch.__version__,
-    }
-    tokenizer = (
-        f"{tokens.vocab_size} ids, eod {tokens.eod}, hash {tokens.made_with.fingerprint[:16]}"
-    )
-    return facts | versions | {"tokenizer": tokenizer}
 
 
 def _carry_out(session: Session) -> int:
@@ -257,7 +238,13 @@ def open_session(
             "padded_vocab_size": run.setting.padded_vocab_size,
             "eod": tokens.eod,
         }
-        resumed = resume(run, config.checkpoint, config.learning_rate, curves, tokenizer)
+        verified = Verified(world.presence.tick)
+        meet = functools.partial(wait_for_all, world, world_size=ctx.world_size)
+        open_store = functools.partial(Store, at=faults.at, meet=meet, seen=verified.seen)
+        with told("verifying and loading the checkpoint", log.say, verified.how_far):
+            resumed = resume(
+                run, config.checkpoint, config.learning_rate, curves, tokenizer, open_store
+            )
     run.blueprint = taken_up(
         blueprint, config.train, run.progress.goes_on(blueprint.batch_schedule)
     )
@@ -284,6 +271,7 @@ def open_session(
     }
     checkpoints.saved_at = run.progress.step
     log.writers = _writers(config, folder.path, resumed.iteration or 0, log)
+    wait_for_all(world, "start", ctx.world_size)  # packages of writers are loaded on rank 0
     log.say(f"done with setup ... datetime: {_now()}")
     log.say(format_times(timers.gather(ctx), option=config.telemetry.timing_log_option))
     faults.at("start")
@@ -332,11 +320,6 @@ def _checker(
         step=lambda: presence.step or 0,
         seconds=config.parallel.distributed_timeout_minutes * 60.0,
     )
-
-
-def plain(config: RunConfig) -> dict[str, Any]:
-    """The config as JSON-ready sections of plain values."""
-    return dataclasses.asdict(config)
 
 
 def _begin_run(

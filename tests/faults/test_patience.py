@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import threading
 
+from megatron_lite.checkpoint.manifest import Manifest, hash_of, verify_files
+from megatron_lite.checkpoint.progress import Progress
 from megatron_lite.train import patience
 from tests.support.launch import TINY, launch, start, with_flags
 
@@ -19,6 +21,28 @@ def test_others_wait_for_work_that_is_longer_than_the_timeout_and_not_for_a_hang
     assert [rank.rc for rank in ended] == [6, 6], ended[1].err
     assert all("rank 0 hangs while the others wait" in rank.fatal for rank in ended)
     assert all("faults.py" in rank.fatal for rank in ended)
+
+
+def test_ranks_wait_likewise_for_a_tokenizer_and_for_a_checkpoint_to_be_verified(tmp_path):
+    argv = with_flags(SHORT, "--train-iters", "1", "--save", str(tmp_path))
+    ended = launch(2, argv, fault="tokenizer:1:busy5", deadline=90)
+    assert [rank.rc for rank in ended] == [0, 0], ended[0].err
+    argv = with_flags(SHORT, "--train-iters", "1", "--load", str(tmp_path))
+    ended = launch(2, argv, fault="load:1:busy5", deadline=90)
+    assert [rank.rc for rank in ended] == [0, 0], ended[0].err
+    assert "successfully loaded checkpoint" in ended[0].out
+
+
+def test_verification_counts_as_work_and_says_how_far_it_is(tmp_path):
+    content = {"weights-00000.safetensors": b"a" * 3_000_000, "weights-00001.safetensors": b"b"}
+    for name, data in content.items():
+        (tmp_path / name).write_bytes(data)
+    files = {name: hash_of(tmp_path / name) for name in content}
+    ticks: list[str] = []
+    verified = patience.Verified(lambda: ticks.append(verified.how_far()))
+    assert verified.how_far() == ""
+    verify_files(tmp_path, Manifest(1, Progress(), {}, files, {}), seen=verified.seen)
+    assert len(ticks) == 2 and ticks[-1] == ", 3 of 3 MB verified"
 
 
 def test_a_rank_that_dies_at_it_is_named():

@@ -27,7 +27,7 @@ from megatron_lite.parallel import reminder
 from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.parallel.launch import TASKS, Launch, gather_hosts, one_of_many, read_launch
 from megatron_lite.storage.disk import Disk
-from megatron_lite.train import session
+from megatron_lite.train import alike
 from megatron_lite.train.faults import Fault, NoFaults, read_fault
 from tests.faults.test_save_crashes import snapshot
 from tests.support.launch import (
@@ -182,14 +182,14 @@ def test_ranks_with_other_tokenizer_files_are_told_so(tmp_path):
 
 def test_another_version_of_the_code_is_another_fact(tmp_path, monkeypatch):
     """A node with an older checkout: the hash of the package is compared like every flag."""
-    own = session._facts(RunConfig(), session.Tokens(61, None))
-    package = Path(session.__file__).parents[1]
+    own = alike.facts(RunConfig(), alike.Tokens(61, None))
+    package = Path(alike.__file__).parents[1]
     copied = shutil.copytree(package, tmp_path / "package", ignore=shutil.ignore_patterns("*.pyc"))
-    monkeypatch.setattr(session, "__file__", str(copied / "train" / "session.py"))
-    assert session._facts(RunConfig(), session.Tokens(61, None)) == own
+    monkeypatch.setattr(alike, "__file__", str(copied / "train" / "alike.py"))
+    assert alike.facts(RunConfig(), alike.Tokens(61, None)) == own
     with (copied / "optim" / "adam.py").open("a") as file:
         file.write("# one line more\n")
-    changed = session._facts(RunConfig(), session.Tokens(61, None))
+    changed = alike.facts(RunConfig(), alike.Tokens(61, None))
     assert [key for key in own if own[key] != changed[key]] == ["megatron_lite (hash of its code)"]
 
 

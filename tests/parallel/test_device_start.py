@@ -97,7 +97,7 @@ def test_the_environment_is_set_before_cuda_starts(monkeypatch: pytest.MonkeyPat
     failures = Failures(1, folder=None, debug=False)
     here = Launch(1, 4, local_rank=1)
     with pytest.raises(Stop):
-        session.train(config_of(*TIED), here, session.Tokens(61, None), notices, failures)
+        session.train(config_of(*TIED), here, stop, notices, failures)
     assert [name for name, _ in seen][-1] == "set_device" and {value for _, value in seen} == {"1"}
     assert failures.device == torch.device("cuda", 1)
     assert any(f"{QUEUES} set to 1" in notice for notice in notices)
