@@ -242,7 +242,7 @@ def one_by_one(shares: Sequence[float], size: int, limits: Sequence[int]) -> lis
     return chosen
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     weights=st.lists(st.sampled_from([1.0, 1.0, 2.0, 0.1, 1e-6, 0.3, 7.7]), min_size=1, max_size=9),
     size=st.integers(0, 700),

@@ -189,7 +189,7 @@ def test_the_data_guide_goes_as_printed(tmp_path: Path) -> None:
         assert len(IndexedDataset(folder / f"data/{name}_text_document")) == documents
 
 
-@pytest.mark.ci
+@pytest.mark.slow  # the longest of the three
 def test_the_fine_tune_guide_goes_as_printed(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers", reason="makes the GPT-2; extra huggingface")
     folder = checkout(tmp_path)

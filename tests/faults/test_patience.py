@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import threading
 
+import pytest
+
 from megatron_lite.checkpoint.manifest import Manifest, hash_of, verify_files
 from megatron_lite.checkpoint.progress import Progress
 from megatron_lite.train import patience
@@ -23,12 +25,13 @@ def test_others_wait_for_work_that_is_longer_than_the_timeout_and_not_for_a_hang
     assert all("faults.py" in rank.fatal for rank in ended)
 
 
+@pytest.mark.ci
 def test_ranks_wait_likewise_for_a_tokenizer_and_for_a_checkpoint_to_be_verified(tmp_path):
     argv = with_flags(SHORT, "--train-iters", "1", "--save", str(tmp_path))
-    ended = launch(2, argv, fault="tokenizer:1:busy5", deadline=90)
+    ended = launch(2, argv, fault="tokenizer:1:busy4", deadline=90)
     assert [rank.rc for rank in ended] == [0, 0], ended[0].err
     argv = with_flags(SHORT, "--train-iters", "1", "--load", str(tmp_path))
-    ended = launch(2, argv, fault="load:1:busy5", deadline=90)
+    ended = launch(2, argv, fault="load:1:busy4", deadline=90)
     assert [rank.rc for rank in ended] == [0, 0], ended[0].err
     assert "successfully loaded checkpoint" in ended[0].out
 

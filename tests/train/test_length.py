@@ -75,7 +75,10 @@ def test_the_time_left_is_that_of_the_samples_left(data: list[str], folder: Path
         assert r.eta_seconds == pytest.approx(left / r.samples_per_second, rel=1e-9)
 
 
-@pytest.mark.parametrize(("samples", "taken"), [(8, 2), (10, 2), (11, 2), (12, 3)])
+@pytest.mark.parametrize(
+    ("samples", "taken"),
+    [pytest.param(8, 2, marks=pytest.mark.slow), pytest.param(10, 2, marks=pytest.mark.slow), (11, 2), (12, 3)],
+)  # fmt: skip
 def test_a_budget_of_samples_is_whole_batches(
     samples: int, taken: int, blend: list[str], folder: Path
 ) -> None:

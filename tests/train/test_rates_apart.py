@@ -52,7 +52,7 @@ def test_embedding_and_output_move_at_their_own_rate(tmp_path: Path) -> None:
 @pytest.mark.ci
 @pytest.mark.parametrize("layout", [
     ["--tensor-model-parallel-size", "2"], ["--use-distributed-optimizer"],
-    ["--pipeline-model-parallel-size", "2"],
+    pytest.param(["--pipeline-model-parallel-size", "2"], marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_every_layout_takes_the_same_two_rates(layout: list[str], tmp_path: Path) -> None:
     words = (
