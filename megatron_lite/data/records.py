@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 from collections import Counter
@@ -48,14 +49,24 @@ class Parsed:
     skipped: Counter[str]
 
 
+class Doubtful(dict[str, Any]):
+    """A line's record whose texts may hold half of a UTF-16 pair; what orjson reads holds none."""
+
+
 def fast_loads() -> Callable[[bytes], Any]:
     """orjson's loads where it is installed, else json's; what orjson refuses json decides."""
     try:
         import orjson  # noqa: PLC0415  an optional extra
     except ImportError:
-        return json.loads
+        return slow_loads
     loads: Callable[[bytes], Any] = orjson.loads
     return loads
+
+
+def slow_loads(line: bytes) -> Any:
+    """json's loads; it takes half of a UTF-16 pair, NaN, and integers of any length."""
+    record = json.loads(line)
+    return Doubtful(record) if isinstance(record, dict) else record
 
 
 class Reader:
@@ -83,36 +94,39 @@ class Reader:
         """DataError names file and line of the first bad record, unless they are skipped."""
         parsed = Parsed([Texts() for _ in self._keys], [], Counter())
         if batch.records is None:
-            records: Iterator[tuple[int, Any]] = enumerate(batch.data.split(b"\n"))
+            # line by line: to split all at once would copy the batch to fresh memory
+            records: Iterator[tuple[int, Any]] = enumerate(io.BytesIO(batch.data))
             load: Callable[[Any], Any] = self._load_text if batch.plain else self._load
         else:
             records, load = enumerate(batch.records), usable
-        extract = self._extract
+        extract, lines = self._extract, batch.records is None
         for number, raw in records:
             try:
                 record = load(raw)
                 if record is not None:
-                    extract(record, parsed.keys)
+                    extract(record, parsed.keys, sure=lines and type(record) is dict)
                     parsed.lines.append(number)
             except BadRecord as error:
                 if not self._skip:
+                    raw = raw.removesuffix(b"\n") if isinstance(raw, bytes) else raw
                     raise bad_line(batch, number, raw, str(error)) from error
                 parsed.skipped[error.reason] += 1
         return parsed
 
     def _load(self, line: bytes) -> Any:
         """The JSON of a line, None for an empty one."""
-        if len(line) > self._longest:
+        if len(line) - line.endswith(b"\n") > self._longest:
             usable(too_long(self._longest))
         try:
             return self._loads(line)
         except ValueError:
             pass
+        line = line.removesuffix(b"\n")
         if not line.strip():
             return None
         # orjson refuses what json takes (NaN, a lone surrogate in a key not asked for)
         try:
-            return json.loads(line)
+            return slow_loads(line)
         except UnicodeDecodeError as error:
             raise BadRecord("no UTF-8", f"no UTF-8 ({error.reason})") from error
         except (ValueError, RecursionError) as error:
@@ -122,9 +136,11 @@ class Reader:
         """A line that is a text itself, None for an empty one."""
         if not line.strip():
             return None
-        return usable(text_record(line.removesuffix(b"\r"), self._longest))
+        text = line.removesuffix(b"\n").removesuffix(b"\r")
+        return usable(text_record(text, self._longest))
 
-    def _extract(self, record: Any, into: Sequence[Texts]) -> None:
+    def _extract(self, record: Any, into: Sequence[Texts], *, sure: bool) -> None:
+        """sure: every text of the record can be encoded."""
         if not isinstance(record, dict):
             what = f"a JSON {type(record).__name__}, not an object"
             raise BadRecord("no object", what)
@@ -133,7 +149,7 @@ class Reader:
             into[0].texts.append(text)
             into[0].counts.append(1)
             return
-        found = [texts_of(record, key) for key in self._keys]
+        found = [texts_of(record, key, sure) for key in self._keys]
         for key, texts in zip(into, found, strict=True):
             key.texts += texts
             key.counts.append(len(texts))
@@ -146,17 +162,17 @@ def usable(record: Any) -> Any:
     return record
 
 
-def texts_of(record: dict[str, Any], key: str) -> list[str]:
+def texts_of(record: dict[str, Any], key: str, sure: bool) -> list[str]:
     """The text of a key: a string, or a list of strings that become sequences of their own."""
     text = record.get(key)
     if type(text) is str:
-        return [check(text, f"key {key!r}")]
+        return [text] if sure else [check(text, f"key {key!r}")]
     if key not in record:
         raise BadRecord("key missing", f"no key {key!r}, it has {sorted(record)}")
     if not isinstance(text, list) or not all(isinstance(part, str) for part in text):
         story = f"key {key!r} is {type(text).__name__}, not text or a list of texts"
         raise BadRecord("no text", story)
-    return [check(part, f"key {key!r}") for part in text]
+    return text if sure else [check(part, f"key {key!r}") for part in text]
 
 
 def check(text: str, what: str) -> str:

@@ -111,3 +111,23 @@ def test_the_message_shows_eighty_characters_of_the_line() -> None:
     text = str(caught.value)
     assert text.startswith("a.json:2: key 'text' is int") and "--on-bad-line skip" in text
     assert text.endswith(line.decode()[:80])
+
+
+@pytest.mark.parametrize("line", [
+    b'{"text": "\\ud800"}',
+    b'{"text": ["fine", "\\udfff"]}',
+    b'{"text": "\\ud800", "score": NaN}',
+])  # fmt: skip
+@pytest.mark.parametrize("orjson", [True, False])
+def test_half_a_pair_is_found_whoever_reads_the_line(
+    line: bytes, orjson: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The message shows the line itself, without the newline that ended it."""
+    if not orjson:
+        monkeypatch.setitem(sys.modules, "orjson", None)
+    good = b'{"text": "na\xc3\xafve", "score": NaN}'
+    with pytest.raises(DataError) as caught:
+        parse(Reader(), good + b"\n" + line + b"\n" + good)
+    assert ":2: " in str(caught.value) and "lone surrogate" in str(caught.value)
+    assert str(caught.value).endswith(line.decode())
+    assert parse(Reader(longest=len(good)), good + b"\n" + good).lines == [0, 1]
