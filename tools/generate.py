@@ -41,6 +41,7 @@ from megatron_lite.models.decoder import Decoder
 from megatron_lite.models.parameters import local_parameters
 from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.parallel.shard import exact_slices, weight_slices
+from megatron_lite.storage.reading import read_plain
 
 PRECISIONS = {
     "float32": PrecisionConfig(),
@@ -131,12 +132,17 @@ def _text(prompt: str) -> str:
         raise ConfigError(f"--prompt {prompt!r} is not UTF-8 ({error.reason})") from None
 
 
+_PROMPT_BYTES = 1 << 28  # of a --prompt-file
+
+
 def _prompts(path: str) -> list[str]:
     """The lines of --prompt-file."""
     try:
-        content = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
+        content = sys.stdin.buffer.read() if path == "-" else read_plain(path, _PROMPT_BYTES)
     except OSError as error:
-        raise ConfigError(f"--prompt-file {path} cannot be read: {error.strerror}") from None
+        raise ConfigError(
+            f"--prompt-file {path} cannot be read: {error.strerror} - a pipe goes to `--prompt-file -`"
+        ) from None
     prompts = []
     for number, line in enumerate(content.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
         try:

@@ -102,6 +102,10 @@ class Progress:
         for holds, what in (
             (self.samples >= self.step, f"{self.samples} samples"),
             (self.samples == 0 or self.step > 0, f"{self.samples} samples"),
+            (
+                self.tokens >= self.samples or not self.tokens,
+                f"{self.samples} samples and {self.tokens} tokens",
+            ),
             (self.skipped_steps <= self.step, f"{self.skipped_steps} skipped steps"),
             (
                 left_out >= self.skipped_steps if self.skipped_steps else left_out == 0,

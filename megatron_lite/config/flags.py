@@ -269,7 +269,10 @@ class _Reading:
         """
         earlier, new = self.given.get(setting.key), _Given(value, written, own)
         if earlier is not None and earlier.value != value:
-            if earlier.written != written and not (earlier.own and own):
+            apart = earlier.written != written and not (earlier.own and own)
+            if apart and value == "auto":  # which contradicts nothing that another flag says
+                return
+            if apart and earlier.value != "auto":
                 self.problems.append(f"{earlier} and {new} contradict each other; keep one")
                 return
             self.notices.append(_repeated(str(earlier), str(new)))

@@ -131,6 +131,8 @@ def packing_of(path: str, beginning: bytes) -> Packing | None:
         return None
     for packing in PACKINGS:
         if path.endswith(packing.suffix):
+            if beginning and any(magic.startswith(beginning) for magic in packing.magic):
+                raise damaged(path, len(beginning), f"{packing.name} ends in the middle")
             raise not_what_it_says(path, packing.name, beginning)
     return None
 

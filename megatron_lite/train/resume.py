@@ -47,10 +47,13 @@ def resume(
     curves: Callable[[BatchSchedule], Schedules],
     tokenizer: dict[str, Any],
     open_store: Callable[[Path, ParallelContext], Store] = Store,
+    *,
+    trains: bool = True,
 ) -> Resumed:
     """Fill the run from --load.  Collective over the world.
 
     curves: those of this command line, under a batch schedule; tokenizer: see check_tokenizer.
+    trains: whether steps follow, for which curves matter.
     Raises CheckpointError where there are checkpoints but none usable, or weights of other
     programs; where they are of another model or were trained with another tokenizer; where the
     curves differ from the checkpoint's and no flag says which to take.
@@ -82,6 +85,7 @@ def resume(
     notices = changes + check_tokenizer(manifest, tokenizer, allowed=checkpoint.allow_data_change)
     if with_optimizer:
         _require_optimizer(run, manifest, checkpoint.load)
+    if with_optimizer and trains:
         schedules, said = _settle_schedules(manifest, learning_rate, schedules, checkpoint.load)
         notices += said
     fill_run(run, store, manifest, optimizer=with_optimizer)

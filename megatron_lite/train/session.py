@@ -243,8 +243,9 @@ def open_session(
         open_store = functools.partial(Store, at=faults.at, meet=meet, seen=verified.seen)
         with told("verifying and loading the checkpoint", log.say, verified.how_far):
             resumed = resume(
-                run, config.checkpoint, config.learning_rate, curves, tokenizer, open_store
-            )
+                run, config.checkpoint, config.learning_rate, curves, tokenizer, open_store,
+                trains=not config.train.skip_train,
+            )  # fmt: skip
     run.blueprint = taken_up(
         blueprint, config.train, run.progress.goes_on(blueprint.batch_schedule)
     )

@@ -145,6 +145,14 @@ def test_what_is_wrong_is_named(words: str, message: str) -> None:
 
 
 @pytest.mark.parametrize(
+    "words",
+    ["--use-flash-attn --attention-backend auto", "--attention-backend auto --use-flash-attn"],
+)
+def test_auto_contradicts_nothing(words: str) -> None:
+    assert parse(words.split()).config.precision.attention_backend == "flash"
+
+
+@pytest.mark.parametrize(
     ("words", "key", "expected", "said"),
     [
         ("--lr 1 --lr 2", "learning_rate.lr", 2.0, "--lr (1.0) and --lr (2.0)"),

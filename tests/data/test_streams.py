@@ -69,6 +69,8 @@ def test_a_packed_file_cut_off_anywhere_is_never_a_shorter_one(tmp_path: Path, k
     for size in (0, 1, 3, 4, 9, 100, len(frames[0]) + 5, len(whole) - 4, len(whole) - 1):
         path.write_bytes(whole[:size])
         assert offset_of(path) <= size
+    path.write_bytes(whole[:2])  # of the first bytes that name the packing
+    assert offset_of(path) == 2
 
 
 @pytest.mark.parametrize("kind", PACK)

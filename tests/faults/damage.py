@@ -298,6 +298,7 @@ CRAFTED: dict[str, Callable[[Path, dict[str, Any]], None]] = {
     ),
     "an iteration that is true": _manifest(lambda b: b.update(iteration=True)),
     "steps that are not the iteration": _manifest(lambda b: b["progress"].update(step=3)),
+    "fewer tokens than samples": _manifest(lambda b: b["progress"].update(tokens=1)),
     "negative samples": _manifest(lambda b: b["progress"].update(samples=-1)),
     "half a sample": _manifest(lambda b: b["progress"].update(samples=10.5)),
     "samples that are not those learnt from": _manifest(

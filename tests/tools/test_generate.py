@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -102,6 +103,8 @@ def test_prompts_come_from_a_file_or_stdin(
         assert run(monkeypatch, *words, "--prompt-file", file) == 2
         assert said in capsys.readouterr().err
     assert run(monkeypatch, *words, "--prompt-file", tmp_path) == 2
+    os.mkfifo(tmp_path / "pipe")
+    assert run(monkeypatch, *words, "--prompt-file", tmp_path / "pipe") == 2
 
 
 def test_an_iteration_folder_is_its_iteration(spoken: Path, tmp_path, monkeypatch, capsys) -> None:

@@ -142,3 +142,10 @@ def test_a_manifest_that_describes_no_model_of_its_tensors_is_refused(
     folder = rewrite(tmp_path / "copy", lambda body: change(body["config"]["model"]))
     with pytest.raises(CheckpointError, match=told):
         saved_model(read_manifest(folder), folder)
+
+
+def test_a_run_that_is_only_evaluated_needs_no_curve(data: list[str], trained: Path) -> None:
+    """Another length is another decay of the learning rate, which no step follows here."""
+    done = resumed(data, trained, "--skip-train", "--train-iters", "9")
+    assert done.rc == 0, done.err
+    assert resumed(data, trained, "--train-iters", "9").rc == CheckpointError.exit_code
