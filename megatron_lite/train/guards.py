@@ -24,13 +24,13 @@ from megatron_lite.engines.loss_scale import LossScale
 class Measured:
     """One step's numbers, equal on all ranks: mean loss, gradient norm, ranks with non-finite gradients.
 
-    tokens: those that the loss counts.
+    empty: no token counts in the loss.  Zeros are a good step: a rehearsal has no other numbers.
     """
 
     loss: float
     grad_norm: float
     bad_ranks: int
-    tokens: int = 1
+    empty: bool = False
 
     @property
     def finite(self) -> bool:

@@ -63,7 +63,7 @@ def train_step(run: Run, batches: Sequence[Batch], *, lr: float, weight_decay: f
     micro = [to_device(b, device, step=run.progress.step, training=True) for b in batches]
     run.expect_messages(batches[0])
     attempt = _attempt(run, run.pipeline, micro, tokens, vote)
-    if not attempt.measured.tokens:
+    if attempt.measured.empty:
         first, size = (
             run.progress.samples,
             sum(len(batch.tokens) for batch in batches) * run.ctx.dp.size,
@@ -107,8 +107,10 @@ def _attempt(
     extra = torch.stack([own.share, (~own.finite).double()])
     sums = _sum_over_world(run, scored, (*map(float, vote),), extra)
     loss, norm = sums[0] / tokens.clamp(min=1.0), sums[2].sqrt()
-    measured = torch.stack([loss, norm, sums[3], sums[1]]).tolist()  # waits for the device
-    seen = Measured(measured[0], measured[1], int(measured[2]), int(measured[3]))
+    measured = torch.stack(
+        [loss, norm, sums[3], (sums[1] == 0).double()]
+    ).tolist()  # waits for the device
+    seen = Measured(measured[0], measured[1], int(measured[2]), bool(measured[3]))
     return Attempt(scored, loss, norm.float(), sums[4:], seen)
 
 
