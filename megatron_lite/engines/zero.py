@@ -233,7 +233,7 @@ class ZeroEngine:
     def _group(held: _Held, decoupled_lr: float | None) -> tuple[bool, bool]:
         """(has weight decay, has the decoupled learning rate)."""
         table = held.local.spec.vocabulary and decoupled_lr is not None
-        return held.local.parameter.dim() > 1, table
+        return held.local.spec.decays, table
 
     def _apply(self, lr: float, weight_decay: float, decoupled_lr: float | None) -> None:
         for decayed, table in ((True, False), (True, True), (False, False)):
