@@ -33,7 +33,7 @@ from megatron_lite.checkpoint.progress import Progress
 from megatron_lite.checkpoint.saver import Background
 from megatron_lite.checkpoint.snapshot import HostMemory, Snapshot
 from megatron_lite.checkpoint.store import KEEP_ALL, Store
-from megatron_lite.config.flags import parse
+from megatron_lite.config.flags.parser import parse
 from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.parallel.shard import MASTER, NamedSlice
 from megatron_lite.train.step import train_step

@@ -25,7 +25,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_lite.config.data import DataConfig
+from megatron_lite.config.sections.data import DataConfig
 from megatron_lite.data.build import build_datasets
 from megatron_lite.data.indexed import HEADER, MAGIC
 

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from megatron_lite.blueprint.draw_up import draw_up
-from megatron_lite.config.flags import parse
+from megatron_lite.config.flags.parser import parse
 from megatron_lite.data.batch import Batch
 from megatron_lite.layers.attention import choose_attention
 from megatron_lite.parallel.context import ParallelContext

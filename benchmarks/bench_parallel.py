@@ -39,7 +39,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from benchmarks import torch_parallel
 from benchmarks.plain_gpt import PlainGPT
 from megatron_lite.blueprint.draw_up import draw_up
-from megatron_lite.config.flags import parse
+from megatron_lite.config.flags.parser import parse
 from megatron_lite.data.batch import Batch
 from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.parallel.shard import weight_slices

@@ -25,7 +25,7 @@ import torch
 
 from benchmarks.plain_gpt import PlainGPT, PlainTrainer
 from megatron_lite.blueprint.draw_up import draw_up
-from megatron_lite.config.flags import parse
+from megatron_lite.config.flags.parser import parse
 from megatron_lite.data.batch import Batch
 from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.train import step as step_module

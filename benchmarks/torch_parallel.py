@@ -27,7 +27,7 @@ from torch.distributed.tensor.parallel import (
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.plain_gpt import PlainGPT
-from megatron_lite.config.optim import OptimConfig
+from megatron_lite.config.sections.optim import OptimConfig
 
 LR, DECAY, CLIP = 1e-4, 0.1, 1.0
 Step = Callable[[Tensor], Tensor]

@@ -20,11 +20,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_lite.blueprint.draw_up import draw_up
 from megatron_lite.blueprint.length import sample_counts
-from megatron_lite.config import rules
 from megatron_lite.config.errors import ConfigError
 from megatron_lite.config.exit import run_tool
-from megatron_lite.config.flags import parse
-from megatron_lite.config.run import RunConfig
+from megatron_lite.config.flags.parser import parse
+from megatron_lite.config.rules import table as rules
+from megatron_lite.config.sections.run import RunConfig
 from megatron_lite.data.build import build_datasets
 from megatron_lite.data.overview import overview
 from megatron_lite.data.provenance import made_with

@@ -39,10 +39,10 @@ from megatron_lite.checkpoint.huggingface import (
 from megatron_lite.checkpoint.manifest import TOKENIZER, Manifest
 from megatron_lite.checkpoint.store import Store
 from megatron_lite.checkpoint.tensor_file import DTYPES
-from megatron_lite.config.data import DataConfig
 from megatron_lite.config.errors import CheckpointError, ConfigError
 from megatron_lite.config.exit import ToolParser, run_tool
-from megatron_lite.config.model import ModelConfig
+from megatron_lite.config.sections.data import DataConfig
+from megatron_lite.config.sections.model import ModelConfig
 from megatron_lite.data.provenance import ALLOW, end_of_document, made_with
 from megatron_lite.data.tokenizers.build import build_tokenizer
 from megatron_lite.data.tokenizers.exchange import (

@@ -22,10 +22,10 @@ import numpy.typing as npt
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_lite.config.data import DataConfig
 from megatron_lite.config.errors import ConfigError, DataError
 from megatron_lite.config.exit import ToolParser, run_tool
 from megatron_lite.config.extras import how_to_install
+from megatron_lite.config.sections.data import DataConfig
 from megatron_lite.data.indexed import IndexedDataset, bin_path
 from megatron_lite.data.provenance import (
     ALLOW,

@@ -25,10 +25,10 @@ from megatron_lite.checkpoint.description import saved_model, saved_section
 from megatron_lite.checkpoint.manifest import NAME, TOKENIZER, Manifest
 from megatron_lite.checkpoint.store import Store
 from megatron_lite.checkpoint.tensor_file import DTYPES
-from megatron_lite.config.data import DataConfig
 from megatron_lite.config.errors import CheckpointError, ConfigError, NumericsError
 from megatron_lite.config.exit import ToolParser, run_tool
-from megatron_lite.config.precision import PrecisionConfig
+from megatron_lite.config.sections.data import DataConfig
+from megatron_lite.config.sections.precision import PrecisionConfig
 from megatron_lite.data.provenance import ALLOW, made_with
 from megatron_lite.data.tokenizers.base import Tokenizer
 from megatron_lite.data.tokenizers.build import asked_vocab_size, build_tokenizer

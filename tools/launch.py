@@ -35,11 +35,11 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import parse_args, run
 
-from megatron_lite.config import rules
 from megatron_lite.config.errors import PREEMPTED, ConfigError, DistributedError
 from megatron_lite.config.exit import run_tool
-from megatron_lite.config.flags import parse
-from megatron_lite.config.run import RunConfig
+from megatron_lite.config.flags.parser import parse
+from megatron_lite.config.rules import table as rules
+from megatron_lite.config.sections.run import RunConfig
 from megatron_lite.data.present import require_local_files
 from megatron_lite.parallel.launch import Launch, gather_hosts, one_of_many
 from megatron_lite.train.stop import stop_signals

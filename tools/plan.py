@@ -31,12 +31,12 @@ sys.path.insert(
 from megatron_lite.blueprint.batches import batch_schedule
 from megatron_lite.blueprint.draw_up import Blueprint, draw_up
 from megatron_lite.blueprint.timeline import Timeline, parse_trace
-from megatron_lite.config import rules
 from megatron_lite.config.errors import ConfigError, DataError, StorageError
 from megatron_lite.config.exit import ToolParser, run_tool
-from megatron_lite.config.flags import parse
-from megatron_lite.config.parallel import ParallelConfig
-from megatron_lite.config.run import RunConfig
+from megatron_lite.config.flags.parser import parse
+from megatron_lite.config.rules import table as rules
+from megatron_lite.config.sections.parallel import ParallelConfig
+from megatron_lite.config.sections.run import RunConfig
 from megatron_lite.optim.learning_rate import LearningRateSchedule
 from megatron_lite.planner import advice, draw, hardware, report, search
 from megatron_lite.planner.corpus import epochs

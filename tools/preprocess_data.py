@@ -16,9 +16,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tqdm import tqdm
 
-from megatron_lite.config.data import DataConfig
 from megatron_lite.config.errors import ConfigError
 from megatron_lite.config.exit import ToolParser, run_tool
+from megatron_lite.config.sections.data import DataConfig
 from megatron_lite.data.encode import Job
 from megatron_lite.data.input_flags import add_input_flags, longest_line
 from megatron_lite.data.inputs import find_inputs

@@ -26,12 +26,12 @@ sys.path.insert(
 try:
     from megatron_lite.blueprint.draw_up import draw_up
     from megatron_lite.blueprint.plan import describe
-    from megatron_lite.config import rules
     from megatron_lite.config.errors import ConfigError, MegatronLiteError
     from megatron_lite.config.exit import fatal_line
-    from megatron_lite.config.flags import Parsed, parse
-    from megatron_lite.config.parallel import ParallelConfig
-    from megatron_lite.config.run import RunConfig
+    from megatron_lite.config.flags.parser import Parsed, parse
+    from megatron_lite.config.rules import table as rules
+    from megatron_lite.config.sections.parallel import ParallelConfig
+    from megatron_lite.config.sections.run import RunConfig
     from megatron_lite.config.streams import outlive_output, settle_output
     from megatron_lite.data.present import require_local_files
     from megatron_lite.data.provenance import end_of_document, made_with

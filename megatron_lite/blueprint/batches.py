@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from megatron_lite.config.batch_schedule import parse_schedule
 from megatron_lite.config.errors import ConfigError, all_together
-from megatron_lite.config.train import TrainConfig
+from megatron_lite.config.sections.train import TrainConfig
 
 
 def padded_vocab_size(vocab_size: int, divisible_by: int, tp: int) -> int:

@@ -19,11 +19,11 @@ from megatron_lite.blueprint.schedules.forward_only import forward_only
 from megatron_lite.blueprint.schedules.lower import lower
 from megatron_lite.blueprint.stages import Placement, Stage, cut_stages
 from megatron_lite.config.errors import ConfigError, all_together
-from megatron_lite.config.model import ModelConfig
-from megatron_lite.config.parallel import ParallelConfig
 from megatron_lite.config.pipeline import pipeline
-from megatron_lite.config.run import RunConfig
-from megatron_lite.config.train import TrainConfig
+from megatron_lite.config.sections.model import ModelConfig
+from megatron_lite.config.sections.parallel import ParallelConfig
+from megatron_lite.config.sections.run import RunConfig
+from megatron_lite.config.sections.train import TrainConfig
 
 GPT2_VOCABULARY = 50257
 

@@ -15,7 +15,7 @@ from typing import Literal
 
 from megatron_lite.blueprint.figure.parts import Core, Figure, Matrix, Parts
 from megatron_lite.blueprint.figure.transformer import figure_of
-from megatron_lite.config.model import ModelConfig
+from megatron_lite.config.sections.model import ModelConfig
 
 Attention = Literal["full", "causal"]
 Recompute = Literal["full", "selective"]

@@ -11,7 +11,7 @@ from typing import NamedTuple, TypedDict
 
 from megatron_lite.blueprint.batches import BatchSchedule
 from megatron_lite.config.errors import ConfigError
-from megatron_lite.config.train import TrainConfig
+from megatron_lite.config.sections.train import TrainConfig
 
 
 class Length(NamedTuple):

@@ -14,7 +14,7 @@ from megatron_lite.blueprint.figure.parts import Figure, Tensor
 from megatron_lite.blueprint.figure.transformer import figure_of
 from megatron_lite.blueprint.stages import Stage
 from megatron_lite.config.errors import ConfigError
-from megatron_lite.config.model import ModelConfig
+from megatron_lite.config.sections.model import ModelConfig
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_lite.config.parallel import ParallelConfig
+from megatron_lite.config.sections.parallel import ParallelConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +28,7 @@ class RecomputePlan:
 
     @classmethod
     def from_config(cls, parallel: ParallelConfig) -> RecomputePlan:
-        """The plan of the recompute flags, which rules.py has checked together."""
+        """The plan of the recompute flags, which config/rules has checked together."""
         if parallel.recompute_granularity is None:
             return cls()
         if parallel.recompute_granularity == "selective":

@@ -10,7 +10,7 @@ from megatron_lite.blueprint.flops import core_forward, head_forward, layer_forw
 from megatron_lite.blueprint.schedules.actions import Action, Op
 from megatron_lite.blueprint.schedules.simulate import Cost
 from megatron_lite.blueprint.stages import Stage
-from megatron_lite.config.model import ModelConfig
+from megatron_lite.config.sections.model import ModelConfig
 
 
 def flops_cost(model: ModelConfig, stages: Sequence[Stage], padded_vocab_size: int) -> Cost:

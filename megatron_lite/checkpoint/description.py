@@ -16,11 +16,11 @@ from megatron_lite.blueprint.stages import cut_stages
 from megatron_lite.checkpoint.manifest import NAME, Manifest
 from megatron_lite.checkpoint.schema import mapping
 from megatron_lite.config.errors import CheckpointError
-from megatron_lite.config.model import ModelConfig
-from megatron_lite.config.model_identity import COMPARED, defaults_before
-from megatron_lite.config.rules import model_problems
-from megatron_lite.config.settings import settings
-from megatron_lite.config.values import from_yaml
+from megatron_lite.config.flags.settings import settings
+from megatron_lite.config.flags.values import from_yaml
+from megatron_lite.config.rules.model_identity import COMPARED, defaults_before
+from megatron_lite.config.rules.table import model_problems
+from megatron_lite.config.sections.model import ModelConfig
 from megatron_lite.parallel.shard import MASTER
 
 Section = TypeVar("Section")

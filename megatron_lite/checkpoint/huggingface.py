@@ -32,7 +32,7 @@ from megatron_lite.checkpoint.tensor_file import (
     write_stream,
 )
 from megatron_lite.config.errors import CheckpointError
-from megatron_lite.config.model import ModelConfig
+from megatron_lite.config.sections.model import ModelConfig
 from megatron_lite.models.gpt import huggingface_source
 from megatron_lite.parallel.shard import MASTER, NamedSlice
 from megatron_lite.storage.disk import Disk

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 
 from megatron_lite.config.errors import CheckpointError
-from megatron_lite.config.model import ModelConfig
+from megatron_lite.config.sections.model import ModelConfig
 
 GELU: Mapping[str, Literal["tanh", "erf"]] = MappingProxyType(
     {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "erf"}

@@ -14,8 +14,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from megatron_lite.config.data import DataConfig
 from megatron_lite.config.errors import ConfigError
+from megatron_lite.config.sections.data import DataConfig
 
 MAX_DATASETS = 32766
 """The blend index numbers datasets in int16, as Megatron's does."""

@@ -13,7 +13,7 @@ import re
 from dataclasses import dataclass
 
 from megatron_lite.config.errors import ConfigError
-from megatron_lite.config.parallel import ParallelConfig
+from megatron_lite.config.sections.parallel import ParallelConfig
 
 ONE_CHUNK = ("1f1b", "gpipe", "zb-h1")
 """Schedules with one stage per rank; zb-v has two, interleaved two or more."""

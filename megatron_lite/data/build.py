@@ -12,8 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_lite.config.blend import SPLITS, Blend, blends
-from megatron_lite.config.data import DataConfig
 from megatron_lite.config.errors import ConfigError
+from megatron_lite.config.sections.data import DataConfig
 from megatron_lite.data.blended import BlendedDataset, BlendPlan, normalized, samples_per_dataset
 from megatron_lite.data.cache import build_or_load
 from megatron_lite.data.digest import digest_of

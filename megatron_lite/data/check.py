@@ -17,8 +17,8 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_lite.config.blend import blends
-from megatron_lite.config.data import DataConfig
 from megatron_lite.config.errors import DataError
+from megatron_lite.config.sections.data import DataConfig
 from megatron_lite.data.indexed import (
     Index,
     IndexedDataset,

@@ -22,8 +22,8 @@ from typing import TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from megatron_lite.config.data import DataConfig
 from megatron_lite.config.errors import DataError
+from megatron_lite.config.sections.data import DataConfig
 from megatron_lite.data.indexed import token_dtype
 from megatron_lite.data.pair_writer import TokenBatch
 from megatron_lite.data.parts import LONGEST_LINE, Batch, TextUnit

@@ -16,8 +16,8 @@ from typing import IO, Any
 
 import numpy as np
 
-from megatron_lite.config.data import DataConfig
 from megatron_lite.config.errors import DataError
+from megatron_lite.config.sections.data import DataConfig
 from megatron_lite.data.indexed import IndexedDataset, bin_path, idx_path
 from megatron_lite.data.pair_writer import Counts, file_hash
 from megatron_lite.data.tokenizers.base import Tokenizer

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_lite.config.precision import PrecisionConfig
+from megatron_lite.config.sections.precision import PrecisionConfig
 
 _LARGEST = 2.0**32
 """The scale never grows beyond: an fp32 gradient times more would overflow."""

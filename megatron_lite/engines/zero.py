@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from megatron_lite.blueprint.ownership import Rows
-from megatron_lite.config.optim import OptimConfig
-from megatron_lite.config.parallel import ParallelConfig
-from megatron_lite.config.precision import PrecisionConfig
+from megatron_lite.config.sections.optim import OptimConfig
+from megatron_lite.config.sections.parallel import ParallelConfig
+from megatron_lite.config.sections.precision import PrecisionConfig
 from megatron_lite.engines.base import SquaredNorm, Update
 from megatron_lite.engines.buckets import GradientBuckets
 from megatron_lite.engines.clip import clip_coefficient, count_zeros, global_norm, squared_norms

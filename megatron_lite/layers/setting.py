@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from megatron_lite.blueprint.figure.parts import Figure
 from megatron_lite.blueprint.figure.transformer import figure_of
 from megatron_lite.blueprint.recompute import RecomputePlan
-from megatron_lite.config.model import ModelConfig
-from megatron_lite.config.precision import PrecisionConfig
+from megatron_lite.config.sections.model import ModelConfig
+from megatron_lite.config.sections.precision import PrecisionConfig
 from megatron_lite.kernels.table import Need
 from megatron_lite.layers.gradients import WeightGradients
 from megatron_lite.parallel.context import Axis, ParallelContext

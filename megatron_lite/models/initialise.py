@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from megatron_lite.config.model import ModelConfig
+from megatron_lite.config.sections.model import ModelConfig
 from megatron_lite.models.decoder import Decoder
 from megatron_lite.models.parameters import local_parameters
 from megatron_lite.parallel.random import key, normal

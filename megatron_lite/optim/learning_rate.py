@@ -19,8 +19,8 @@ from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
 from megatron_lite.config.errors import ConfigError, all_together
-from megatron_lite.config.optim import LearningRateConfig, OptimConfig
-from megatron_lite.config.train import TrainConfig
+from megatron_lite.config.sections.optim import LearningRateConfig, OptimConfig
+from megatron_lite.config.sections.train import TrainConfig
 
 DecayStyle = Literal["constant", "linear", "cosine", "inverse-square-root", "WSD"]
 FinalStyle = Literal["exponential", "linear", "cosine", "minus_sqrt"]

@@ -7,7 +7,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from megatron_lite.config.optim import OptimConfig
+from megatron_lite.config.sections.optim import OptimConfig
 from megatron_lite.optim.adam import AdamW
 from megatron_lite.optim.sgd import SGD
 

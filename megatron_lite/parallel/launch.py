@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
 from megatron_lite.config.errors import ConfigError, DistributedError
-from megatron_lite.config.parallel import ParallelConfig
+from megatron_lite.config.sections.parallel import ParallelConfig
 from megatron_lite.parallel.liveness import Alone, Liveness, Presence, differences, roll_call
 from megatron_lite.parallel.reminder import Reminder, numbers
 from megatron_lite.parallel.watch import Limits

@@ -13,9 +13,9 @@ from typing import Literal
 
 from megatron_lite.blueprint.figure.parts import Activation, Core, Matrix, Norm, Parts
 from megatron_lite.blueprint.recompute import RecomputePlan
-from megatron_lite.config.model import ModelConfig
-from megatron_lite.config.parallel import ParallelConfig
-from megatron_lite.config.precision import PrecisionConfig
+from megatron_lite.config.sections.model import ModelConfig
+from megatron_lite.config.sections.parallel import ParallelConfig
+from megatron_lite.config.sections.precision import PrecisionConfig
 
 Variant = Literal["tp", "tp+sp", "tp+selective", "tp+sp+selective", "full"]
 VARIANTS: tuple[Variant, ...] = ("tp", "tp+sp", "tp+selective", "tp+sp+selective", "full")

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from megatron_lite.blueprint.draw_up import Blueprint
 from megatron_lite.config.errors import ConfigError
-from megatron_lite.config.parallel import ParallelConfig
+from megatron_lite.config.sections.parallel import ParallelConfig
 from megatron_lite.planner.forecast import Forecast, forecast
 
 Variant = Callable[[ParallelConfig, int], Blueprint]

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from megatron_lite.blueprint.draw_up import Blueprint, draw_up
 from megatron_lite.config.errors import ConfigError
-from megatron_lite.config.flags import parse
+from megatron_lite.config.flags.parser import parse
 from megatron_lite.planner.forecast import Forecast, forecast
 from megatron_lite.planner.hardware import Cluster, Device
 from megatron_lite.planner.memory import Asked

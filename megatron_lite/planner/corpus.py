@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 from megatron_lite.blueprint.draw_up import Blueprint
 from megatron_lite.config.blend import blends
-from megatron_lite.config.data import DataConfig
 from megatron_lite.config.errors import ConfigError
+from megatron_lite.config.sections.data import DataConfig
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _WIDTHS = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 8, 7: 4, 8: 2}

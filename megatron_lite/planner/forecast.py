@@ -11,8 +11,8 @@ from megatron_lite.blueprint.recompute import RecomputePlan
 from megatron_lite.blueprint.schedules import SCHEDULES
 from megatron_lite.blueprint.schedules.actions import Op
 from megatron_lite.blueprint.schedules.simulate import Simulation, simulate
-from megatron_lite.config.parallel import ParallelConfig
 from megatron_lite.config.pipeline import SPLIT_BACKWARD
+from megatron_lite.config.sections.parallel import ParallelConfig
 from megatron_lite.planner.cost import Costs, StageTimes, Work
 from megatron_lite.planner.hardware import Cluster
 from megatron_lite.planner.memory import Asked, RankMemory, memory

@@ -16,10 +16,10 @@ from megatron_lite.blueprint.figure.parts import Matrix, Parts
 from megatron_lite.blueprint.schedules import SCHEDULES
 from megatron_lite.blueprint.schedules.actions import Op, Schedule
 from megatron_lite.blueprint.stages import Placement, Stage
-from megatron_lite.config.model import ModelConfig
-from megatron_lite.config.optim import OptimConfig
-from megatron_lite.config.parallel import ParallelConfig
-from megatron_lite.config.precision import PrecisionConfig
+from megatron_lite.config.sections.model import ModelConfig
+from megatron_lite.config.sections.optim import OptimConfig
+from megatron_lite.config.sections.parallel import ParallelConfig
+from megatron_lite.config.sections.precision import PrecisionConfig
 from megatron_lite.planner.activations import (
     Items,
     StageBytes,

@@ -15,8 +15,8 @@ from typing import Literal
 
 from megatron_lite.blueprint.draw_up import Blueprint
 from megatron_lite.config.errors import ConfigError
-from megatron_lite.config.model import ModelConfig
-from megatron_lite.config.parallel import ParallelConfig
+from megatron_lite.config.sections.model import ModelConfig
+from megatron_lite.config.sections.parallel import ParallelConfig
 from megatron_lite.planner.advice import Variant
 from megatron_lite.planner.forecast import Forecast, forecast
 from megatron_lite.planner.hardware import Cluster

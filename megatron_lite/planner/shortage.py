@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from megatron_lite.config.errors import ConfigError
-from megatron_lite.config.parallel import ParallelConfig
+from megatron_lite.config.sections.parallel import ParallelConfig
 from megatron_lite.planner.memory import RankMemory
 
 Planned = Callable[[ParallelConfig, int], RankMemory]

@@ -17,7 +17,7 @@ from typing import Any
 
 from megatron_lite.config.errors import ConfigError, StorageError
 from megatron_lite.config.extras import how_to_install
-from megatron_lite.config.telemetry import TelemetryConfig
+from megatron_lite.config.sections.telemetry import TelemetryConfig
 from megatron_lite.storage.disk import Disk, DiskFile, temporary_name
 from megatron_lite.telemetry.lasting import Lasting, Writer
 from megatron_lite.telemetry.record import (

@@ -11,7 +11,7 @@ from megatron_lite.blueprint.draw_up import Blueprint
 from megatron_lite.blueprint.recompute import RecomputePlan
 from megatron_lite.blueprint.schedules.actions import Action
 from megatron_lite.checkpoint.progress import Progress
-from megatron_lite.config.run import RunConfig
+from megatron_lite.config.sections.run import RunConfig
 from megatron_lite.data.batch import Batch
 from megatron_lite.engines.zero import Watch, ZeroEngine
 from megatron_lite.layers.gradients import WeightGradients

@@ -10,8 +10,8 @@ from megatron_lite.checkpoint.agreement import Agreement
 from megatron_lite.checkpoint.saver import Background, Foreground, Saver
 from megatron_lite.checkpoint.snapshot import UNKNOWN, Origin, Snapshot
 from megatron_lite.checkpoint.store import Keep, Store
-from megatron_lite.config.checkpoint import CheckpointConfig
 from megatron_lite.config.errors import StorageError
+from megatron_lite.config.sections.checkpoint import CheckpointConfig
 from megatron_lite.parallel.liveness import Presence
 from megatron_lite.parallel.shard import weight_slices
 from megatron_lite.storage.lock import FolderTaken

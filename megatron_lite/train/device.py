@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from megatron_lite.blueprint.devices import peak_tflops, unknown_peak_line
-from megatron_lite.config.precision import PrecisionConfig
-from megatron_lite.config.telemetry import TelemetryConfig
+from megatron_lite.config.sections.precision import PrecisionConfig
+from megatron_lite.config.sections.telemetry import TelemetryConfig
 
 
 def device_peak(device: torch.device) -> float | None:

@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import Any
 
 from megatron_lite.checkpoint.store import POINTER, Store
-from megatron_lite.config.checkpoint import CheckpointConfig
 from megatron_lite.config.errors import ConfigError, MegatronLiteError, StorageError
-from megatron_lite.config.files import dump
-from megatron_lite.config.run import RunConfig
-from megatron_lite.config.settings import settings
+from megatron_lite.config.flags.files import dump
+from megatron_lite.config.flags.settings import settings
+from megatron_lite.config.sections.checkpoint import CheckpointConfig
+from megatron_lite.config.sections.run import RunConfig
 from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.parallel.launch import Launch, World, from_rank_0
 from megatron_lite.storage.disk import Disk, write_atomically

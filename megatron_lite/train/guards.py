@@ -16,7 +16,7 @@ from enum import IntEnum
 from typing import Protocol
 
 from megatron_lite.checkpoint.progress import Progress
-from megatron_lite.config.guards import GuardsConfig
+from megatron_lite.config.sections.guards import GuardsConfig
 from megatron_lite.engines.loss_scale import LossScale
 
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_lite.config.errors import StorageError
+from megatron_lite.config.sections.telemetry import TelemetryConfig
 from megatron_lite.config.streams import outlets
-from megatron_lite.config.telemetry import TelemetryConfig
 from megatron_lite.parallel.collectives import gather_text
 from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.storage.disk import Disk, write_atomically

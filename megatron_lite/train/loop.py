@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_lite.checkpoint.progress import Progress
-from megatron_lite.config.checkpoint import CheckpointConfig
 from megatron_lite.config.errors import NumericsError, StorageError
-from megatron_lite.config.guards import GuardsConfig
-from megatron_lite.config.telemetry import TelemetryConfig
-from megatron_lite.config.train import TrainConfig
+from megatron_lite.config.sections.checkpoint import CheckpointConfig
+from megatron_lite.config.sections.guards import GuardsConfig
+from megatron_lite.config.sections.telemetry import TelemetryConfig
+from megatron_lite.config.sections.train import TrainConfig
 from megatron_lite.parallel.liveness import Presence
 from megatron_lite.telemetry.record import EvaluationRecord, RanksRecord
 from megatron_lite.telemetry.summary import never_ran

@@ -9,8 +9,8 @@ from typing import Any
 from megatron_lite.checkpoint.description import saved_model
 from megatron_lite.checkpoint.manifest import Manifest
 from megatron_lite.config.errors import CheckpointError, DataError
-from megatron_lite.config.model import ModelConfig
-from megatron_lite.config.model_identity import differences
+from megatron_lite.config.rules.model_identity import differences
+from megatron_lite.config.sections.model import ModelConfig
 from megatron_lite.data.identity import Identity, changes
 
 _SHOWN = 20

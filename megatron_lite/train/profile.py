@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from megatron_lite.config.telemetry import TelemetryConfig
+from megatron_lite.config.sections.telemetry import TelemetryConfig
 
 
 @dataclass(slots=True)

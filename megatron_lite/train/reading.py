@@ -15,9 +15,9 @@ from megatron_lite.blueprint.batches import BatchSchedule
 from megatron_lite.blueprint.length import Counts, Length, sample_counts
 from megatron_lite.checkpoint.manifest import Manifest
 from megatron_lite.checkpoint.progress import Progress
-from megatron_lite.config.data import DataConfig
 from megatron_lite.config.errors import ConfigError, DataError, MegatronLiteError
-from megatron_lite.config.run import RunConfig
+from megatron_lite.config.sections.data import DataConfig
+from megatron_lite.config.sections.run import RunConfig
 from megatron_lite.data.build import Datasets, build_datasets
 from megatron_lite.data.check import verify_blends
 from megatron_lite.data.identity import Identity, identity_of

@@ -36,7 +36,7 @@ from megatron_lite.blueprint.timeline import (
     hidden,
 )
 from megatron_lite.config.errors import StorageError
-from megatron_lite.config.telemetry import TelemetryConfig
+from megatron_lite.config.sections.telemetry import TelemetryConfig
 from megatron_lite.parallel.collectives import barrier, gather_text
 from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.storage.disk import Disk, write_atomically

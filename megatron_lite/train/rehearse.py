@@ -26,9 +26,9 @@ import torch
 from megatron_lite.blueprint.draw_up import Blueprint, draw_up
 from megatron_lite.blueprint.grid import RankGrid
 from megatron_lite.blueprint.schedules.actions import Action
-from megatron_lite.config.data import DataConfig
 from megatron_lite.config.errors import DistributedError
-from megatron_lite.config.run import RunConfig
+from megatron_lite.config.sections.data import DataConfig
+from megatron_lite.config.sections.run import RunConfig
 from megatron_lite.data.batch import Batch
 from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.parallel.recording import Tape, alone

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from megatron_lite.checkpoint.progress import Progress
-from megatron_lite.config.telemetry import TelemetryConfig
+from megatron_lite.config.sections.telemetry import TelemetryConfig
 from megatron_lite.parallel.collectives import all_gather
 from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.telemetry.ranks import ranks_record, slow_ranks

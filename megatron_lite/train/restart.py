@@ -19,7 +19,7 @@ from typing import Any
 
 from megatron_lite.checkpoint.store import POINTER
 from megatron_lite.config.errors import PREEMPTED, ConfigError, MegatronLiteError
-from megatron_lite.config.train import TrainConfig
+from megatron_lite.config.sections.train import TrainConfig
 from megatron_lite.storage.disk import Disk, write_atomically
 from megatron_lite.storage.reading import read_plain
 

@@ -13,10 +13,10 @@ from typing import Any
 from megatron_lite.blueprint.batches import BatchSchedule
 from megatron_lite.checkpoint.manifest import NAME, Manifest
 from megatron_lite.checkpoint.store import Store
-from megatron_lite.config.checkpoint import CheckpointConfig
 from megatron_lite.config.errors import CheckpointError, NumericsError
-from megatron_lite.config.model_identity import named
-from megatron_lite.config.optim import LearningRateConfig
+from megatron_lite.config.rules.model_identity import named
+from megatron_lite.config.sections.checkpoint import CheckpointConfig
+from megatron_lite.config.sections.optim import LearningRateConfig
 from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.parallel.shard import MASTER, exact_slices, weight_slices
 from megatron_lite.train.assemble import Run

@@ -10,8 +10,8 @@ from typing import Any, TypeVar, get_args, get_type_hints
 
 from megatron_lite.blueprint.batches import BatchSchedule
 from megatron_lite.checkpoint.schema import mapping, number, word
-from megatron_lite.config.optim import LearningRateConfig, OptimConfig
-from megatron_lite.config.train import TrainConfig
+from megatron_lite.config.sections.optim import LearningRateConfig, OptimConfig
+from megatron_lite.config.sections.train import TrainConfig
 from megatron_lite.optim.learning_rate import LearningRateSchedule, WeightDecaySchedule
 
 Curve = TypeVar("Curve")

@@ -15,7 +15,7 @@ from megatron_lite.blueprint.draw_up import Blueprint, draw_up, taken_up
 from megatron_lite.checkpoint.snapshot import Origin
 from megatron_lite.checkpoint.store import Store
 from megatron_lite.config.errors import DataError, StorageError
-from megatron_lite.config.run import RunConfig
+from megatron_lite.config.sections.run import RunConfig
 from megatron_lite.layers.attention import choose_attention
 from megatron_lite.parallel.checking import Checker
 from megatron_lite.parallel.collectives import barrier

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from types import FrameType
 from typing import Literal, NamedTuple
 
-from megatron_lite.config.train import TrainConfig
+from megatron_lite.config.sections.train import TrainConfig
 
 Reason = Literal["finished", "signal", "kill-switch", "exit-interval", "exit-duration"]
 PREEMPTIONS: tuple[Reason, ...] = ("signal", "kill-switch")

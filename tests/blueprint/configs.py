@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from megatron_lite.config.model import ModelConfig
-from megatron_lite.config.run import RunConfig
+from megatron_lite.config.sections.model import ModelConfig
+from megatron_lite.config.sections.run import RunConfig
 
 GPT3_175B = ModelConfig(
     num_layers=96, hidden_size=12288, num_attention_heads=96, seq_length=2048, vocab_size=50257

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from megatron_lite.blueprint.batches import BatchSchedule, batch_schedule, padded_vocab_size
 from megatron_lite.config.errors import ConfigError
-from megatron_lite.config.train import TrainConfig
+from megatron_lite.config.sections.train import TrainConfig
 
 
 def ramp(*rampup: int, final: int, micro: int = 1, dp: int = 1) -> BatchSchedule:

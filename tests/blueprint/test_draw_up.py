@@ -11,7 +11,7 @@ from megatron_lite.blueprint.grid import RankGrid
 from megatron_lite.blueprint.plan import describe
 from megatron_lite.blueprint.schedules.actions import Op
 from megatron_lite.config.errors import ConfigError
-from megatron_lite.config.model import ModelConfig
+from megatron_lite.config.sections.model import ModelConfig
 from tests.blueprint.configs import config, users_run
 
 TINY = ModelConfig(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from megatron_lite.blueprint.flops import flops_per_step, flops_per_token
-from megatron_lite.config.model import ModelConfig
+from megatron_lite.config.sections.model import ModelConfig
 from tests.blueprint.configs import GPT3_175B
 
 GPT2 = ModelConfig(num_layers=12, hidden_size=768, num_attention_heads=12, seq_length=1024)

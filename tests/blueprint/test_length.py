@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from megatron_lite.blueprint.batches import BatchSchedule, batch_schedule
 from megatron_lite.blueprint.length import run_length, sample_counts
 from megatron_lite.config.errors import ConfigError
-from megatron_lite.config.train import TrainConfig
+from megatron_lite.config.sections.train import TrainConfig
 
 
 def schedule_of(train: TrainConfig) -> BatchSchedule:

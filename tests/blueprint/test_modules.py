@@ -11,8 +11,8 @@ import torch
 from megatron_lite.blueprint.batches import padded_vocab_size
 from megatron_lite.blueprint.parameters import parameter_table
 from megatron_lite.blueprint.stages import Stage, cut_stages
-from megatron_lite.config.model import ModelConfig
-from megatron_lite.config.presets import PRESETS
+from megatron_lite.config.flags.presets import PRESETS
+from megatron_lite.config.sections.model import ModelConfig
 from megatron_lite.layers.setting import Setting
 from megatron_lite.models.decoder import Decoder
 from megatron_lite.models.parameters import local_parameters

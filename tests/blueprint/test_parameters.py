@@ -15,7 +15,7 @@ from megatron_lite.blueprint.parameters import (
 )
 from megatron_lite.blueprint.stages import cut_stages
 from megatron_lite.config.errors import ConfigError
-from megatron_lite.config.model import ModelConfig
+from megatron_lite.config.sections.model import ModelConfig
 from tests.blueprint.configs import GPT3_175B
 
 SMALL = ModelConfig(num_layers=2, hidden_size=8, num_attention_heads=4, seq_length=6)

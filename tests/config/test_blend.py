@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from megatron_lite.config.blend import MAX_DATASETS, Blend, blends, parse_blend, parse_split
-from megatron_lite.config.data import DataConfig
 from megatron_lite.config.errors import ConfigError
+from megatron_lite.config.sections.data import DataConfig
 
 
 @pytest.mark.parametrize(

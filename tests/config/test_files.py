@@ -11,10 +11,10 @@ from hypothesis import settings as effort
 from hypothesis import strategies as st
 
 from megatron_lite.config.errors import ConfigError
-from megatron_lite.config.files import FileValues, dump, load, loads
-from megatron_lite.config.flags import parse
-from megatron_lite.config.run import RunConfig
-from megatron_lite.config.settings import Setting, settings
+from megatron_lite.config.flags.files import FileValues, dump, load, loads
+from megatron_lite.config.flags.parser import parse
+from megatron_lite.config.flags.settings import Setting, settings
+from megatron_lite.config.sections.run import RunConfig
 
 
 def rebuilt(values: FileValues) -> RunConfig:

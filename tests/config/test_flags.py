@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 
 from megatron_lite.config.errors import ConfigError
-from megatron_lite.config.flags import Parsed, parse, spellings
-from megatron_lite.config.legacy import LEGACY, MEGATRON_DEFAULTS, OURS_ONLY
-from megatron_lite.config.rules import problems
-from megatron_lite.config.run import RunConfig
-from megatron_lite.config.settings import Setting, documentation, sections, settings
+from megatron_lite.config.flags.legacy import LEGACY, MEGATRON_DEFAULTS, OURS_ONLY
+from megatron_lite.config.flags.parser import Parsed, parse, spellings
+from megatron_lite.config.flags.settings import Setting, documentation, sections, settings
+from megatron_lite.config.rules.table import problems
+from megatron_lite.config.sections.run import RunConfig
 
 SIZES = ["--num-layers=4", "--hidden-size=64", "--num-attention-heads=4", "--seq-length=32"]
 
@@ -280,7 +280,8 @@ def test_presets_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_importing_the_config_imports_neither_torch_nor_numpy() -> None:
     program = (
-        "import sys; from megatron_lite.config import flags, rules; flags.parse([]); "
+        "import sys; import megatron_lite.config.rules.table; "
+        "from megatron_lite.config.flags.parser import parse; parse([]); "
         "print([m for m in ('torch', 'numpy') if m in sys.modules])"
     )
     done = subprocess.run(

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from megatron_lite.config.errors import ConfigError
-from megatron_lite.config.flags import parse, spellings
-from megatron_lite.config.legacy import LEGACY
-from megatron_lite.config.rules import check
+from megatron_lite.config.flags.legacy import LEGACY
+from megatron_lite.config.flags.parser import parse, spellings
+from megatron_lite.config.rules.table import check
 
 NATIVE = """
 --num-layers 96 | --hidden-size 12288 | --num-attention-heads 96 | --seq-length 2048

@@ -6,9 +6,9 @@ from collections import Counter
 import pytest
 
 from megatron_lite.config.errors import ConfigError
-from megatron_lite.config.flags import parse
-from megatron_lite.config.model import ModelConfig
-from megatron_lite.config.model_identity import (
+from megatron_lite.config.flags.parser import parse
+from megatron_lite.config.flags.settings import settings
+from megatron_lite.config.rules.model_identity import (
     CHANGEABLE,
     COMPARED,
     ELSEWHERE,
@@ -18,8 +18,8 @@ from megatron_lite.config.model_identity import (
     differences,
     named,
 )
-from megatron_lite.config.rules import check
-from megatron_lite.config.settings import settings
+from megatron_lite.config.rules.table import check
+from megatron_lite.config.sections.model import ModelConfig
 
 MODEL = ModelConfig(num_layers=2, hidden_size=32, num_attention_heads=4, seq_length=16)
 ROPE = dataclasses.replace(MODEL, position_embedding_type="rope")
@@ -31,7 +31,7 @@ def test_every_field_is_decided_once():
     decided.update(f"{section}.{name}" for section, names in FREE.items() for name in names.split())
     new, gone = settings().keys() - decided.keys(), decided.keys() - settings().keys()
     assert not new, (
-        f"does a weight mean something else with {sorted(new)}? config/model_identity.py"
+        f"does a weight mean something else with {sorted(new)}? config/rules/model_identity.py"
     )
     assert not gone, f"{sorted(gone)} are no fields any more"
     assert [key for key, count in decided.items() if count > 1] == []

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from megatron_lite.config.errors import ConfigError
-from megatron_lite.config.flags import parse
-from megatron_lite.config.parallel import ParallelConfig
+from megatron_lite.config.flags.parser import parse
 from megatron_lite.config.pipeline import Pipeline, parse_layout, pipeline
-from megatron_lite.config.rules import problems
+from megatron_lite.config.rules.table import problems
+from megatron_lite.config.sections.parallel import ParallelConfig
 
 
 def asked(num_layers: int, pp: int, **fields: Any) -> Pipeline:

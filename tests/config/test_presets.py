@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_lite.config.flags import parse
-from megatron_lite.config.presets import PRESETS
+from megatron_lite.config.flags.parser import parse
+from megatron_lite.config.flags.presets import PRESETS
 
 
 def parameters(name: str, vocabulary: int) -> int:

@@ -11,9 +11,9 @@ import re
 import pytest
 
 from megatron_lite.config.errors import ConfigError
-from megatron_lite.config.flags import parse, spellings
-from megatron_lite.config.legacy import LEGACY
-from megatron_lite.config.rules import check
+from megatron_lite.config.flags.legacy import LEGACY
+from megatron_lite.config.flags.parser import parse, spellings
+from megatron_lite.config.rules.table import check
 
 WORKS = """
 --accumulate-allreduce-grads-in-fp32 --adam-beta1 --adam-beta2 --adam-eps --apply-layernorm-1p

@@ -8,11 +8,11 @@ import shlex
 import pytest
 
 from megatron_lite.config.errors import ConfigError
-from megatron_lite.config.flags import parse
-from megatron_lite.config.ranges import RANGES
-from megatron_lite.config.rules import NOT_YET, NotYet, check, notices, problems
-from megatron_lite.config.run import RunConfig
-from megatron_lite.config.settings import settings
+from megatron_lite.config.flags.parser import parse
+from megatron_lite.config.flags.settings import settings
+from megatron_lite.config.rules.ranges import RANGES
+from megatron_lite.config.rules.table import NOT_YET, NotYet, check, notices, problems
+from megatron_lite.config.sections.run import RunConfig
 
 GOOD = (
     "--num-layers 8 --hidden-size 96 --num-attention-heads 12 --seq-length 64 --lr 1e-3 "

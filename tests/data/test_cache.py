@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_lite.config.data import DataConfig
 from megatron_lite.config.errors import StorageError
+from megatron_lite.config.sections.data import DataConfig
 from megatron_lite.data.build import build_datasets
 from megatron_lite.data.cache import Kept, build_or_load
 from megatron_lite.data.digest import BLOCK, digest_of

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_lite.config.data import DataConfig
 from megatron_lite.config.errors import DataError
+from megatron_lite.config.sections.data import DataConfig
 from megatron_lite.data.build import Datasets, build_datasets
 from megatron_lite.data.indexed import IndexedDataset
 from megatron_lite.data.indexed_builder import IndexedDatasetBuilder

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_lite.config.data import DataConfig
 from megatron_lite.config.errors import DataError
+from megatron_lite.config.sections.data import DataConfig
 from megatron_lite.data.tokenizers.build import build_tokenizer
 from megatron_lite.data.tokenizers.fit import is_one_word
 from megatron_lite.data.tokenizers.gpt2_bpe import EOD, GPT2BPETokenizer, byte_characters

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_lite.config.data import DataConfig
 from megatron_lite.config.errors import DataError
+from megatron_lite.config.sections.data import DataConfig
 from megatron_lite.data.tokenizers.build import TOKENIZERS, build_tokenizer
 from megatron_lite.data.tokenizers.gpt2_bpe import EOD, byte_characters
 from megatron_lite.data.tokenizers.kept import from_kept, tokenizer_files

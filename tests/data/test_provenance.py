@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_lite.config.data import DataConfig
 from megatron_lite.config.errors import DataError
 from megatron_lite.config.exit import run_tool
+from megatron_lite.config.sections.data import DataConfig
 from megatron_lite.data.build import Datasets, build_datasets
 from megatron_lite.data.check import check_hashes, verify
 from megatron_lite.data.encode import Job

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_lite.config.data import DataConfig
 from megatron_lite.config.errors import ConfigError, DataError
+from megatron_lite.config.sections.data import DataConfig
 from megatron_lite.data.tokenizers.build import build_tokenizer, read_vocab_size
 from megatron_lite.data.tokenizers.sentencepiece import (
     CHATGLM_SPECIALS,

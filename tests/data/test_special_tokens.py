@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_lite.config.data import DataConfig
 from megatron_lite.config.errors import DataError
 from megatron_lite.config.exit import run_tool
+from megatron_lite.config.sections.data import DataConfig
 from megatron_lite.data.provenance import read_facts
 from megatron_lite.data.tokenizers.build import build_tokenizer
 from megatron_lite.data.tokenizers.kept import from_kept, tokenizer_files

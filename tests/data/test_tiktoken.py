@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_lite.config.data import DataConfig
 from megatron_lite.config.errors import ConfigError, DataError
+from megatron_lite.config.sections.data import DataConfig
 from megatron_lite.data.tokenizers.build import build_tokenizer, read_vocab_size
 from megatron_lite.data.tokenizers.gpt2_bpe import GPT2BPETokenizer, ranks_of, read_merges
 from megatron_lite.data.tokenizers.tiktoken import PATTERNS, PUBLISHED, RANKS, TikTokenizer

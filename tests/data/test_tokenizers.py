@@ -14,8 +14,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_lite.config.data import DataConfig, TokenizerType
 from megatron_lite.config.errors import ConfigError, DataError
+from megatron_lite.config.sections.data import DataConfig, TokenizerType
 from megatron_lite.data.tokenizers.build import (
     TOKENIZERS,
     asked_vocab_size,
@@ -135,7 +135,7 @@ def test_broken_utf8_becomes_the_replacement_character(files: tuple[str, str]) -
 def test_reading_the_size_needs_no_torch(files: tuple[str, str]) -> None:
     program = (
         "import sys\n"
-        "from megatron_lite.config.data import DataConfig\n"
+        "from megatron_lite.config.sections.data import DataConfig\n"
         "from megatron_lite.data.tokenizers.build import read_vocab_size\n"
         "print(read_vocab_size(DataConfig(vocab_file=sys.argv[1])))\n"
         "assert 'torch' not in sys.modules and 'tokenizers' not in sys.modules\n"

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_lite.config.flags import spellings
-from megatron_lite.config.legacy import LEGACY
+from megatron_lite.config.flags.legacy import LEGACY
+from megatron_lite.config.flags.parser import spellings
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = sorted(
@@ -38,7 +38,7 @@ def known_flags() -> set[str]:
     found = set(spellings()) | set(LEGACY) | OF_OTHERS
     for path in [*ROOT.glob("tools/*"), *ROOT.glob("examples/**/*.sh"),
                  *ROOT.glob("benchmarks/*.py"), *ROOT.glob("tests/parity/*.py"),
-                 *ROOT.glob("megatron_lite/config/*.py"),
+                 *ROOT.glob("megatron_lite/config/**/*.py"),
                  ROOT / "megatron_lite/data/input_flags.py"]:  # fmt: skip
         if path.suffix in (".py", ".sh"):
             text = path.read_text(encoding="utf-8")

@@ -7,11 +7,11 @@ import re
 
 import pytest
 
-from megatron_lite.config.explain import usage
-from megatron_lite.config.flags import parse, spellings
-from megatron_lite.config.legacy import LEGACY
-from megatron_lite.config.rules import notices, problems
-from megatron_lite.config.settings import Setting, settings
+from megatron_lite.config.flags.explain import usage
+from megatron_lite.config.flags.legacy import LEGACY
+from megatron_lite.config.flags.parser import parse, spellings
+from megatron_lite.config.flags.settings import Setting, settings
+from megatron_lite.config.rules.table import notices, problems
 from tools.flags import DOCUMENT, INTRODUCTION, document, readers
 
 GOOD = (

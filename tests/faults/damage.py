@@ -21,9 +21,9 @@ import numpy as np
 
 from megatron_lite.checkpoint.manifest import NAME, _hash, hash_of
 from megatron_lite.checkpoint.store import POINTER, Store
-from megatron_lite.config.data import DataConfig
 from megatron_lite.config.errors import CheckpointError, DataError
-from megatron_lite.config.files import load as load_yaml
+from megatron_lite.config.flags.files import load as load_yaml
+from megatron_lite.config.sections.data import DataConfig
 from megatron_lite.data.cache import build_or_load
 from megatron_lite.data.check import verify_blends
 from megatron_lite.data.preprocess import preprocess

@@ -21,7 +21,7 @@ import pytest
 from megatron_lite.checkpoint.store import Store
 from megatron_lite.config.errors import ConfigError, DistributedError, StorageError
 from megatron_lite.config.exit import run_tool
-from megatron_lite.config.run import RunConfig
+from megatron_lite.config.sections.run import RunConfig
 from megatron_lite.data.tokenizers.gpt2_bpe import byte_characters
 from megatron_lite.parallel import reminder
 from megatron_lite.parallel.context import ParallelContext

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from megatron_lite.blueprint.draw_up import draw_up
-from megatron_lite.config.flags import parse
+from megatron_lite.config.flags.parser import parse
 from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.planner.memory import Asked, memory
 from megatron_lite.train.assemble import assemble

@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from megatron_lite.config.model import ModelConfig
+from megatron_lite.config.sections.model import ModelConfig
 from megatron_lite.kernels import reference
 from megatron_lite.kernels.attention import AttentionCall
 from megatron_lite.layers.attention import SelfAttention

@@ -15,7 +15,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from megatron_lite.blueprint.figure.parts import Matrix, Table
-from megatron_lite.config.model import ModelConfig
+from megatron_lite.config.sections.model import ModelConfig
 from megatron_lite.layers.embedding import PositionEmbedding, VocabParallelEmbedding
 from megatron_lite.layers.linear import (
     ColumnParallelLinear,

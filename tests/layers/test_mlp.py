@@ -9,8 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megatron_lite.config.flags import Parsed, parse
-from megatron_lite.config.rules import notices
+from megatron_lite.config.flags.parser import Parsed, parse
+from megatron_lite.config.rules.table import notices
 from megatron_lite.layers.mlp import MLP
 from megatron_lite.layers.setting import Setting
 from megatron_lite.parallel.context import ParallelContext

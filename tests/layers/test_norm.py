@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_lite.config.model import ModelConfig
-from megatron_lite.config.precision import PrecisionConfig
+from megatron_lite.config.sections.model import ModelConfig
+from megatron_lite.config.sections.precision import PrecisionConfig
 from megatron_lite.layers.norm import Norm
 from megatron_lite.layers.setting import Setting
 from megatron_lite.parallel.context import Axis, ParallelContext

@@ -10,8 +10,8 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_lite.blueprint.figure.parts import Matrix
-from megatron_lite.config.model import ModelConfig
-from megatron_lite.config.precision import PrecisionConfig
+from megatron_lite.config.sections.model import ModelConfig
+from megatron_lite.config.sections.precision import PrecisionConfig
 from megatron_lite.layers import gradients, linear
 from megatron_lite.layers.gradients import WeightGradients
 from megatron_lite.layers.mlp import MLP

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megatron_lite.config.model import ModelConfig
+from megatron_lite.config.sections.model import ModelConfig
 from megatron_lite.layers.cross_entropy import cross_entropy
 from megatron_lite.layers.setting import Positions, Setting
 from megatron_lite.models.decoder import Decoder

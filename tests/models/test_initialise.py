@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from megatron_lite.config.model import ModelConfig
+from megatron_lite.config.sections.model import ModelConfig
 from megatron_lite.layers.setting import Setting
 from megatron_lite.models.decoder import Decoder
 from megatron_lite.models.initialise import initialise

@@ -8,8 +8,8 @@ from typing import get_args
 import pytest
 
 from megatron_lite.config.errors import ConfigError
-from megatron_lite.config.optim import LearningRateConfig, OptimConfig
-from megatron_lite.config.train import TrainConfig
+from megatron_lite.config.sections.optim import LearningRateConfig, OptimConfig
+from megatron_lite.config.sections.train import TrainConfig
 from megatron_lite.optim.learning_rate import (
     DecayStyle,
     LearningRateSchedule,

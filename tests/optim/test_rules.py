@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from megatron_lite.config.optim import OptimConfig
+from megatron_lite.config.sections.optim import OptimConfig
 from megatron_lite.optim.adam import AdamW
 from megatron_lite.optim.rules import OPTIMIZERS
 from megatron_lite.optim.sgd import SGD

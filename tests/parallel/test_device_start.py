@@ -15,8 +15,8 @@ from torch.distributed import TCPStore
 
 from megatron_lite.blueprint.draw_up import draw_up
 from megatron_lite.config.errors import DeviceFault, DistributedError, OutOfMemory
-from megatron_lite.config.flags import parse
-from megatron_lite.config.parallel import ParallelConfig
+from megatron_lite.config.flags.parser import parse
+from megatron_lite.config.sections.parallel import ParallelConfig
 from megatron_lite.parallel import launch
 from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.parallel.launch import Launch, gather, set_device_environment

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatron_lite.config import rules
+from megatron_lite.config.rules import table as rules
 from megatron_lite.parallel.shard import NamedSlice, stands_for, weight_slices
 from megatron_lite.train.assemble import Run, assemble
 from megatron_lite.train.step import train_step

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from megatron_lite.blueprint.draw_up import Blueprint, draw_up
-from megatron_lite.config.flags import parse
+from megatron_lite.config.flags.parser import parse
 from megatron_lite.planner.forecast import Forecast, forecast
 from megatron_lite.planner.hardware import Cluster, find_device
 from megatron_lite.planner.memory import Asked

@@ -7,10 +7,10 @@ import dataclasses
 import pytest
 
 from megatron_lite.blueprint.draw_up import Blueprint, draw_up
-from megatron_lite.config import rules
-from megatron_lite.config.flags import parse
-from megatron_lite.config.parallel import ParallelConfig
-from megatron_lite.config.run import RunConfig
+from megatron_lite.config.flags.parser import parse
+from megatron_lite.config.rules import table as rules
+from megatron_lite.config.sections.parallel import ParallelConfig
+from megatron_lite.config.sections.run import RunConfig
 from megatron_lite.planner import advice, search
 from megatron_lite.planner.cost import Costs
 from megatron_lite.planner.forecast import (

@@ -12,7 +12,7 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from megatron_lite.blueprint.draw_up import draw_up
 from megatron_lite.blueprint.figure.transformer import figure_of
 from megatron_lite.blueprint.recompute import RecomputePlan
-from megatron_lite.config.flags import parse
+from megatron_lite.config.flags.parser import parse
 from megatron_lite.layers.setting import Positions, Setting
 from megatron_lite.models.decoder import Decoder
 from megatron_lite.models.initialise import initialise

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from megatron_lite.blueprint.draw_up import draw_up
-from megatron_lite.config.flags import parse
+from megatron_lite.config.flags.parser import parse
 from megatron_lite.planner.memory import Asked, memory
 from megatron_lite.train.assemble import Run, assemble
 from megatron_lite.train.step import train_step

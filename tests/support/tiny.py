@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from megatron_lite.blueprint.draw_up import Blueprint, draw_up
-from megatron_lite.config.run import RunConfig
+from megatron_lite.config.sections.run import RunConfig
 from megatron_lite.data.batch import Batch
 from megatron_lite.data.sampler import sample_numbers
 from megatron_lite.parallel.context import ParallelContext

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from megatron_lite.config.errors import StorageError
-from megatron_lite.config.telemetry import TelemetryConfig
+from megatron_lite.config.sections.telemetry import TelemetryConfig
 from megatron_lite.storage.disk import Disk
 from megatron_lite.storage.faults import FaultyDisk
 from megatron_lite.telemetry import lasting

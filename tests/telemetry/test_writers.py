@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from megatron_lite.config.errors import ConfigError, StorageError
-from megatron_lite.config.telemetry import TelemetryConfig
+from megatron_lite.config.sections.telemetry import TelemetryConfig
 from megatron_lite.storage.disk import Disk
 from megatron_lite.telemetry.record import read_metrics, to_json
 from megatron_lite.telemetry.writers import (

@@ -21,9 +21,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_lite.config.data import DataConfig
 from megatron_lite.config.errors import StorageError
 from megatron_lite.config.exit import run_tool
+from megatron_lite.config.sections.data import DataConfig
 from megatron_lite.data.encode import Job
 from megatron_lite.data.indexed import IndexedDataset
 from megatron_lite.data.preprocess import preprocess

@@ -87,7 +87,7 @@ def test_resume_after_kill_9_gives_the_same_bytes_with_other_workers(tmp_path: P
     preprocess(job(), output_prefix=str(tmp_path / "whole"), workers=1, **common)  # type: ignore[arg-type]
     program = (
         "import os, sys\n"
-        "from megatron_lite.config.data import DataConfig\n"
+        "from megatron_lite.config.sections.data import DataConfig\n"
         "from megatron_lite.data.encode import Job\n"
         "from megatron_lite.data.preprocess import preprocess\n"
         "from megatron_lite.storage.disk import Disk\n"

@@ -22,9 +22,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_lite.blueprint.draw_up import draw_up
-from megatron_lite.config import rules
 from megatron_lite.config.errors import ConfigError
-from megatron_lite.config.flags import parse
+from megatron_lite.config.flags.parser import parse
+from megatron_lite.config.rules import table as rules
 from tests.train.runs import argv, evaluations, on_ranks, steps
 
 COMMON = ("--mock-data", "--lr-decay-style", "constant", "--lr-warmup-iters", "0",

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from megatron_lite.config import files
-from megatron_lite.config.checkpoint import CheckpointConfig
 from megatron_lite.config.errors import ConfigError
-from megatron_lite.config.flags import parse
-from megatron_lite.config.settings import settings
+from megatron_lite.config.flags import files
+from megatron_lite.config.flags.parser import parse
+from megatron_lite.config.flags.settings import settings
+from megatron_lite.config.sections.checkpoint import CheckpointConfig
 from megatron_lite.storage import lock as lock_file
 from megatron_lite.storage.disk import Disk
 from megatron_lite.storage.lock import LOCK, FolderLock, Owner

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megatron_lite.checkpoint.progress import Progress
-from megatron_lite.config.guards import GuardsConfig
+from megatron_lite.config.sections.guards import GuardsConfig
 from megatron_lite.engines.loss_scale import LossScale
 from megatron_lite.parallel.shard import weight_slices
 from megatron_lite.train.assemble import assemble

@@ -8,9 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_lite.config.flags import parse
-from megatron_lite.config.optim import LearningRateConfig
-from megatron_lite.config.train import TrainConfig
+from megatron_lite.config.flags.parser import parse
+from megatron_lite.config.sections.optim import LearningRateConfig
+from megatron_lite.config.sections.train import TrainConfig
 from megatron_lite.optim.learning_rate import LearningRateSchedule
 from tests.train.runs import alone, on_ranks, steps
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from megatron_lite.checkpoint.progress import Progress
-from megatron_lite.config.telemetry import TelemetryConfig
+from megatron_lite.config.sections.telemetry import TelemetryConfig
 from megatron_lite.parallel.context import Axis, ParallelContext
 from megatron_lite.parallel.waits import HostWaits
 from megatron_lite.telemetry.console import format_record

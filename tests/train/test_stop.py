@@ -13,7 +13,7 @@ import pytest
 
 from megatron_lite.checkpoint.store import Store
 from megatron_lite.config.errors import PREEMPTED
-from megatron_lite.config.train import TrainConfig
+from megatron_lite.config.sections.train import TrainConfig
 from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.telemetry.record import SaveRecord
 from megatron_lite.train.step import train_step

@@ -18,7 +18,7 @@ from megatron_lite.blueprint.figure.parts import (
     Parts,
     Table,
 )
-from megatron_lite.config.model import ModelConfig
+from megatron_lite.config.sections.model import ModelConfig
 
 
 @lru_cache(maxsize=64)  # a search asks for the same model thousands of times

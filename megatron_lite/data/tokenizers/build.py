@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from megatron_lite.config.data import DataConfig
 from megatron_lite.config.errors import ConfigError, MegatronLiteError
+from megatron_lite.config.sections.data import DataConfig
 from megatron_lite.data.tokenizers.base import Tokenizer, read_vocab
 from megatron_lite.data.tokenizers.engines import AUTO
 from megatron_lite.data.tokenizers.gpt2_bpe import GPT2BPETokenizer

@@ -7,8 +7,8 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from megatron_lite.config.data import DataConfig
 from megatron_lite.config.errors import DataError
+from megatron_lite.config.sections.data import DataConfig
 from megatron_lite.data.tokenizers.base import LARGEST_FILE, read_bytes, read_vocab
 from megatron_lite.data.tokenizers.gpt2_bpe import EOD, read_merges, tokenizer_json
 from megatron_lite.storage.reading import read_plain

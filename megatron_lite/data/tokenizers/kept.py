@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from megatron_lite.config.data import DataConfig
+from megatron_lite.config.sections.data import DataConfig
 from megatron_lite.data.tokenizers.base import read_bytes
 from megatron_lite.data.tokenizers.huggingface import BESIDE, tokenizer_json
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_lite.config.parallel import ParallelConfig
+from megatron_lite.config.sections.parallel import ParallelConfig
 from megatron_lite.parallel.launch import choose_device, gather, read_launch, start_process_group
 
 NCCL, GLOO = "nccl", "gloo"

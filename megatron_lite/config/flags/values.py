@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Sequence
 
-from megatron_lite.config.settings import Setting
+from megatron_lite.config.flags.settings import Setting
 
 LARGEST_INT = 2**63 - 1
 """Counters live in int64 arrays and files."""

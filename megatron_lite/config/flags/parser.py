@@ -17,15 +17,15 @@ from types import MappingProxyType
 from typing import Any
 
 from megatron_lite.config.errors import ConfigError, all_together
-from megatron_lite.config.explain import explain, help_text
-from megatron_lite.config.files import load
-from megatron_lite.config.implied import imply
-from megatron_lite.config.legacy import LEGACY
-from megatron_lite.config.legacy_flag import Legacy
-from megatron_lite.config.presets import list_presets, preset
-from megatron_lite.config.run import RunConfig
-from megatron_lite.config.settings import Setting, sections, settings
-from megatron_lite.config.values import from_text, whole_number
+from megatron_lite.config.flags.explain import explain, help_text
+from megatron_lite.config.flags.files import load
+from megatron_lite.config.flags.implied import imply
+from megatron_lite.config.flags.legacy import LEGACY
+from megatron_lite.config.flags.legacy_flag import Legacy
+from megatron_lite.config.flags.presets import list_presets, preset
+from megatron_lite.config.flags.settings import Setting, sections, settings
+from megatron_lite.config.flags.values import from_text, whole_number
+from megatron_lite.config.sections.run import RunConfig
 
 _COMMANDS: Mapping[str, str] = {
     "--config": "config",

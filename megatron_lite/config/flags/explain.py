@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import textwrap
 
-from megatron_lite.config.legacy import LEGACY, MEGATRON_DEFAULTS, OURS_ONLY
-from megatron_lite.config.settings import Setting, documentation, sections, settings
+from megatron_lite.config.flags.legacy import LEGACY, MEGATRON_DEFAULTS, OURS_ONLY
+from megatron_lite.config.flags.settings import Setting, documentation, sections, settings
 
 _INTRODUCTION = """\
 Flags are Megatron's; --a_b and --a-b are the same, and --x=value is --x value.

@@ -1,6 +1,6 @@
 """Rules about the run: its length, learning rate, precision, recomputation, data and checkpoints.
 
-Each function yields the problems of one rule; rules.py lists them and runs them all.
+Each function yields the problems of one rule; table.py lists them and runs them all.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from collections.abc import Iterator
 
 from megatron_lite.config.blend import blends, sources
 from megatron_lite.config.errors import ConfigError
-from megatron_lite.config.layout_rules import nearest
-from megatron_lite.config.model_identity import CHANGEABLE, named, not_changeable
-from megatron_lite.config.run import RunConfig
+from megatron_lite.config.rules.layout import nearest
+from megatron_lite.config.rules.model_identity import CHANGEABLE, named, not_changeable
+from megatron_lite.config.sections.run import RunConfig
 
 
 def precision(config: RunConfig, world_size: int) -> Iterator[str]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from megatron_lite.config.run import RunConfig
-from megatron_lite.config.settings import Setting, settings
+from megatron_lite.config.flags.settings import Setting, settings
+from megatron_lite.config.sections.run import RunConfig
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,9 +13,9 @@ from pathlib import Path
 import yaml
 
 from megatron_lite.config.errors import ConfigError, all_together
-from megatron_lite.config.run import RunConfig
-from megatron_lite.config.settings import sections, settings
-from megatron_lite.config.values import from_yaml
+from megatron_lite.config.flags.settings import sections, settings
+from megatron_lite.config.flags.values import from_yaml
+from megatron_lite.config.sections.run import RunConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from megatron_lite.config.model import ModelConfig
-from megatron_lite.config.settings import settings
+from megatron_lite.config.flags.settings import settings
+from megatron_lite.config.sections.model import ModelConfig
 
 
 @dataclass(frozen=True, slots=True)

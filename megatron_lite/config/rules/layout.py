@@ -1,6 +1,6 @@
 """Rules about sizes: the model over the ranks, and the batch over the data-parallel ranks.
 
-Each function yields the problems of one rule; rules.py lists them and runs them all.
+Each function yields the problems of one rule; table.py lists them and runs them all.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from megatron_lite.config.batch_schedule import parse_schedule
 from megatron_lite.config.errors import ConfigError
 from megatron_lite.config.pipeline import SPLIT_BACKWARD, pipeline
-from megatron_lite.config.run import RunConfig
+from megatron_lite.config.sections.run import RunConfig
 
 
 def divisors(number: int, *, at_most: int | None = None) -> list[int]:

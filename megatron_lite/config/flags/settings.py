@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_lite.config.run import RunConfig
+from megatron_lite.config.sections.run import RunConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

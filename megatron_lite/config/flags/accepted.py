@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from megatron_lite.config.legacy_flag import Legacy, no_op
+from megatron_lite.config.flags.legacy_flag import Legacy, no_op
 
 
 def _each(reason: str, flags: str, **what: object) -> Iterator[Legacy]:

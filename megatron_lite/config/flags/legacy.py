@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from megatron_lite.config.accepted import NO_OPS
-from megatron_lite.config.legacy_flag import Legacy, mapped
-from megatron_lite.config.refused import REFUSED
+from megatron_lite.config.flags.accepted import NO_OPS
+from megatron_lite.config.flags.legacy_flag import Legacy, mapped
+from megatron_lite.config.flags.refused import REFUSED
 
 _FLASH = {"precision.attention_backend": "flash"}
 _FULL = {"parallel.recompute_granularity": "full"}

@@ -6,13 +6,12 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from megatron_lite.config import layout_rules as layout
-from megatron_lite.config import training_rules as training
 from megatron_lite.config.errors import ConfigError, all_together
-from megatron_lite.config.model import ModelConfig
-from megatron_lite.config.ranges import out_of_range
-from megatron_lite.config.run import RunConfig
-from megatron_lite.config.settings import settings
+from megatron_lite.config.flags.settings import settings
+from megatron_lite.config.rules import layout, training
+from megatron_lite.config.rules.ranges import out_of_range
+from megatron_lite.config.sections.model import ModelConfig
+from megatron_lite.config.sections.run import RunConfig
 
 _TP = "parallel.tensor_model_parallel_size"
 _PP = "parallel.pipeline_model_parallel_size"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_lite.config.legacy_flag import Legacy, refused
+from megatron_lite.config.flags.legacy_flag import Legacy, refused
 
 REFUSED: tuple[Legacy, ...] = (
     refused("--batch-size", "renamed: use --micro-batch-size"),

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from megatron_lite.config.checkpoint import CheckpointConfig
-from megatron_lite.config.data import DataConfig
-from megatron_lite.config.guards import GuardsConfig
-from megatron_lite.config.model import ModelConfig
-from megatron_lite.config.optim import LearningRateConfig, OptimConfig
-from megatron_lite.config.parallel import ParallelConfig
-from megatron_lite.config.precision import PrecisionConfig
-from megatron_lite.config.telemetry import TelemetryConfig
-from megatron_lite.config.train import TrainConfig
+from megatron_lite.config.sections.checkpoint import CheckpointConfig
+from megatron_lite.config.sections.data import DataConfig
+from megatron_lite.config.sections.guards import GuardsConfig
+from megatron_lite.config.sections.model import ModelConfig
+from megatron_lite.config.sections.optim import LearningRateConfig, OptimConfig
+from megatron_lite.config.sections.parallel import ParallelConfig
+from megatron_lite.config.sections.precision import PrecisionConfig
+from megatron_lite.config.sections.telemetry import TelemetryConfig
+from megatron_lite.config.sections.train import TrainConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
