@@ -8,6 +8,7 @@ VENV ?= .venv
 PY := $(abspath $(VENV))/bin/python
 export OMP_NUM_THREADS ?= 1
 PYTEST_ARGS ?=
+AGAINST ?=
 
 .PHONY: help setup demo test test-ci test-all test-cluster test-gpu check parity parity-all bench bench-parallel bench-gpu bench-checkpoint bench-data flags format clean distclean timeline
 
@@ -57,11 +58,11 @@ parity: setup ## the quick layouts against the serial run: a table of difference
 parity-all: setup ## all layouts, up to 8 processes; writes docs/parity.md
 	$(PY) -m tests.parity --all --write docs/parity.md
 
-bench: setup ## tokens/s of a small GPT beside a plain PyTorch loop, and where the time goes
-	OMP_NUM_THREADS= $(PY) benchmarks/bench_train.py
+bench: setup ## tokens/s of a small GPT beside a plain PyTorch loop; with AGAINST=<commit>, beside that commit
+	OMP_NUM_THREADS= $(PY) benchmarks/$(if $(AGAINST),bench_against.py train "$(AGAINST)",bench_train.py)
 
-bench-parallel: setup ## our tp2, pp2, dp2 beside DDP, FSDP2, DTensor and torch's pipelining
-	OMP_NUM_THREADS=1 $(PY) benchmarks/bench_parallel.py
+bench-parallel: setup ## tp2, pp2, dp2 beside DDP, FSDP2, DTensor, torch's pipelining; or AGAINST=<commit>
+	OMP_NUM_THREADS=1 $(PY) benchmarks/$(if $(AGAINST),bench_against.py parallel "$(AGAINST)",bench_parallel.py)
 
 timeline: setup ## real steps of 2 and 4 processes beside their plan: docs/images
 	$(PY) benchmarks/trace_overlap.py
