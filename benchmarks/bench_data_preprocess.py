@@ -36,9 +36,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_lite.config.exit import ToolParser, run_tool
 from megatron_lite.config.sections.data import DataConfig
-from megatron_lite.data.encode import Job, batch_bytes_for
-from megatron_lite.data.inputs import plan, read_batches
-from megatron_lite.data.preprocess import preprocess
+from megatron_lite.data.preparing.encode import Job, batch_bytes_for
+from megatron_lite.data.preparing.inputs import plan, read_batches
+from megatron_lite.data.preparing.preprocess import preprocess
 from megatron_lite.data.tokenizers.training import (
     SentencePieceSettings,
     train_bpe,

@@ -8,7 +8,7 @@
     1  parallel/         kernels/                          how ranks talk; how ops run
     0  config/ ──▶ blueprint/ ──▶ planner/                 what was asked; what follows      no torch
     ──────────────────────────────────────────────────────────────────────────────
-    wings:  data/ (+ tokenizers/)   no torch.distributed        telemetry/   numbers, not tensors
+    wings:  data/ (+ tokenizers/, preparing/)   no torch.distributed   telemetry/   numbers, not tensors
             storage/   files that are whole or absent           no torch
 
 Config is what the user asked; Blueprint everything that follows before a process starts; Run the

@@ -18,8 +18,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_lite.config.errors import ConfigError, DataError
 from megatron_lite.config.exit import ToolParser, run_tool
-from megatron_lite.data.check import Report, check_hashes, repair, verify
 from megatron_lite.data.indexed import bin_path
+from megatron_lite.data.preparing.check import Report, check_hashes, repair, verify
 from megatron_lite.storage.disk import Disk
 from megatron_lite.storage.outputs import check_outputs, check_prefix, pair_paths, require_room
 

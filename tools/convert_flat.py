@@ -19,8 +19,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_lite.config.errors import ConfigError
 from megatron_lite.config.exit import ToolParser, run_tool
-from megatron_lite.data.check import verify
-from megatron_lite.data.flat import convert_flat, index_flat
+from megatron_lite.data.preparing.check import verify
+from megatron_lite.data.preparing.flat import convert_flat, index_flat
 from megatron_lite.storage.disk import Disk
 from megatron_lite.storage.outputs import check_outputs, check_prefix
 

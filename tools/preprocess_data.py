@@ -19,14 +19,14 @@ from tqdm import tqdm
 from megatron_lite.config.errors import ConfigError
 from megatron_lite.config.exit import ToolParser, run_tool
 from megatron_lite.config.sections.data import DataConfig
-from megatron_lite.data.encode import Job
-from megatron_lite.data.input_flags import add_input_flags, longest_line
-from megatron_lite.data.inputs import find_inputs
-from megatron_lite.data.pair_writer import Counts
-from megatron_lite.data.preprocess import preprocess, shard_prefix
-from megatron_lite.data.ray_engine import preprocess_on_ray
-from megatron_lite.data.room import check_pairs
-from megatron_lite.data.summary import Summary
+from megatron_lite.data.preparing.encode import Job
+from megatron_lite.data.preparing.input_flags import add_input_flags, longest_line
+from megatron_lite.data.preparing.inputs import find_inputs
+from megatron_lite.data.preparing.preprocess import preprocess, shard_prefix
+from megatron_lite.data.preparing.ray_engine import preprocess_on_ray
+from megatron_lite.data.preparing.room import check_pairs
+from megatron_lite.data.preparing.summary import Summary
+from megatron_lite.data.provenance import Counts
 from megatron_lite.data.tokenizers.build import TOKENIZERS
 from megatron_lite.data.tokenizers.engines import AUTO, ENGINES
 from megatron_lite.storage.disk import Disk

@@ -12,9 +12,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_lite.config.errors import ConfigError
 from megatron_lite.config.exit import ToolParser, run_tool
-from megatron_lite.data.input_flags import add_input_flags, longest_line
-from megatron_lite.data.inputs import find_inputs, plan, read_batches
-from megatron_lite.data.records import Reader
+from megatron_lite.data.preparing.input_flags import add_input_flags, longest_line
+from megatron_lite.data.preparing.inputs import find_inputs, plan, read_batches
+from megatron_lite.data.preparing.records import Reader
 from megatron_lite.data.tokenizers.base import Tokenizer
 from megatron_lite.data.tokenizers.gpt2_bpe import GPT2BPETokenizer
 from megatron_lite.data.tokenizers.sentencepiece import GPTSentencePieceTokenizer

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,17 +17,34 @@ import numpy as np
 
 from megatron_lite.config.errors import DataError
 from megatron_lite.config.sections.data import DataConfig
-from megatron_lite.data.indexed import IndexedDataset, bin_path, idx_path
-from megatron_lite.data.pair_writer import Counts, file_hash
+from megatron_lite.data.indexed import IndexedDataset, bin_path
 from megatron_lite.data.tokenizers.base import Tokenizer
-from megatron_lite.storage.disk import Disk, write_atomically
 from megatron_lite.storage.reading import read_plain
 
 ALLOW = "--allow-tokenizer-mismatch"
 PIECES, PIECE = 8, 4096  # of a file whose tokenizer nobody recorded: pieces looked at, their tokens
 MOST_BYTES = 1 << 28  # of a .meta.json, which names every input file
-SUMS = (*Counts.__slots__, "input_bytes", "read_bytes", "seconds")
 _SHOWN = 3
+
+
+@dataclass(slots=True)
+class Counts:
+    """What has been written of one key."""
+
+    documents: int = 0
+    empty: int = 0
+    sequences: int = 0
+    tokens: int = 0
+    eods: int = 0
+    unknown: int = 0
+
+    @classmethod
+    def of(cls, facts: Mapping[str, Any]) -> Counts:
+        """Those of a `.meta.json`; what an older one did not count is 0."""
+        return cls(**{name: facts.get(name, 0) for name in cls.__slots__})
+
+
+SUMS = (*Counts.__slots__, "input_bytes", "read_bytes", "seconds")
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,24 +251,3 @@ def look_at_ids(dataset: IndexedDataset, vocab_size: int) -> None:
                 )
             if size <= PIECE:
                 return
-
-
-def joined(facts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The facts of pairs that became one; all were made with one tokenizer."""
-    whole = dict(facts[0])
-    for name in SUMS:
-        if all(name in one for one in facts):
-            whole[name] = sum(one[name] for one in facts)
-        else:
-            whole.pop(name, None)
-    whole["append_eod"] = any(one.get("append_eod") for one in facts)
-    whole["skipped"] = sum((Counter(one.get("skipped", {})) for one in facts), Counter[str]())
-    whole["settings"] = dict(whole.get("settings", {})) | {"--shard": None}
-    return whole
-
-
-def write_facts(prefix: str | os.PathLike[str], facts: Mapping[str, Any], disk: Disk) -> None:
-    """The `.meta.json` of a pair that lies there, with the hashes of its files."""
-    hashes = {"bin": file_hash(bin_path(prefix)), "idx": file_hash(idx_path(prefix))}
-    text = json.dumps({**facts, "sha256": hashes}, indent=1, ensure_ascii=False) + "\n"
-    write_atomically(facts_path(prefix), text.encode("utf-8"), disk)

@@ -19,10 +19,10 @@ from megatron_lite.config.errors import ConfigError, DataError, MegatronLiteErro
 from megatron_lite.config.sections.data import DataConfig
 from megatron_lite.config.sections.run import RunConfig
 from megatron_lite.data.build import Datasets, build_datasets
-from megatron_lite.data.check import verify_blends
 from megatron_lite.data.identity import Identity, identity_of
 from megatron_lite.data.loader import Loader
 from megatron_lite.data.overview import overview
+from megatron_lite.data.preparing.check import verify_blends
 from megatron_lite.data.pretrain import Samples
 from megatron_lite.data.provenance import MadeWith
 from megatron_lite.data.sampler import OrderKind

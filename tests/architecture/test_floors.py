@@ -126,6 +126,18 @@ def test_a_climbing_import_is_found_with_its_line(
     ]
 
 
+def test_reading_token_files_needs_nothing_of_what_makes_them() -> None:
+    data, preparing = PACKAGE / "data", f"{PACKAGE.name}.data.preparing"
+    found = [
+        f"{path.relative_to(PACKAGE)}:{line}: imports {module}"
+        for path in sorted(data.rglob("*.py"))
+        if path.relative_to(data).parts[0] != "preparing"
+        for line, module in imports(path, PACKAGE)
+        if f"{module}.".startswith(f"{preparing}.")
+    ]
+    assert found == []
+
+
 def test_only_those_who_assemble_see_the_whole_config() -> None:
     allowed = {"blueprint/draw_up.py"}
     seen = {

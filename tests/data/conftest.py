@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_lite.data.indexed_builder import IndexedDatasetBuilder
+from megatron_lite.data.preparing.indexed_builder import IndexedDatasetBuilder
 
 WriteDocuments = Callable[..., Path]
 

@@ -13,7 +13,7 @@ from megatron_lite.config.errors import ConfigError, DataError
 from megatron_lite.config.sections.data import DataConfig
 from megatron_lite.data.blended import BlendedDataset, BlendPlan
 from megatron_lite.data.build import Datasets, build_datasets
-from megatron_lite.data.indexed_builder import IndexedDatasetBuilder
+from megatron_lite.data.preparing.indexed_builder import IndexedDatasetBuilder
 from megatron_lite.data.pretrain import GPTDataset, Range, split_ranges
 from tests.data.conftest import WriteDocuments
 

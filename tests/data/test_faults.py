@@ -14,9 +14,9 @@ from megatron_lite.config.errors import DataError
 from megatron_lite.config.sections.data import DataConfig
 from megatron_lite.data.build import Datasets, build_datasets
 from megatron_lite.data.indexed import IndexedDataset
-from megatron_lite.data.indexed_builder import IndexedDatasetBuilder
 from megatron_lite.data.maps import FileMaps
 from megatron_lite.data.overview import overview, shares
+from megatron_lite.data.preparing.indexed_builder import IndexedDatasetBuilder
 from tests.data.conftest import WriteDocuments
 from tests.data.fuzz_index import fuzz
 from tests.support.spawn import spawn
@@ -127,7 +127,7 @@ def broken_pair(prefix: Path, documents: list[list[list[int]]], eod: int) -> lis
 def test_append_eod_pairs_are_recognised_and_repaired(
     tmp_path: Path, documents: list[list[list[int]]]
 ) -> None:
-    from megatron_lite.data.check import is_append_eod_pair, repair, verify
+    from megatron_lite.data.preparing.check import is_append_eod_pair, repair, verify
 
     meant = broken_pair(tmp_path / "a", documents, 9)
     assert is_append_eod_pair(tmp_path / "a")
@@ -142,7 +142,7 @@ def test_append_eod_pairs_are_recognised_and_repaired(
 
 
 def test_only_what_append_eod_breaks_is_repaired(tmp_path: Path) -> None:
-    from megatron_lite.data.check import repair
+    from megatron_lite.data.preparing.check import repair
 
     broken_pair(tmp_path / "a", [[[1, 2]], [[3, 4]]], 9)
     path = tmp_path / "a.bin"

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from megatron_lite.config.errors import DataError, StorageError
 from megatron_lite.data.indexed import HEADER, IndexedDataset, token_dtype
-from megatron_lite.data.indexed_builder import IndexedDatasetBuilder
+from megatron_lite.data.preparing.indexed_builder import IndexedDatasetBuilder
 from megatron_lite.storage.faults import FaultyDisk, RecordingDisk, SimulatedCrash
 
 DOCUMENTS = [[11, 12, 13, 50256], [21, 22, 50256], [31, 32, 33, 34, 50256]]

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_lite.config.errors import ConfigError, DataError
-from megatron_lite.data.inputs import find_inputs, plan, read_batches
-from megatron_lite.data.parts import Place
-from megatron_lite.data.records import Reader
+from megatron_lite.data.preparing.inputs import find_inputs, plan, read_batches
+from megatron_lite.data.preparing.parts import Place
+from megatron_lite.data.preparing.records import Reader
 
 RECORDS: list[dict[str, Any]] = [
     {"text": f'text {n} 你好 😀 \n\t"quoted" \\ [x, {{y}}]\u2028' * (n % 5), "n": n}

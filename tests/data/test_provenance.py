@@ -17,10 +17,10 @@ from megatron_lite.config.errors import DataError
 from megatron_lite.config.exit import run_tool
 from megatron_lite.config.sections.data import DataConfig
 from megatron_lite.data.build import Datasets, build_datasets
-from megatron_lite.data.check import check_hashes, verify
-from megatron_lite.data.encode import Job
-from megatron_lite.data.indexed_builder import IndexedDatasetBuilder
-from megatron_lite.data.preprocess import preprocess
+from megatron_lite.data.preparing.check import check_hashes, verify
+from megatron_lite.data.preparing.encode import Job
+from megatron_lite.data.preparing.indexed_builder import IndexedDatasetBuilder
+from megatron_lite.data.preparing.preprocess import preprocess
 from megatron_lite.data.provenance import MadeWith, made_with, maker, read_facts
 from megatron_lite.data.tokenizers.build import build_tokenizer
 from megatron_lite.storage.disk import Disk

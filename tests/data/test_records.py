@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from megatron_lite.config.errors import ConfigError, DataError
-from megatron_lite.data.parts import Batch, Place
-from megatron_lite.data.records import Reader
+from megatron_lite.data.preparing.parts import Batch, Place
+from megatron_lite.data.preparing.records import Reader
 
 TEMPLATES: list[tuple[str, dict[str, Any], str]] = [
     ("{text}", {"text": "a"}, "a"),

@@ -16,9 +16,9 @@ from pathlib import Path
 import pytest
 
 from megatron_lite.config.errors import DataError
-from megatron_lite.data.inputs import plan, read_batches
-from megatron_lite.data.parts import Batch, TextUnit
-from megatron_lite.data.records import Reader
+from megatron_lite.data.preparing.inputs import plan, read_batches
+from megatron_lite.data.preparing.parts import Batch, TextUnit
+from megatron_lite.data.preparing.records import Reader
 
 TEXTS = [f"text {n} " + random.Random(n).randbytes(40).hex() for n in range(300)]
 LINES = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS).encode()

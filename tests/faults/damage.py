@@ -25,8 +25,8 @@ from megatron_lite.config.errors import CheckpointError, DataError
 from megatron_lite.config.flags.files import load as load_yaml
 from megatron_lite.config.sections.data import DataConfig
 from megatron_lite.data.cache import build_or_load
-from megatron_lite.data.check import verify_blends
-from megatron_lite.data.preprocess import preprocess
+from megatron_lite.data.preparing.check import verify_blends
+from megatron_lite.data.preparing.preprocess import preprocess
 from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.storage.disk import Disk
 from tests.faults.kills import Counted, Tell

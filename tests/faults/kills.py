@@ -21,7 +21,7 @@ import torch
 
 from megatron_lite.checkpoint.progress import Progress
 from megatron_lite.checkpoint.store import Keep, Store
-from megatron_lite.data.preprocess import preprocess
+from megatron_lite.data.preparing.preprocess import preprocess
 from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.parallel.shard import NamedSlice
 from megatron_lite.storage.disk import Disk

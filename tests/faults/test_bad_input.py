@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from megatron_lite.config.exit import run_tool
-from megatron_lite.data.indexed_builder import IndexedDatasetBuilder
+from megatron_lite.data.preparing.indexed_builder import IndexedDatasetBuilder
 from tests.support.launch import LAUNCHER_NAMES, TINY, with_flags
 from tests.train.runs import HANDLED, tool
 from tools import preprocess_data

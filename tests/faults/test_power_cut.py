@@ -13,7 +13,7 @@ import pytest
 
 from megatron_lite.checkpoint.store import POINTER
 from megatron_lite.data.cache import build_or_load
-from megatron_lite.data.preprocess import preprocess
+from megatron_lite.data.preparing.preprocess import preprocess
 from megatron_lite.storage.disk import Disk, write_atomically
 from megatron_lite.storage.faults import RecordingDisk, SimulatedCrash
 from tests.faults.test_save_crashes import CASES, NEW, OLD, loaded, save

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from megatron_lite.data.indexed_builder import IndexedDatasetBuilder
+from megatron_lite.data.preparing.indexed_builder import IndexedDatasetBuilder
 
 ROOT = Path(__file__).resolve().parents[2]
 GPT3 = ROOT / "examples/gpt3"

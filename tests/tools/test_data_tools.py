@@ -15,9 +15,9 @@ import pytest
 
 from megatron_lite.config.errors import ConfigError
 from megatron_lite.config.exit import run_tool
-from megatron_lite.data.flat import document_lengths
 from megatron_lite.data.indexed import IndexedDataset
-from megatron_lite.data.indexed_builder import IndexedDatasetBuilder
+from megatron_lite.data.preparing.flat import document_lengths
+from megatron_lite.data.preparing.indexed_builder import IndexedDatasetBuilder
 from tools import build_index, check_dataset, convert_flat, dataset_stats, merge_datasets
 
 
@@ -119,7 +119,7 @@ def test_flat_files_become_pairs(tmp_path: Path, capsys: pytest.CaptureFixture[s
 def test_flat_documents_cross_the_pieces_they_are_read_in(monkeypatch: pytest.MonkeyPatch) -> None:
     tokens = np.random.default_rng(0).integers(0, 6, 1000).astype(np.uint16)
     whole = document_lengths(tokens, 3)
-    monkeypatch.setattr("megatron_lite.data.flat.CHUNK", 7)
+    monkeypatch.setattr("megatron_lite.data.preparing.flat.CHUNK", 7)
     assert document_lengths(tokens, 3).tolist() == whole.tolist()
     assert whole.sum() == 1000 and np.all(tokens[np.cumsum(whole)[:-1] - 1] == 3)
 

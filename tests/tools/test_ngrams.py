@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from megatron_lite.config.exit import run_tool
-from megatron_lite.data.indexed_builder import IndexedDatasetBuilder
 from megatron_lite.data.ngrams import NgramModel, count
+from megatron_lite.data.preparing.indexed_builder import IndexedDatasetBuilder
 from tools import ngrams
 
 

@@ -24,9 +24,9 @@ import pytest
 from megatron_lite.config.errors import StorageError
 from megatron_lite.config.exit import run_tool
 from megatron_lite.config.sections.data import DataConfig
-from megatron_lite.data.encode import Job
 from megatron_lite.data.indexed import IndexedDataset
-from megatron_lite.data.preprocess import preprocess
+from megatron_lite.data.preparing.encode import Job
+from megatron_lite.data.preparing.preprocess import preprocess
 from megatron_lite.data.tokenizers.training import train_bpe
 from megatron_lite.storage.disk import Disk
 from megatron_lite.storage.faults import FaultyDisk, RecordingDisk
@@ -571,8 +571,8 @@ def test_text_that_will_not_fit_is_refused_after_the_first_batch(
                    disk=SmallDisk(), batch_bytes=2000,
                    progress=lambda summary: seen.append(summary.documents))  # fmt: skip
 
-    monkeypatch.setattr("megatron_lite.data.room.PER_SEQUENCE", 0)
-    monkeypatch.setattr("megatron_lite.data.room.PER_DOCUMENT", 0)
+    monkeypatch.setattr("megatron_lite.data.preparing.room.PER_SEQUENCE", 0)
+    monkeypatch.setattr("megatron_lite.data.preparing.room.PER_DOCUMENT", 0)
     if fits:
         run()
         return

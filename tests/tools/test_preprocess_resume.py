@@ -12,8 +12,8 @@ import pytest
 
 from megatron_lite.config.errors import ConfigError
 from megatron_lite.data.indexed import IndexedDataset
-from megatron_lite.data.indexed_builder import IndexedDatasetBuilder
-from megatron_lite.data.preprocess import preprocess
+from megatron_lite.data.preparing.indexed_builder import IndexedDatasetBuilder
+from megatron_lite.data.preparing.preprocess import preprocess
 from megatron_lite.storage.disk import Disk
 from megatron_lite.storage.faults import FaultyDisk, RecordingDisk, SimulatedCrash
 from tests.tools.test_preprocess_data import NULL, TOOL, call, hashes, job, numbers, write_lines
@@ -88,8 +88,8 @@ def test_resume_after_kill_9_gives_the_same_bytes_with_other_workers(tmp_path: P
     program = (
         "import os, sys\n"
         "from megatron_lite.config.sections.data import DataConfig\n"
-        "from megatron_lite.data.encode import Job\n"
-        "from megatron_lite.data.preprocess import preprocess\n"
+        "from megatron_lite.data.preparing.encode import Job\n"
+        "from megatron_lite.data.preparing.preprocess import preprocess\n"
         "from megatron_lite.storage.disk import Disk\n"
         "def stop(summary):\n"
         "    if summary.documents > 1500: os.kill(os.getpid(), 9)\n"

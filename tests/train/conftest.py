@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_lite.data.indexed_builder import IndexedDatasetBuilder
+from megatron_lite.data.preparing.indexed_builder import IndexedDatasetBuilder
 
 
 @pytest.fixture(scope="session")

@@ -11,8 +11,8 @@ import pytest
 
 from megatron_lite.checkpoint.progress import Progress
 from megatron_lite.config.errors import DataError
-from megatron_lite.data.indexed_builder import IndexedDatasetBuilder
 from megatron_lite.data.loader import Loader
+from megatron_lite.data.preparing.indexed_builder import IndexedDatasetBuilder
 from tests.train.runs import Outcome, alone, evaluations, steps
 
 pytestmark = pytest.mark.ci

@@ -15,7 +15,7 @@ import pytest
 
 from megatron_lite.checkpoint.manifest import read_manifest
 from megatron_lite.config.errors import CheckpointError, DataError
-from megatron_lite.data.indexed_builder import IndexedDatasetBuilder
+from megatron_lite.data.preparing.indexed_builder import IndexedDatasetBuilder
 from tests.data.test_kept import write_gpt2
 from tests.support.launch import TOOL
 from tests.train.runs import Outcome, alone, curve, steps

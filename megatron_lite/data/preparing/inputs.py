@@ -18,9 +18,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from megatron_lite.config.errors import DataError
-from megatron_lite.data import streams
-from megatron_lite.data.arrays import read_array
-from megatron_lite.data.parts import (
+from megatron_lite.data.preparing import streams
+from megatron_lite.data.preparing.arrays import read_array
+from megatron_lite.data.preparing.parts import (
     BOM,
     LONGEST_LINE,
     Batch,
@@ -29,7 +29,7 @@ from megatron_lite.data.parts import (
     Place,
     TextUnit,
 )
-from megatron_lite.data.streams import (
+from megatron_lite.data.preparing.streams import (
     drop_line,
     open_stream,
     size_of,
@@ -37,8 +37,8 @@ from megatron_lite.data.streams import (
     stem,
     unreadable,
 )
-from megatron_lite.data.tables import read_parquet, read_table
-from megatron_lite.data.texts import read_texts
+from megatron_lite.data.preparing.tables import read_parquet, read_table
+from megatron_lite.data.preparing.texts import read_texts
 
 RECORDS = (".json", ".jsonl", ".parquet")
 TABLES = (".csv", ".tsv")

@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,27 +16,11 @@ import numpy.typing as npt
 
 from megatron_lite.config.errors import DataError, StorageError
 from megatron_lite.data.indexed import CODES, HEADER, MAGIC, VERSION, IndexedDataset
+from megatron_lite.data.provenance import Counts
 from megatron_lite.storage.disk import Disk, DiskFile
 
 WRITE_BYTES = 4 << 20  # small batches are gathered into writes of this size
 BLOCK = 1 << 20  # lengths turned into pointers at a time
-
-
-@dataclass(slots=True)
-class Counts:
-    """What has been written of one key."""
-
-    documents: int = 0
-    empty: int = 0
-    sequences: int = 0
-    tokens: int = 0
-    eods: int = 0
-    unknown: int = 0
-
-    @classmethod
-    def of(cls, facts: Mapping[str, Any]) -> Counts:
-        """Those of a `.meta.json`; what an older one did not count is 0."""
-        return cls(**{name: facts.get(name, 0) for name in cls.__slots__})
 
 
 @dataclass(frozen=True, slots=True)

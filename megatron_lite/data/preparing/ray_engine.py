@@ -21,19 +21,13 @@ from megatron_lite.config.errors import (
     StorageError,
 )
 from megatron_lite.config.extras import how_to_install
-from megatron_lite.data.encode import Job
 from megatron_lite.data.indexed import bin_path, idx_path, token_dtype
-from megatron_lite.data.indexed_builder import IndexedDatasetBuilder
-from megatron_lite.data.pair_writer import Counts
-from megatron_lite.data.preprocess import ResumeRefused, preprocess, shard_prefix
-from megatron_lite.data.provenance import (
-    end_of_document,
-    joined,
-    read_facts,
-    unknown_token,
-    write_facts,
-)
-from megatron_lite.data.summary import Summary
+from megatron_lite.data.preparing.encode import Job
+from megatron_lite.data.preparing.facts import joined, write_facts
+from megatron_lite.data.preparing.indexed_builder import IndexedDatasetBuilder
+from megatron_lite.data.preparing.preprocess import ResumeRefused, preprocess, shard_prefix
+from megatron_lite.data.preparing.summary import Summary
+from megatron_lite.data.provenance import Counts, end_of_document, read_facts, unknown_token
 from megatron_lite.storage.disk import Disk
 
 ERRORS = {kind.exit_code: kind for kind in (ConfigError, DataError, StorageError)}

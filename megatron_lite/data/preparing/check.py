@@ -27,7 +27,7 @@ from megatron_lite.data.indexed import (
     idx_path,
     read_index,
 )
-from megatron_lite.data.indexed_builder import IndexedDatasetBuilder
+from megatron_lite.data.preparing.indexed_builder import IndexedDatasetBuilder
 from megatron_lite.data.provenance import facts_path, maker_of, read_facts
 from megatron_lite.storage.disk import Disk
 

@@ -10,8 +10,8 @@ from contextlib import ExitStack
 from typing import IO
 
 from megatron_lite.config.errors import DataError
-from megatron_lite.data.parts import Batch, Part, Place, too_long
-from megatron_lite.data.streams import open_stream
+from megatron_lite.data.preparing.parts import Batch, Part, Place, too_long
+from megatron_lite.data.preparing.streams import open_stream
 
 
 def read_array(part: Part, batch_bytes: int, place: Place, longest: int) -> Iterator[Batch]:

@@ -24,15 +24,27 @@ from typing import Any
 import numpy as np
 
 from megatron_lite.config.errors import ConfigError, DataError, StorageError
-from megatron_lite.data.encode import Job, Result, WorkerDied, batch_bytes_for, encoded_batches
 from megatron_lite.data.indexed import IndexedDataset, bin_path, idx_path, token_dtype
-from megatron_lite.data.inputs import plan, read_batches
-from megatron_lite.data.pair_writer import Counts, PairWriter, verify_written
-from megatron_lite.data.parts import LONGEST_LINE, Part, Place
-from megatron_lite.data.provenance import end_of_document, made_with, tokenizer_facts, unknown_token
-from megatron_lite.data.room import require_room_for_rest
-from megatron_lite.data.streams import size_of
-from megatron_lite.data.summary import Summary
+from megatron_lite.data.preparing.encode import (
+    Job,
+    Result,
+    WorkerDied,
+    batch_bytes_for,
+    encoded_batches,
+)
+from megatron_lite.data.preparing.inputs import plan, read_batches
+from megatron_lite.data.preparing.pair_writer import PairWriter, verify_written
+from megatron_lite.data.preparing.parts import LONGEST_LINE, Part, Place
+from megatron_lite.data.preparing.room import require_room_for_rest
+from megatron_lite.data.preparing.streams import size_of
+from megatron_lite.data.preparing.summary import Summary
+from megatron_lite.data.provenance import (
+    Counts,
+    end_of_document,
+    made_with,
+    tokenizer_facts,
+    unknown_token,
+)
 from megatron_lite.data.tokenizers.base import Tokenizer
 from megatron_lite.storage.disk import Disk, write_atomically
 

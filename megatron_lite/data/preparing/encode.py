@@ -25,9 +25,9 @@ import numpy.typing as npt
 from megatron_lite.config.errors import DataError
 from megatron_lite.config.sections.data import DataConfig
 from megatron_lite.data.indexed import token_dtype
-from megatron_lite.data.pair_writer import TokenBatch
-from megatron_lite.data.parts import LONGEST_LINE, Batch, TextUnit
-from megatron_lite.data.records import OnBadLine, Parsed, Reader, Texts, bad_line
+from megatron_lite.data.preparing.pair_writer import TokenBatch
+from megatron_lite.data.preparing.parts import LONGEST_LINE, Batch, TextUnit
+from megatron_lite.data.preparing.records import OnBadLine, Parsed, Reader, Texts, bad_line
 from megatron_lite.data.tokenizers.base import Encoded, Tokenizer
 from megatron_lite.data.tokenizers.build import build_tokenizer
 from megatron_lite.data.tokenizers.engines import AUTO

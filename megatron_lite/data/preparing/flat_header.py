@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from megatron_lite.config.errors import DataError
-from megatron_lite.data.streams import FOREIGN, PACKINGS
+from megatron_lite.data.preparing.streams import FOREIGN, PACKINGS
 
 LLM_C_BYTES = 1024
 LLM_C = {20240520: (1, "uint16"), 20240801: (7, "uint32")}

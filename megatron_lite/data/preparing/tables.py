@@ -9,8 +9,15 @@ from typing import IO, Any
 
 from megatron_lite.config.errors import ConfigError, DataError
 from megatron_lite.config.extras import how_to_install
-from megatron_lite.data.parts import BOM, Batch, NoRecord, Part, Place, Record, too_long
-from megatron_lite.data.streams import PARQUET, damaged, drop_line, open_stream, size_of, stem
+from megatron_lite.data.preparing.parts import BOM, Batch, NoRecord, Part, Place, Record, too_long
+from megatron_lite.data.preparing.streams import (
+    PARQUET,
+    damaged,
+    drop_line,
+    open_stream,
+    size_of,
+    stem,
+)
 
 
 def read_parquet(

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any, get_args
 
 from megatron_lite.config.errors import ConfigError
-from megatron_lite.data.parts import LONGEST_LINE, TextUnit
+from megatron_lite.data.preparing.parts import LONGEST_LINE, TextUnit
 
 LARGEST_LINE_MB = 16384  # some copies of a line are in memory at a time
 

@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from megatron_lite.config.errors import ConfigError, DataError
-from megatron_lite.data.parts import LONGEST_LINE, Batch, NoRecord, too_long
-from megatron_lite.data.texts import text_record
+from megatron_lite.data.preparing.parts import LONGEST_LINE, Batch, NoRecord, too_long
+from megatron_lite.data.preparing.texts import text_record
 
 OnBadLine = Literal["error", "skip"]
 SHOWN = 80  # characters of a bad line

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
-from megatron_lite.data.pair_writer import Counts
+from megatron_lite.data.provenance import Counts
 
 
 @dataclass(slots=True)

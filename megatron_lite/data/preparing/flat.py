@@ -14,8 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_lite.config.errors import DataError
-from megatron_lite.data.flat_header import Header, header_of
-from megatron_lite.data.indexed_builder import IndexedDatasetBuilder, write_index
+from megatron_lite.data.preparing.flat_header import Header, header_of
+from megatron_lite.data.preparing.indexed_builder import IndexedDatasetBuilder, write_index
 from megatron_lite.storage.disk import Disk
 
 CHUNK = 1 << 24  # tokens looked at together

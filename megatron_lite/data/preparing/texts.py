@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import IO
 
-from megatron_lite.data.parts import BOM, Batch, NoRecord, Part, Place, Record, too_long
-from megatron_lite.data.streams import drop_line, open_stream, skip
+from megatron_lite.data.preparing.parts import BOM, Batch, NoRecord, Part, Place, Record, too_long
+from megatron_lite.data.preparing.streams import drop_line, open_stream, skip
 
 
 def text_record(data: bytes, longest: int) -> Record:

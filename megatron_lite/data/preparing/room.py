@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_lite.config.errors import ConfigError, StorageError
-from megatron_lite.data.encode import Result
+from megatron_lite.data.preparing.encode import Result
 from megatron_lite.storage.disk import Disk
 from megatron_lite.storage.outputs import check_outputs, check_prefix, pair_paths
 
