@@ -5,7 +5,7 @@
     4  train/            inference/                        what you run
     3  pipeline/  engines/  optim/  checkpoint/            how a step happens and is kept
     2  layers/ ──▶ models/                                 what is computed
-    1  parallel/         kernels/                          how ranks talk; how ops run
+    1  rendezvous/       parallel/         kernels/        who is there; how ranks talk; how ops run
     0  config/ ──▶ blueprint/ ──▶ planner/                 what was asked; what follows      no torch
     ──────────────────────────────────────────────────────────────────────────────
     wings:  data/ (+ tokenizers/, preparing/)   no torch.distributed   telemetry/   numbers, not tensors

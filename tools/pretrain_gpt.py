@@ -51,7 +51,7 @@ except ModuleNotFoundError as missing:  # a bare python: the first thing many tr
     raise SystemExit(2) from None
 
 if TYPE_CHECKING:
-    from megatron_lite.parallel.launch import Launch
+    from megatron_lite.rendezvous.launch import Launch
     from megatron_lite.train.failures import Failures
 
 
@@ -65,7 +65,7 @@ def main(argv: Sequence[str]) -> int:
     # when a rank is lost, our one line says so; torch's C++ stack traces of it say less
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     # torch is imported only now: a plan needs none
-    from megatron_lite.parallel.launch import read_launch  # noqa: PLC0415
+    from megatron_lite.rendezvous.launch import read_launch  # noqa: PLC0415
     from megatron_lite.train.failures import Failures, end_process, stop_at_once  # noqa: PLC0415
 
     stop_at_once()

@@ -1,4 +1,4 @@
-"""How ranks talk: the process group, the axes of the rank grid, collectives and their autograd pairs.
+"""How ranks talk: the axes of the rank grid, collectives and their autograd pairs.
 
 Imports config and blueprint; floors 2 to 4 may import it.
 Begin with context.py: a ParallelContext is made once and passed to whoever communicates.

@@ -12,8 +12,8 @@ from megatron_lite.checkpoint.snapshot import UNKNOWN, Origin, Snapshot
 from megatron_lite.checkpoint.store import Keep, Store
 from megatron_lite.config.errors import StorageError
 from megatron_lite.config.sections.checkpoint import CheckpointConfig
-from megatron_lite.parallel.liveness import Presence
 from megatron_lite.parallel.shard import weight_slices
+from megatron_lite.rendezvous.heartbeat import Presence
 from megatron_lite.storage.lock import FolderTaken
 from megatron_lite.telemetry.record import SaveRecord
 from megatron_lite.train.assemble import Run

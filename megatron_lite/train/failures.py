@@ -28,7 +28,7 @@ from megatron_lite.config.errors import (
 )
 from megatron_lite.config.exit import BUG, fatal_line
 from megatron_lite.config.streams import settle_output
-from megatron_lite.parallel.liveness import Alone, Presence
+from megatron_lite.rendezvous.heartbeat import Alone, Presence
 from megatron_lite.storage.disk import Disk, write_atomically
 from megatron_lite.storage.lock import LOCK
 from megatron_lite.train.stop import Stopped, stop_signals

@@ -26,7 +26,7 @@ from megatron_lite.config.flags.settings import settings
 from megatron_lite.config.sections.checkpoint import CheckpointConfig
 from megatron_lite.config.sections.run import RunConfig
 from megatron_lite.parallel.context import ParallelContext
-from megatron_lite.parallel.launch import Launch, World, from_rank_0
+from megatron_lite.rendezvous.launch import Launch, World, from_rank_0
 from megatron_lite.storage.disk import Disk, write_atomically
 from megatron_lite.storage.lock import FolderLock, FolderTaken
 from megatron_lite.telemetry.writers import METRICS_FILE

@@ -15,7 +15,7 @@ from megatron_lite.config.sections.checkpoint import CheckpointConfig
 from megatron_lite.config.sections.guards import GuardsConfig
 from megatron_lite.config.sections.telemetry import TelemetryConfig
 from megatron_lite.config.sections.train import TrainConfig
-from megatron_lite.parallel.liveness import Presence
+from megatron_lite.rendezvous.heartbeat import Presence
 from megatron_lite.telemetry.record import EvaluationRecord, RanksRecord
 from megatron_lite.telemetry.summary import never_ran
 from megatron_lite.telemetry.throughput import IntervalMeter, Step

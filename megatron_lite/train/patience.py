@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from megatron_lite.parallel.watch import place_of, work_of
+from megatron_lite.rendezvous.detector import place_of, work_of
 
 TELL_SECONDS = 30.0
 

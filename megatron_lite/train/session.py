@@ -20,7 +20,8 @@ from megatron_lite.layers.attention import choose_attention
 from megatron_lite.parallel.checking import Checker
 from megatron_lite.parallel.collectives import barrier
 from megatron_lite.parallel.context import ParallelContext
-from megatron_lite.parallel.launch import (
+from megatron_lite.parallel.waits import measuring
+from megatron_lite.rendezvous.launch import (
     Launch,
     World,
     choose_device,
@@ -30,7 +31,6 @@ from megatron_lite.parallel.launch import (
     stop_process_group,
     wait_for_all,
 )
-from megatron_lite.parallel.waits import measuring
 from megatron_lite.storage.disk import Disk
 from megatron_lite.telemetry.recorder import Recorder
 from megatron_lite.telemetry.throughput import IntervalMeter

@@ -20,6 +20,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "telemetry": {"config", "blueprint", "storage"},
     "data": {"config", "storage"},
     "kernels": set(),
+    "rendezvous": {"config"},
     "parallel": {"config", "blueprint"},
     "layers": {"config", "blueprint", "parallel", "kernels"},
     "models": {"config", "blueprint", "parallel", "layers"},
@@ -32,8 +33,8 @@ MAY_IMPORT: dict[str, set[str]] = {
         "data", "telemetry", "storage",
     },
     "train": {
-        "config", "blueprint", "parallel", "kernels", "layers", "models", "pipeline", "optim",
-        "engines", "checkpoint", "inference", "data", "telemetry", "storage",
+        "config", "blueprint", "rendezvous", "parallel", "kernels", "layers", "models", "pipeline",
+        "optim", "engines", "checkpoint", "inference", "data", "telemetry", "storage",
     },
 }  # fmt: skip
 

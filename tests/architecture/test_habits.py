@@ -128,7 +128,7 @@ def test_only_launch_reads_the_environment() -> None:
         f"{path.relative_to(ROOT)}:{line}"
         for path in sorted(PACKAGE.rglob("*.py"))
         for line in environment_reads(parse(path))
-        if path != PACKAGE / "parallel" / "launch.py"
+        if path != PACKAGE / "rendezvous" / "launch.py"
     ]
     assert found == []
 

@@ -144,7 +144,7 @@ ROWS = (
         tests=(FAULTS + "lost_ranks.py::test_a_silent",)),
     Row("D12", "one rank works long at the start", "the others wait for it", "0",
         tests=(FAULTS + "patience.py::test_others", FAULTS + "patience.py::test_ranks_wait",
-            "tests/parallel/test_watch.py::test_slow")),
+            "tests/rendezvous/test_detector.py::test_slow")),
     Row("D13", "one hangs or dies at the start", "named within the timeout", "6",
         tests=(FAULTS + "patience.py::test_others", FAULTS + "patience.py::test_a_rank_that_dies")),
     Row("D3", "the first failure of a rank", "what all others print", "its own, 6",

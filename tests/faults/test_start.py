@@ -23,9 +23,9 @@ from megatron_lite.config.errors import ConfigError, DistributedError, StorageEr
 from megatron_lite.config.exit import run_tool
 from megatron_lite.config.sections.run import RunConfig
 from megatron_lite.data.tokenizers.gpt2_bpe import byte_characters
-from megatron_lite.parallel import reminder
 from megatron_lite.parallel.context import ParallelContext
-from megatron_lite.parallel.launch import TASKS, Launch, gather_hosts, one_of_many, read_launch
+from megatron_lite.rendezvous import reminder
+from megatron_lite.rendezvous.launch import TASKS, Launch, gather_hosts, one_of_many, read_launch
 from megatron_lite.storage.disk import Disk
 from megatron_lite.train import alike
 from megatron_lite.train.faults import Fault, NoFaults, read_fault

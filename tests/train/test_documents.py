@@ -16,8 +16,8 @@ from megatron_lite.data.build import Datasets
 from megatron_lite.layers.dropout import hidden_dropout
 from megatron_lite.layers.setting import Positions
 from megatron_lite.parallel.context import ParallelContext
-from megatron_lite.parallel.launch import Launch, World
-from megatron_lite.parallel.liveness import Alone
+from megatron_lite.rendezvous.heartbeat import Alone
+from megatron_lite.rendezvous.launch import Launch, World
 from megatron_lite.train.assemble import assemble
 from megatron_lite.train.feed import to_device
 from megatron_lite.train.reading import _in_turn

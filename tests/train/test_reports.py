@@ -107,7 +107,7 @@ def test_sigusr2_prints_all_stacks_of_a_rank_that_waits_and_the_run_goes_on():
                 except AssertionError:
                     continue
             said = running.text(rank, "err")
-            assert "Current thread 0x" in said and "liveness.py" in said, said  # all threads
+            assert "Current thread 0x" in said and "heartbeat.py" in said, said  # all threads
             assert re.search(rf"{place}\", line \d+ in ", said), said
         ended = running.wait(60)
     assert [rank.rc for rank in ended] == [0, 0], ended

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from megatron_lite.config.sections.parallel import ParallelConfig
-from megatron_lite.parallel.launch import choose_device, gather, read_launch, start_process_group
+from megatron_lite.rendezvous.launch import choose_device, gather, read_launch, start_process_group
 
 NCCL, GLOO = "nccl", "gloo"
 

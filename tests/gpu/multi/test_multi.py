@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from megatron_lite.parallel.context import ParallelContext
-from megatron_lite.parallel.launch import stop_process_group
+from megatron_lite.rendezvous.launch import stop_process_group
 from megatron_lite.telemetry.record import StepRecord, read_metrics
 from megatron_lite.train.assemble import assemble
 from megatron_lite.train.step import train_step

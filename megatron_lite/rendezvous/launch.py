@@ -15,9 +15,9 @@ from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-
 
 from megatron_lite.config.errors import ConfigError, DistributedError
 from megatron_lite.config.sections.parallel import ParallelConfig
-from megatron_lite.parallel.liveness import Alone, Liveness, Presence, differences, roll_call
-from megatron_lite.parallel.reminder import Reminder, numbers
-from megatron_lite.parallel.watch import Limits
+from megatron_lite.rendezvous.detector import Limits
+from megatron_lite.rendezvous.heartbeat import Alone, Liveness, Presence, differences, roll_call
+from megatron_lite.rendezvous.reminder import Reminder, numbers
 
 _NCCL_FAILED = "exception_dump"
 """Key of torch's ProcessGroupNCCL, outside of every prefix, so that it survives a restart."""

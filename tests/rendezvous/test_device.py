@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megatron_lite.config.errors import ConfigError
-from megatron_lite.parallel.launch import Launch, choose_device
+from megatron_lite.rendezvous.launch import Launch, choose_device
 
 
 @pytest.fixture

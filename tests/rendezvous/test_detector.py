@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import pytest
 
-from megatron_lite.parallel.watch import MISSED_BEATS, Beat, Limits, Watch, place_of, work_of
+from megatron_lite.rendezvous.detector import MISSED_BEATS, Beat, Limits, Watch, place_of, work_of
 from megatron_lite.train.faults import _sleep
 
 LIMITS = Limits.from_timeout(600.0)

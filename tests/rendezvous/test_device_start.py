@@ -17,9 +17,9 @@ from megatron_lite.blueprint.draw_up import draw_up
 from megatron_lite.config.errors import DeviceFault, DistributedError, OutOfMemory
 from megatron_lite.config.flags.parser import parse
 from megatron_lite.config.sections.parallel import ParallelConfig
-from megatron_lite.parallel import launch
 from megatron_lite.parallel.context import ParallelContext
-from megatron_lite.parallel.launch import Launch, gather, set_device_environment
+from megatron_lite.rendezvous import launch
+from megatron_lite.rendezvous.launch import Launch, gather, set_device_environment
 from megatron_lite.train import session
 from megatron_lite.train.failures import Failures
 from tests.support.launch import TINY, free_port, with_flags

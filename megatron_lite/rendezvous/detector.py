@@ -71,8 +71,9 @@ class Beat:
 
 
 WAITING_IN = (
-    "torch/distributed/", "megatron_lite/parallel/", "megatron_lite/pipeline/mail.py",
-    "megatron_lite/engines/", "megatron_lite/train/step.py", "megatron_lite/train/loop.py",
+    "torch/distributed/", "megatron_lite/rendezvous/", "megatron_lite/parallel/",
+    "megatron_lite/pipeline/mail.py", "megatron_lite/engines/",
+    "megatron_lite/train/step.py", "megatron_lite/train/loop.py",
 )  # fmt: skip
 """Files whose innermost call waits for other ranks or for the device, if it stays for minutes."""
 

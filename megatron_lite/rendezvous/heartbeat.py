@@ -7,7 +7,7 @@
     every rank reads the verdict: FATAL[6] names the lost rank, also where the main thread is stuck
 
 No collective, no device work: two sleeping threads and a few hundred bytes per rank and second.
-watch.py judges; this file talks to the store.  A rank that fails by itself leaves its FATAL line as
+detector.py judges; this file talks to the store.  A rank that fails by itself leaves its FATAL line as
 the verdict, a rank that ends says so, and neither is then taken for lost.
 """
 
@@ -20,7 +20,7 @@ from typing import Protocol
 
 from torch.distributed import Store  # type: ignore[attr-defined]
 
-from megatron_lite.parallel.watch import Beat, Limits, Watch, place_of, work_of
+from megatron_lite.rendezvous.detector import Beat, Limits, Watch, place_of, work_of
 
 NO_VERDICT = b"-"
 
