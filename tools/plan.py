@@ -81,7 +81,7 @@ def main() -> int:
         return draw_up(changed, world)
 
     asked = Asked(
-        config.parallel, config.precision, config.optim, config.train.micro_batch_size,
+        config.parallel, config.precision, config.train.micro_batch_size,
         on_gpu=not device.cpu,
     )  # fmt: skip
     if own.search:

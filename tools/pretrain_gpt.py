@@ -135,7 +135,7 @@ def _rehearse(parsed: Parsed) -> int:
         done.append(one)
     measured = [Measured(one.transcript.rank, one.memory.kinds(), one.sent_bytes())
                 for one in done if one.memory is not None]  # fmt: skip
-    parts = (config.parallel, config.precision, config.optim, config.train.micro_batch_size)
+    parts = (config.parallel, config.precision, config.train.micro_batch_size)
     asked = Asked(*parts, on_gpu=not config.train.use_cpu)
     rows = beside_plan(measured, blueprint, asked, num_microbatches=count)
     print("", as_text(rows), "", sep="\n")
@@ -196,7 +196,7 @@ def _beside_the_plan(
         changed = dataclasses.replace(config, parallel=parallel, train=train)
         rules.check(changed, world_size)
         blueprint = draw_up(changed, world_size)
-        asked = Asked(parallel, config.precision, config.optim, micro_batch_size, on_gpu=on_gpu)
+        asked = Asked(parallel, config.precision, micro_batch_size, on_gpu=on_gpu)
         return memory(blueprint, asked, pp_ranks=[blueprint.grid.coords(rank).pp])[0]
 
     return beside_the_plan(config.parallel, config.train.micro_batch_size, planned, missing)

@@ -6,12 +6,19 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from megatron_lite.blueprint.batches import BatchSchedule, batch_schedule, padded_vocab_size
-from megatron_lite.blueprint.figure.parts import Figure
+from megatron_lite.blueprint.figure.parts import Figure, Tensor
 from megatron_lite.blueprint.figure.transformer import figure_of
 from megatron_lite.blueprint.flops import flops_per_token
 from megatron_lite.blueprint.grid import RankGrid
 from megatron_lite.blueprint.length import Length, run_length
-from megatron_lite.blueprint.parameters import ParamSpec, parameter_table, rank_size, total_size
+from megatron_lite.blueprint.optimizers import State, check_states, state_size, treatment
+from megatron_lite.blueprint.parameters import (
+    ParamSpec,
+    held_by,
+    parameter_table,
+    rank_size,
+    total_size,
+)
 from megatron_lite.blueprint.schedules import SCHEDULES
 from megatron_lite.blueprint.schedules.actions import Lowered, Schedule
 from megatron_lite.blueprint.schedules.check import check
@@ -21,6 +28,7 @@ from megatron_lite.blueprint.stages import Placement, Stage, cut_stages
 from megatron_lite.config.errors import ConfigError, all_together
 from megatron_lite.config.pipeline import pipeline
 from megatron_lite.config.sections.model import ModelConfig
+from megatron_lite.config.sections.optim import OptimConfig
 from megatron_lite.config.sections.parallel import ParallelConfig
 from megatron_lite.config.sections.run import RunConfig
 from megatron_lite.config.sections.train import TrainConfig
@@ -48,6 +56,7 @@ class Blueprint:
     batch_schedule: BatchSchedule
     length: Length | None
     parameters: tuple[ParamSpec, ...]
+    optim: OptimConfig
     flops_per_token_full: int
     flops_per_token_causal: int
     notes: tuple[str, ...] = ()
@@ -78,8 +87,22 @@ class Blueprint:
 
     def rank_parameters(self, pp_rank: int) -> int:
         """Parameters in the memory of one rank (any tp and dp) of a pp rank."""
-        held = [stage.index for stage in self.stages_of(pp_rank)]
-        return rank_size(self.parameters, held, self.grid.tp)
+        return rank_size(self.parameters, self._held(pp_rank), self.grid.tp)
+
+    def rank_states(self, pp_rank: int) -> int:
+        """Elements of optimizer state, masters apart, of all that a rank (any tp) of a pp rank holds.
+
+        Where ranks of dp share it, together.
+        """
+        held = held_by(self.parameters, self._held(pp_rank))
+        return sum(state_size(self.optim, spec.tensor, self.grid.tp) for spec in held)
+
+    def states(self, tensor: Tensor) -> tuple[State, ...]:
+        """What the optimizer keeps of a canonical tensor, its fp32 master apart."""
+        return treatment(self.optim, tensor).states
+
+    def _held(self, pp_rank: int) -> list[int]:
+        return [stage.index for stage in self.stages_of(pp_rank)]
 
     def compute(self, num_microbatches: int) -> Schedule:
         """The training schedule before lowering, to simulate or draw."""
@@ -129,6 +152,8 @@ def draw_up(config: RunConfig, world_size: int) -> Blueprint:
     stages = cut_stages(asked.layers)
     batches = batch_schedule(train, seq_length=model.seq_length, dp=grid.dp)
     length = run_length(train, batches)
+    parameters = parameter_table(model, stages, padded_vocab_size=padded, tp=grid.tp)
+    check_states(config.optim, (spec.tensor for spec in parameters), grid.tp)
     return Blueprint(
         model=model,
         grid=grid,
@@ -140,7 +165,8 @@ def draw_up(config: RunConfig, world_size: int) -> Blueprint:
         figure=figure_of(model, padded),
         batch_schedule=batches,
         length=length,
-        parameters=parameter_table(model, stages, padded_vocab_size=padded, tp=grid.tp),
+        parameters=parameters,
+        optim=config.optim,
         flops_per_token_full=flops_per_token(model, padded, attention="full"),
         flops_per_token_causal=flops_per_token(model, padded, attention="causal"),
         notes=tuple(notes),

@@ -50,7 +50,7 @@ class ParamSpec:
 
     def local_size(self, tp: int) -> int:
         """Elements on one tp rank."""
-        return self.size if self.tp_dim is None else self.size // tp
+        return math.prod(self.tensor.local(tp))
 
 
 def parameter_table(
@@ -73,9 +73,13 @@ def rank_size(table: Iterable[ParamSpec], held_stages: Iterable[int], tp: int) -
 
     A rank that holds the first and the last stage shares one tied embedding between them.
     """
+    return sum(spec.local_size(tp) for spec in held_by(table, held_stages))
+
+
+def held_by(table: Iterable[ParamSpec], held_stages: Iterable[int]) -> Iterable[ParamSpec]:
+    """What a rank of these stages holds, each tensor once."""
     held = set(held_stages)
-    mine = {spec.name: spec for spec in table if spec.stage in held}
-    return sum(spec.local_size(tp) for spec in mine.values())
+    return {spec.name: spec for spec in table if spec.stage in held}.values()
 
 
 def stage_tensors(figure: Figure, stage: Stage) -> Iterator[Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -74,12 +74,12 @@ class GradientBuckets:
         bucket_size: int,
         overlap: bool,
         sharded: bool = False,
-        whole: bool = False,
+        whole: Callable[[Piece], bool] = lambda piece: False,
         dtype: torch.dtype = torch.float32,
     ) -> GradientBuckets:
         """Lay the accumulators out; bucket_size in elements.
 
-        sharded: each dp rank keeps its rows of the state only; whole: its tensors.
+        sharded: each dp rank keeps its rows of the state only; whole: of which pieces all or none.
         """
         groups: list[list[LocalParameter]] = [[]]
         filled = 0

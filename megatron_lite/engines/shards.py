@@ -81,27 +81,33 @@ class ShardLayout:
     columns: int
 
     @classmethod
-    def build(cls, parameters: Sequence[LocalParameter], ranks: int, *, whole: bool) -> ShardLayout:
-        """Lay the pieces of these parameters out; whole: one owner per tensor."""
+    def build(
+        cls,
+        parameters: Sequence[LocalParameter],
+        ranks: int,
+        *,
+        whole: Callable[[Piece], bool],
+    ) -> ShardLayout:
+        """Lay the pieces of these parameters out; whole: which have one owner, instead of one per row."""
         pieces = [
             (local, piece)
             for local in parameters
             for piece in local.pieces
             if piece.stop > piece.start
         ]
-        places, used = [], [0] * ranks
-        if whole:
-            sizes = [_size(local, piece) for local, piece in pieces]
-            for (local, piece), owner in zip(pieces, whole_owners(sizes, ranks), strict=True):
-                rows = piece.stop - piece.start
-                places.append(Place(local, piece, rows, used[owner], owner))
-                used[owner] += _size(local, piece)
-        else:
-            for local, piece in pieces:
+        places, shared = [], 0
+        for local, piece in pieces:
+            if not whole(piece):
                 rows = piece.stop - piece.start
                 block = rows_per_rank(rows, ranks)
-                places.append(Place(local, piece, block, used[0]))
-                used[0] += block * (_size(local, piece) // rows)
+                places.append(Place(local, piece, block, shared))
+                shared += block * (_size(local, piece) // rows)
+        used = [shared] * ranks
+        alone = [(local, piece) for local, piece in pieces if whole(piece)]
+        sizes = [_size(local, piece) for local, piece in alone]
+        for (local, piece), owner in zip(alone, whole_owners(sizes, ranks), strict=True):
+            places.append(Place(local, piece, piece.stop - piece.start, used[owner], owner))
+            used[owner] += _size(local, piece)
         return cls(tuple(places), ranks, max(used))
 
     def pack(self, tensor_of: Callable[[LocalParameter], Tensor], dtype_like: Tensor) -> Tensor:

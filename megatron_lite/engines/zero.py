@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from megatron_lite.blueprint.figure.parts import Tensor as Spec
+from megatron_lite.blueprint.optimizers import LIKE_PARAMETER, State
 from megatron_lite.blueprint.ownership import Rows
 from megatron_lite.config.sections.optim import OptimConfig
 from megatron_lite.config.sections.parallel import ParallelConfig
@@ -17,7 +19,7 @@ from megatron_lite.engines.base import SquaredNorm, Update
 from megatron_lite.engines.buckets import GradientBuckets
 from megatron_lite.engines.clip import clip_coefficient, count_zeros, global_norm, squared_norms
 from megatron_lite.engines.loss_scale import LossScale
-from megatron_lite.optim.rules import OPTIMIZERS, UpdateRule
+from megatron_lite.optim.groups import Groups, Rates
 from megatron_lite.parallel.collectives import all_reduce
 from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.parallel.shard import (
@@ -58,12 +60,19 @@ class _Held:
         """Whether the fp32 master is a tensor of its own."""
         return self.master is not self.weight
 
-    def slice(self, data: Tensor, prefix: str, *, replicated: bool) -> NamedSlice:
-        """One of this rank's tensors with its place in the global one."""
+    @property
+    def spec(self) -> Spec:
+        """Of the canonical tensor."""
+        return self.piece.spec
+
+    def slice(
+        self, data: Tensor, prefix: str, *, replicated: bool, state: State = LIKE_PARAMETER
+    ) -> NamedSlice:
+        """One of this rank's tensors with its place in the global one; state: what of it data is."""
         first, *others = self.piece.offset
-        offset = (first + self.rows.start, *others)
-        name = prefix + self.piece.name
-        return NamedSlice(name, self.piece.shape, offset, data, replicated=replicated)
+        offset = state.of((first + self.rows.start, *others))
+        name, shape = prefix + self.piece.name, state.of(self.piece.shape)
+        return NamedSlice(name, shape, offset, data, replicated=replicated)
 
 
 class ZeroEngine:
@@ -86,7 +95,7 @@ class ZeroEngine:
     ) -> None:
         self.span = span
         self.ctx, self.optim, self.watch = ctx, optim, watch or Watch()
-        self.rule: UpdateRule = OPTIMIZERS[optim.optimizer](optim)
+        self.groups = Groups(optim)
         self.scaler = LossScale.from_config(precision)
         self.steps = 0
         self._unreduced = False
@@ -104,7 +113,7 @@ class ZeroEngine:
                 bucket_size=bucket_size,
                 overlap=parallel.overlap_grad_reduce,
                 sharded=self.sharded,
-                whole=self.rule.needs_whole_matrix,
+                whole=self._stays_whole,
                 dtype=torch.float32 if in_fp32 else held[0].parameter.dtype,
             )
             for stage, held in stages.items()
@@ -123,8 +132,11 @@ class ZeroEngine:
             here = slice(piece.start + rows.start, piece.start + rows.stop)
             weight = local.parameter.detach()[here]
             master = weight if weight.dtype == torch.float32 else weight.float()
-            state = self.rule.new_state(master)
+            state = self.groups.new_state(piece.spec, master)
             yield _Held(local, piece, rows, weight, gradient[here], master, state)
+
+    def _stays_whole(self, piece: Piece) -> bool:
+        return self.groups.treatment(piece.spec).needs(0)
 
     def _take_gradient(self) -> Callable[[Tensor], None]:
         def take(parameter: Tensor) -> None:
@@ -229,23 +241,9 @@ class ZeroEngine:
             for buckets in self._buckets.values():
                 buckets.buffer.mul_(1.0 / self.loss_scale)
 
-    @staticmethod
-    def _group(held: _Held, decoupled_lr: float | None) -> tuple[bool, bool]:
-        """(has weight decay, has the decoupled learning rate)."""
-        table = held.local.spec.vocabulary and decoupled_lr is not None
-        return held.local.spec.decays, table
-
     def _apply(self, lr: float, weight_decay: float, decoupled_lr: float | None) -> None:
-        for decayed, table in ((True, False), (True, True), (False, False)):
-            held = [h for h in self._held if self._group(h, decoupled_lr) == (decayed, table)]
-            self.rule.update(
-                [h.master for h in held],
-                [h.gradient.to(h.master.dtype) for h in held],
-                [h.state for h in held],
-                steps=self.steps,
-                lr=decoupled_lr if table and decoupled_lr is not None else lr,
-                weight_decay=weight_decay if decayed else 0.0,
-            )
+        rates = Rates(lr, weight_decay, decoupled_lr)
+        self.groups.update(self._held, rates, steps=self.steps)
         self.steps += 1
         self.copy_masters()
         if self.sharded:
@@ -302,8 +300,9 @@ class ZeroEngine:
             same = not self.sharded
             if held.has_master:
                 yield held.slice(held.master, MASTER, replicated=same)
-            for kind, tensor in held.state.items():
-                yield held.slice(tensor, f"{kind}.", replicated=same)
+            for state in self.groups.treatment(held.spec).states:
+                data = held.state[state.name]
+                yield held.slice(data, f"{state.name}.", replicated=same, state=state)
 
     def parameters(self) -> list[nn.Parameter]:
         """The parameters this engine updates."""

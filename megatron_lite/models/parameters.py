@@ -30,7 +30,6 @@ def local_parameters(model: Decoder) -> list[LocalParameter]:
             LocalParameter(
                 parameter=parameter,
                 pieces=tuple(_pieces(specs, parameter, setting)),
-                spec=specs[0],
                 summed=("tp",) if specs[0].sequence and split else (),
                 twin=twin,
                 replica=twin and not model.has_embedding,
@@ -59,10 +58,9 @@ def _specs(model: Decoder, name: str) -> Iterator[Tensor]:
 def _pieces(specs: list[Tensor], parameter: nn.Parameter, setting: Setting) -> Iterator[Piece]:
     tp, start = setting.tp, 0
     for spec in specs:
-        cut = spec.tp_dim
-        local = tuple(n // tp.size if dim == cut else n for dim, n in enumerate(spec.shape))
-        offset = tuple(n * tp.rank if dim == cut else 0 for dim, n in enumerate(local))
-        piece = Piece(spec.name, start, start + local[0], spec.shape, offset)
+        local = spec.local(tp.size)
+        offset = tuple(n * tp.rank if dim == spec.tp_dim else 0 for dim, n in enumerate(local))
+        piece = Piece(spec, start, start + local[0], spec.shape, offset)
         yield _trimmed(piece, setting.vocab_size) if spec.vocabulary else piece
         start += local[0]
     assert start == parameter.shape[0], (specs[0].name, start, tuple(parameter.shape))
@@ -72,4 +70,4 @@ def _trimmed(piece: Piece, vocab_size: int) -> Piece:
     """The piece without the padding rows of the vocabulary (possibly no rows at all)."""
     stop = min(piece.stop, piece.start + max(vocab_size - piece.offset[0], 0))
     offset = (min(piece.offset[0], vocab_size), *piece.offset[1:])
-    return Piece(piece.name, piece.start, stop, (vocab_size, *piece.shape[1:]), offset)
+    return Piece(piece.spec, piece.start, stop, (vocab_size, *piece.shape[1:]), offset)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import ClassVar
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,19 +14,13 @@ from torch.optim.adamw import adamw
 class AdamW:
     """theta -= lr (wd theta + m^ / (sqrt(v^) + eps)) with bias-corrected moments m^ and v^.
 
-    States are named tensors beside each parameter; a rule sees real rows or real matrices.
+    States are named tensors beside each parameter (blueprint/optimizers.py); a rule sees real rows
+    or real matrices.
     """
 
     beta1: float
     beta2: float
     eps: float
-    needs_whole_matrix: bool = field(default=False, init=False)
-
-    state_names: ClassVar[tuple[str, ...]] = ("exp_avg", "exp_avg_sq")
-
-    def new_state(self, parameter: Tensor) -> dict[str, Tensor]:
-        """Zeros for both moments, shaped like the parameter."""
-        return {name: torch.zeros_like(parameter) for name in self.state_names}
 
     @torch.no_grad()
     def update(

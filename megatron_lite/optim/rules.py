@@ -1,4 +1,4 @@
-"""OPTIMIZERS: --optimizer -> the update rule made from its settings."""
+"""RULES: the name of an update rule -> its mathematics, made from the optimizer's settings."""
 
 from __future__ import annotations
 
@@ -13,18 +13,10 @@ from megatron_lite.optim.sgd import SGD
 
 
 class UpdateRule(Protocol):
-    """What an engine needs of an optimizer; no communication here."""
+    """How parameters change; no communication here.
 
-    needs_whole_matrix: bool
-
-    @property
-    def state_names(self) -> tuple[str, ...]:
-        """Keys of new_state's dict, as checkpoints name them."""
-        ...
-
-    def new_state(self, parameter: Tensor) -> dict[str, Tensor]:
-        """State of a parameter before its first update; every tensor has the parameter's shape."""
-        ...
+    Which states it keeps of each, and of what shape, stands in blueprint/optimizers.py.
+    """
 
     def update(
         self,
@@ -40,7 +32,7 @@ class UpdateRule(Protocol):
         ...
 
 
-OPTIMIZERS: dict[str, Callable[[OptimConfig], UpdateRule]] = {
+RULES: dict[str, Callable[[OptimConfig], UpdateRule]] = {
     "adam": lambda o: AdamW(beta1=o.adam_beta1, beta2=o.adam_beta2, eps=o.adam_eps),
     "sgd": lambda o: SGD(momentum=o.sgd_momentum),
 }

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import ClassVar
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,16 +11,9 @@ from torch import Tensor
 
 @dataclass(slots=True)
 class SGD:
-    """buf = momentum buf + (g + wd theta); theta -= lr buf."""
+    """buf = momentum buf + (g + wd theta); theta -= lr buf; no buffer without momentum."""
 
     momentum: float
-    needs_whole_matrix: bool = field(default=False, init=False)
-
-    state_names: ClassVar[tuple[str, ...]] = ("momentum",)
-
-    def new_state(self, parameter: Tensor) -> dict[str, Tensor]:
-        """A zero momentum buffer; none without momentum."""
-        return {"momentum": torch.zeros_like(parameter)} if self.momentum else {}
 
     @torch.no_grad()
     def update(

@@ -16,16 +16,22 @@ MASTER = "master."
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Rows [start, stop) of a local parameter are the box at `offset` of the global tensor `name`.
+    """Rows [start, stop) of a local parameter are the box at `offset` of a canonical tensor.
 
-    shape: the global shape; a fused parameter (q, k and v in one matrix) has several pieces.
+    shape: the global shape, without the padding of a vocabulary; a fused parameter (q, k and v in
+    one matrix) has several pieces.
     """
 
-    name: str
+    spec: Spec
     start: int
     stop: int
     shape: tuple[int, ...]
     offset: tuple[int, ...]
+
+    @property
+    def name(self) -> str:
+        """Canonical."""
+        return self.spec.name
 
     def of(self, local: Tensor) -> Tensor:
         """The rows of a tensor shaped like the local parameter (a view)."""
@@ -54,7 +60,6 @@ class NamedSlice:
 class LocalParameter:
     """One parameter of this rank, and what the engine and the checkpoint must know of it.
 
-    spec: of the canonical tensor that it is, or of the first of those fused in it.
     summed: axes over which its gradient must be summed, because each rank has only its share of
     the sequence.
     pieces leave out the padding rows of the vocabulary.
@@ -65,11 +70,15 @@ class LocalParameter:
 
     parameter: nn.Parameter
     pieces: tuple[Piece, ...]
-    spec: Spec
     summed: tuple[str, ...] = ()
     twin: bool = False
     replica: bool = False
     uses: int = 1
+
+    @property
+    def spec(self) -> Spec:
+        """Of the canonical tensor that it is, or of the first of those fused in it."""
+        return self.pieces[0].spec
 
     @property
     def tp_dim(self) -> int | None:

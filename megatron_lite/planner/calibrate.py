@@ -98,7 +98,7 @@ def error(trial: Trial, device: Device) -> float:
 def _drawn(flags: str, ranks: int, cpu: bool) -> tuple[Blueprint, Asked]:
     config = parse(f"{flags} --train-iters 1 --lr 1e-4 --dry-run".split()).config
     asked = Asked(
-        config.parallel, config.precision, config.optim, config.train.micro_batch_size,
+        config.parallel, config.precision, config.train.micro_batch_size,
         on_gpu=not cpu,
     )  # fmt: skip
     return draw_up(config, ranks), asked

@@ -257,14 +257,14 @@ def _data_parallel(costs: Costs, pp_rank: int) -> tuple[float, float, float]:
 def _optimizer_seconds(blueprint: Blueprint, asked: Asked, cluster: Cluster, pp_rank: int) -> float:
     """Norm, clipping, update and clearing: all bound by memory.
 
-    Per element: gradients read twice, written, cleared; of the owned share master and two moments
-    read and written, gradient read, weight written.
+    Per element: gradients read twice, written, cleared; of the owned share master and states read
+    and written, gradient read, weight written.
     """
-    parameters = blueprint.rank_parameters(pp_rank)
+    parameters, states = blueprint.rank_parameters(pp_rank), blueprint.rank_states(pp_rank)
     shared = blueprint.dp if asked.parallel.use_distributed_optimizer else 1
-    every, owned = 4.0 * 2, 4.0 * 2 + 4.0 * 7 + 2.0
+    every, owned = 4.0 * 2, 4.0 * 2 + 4.0 * 3 + 2.0
     device = cluster.device
-    moved = parameters * (every + owned / shared)
+    moved = parameters * (every + owned / shared) + states * 4.0 * 2 / shared
     return moved / (device.bandwidth_gb_s * 1e9 * device.optimizer_efficiency)
 
 

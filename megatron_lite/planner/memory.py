@@ -17,7 +17,6 @@ from megatron_lite.blueprint.schedules import SCHEDULES
 from megatron_lite.blueprint.schedules.actions import Op, Schedule
 from megatron_lite.blueprint.stages import Placement, Stage
 from megatron_lite.config.sections.model import ModelConfig
-from megatron_lite.config.sections.optim import OptimConfig
 from megatron_lite.config.sections.parallel import ParallelConfig
 from megatron_lite.config.sections.precision import PrecisionConfig
 from megatron_lite.planner.activations import (
@@ -35,8 +34,6 @@ CONTEXT_BYTES = 1.5e9
 FRAGMENTATION = 0.05
 """Allowance: share of what is allocated that the caching allocator holds but cannot use."""
 
-_MOMENTS = {"adam": 2, "sgd": 1}
-
 
 @dataclass(frozen=True, slots=True)
 class Asked:
@@ -44,7 +41,6 @@ class Asked:
 
     parallel: ParallelConfig
     precision: PrecisionConfig
-    optim: OptimConfig
     micro_batch_size: int
     on_gpu: bool = True
 
@@ -128,8 +124,8 @@ def peak_microbatches(blueprint: Blueprint, num_microbatches: int) -> int:
     return min(num_microbatches, 3 * pp)
 
 
-def static_bytes(parameters: float, asked: Asked, dp: int) -> dict[str, float]:
-    """Weights, gradients, masters and moments of so many parameters on a rank."""
+def static_bytes(parameters: float, states: float, asked: Asked, dp: int) -> dict[str, float]:
+    """Weights, gradients, masters and moments of so many parameters and elements of state on a rank."""
     low = element_bytes(asked.precision)
     in_fp32 = asked.parallel.accumulate_allreduce_grads_in_fp32
     shared = dp if asked.parallel.use_distributed_optimizer else 1
@@ -137,7 +133,7 @@ def static_bytes(parameters: float, asked: Asked, dp: int) -> dict[str, float]:
         "weights": parameters * low,
         "gradients": parameters * (4 if in_fp32 else low),
         "masters": 0.0 if low == 4 else parameters * 4 / shared,
-        "moments": parameters * 4 * _MOMENTS[asked.optim.optimizer] / shared,
+        "moments": states * 4 / shared,
     }
 
 
@@ -161,7 +157,8 @@ def _rank_memory(
         blocks = stage_bytes(of_stage, asked.parallel, layer_input=stream)
         held[stage.index] = _held(blueprint, asked, stage, blocks, waiting[stage.index])
     worst = _worst(schedule, pp_rank, held)
-    kinds = static_bytes(parameters, asked, blueprint.dp * blueprint.grid.cp)
+    replicas = blueprint.dp * blueprint.grid.cp
+    kinds = static_bytes(parameters, blueprint.rank_states(pp_rank), asked, replicas)
     messages = 4 * stream if blueprint.grid.pp > 1 else 0.0
     reducing, gathering = _data_parallel_buffers(blueprint, asked, parameters)
     working = worst.activations + worst.recomputed + worst.logits + worst.workspace

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_lite.parallel.collectives import all_reduce
-from megatron_lite.parallel.shard import NamedSlice, weight_slices
+from megatron_lite.parallel.shard import MASTER, NamedSlice, weight_slices
 from megatron_lite.train.assemble import Run
 
 
@@ -40,19 +40,16 @@ def _owned(run: Run) -> Iterator[NamedSlice]:
 
 def _tensors(run: Run) -> list[tuple[str, tuple[int, ...], torch.dtype]]:
     """Name, global shape and format of every tensor of the state; equal on all ranks."""
-    shapes = {
-        spec.name: (run.setting.vocab_size, *spec.shape[1:])
-        if spec.tensor.vocabulary
-        else spec.shape
-        for spec in run.blueprint.parameters
-    }
-    kinds = {
-        piece.name.split(".", 1)[0]: piece.data.dtype for piece in run.engine.state(owned=False)
-    }
-    found = [(name, shape, run.setting.dtype) for name, shape in shapes.items()]
-    for kind, dtype in kinds.items():
-        found += [(f"{kind}.{name}", shape, dtype) for name, shape in shapes.items()]
-    return sorted(found, key=lambda tensor: tensor[0])
+    found = {}
+    for spec in run.blueprint.parameters:
+        vocabulary = spec.tensor.vocabulary
+        shape = (run.setting.vocab_size, *spec.shape[1:]) if vocabulary else spec.shape
+        found[spec.name] = shape, run.setting.dtype
+        if run.setting.dtype != torch.float32:
+            found[MASTER + spec.name] = shape, torch.float32
+        for state in run.blueprint.states(spec.tensor):
+            found[f"{state.name}.{spec.name}"] = state.of(shape), torch.float32
+    return [(name, *form) for name, form in sorted(found.items())]
 
 
 def _whole(

@@ -45,6 +45,6 @@ def test_the_plan_is_within_a_tenth_of_what_a_gpu_allocates(flags):
     torch.cuda.reset_peak_memory_stats()
     train_step(run, batches, lr=1e-4, weight_decay=0.01)
     measured = torch.cuda.max_memory_allocated() - before
-    asked = Asked(config.parallel, config.precision, config.optim, config.train.micro_batch_size)
+    asked = Asked(config.parallel, config.precision, config.train.micro_batch_size)
     (planned,) = memory(blueprint, asked)
     assert planned.allocated == pytest.approx(measured, rel=0.10)

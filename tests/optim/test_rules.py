@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
+from megatron_lite.blueprint.figure.parts import Tensor
 from megatron_lite.config.sections.optim import OptimConfig
 from megatron_lite.optim.adam import AdamW
-from megatron_lite.optim.rules import OPTIMIZERS
+from megatron_lite.optim.groups import Groups
+from megatron_lite.optim.rules import RULES
 from megatron_lite.optim.sgd import SGD
 
 STEPS = 7
@@ -46,9 +49,16 @@ def adamw_formula(parameter, gradients, lrs, *, beta1, beta2, eps, weight_decay)
     return values
 
 
+def zeros(name, parameter, optim=OptimConfig()):  # noqa: B008 - it is frozen
+    """What the engine would hold of a matrix before its first update."""
+    spec = Tensor("matrix.weight", tuple(parameter.shape), "weight")
+    return Groups(replace(optim, optimizer=name)).new_state(spec, parameter)
+
+
 def run(rule, parameter, gradients, lrs, weight_decay):
     parameter = parameter.clone()
-    state = rule.new_state(parameter)
+    name = "adam" if isinstance(rule, AdamW) else "sgd"
+    state = zeros(name, parameter, OptimConfig(sgd_momentum=getattr(rule, "momentum", 0.0)))
     values = []
     for step, (gradient, lr) in enumerate(zip(gradients, lrs, strict=True)):
         before = gradient.clone()
@@ -94,7 +104,7 @@ def test_the_first_adamw_step_is_the_learning_rate_whatever_the_gradients_size()
     rule = AdamW(beta1=0.9, beta2=0.95, eps=0.0)
     parameter = torch.zeros(3, dtype=torch.float64)
     gradient = torch.tensor([1e-6, -1.0, 1e6], dtype=torch.float64)
-    state = rule.new_state(parameter)
+    state = zeros("adam", parameter)
     rule.update([parameter], [gradient], [state], steps=0, lr=0.25, weight_decay=0.0)
     torch.testing.assert_close(parameter, torch.tensor([-0.25, 0.25, -0.25], dtype=torch.float64))
 
@@ -105,7 +115,7 @@ def test_bias_correction_goes_by_the_steps_done():
     rule = AdamW(beta1=0.9, beta2=0.999, eps=1e-8)
     sizes = {}
     for steps in (0, 9):
-        moved, state = parameter.clone(), rule.new_state(parameter)
+        moved, state = parameter.clone(), zeros("adam", parameter)
         rule.update([moved], [gradient], [state], steps=steps, lr=1.0, weight_decay=0.0)
         sizes[steps] = (moved - parameter).abs().mean().item()
     # fresh moments taken for old ones: (1 - b1) / (1 - b1^10) over the root of the same with b2
@@ -134,19 +144,20 @@ def test_sgd_is_its_formula_and_torchs_at_every_step(momentum, weight_decay):
 
 
 def test_several_tensors_are_updated_as_if_alone():
-    rules = {name: make(OptimConfig(sgd_momentum=0.9)) for name, make in OPTIMIZERS.items()}
-    assert set(rules) == {"adam", "sgd"}
-    for rule in rules.values():
+    optim = OptimConfig(sgd_momentum=0.9)
+    assert set(RULES) == {"adam", "sgd"}
+    for name, make in RULES.items():
+        rule = make(optim)
         tensors = [drawn((n, 2))[0] for n in (1, 4, 3)]
         gradients = [drawn((n, 2))[1][0] for n in (1, 4, 3)]
         together = [t.clone() for t in tensors]
         rule.update(
-            together, gradients, [rule.new_state(t) for t in tensors],
+            together, gradients, [zeros(name, t) for t in tensors],
             steps=2, lr=0.1, weight_decay=0.1,
         )  # fmt: skip
         for tensor, gradient, result in zip(tensors, gradients, together, strict=True):
             alone = tensor.clone()
-            rule.update([alone], [gradient], [rule.new_state(alone)], steps=2, lr=0.1,
+            rule.update([alone], [gradient], [zeros(name, alone)], steps=2, lr=0.1,
                         weight_decay=0.1)  # fmt: skip
             torch.testing.assert_close(result, alone, rtol=1e-14, atol=0)
         rule.update([], [], [], steps=0, lr=0.1, weight_decay=0.1)  # a rank may own nothing
@@ -154,5 +165,5 @@ def test_several_tensors_are_updated_as_if_alone():
 
 def test_the_flags_reach_the_rules():
     optim = OptimConfig(adam_beta1=0.8, adam_beta2=0.7, adam_eps=1e-3, sgd_momentum=0.6)
-    assert OPTIMIZERS["adam"](optim) == AdamW(beta1=0.8, beta2=0.7, eps=1e-3)
-    assert OPTIMIZERS["sgd"](optim) == SGD(momentum=0.6)
+    assert RULES["adam"](optim) == AdamW(beta1=0.8, beta2=0.7, eps=1e-3)
+    assert RULES["sgd"](optim) == SGD(momentum=0.6)

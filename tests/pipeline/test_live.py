@@ -177,7 +177,7 @@ def postponed(rank: int, ranks: int, changes: dict[str, Any]) -> tuple[int, floa
     train_step(run, make_batches(config, blueprint, 0, 0), lr=1e-3, weight_decay=0.0)
     WeightGradients.run = carry_out  # type: ignore[method-assign]
     (bytes_kept,) = seen
-    asked = Asked(config.parallel, config.precision, config.optim, 2, on_gpu=False)
+    asked = Asked(config.parallel, config.precision, 2, on_gpu=False)
     return bytes_kept, sum(stage_waiting(blueprint, asked, 0).values())
 
 

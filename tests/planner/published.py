@@ -65,7 +65,7 @@ def error(run: Run, **device: float) -> float:
 @cache
 def _drawn(run: Run) -> tuple[Blueprint, Asked]:
     config = parse(f"{run.flags} --train-iters 1 --lr 1e-4 --dry-run".split()).config
-    asked = Asked(config.parallel, config.precision, config.optim, config.train.micro_batch_size)
+    asked = Asked(config.parallel, config.precision, config.train.micro_batch_size)
     return draw_up(config, run.gpus), asked
 
 

@@ -35,7 +35,7 @@ def read(flags: str, model: str = SMALL) -> RunConfig:
 
 
 def asked_of(config: RunConfig) -> Asked:
-    return Asked(config.parallel, config.precision, config.optim, config.train.micro_batch_size)
+    return Asked(config.parallel, config.precision, config.train.micro_batch_size)
 
 
 def planned(flags: str, world: int = 16, hardware: str = "a100-80g", **how: bool) -> Forecast:
@@ -80,7 +80,7 @@ def test_kinds_of_time_add_up_to_the_step() -> None:
 )  # fmt: skip
 def test_static_bytes_per_parameter(flags: str, dp: int, per_parameter: float) -> None:
     """18 bytes in bf16 with fp32 gradients, 6 + 12/d sharded; 16 in fp32."""
-    assert sum(static_bytes(1000, asked_of(read(flags)), dp).values()) == 1000 * per_parameter
+    assert sum(static_bytes(1000, 2000, asked_of(read(flags)), dp).values()) == 1000 * per_parameter
 
 
 def test_the_first_stage_keeps_pp_micro_batches_and_the_last_one() -> None:

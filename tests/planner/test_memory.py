@@ -210,6 +210,6 @@ def test_torchs_own_memory_tracker_agrees() -> None:
     with tracker:
         train_step(run, make_batches(config, blueprint, 0, 0), lr=1e-4, weight_decay=0.01)
     peak = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
-    asked = Asked(config.parallel, config.precision, config.optim, 2, on_gpu=False)
+    asked = Asked(config.parallel, config.precision, 2, on_gpu=False)
     (planned,) = memory(blueprint, asked)
     assert planned.allocated == pytest.approx(peak, rel=0.10)

@@ -93,9 +93,7 @@ def compare(rank: int, ranks: int, flags: str) -> Compared:
     before = alive.now
     with alive:
         train_step(run, batches, lr=1e-4, weight_decay=0.01)
-    asked = Asked(
-        config.parallel, config.precision, config.optim, config.train.micro_batch_size, on_gpu=False
-    )
+    asked = Asked(config.parallel, config.precision, config.train.micro_batch_size, on_gpu=False)
     planned = memory(blueprint, asked)[at.pp]
     return Compared(
         pp_rank=at.pp,

@@ -138,7 +138,7 @@ def test_volume_is_the_plans_to_the_byte_and_memory_within_a_tenth(changes):
     )  # fmt: skip
     blueprint = draw(config, 8)
     done = list(rehearse(config, 8, one_of_each(blueprint.grid), workers=1))
-    asked = Asked(config.parallel, config.precision, config.optim, config.train.micro_batch_size)
+    asked = Asked(config.parallel, config.precision, config.train.micro_batch_size)
     rows = beside_plan(
         [Measured(d.transcript.rank, d.memory.kinds(), d.sent_bytes()) for d in done],
         blueprint, asked, num_microbatches=6,

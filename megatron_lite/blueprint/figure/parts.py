@@ -45,6 +45,11 @@ class Tensor:
         """The dim that is cut over tp, None where each tp rank has it whole."""
         return dict(self.cuts).get("tp")
 
+    def local(self, tp: int) -> tuple[int, ...]:
+        """The shape on one of so many tp ranks."""
+        cut = self.tp_dim
+        return tuple(n // tp if dim == cut else n for dim, n in enumerate(self.shape))
+
     @property
     def decays(self) -> bool:
         """Whether weight decay applies."""

@@ -1,0 +1,93 @@
+"""OPTIMIZERS: --optimizer -> by which rule each tensor is updated, and what that rule keeps of it.
+
+Known before any tensor exists.  The engine makes these states and hands them to the rules of
+optim/, checkpoints name them, the planner counts them: an optimizer is its mathematics in optim/
+and a row here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from megatron_lite.blueprint.figure.parts import Tensor
+from megatron_lite.config.errors import ConfigError
+from megatron_lite.config.sections.optim import OptimConfig
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """A tensor that a rule keeps of a parameter; zero before the first update.
+
+    dims: those of the parameter's dims that it has, None for all: (0,) is a number per row, () one
+    number.
+    """
+
+    name: str
+    dims: tuple[int, ...] | None = None
+
+    def of(self, sizes: Sequence[int]) -> tuple[int, ...]:
+        """Of a parameter's sizes, or of its place, what the state has."""
+        return tuple(sizes) if self.dims is None else tuple(sizes[dim] for dim in self.dims)
+
+
+LIKE_PARAMETER = State("")
+"""Of the parameter's own shape."""
+
+
+@dataclass(frozen=True, slots=True)
+class Treatment:
+    """How one canonical tensor is updated.
+
+    rule: a row of optim/rules.py.  needs_whole_matrix: an element's update depends on others of
+    other rows and columns.
+    """
+
+    rule: str
+    states: tuple[State, ...] = ()
+    needs_whole_matrix: bool = False
+
+    def needs(self, dim: int) -> bool:
+        """Whether the rule must see the tensor whole along this dim: it cannot be cut there."""
+        summed = any(state.dims is not None and dim not in state.dims for state in self.states)
+        return self.needs_whole_matrix or summed
+
+
+ADAM = Treatment("adam", (State("exp_avg"), State("exp_avg_sq")))
+SGD = Treatment("sgd")
+MOMENTUM = Treatment("sgd", (State("momentum"),))
+
+OPTIMIZERS: dict[str, Callable[[OptimConfig, Tensor], Treatment]] = {
+    "adam": lambda optim, tensor: ADAM,
+    "sgd": lambda optim, tensor: MOMENTUM if optim.sgd_momentum else SGD,
+}
+"""A row may look at the tensor's kind and shape: several rules in one run."""
+
+
+def treatment(optim: OptimConfig, tensor: Tensor) -> Treatment:
+    """How the run's optimizer updates a tensor."""
+    return OPTIMIZERS[optim.optimizer](optim, tensor)
+
+
+def state_size(optim: OptimConfig, tensor: Tensor, tp: int) -> int:
+    """Elements of all states of a tensor on one of so many tp ranks."""
+    local = tensor.local(tp)
+    return sum(math.prod(state.of(local)) for state in treatment(optim, tensor).states)
+
+
+def check_states(optim: OptimConfig, tensors: Iterable[Tensor], tp: int) -> None:
+    """ConfigError where a rule would need rows or columns that other tp ranks have.
+
+    Ranks of dp may share the state all the same: each then keeps it of whole tensors.
+    """
+    for tensor in tensors if tp > 1 else ():
+        cut = tensor.tp_dim
+        how = treatment(optim, tensor)
+        if cut is not None and how.needs(cut):
+            raise ConfigError(
+                f"--optimizer {optim.optimizer} updates {tensor.name} by the rule {how.rule}, which "
+                f"needs all of its {tensor.shape[cut]} {'columns' if cut else 'rows'}, and "
+                f"--tensor-model-parallel-size {tp} cuts them; use --tensor-model-parallel-size 1, "
+                "with --pipeline-model-parallel-size or --use-distributed-optimizer"
+            )
