@@ -25,7 +25,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "layers": {"config", "blueprint", "parallel", "kernels"},
     "models": {"config", "blueprint", "parallel", "layers"},
     "pipeline": {"blueprint", "parallel"},
-    "optim": {"config", "kernels"},
+    "optim": {"config", "blueprint", "kernels"},
     "engines": {"config", "blueprint", "parallel", "optim", "kernels"},
     "checkpoint": {"config", "blueprint", "parallel", "models", "storage"},
     "inference": {
