@@ -132,14 +132,15 @@ def breakdown(run: Run) -> None:
 
 def memory(run: Run) -> None:
     """Bytes our engine holds beside the formula 4 (weights) + 4 (gradients) + 8 (moments)."""
-    parameters = sum(p.numel() for p in run.engine.parameters())
+    own = [local.parameter for local in run.parameters]
+    parameters = sum(p.numel() for p in own)
     held: dict[int, int] = {}
     states = [s.data for s in run.engine.state(owned=False)]
     gradients = [gradient for _, gradient in run.engine.accumulators()]
-    for tensor in [*run.engine.parameters(), *gradients, *states]:
+    for tensor in [*own, *gradients, *states]:
         storage = tensor.untyped_storage()
         held[storage.data_ptr()] = storage.nbytes()
-    extra = sum(p.grad.nbytes for p in run.engine.parameters() if p.grad is not None)
+    extra = sum(p.grad.nbytes for p in own if p.grad is not None)
     fp32 = run.setting.precision.name == "fp32"
     formula = 16 if fp32 else 18
     print(

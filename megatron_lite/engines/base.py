@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from torch import Tensor
 
-from megatron_lite.parallel.shard import NamedSlice
+from megatron_lite.config.sections.optim import OptimConfig
+from megatron_lite.config.sections.parallel import ParallelConfig
+from megatron_lite.config.sections.precision import PrecisionConfig
+from megatron_lite.engines.loss_scale import LossScale
+from megatron_lite.parallel.context import ParallelContext
+from megatron_lite.parallel.shard import LocalParameter, NamedSlice
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,10 +38,29 @@ class Update:
     params_norm: float | None = None
 
 
-class Engine(Protocol):
-    """Accumulates, reduces and applies gradients; owns masters and optimizer state."""
+@dataclass(frozen=True, slots=True)
+class Statistics:
+    """What an update measures on request."""
+
+    num_zeros: bool = False
+    params_norm: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class EngineProgress:
+    """What a checkpoint must remember of an engine besides tensors."""
 
     steps: int
+    loss_scale: dict[str, float] = field(default_factory=dict)
+
+
+class Engine(Protocol):
+    """Accumulates, reduces and applies gradients; owns weights, masters and optimizer state.
+
+    Nobody outside engines/ uses more of an engine than these names.
+    """
+
+    scaler: LossScale
 
     @property
     def loss_scale(self) -> float:
@@ -92,6 +116,43 @@ class Engine(Protocol):
         """Return when these parameters are whole: what a layer asks before its forward."""
         ...
 
+    def weights(self, *, owned: bool) -> Iterator[NamedSlice]:
+        """The model's tensors as named slices (views): those this rank stands for, or all it holds.
+
+        They are settled first.
+        """
+        ...
+
+    def gradients(self, *, owned: bool) -> Iterator[NamedSlice]:
+        """The accumulators this rank updates from, likewise; before reduce() its own sums."""
+        ...
+
     def state(self, *, owned: bool) -> Iterator[NamedSlice]:
-        """Optimizer tensors as named slices (views): those this rank stands for, or all it holds."""
+        """Masters (`master.<name>`) and optimizer tensors (`<state>.<name>`), likewise."""
+        ...
+
+    def progress(self) -> EngineProgress:
+        """Updates done and the loss scale's state, for a checkpoint."""
+        ...
+
+    def resume(self, progress: EngineProgress) -> None:
+        """Go on where a checkpoint was; a loss scale that it does not say stays."""
+        ...
+
+
+class MakeEngine(Protocol):
+    """How every engine is made; communicates nothing."""
+
+    def __call__(
+        self,
+        stages: dict[int, Sequence[LocalParameter]],
+        ctx: ParallelContext,
+        *,
+        optim: OptimConfig,
+        parallel: ParallelConfig,
+        precision: PrecisionConfig,
+        statistics: Statistics,
+        span: Callable[[str], AbstractContextManager[object]],
+    ) -> Engine:
+        """An engine over the parameters of this rank's stages; span measures its phases."""
         ...

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from megatron_lite.blueprint.figure.parts import Tensor as Spec
 from megatron_lite.blueprint.optimizers import LIKE_PARAMETER, State
@@ -15,7 +15,7 @@ from megatron_lite.blueprint.ownership import Rows
 from megatron_lite.config.sections.optim import OptimConfig
 from megatron_lite.config.sections.parallel import ParallelConfig
 from megatron_lite.config.sections.precision import PrecisionConfig
-from megatron_lite.engines.base import SquaredNorm, Update
+from megatron_lite.engines.base import EngineProgress, SquaredNorm, Statistics, Update
 from megatron_lite.engines.buckets import GradientBuckets
 from megatron_lite.engines.clip import clip_coefficient, count_zeros, global_norm, squared_norms
 from megatron_lite.engines.loss_scale import LossScale
@@ -28,15 +28,8 @@ from megatron_lite.parallel.shard import (
     NamedSlice,
     Piece,
     stands_for,
+    weight_slices,
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Watch:
-    """What the engine measures on request."""
-
-    num_zeros: bool = False
-    params_norm: bool = False
 
 
 @dataclass(slots=True, eq=False)
@@ -90,14 +83,14 @@ class ZeroEngine:
         optim: OptimConfig,
         parallel: ParallelConfig,
         precision: PrecisionConfig,
-        watch: Watch | None = None,
-        span: Callable[[str], AbstractContextManager[object]] = nullcontext,
+        statistics: Statistics,
+        span: Callable[[str], AbstractContextManager[object]],
     ) -> None:
         self.span = span
-        self.ctx, self.optim, self.watch = ctx, optim, watch or Watch()
+        self.ctx, self.optim, self.statistics = ctx, optim, statistics
         self.groups = Groups(optim)
         self.scaler = LossScale.from_config(precision)
-        self.steps = 0
+        self._steps = 0
         self._unreduced = False
         self.sharded = parallel.use_distributed_optimizer and ctx.dp.size > 1
         self._overlap_gather = parallel.overlap_param_gather
@@ -203,7 +196,7 @@ class ZeroEngine:
     ) -> Update:
         """Clip by the global norm, update, clear the accumulators.  Collective over the grid."""
         counted = [held for held in self._held if stands_for(held.local, self.ctx)]
-        num_zeros = self._num_zeros(counted) if self.watch.num_zeros else None
+        num_zeros = self._num_zeros(counted) if self.statistics.num_zeros else None
         if self.optim.clip_grad > 0.0:
             with self.span("optimizer-clip-main-grad"):
                 coefficient = clip_coefficient(norm, self.optim.clip_grad)
@@ -215,7 +208,7 @@ class ZeroEngine:
         with self.span("optimizer-inner-step"):
             self._apply(lr, weight_decay, decoupled_lr)
         self._clear()
-        params_norm = self._params_norm(counted) if self.watch.params_norm else None
+        params_norm = self._params_norm(counted) if self.statistics.params_norm else None
         return Update(norm, skipped=False, num_zeros=num_zeros, params_norm=params_norm)
 
     def discard(self, norm: Tensor) -> Update:
@@ -243,8 +236,8 @@ class ZeroEngine:
 
     def _apply(self, lr: float, weight_decay: float, decoupled_lr: float | None) -> None:
         rates = Rates(lr, weight_decay, decoupled_lr)
-        self.groups.update(self._held, rates, steps=self.steps)
-        self.steps += 1
+        self.groups.update(self._held, rates, steps=self._steps)
+        self._steps += 1
         self.copy_masters()
         if self.sharded:
             for buckets in self._buckets.values():
@@ -284,10 +277,16 @@ class ZeroEngine:
     def _params_norm(self, counted: list[_Held]) -> float:
         return global_norm([h.master for h in counted], self._sums, self.ctx.device).item()  # waits
 
-    def gradients(self) -> Iterator[NamedSlice]:
-        """The accumulators this rank updates from, by canonical name (views)."""
+    def weights(self, *, owned: bool) -> Iterator[NamedSlice]:
+        """The model's tensors as named slices (views): those this rank stands for, or all it holds."""
+        self.settle()
+        yield from weight_slices(self._locals, self.ctx, owned=owned)
+
+    def gradients(self, *, owned: bool) -> Iterator[NamedSlice]:
+        """The accumulators this rank updates from, likewise; before reduce() its own sums."""
         for held in self._held:
-            yield held.slice(held.gradient, "", replicated=not self.sharded)
+            if not owned or stands_for(held.local, self.ctx):
+                yield held.slice(held.gradient, "", replicated=not self.sharded)
 
     def state(self, *, owned: bool) -> Iterator[NamedSlice]:
         """Masters (`master.<name>`) and optimizer tensors (`<state>.<name>`) as named slices (views).
@@ -304,6 +303,12 @@ class ZeroEngine:
                 data = held.state[state.name]
                 yield held.slice(data, f"{state.name}.", replicated=same, state=state)
 
-    def parameters(self) -> list[nn.Parameter]:
-        """The parameters this engine updates."""
-        return [local.parameter for local in self._locals]
+    def progress(self) -> EngineProgress:
+        """Updates done and the loss scale's state, for a checkpoint."""
+        return EngineProgress(self._steps, self.scaler.state())
+
+    def resume(self, progress: EngineProgress) -> None:
+        """Go on where a checkpoint was; a loss scale that it does not say stays."""
+        self._steps = progress.steps
+        if progress.loss_scale:
+            self.scaler.load(progress.loss_scale)

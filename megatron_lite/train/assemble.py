@@ -13,7 +13,8 @@ from megatron_lite.blueprint.schedules.actions import Action
 from megatron_lite.checkpoint.progress import Progress
 from megatron_lite.config.sections.run import RunConfig
 from megatron_lite.data.batch import Batch
-from megatron_lite.engines.zero import Watch, ZeroEngine
+from megatron_lite.engines.base import Engine, Statistics
+from megatron_lite.engines.table import ENGINES
 from megatron_lite.layers.gradients import WeightGradients
 from megatron_lite.layers.setting import Setting
 from megatron_lite.models.decoder import Decoder
@@ -29,22 +30,28 @@ from megatron_lite.train.objectives.language_model import LanguageModel
 from megatron_lite.train.timing import RunTimers
 
 
+def _nothing() -> None:
+    """Default: no callback."""
+
+
 @dataclass(slots=True)
 class Run:
     """The Blueprint made real on this rank: what one training step needs.
 
     parameters: this rank's, stage by stage; progress: the only part that changes by itself.
+    before_reduce: called when all backwards of a step are done.
     """
 
     blueprint: Blueprint
     ctx: ParallelContext
     setting: Setting
     pipeline: Executor
-    engine: ZeroEngine
+    engine: Engine
     parameters: list[LocalParameter]
     progress: Progress = field(default_factory=Progress)
     timers: RunTimers = field(default_factory=lambda: RunTimers(level=0))
     guards: Guards = field(default_factory=Guards)
+    before_reduce: Callable[[], None] = _nothing
 
     def actions(self, num_microbatches: int) -> Sequence[Sequence[Action]]:
         """This rank's lowered actions of a training step."""
@@ -78,6 +85,7 @@ def assemble(
     ctx: ParallelContext,
     *,
     objective: str = "language_model",
+    engine: str = "zero",
     timers: RunTimers | None = None,
 ) -> Run:
     """Build this rank's stages, engine and executor; weights are filled from seed and names.
@@ -123,13 +131,13 @@ def assemble(
             gradients=setting.gradients,
         )
     assert setting is not None, "a pp rank without a stage"
-    engine = ZeroEngine(
+    held = ENGINES[engine](
         parameters,
         ctx,
         optim=config.optim,
         parallel=config.parallel,
         precision=config.precision,
-        watch=Watch(
+        statistics=Statistics(
             num_zeros=config.telemetry.log_num_zeros_in_grad,
             params_norm=config.telemetry.log_params_norm,
         ),
@@ -137,24 +145,24 @@ def assemble(
     )
     if config.precision.gradient_accumulation_fusion:
         for sink in sinks:
-            sink.attach(engine.accumulators(), engine.ready)
+            sink.attach(held.accumulators(), held.ready)
     if config.parallel.overlap_param_gather:
         for stage in stages.values():
-            _wait_before_use(stage.module, engine)
+            _wait_before_use(stage.module, held)
     mail = Mail(ctx.pp, blueprint.placement)
     return Run(
         blueprint=blueprint,
         ctx=ctx,
         setting=setting,
-        pipeline=Executor(stages, mail, engine.arm, timers.span),
-        engine=engine,
-        parameters=[local for held in parameters.values() for local in held],
+        pipeline=Executor(stages, mail, held.arm, timers.span),
+        engine=held,
+        parameters=[local for stage in parameters.values() for local in stage],
         timers=timers,
-        guards=guards_for(config.guards, engine.scaler, fp16=config.precision.fp16),
+        guards=guards_for(config.guards, held.scaler, fp16=config.precision.fp16),
     )
 
 
-def _wait_before_use(decoder: nn.Module, engine: ZeroEngine) -> None:
+def _wait_before_use(decoder: nn.Module, engine: Engine) -> None:
     """Have every module ask for its own parameters before its forward (--overlap-param-gather)."""
     for module in decoder.modules():
         own = list(module.parameters(recurse=False))
@@ -166,7 +174,7 @@ def _wait_before_use(decoder: nn.Module, engine: ZeroEngine) -> None:
         decoder.final_norm.register_forward_pre_hook(_waits_for(engine, list(table.parameters())))
 
 
-def _waits_for(engine: ZeroEngine, own: list[nn.Parameter]) -> Callable[..., None]:
+def _waits_for(engine: Engine, own: list[nn.Parameter]) -> Callable[..., None]:
     def wait(module: nn.Module, arguments: object) -> None:
         engine.wait_for(own)
 

@@ -12,7 +12,6 @@ from megatron_lite.checkpoint.snapshot import UNKNOWN, Origin, Snapshot
 from megatron_lite.checkpoint.store import Keep, Store
 from megatron_lite.config.errors import StorageError
 from megatron_lite.config.sections.checkpoint import CheckpointConfig
-from megatron_lite.parallel.shard import weight_slices
 from megatron_lite.rendezvous.heartbeat import Presence
 from megatron_lite.storage.lock import FolderTaken
 from megatron_lite.telemetry.record import SaveRecord
@@ -161,10 +160,9 @@ class Checkpoints:
 
     def _snapshot(self, store: Store) -> Snapshot:
         run = self.run
-        run.engine.settle()
         return store.snapshot(
             run.progress.step,
-            weights=weight_slices(run.parameters, run.ctx, owned=True),
+            weights=run.engine.weights(owned=True),
             optimizer=run.engine.state(owned=True) if self.config.save_optim else (),
             progress=run.progress,
             config=self.plain_config,

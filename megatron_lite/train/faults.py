@@ -40,8 +40,8 @@ step* instead of step<N> is every iteration.  Each fault but slow happens once i
 spike-again, nan-again=<name>) in each try of its iteration: a bug that a replay meets again, where
 the plain one is a passing fault of the machine.
 
-Unset, it costs one call of an empty method at the points outside the step and nothing within it:
-the points inside a step are hooks that are then not installed.
+Unset, it costs one call of an empty function at the points outside the step and before the reduction;
+the other points inside a step are hooks that are then not installed.
 """
 
 from __future__ import annotations
@@ -61,7 +61,6 @@ from torch import Tensor
 
 from megatron_lite.config import errors
 from megatron_lite.config.errors import ConfigError
-from megatron_lite.parallel.shard import weight_slices
 from megatron_lite.pipeline.stage import MicroBatch, Objective, Scored
 
 if TYPE_CHECKING:
@@ -124,8 +123,7 @@ class Fault:
         elif self.point == "gradient":
             run.pipeline.arm = self._before(run.pipeline.arm, "gradient")
         elif self.point == "reduce":
-            engine: Any = run.engine
-            engine.reduce = self._before(run.engine.reduce, "reduce")
+            run.before_reduce = self._hook("reduce")
 
     def _hook(self, point: str) -> Callable[..., None]:
         return lambda *_: self.at(point)
@@ -199,10 +197,8 @@ class Fault:
     def _flip(self) -> None:
         """Turn the highest bit of the significand of the tensor's middle element over."""
         assert self.run is not None
-        run = self.run
-        tensors = [*weight_slices(run.parameters, run.ctx, owned=False),
-                   *run.engine.state(owned=False)]  # fmt: skip
-        for piece in tensors:
+        engine = self.run.engine
+        for piece in (*engine.weights(owned=False), *engine.state(owned=False)):
             if piece.name == self.target and piece.data.numel():
                 four = piece.data.element_size() == 4
                 bits = piece.data.view(-1).view(torch.int32 if four else torch.int16)

@@ -188,8 +188,8 @@ class Session:
     def _account(self, size: int, result: StepResult) -> None:
         progress = self.progress
         progress.count(size, self.seq_length, skipped=result.update.skipped)
-        progress.optimizer_steps = self.run.engine.steps
-        progress.loss_scale = self.run.engine.scaler.state()
+        done = self.run.engine.progress()
+        progress.optimizer_steps, progress.loss_scale = done.steps, done.loss_scale
 
     def _log_interval(self, *, last: bool) -> None:
         step, every = self.progress.step, self.telemetry.log_interval

@@ -173,11 +173,12 @@ class StandIn:
     def _static(self) -> dict[str, int]:
         """Bytes of what lives all the time."""
         engine = self.run.engine
+        weights = {w.data.untyped_storage()._cdata: w.data for w in engine.weights(owned=False)}
         state = {(part.name.startswith(MASTER), id(part.data)): part.data
                  for part in engine.state(owned=False)}  # fmt: skip
         buffers = {a.untyped_storage()._cdata: a for _, a in engine.accumulators()}
         return {
-            "weights": sum(local.parameter.nbytes for local in self.run.parameters),
+            "weights": sum(w.untyped_storage().nbytes() for w in weights.values()),
             "gradients": sum(a.untyped_storage().nbytes() for a in buffers.values()),
             "masters": sum(data.nbytes for (master, _), data in state.items() if master),
             "moments": sum(data.nbytes for (master, _), data in state.items() if not master),

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from megatron_lite.parallel.shard import weight_slices
 from megatron_lite.pipeline.stage import MicroBatch, Scored, Stage
 from megatron_lite.train.culprit import (
     GRADIENT,
@@ -57,7 +56,7 @@ class Watched:
     def look_at_weights(self) -> None:
         """A weight that is not finite explains everything after it."""
         run = self.run
-        bad = bad_tensors(weight_slices(run.parameters, run.ctx, owned=False))
+        bad = bad_tensors(run.engine.weights(owned=False))
         if bad:
             name = min(bad, key=position)
             self.note((WEIGHT, position(name)), f"the weight {name} on rank {run.ctx.rank} itself "
@@ -91,7 +90,7 @@ class Watched:
 
     def look_at_gradients(self) -> None:
         """After a micro batch's backward: backward comes from the head, so the deepest is the first."""
-        gradients = list(self.run.engine.gradients())
+        gradients = list(self.run.engine.gradients(owned=False))
         bad = bad_tensors(gradients)
         new = [name for name in bad if name not in self._bad_gradients]
         if new:
@@ -180,7 +179,7 @@ def watched_pipeline(run: Run) -> Iterator[tuple[Executor, Watched]]:
 
 def summed_suspect(run: Run) -> Suspect | None:
     """Of a first run, whose gradients are summed already: the parameter, and the ranks of the sum."""
-    bad = bad_tensors(run.engine.gradients())
+    bad = bad_tensors(run.engine.gradients(owned=False))
     if not bad:
         return None
     name = deepest(bad)

@@ -19,7 +19,7 @@ from torch import Tensor
 from megatron_lite.config.errors import DistributedError
 from megatron_lite.parallel.collectives import MAX, MIN, all_gather, all_reduce
 from megatron_lite.parallel.context import Axis
-from megatron_lite.parallel.shard import LocalParameter, NamedSlice
+from megatron_lite.parallel.shard import NamedSlice
 from megatron_lite.train.assemble import Run
 from megatron_lite.train.culprit import Suspect, first_of_all, name_ranks, position
 
@@ -32,7 +32,6 @@ _CHUNK = 1 << 22
 
 def check_replicas(run: Run) -> None:
     """Raise DistributedError on all ranks alike where two copies of a tensor differ.  Collective."""
-    run.engine.settle()
     found: Suspect | None = None
     for number, (axis, copies) in enumerate(_copies(run)):
         suspect = _differing(axis, copies, number) if axis.size > 1 and copies else None
@@ -64,19 +63,15 @@ def bits_hash(tensor: Tensor) -> Tensor:
 def _copies(run: Run) -> Iterator[tuple[Axis, list[NamedSlice]]]:
     """Each axis, and this rank's tensors that every rank of it must hold alike, in one order."""
     state = list(run.engine.state(owned=False))
-    everything = _weights(run.parameters) + [s for s in state if s.replicated]
-    yield run.ctx.dp, everything
+    weights = list(run.engine.weights(owned=False))
+    yield run.ctx.dp, [s for s in (*weights, *state) if s.replicated]
     for axis, held in (
         (run.ctx.tp, [local for local in run.parameters if local.tp_dim is None]),
         (run.ctx.tied, [local for local in run.parameters if local.twin]),
     ):
         names = {piece.name for local in held for piece in local.pieces}
         theirs = [s for s in state if s.name.partition(".")[2] in names]
-        yield axis, _weights(held) + theirs
-
-
-def _weights(held: Sequence[LocalParameter]) -> list[NamedSlice]:
-    return [piece.slice(local.parameter.detach()) for local in held for piece in local.pieces]
+        yield axis, [s for s in weights if s.name in names] + theirs
 
 
 def _differing(axis: Axis, copies: Sequence[NamedSlice], number: int) -> Suspect | None:

@@ -17,8 +17,9 @@ from megatron_lite.config.errors import CheckpointError, NumericsError
 from megatron_lite.config.rules.model_identity import named
 from megatron_lite.config.sections.checkpoint import CheckpointConfig
 from megatron_lite.config.sections.optim import LearningRateConfig
+from megatron_lite.engines.base import EngineProgress
 from megatron_lite.parallel.context import ParallelContext
-from megatron_lite.parallel.shard import MASTER, exact_slices, weight_slices
+from megatron_lite.parallel.shard import MASTER, exact_slices
 from megatron_lite.train.assemble import Run
 from megatron_lite.train.culprit import first_of_all
 from megatron_lite.train.origin import check_model, check_tokenizer
@@ -98,9 +99,8 @@ def resume(
         return Resumed(None, schedules, warnings, (*notices, loaded))
     run.progress = dataclasses.replace(manifest.progress)
     if with_optimizer:
-        run.engine.steps = manifest.progress.optimizer_steps
-        if manifest.progress.loss_scale:
-            run.engine.scaler.load(manifest.progress.loss_scale)
+        saved = manifest.progress
+        run.engine.resume(EngineProgress(saved.optimizer_steps, saved.loss_scale))
     else:
         notices.append("--no-load-optim: optimizer state and loss scale start anew")
     return Resumed(manifest.iteration, schedules, warnings, (*notices, loaded), manifest)
@@ -143,7 +143,7 @@ def fill_run(run: Run, store: Store, manifest: Manifest, *, optimizer: bool) -> 
     state = list(run.engine.state(owned=False))
     masters = [s for s in state if s.name.startswith(MASTER)]
     moments = [s for s in state if not s.name.startswith(MASTER)] if optimizer else []
-    weights = list(weight_slices(run.parameters, run.ctx, owned=False))
+    weights = list(run.engine.weights(owned=False))
     exact = exact_slices([*weights, *masters], manifest.tensors)
     store.load(manifest, [*exact, *moments])
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_lite.parallel.collectives import all_reduce
-from megatron_lite.parallel.shard import MASTER, NamedSlice, weight_slices
+from megatron_lite.parallel.shard import MASTER, NamedSlice
 from megatron_lite.train.assemble import Run
 
 
@@ -22,7 +22,6 @@ def state_hash(run: Run) -> str:
     """
     digest = hashlib.sha256()
     pieces: dict[str, list[NamedSlice]] = defaultdict(list)
-    run.engine.settle()
     for piece in _owned(run):
         if run.ctx.dp.rank == 0 or not piece.replicated:  # else dp rank 0 has the same
             pieces[piece.name].append(piece)
@@ -34,7 +33,7 @@ def state_hash(run: Run) -> str:
 
 
 def _owned(run: Run) -> Iterator[NamedSlice]:
-    yield from weight_slices(run.parameters, run.ctx, owned=True)
+    yield from run.engine.weights(owned=True)
     yield from run.engine.state(owned=True)
 
 

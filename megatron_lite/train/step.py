@@ -102,6 +102,7 @@ def _attempt(
     with run.timers.span("forward-backward"):
         scored = pipeline.run(run.actions(len(micro)), micro, scale)
     with run.timers.span("optimizer"):
+        run.before_reduce()
         run.engine.reduce()
     own = run.engine.squared_norm()
     extra = torch.stack([own.share, (~own.finite).double()])

@@ -12,8 +12,9 @@ from megatron_lite.checkpoint.progress import Progress
 from megatron_lite.checkpoint.snapshot import Snapshot
 from megatron_lite.checkpoint.store import POINTER, Store
 from megatron_lite.config.errors import CheckpointError
+from megatron_lite.engines.base import EngineProgress
 from megatron_lite.parallel.context import ParallelContext
-from megatron_lite.parallel.shard import NamedSlice, weight_slices
+from megatron_lite.parallel.shard import NamedSlice
 from megatron_lite.train.assemble import assemble
 from megatron_lite.train.resume import fill_run
 from megatron_lite.train.step import train_step
@@ -42,7 +43,7 @@ def _save(run, folder, progress):
     store.save(
         store.snapshot(
             progress.step,
-            weights=weight_slices(run.parameters, run.ctx, owned=True),
+            weights=run.engine.weights(owned=True),
             optimizer=run.engine.state(owned=True),
             progress=progress,
         )
@@ -55,7 +56,7 @@ def train_and_save(rank, ranks, changes, folder, steps, more):
     _save(
         run,
         Path(folder),
-        Progress(steps, steps, lr_samples=steps, optimizer_steps=run.engine.steps),
+        Progress(steps, steps, lr_samples=steps, optimizer_steps=run.engine.progress().steps),
     )
     return _train(config, blueprint, run, more)
 
@@ -65,7 +66,7 @@ def load_and_save_again(rank, ranks, changes, folder, again, more):
     store = Store(Path(folder), run.ctx)
     manifest, _ = store.newest_intact()
     fill_run(run, store, manifest, optimizer=True)
-    run.engine.steps = manifest.progress.optimizer_steps
+    run.engine.resume(EngineProgress(manifest.progress.optimizer_steps))
     run.progress.step = manifest.progress.step
     _save(run, Path(again), manifest.progress)
     return _train(config, blueprint, run, more)
@@ -278,6 +279,4 @@ def test_another_shape_is_refused_with_all_names(two_checkpoints):
     _, _, wider = _run(0, 1, {"model__ffn_hidden_size": 64})
     manifest, _ = two_checkpoints.newest_intact()
     with pytest.raises(CheckpointError, match="mlp.up.weight: .*128, 32.* there, .*64, 32.* here"):
-        two_checkpoints.load(
-            manifest, list(weight_slices(wider.parameters, wider.ctx, owned=False))
-        )
+        two_checkpoints.load(manifest, list(wider.engine.weights(owned=False)))

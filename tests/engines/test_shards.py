@@ -86,12 +86,12 @@ def bytes_per_parameter(rank, ranks, changes):
     blueprint = draw(config, ranks)
     run = assemble(config, blueprint, context(blueprint, rank))
     tensors = [
-        *run.engine.parameters(),
+        *(local.parameter for local in run.parameters),
         *(gradient for _, gradient in run.engine.accumulators()),
         *(piece.data for piece in run.engine.state(owned=False)),
     ]
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
-    return sum(storages.values()) / sum(p.numel() for p in run.engine.parameters())
+    return sum(storages.values()) / sum(local.parameter.numel() for local in run.parameters)
 
 
 @pytest.mark.parametrize(

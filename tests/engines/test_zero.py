@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from megatron_lite.engines.loss_scale import LossScale
+from megatron_lite.engines.table import ENGINES
 from megatron_lite.train.assemble import assemble
 from megatron_lite.train.step import train_step
 from tests.support.spawn import spawn
@@ -14,30 +15,31 @@ ZERO = "parallel__use_distributed_optimizer"
 FP16 = {"precision__fp16": True, "precision__loss_scale_window": 3, "model__num_layers": 2}
 
 
-def fp16_steps(rank, ranks, changes, overflow_at):
+def fp16_steps(rank, ranks, engine, changes, overflow_at):
     config = tiny_config(**changes)
     blueprint = draw(config, ranks)
-    run = assemble(config, blueprint, context(blueprint, rank))
+    run = assemble(config, blueprint, context(blueprint, rank), engine=engine)
     seen = []
     for step in range(6):
         if step == overflow_at and rank == ranks - 1:
             # one rank alone overflows: everybody must skip
-            run.engine.accumulators()[0][1].view(-1)[0] = float("inf")
-        before = run.parameters[0].parameter.detach().clone()
+            next(iter(run.engine.gradients(owned=False))).data.view(-1)[0] = float("inf")
+        before = next(iter(run.engine.weights(owned=False))).data.clone()
         batches = make_batches(config, blueprint, run.ctx.dp.rank, step)
         result = train_step(run, batches, lr=1e-3, weight_decay=0.0)
-        changed = not torch.equal(before, run.parameters[0].parameter)
+        changed = not torch.equal(before, next(iter(run.engine.weights(owned=False))).data)
         seen.append((result.update.skipped, run.engine.loss_scale, changed))
     return seen
 
 
+@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize(
     ("ranks", "layout"),
     [(1, {}), (2, {TP: 2}), (2, {PP: 2}), (2, {}), (2, {ZERO: True}), (4, {TP: 2, PP: 2})],
 )
-def test_an_overflow_on_one_rank_is_skipped_by_all(ranks, layout):
+def test_an_overflow_on_one_rank_is_skipped_by_all(engine, ranks, layout):
     changes = FP16 | layout | {"precision__initial_loss_scale": 1024.0, "precision__hysteresis": 1}
-    results = spawn(fp16_steps, ranks, changes, 2)
+    results = spawn(fp16_steps, ranks, engine, changes, 2)
     assert all(row == results[0] for row in results)
     skipped = [step[0] for step in results[0]]
     assert skipped == [False, False, True, False, False, False]
@@ -45,9 +47,10 @@ def test_an_overflow_on_one_rank_is_skipped_by_all(ranks, layout):
     assert [step[2] for step in results[0]] == [not s for s in skipped]
 
 
-def test_the_scale_falls_from_a_start_that_is_too_high():
+@pytest.mark.parametrize("engine", ENGINES)
+def test_the_scale_falls_from_a_start_that_is_too_high(engine):
     changes = FP16 | {"precision__initial_loss_scale": 2.0**32, "train__global_batch_size": 2}
-    rows = spawn(fp16_steps, 1, changes, -1)[0]
+    rows = spawn(fp16_steps, 1, engine, changes, -1)[0]
     assert rows[0][0] and rows[0][1] == 2.0**32  # hysteresis 2: the first overflow is tolerated
     assert rows[1][1] == 2.0**31
 
@@ -66,9 +69,10 @@ def test_updates_equal_torch_adamw_with_clipping():
     blueprint = draw(config, 1)
     ours = assemble(config, blueprint, context(blueprint, 0))
     theirs = assemble(config, blueprint, context(blueprint, 0))
+    own = [local.parameter for local in theirs.parameters]
     groups = [
-        {"params": [p for p in theirs.engine.parameters() if p.dim() > 1], "weight_decay": 0.1},
-        {"params": [p for p in theirs.engine.parameters() if p.dim() <= 1], "weight_decay": 0.0},
+        {"params": [p for p in own if p.dim() > 1], "weight_decay": 0.1},
+        {"params": [p for p in own if p.dim() <= 1], "weight_decay": 0.0},
     ]
     adamw = torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.999), eps=1e-8, foreach=False)
     for step in range(4):
@@ -79,7 +83,7 @@ def test_updates_equal_torch_adamw_with_clipping():
             for parameter, gradient in run.engine.accumulators():
                 parameter.grad = gradient.clone()
                 gradient.zero_()
-            norm = torch.nn.utils.clip_grad_norm_(run.engine.parameters(), 1.0)
+            norm = torch.nn.utils.clip_grad_norm_(own, 1.0)
             adamw.step()
             adamw.zero_grad()
             return type("Update", (), {"grad_norm": norm, "skipped": False})()

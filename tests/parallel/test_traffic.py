@@ -58,7 +58,7 @@ def traffic(rank, ranks, changes, device="cpu"):
     finally:
         dist.all_reduce, dist.batch_isend_irecv = reduce, batch
         collectives._gather_into, collectives._scatter_into = gather, scatter
-    return seen, sum(p.numel() for p in run.engine.parameters())
+    return seen, sum(local.parameter.numel() for local in run.parameters)
 
 
 def ranks_dp(changes, ranks):

@@ -20,12 +20,16 @@ from typing import Any
 
 import numpy as np
 import torch
+from megatron_lite.config.run import RunConfig
+from torch import Tensor
 
 from megatron_lite.config.rules import table as rules
-from megatron_lite.parallel.shard import NamedSlice, stands_for, weight_slices
+from megatron_lite.engines.base import Update
+from megatron_lite.parallel.shard import NamedSlice
 from megatron_lite.train.assemble import Run, assemble
 from megatron_lite.train.step import train_step
 from tests.parity.layouts import Layout
+from tests.support.engines import counted
 from tests.support.spawn import spawn
 from tests.support.tiny import context, draw, make_batches, tiny_config
 
@@ -47,22 +51,22 @@ class Curve:
     parameters: list[Part] = field(default_factory=list)
 
 
-def train_layout(rank: int, ranks: int, changes: dict[str, Any]) -> Curve:
+def train_layout(rank: int, ranks: int, engine: str, changes: dict[str, Any]) -> Curve:
     """The curve of one rank: SGD, then Adam."""
     torch.set_num_threads(1)
     curve = Curve()
-    _train(rank, ranks, changes | SGD, SGD_STEPS, curve, keep=True)
-    _train(rank, ranks, changes, ADAM_STEPS, curve, keep=False)
+    config = tiny_config(**changes | SGD)
+    _train(rank, ranks, engine, config, SGD_STEPS, curve, keep=True)
+    _train(rank, ranks, engine, tiny_config(**changes), ADAM_STEPS, curve, keep=False)
     return curve
 
 
 def _train(
-    rank: int, ranks: int, changes: dict[str, Any], steps: int, curve: Curve, *, keep: bool
+    rank: int, ranks: int, engine: str, config: RunConfig, steps: int, curve: Curve, *, keep: bool
 ) -> None:
-    config = tiny_config(**changes)
     rules.check(config, ranks)
     blueprint = draw(config, ranks)
-    run = assemble(config, blueprint, context(blueprint, rank))
+    run = assemble(config, blueprint, context(blueprint, rank), engine=engine)
     first_gradients: list[Part] = []
     if keep:
         _record_gradients(run, first_gradients)
@@ -76,12 +80,8 @@ def _train(
         if keep:
             curve.grad_norms.append(result.update.grad_norm.item())
     if keep:
-        run.engine.settle()
         curve.gradients = first_gradients
-        curve.parameters = [
-            _part(s) for s in weight_slices(run.parameters, run.ctx, owned=run.ctx.dp.rank == 0)
-            if run.ctx.dp.rank == 0
-        ]  # fmt: skip
+        curve.parameters = [_part(s) for s in counted(run.engine.weights(owned=True), run.ctx)]
 
 
 def _part(piece: NamedSlice) -> Part:
@@ -90,18 +90,14 @@ def _part(piece: NamedSlice) -> Part:
 
 def _record_gradients(run: Run, into: list[Part]) -> None:
     """Copy the reduced gradients of the first update, as the update rule will see them."""
-    engine, apply = run.engine, run.engine._apply
+    apply = run.engine.apply
 
-    def record(*arguments: Any) -> None:
-        if not into and (engine.sharded or run.ctx.dp.rank == 0):
-            into.extend(
-                _part(held.slice(held.gradient, "", replicated=not engine.sharded))
-                for held in engine._held
-                if stands_for(held.local, run.ctx)
-            )
-        apply(*arguments)
+    def record(norm: Tensor, **rates: Any) -> Update:
+        if not into:
+            into.extend(_part(s) for s in counted(run.engine.gradients(owned=True), run.ctx))
+        return apply(norm, **rates)
 
-    run.engine._apply = record  # type: ignore[method-assign]
+    run.engine.apply = record  # type: ignore[method-assign, assignment]
 
 
 def _whole(parts: list[Part]) -> dict[str, np.ndarray]:
@@ -114,8 +110,8 @@ def _whole(parts: list[Part]) -> dict[str, np.ndarray]:
 
 
 @functools.cache
-def _serial(shared: tuple[tuple[str, Any], ...]) -> Curve:
-    (curve,) = spawn(train_layout, 1, ALWAYS | dict(shared))
+def _serial(engine: str, shared: tuple[tuple[str, Any], ...]) -> Curve:
+    (curve,) = spawn(train_layout, 1, engine, ALWAYS | dict(shared))
     return curve
 
 
@@ -134,12 +130,12 @@ class Difference:
         return max(dataclasses.astuple(self))
 
 
-def compare(layout: Layout) -> Difference:
+def compare(layout: Layout, engine: str = "zero") -> Difference:
     """Train the layout and the serial run of the same settings; every rank's curve is compared."""
     shared = ALWAYS | layout.shared
-    reference = _serial(tuple(sorted(layout.shared.items())))
+    reference = _serial(engine, tuple(sorted(layout.shared.items())))
     # eight ranks on two busy cores
-    curves = spawn(train_layout, layout.ranks, shared | layout.changes, deadline=600.0)
+    curves = spawn(train_layout, layout.ranks, engine, shared | layout.changes, deadline=600.0)
     return Difference(
         loss=max(_relative(c.losses, reference.losses) for c in curves),
         grad_norm=max(_relative(c.grad_norms, reference.grad_norms) for c in curves),

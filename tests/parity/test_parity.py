@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from megatron_lite.engines.table import ENGINES
 from tests.parity.compare import compare, passes
 from tests.parity.layouts import LAYOUTS, MORE, QUICK, WIDE, WRONG
 
 
+@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize(
     "entry",
     [
@@ -19,8 +21,8 @@ from tests.parity.layouts import LAYOUTS, MORE, QUICK, WIDE, WRONG
     ],
     ids=lambda entry: entry.name,
 )
-def test_equals_the_serial_run(entry):
-    difference = compare(entry)
+def test_equals_the_serial_run(entry, engine):
+    difference = compare(entry, engine)
     assert passes(entry, difference), dataclasses.asdict(difference)
 
 

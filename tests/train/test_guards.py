@@ -8,7 +8,6 @@ import torch
 from megatron_lite.checkpoint.progress import Progress
 from megatron_lite.config.sections.guards import GuardsConfig
 from megatron_lite.engines.loss_scale import LossScale
-from megatron_lite.parallel.shard import weight_slices
 from megatron_lite.train.assemble import assemble
 from megatron_lite.train.guards import Act, Measured, guards_for
 from megatron_lite.train.step import train_step
@@ -21,7 +20,7 @@ SKIP = {"guards__on_non_finite": "skip"}
 
 
 def spoil_weight(run):
-    for piece in weight_slices(run.parameters, run.ctx, owned=False):
+    for piece in run.engine.weights(owned=False):
         if piece.name == "blocks.2.mlp.up.weight":
             piece.data.view(-1)[3] = float("inf")
 
@@ -70,8 +69,7 @@ SPOILS = {
 
 def bits(run):
     """All weights and optimizer tensors of this rank."""
-    run.engine.settle()
-    tensors = [*weight_slices(run.parameters, run.ctx, owned=False), *run.engine.state(owned=False)]
+    tensors = [*run.engine.weights(owned=False), *run.engine.state(owned=False)]
     return [piece.data.clone() for piece in tensors]
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 from torch import Tensor
 
-from megatron_lite.engines.base import Update
-from megatron_lite.engines.zero import ZeroEngine
+from megatron_lite.engines.base import Engine, Update
+from megatron_lite.engines.table import ENGINES
 from tests.train.runs import alone, steps
 
 PEAK, LOW, START, END = 1e-2, 1e-3, 0.01, 0.3
@@ -36,20 +37,24 @@ def weight_decay(samples: int, length: int = 24) -> float:
 def used(monkeypatch: pytest.MonkeyPatch) -> list[tuple[float, float, bool]]:
     """(learning rate, weight decay, skipped) of every step; a skipped one uses neither."""
     calls: list[tuple[float, float, bool]] = []
-    apply, discard = ZeroEngine.apply, ZeroEngine.discard
+    make = ENGINES["zero"]
 
-    def applied(
-        engine: ZeroEngine, norm: Tensor, *, lr: float, weight_decay: float, decoupled_lr: None
-    ) -> Update:
-        calls.append((lr, weight_decay, False))
-        return apply(engine, norm, lr=lr, weight_decay=weight_decay)
+    def made(*args: Any, **settings: Any) -> Engine:
+        engine = make(*args, **settings)
+        apply, discard = engine.apply, engine.discard
 
-    def discarded(engine: ZeroEngine, norm: Tensor) -> Update:
-        calls.append((math.nan, math.nan, True))
-        return discard(engine, norm)
+        def applied(norm: Tensor, *, lr: float, weight_decay: float, decoupled_lr: None) -> Update:
+            calls.append((lr, weight_decay, False))
+            return apply(norm, lr=lr, weight_decay=weight_decay)
 
-    monkeypatch.setattr(ZeroEngine, "apply", applied)
-    monkeypatch.setattr(ZeroEngine, "discard", discarded)
+        def discarded(norm: Tensor) -> Update:
+            calls.append((math.nan, math.nan, True))
+            return discard(norm)
+
+        engine.apply, engine.discard = applied, discarded  # type: ignore[method-assign, assignment]
+        return engine
+
+    monkeypatch.setitem(ENGINES, "zero", made)
     return calls
 
 

@@ -1,0 +1,8 @@
+"""ENGINES: name -> how that engine is made; nobody else names an engine's class."""
+
+from __future__ import annotations
+
+from megatron_lite.engines.base import MakeEngine
+from megatron_lite.engines.zero import ZeroEngine
+
+ENGINES: dict[str, MakeEngine] = {"zero": ZeroEngine}
