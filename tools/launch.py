@@ -42,7 +42,7 @@ from megatron_lite.config.rules import table as rules
 from megatron_lite.config.sections.run import RunConfig
 from megatron_lite.data.present import require_local_files
 from megatron_lite.rendezvous.launch import Launch, gather_hosts, one_of_many
-from megatron_lite.train.stop import stop_signals
+from megatron_lite.train.ending.stop import stop_signals
 
 USUAL_SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT"
 LOST = DistributedError.exit_code

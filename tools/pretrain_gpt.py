@@ -52,7 +52,7 @@ except ModuleNotFoundError as missing:  # a bare python: the first thing many tr
 
 if TYPE_CHECKING:
     from megatron_lite.rendezvous.launch import Launch
-    from megatron_lite.train.failures import Failures
+    from megatron_lite.train.ending.failures import Failures
 
 
 def main(argv: Sequence[str]) -> int:
@@ -66,7 +66,7 @@ def main(argv: Sequence[str]) -> int:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     # torch is imported only now: a plan needs none
     from megatron_lite.rendezvous.launch import read_launch  # noqa: PLC0415
-    from megatron_lite.train.failures import Failures, end_process, stop_at_once  # noqa: PLC0415
+    from megatron_lite.train.ending.failures import Failures, end_process, stop_at_once  # noqa: PLC0415
 
     stop_at_once()
     launch = read_launch()

@@ -28,7 +28,7 @@ class Launch:
     """Who this process is, as torchrun says it; alone without torchrun.
 
     host, port: of the rendezvous store, which torchrun's agent holds (agent_holds_store) or rank 0.
-    attempt: how often torchrun has restarted the ranks.  fault: MLITE_FAULT, see train/faults.py.
+    attempt: how often torchrun has restarted the ranks.  fault: MLITE_FAULT, see train/ending/faults.py.
     noun: what is counted; a launcher counts hosts.
     """
 

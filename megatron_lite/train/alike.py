@@ -14,7 +14,7 @@ import torch
 
 from megatron_lite.config.sections.run import RunConfig
 from megatron_lite.rendezvous.launch import Launch, World, compare_ranks, wait_for_all
-from megatron_lite.train.faults import Fault, NoFaults
+from megatron_lite.train.ending.faults import Fault, NoFaults
 from megatron_lite.train.patience import told
 from megatron_lite.train.reading import Tokens
 

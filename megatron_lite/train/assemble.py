@@ -25,9 +25,9 @@ from megatron_lite.parallel.shard import LocalParameter
 from megatron_lite.pipeline.executor import Executor
 from megatron_lite.pipeline.mail import Mail
 from megatron_lite.pipeline.stage import Objective, Stage
-from megatron_lite.train.guards import Guards, guards_for
+from megatron_lite.train.health.guards import Guards, guards_for
+from megatron_lite.train.measuring.timing import RunTimers
 from megatron_lite.train.objectives.language_model import LanguageModel
-from megatron_lite.train.timing import RunTimers
 
 
 def _nothing() -> None:

@@ -17,7 +17,7 @@ from megatron_lite.storage.lock import FolderTaken
 from megatron_lite.telemetry.record import SaveRecord
 from megatron_lite.train.assemble import Run
 from megatron_lite.train.folder import RunFolder
-from megatron_lite.train.log import Log
+from megatron_lite.train.measuring.log import Log
 
 
 @dataclass(slots=True)

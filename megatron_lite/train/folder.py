@@ -30,8 +30,8 @@ from megatron_lite.rendezvous.launch import Launch, World, from_rank_0
 from megatron_lite.storage.disk import Disk, write_atomically
 from megatron_lite.storage.lock import FolderLock, FolderTaken
 from megatron_lite.telemetry.writers import METRICS_FILE
-from megatron_lite.train.failures import Failures
-from megatron_lite.train.restart import begin_attempt, refusal
+from megatron_lite.train.ending.failures import Failures
+from megatron_lite.train.ending.restart import begin_attempt, refusal
 
 CONFIG = "config.yaml"
 STARTS = "starts.jsonl"

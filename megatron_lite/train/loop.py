@@ -22,17 +22,17 @@ from megatron_lite.telemetry.throughput import IntervalMeter, Step
 from megatron_lite.telemetry.timers import format_times, timing_record
 from megatron_lite.train.assemble import Run
 from megatron_lite.train.checkpoints import Checkpoints
-from megatron_lite.train.device import memory_line, peak_memory_bytes
-from megatron_lite.train.faults import Fault, NoFaults
-from megatron_lite.train.log import Log
-from megatron_lite.train.profile import Profiler
+from megatron_lite.train.ending.faults import Fault, NoFaults
+from megatron_lite.train.ending.stop import PREEMPTIONS, Reason, StopRequests, StopVote
+from megatron_lite.train.health.replicas import check_replicas
+from megatron_lite.train.measuring.device import memory_line, peak_memory_bytes
+from megatron_lite.train.measuring.log import Log
+from megatron_lite.train.measuring.profile import Profiler
+from megatron_lite.train.measuring.reports import OwnTime, memory_report
+from megatron_lite.train.measuring.timeline import StepRecording
 from megatron_lite.train.reading import Loaders, Reach
-from megatron_lite.train.recording import StepRecording
-from megatron_lite.train.replicas import check_replicas
-from megatron_lite.train.reports import OwnTime, memory_report
 from megatron_lite.train.schedules import Schedules
 from megatron_lite.train.step import StepResult, evaluation_step, train_step
-from megatron_lite.train.stop import PREEMPTIONS, Reason, StopRequests, StopVote
 
 
 @dataclass(slots=True)

@@ -29,10 +29,10 @@ from megatron_lite.data.sampler import OrderKind
 from megatron_lite.parallel.collectives import MAX, all_reduce
 from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.rendezvous.launch import Launch, World, wait_for_all
-from megatron_lite.train.faults import Fault, NoFaults
+from megatron_lite.train.compatibility import check_data
+from megatron_lite.train.ending.faults import Fault, NoFaults
 from megatron_lite.train.feed import permutation
-from megatron_lite.train.log import Log
-from megatron_lite.train.origin import check_data
+from megatron_lite.train.measuring.log import Log
 from megatron_lite.train.patience import told
 
 

@@ -21,9 +21,9 @@ from megatron_lite.engines.base import EngineProgress
 from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.parallel.shard import MASTER, exact_slices
 from megatron_lite.train.assemble import Run
-from megatron_lite.train.culprit import first_of_all
-from megatron_lite.train.origin import check_model, check_tokenizer
-from megatron_lite.train.replay import Watched
+from megatron_lite.train.compatibility import check_model, check_tokenizer
+from megatron_lite.train.health.culprit import first_of_all
+from megatron_lite.train.health.replay import Watched
 from megatron_lite.train.schedules import Schedules
 
 

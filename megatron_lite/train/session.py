@@ -39,23 +39,28 @@ from megatron_lite.telemetry.writers import EVERYTHING, Writers, open_writers
 from megatron_lite.train.alike import OpenTokens, open_alike, plain
 from megatron_lite.train.assemble import Run, assemble
 from megatron_lite.train.checkpoints import Checkpoints
-from megatron_lite.train.device import be_deterministic, cpu_notices, device_peak, peak_notices
-from megatron_lite.train.failures import Failures, stacks_on_signal
-from megatron_lite.train.faults import Fault, NoFaults, read_fault
+from megatron_lite.train.ending.failures import Failures, stacks_on_signal
+from megatron_lite.train.ending.faults import Fault, NoFaults, read_fault
+from megatron_lite.train.ending.restart import Ended, write_ended
+from megatron_lite.train.ending.stop import PREEMPTIONS, Reason, StopRequests
 from megatron_lite.train.folder import RunFolder, begin, enter, of_the_run, remove_run
 from megatron_lite.train.folder import notices as evaluation_notices
-from megatron_lite.train.log import LastResort, Log, form_of
+from megatron_lite.train.health.state_hash import state_hash
 from megatron_lite.train.loop import Session
+from megatron_lite.train.measuring.device import (
+    be_deterministic,
+    cpu_notices,
+    device_peak,
+    peak_notices,
+)
+from megatron_lite.train.measuring.log import LastResort, Log, form_of
+from megatron_lite.train.measuring.profile import Profiler
+from megatron_lite.train.measuring.timeline import StepRecording, watch_collectives
+from megatron_lite.train.measuring.timing import RunTimers
 from megatron_lite.train.patience import Verified, told
-from megatron_lite.train.profile import Profiler
 from megatron_lite.train.reading import Reach, Tokens, loaders_of, open_datasets, settle_data
-from megatron_lite.train.recording import StepRecording, watch_collectives
-from megatron_lite.train.restart import Ended, write_ended
 from megatron_lite.train.resume import resume
 from megatron_lite.train.schedules import Schedules
-from megatron_lite.train.state_hash import state_hash
-from megatron_lite.train.stop import PREEMPTIONS, Reason, StopRequests
-from megatron_lite.train.timing import RunTimers
 
 
 def train(

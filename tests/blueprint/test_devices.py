@@ -13,7 +13,7 @@ from megatron_lite.blueprint.devices import (
 )
 from megatron_lite.config.errors import ConfigError
 from megatron_lite.planner.hardware import DEVICES, find_device
-from megatron_lite.train.device import device_peak, peak_notices
+from megatron_lite.train.measuring.device import device_peak, peak_notices
 
 KNOWN = [
     ("NVIDIA A100-SXM4-80GB", 312.0),

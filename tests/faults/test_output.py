@@ -14,7 +14,8 @@ import pytest
 
 from megatron_lite.config.errors import StorageError
 from megatron_lite.storage.faults import FaultyDisk
-from megatron_lite.train import recording, session
+from megatron_lite.train import session
+from megatron_lite.train.measuring import timeline
 from tests.support.launch import LAUNCHER_NAMES, TINY, TOOL, start, with_flags
 from tests.train.runs import alone, records, steps
 
@@ -61,9 +62,9 @@ def test_what_only_describes_a_run_that_is_done_does_not_fail_it(
         raise StorageError("write failed: No space left on device")
 
     monkeypatch.setattr(session, "write_ended", full)
-    monkeypatch.setattr(recording, "write_atomically", full)
-    timeline = ["--profile-timeline", "--profile-step-start", "2", "--profile-step-end", "3"]
-    done = alone("--mock-data", "--save", str(tmp_path / "run"), *timeline)
+    monkeypatch.setattr(timeline, "write_atomically", full)
+    flags = ["--profile-timeline", "--profile-step-start", "2", "--profile-step-end", "3"]
+    done = alone("--mock-data", "--save", str(tmp_path / "run"), *flags)
     assert done.rc == 0, done.err
     assert "how the run ended is not noted" in done.err and "it is lost: write failed" in done.out
 

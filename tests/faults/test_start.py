@@ -28,7 +28,7 @@ from megatron_lite.rendezvous import reminder
 from megatron_lite.rendezvous.launch import TASKS, Launch, gather_hosts, one_of_many, read_launch
 from megatron_lite.storage.disk import Disk
 from megatron_lite.train import alike
-from megatron_lite.train.faults import Fault, NoFaults, read_fault
+from megatron_lite.train.ending.faults import Fault, NoFaults, read_fault
 from tests.faults.test_save_crashes import snapshot
 from tests.support.launch import (
     LAUNCHER_NAMES,

@@ -8,7 +8,7 @@ from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.parallel.random import keep_mask, key, normal, token_numbers
 from megatron_lite.parallel.waits import DeviceWaits
 from megatron_lite.train.assemble import assemble
-from megatron_lite.train.device import be_deterministic
+from megatron_lite.train.measuring.device import be_deterministic
 from megatron_lite.train.step import train_step
 from tests.kernels.test_table import arguments
 from tests.support.tiny import draw, make_batches, tiny_config

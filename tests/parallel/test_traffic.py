@@ -13,8 +13,8 @@ import torch.distributed as dist
 
 from megatron_lite.parallel import collectives
 from megatron_lite.train.assemble import assemble
+from megatron_lite.train.ending.stop import StopVote
 from megatron_lite.train.step import train_step
-from megatron_lite.train.stop import StopVote
 from tests.support.spawn import spawn
 from tests.support.tiny import context, draw, make_batches, tiny_config
 

@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 
 from megatron_lite.rendezvous.detector import MISSED_BEATS, Beat, Limits, Watch, place_of, work_of
-from megatron_lite.train.faults import _sleep
+from megatron_lite.train.ending.faults import _sleep
 
 LIMITS = Limits.from_timeout(600.0)
 WAITS = {"place": "megatron_lite/parallel/collectives.py:1 barrier", "waits": True}
@@ -91,7 +91,7 @@ def test_after_a_failed_collective_a_few_missed_beats_are_enough():
 def test_a_rank_that_beats_but_does_not_move_while_others_wait_hangs():
     world = World(3)
     world.say(0, 1, 2, step=4, phase="train", **WAITS)
-    world.say(1, place="megatron_lite/train/faults.py:9 _sleep", waits=False)
+    world.say(1, place="megatron_lite/train/ending/faults.py:9 _sleep", waits=False)
     world.pass_time(2)
     assert world.pass_time(599) == ""
     said = world.pass_time(5)
@@ -188,5 +188,5 @@ def test_the_place_is_the_line_of_ours_and_a_sleep_there_waits_for_nobody():
     thread = threading.Thread(target=_sleep, args=(0.5,), daemon=True)
     thread.start()
     place, waits = place_of(thread.ident)
-    assert re.fullmatch(r"megatron_lite/train/faults.py:\d+ _sleep", place) and not waits
+    assert re.fullmatch(r"megatron_lite/train/ending/faults.py:\d+ _sleep", place) and not waits
     assert place_of(None) == ("?", False)

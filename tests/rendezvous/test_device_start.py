@@ -21,7 +21,7 @@ from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.rendezvous import launch
 from megatron_lite.rendezvous.launch import Launch, gather, set_device_environment
 from megatron_lite.train import session
-from megatron_lite.train.failures import Failures
+from megatron_lite.train.ending.failures import Failures
 from tests.support.launch import TINY, free_port, with_flags
 from tests.support.spawn import spawn
 from tests.train.runs import tool

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_lite.telemetry.record import EvaluationRecord, Record, StepRecord, read_metrics
-from megatron_lite.train.stop import stop_signals
+from megatron_lite.train.ending.stop import stop_signals
 from tests.support.launch import TOOL, launch
 
 TINY = [

@@ -22,7 +22,7 @@ from megatron_lite.storage.disk import Disk
 from megatron_lite.storage.lock import LOCK, FolderLock, Owner
 from megatron_lite.telemetry.summary import describe_losses
 from megatron_lite.train import session
-from megatron_lite.train.faults import NoFaults
+from megatron_lite.train.ending.faults import NoFaults
 from megatron_lite.train.folder import of_the_run, of_this_start, require_own
 from tests.support.launch import TINY, start
 from tests.train.runs import alone, argv, evaluations, records, run_main, steps

@@ -9,7 +9,7 @@ from megatron_lite.checkpoint.progress import Progress
 from megatron_lite.config.sections.guards import GuardsConfig
 from megatron_lite.engines.loss_scale import LossScale
 from megatron_lite.train.assemble import assemble
-from megatron_lite.train.guards import Act, Measured, guards_for
+from megatron_lite.train.health.guards import Act, Measured, guards_for
 from megatron_lite.train.step import train_step
 from tests.support.spawn import spawn
 from tests.support.tiny import context, draw, make_batches, tiny_config

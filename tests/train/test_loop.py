@@ -13,8 +13,8 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megatron_lite.config.errors import ConfigError
-from megatron_lite.train.device import memory_line
-from megatron_lite.train.timing import LEVELS
+from megatron_lite.train.measuring.device import memory_line
+from megatron_lite.train.measuring.timing import LEVELS
 from tests.train.runs import alone, curve, evaluations, on_ranks, records, steps
 
 LINE = re.compile(

@@ -7,8 +7,8 @@ import torch
 
 from megatron_lite.config.errors import DistributedError
 from megatron_lite.train.assemble import assemble
-from megatron_lite.train.faults import Fault
-from megatron_lite.train.replicas import bits_hash, check_replicas
+from megatron_lite.train.ending.faults import Fault
+from megatron_lite.train.health.replicas import bits_hash, check_replicas
 from megatron_lite.train.step import train_step
 from tests.support.spawn import spawn
 from tests.support.tiny import context, draw, make_batches, tiny_config
@@ -104,5 +104,5 @@ def test_every_single_bit_and_every_swap_changes_the_hash(dtype):
 def test_the_hash_does_not_depend_on_chunks(monkeypatch):
     tensor = torch.randn(1000, generator=torch.Generator().manual_seed(2))
     whole = bits_hash(tensor).item()
-    monkeypatch.setattr("megatron_lite.train.replicas._CHUNK", 7)
+    monkeypatch.setattr("megatron_lite.train.health.replicas._CHUNK", 7)
     assert bits_hash(tensor).item() == whole

@@ -16,7 +16,7 @@ from megatron_lite.parallel.waits import HostWaits
 from megatron_lite.telemetry.console import format_record
 from megatron_lite.telemetry.ranks import ranks_record
 from megatron_lite.telemetry.record import RanksRecord, from_json, to_json
-from megatron_lite.train.reports import OwnTime, memory_report, peak_bytes
+from megatron_lite.train.measuring.reports import OwnTime, memory_report, peak_bytes
 from tests.support.launch import TINY, launch, start, with_flags
 from tests.train.runs import alone, records
 

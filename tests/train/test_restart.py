@@ -18,7 +18,13 @@ from megatron_lite.checkpoint.store import POINTER
 from megatron_lite.config.exit import run_tool
 from megatron_lite.config.sections.train import TrainConfig
 from megatron_lite.storage.disk import Disk
-from megatron_lite.train.restart import Ended, begin_attempt, last_crash, refusal, write_ended
+from megatron_lite.train.ending.restart import (
+    Ended,
+    begin_attempt,
+    last_crash,
+    refusal,
+    write_ended,
+)
 from tests.support.launch import LAUNCHER_NAMES, TOOL, start
 from tests.train.runs import Outcome, argv, on_ranks, steps
 from tools import launch as launcher

@@ -16,8 +16,8 @@ from megatron_lite.config.errors import PREEMPTED
 from megatron_lite.config.sections.train import TrainConfig
 from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.telemetry.record import SaveRecord
+from megatron_lite.train.ending.stop import NO_VOTE, Stopped, StopRequests, StopVote, stop_signals
 from megatron_lite.train.step import train_step
-from megatron_lite.train.stop import NO_VOTE, Stopped, StopRequests, StopVote, stop_signals
 from tests.support.launch import TINY, start, with_flags
 from tests.train.runs import alone, argv, records, steps
 

@@ -114,12 +114,15 @@ _FOLLOWING = ("kv_channels", "num_query_groups", "ffn_hidden_size")
 CHANGEABLE: Mapping[str, str] = MappingProxyType({t.name: t.then for t in COMPARED if t.then})
 """What --allow-model-change takes, and what then holds."""
 
-_SCHEDULES, _DATA = "train/schedules.py: the curves", "train/origin.py: the samples and their order"
+_SCHEDULES, _DATA = (
+    "train/schedules.py: the curves",
+    "train/compatibility.py: the samples and their order",
+)
 
 ELSEWHERE: Mapping[str, str] = MappingProxyType(
     {
         "model.group_query_attention": "with num_query_groups",
-        "model.vocab_size": "train/origin.py: the tokenizer's ids",
+        "model.vocab_size": "train/compatibility.py: the tokenizer's ids",
         "optim.optimizer": "train/resume.py: the state that is there",
         **dict.fromkeys(
             (
@@ -150,7 +153,7 @@ ELSEWHERE: Mapping[str, str] = MappingProxyType(
                 "tokenizer_type", "vocab_file", "merge_file", "tokenizer_model", "tiktoken_pattern",
                 "tiktoken_num_special_tokens", "tiktoken_special_tokens", "chatglm_special_tokens",
             )),
-            "train/origin.py: the tokenizer",
+            "train/compatibility.py: the tokenizer",
         ),
     }
 )  # fmt: skip

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_lite.pipeline.stage import MicroBatch, Scored, Stage
-from megatron_lite.train.culprit import (
+from megatron_lite.train.health.culprit import (
     GRADIENT,
     HEAD,
     OUTPUT,

@@ -31,7 +31,7 @@ from megatron_lite.config.streams import settle_output
 from megatron_lite.rendezvous.heartbeat import Alone, Presence
 from megatron_lite.storage.disk import Disk, write_atomically
 from megatron_lite.storage.lock import LOCK
-from megatron_lite.train.stop import Stopped, stop_signals
+from megatron_lite.train.ending.stop import Stopped, stop_signals
 
 SIGNS = (
     "Connection closed by peer", "Connection reset", "Broken pipe", "Timed out", "timed out",

@@ -13,7 +13,7 @@ from megatron_lite.blueprint.timeline import ACTIONS, WEIGHTS, Event, Track, hid
 from megatron_lite.parallel.collectives import all_gather, all_reduce, start_reduce_scatter
 from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.telemetry.recorder import Recorder
-from megatron_lite.train.recording import DeviceClock, Part, merge, watch_collectives
+from megatron_lite.train.measuring.timeline import DeviceClock, Part, merge, watch_collectives
 from tests.support.launch import TINY, launch, with_flags
 from tests.support.spawn import spawn
 from tests.support.tiny import context, draw, tiny_config
