@@ -81,7 +81,7 @@ def whole(folder: Path) -> dict[str, str]:
         dtype = {"F32": torch.float32, "BF16": torch.bfloat16}[stored.dtype]
         data = torch.empty(stored.shape, dtype=dtype)
         store.load(manifest, [NamedSlice(name, stored.shape, (0,) * len(stored.shape), data)])
-        flat = data.view(torch.uint8).flatten()
+        flat = data.flatten().view(torch.uint8)
         hashes[name] = hashlib.sha256(flat.numpy().tobytes()).hexdigest()
     return hashes
 
