@@ -34,6 +34,7 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from megatron_lite.cli.demo_corpus import code_documents, docs_documents
 from megatron_lite.config.exit import ToolParser, run_tool
 from megatron_lite.config.sections.data import DataConfig
 from megatron_lite.data.preparing.encode import Job, batch_bytes_for
@@ -45,7 +46,6 @@ from megatron_lite.data.tokenizers.training import (
     train_sentencepiece,
 )
 from megatron_lite.storage.disk import Disk
-from tools.demo_corpus import code_documents, docs_documents
 
 TOOL = Path(__file__).resolve().parents[1] / "tools" / "preprocess_data.py"
 DOCUMENT_BYTES = 8000

@@ -15,9 +15,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
+from megatron_lite.cli.calibrate import TOOL, calibrated, explained, model
 from megatron_lite.planner import calibrate
 from megatron_lite.planner.calibrate import Trial
-from tools.calibrate import TOOL, calibrated, explained, model
 
 STEPS = 10
 

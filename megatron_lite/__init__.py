@@ -1,7 +1,8 @@
 """A 3D-parallel trainer for GPT-like language models, in four nouns: Config, Blueprint, Run, Progress.
 
-    tools/  examples/                                      parse, call, print (thin)
+    tools/  examples/                                      start it
     ──────────────────────────────────────────────────────────────────────────────
+    5  cli/                                                parse, call, print (thin)
     4  train/            inference/                        what you run
     3  pipeline/  engines/  optim/  checkpoint/            how a step happens and is kept
     2  layers/ ──▶ models/                                 what is computed

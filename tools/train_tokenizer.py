@@ -1,120 +1,13 @@
-"""Train a tokenizer on a corpus: byte-level BPE (GPT-2's files) or SentencePiece (BPE, unigram)."""
+#!/usr/bin/env python3
+"""Starts megatron_lite/cli/train_tokenizer.py."""
 
-from __future__ import annotations
-
-import argparse
-import itertools
+import os
 import sys
-from collections.abc import Iterator
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from megatron_lite.config.errors import ConfigError
-from megatron_lite.config.exit import ToolParser, run_tool
-from megatron_lite.data.preparing.input_flags import add_input_flags, longest_line
-from megatron_lite.data.preparing.inputs import find_inputs, plan, read_batches
-from megatron_lite.data.preparing.records import Reader
-from megatron_lite.data.tokenizers.base import Tokenizer
-from megatron_lite.data.tokenizers.gpt2_bpe import GPT2BPETokenizer
-from megatron_lite.data.tokenizers.sentencepiece import GPTSentencePieceTokenizer
-from megatron_lite.data.tokenizers.training import (
-    Sample,
-    SentencePieceSettings,
-    report_lines,
-    train_bpe,
-    train_sentencepiece,
-)
-from megatron_lite.storage.disk import Disk, write_atomically
-from megatron_lite.storage.outputs import check_outputs
-
-MODEL = "tokenizer.model"
-SMALLEST = {"bpe": 257, "sentencepiece-bpe": 260, "sentencepiece-unigram": 260}
-
-
-def parse_arguments() -> argparse.Namespace:
-    """The flags; ConfigError for sizes that cannot work."""
-    parser = ToolParser(prog="train_tokenizer.py", description=__doc__)
-    add = parser.add_argument
-    add_input_flags(add, keys="all of them are learned from")
-    add("--type", choices=list(SMALLEST), default="bpe", help="bpe writes GPT-2's two files")
-    add("--vocab-size", type=int, required=True, help="ids, special tokens included")
-    add("--output-dir", required=True)
-    add("--max-token-chars", type=int, default=16, help="longest token in characters")
-    add = parser.add_argument_group("SentencePiece").add_argument
-    add("--character-coverage", type=float, default=0.9995, help="share of characters in pieces")
-    add("--normalizer", choices=["identity", "nfkc", "nmt_nfkc"], default="identity",
-        help="identity keeps full-width punctuation")  # fmt: skip
-    add("--no-byte-fallback", action="store_true", help="rare characters become <unk>")
-    add("--input-sentence-size", type=int, default=0, help="sample so many lines; 0: all")
-    arguments = parser.parse_args()
-    smallest = SMALLEST[arguments.type]
-    if arguments.vocab_size < smallest:
-        raise ConfigError(
-            f"--vocab-size {arguments.vocab_size} must be at least {smallest}: "
-            "256 bytes and the special tokens"
-        )
-    if arguments.max_token_chars < 1:
-        raise ConfigError(f"--max-token-chars {arguments.max_token_chars} must be at least 1")
-    if not 0.9 <= arguments.character_coverage <= 1:
-        raise ConfigError(
-            f"--character-coverage {arguments.character_coverage} must be from 0.9 to 1"
-        )
-    return arguments
-
-
-def texts(arguments: argparse.Namespace) -> Iterator[str]:
-    """The texts of all records, one after the other; nothing but the current batch is held."""
-    longest = longest_line(arguments)
-    reader = Reader(arguments.json_keys, arguments.template, arguments.on_bad_line, longest)
-    parts = plan(find_inputs(arguments.input), unit=arguments.text_unit)
-    for batch in read_batches(parts, 1 << 20, columns=reader.columns, longest=longest):
-        parsed = reader.parse(batch)
-        places = [iter(key.texts) for key in parsed.keys]
-        for record in range(len(parsed.lines)):
-            for key, rest in zip(parsed.keys, places, strict=True):
-                yield from itertools.islice(rest, key.counts[record])
-
-
-def main() -> int:
-    """Train, write the files whole, and print the report."""
-    arguments = parse_arguments()
-    folder, disk, sample = Path(arguments.output_dir), Disk(), Sample()
-    names = ["gpt2-vocab.json", "gpt2-merges.txt"] if arguments.type == "bpe" else [MODEL]
-    check_outputs("--output-dir", [folder / name for name in names], disk)
-    disk.make_folder(folder)
-    corpus = sample.watch(texts(arguments))
-    tokenizer: Tokenizer
-    if arguments.type == "bpe":
-        files = train_bpe(corpus, arguments.vocab_size, arguments.max_token_chars)
-        for name, content in files.items():
-            write_atomically(folder / name, content, disk)
-        names = [str(folder / name) for name in ("gpt2-vocab.json", "gpt2-merges.txt")]
-        tokenizer = GPT2BPETokenizer(*names)
-    else:
-        settings = SentencePieceSettings(
-            kind=arguments.type.removeprefix("sentencepiece-"),
-            vocab_size=arguments.vocab_size,
-            max_token_chars=arguments.max_token_chars,
-            character_coverage=arguments.character_coverage,
-            normalizer=arguments.normalizer,
-            byte_fallback=not arguments.no_byte_fallback,
-            sample=arguments.input_sentence_size,
-        )
-        names = [str(folder / MODEL)]
-        write_atomically(names[0], train_sentencepiece(corpus, settings), disk)
-        tokenizer = GPTSentencePieceTokenizer(names[0])
-    if tokenizer.vocab_size < arguments.vocab_size:
-        print(
-            f"note: the text has only {tokenizer.vocab_size} tokens worth learning, "
-            f"fewer than --vocab-size {arguments.vocab_size}",
-            file=sys.stderr,
-        )
-    print(f"{', '.join(names)}: {tokenizer.vocab_size} tokens, end of document {tokenizer.eod}")
-    for line in report_lines(tokenizer, sample.texts):
-        print(line)
-    return 0
-
 
 if __name__ == "__main__":
-    sys.exit(run_tool(main, go_on="nothing was finished: start it again"))
+    here = os.path.dirname(os.path.realpath(__file__))
+    # without this folder: a file here would hide the package of its name
+    sys.path[:] = [os.path.dirname(here), *(p for p in sys.path if os.path.realpath(p) != here)]
+    from megatron_lite.cli.train_tokenizer import start
+
+    start()

@@ -73,12 +73,21 @@ def bad_habits(tree: ast.AST) -> Iterator[tuple[int, str]]:
                     yield node.lineno, f"passes {word.arg}"
 
 
+READS_THE_ENVIRONMENT = {
+    "rendezvous/launch.py": "the one place that is told its rank",
+    "cli/launch.py": "torchrun takes its endpoint from flags alone, our users from MASTER_ADDR, too",
+    "cli/calibrate.py": "hands its own on to the runs that it measures",
+    "cli/plan.py": "hands its own on to the script whose command it asks for",
+}
+
+
 def environment_reads(tree: ast.AST) -> Iterator[int]:
-    """Lines that read the environment; setting or deleting a variable is not reading."""
+    """Lines that read the environment; setting, deleting or providing a variable is not reading."""
     written = {
         node.value
         for node in ast.walk(tree)
-        if isinstance(node, ast.Subscript) and not isinstance(node.ctx, ast.Load)
+        if (isinstance(node, ast.Subscript) and not isinstance(node.ctx, ast.Load))
+        or (isinstance(node, ast.Attribute) and node.attr == "setdefault")
     }
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and node not in written:
@@ -124,19 +133,19 @@ def test_a_bad_habit_is_found(source: str) -> None:
 
 
 def test_only_launch_reads_the_environment() -> None:
-    found = [
-        f"{path.relative_to(ROOT)}:{line}"
-        for path in sorted(PACKAGE.rglob("*.py"))
-        for line in environment_reads(parse(path))
-        if path != PACKAGE / "rendezvous" / "launch.py"
-    ]
-    assert found == []
+    found = {
+        path.relative_to(PACKAGE).as_posix()
+        for path in PACKAGE.rglob("*.py")
+        if list(environment_reads(parse(path)))
+    }
+    assert found == READS_THE_ENVIRONMENT.keys()
 
 
 def test_reading_the_environment_is_found_and_setting_it_is_not() -> None:
     reads = ["os.environ['RANK']", "os.environ.get('A')", "os.getenv('A')", "'A' in os.environ"]
     assert [len(list(environment_reads(ast.parse(line)))) for line in reads] == [1, 1, 1, 1]
-    assert list(environment_reads(ast.parse("os.environ['A'] = 'false'"))) == []
+    sets = ["os.environ['A'] = 'false'", "del os.environ['A']", "os.environ.setdefault('A', 'b')"]
+    assert [list(environment_reads(ast.parse(line))) for line in sets] == [[], [], []]
 
 
 def test_no_file_or_folder_is_a_box_of_leftovers() -> None:

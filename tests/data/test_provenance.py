@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from megatron_lite.cli import check_dataset, dataset_stats, merge_datasets, ngrams
 from megatron_lite.config.errors import DataError
 from megatron_lite.config.exit import run_tool
 from megatron_lite.config.sections.data import DataConfig
@@ -25,7 +26,6 @@ from megatron_lite.data.provenance import MadeWith, made_with, maker, read_facts
 from megatron_lite.data.tokenizers.build import build_tokenizer
 from megatron_lite.storage.disk import Disk
 from tests.data.test_kept import write_gpt2
-from tools import check_dataset, dataset_stats, merge_datasets, ngrams
 
 MERGES = {"a": [("t", "h"), ("th", "e")], "b": [("h", "e"), ("t", "he")]}  # as many ids
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_lite.cli import preprocess_data
 from megatron_lite.config.errors import DataError
 from megatron_lite.config.exit import run_tool
 from megatron_lite.config.sections.data import DataConfig
@@ -14,7 +15,6 @@ from megatron_lite.data.provenance import read_facts
 from megatron_lite.data.tokenizers.build import build_tokenizer
 from megatron_lite.data.tokenizers.kept import from_kept, tokenizer_files
 from tests.data.test_kept import hugging_face
-from tools import preprocess_data
 
 Capture = pytest.CaptureFixture[str]
 

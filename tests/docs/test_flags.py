@@ -7,12 +7,12 @@ import re
 
 import pytest
 
+from megatron_lite.cli.flags import DOCUMENT, INTRODUCTION, document, readers
 from megatron_lite.config.flags.explain import usage
 from megatron_lite.config.flags.legacy import LEGACY
 from megatron_lite.config.flags.parser import parse, spellings
 from megatron_lite.config.flags.settings import Setting, settings
 from megatron_lite.config.rules.table import notices, problems
-from tools.flags import DOCUMENT, INTRODUCTION, document, readers
 
 GOOD = (
     "--num-layers 8 --hidden-size 96 --num-attention-heads 12 --seq-length 64 --lr 1e-3 "

@@ -29,10 +29,10 @@ from megatron_lite.data.preparing.check import verify_blends
 from megatron_lite.data.preparing.preprocess import preprocess
 from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.storage.disk import Disk
+from tests.cli.test_preprocess_data import job, numbers
 from tests.faults.kills import Counted, Tell
 from tests.faults.test_power_cut import arrays
 from tests.faults.test_save_crashes import NEW, OLD, loaded, save
-from tests.tools.test_preprocess_data import job, numbers
 
 # -- bit flips ----------------------------------------------------------------------------------
 

@@ -26,9 +26,9 @@ from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.parallel.shard import NamedSlice
 from megatron_lite.storage.disk import Disk
 from megatron_lite.telemetry.record import StepRecord, read_metrics
+from tests.cli.test_preprocess_data import hashes, job, numbers
 from tests.support.launch import TINY, Running, StillAlive, in_session, launch, start, with_flags
 from tests.support.spawn import _context
-from tests.tools.test_preprocess_data import hashes, job, numbers
 
 Tell = Callable[[str], None]
 ROWS = 150_000  # 0.6 MB a tensor: a save lasts long enough to be hit

@@ -29,7 +29,7 @@ class Row:
 
 
 FAULTS, CHECKPOINT, TRAIN = "tests/faults/test_", "tests/checkpoint/test_", "tests/train/test_"
-DATA, TOOLS, CONFIG = "tests/data/test_", "tests/tools/test_", "tests/config/test_"
+DATA, TOOLS, CONFIG = "tests/data/test_", "tests/cli/test_", "tests/config/test_"
 
 ROWS = (
     # kills and damage: `make faults` does 200 kills and 100 flips of each kind of file

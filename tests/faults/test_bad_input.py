@@ -15,11 +15,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megatron_lite.cli import preprocess_data, pretrain_gpt
 from megatron_lite.config.exit import run_tool
 from megatron_lite.data.preparing.indexed_builder import IndexedDatasetBuilder
 from tests.support.launch import LAUNCHER_NAMES, TINY, with_flags
-from tests.train.runs import HANDLED, tool
-from tools import preprocess_data
+from tests.train.runs import HANDLED
 
 NULL = ["--tokenizer-type", "NullTokenizer", "--vocab-size", "60"]
 
@@ -212,7 +212,7 @@ def test_training(name, tmp_path, monkeypatch, capsys):
         monkeypatch.setenv(variable, value)
     before = sorted(path.name for path in folder.iterdir())
     monkeypatch.setattr(sys, "argv", ["pretrain_gpt.py", *with_flags(base, *words)])
-    code = tool()._start()
+    code = pretrain_gpt.run()
     require(row, folder, code, capsys.readouterr().err)
     assert sorted(path.name for path in folder.iterdir()) == before
     if row.code == 2:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 import os
 import re
@@ -19,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from megatron_lite.checkpoint.store import Store
+from megatron_lite.cli import launch as launcher
 from megatron_lite.config.errors import ConfigError, DistributedError, StorageError
 from megatron_lite.config.exit import run_tool
 from megatron_lite.config.sections.run import RunConfig
@@ -290,12 +290,11 @@ def test_a_launcher_says_at_once_what_is_wrong_here(monkeypatch, tmp_path, capsy
     monkeypatch.chdir(tmp_path)
     set_environment(monkeypatch, dict(env))
     monkeypatch.setattr("sys.argv", ["launch.py", *flags, str(TOOL), *with_flags(MODEL, *words)])
-    spec = importlib.util.spec_from_file_location("launch_tool", TOOL.with_name("launch.py"))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    monkeypatch.setattr(module, "run", lambda asked: pytest.fail("torchrun was started"))
-    monkeypatch.setattr(module, "gather_hosts", lambda *_: pytest.fail("the hosts were waited for"))
-    assert run_tool(module.main, argv=[]) == code
+    monkeypatch.setattr(launcher, "run", lambda asked: pytest.fail("torchrun was started"))
+    monkeypatch.setattr(
+        launcher, "gather_hosts", lambda *_: pytest.fail("the hosts were waited for")
+    )
+    assert run_tool(launcher.main, argv=[]) == code
     said = capsys.readouterr().err
     assert message in said and said.count("FATAL[") == 1
 

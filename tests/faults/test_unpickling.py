@@ -13,7 +13,7 @@ from tests.train.runs import argv
 
 ROOT = Path(__file__).parents[2]
 LISTEN = """
-import runpy, sys
+import importlib, sys
 sys.path.insert(0, {root!r})
 heard = []
 def hook(event, arguments):
@@ -37,7 +37,7 @@ torch.load = torch.serialization.load = forbidden("torch.load")
 code = 0
 sys.argv = {words!r}
 try:
-    runpy.run_path(sys.argv[0], run_name={main!r})["main"](*{arguments!r})
+    importlib.import_module({main!r}).main(*{arguments!r})
 except SystemExit as end:
     code = end.code
 print("HEARD", len(heard), *heard[:3], sep="|")
@@ -47,7 +47,11 @@ print("HEARD", len(heard), *heard[:3], sep="|")
 def listen(words: list[str], *, pass_words: bool, provoke: str = "") -> str:
     arguments = [words[1:]] if pass_words else []
     program = LISTEN.format(
-        root=str(ROOT), words=words, arguments=arguments, main="loaded", provoke=provoke or "pass"
+        root=str(ROOT),
+        words=words,
+        arguments=arguments,
+        provoke=provoke or "pass",
+        main=f"megatron_lite.cli.{Path(words[0]).stem}",
     )
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, timeout=180, cwd=ROOT
@@ -57,7 +61,7 @@ def listen(words: list[str], *, pass_words: bool, provoke: str = "") -> str:
 
 
 def train(*words: str) -> list[str]:
-    return [str(ROOT / "tools" / "pretrain_gpt.py"), *argv(*words)]
+    return ["pretrain_gpt.py", *argv(*words)]
 
 
 @pytest.mark.ci
@@ -67,12 +71,12 @@ def test_training_resuming_and_generating_never_unpickle(tmp_path: Path) -> None
     assert listen(train(*words, "--exit-interval", "2"), pass_words=True) == "HEARD|0"
     assert plant(run, tmp_path / "canary") > 10
     assert listen(train(*words), pass_words=True) == "HEARD|0"
-    generate = [str(ROOT / "tools" / "generate.py"), "--load", str(run), "--prompt", "1 2",
+    generate = ["generate.py", "--load", str(run), "--prompt", "1 2",
                 "--max-new-tokens", "2", "--use-cpu"]  # fmt: skip
     assert listen(generate, pass_words=False) == "HEARD|0"
     assert not (tmp_path / "canary").exists()
     convert = [
-        str(ROOT / "tools" / "convert.py"),
+        "convert.py",
         str(run),
         str(tmp_path / "out"),
         "--no-tokenizer",
@@ -83,5 +87,5 @@ def test_training_resuming_and_generating_never_unpickle(tmp_path: Path) -> None
 
 def test_an_unpickling_is_heard() -> None:
     provoke = "import pathlib; pickle.loads(pickle.dumps(pathlib.PurePath('a')))"
-    help_only = [str(ROOT / "tools" / "convert.py"), "--help"]
+    help_only = ["convert.py", "--help"]
     assert not listen(help_only, pass_words=False, provoke=provoke).startswith("HEARD|0")

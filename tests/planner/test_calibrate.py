@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from megatron_lite.cli.calibrate import TOOL, model, trials
 from megatron_lite.config.errors import ConfigError
 from megatron_lite.planner import calibrate
 from megatron_lite.planner.calibrate import FITTED, Trial
 from megatron_lite.planner.hardware import DEVICES, Device, find_device
-from tools.calibrate import TOOL, model, trials
 
 TRUE = dataclasses.replace(
     DEVICES["cpu"], sustained=0.4, attention=0.15, memory_efficiency=0.5, launch_seconds=2e-5,

@@ -14,6 +14,7 @@ import torch
 from torch.distributed import TCPStore
 
 from megatron_lite.blueprint.draw_up import draw_up
+from megatron_lite.cli import pretrain_gpt
 from megatron_lite.config.errors import DeviceFault, DistributedError, OutOfMemory
 from megatron_lite.config.flags.parser import parse
 from megatron_lite.config.sections.parallel import ParallelConfig
@@ -24,7 +25,6 @@ from megatron_lite.train import session
 from megatron_lite.train.ending.failures import Failures
 from tests.support.launch import TINY, free_port, with_flags
 from tests.support.spawn import spawn
-from tests.train.runs import tool
 
 TIED = ["--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2"]
 QUEUES = "CUDA_DEVICE_MAX_CONNECTIONS"
@@ -185,7 +185,7 @@ def test_no_room_is_no_bug_of_ours(name: str, capsys: pytest.CaptureFixture[str]
 
 def test_no_room_stands_beside_the_plan_with_the_cheapest_change() -> None:
     config = config_of("--micro-batch-size", "2", "--global-batch-size", "4")
-    plan = functools.partial(tool()._beside_the_plan, config, 2, 1)
+    plan = functools.partial(pretrain_gpt._beside_the_plan, config, 2, 1)
     text, _ = reported(torch.OutOfMemoryError(OOM.replace("2.00 MiB", "1.00 KiB")), plan=plan)
     assert "planned 0.00 GiB (" in text and "optimizer" in text
     assert "cheapest change by the plan: --use-distributed-optimizer frees" in text
@@ -193,11 +193,11 @@ def test_no_room_stands_beside_the_plan_with_the_cheapest_change() -> None:
              "--seq-length", "2048", "--max-position-embeddings", "2048"]  # fmt: skip
     large = config_of(*flags, "--micro-batch-size", "8", "--global-batch-size", "16",
                       "--use-distributed-optimizer")  # fmt: skip
-    plan = functools.partial(tool()._beside_the_plan, large, 2, 0, on_gpu=False)
+    plan = functools.partial(pretrain_gpt._beside_the_plan, large, 2, 0, on_gpu=False)
     assert "by the plan: --micro-batch-size 4 frees" in plan(1e9)
     assert "no single change frees enough" in plan(1e15)
     smaller = dataclasses.replace(large, train=dataclasses.replace(large.train, micro_batch_size=1))
-    plan = functools.partial(tool()._beside_the_plan, smaller, 2, 0, on_gpu=False)
+    plan = functools.partial(pretrain_gpt._beside_the_plan, smaller, 2, 0, on_gpu=False)
     assert "--recompute-granularity selective" in plan(0.0)
 
 

@@ -11,7 +11,6 @@ own session, own stdout and stderr in files, real signals, real exit codes.
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import os
 import signal
 import sys
@@ -88,11 +87,9 @@ def _rank_main(argv: Sequence[str], env: dict[str, str], out: str, err: str) -> 
         os.environ.pop(name, None)
     os.environ.update(env)
     sys.argv = [str(TOOL), *argv]
-    spec = importlib.util.spec_from_file_location("pretrain_gpt_of_a_rank", TOOL)
-    assert spec is not None and spec.loader is not None
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
-    sys.exit(tool._start())
+    from megatron_lite.cli import pretrain_gpt
+
+    sys.exit(pretrain_gpt.run())
 
 
 @dataclass

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import io
 import os
 import re
@@ -11,11 +10,11 @@ import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from megatron_lite.cli import pretrain_gpt
 from megatron_lite.telemetry.record import EvaluationRecord, Record, StepRecord, read_metrics
 from megatron_lite.train.ending.stop import stop_signals
-from tests.support.launch import TOOL, launch
+from tests.support.launch import launch
 
 TINY = [
     "--use-cpu", "--num-layers", "2", "--hidden-size", "32", "--num-attention-heads", "4",
@@ -70,22 +69,13 @@ def argv(*words: str, without: Sequence[str] = ()) -> list[str]:
     return [w for flag, given in flags.items() if flag not in without for w in (flag, *given)]
 
 
-def tool() -> Any:
-    """tools/pretrain_gpt.py as a module."""
-    spec = importlib.util.spec_from_file_location("pretrain_gpt_in_this_process", TOOL)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def run_main(*words: str) -> Outcome:
     """The tool's main in this process; the signal handlers are put back afterwards."""
     handlers = {number: signal.getsignal(number) for number in HANDLED}
     out, err = io.StringIO(), io.StringIO()
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            rc = tool().main(words)
+            rc = pretrain_gpt.main(words)
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)

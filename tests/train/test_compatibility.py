@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib.util
 import io
 import json
 import shutil
@@ -14,10 +13,10 @@ from pathlib import Path
 import pytest
 
 from megatron_lite.checkpoint.manifest import read_manifest
+from megatron_lite.cli import generate as generate_tool
 from megatron_lite.config.errors import CheckpointError, DataError
 from megatron_lite.data.preparing.indexed_builder import IndexedDatasetBuilder
 from tests.data.test_kept import write_gpt2
-from tests.support.launch import TOOL
 from tests.train.runs import Outcome, alone, curve, steps
 
 
@@ -175,15 +174,11 @@ def test_the_data_of_another_tokenizer_are_refused_at_every_start(
 
 def generate(*words: str) -> str:
     """What tools/generate.py prints."""
-    spec = importlib.util.spec_from_file_location("generate_here", TOOL.with_name("generate.py"))
-    assert spec is not None and spec.loader is not None
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
     out, before = io.StringIO(), sys.argv
     sys.argv = ["generate.py", *words]
     try:
         with contextlib.redirect_stdout(out):
-            assert tool.main() == 0
+            assert generate_tool.main() == 0
     finally:
         sys.argv = before
     return out.getvalue()

@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 
 from megatron_lite.checkpoint.store import POINTER
+from megatron_lite.cli import launch as launcher
+from megatron_lite.cli.launch import exit_code
 from megatron_lite.config.exit import run_tool
 from megatron_lite.config.sections.train import TrainConfig
 from megatron_lite.storage.disk import Disk
@@ -27,8 +29,6 @@ from megatron_lite.train.ending.restart import (
 )
 from tests.support.launch import LAUNCHER_NAMES, TOOL, start
 from tests.train.runs import Outcome, argv, on_ranks, steps
-from tools import launch as launcher
-from tools.launch import exit_code
 
 LAUNCHER = TOOL.with_name("launch.py")
 LONG = ["--train-iters", "100000", "--lr-decay-iters", "100000"]

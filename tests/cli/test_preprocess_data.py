@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from megatron_lite.cli import preprocess_data
 from megatron_lite.config.errors import StorageError
 from megatron_lite.config.exit import run_tool
 from megatron_lite.config.sections.data import DataConfig
@@ -30,9 +31,8 @@ from megatron_lite.data.preparing.preprocess import preprocess
 from megatron_lite.data.tokenizers.training import train_bpe
 from megatron_lite.storage.disk import Disk
 from megatron_lite.storage.faults import FaultyDisk, RecordingDisk
-from tools import preprocess_data
 
-TOOL = Path(preprocess_data.__file__)
+TOOL = Path(__file__).parents[2] / "tools" / "preprocess_data.py"
 NULL = ["--tokenizer-type", "NullTokenizer", "--vocab-size", "1000"]
 
 

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from megatron_lite.checkpoint.manifest import read_manifest
+from megatron_lite.cli import convert
 from megatron_lite.data.tokenizers.gpt2_bpe import EOD
+from tests.cli.test_convert import MERGES, setting, theirs, tokenizer_files, tool
 from tests.data.test_kept import hugging_face
-from tests.tools.test_convert import MERGES, setting, theirs, tokenizer_files, tool
 from tests.train.runs import alone
-from tools import convert
 
 pytestmark = pytest.mark.ci  # every folder of Hugging Face's takes a third of a second
 

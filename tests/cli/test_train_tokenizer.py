@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
+from megatron_lite.cli import demo_corpus, preprocess_data, train_tokenizer
 from megatron_lite.config.exit import run_tool
 from megatron_lite.data.indexed import IndexedDataset
 from megatron_lite.data.tokenizers.gpt2_bpe import GPT2BPETokenizer
 from megatron_lite.data.tokenizers.sentencepiece import GPTSentencePieceTokenizer
 from megatron_lite.data.tokenizers.training import Sample, token_names
-from tools import demo_corpus, preprocess_data, train_tokenizer
 
 pytest.importorskip("tokenizers", reason="training needs the tokenizers library")
 

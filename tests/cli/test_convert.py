@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_lite.checkpoint.store import Store
+from megatron_lite.cli import convert, generate
 from megatron_lite.config.errors import MegatronLiteError
 from megatron_lite.config.exit import run_tool
 from megatron_lite.data.tokenizers.gpt2_bpe import EOD, GPT2BPETokenizer, byte_characters
@@ -24,7 +25,6 @@ from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.storage.disk import Disk
 from megatron_lite.storage.faults import FaultyDisk, RecordingDisk, SimulatedCrash
 from tests.train.runs import alone, on_ranks, run_main, steps
-from tools import convert, generate
 
 transformers = pytest.importorskip("transformers", reason="the reference; extra huggingface")
 
@@ -405,7 +405,7 @@ def test_a_crash_or_a_full_disk_at_any_operation_leaves_nothing_or_all(
 MEASURE = """
 import re, sys
 sys.path.insert(0, {root!r})
-from tools import convert
+from megatron_lite.cli import convert
 def peak():  # of this program: ru_maxrss would begin with what the starting process held
     return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) << 10
 peaks = []

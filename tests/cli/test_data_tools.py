@@ -13,12 +13,18 @@ from types import ModuleType
 import numpy as np
 import pytest
 
+from megatron_lite.cli import (
+    build_index,
+    check_dataset,
+    convert_flat,
+    dataset_stats,
+    merge_datasets,
+)
 from megatron_lite.config.errors import ConfigError
 from megatron_lite.config.exit import run_tool
 from megatron_lite.data.indexed import IndexedDataset
 from megatron_lite.data.preparing.flat import document_lengths
 from megatron_lite.data.preparing.indexed_builder import IndexedDatasetBuilder
-from tools import build_index, check_dataset, convert_flat, dataset_stats, merge_datasets
 
 
 def write(prefix: Path, documents: list[list[int]], dtype: type = np.uint16) -> Path:

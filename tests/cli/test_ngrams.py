@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megatron_lite.cli import ngrams
 from megatron_lite.config.exit import run_tool
 from megatron_lite.data.ngrams import NgramModel, count
 from megatron_lite.data.preparing.indexed_builder import IndexedDatasetBuilder
-from tools import ngrams
 
 
 def write(prefix: Path, documents: list[list[int]]) -> str:

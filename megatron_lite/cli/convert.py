@@ -1,0 +1,297 @@
+"""Convert a GPT-2 of Hugging Face into a checkpoint to go on from, and a checkpoint into one of theirs.
+
+python tools/convert.py FROM TO              which way follows from what FROM holds
+python tools/convert.py FROM TO --dry-run    every tensor, its shapes and the bytes; writes nothing
+
+FROM is a folder with config.json and *.safetensors, or a run folder with iter_* checkpoints.  TO must
+be absent or empty and appears when it is complete.  Tensors go through memory one at a time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+
+from megatron_lite.checkpoint.choice import iterations, names_in
+from megatron_lite.checkpoint.description import saved_model, saved_section
+from megatron_lite.checkpoint.huggingface import (
+    CONFIG,
+    Conversion,
+    Export,
+    HuggingFaceFolder,
+    export_folder,
+    import_folder,
+    open_folder,
+    plan_export,
+)
+from megatron_lite.checkpoint.manifest import TOKENIZER, Manifest
+from megatron_lite.checkpoint.store import Store
+from megatron_lite.checkpoint.tensor_file import DTYPES
+from megatron_lite.config.errors import CheckpointError, ConfigError
+from megatron_lite.config.exit import ToolParser, run_tool
+from megatron_lite.config.sections.data import DataConfig
+from megatron_lite.config.sections.model import ModelConfig
+from megatron_lite.data.provenance import ALLOW, end_of_document, made_with
+from megatron_lite.data.tokenizers.build import build_tokenizer
+from megatron_lite.data.tokenizers.exchange import (
+    files_for_huggingface,
+    section_for,
+    tokenizer_files,
+)
+from megatron_lite.data.tokenizers.kept import from_kept
+from megatron_lite.data.tokenizers.statements import compare, ends_of, read_vocabulary
+from megatron_lite.data.vocabulary import check_vocabulary
+from megatron_lite.parallel.context import ParallelContext
+from megatron_lite.storage.disk import Disk, folder_at_once, write_atomically
+from megatron_lite.storage.outputs import check_folder, require_room
+
+UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+FORMATS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def main() -> int:
+    """Look at FROM, convert or list, and say what to do next."""
+    asked = _parse(sys.argv[1:])
+    source, target = Path(asked.source), Path(asked.target)
+    if not asked.dry_run:
+        check_folder("TO", target, Disk())
+    _require_empty(target)
+    theirs = CONFIG in names_in(source)
+    ours = bool(iterations(source))
+    if theirs == ours:
+        what = "both config.json and" if ours else "neither config.json nor"
+        raise CheckpointError(
+            f"{source} holds {what} iter_* checkpoints: give the folder of one model of Hugging "
+            "Face's, or a run folder; names on a hub are not downloaded"
+        )
+    (_import if theirs else _export)(source, target, asked)
+    return 0
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = ToolParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "source", metavar="FROM", help="a folder of Hugging Face's, or a run folder"
+    )
+    parser.add_argument("target", metavar="TO", help="the new folder")
+    parser.add_argument("--dry-run", action="store_true", help="list every tensor, write nothing")
+    parser.add_argument("--max-shard-size", default="5GB", help="most bytes of one file (5GB)")
+    parser.add_argument("--ckpt-step", type=int, help="this iteration instead of the newest")
+    parser.add_argument(
+        "--dtype", choices=FORMATS, help="format of an export; as stored by default"
+    )
+    parser.add_argument("--no-tokenizer", action="store_true", help="leave the tokenizer out")
+    parser.add_argument("--vocab-file", help="instead of the one the run was trained with")
+    parser.add_argument("--merge-file", help="instead of the one the run was trained with")
+    parser.add_argument(
+        ALLOW, action="store_true", help="export with another tokenizer than its own"
+    )
+    asked = parser.parse_args(argv)
+    match = re.fullmatch(r"(\d{1,15})\s*([KMG]i?B)?", asked.max_shard_size, re.IGNORECASE)
+    if match is None or not int(match[1]):
+        raise ConfigError(
+            f"--max-shard-size {asked.max_shard_size}: write it as 500MB, 5GB or 2GiB"
+        )
+    asked.shard_bytes = int(match[1]) * UNITS[(match[2] or "").upper()]
+    return asked
+
+
+def _require_empty(target: Path) -> None:
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ConfigError(f"{target} is there already: nothing is overwritten; name a new folder")
+
+
+def _import(source: Path, target: Path, asked: argparse.Namespace) -> None:
+    for flag in ("ckpt_step", "dtype", "vocab_file", "merge_file"):
+        if getattr(asked, flag) is not None:
+            raise ConfigError(f"--{flag.replace('_', '-')} is for the other direction: {source} is a "
+                              "folder of Hugging Face's")  # fmt: skip
+    found = open_folder(source)
+    files = {} if asked.no_tokenizer else tokenizer_files(source)
+    vocabulary = read_vocabulary(files, str(source))
+    rows, positions = found.model.vocab_size, found.model.num_positions
+    assert rows is not None
+    eos, _ = vocabulary.special.get("eos", (None, ""))
+    data = section_for(files, target.absolute() / "tokenizer", eos=eos)
+    here = section_for(files, source, eos=eos)
+    facts = _tokenizer_facts(DataConfig(**here), rows) if here else {}
+    said = compare(
+        vocabulary, found.config, eod=facts.get("eod"), rows=rows, positions=positions,
+        where=str(source),
+    )  # fmt: skip
+    ends = [end for end in ends_of(found.config) if end < rows]
+    if ends and "eod" not in facts:  # nothing else in the checkpoint would know it
+        facts |= {"vocab_size": rows, "eod": ends[0]}
+    for line in (*found.notices, *said):
+        print(f"NOTE: {line}")
+    if not data:
+        print("NOTE: no tokenizer comes with it: give its flags when training and generating")
+    if asked.dry_run:
+        _list(found.conversions, _forms_in(found), found.bytes, files, target, export=False)
+        return
+    disk = Disk()
+    require_room(
+        "TO", target, int(found.bytes * 1.02) + sum(map(len, files.values())) + (1 << 20), disk
+    )
+    with folder_at_once(target, disk) as partial:
+        if data:
+            disk.make_folder(partial / "tokenizer")
+            for name, content in files.items():
+                write_atomically(partial / "tokenizer" / name, content, disk)
+        write_atomically(partial / "config.yaml", _yaml(found.model, data).encode(), disk)
+        import_folder(
+            found,
+            partial,
+            data=data,
+            tokenizer=files if data else {},
+            facts=facts,
+            shard_bytes=asked.shard_bytes,
+            disk=disk,
+        )
+    print(f"{target}: {len(found.conversions)} tensors, {found.bytes} bytes, as iteration 0\n"
+          f"next: python tools/generate.py --load {target} --prompt ...\n"
+          f"      python tools/pretrain_gpt.py --config {target / 'config.yaml'} --load {target} "
+          "--finetune --save ...")  # fmt: skip
+
+
+def _tokenizer_facts(data: DataConfig, rows: int) -> dict[str, Any]:
+    """What the manifest says of the tokenizer that comes with a model; says which id ends a document."""
+    try:
+        tokenizer = build_tokenizer(data)
+    except ConfigError as error:  # a library that only using it needs
+        print(f"NOTE: the tokenizer was not looked at: {error}")
+        return {}
+    print(f"end of document: {end_of_document(tokenizer)}")
+    maker = made_with(tokenizer, data)
+    found = {"type": maker.type, "fingerprint": maker.fingerprint, "vocab_size": rows}
+    return found if maker.eod is None else found | {"eod": maker.eod}
+
+
+def _yaml(model: ModelConfig, data: dict[str, Any]) -> str:
+    """What --config takes: the model and its tokenizer, nothing else."""
+    import yaml  # noqa: PLC0415  only here
+
+    default = ModelConfig()
+    fields = {
+        name: value
+        for name, value in dataclasses.asdict(model).items()
+        if value != getattr(default, name)
+    }
+    text: str = yaml.safe_dump({"model": fields, "data": data}, sort_keys=False)
+    return text
+
+
+def _export(source: Path, target: Path, asked: argparse.Namespace) -> None:
+    store = Store(source, ParallelContext.serial())
+    manifest, notices = store.newest_intact(asked.ckpt_step)
+    for line in notices:
+        print(f"WARNING: {line}", file=sys.stderr)
+    if manifest is None:
+        raise CheckpointError(f"{source} holds no checkpoint: check the path")
+    model = saved_model(manifest, store.folder(manifest.iteration))
+    export = plan_export(store, manifest, model, FORMATS.get(asked.dtype))
+    kept = store.folder(manifest.iteration) / TOKENIZER
+    files: dict[str, bytes] = {}
+    eod = manifest.tokenizer.get("eod")
+    if not asked.no_tokenizer:
+        files, eod = _tokenizer(asked, manifest, model, kept)
+    rows = model.vocab_size
+    assert rows is not None
+    said = compare(
+        read_vocabulary(files, str(kept)), {"eos_token_id": eod}, eod=None, rows=rows,
+        positions=model.num_positions, where=str(kept),
+    )  # fmt: skip
+    for line in said:
+        print(f"NOTE: {line}")
+    print("end of document: " + ("not known" if eod is None else f"id {eod}"))
+    if asked.dry_run:
+        _list(export.conversions, _forms_out(export), export.bytes, files, target, export=True)
+        return
+    disk = Disk()
+    require_room(
+        "TO", target, int(export.bytes * 1.02) + sum(map(len, files.values())) + (1 << 20), disk
+    )
+    with folder_at_once(target, disk) as partial:
+        for name, content in files.items():
+            write_atomically(partial / name, content, disk)
+        written = export_folder(export, partial, eod=eod, shard_bytes=asked.shard_bytes, disk=disk)
+    print(f"{target}: iteration {manifest.iteration}, {len(export.conversions)} tensors, "
+          f"{export.bytes} bytes in {', '.join(written[:3])}{' ...' if len(written) > 3 else ''}\n"
+          f'next: transformers.GPT2LMHeadModel.from_pretrained("{target}")')  # fmt: skip
+
+
+def _tokenizer(
+    asked: argparse.Namespace, manifest: Manifest, model: ModelConfig, kept: Path
+) -> tuple[dict[str, bytes], int | None]:
+    """The tokenizer's files by name, and the id that ends a document."""
+    data: DataConfig = from_kept(saved_section(manifest, DataConfig, "data", kept.parent), kept)
+    if asked.vocab_file or asked.merge_file:
+        data = dataclasses.replace(
+            data, tokenizer_type="GPT2BPETokenizer",
+            vocab_file=asked.vocab_file or data.vocab_file,
+            merge_file=asked.merge_file or data.merge_file,
+        )  # fmt: skip
+    if data.tokenizer_type == "GPT2BPETokenizer" and not (data.vocab_file or data.merge_file):
+        print("NOTE: the checkpoint names no tokenizer: only the model is written")
+        return {}, manifest.tokenizer.get("eod")
+    files = files_for_huggingface(data, positions=model.num_positions)
+    try:
+        maker = made_with(build_tokenizer(data), data)
+    except ConfigError as error:  # a library that only using it needs
+        print(f"NOTE: the tokenizer was not looked at: {error}")
+        return files, manifest.tokenizer.get("eod")
+    assert model.vocab_size is not None
+    said = check_vocabulary(
+        manifest.tokenizer,
+        model.vocab_size,
+        maker,
+        where=f"checkpoint {manifest.iteration}",
+        foreign=bool(asked.vocab_file or asked.merge_file),
+        allowed=asked.allow_tokenizer_mismatch,
+    )
+    for line in said:
+        print(f"WARNING: {line}", file=sys.stderr)
+    return files, maker.eod if said else manifest.tokenizer.get("eod", maker.eod)
+
+
+def _forms_in(found: HuggingFaceFolder) -> Iterator[str]:
+    return (DTYPES[found.places[c.theirs].form.dtype] for c in found.conversions)
+
+
+def _forms_out(export: Export) -> Iterator[str]:
+    return (DTYPES[export.form(c).dtype] for c in export.conversions)
+
+
+def _list(
+    conversions: Sequence[Conversion],
+    formats: Iterator[str],
+    total: int,
+    files: dict[str, bytes],
+    target: Path,
+    *,
+    export: bool,
+) -> None:
+    for conversion, dtype in zip(conversions, formats, strict=True):
+        theirs = f"{conversion.theirs} {list(conversion.shape)}"
+        ours = ", ".join(f"{name} {list(shape)}" for name, shape in conversion.ours.items())
+        pair = (ours, theirs) if export else (theirs, ours)
+        print(f"{pair[0]} -> {pair[1]}  {dtype}{', transposed' if conversion.transposed else ''}")
+    for name, content in files.items():
+        print(f"{name}: {len(content)} bytes")
+    print(f"dry run: {len(conversions)} tensors, {total} bytes for {target}; nothing was written")
+
+
+def start() -> NoReturn:
+    """Run it, and end the process with its exit code."""
+    sys.exit(run_tool(main, go_on="nothing was finished: start it again"))
+
+
+if __name__ == "__main__":
+    start()

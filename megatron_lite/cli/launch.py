@@ -1,0 +1,191 @@
+"""torchrun, ending with the exit code of the ranks.
+
+python tools/launch.py --nproc_per_node 4 tools/pretrain_gpt.py ...     torchrun's flags, then the script's
+python tools/launch.py --nproc_per_node 4 --max_restarts 3 tools/pretrain_gpt.py ... --save RUN --load RUN
+
+torchrun ends with 1 whatever happened to its ranks, and with a traceback after SIGTERM.  This is
+torchrun in one process with four things added:
+
+- what is wrong on the command line of tools/pretrain_gpt.py is told once, before any rank is started
+- the exit code is that of the rank of this host that failed first by itself, 6 where a rank was lost,
+  75 where the run was asked to stop (0 where --exit-code-on-preemption says so)
+- a host that does not come within --distributed-timeout-minutes is named, and so are two that
+  think they are the same; every host must start as many ranks as the others
+- SIGUSR1 and SIGXCPU reach the ranks as SIGTERM does; SIGHUP not under nohup
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import re
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NoReturn
+
+from torch.distributed import DistError  # type: ignore[attr-defined]
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.run import parse_args, run
+
+from megatron_lite.config.errors import PREEMPTED, ConfigError, DistributedError
+from megatron_lite.config.exit import run_tool
+from megatron_lite.config.flags.parser import parse
+from megatron_lite.config.rules import table as rules
+from megatron_lite.config.sections.run import RunConfig
+from megatron_lite.data.present import require_local_files
+from megatron_lite.rendezvous.launch import Launch, gather_hosts, one_of_many
+from megatron_lite.train.ending.stop import stop_signals
+
+USUAL_SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT"
+LOST = DistributedError.exit_code
+TRAINER = "pretrain_gpt.py"
+
+
+def main() -> int:
+    """Run torchrun and translate how it ended."""
+    argv = sys.argv[1:]
+    os.environ.setdefault("TORCH_ELASTIC_WORKER_IDENTICAL", "1")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # our one line says more than its traces
+    asked = parse_args(argv)
+    if getattr(asked, "signals_to_handle", None) == USUAL_SIGNALS:
+        asked.signals_to_handle = ",".join(number.name for number in stop_signals())
+    config = script_config(asked)
+    quieten()
+    folder = Path(config.checkpoint.save) if config is not None and config.checkpoint.save else None
+    minutes = (config or RunConfig()).parallel.distributed_timeout_minutes
+    seconds = max(minutes * 60.0, 1.0)
+    before = _stamp(folder)
+    try:
+        _require_a_launcher_of_its_own(asked)
+        hosts = _hosts(asked)
+        if config is not None and not config.train.needs_no_data:
+            require_local_files(config.data)  # before anybody is waited for
+        store = gather_hosts(hosts, seconds) if hosts is not None else None
+        run(asked)
+        del store  # until here the other hosts need it
+    except ChildFailedError as failed:
+        return exit_code(failure.exitcode for failure in failed.failures.values())
+    except SignalException as stopped:
+        if folder is not None and _stamp(folder) != before:
+            return int(json.loads((folder / "ended.json").read_bytes())["exit_code"])
+        return 128 + int(stopped.sigval)
+    except DistError as error:
+        first = (str(error).splitlines() or [""])[0][:200]
+        raise DistributedError(
+            f"the launcher of host {asked.node_rank} lost the store of host 0: {first} - look at its "
+            "last lines and its node"
+        ) from error
+    return 0
+
+
+def _hosts(asked: argparse.Namespace) -> Launch | None:
+    """This host among the others, or None where torchrun's own rendezvous was asked for or is local."""
+    if not asked.nnodes.isdigit() or int(asked.nnodes) == 1 or asked.rdzv_backend != "static":
+        return None
+    endpoint = asked.rdzv_endpoint or _master(asked)
+    address, _, port = endpoint.rpartition(":")
+    if not port.isdigit():
+        return None
+    return Launch(
+        asked.node_rank, int(asked.nnodes), host=address.strip("[]"), port=int(port), noun="host"
+    )
+
+
+def _master(asked: argparse.Namespace) -> str:
+    """Where host 0 is: as given, or as MASTER_ADDR and MASTER_PORT say, which torchrun does not read."""
+    ours = sys.argv[1 : len(sys.argv) - len(asked.training_script_args)]
+    if not any(word.replace("_", "-").startswith("--master-addr") for word in ours):
+        if "MASTER_ADDR" not in os.environ and "PET_MASTER_ADDR" not in os.environ:
+            raise ConfigError(
+                f"{asked.nnodes} nodes and no MASTER_ADDR: name the host of node 0 as the others reach it, "
+                "the same on every node (MASTER_ADDR=node0 or --master_addr node0), or start one node "
+                "(NUM_NODES=1, --nnodes 1)"
+            )
+        asked.master_addr = os.environ.get("MASTER_ADDR", asked.master_addr)
+        if not asked.master_port:
+            port = os.environ.get("MASTER_PORT", "")
+            asked.master_port = int(port) if port.isascii() and port.isdigit() else 29500
+    return f"{asked.master_addr}:{asked.master_port or 29500}"
+
+
+def _require_a_launcher_of_its_own(asked: argparse.Namespace) -> None:
+    """Raise ConfigError where several of these were started and each thinks that it is alone."""
+    others = one_of_many(of_torchrun=False) if asked.nnodes in ("1", "1:1") else None
+    if others is not None:
+        raise ConfigError(
+            f"{others}, and this launcher was told of one node: each would train alone, into one folder - "
+            "give every launcher --nnodes N and its own --node_rank (one per node: srun "
+            "--ntasks-per-node 1, NODE_RANK=$SLURM_NODEID), or start one"
+        )
+
+
+def exit_code(codes: Iterable[int]) -> int:
+    """Of the ranks' codes the one that explains the others; negative: ended by that signal.
+
+    >>> exit_code([6, 3]), exit_code([-9, 6]), exit_code([75, 75]), exit_code([143, 143])
+    (3, 6, 75, 143)
+    """
+    seen = list(codes)
+    told = [c for c in seen if c > 0 and c not in (LOST, PREEMPTED) and c < 128]
+    if told:
+        return told[0]
+    if all(c == PREEMPTED for c in seen):
+        return PREEMPTED
+    for number in stop_signals():
+        if all(c in (128 + number, -number) for c in seen):
+            return 128 + number
+    return LOST
+
+
+def script_config(asked: argparse.Namespace) -> RunConfig | None:
+    """What our trainer's arguments ask for; None for another program, of which we know nothing.
+
+    Raises ConfigError for what every rank would say of them.
+    """
+    if Path(asked.training_script).name != TRAINER:
+        return None
+    parsed = parse(asked.training_script_args)
+    fewest, _, most = asked.nnodes.partition(":")
+    sizes = (fewest, asked.nproc_per_node)
+    known = all(size.isdigit() for size in sizes) and most in ("", fewest)
+    if known and not parsed.config.train.needs_no_data:
+        rules.check(parsed.config, int(sizes[0]) * int(sizes[1]))
+    return parsed.config
+
+
+def quieten() -> None:
+    """Let torchrun say of a rank only what the rank cannot: that a signal killed it.
+
+    A rank of ours that fails has said why; that the others are then ended is no news.
+    """
+
+    def speaks(record: logging.LogRecord) -> bool:
+        text = record.getMessage()
+        code = re.search(r"failed \(exitcode: (-?\d+)\)", text)
+        return int(code[1]) < 0 if code else "closing signal" not in text
+
+    logging.getLogger("torch.distributed.elastic.multiprocessing.api").addFilter(speaks)
+
+
+def _stamp(folder: Path | None) -> tuple[int, int] | None:
+    """Which ended.json there is: it tells a new one from that of an earlier run."""
+    if folder is None:
+        return None
+    try:
+        status = (folder / "ended.json").stat()
+    except OSError:
+        return None
+    return status.st_ino, status.st_mtime_ns
+
+
+def start() -> NoReturn:
+    """Run it, and end the process with its exit code."""
+    sys.exit(run_tool(main))
+
+
+if __name__ == "__main__":
+    start()

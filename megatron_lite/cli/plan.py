@@ -1,0 +1,375 @@
+"""Know before you pay: memory, time and cost of a training command line on machines you do not have.
+
+python tools/plan.py --hardware a100-80g --nodes 8 <flags of tools/pretrain_gpt.py>
+python tools/plan.py --hardware h100 torchrun --nnodes 8 --nproc_per_node 8 tools/pretrain_gpt.py <flags>
+python tools/plan.py --hardware a100-80g examples/gpt3/train_gpt3_175b_distributed.sh       the run of a script
+python tools/plan.py --hardware h100 --nodes 8 --search <flags>     all layouts that fit, ranked
+python tools/plan.py --list-hardware                                every number with its source
+
+No accelerator, no torch, no data is needed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gzip
+import json
+import os
+import shlex
+import subprocess
+import sys
+import zlib
+from argparse import ArgumentParser, ArgumentTypeError, Namespace, RawDescriptionHelpFormatter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from megatron_lite.blueprint.batches import batch_schedule
+from megatron_lite.blueprint.draw_up import Blueprint, draw_up
+from megatron_lite.blueprint.timeline import Timeline, parse_trace
+from megatron_lite.config.errors import ConfigError, DataError, StorageError
+from megatron_lite.config.exit import ToolParser, run_tool
+from megatron_lite.config.flags.parser import parse
+from megatron_lite.config.rules import table as rules
+from megatron_lite.config.sections.parallel import ParallelConfig
+from megatron_lite.config.sections.run import RunConfig
+from megatron_lite.optim.learning_rate import LearningRateSchedule
+from megatron_lite.planner import advice, draw, hardware, report, search
+from megatron_lite.planner.corpus import epochs
+from megatron_lite.planner.cost import StageTimes
+from megatron_lite.planner.curve import Point, run_curve
+from megatron_lite.planner.forecast import Forecast, forecast, measured, num_microbatches
+from megatron_lite.planner.hardware import Cluster
+from megatron_lite.planner.memory import Asked
+from megatron_lite.storage.disk import Disk
+from megatron_lite.storage.outputs import check_outputs, write_output
+
+_DEVICE = "h100"
+"""Planned for where --hardware is left out."""
+
+DRAWN = {".svg": draw.as_svg, ".json": draw.as_chrome_trace, ".txt": draw.as_text}
+
+
+def main() -> int:
+    """Parse, predict, print."""
+    own, flags = _parser().parse_known_args()
+    if own.list_hardware:
+        print(hardware.table())
+        return 0
+    _check_outputs(own)
+    if flags and flags[0].endswith(".sh"):
+        flags = _printed(flags)
+    launch, flags = _launched(flags)
+    parsed = parse(flags)
+    device = hardware.find_device(own.hardware or _DEVICE)
+    cluster = _cluster(own, launch, device, parsed.config)
+    config, notes = _completed(parsed.config, own, cluster.world_size)
+    world = cluster.world_size
+    notes += rules.not_yet(config, world)
+    if own.hardware is None:
+        notes.append(f"--hardware is not given: {_DEVICE}, {world} of them (--list-hardware)")
+
+    def variant(parallel: ParallelConfig, micro_batch_size: int) -> Blueprint:
+        """The Blueprint of another layout of this run; ConfigError where a rule forbids it."""
+        train = dataclasses.replace(config.train, micro_batch_size=micro_batch_size)
+        changed = dataclasses.replace(config, parallel=parallel, train=train)
+        rules.check(changed, world, built=False)
+        return draw_up(changed, world)
+
+    asked = Asked(
+        config.parallel, config.precision, config.train.micro_batch_size,
+        on_gpu=not device.cpu,
+    )  # fmt: skip
+    if own.search:
+        _require_model(config, world)
+        found = search.search(variant, asked, cluster, model=config.model)
+        _put(report.found_json(found, asked) if own.json
+             else report.found_text(found, asked, top=own.top), own)  # fmt: skip
+        return 0
+    blueprint = variant(config.parallel, config.train.micro_batch_size)
+    plan = forecast(blueprint, asked, cluster, given=_stage_times(own))
+    if own.measured_seconds is not None:
+        plan = measured(plan, own.measured_seconds)
+    if own.beside is not None and own.draw is None:
+        raise ConfigError("--beside lies below a drawing: give --draw as well")
+    if own.draw is not None:
+        _draw(own, plan)
+        if own.draw == "-":
+            return 0
+    extra = report.Extra(
+        notes=(*parsed.notices, *notes, *rules.notices(config, world)),
+        tokens=own.tokens or (_tokens(blueprint) if _has_length(parsed.config) else None),
+        curve=_curve(config, blueprint) if own.tokens or _has_length(parsed.config) else (),
+        epochs=epochs(config.data, blueprint),
+        change=None if plan.fits else advice.cheapest(plan, variant),
+        price_per_hour=own.price_per_gpu_hour,
+    )
+    _put(report.to_json(plan, extra) if own.json else report.to_text(plan, extra), own)
+    return 0
+
+
+def _parser() -> ArgumentParser:
+    parser = ToolParser(
+        description=__doc__, prog="plan.py", formatter_class=RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--hardware", metavar="NAME|FILE.yaml", help=f"left out: {_DEVICE}")
+    parser.add_argument("--list-hardware", action="store_true", help="all devices, with sources")
+    parser.add_argument("--nodes", type=_count, help="nodes of the cluster")
+    parser.add_argument(
+        "--gpus-per-node", type=_count, help="devices of a node, or of an NVLink domain"
+    )
+    parser.add_argument(
+        "--link-gb-s", type=_positive, help="between devices of a node, one direction"
+    )
+    parser.add_argument("--network-gb-s", type=_positive, help="between nodes, per device")
+    parser.add_argument("--tokens", type=_tokens_number, help="tokens to train on, e.g. 300B")
+    parser.add_argument("--price-per-gpu-hour", type=_positive, help="adds what it costs")
+    parser.add_argument(
+        "--stage-times-ms",
+        type=_not_negative,
+        nargs=4,
+        metavar=("F", "B", "W", "COMM"),
+        help="measured milliseconds of a micro batch on a pipeline rank (forward, backward "
+        "for the input, for the weights) and of a message, instead of predicted ones",
+    )
+    parser.add_argument("--measured-seconds", type=_positive, metavar="S",
+                        help="rates of a step that took so long, instead of the predicted one")  # fmt: skip
+    parser.add_argument(
+        "--json", action="store_true", help="machine-readable, all numbers in SI units"
+    )
+    parser.add_argument("--output", metavar="FILE", help="write there instead of the terminal")
+    parser.add_argument("--search", action="store_true", help="rank all layouts that fit")
+    parser.add_argument("--top", type=_count, default=15, help="layouts --search shows")
+    parser.add_argument(
+        "--draw", metavar="-|FILE", help="timeline: - as text, FILE.svg, FILE.json (Chrome trace)"
+    )
+    parser.add_argument(
+        "--draw-microbatches", type=_count, help="how many to draw; 2 pp by default"
+    )
+    parser.add_argument("--beside", metavar="FILE.json",
+                        help="with --draw: a real timeline below, as --profile-timeline writes it")  # fmt: skip
+    return parser
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise ArgumentTypeError(f"{text!r} must be a whole number of at least 1")
+    return int(text)
+
+
+def _not_negative(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = -1.0
+    if not 0.0 <= number < float("inf"):
+        raise ArgumentTypeError(f"{text!r} must be a number of at least 0")
+    return number
+
+
+def _positive(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0.0 < number < float("inf"):
+        raise ArgumentTypeError(f"{text!r} must be a number above 0")
+    return number
+
+
+def _tokens_number(text: str) -> float:
+    scale = {"K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}.get(text[-1:].upper())
+    try:
+        return _positive(text[:-1]) * scale if scale else _positive(text)
+    except ArgumentTypeError:
+        raise ArgumentTypeError(f"{text!r} is no number of tokens such as 300B or 1.5T") from None
+
+
+def _stage_times(own: Namespace) -> StageTimes | None:
+    if own.stage_times_ms is None:
+        return None
+    forward, inputs, weights, message = (ms / 1e3 for ms in own.stage_times_ms)
+    if min(forward, inputs, weights) == 0.0:
+        raise ConfigError("--stage-times-ms: only the message may take no time")
+    return StageTimes(forward, inputs, weights, message)
+
+
+def _printed(words: Sequence[str]) -> list[str]:
+    """The command that a training script would run; only one that can print it is started."""
+    script = Path(words[0])
+    try:
+        text = script.read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise ConfigError(f"{script}: cannot be read ({error.strerror})") from None
+    if "PRINT_COMMAND" not in text:
+        # it might start the training
+        raise ConfigError(
+            f"{script} does not know PRINT_COMMAND=1, so it is not run; give its command line instead"
+        )
+    env = {**os.environ, "DRY_RUN": "1", "PRINT_COMMAND": "1"}
+    done = subprocess.run(["bash", *words], capture_output=True, text=True, env=env, check=False)
+    if done.returncode:
+        raise ConfigError(f"{script}: {done.stderr.strip() or f'ended with {done.returncode}'}")
+    return shlex.split(done.stdout)
+
+
+def _launched(words: Sequence[str]) -> tuple[dict[str, int], list[str]]:
+    """What a launcher in front of pretrain_gpt.py says about the cluster, and the run's own flags."""
+    at = next((n for n, word in enumerate(words) if word.endswith("pretrain_gpt.py")), None)
+    if at is None:
+        return {}, list(words)
+    parser = ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--nnodes", "--nodes", type=_count)
+    parser.add_argument("--nproc_per_node", "--nproc-per-node", type=_count)
+    launcher, _ = parser.parse_known_args(words[:at])
+    said = {key: value for key, value in vars(launcher).items() if value is not None}
+    return said, list(words[at + 1 :])
+
+
+def _cluster(
+    own: Namespace, launch: dict[str, int], device: hardware.Device, config: RunConfig
+) -> Cluster:
+    changed = {
+        name: value
+        for name, value in (("link_gb_s", own.link_gb_s), ("network_gb_s", own.network_gb_s))
+        if value is not None
+    }
+    sources = {**device.sources, **{name: "given on the command line" for name in changed}}
+    device = dataclasses.replace(device, **changed, sources=sources)
+    per_node = own.gpus_per_node or launch.get("nproc_per_node")
+    nodes = own.nodes or launch.get("nnodes")
+    asked = config.train.world_size
+    if nodes is not None:
+        world = nodes * (per_node or device.devices_per_node)
+        if asked not in (None, world):
+            raise ConfigError(
+                f"--world-size {asked} contradicts {nodes} nodes of "
+                f"{per_node or device.devices_per_node} = {world}; leave one out"
+            )
+    else:
+        p = config.parallel
+        world = asked or per_node or p.tp * p.cp * p.pp
+    return Cluster(
+        device=device, world_size=world, devices_per_node=per_node or device.devices_per_node
+    )
+
+
+def _completed(config: RunConfig, own: Namespace, world: int) -> tuple[RunConfig, list[str]]:
+    """The config with what only a real run needs filled in, and a note for each guess."""
+    notes: list[str] = []
+    config = _with_vocabulary(config, notes)
+    train, rate = dataclasses.replace(config.train, dry_run=True), config.learning_rate
+    if train.train_iters is None and train.train_samples is None:
+        samples = max(round(own.tokens / config.model.seq_length), 1) if own.tokens else None
+        iterations = _iterations(config, samples, world) if samples else 1
+        train = dataclasses.replace(train, train_iters=iterations)
+        notes.append(
+            f"--train-iters is not given: {iterations:,} for --tokens"
+            if samples
+            else "--train-iters is not given: one iteration is planned; --tokens N says how long"
+        )
+    if rate.lr is None:
+        rate = dataclasses.replace(rate, lr=1e-4)
+        notes.append("--lr is not given: the curve is of 1e-4")
+    return dataclasses.replace(config, train=train, learning_rate=rate), notes
+
+
+def _iterations(config: RunConfig, samples: int, world: int) -> int:
+    """Steps that take so many samples, the last one whole."""
+    train, parallel = config.train, config.parallel
+    dp = max(1, world // (parallel.tp * parallel.cp * parallel.pp))
+    # of one replica with micro batches of one, which divide every batch size
+    size = train.global_batch_size or train.micro_batch_size * dp
+    train = dataclasses.replace(train, micro_batch_size=1, global_batch_size=size)
+    batches = batch_schedule(train, seq_length=config.model.seq_length, dp=1)
+    steps = batches.iterations_within(samples)
+    return steps + (batches.samples_after(steps) < samples)
+
+
+def _with_vocabulary(config: RunConfig, notes: list[str]) -> RunConfig:
+    """The config with the vocabulary that a run would have."""
+    if not config.data.has_vocabulary:
+        return config
+    # tokenizers bring numpy along, which most plans do without
+    from megatron_lite.data.tokenizers.build import planned_vocab_size  # noqa: PLC0415
+
+    size, unread = planned_vocab_size(config.data, config.model.vocab_size)
+    notes += unread
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=size))
+
+
+def _has_length(config: RunConfig) -> bool:
+    return config.train.train_iters is not None or config.train.train_samples is not None
+
+
+def _tokens(blueprint: Blueprint) -> float | None:
+    samples = blueprint.train_samples
+    return None if samples is None else float(samples * blueprint.model.seq_length)
+
+
+def _curve(config: RunConfig, blueprint: Blueprint) -> tuple[Point, ...]:
+    schedule = LearningRateSchedule.from_config(
+        config.learning_rate, config.train, blueprint.batch_schedule.samples_after
+    )
+    bends = (schedule.warmup_samples, schedule.decay_samples)
+    return run_curve(blueprint, schedule.at, bends=bends)
+
+
+def _require_model(config: RunConfig, world: int) -> None:
+    """ConfigError where no layout can help: what is wrong with the run on one rank is wrong on all."""
+    one = dataclasses.replace(config, parallel=ParallelConfig())
+    rules.check(dataclasses.replace(one, train=dataclasses.replace(
+        one.train, micro_batch_size=1, world_size=None, global_batch_size=None,
+        rampup_batch_size=[], step_batch_size_schedule=None)), 1)  # fmt: skip
+
+
+def _draw(own: Namespace, plan: Forecast) -> None:
+    asked = own.draw_microbatches or 2 * plan.blueprint.grid.pp
+    count = min(asked, num_microbatches(plan.blueprint))
+    drawn = [draw.timeline(plan, count)]
+    if own.beside is not None:
+        drawn.append(_recorded(Path(own.beside)))
+    if own.draw == "-":
+        _put(draw.as_text(drawn), own)
+        return
+    write_output(own.draw, DRAWN[Path(own.draw).suffix](drawn).encode(), Disk())
+
+
+def _recorded(path: Path) -> Timeline:
+    """A timeline that the trainer wrote; .gz as well."""
+    try:
+        data = path.read_bytes()
+        text = gzip.decompress(data).decode() if path.suffix == ".gz" else data.decode()
+        return parse_trace(text)
+    except (ValueError, EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise DataError(f"{path}: {error}; give a file of --profile-timeline") from None
+    except OSError as error:
+        raise StorageError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def _put(what: str | dict[str, object], own: Namespace) -> None:
+    text = what if isinstance(what, str) else json.dumps(what, indent=1)
+    if own.output is None:
+        print(text)
+    else:
+        write_output(own.output, (text + "\n").encode(), Disk())
+
+
+def _check_outputs(own: Namespace) -> None:
+    """What will be written, before anything is planned."""
+    if own.draw is not None and own.draw != "-" and Path(own.draw).suffix not in DRAWN:
+        raise ConfigError(
+            f"--draw {own.draw}: give -, a .txt, a .svg or a .json (Chrome trace) file"
+        )
+    for flag, name in (("--output", own.output), ("--draw", own.draw)):
+        if name is not None and (flag, name) != ("--draw", "-"):
+            check_outputs(flag, [name], Disk())
+
+
+def start() -> NoReturn:
+    """Run it, and end the process with its exit code."""
+    sys.exit(run_tool(main, results=True))
+
+
+if __name__ == "__main__":
+    start()

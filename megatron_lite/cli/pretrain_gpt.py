@@ -1,0 +1,232 @@
+"""Train a GPT-like model: what torchrun starts, and what runs alone in one process.
+
+python tools/pretrain_gpt.py --preset gpt2-124m --mock-data --train-iters 10 --lr 6e-4 ...
+python -m torch.distributed.run --nproc_per_node 4 tools/pretrain_gpt.py ...
+python tools/pretrain_gpt.py ... --dry-run --world-size 64      plans only: no torch, no data
+python tools/pretrain_gpt.py ... --rehearse --world-size 64     runs its ranks here, without memory or data
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+try:
+    from megatron_lite.blueprint.draw_up import draw_up
+    from megatron_lite.blueprint.plan import describe
+    from megatron_lite.config.errors import ConfigError, MegatronLiteError
+    from megatron_lite.config.exit import fatal_line
+    from megatron_lite.config.flags.parser import Parsed, parse
+    from megatron_lite.config.rules import table as rules
+    from megatron_lite.config.sections.parallel import ParallelConfig
+    from megatron_lite.config.sections.run import RunConfig
+    from megatron_lite.config.streams import outlive_output, settle_output
+    from megatron_lite.data.present import require_local_files
+    from megatron_lite.data.provenance import end_of_document, made_with
+    from megatron_lite.data.tokenizers.build import (
+        build_tokenizer,
+        model_vocab_size,
+        planned_vocab_size,
+    )
+    from megatron_lite.data.tokenizers.kept import tokenizer_files
+    from megatron_lite.planner.memory import Asked, RankMemory, memory
+    from megatron_lite.planner.rehearsed import Measured, as_text, beside_plan
+    from megatron_lite.planner.shortage import beside_the_plan
+except ModuleNotFoundError as missing:  # a bare python: the first thing many try is a dry run
+    print(f"FATAL[2] rank=- step=-: {sys.executable} lacks the package {missing.name}; `make setup` "
+          "makes .venv with everything: activate it, or name a python that has it with PYTHON=",
+          file=sys.stderr)  # fmt: skip
+    raise SystemExit(2) from None
+
+if TYPE_CHECKING:
+    from megatron_lite.rendezvous.launch import Launch
+    from megatron_lite.train.ending.failures import Failures
+
+
+def main(argv: Sequence[str]) -> int:
+    """Parse, check, and plan, rehearse or train; returns the exit code."""
+    parsed = parse(argv)
+    if parsed.config.train.dry_run:
+        return _plan(parsed)
+    if parsed.config.train.rehearse:
+        return _rehearse(parsed)
+    # when a rank is lost, our one line says so; torch's C++ stack traces of it say less
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    # torch is imported only now: a plan needs none
+    from megatron_lite.rendezvous.launch import read_launch  # noqa: PLC0415
+    from megatron_lite.train.ending.failures import Failures, end_process, stop_at_once  # noqa: PLC0415
+
+    stop_at_once()
+    launch = read_launch()
+    save = parsed.config.checkpoint.save if not parsed.config.train.skip_train else None
+    failures = Failures(
+        launch.rank,
+        folder=Path(save) if save else None,
+        debug="--debug" in argv,
+        speaks_first=launch.local_rank == 0,
+    )
+    try:
+        return _train(parsed, launch, failures)
+    except BaseException as error:
+        code = failures.report(error)
+        if launch.world_size > 1:
+            end_process(code)
+        return code
+
+
+def _plan(parsed: Parsed) -> int:
+    config, world_size = _checked(parsed)
+    print(describe(draw_up(config, world_size)))
+    print("dry run: every rule holds; nothing was started")
+    return 0
+
+
+def _checked(parsed: Parsed) -> tuple[RunConfig, int]:
+    """The config of a world that is not there, its vocabulary filled in; prints notes."""
+    config = parsed.config
+    world_size = config.train.world_size or config.parallel.tp * config.parallel.pp
+    rules.check(config, world_size)
+    size, notes = planned_vocab_size(config.data, config.model.vocab_size)
+    notes = [*parsed.notices, *notes]
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=size))
+    for line in (*notes, *rules.notices(config, world_size)):
+        print(f"NOTE: {line}")
+    return config, world_size
+
+
+def _rehearse(parsed: Parsed) -> int:
+    # torch is imported only now: a plan needs none
+    from megatron_lite.train import rehearse  # noqa: PLC0415
+
+    began = time.perf_counter()
+    config, world_size = _checked(parsed)
+    blueprint = draw_up(config, world_size)
+    if config.model.vocab_size is None:
+        model = dataclasses.replace(config.model, vocab_size=blueprint.vocab_size)
+        config = dataclasses.replace(config, model=model)
+    every = config.train.all_ranks
+    ranks = range(world_size) if every else rehearse.one_of_each(blueprint.grid)
+    count, full = rehearse.num_microbatches(blueprint), rehearse.full_microbatches(blueprint)
+    blueprint.actions(full)  # raises where a list of the whole step is not sound
+    print(f"rehearsing {len(ranks)} of {world_size} ranks on {count:,} of {full:,} micro batches; the "
+          f"lists of all {full:,} passed the schedule check", flush=True)  # fmt: skip
+    if len(ranks) < world_size:
+        print("  of each stage the first rank, the last over tp and the last over dp; --all-ranks "
+              "takes every rank")  # fmt: skip
+    if blueprint.schedule == "gpipe" and count < full:
+        print(
+            f"  gpipe keeps every micro batch: a step of {full:,} needs more memory than these {count}"
+        )
+    done = []
+    for one in rehearse.rehearse(config, world_size, ranks):
+        print(f"  {one.describe()}", flush=True)
+        done.append(one)
+    measured = [Measured(one.transcript.rank, one.memory.kinds(), one.sent_bytes())
+                for one in done if one.memory is not None]  # fmt: skip
+    parts = (config.parallel, config.precision, config.train.micro_batch_size)
+    asked = Asked(*parts, on_gpu=not config.train.use_cpu)
+    rows = beside_plan(measured, blueprint, asked, num_microbatches=count)
+    print("", as_text(rows), "", sep="\n")
+    agreement = rehearse.require_agreement([one.transcript for one in done])
+    print(agreement)
+    print(f"took {time.perf_counter() - began:.0f} s and at most "
+          f"{max(one.process_bytes for one in done) / 2**30:.2f} GiB of memory per process")  # fmt: skip
+    print("rehearsal: the ranks fit together; nothing was started")
+    return 0
+
+
+def _train(parsed: Parsed, launch: Launch, failures: Failures) -> int:
+    from megatron_lite.train.reading import Tokens  # noqa: PLC0415
+    from megatron_lite.train.session import train  # noqa: PLC0415
+
+    config = parsed.config
+    asked = config.train.world_size
+    if asked is not None and asked != launch.world_size:
+        raise ConfigError(
+            f"--world-size {asked}, but {launch.world_size} processes were started; the flag is "
+            "for --dry-run and --rehearse: leave it out"
+        )
+    rules.check(config, launch.world_size)
+    failures.plan = functools.partial(_beside_the_plan, config, launch.world_size, launch.rank)
+    require_local_files(config.data)
+    notices = list(parsed.notices)
+
+    def open_tokens() -> tuple[RunConfig, Tokens]:
+        tokenizer = build_tokenizer(config.data, vocab_size=config.model.vocab_size)
+        tokens = Tokens(
+            vocab_size=model_vocab_size(tokenizer.vocab_size, config.model.vocab_size),
+            eod=tokenizer.eod,
+            asked=config.model.vocab_size,
+            made_with=made_with(tokenizer, config.data),
+            end_of_document=end_of_document(tokenizer),
+            files=tokenizer_files(config.data),
+        )
+        model = dataclasses.replace(config.model, vocab_size=tokens.vocab_size)
+        filled = dataclasses.replace(config, model=model)
+        notices.extend(rules.notices(filled, launch.world_size))
+        rows, own = tokens.asked, tokenizer.vocab_size
+        if rows is not None and rows < own and config.data.tokenizer_type != "NullTokenizer":
+            notices.append(
+                f"--vocab-size {rows}: the tokenizer has {own} ids, so many rows are made"
+            )
+        return filled, tokens
+
+    return train(config, launch, open_tokens, notices, failures)
+
+
+def _beside_the_plan(
+    config: RunConfig, world_size: int, rank: int, missing: float, *, on_gpu: bool
+) -> str:
+    """What to say of a rank's plan where so many bytes were missing."""
+
+    def planned(parallel: ParallelConfig, micro_batch_size: int) -> RankMemory:
+        train = dataclasses.replace(config.train, micro_batch_size=micro_batch_size)
+        changed = dataclasses.replace(config, parallel=parallel, train=train)
+        rules.check(changed, world_size)
+        blueprint = draw_up(changed, world_size)
+        asked = Asked(parallel, config.precision, micro_batch_size, on_gpu=on_gpu)
+        return memory(blueprint, asked, pp_ranks=[blueprint.grid.coords(rank).pp])[0]
+
+    return beside_the_plan(config.parallel, config.train.micro_batch_size, planned, missing)
+
+
+def start() -> NoReturn:
+    """Run it, and end the process with its exit code, without tearing Python down.
+
+    Everything of ours is closed and written then.  gloo's worker threads outlive
+    destroy_process_group() while a context still names a group; one that frees its last collective
+    during interpreter shutdown aborts the process.
+    """
+    os._exit(run())
+
+
+def run() -> int:
+    """The exit code of main, for failures before it was known which rank this is, too."""
+    outlive_output()
+    code = _main()
+    settle_output()
+    return code
+
+
+def _main() -> int:
+    try:
+        return main(sys.argv[1:])
+    except KeyboardInterrupt as error:  # while torch was being imported, or before ranks are known
+        number = getattr(error, "number", signal.SIGINT)
+        print(f"FATAL[{128 + number}] rank=- step=-: stopped by {signal.Signals(number).name} before "
+              "anything was started", file=sys.stderr, flush=True)  # fmt: skip
+        return 128 + number
+    except MegatronLiteError as error:  # before it was known which rank this is
+        print(fatal_line(error), file=sys.stderr, flush=True)
+        return error.exit_code
+
+
+if __name__ == "__main__":
+    start()
