@@ -214,9 +214,6 @@ def _load(store: Store, manifest: Manifest, ctx: ParallelContext, dtype: str | N
     )  # fmt: skip
     model = Decoder(setting, range(config.num_layers), has_embedding=True, has_head=True)
     parameters = local_parameters(model)
-    with torch.no_grad():
-        for local in parameters:
-            local.parameter.zero_()
     slices = list(weight_slices(parameters, ctx, owned=False))
     store.load(manifest, exact_slices(slices, manifest.tensors))
     for piece in slices:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -65,6 +65,13 @@ class Engine(Protocol):
     @property
     def loss_scale(self) -> float:
         """Factor on the loss before backward; 1 unless fp16."""
+        ...
+
+    def fill(self, write: Callable[[list[NamedSlice]], None], *, masters: bool = False) -> None:
+        """Have the weights this rank holds written in place, and their masters follow.
+
+        masters: they are handed over and written, too (`master.<name>`).
+        """
         ...
 
     def accumulators(self) -> list[tuple[Tensor, Tensor]]:
@@ -145,7 +152,7 @@ class MakeEngine(Protocol):
 
     def __call__(
         self,
-        stages: dict[int, Sequence[LocalParameter]],
+        stages: Mapping[int, Sequence[LocalParameter]],
         ctx: ParallelContext,
         *,
         optim: OptimConfig,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
@@ -77,7 +77,7 @@ class ZeroEngine:
 
     def __init__(
         self,
-        stages: dict[int, Sequence[LocalParameter]],
+        stages: Mapping[int, Sequence[LocalParameter]],
         ctx: ParallelContext,
         *,
         optim: OptimConfig,
@@ -148,6 +148,19 @@ class ZeroEngine:
     def loss_scale(self) -> float:
         """Factor on the loss before backward; 1 unless fp16."""
         return self.scaler.scale
+
+    @torch.no_grad()
+    def fill(self, write: Callable[[list[NamedSlice]], None], *, masters: bool = False) -> None:
+        """Have the weights this rank holds written in place, and their masters follow or be written."""
+        weights = list(self.weights(owned=False))
+        if masters:
+            state = self.state(owned=False)
+            write([*weights, *(part for part in state if part.name.startswith(MASTER))])
+            return
+        write(weights)
+        for held in self._held:
+            if held.has_master:
+                held.master.copy_(held.weight)
 
     def accumulators(self) -> list[tuple[Tensor, Tensor]]:
         """(parameter, accumulator) pairs for layers that add their gradients themselves."""

@@ -56,8 +56,8 @@ class Setting:
         return self.ctx.tp
 
     def parameter(self, *shape: int) -> nn.Parameter:
-        """An unfilled parameter; models/ fills it by the canonical names of its module's part."""
-        return nn.Parameter(torch.empty(*shape, dtype=self.dtype, device=self.ctx.device))
+        """A parameter of zeros, to be filled by the canonical names of its module's part."""
+        return nn.Parameter(torch.zeros(*shape, dtype=self.dtype, device=self.ctx.device))
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,39 +1,38 @@
-"""First values of a stage's parameters, as functions of seed, canonical name and indices."""
+"""First values of weights, as functions of seed, canonical name and indices."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
 
+from megatron_lite.blueprint.figure.parts import Tensor as Spec
 from megatron_lite.config.sections.model import ModelConfig
-from megatron_lite.models.decoder import Decoder
-from megatron_lite.models.parameters import local_parameters
 from megatron_lite.parallel.random import key, normal
+from megatron_lite.parallel.shard import NamedSlice
 
 
-@torch.no_grad()
-def initialise(model: Decoder) -> None:
-    """Fill every parameter from (seed, canonical name, i, j): equal in every layout.
+def initialise(
+    weights: Iterable[NamedSlice], *, tensors: Iterable[Spec], model: ModelConfig, seed: int
+) -> None:
+    """Fill slices of weights, in place, from (seed, canonical name, i, j): equal in every layout.
 
     N(0, std) for matrices, std / sqrt(2 layers) for the projections into the stream (GPT-2), zero for
-    biases and for the padding rows of the vocabulary, one for norm weights.
+    biases, one for norm weights.  tensors: the model's, of which these are slices.
     """
-    setting = model.setting
-    for local in local_parameters(model):
-        local.parameter.zero_()
-        for piece in local.pieces:
-            target = piece.of(local.parameter)
-            if local.spec.init == "ones":
-                target.fill_(1.0)
-            elif local.spec.init != "zeros":
-                drawn = torch.empty_like(target, dtype=torch.float32)
-                normal(
-                    drawn, key(setting.seed, piece.name), offset=piece.offset,
-                    std=_std(setting.model, into_stream=local.spec.init == "into stream"),
-                    columns=piece.shape[-1],
-                )  # fmt: skip
-                target.copy_(drawn)
+    starts = {tensor.name: tensor.init for tensor in tensors}
+    for piece in weights:
+        init = starts[piece.name]
+        if init in ("ones", "zeros"):
+            piece.data.fill_(1.0 if init == "ones" else 0.0)
+            continue
+        drawn = torch.empty_like(piece.data, dtype=torch.float32)
+        normal(
+            drawn, key(seed, piece.name), offset=piece.offset, columns=piece.shape[-1],
+            std=_std(model, into_stream=init == "into stream"),
+        )  # fmt: skip
+        piece.data.copy_(drawn)
 
 
 def _std(model: ModelConfig, *, into_stream: bool) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from torch import nn
 
@@ -90,47 +91,12 @@ def assemble(
 ) -> Run:
     """Build this rank's stages, engine and executor; weights are filled from seed and names.
 
+    The engine is made before the weights are filled, so that it may say where they lie.
     Collective only in that all ranks must build alike; it communicates nothing.
     """
-    assert config.model.vocab_size is not None, "the tool reads it from the tokenizer"
     timers = timers or RunTimers(level=0)
-    stages: dict[int, Stage] = {}
-    parameters: dict[int, Sequence[LocalParameter]] = {}
-    sinks: list[WeightGradients] = []
-    setting, table = None, None
-    for placed in blueprint.stages_of(ctx.pp.rank):
-        setting = Setting(
-            model=config.model,
-            ctx=ctx,
-            padded_vocab_size=blueprint.padded_vocab_size,
-            vocab_size=config.model.vocab_size,
-            precision=config.precision,
-            sequence_parallel=config.parallel.splits_sequence,
-            seed=config.train.seed,
-            gradients=WeightGradients(span=timers.span),
-            recompute=RecomputePlan.from_config(config.parallel),
-        )
-        decoder = Decoder(
-            setting,
-            placed.layers,
-            has_embedding=placed.has_embedding,
-            has_head=placed.has_head,
-            table=table,
-        )
-        if placed.has_embedding:
-            table = decoder.embedding.tokens.weight
-        initialise(decoder)
-        parameters[placed.index] = local_parameters(decoder)
-        sinks.append(setting.gradients)
-        stages[placed.index] = Stage(
-            index=placed.index,
-            module=decoder,
-            is_first=placed.has_embedding,
-            is_last=placed.has_head,
-            objective=OBJECTIVES[objective](setting),
-            gradients=setting.gradients,
-        )
-    assert setting is not None, "a pp rank without a stage"
+    decoders = _decoders(config, blueprint, ctx, timers)
+    parameters = {stage: local_parameters(decoder) for stage, decoder in decoders.items()}
     held = ENGINES[engine](
         parameters,
         ctx,
@@ -143,18 +109,29 @@ def assemble(
         ),
         span=timers.span,
     )
-    if config.precision.gradient_accumulation_fusion:
-        for sink in sinks:
-            sink.attach(held.accumulators(), held.ready)
-    if config.parallel.overlap_param_gather:
-        for stage in stages.values():
-            _wait_before_use(stage.module, held)
-    mail = Mail(ctx.pp, blueprint.placement)
+    tensors = [spec.tensor for spec in blueprint.parameters]
+    held.fill(partial(initialise, tensors=tensors, model=config.model, seed=config.train.seed))
+    for decoder in decoders.values():
+        if config.precision.gradient_accumulation_fusion:
+            decoder.setting.gradients.attach(held.accumulators(), held.ready)
+        if config.parallel.overlap_param_gather:
+            _wait_before_use(decoder, held)
+    stages = {
+        index: Stage(
+            index=index,
+            module=decoder,
+            is_first=decoder.has_embedding,
+            is_last=decoder.has_head,
+            objective=OBJECTIVES[objective](decoder.setting),
+            gradients=decoder.setting.gradients,
+        )
+        for index, decoder in decoders.items()
+    }
     return Run(
         blueprint=blueprint,
         ctx=ctx,
-        setting=setting,
-        pipeline=Executor(stages, mail, held.arm, timers.span),
+        setting=list(decoders.values())[-1].setting,
+        pipeline=Executor(stages, Mail(ctx.pp, blueprint.placement), held.arm, timers.span),
         engine=held,
         parameters=[local for stage in parameters.values() for local in stage],
         timers=timers,
@@ -162,13 +139,44 @@ def assemble(
     )
 
 
-def _wait_before_use(decoder: nn.Module, engine: Engine) -> None:
+def _decoders(
+    config: RunConfig, blueprint: Blueprint, ctx: ParallelContext, timers: RunTimers
+) -> dict[int, Decoder]:
+    """The modules of this rank's stages, by stage; their parameters are not filled."""
+    assert config.model.vocab_size is not None, "the tool reads it from the tokenizer"
+    made: dict[int, Decoder] = {}
+    table = None
+    for placed in blueprint.stages_of(ctx.pp.rank):
+        setting = Setting(
+            model=config.model,
+            ctx=ctx,
+            padded_vocab_size=blueprint.padded_vocab_size,
+            vocab_size=config.model.vocab_size,
+            precision=config.precision,
+            sequence_parallel=config.parallel.splits_sequence,
+            seed=config.train.seed,
+            gradients=WeightGradients(span=timers.span),
+            recompute=RecomputePlan.from_config(config.parallel),
+        )
+        decoder = made[placed.index] = Decoder(
+            setting,
+            placed.layers,
+            has_embedding=placed.has_embedding,
+            has_head=placed.has_head,
+            table=table,
+        )
+        if placed.has_embedding:
+            table = decoder.embedding.tokens.weight
+    return made
+
+
+def _wait_before_use(decoder: Decoder, engine: Engine) -> None:
     """Have every module ask for its own parameters before its forward (--overlap-param-gather)."""
     for module in decoder.modules():
         own = list(module.parameters(recurse=False))
         if own:
             module.register_forward_pre_hook(_waits_for(engine, own))
-    if isinstance(decoder, Decoder) and decoder.has_head:
+    if decoder.has_head:
         # the decoder multiplies with the head's matrix (or the tied table) after the final norm
         table = decoder.embedding.tokens if decoder.tied else decoder.head
         decoder.final_norm.register_forward_pre_hook(_waits_for(engine, list(table.parameters())))

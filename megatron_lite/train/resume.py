@@ -19,7 +19,7 @@ from megatron_lite.config.sections.checkpoint import CheckpointConfig
 from megatron_lite.config.sections.optim import LearningRateConfig
 from megatron_lite.engines.base import EngineProgress
 from megatron_lite.parallel.context import ParallelContext
-from megatron_lite.parallel.shard import MASTER, exact_slices
+from megatron_lite.parallel.shard import MASTER, NamedSlice, exact_slices
 from megatron_lite.train.assemble import Run
 from megatron_lite.train.compatibility import check_model, check_tokenizer
 from megatron_lite.train.health.culprit import first_of_all
@@ -140,12 +140,13 @@ def _require_optimizer(run: Run, manifest: Manifest, folder: str) -> None:
 
 def fill_run(run: Run, store: Store, manifest: Manifest, *, optimizer: bool) -> None:
     """Weights, masters and, where asked for, moments from whatever layout and precision was saved."""
-    state = list(run.engine.state(owned=False))
-    masters = [s for s in state if s.name.startswith(MASTER)]
+    state = run.engine.state(owned=False)
     moments = [s for s in state if not s.name.startswith(MASTER)] if optimizer else []
-    weights = list(run.engine.weights(owned=False))
-    exact = exact_slices([*weights, *masters], manifest.tensors)
-    store.load(manifest, [*exact, *moments])
+
+    def load(weights: list[NamedSlice]) -> None:
+        store.load(manifest, [*exact_slices(weights, manifest.tensors), *moments])
+
+    run.engine.fill(load, masters=True)
 
 
 def _require_finite(run: Run, manifest: Manifest, folder: str) -> None:

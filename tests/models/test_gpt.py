@@ -8,9 +8,9 @@ from megatron_lite.layers.cross_entropy import cross_entropy
 from megatron_lite.layers.setting import Positions, Setting
 from megatron_lite.models.decoder import Decoder
 from megatron_lite.models.gpt import huggingface_source
-from megatron_lite.models.initialise import initialise
 from megatron_lite.models.parameters import local_parameters
 from megatron_lite.parallel.context import Axis, ParallelContext
+from tests.support.models import fill
 
 transformers = pytest.importorskip("transformers", reason="the reference; extra huggingface")
 
@@ -43,7 +43,7 @@ def their_tensor(name: str, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
 def ours(tensors):
     setting = Setting(CONFIG, ParallelContext.serial(), padded_vocab_size=128, vocab_size=101)
     model = Decoder(setting, range(2), has_embedding=True, has_head=True)
-    initialise(model)
+    fill(model)
     with torch.no_grad():
         for local in local_parameters(model):
             for piece in local.pieces:
@@ -132,7 +132,7 @@ def test_cached_decoding_equals_the_whole_forward(changes):
     config = dataclasses.replace(CONFIG, **changes)
     setting = Setting(config, ParallelContext.serial(), padded_vocab_size=128, vocab_size=101)
     model = Decoder(setting, range(2), has_embedding=True, has_head=True)
-    initialise(model)
+    fill(model)
     prompt = [5, 17, 3]
     answer = generate(
         model, prompt, max_new_tokens=8, pick=lambda logits, _: logits.argmax(-1), eod=None
@@ -165,7 +165,7 @@ def test_llama_parts_equal_hugging_face_llama():
     )  # fmt: skip
     setting = Setting(config, ParallelContext.serial(), padded_vocab_size=128, vocab_size=101)
     model = Decoder(setting, range(2), has_embedding=True, has_head=True)
-    initialise(model)
+    fill(model)
     names = {
         "attention_norm": "input_layernorm", "attention.q": "self_attn.q_proj",
         "attention.k": "self_attn.k_proj", "attention.v": "self_attn.v_proj",

@@ -10,9 +10,9 @@ import torch
 from megatron_lite.config.sections.model import ModelConfig
 from megatron_lite.layers.setting import Setting
 from megatron_lite.models.decoder import Decoder
-from megatron_lite.models.initialise import initialise
 from megatron_lite.models.parameters import local_parameters
 from megatron_lite.parallel.context import Axis, ParallelContext
+from tests.support.models import fill
 
 LAYERS, STD = 8, 0.05
 MODEL = ModelConfig(
@@ -26,7 +26,7 @@ def made(tp=1, rank=0, seed=3):
     ctx = ParallelContext(torch.device("cpu"), tp=Axis("tp", rank, tp, tuple(range(tp))))
     setting = Setting(MODEL, ctx, padded_vocab_size=512, vocab_size=500, seed=seed)
     model = Decoder(setting, range(LAYERS), has_embedding=True, has_head=True)
-    initialise(model)
+    fill(model)
     return {
         piece.name: (piece.of(local.parameter.detach()), piece.offset)
         for local in local_parameters(model)

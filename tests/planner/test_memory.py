@@ -15,13 +15,13 @@ from megatron_lite.blueprint.recompute import RecomputePlan
 from megatron_lite.config.flags.parser import parse
 from megatron_lite.layers.setting import Positions, Setting
 from megatron_lite.models.decoder import Decoder
-from megatron_lite.models.initialise import initialise
 from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.planner.activations import block_items, stage_bytes
 from megatron_lite.planner.memory import Asked, memory
 from megatron_lite.train.assemble import assemble
 from megatron_lite.train.step import train_step
 from tests.support.memory import Alive, compare
+from tests.support.models import fill
 from tests.support.spawn import spawn
 from tests.support.tiny import make_batches
 
@@ -68,7 +68,7 @@ def kept_by(flags: str, num_layers: int) -> int:
         precision=config.precision, recompute=RecomputePlan.from_config(config.parallel),
     )  # fmt: skip
     blocks = Decoder(setting, range(num_layers), has_embedding=False, has_head=False)
-    initialise(blocks)
+    fill(blocks)
     samples, tokens = config.train.micro_batch_size, config.model.seq_length
     x = torch.randn(tokens, samples, config.model.hidden_size).to(setting.dtype)
     x.requires_grad_()
