@@ -15,17 +15,11 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from megatron_lite.config.batch_schedule import parse_schedule
-from megatron_lite.config.errors import ConfigError, all_together
 from megatron_lite.config.sections.train import TrainConfig
 
 
 def padded_vocab_size(vocab_size: int, divisible_by: int, tp: int) -> int:
     """The vocabulary rounded up to a multiple of divisible_by * tp, an equal share per tp rank."""
-    if vocab_size < 1 or divisible_by < 1:
-        raise ConfigError(
-            f"--vocab-size {vocab_size} and --make-vocab-size-divisible-by {divisible_by} "
-            "must be at least 1"
-        )
     multiple = divisible_by * tp
     return -(-vocab_size // multiple) * multiple
 
@@ -59,9 +53,9 @@ class BatchSchedule:
         """Samples of the step that starts after `consumed_samples`."""
         return self.sizes[bisect_right(self.thresholds, consumed_samples) - 1]
 
-    def num_microbatches(self, consumed_samples: int) -> int:
-        """Micro batches per dp rank of the step that starts after `consumed_samples`."""
-        return self.global_batch_size(consumed_samples) // (self.micro_batch_size * self.dp)
+    def microbatches(self, samples: int) -> int:
+        """Micro batches per dp rank of a step of so many samples."""
+        return samples // (self.micro_batch_size * self.dp)
 
     @property
     def final_batch_size(self) -> int:
@@ -122,23 +116,15 @@ class BatchSchedule:
 def batch_schedule(train: TrainConfig, *, seq_length: int, dp: int) -> BatchSchedule:
     """The schedule asked for: constant, --rampup-batch-size or --step-batch-size-schedule.
 
-    Raises one ConfigError with every batch size of it that micro batch * dp does not divide.
+    Its sizes are whole micro batches: rules.check_sizes has seen to that.
     """
-    if train.micro_batch_size < 1:
-        raise ConfigError(f"--micro-batch-size {train.micro_batch_size} must be at least 1")
-    if train.rampup_batch_size and train.step_batch_size_schedule:
-        raise ConfigError(
-            "--rampup-batch-size and --step-batch-size-schedule both set the batch size; give one"
-        )
     if train.step_batch_size_schedule:
         steps = parse_schedule(train.step_batch_size_schedule)
-        flag = "--step-batch-size-schedule"
         pairs = [(step.tokens // seq_length, step.size) for step in steps]
     elif train.rampup_batch_size:
-        flag, pairs = "--rampup-batch-size", _ramp(train.rampup_batch_size, _final_size(train, dp))
+        pairs = _ramp(*train.rampup_batch_size, final=_final_size(train, dp))
     else:
-        flag, pairs = "--global-batch-size", [(0, _final_size(train, dp))]
-    _check_sizes(flag, [size for _, size in pairs], train.micro_batch_size, dp)
+        pairs = [(0, _final_size(train, dp))]
     return BatchSchedule(
         thresholds=tuple(threshold for threshold, _ in pairs),
         sizes=tuple(size for _, size in pairs),
@@ -149,22 +135,12 @@ def batch_schedule(train: TrainConfig, *, seq_length: int, dp: int) -> BatchSche
 
 def _final_size(train: TrainConfig, dp: int) -> int:
     if train.global_batch_size is None:
-        return train.micro_batch_size * dp
+        return train.samples_at_once(dp)
     return train.global_batch_size
 
 
-def _ramp(rampup: Sequence[int], final: int) -> list[tuple[int, int]]:
-    """Start, increment, samples: equal shares of the samples for each size below the final one."""
-    flag = f"--rampup-batch-size {' '.join(map(str, rampup))}"
-    if len(rampup) != 3:
-        raise ConfigError(f"{flag}: give three numbers: start size, increment, samples")
-    start, increment, samples = rampup
-    if start < 1 or increment < 1 or samples < 0:
-        raise ConfigError(f"{flag}: start and increment must be at least 1 and samples at least 0")
-    if start > final or (final - start) % increment:
-        raise ConfigError(
-            f"{flag}: {start} plus steps of {increment} does not reach --global-batch-size {final}"
-        )
+def _ramp(start: int, increment: int, samples: int, *, final: int) -> list[tuple[int, int]]:
+    """Equal shares of the samples for each size below the final one."""
     num = (final - start) // increment
     pairs = [(0, start)]
     pairs += [(_first_sample(k, num, samples), start + k * increment) for k in range(1, num + 1)]
@@ -187,18 +163,3 @@ def _first_sample(step: int, steps: int, samples: int) -> int:
     while int(first / share) < step and first <= samples:
         first += 1
     return first
-
-
-def _check_sizes(flag: str, sizes: Sequence[int], micro_batch_size: int, dp: int) -> None:
-    unit = micro_batch_size * dp
-    wrong = [size for size in sizes if size < 1 or size % unit]
-    if wrong:
-        raise all_together(
-            [
-                f"{flag}: batch size {size} is not divisible by --micro-batch-size "
-                f"{micro_batch_size} times data-parallel size {dp} = {unit}; "
-                f"choose a multiple of {unit}, e.g. {max(1, round(size / unit)) * unit}"
-                for size in wrong
-            ],
-            f"in {flag}",
-        )

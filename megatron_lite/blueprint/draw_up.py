@@ -25,8 +25,8 @@ from megatron_lite.blueprint.schedules.check import check
 from megatron_lite.blueprint.schedules.forward_only import forward_only
 from megatron_lite.blueprint.schedules.lower import lower
 from megatron_lite.blueprint.stages import Placement, Stage, cut_stages
-from megatron_lite.config.errors import ConfigError, all_together
 from megatron_lite.config.pipeline import pipeline
+from megatron_lite.config.rules.table import check_sizes
 from megatron_lite.config.sections.model import ModelConfig
 from megatron_lite.config.sections.optim import OptimConfig
 from megatron_lite.config.sections.parallel import ParallelConfig
@@ -75,6 +75,11 @@ class Blueprint:
     def dp(self) -> int:
         """Data-parallel size."""
         return self.grid.dp
+
+    def microbatches(self, samples: int | None = None) -> int:
+        """Micro batches per dp rank of a step of so many samples; of one at full size by default."""
+        batches = self.batch_schedule
+        return batches.microbatches(batches.final_batch_size if samples is None else samples)
 
     def stages_of(self, pp_rank: int) -> tuple[Stage, ...]:
         """The stages a pp rank holds, in order of layers."""
@@ -136,10 +141,10 @@ def _checked(schedule: Schedule, num_microbatches: int) -> Lowered:
 def draw_up(config: RunConfig, world_size: int) -> Blueprint:
     """All consequences of a config for this many ranks.
 
-    Raises ConfigError where the ranks, layers, heads, vocabulary or batch do not come out even.
+    Raises ConfigError with every rule of config/ about sizes that is broken.
     """
     model, parallel, train = config.model, config.parallel, config.train
-    check_model(model)
+    check_sizes(config, world_size)
     asked = pipeline(model.num_layers, parallel)
     placement = SCHEDULES[asked.schedule].place(parallel.pp, asked.chunks)
     grid = draw_grid(parallel, world_size, folded=parallel.pp > 1 and placement[0] == placement[-1])
@@ -152,7 +157,7 @@ def draw_up(config: RunConfig, world_size: int) -> Blueprint:
     stages = cut_stages(asked.layers)
     batches = batch_schedule(train, seq_length=model.seq_length, dp=grid.dp)
     length = run_length(train, batches)
-    parameters = parameter_table(model, stages, padded_vocab_size=padded, tp=grid.tp)
+    parameters = parameter_table(model, stages, padded_vocab_size=padded)
     check_states(config.optim, (spec.tensor for spec in parameters), grid.tp)
     return Blueprint(
         model=model,
@@ -178,49 +183,15 @@ def taken_up(blueprint: Blueprint, train: TrainConfig, batches: BatchSchedule) -
     return replace(blueprint, batch_schedule=batches, length=run_length(train, batches))
 
 
-def check_model(model: ModelConfig) -> None:
-    """ConfigError with all sizes that no model has."""
-    sizes = {
-        "--num-layers": model.num_layers,
-        "--hidden-size": model.hidden_size,
-        "--num-attention-heads": model.num_attention_heads,
-        "--seq-length": model.seq_length,
-    }
-    problems = [f"{flag} {size} must be at least 1" for flag, size in sizes.items() if size < 1]
-    if problems:
-        raise all_together(problems, "in the model")
-    heads = model.num_attention_heads
-    if model.kv_channels is None and model.hidden_size % heads:
-        problems.append(
-            f"--hidden-size {model.hidden_size} cannot be split over "
-            f"--num-attention-heads {heads}; choose a divisor of the hidden size or give --kv-channels"
-        )
-    if model.num_kv_heads < 1 or heads % model.num_kv_heads:
-        problems.append(
-            f"--num-attention-heads {heads} cannot share --num-query-groups {model.num_kv_heads} "
-            "evenly; choose a divisor of the heads"
-        )
-    if problems:
-        raise all_together(problems, "in the model")
-
-
 def draw_grid(parallel: ParallelConfig, world_size: int, *, folded: bool = False) -> RankGrid:
     """The grid of this many ranks; what tp, cp and pp leave over is dp.
 
     folded: the last stage sits on the first pp rank.
     """
-    fixed = parallel.tp * parallel.cp * parallel.pp
-    if min(parallel.tp, parallel.cp, parallel.pp) < 1 or world_size < 1 or world_size % fixed:
-        raise ConfigError(
-            f"{world_size} ranks cannot be arranged as --tensor-model-parallel-size {parallel.tp} "
-            f"x --context-parallel-size {parallel.cp} "
-            f"x --pipeline-model-parallel-size {parallel.pp} = {fixed}; "
-            f"start a multiple of {fixed} ranks or choose sizes that divide {world_size}"
-        )
     return RankGrid(
         tp=parallel.tp,
         cp=parallel.cp,
-        dp=world_size // fixed,
+        dp=world_size // (parallel.tp * parallel.cp * parallel.pp),
         pp=parallel.pp,
         order="tp-cp-pp-dp" if parallel.use_tp_pp_dp_mapping else "tp-cp-dp-pp",
         folded=folded,

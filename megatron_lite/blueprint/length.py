@@ -10,7 +10,6 @@ from __future__ import annotations
 from typing import NamedTuple, TypedDict
 
 from megatron_lite.blueprint.batches import BatchSchedule
-from megatron_lite.config.errors import ConfigError
 from megatron_lite.config.sections.train import TrainConfig
 
 
@@ -31,11 +30,6 @@ class Counts(TypedDict):
 
 def run_length(train: TrainConfig, batches: BatchSchedule) -> Length | None:
     """Where the run ends; None where nobody has said."""
-    if train.train_iters is not None and train.train_samples is not None:
-        raise ConfigError(
-            f"--train-iters {train.train_iters} and --train-samples {train.train_samples} "
-            "both set the length of the run; give one"
-        )
     if train.train_iters is not None:
         return Length(train.train_iters, batches.samples_after(train.train_iters))
     if train.train_samples is None:
@@ -43,11 +37,6 @@ def run_length(train: TrainConfig, batches: BatchSchedule) -> Length | None:
     iterations = batches.iterations_within(train.train_samples)
     if train.step_batch_size_schedule and batches.samples_after(iterations) < train.train_samples:
         iterations += 1
-    if iterations < 1:
-        raise ConfigError(
-            f"--train-samples {train.train_samples} is less than one batch of "
-            f"{batches.global_batch_size(0)} samples"
-        )
     return Length(iterations, batches.samples_after(iterations))
 
 

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from megatron_lite.blueprint.figure.parts import Figure, Tensor
 from megatron_lite.blueprint.figure.transformer import figure_of
 from megatron_lite.blueprint.stages import Stage
-from megatron_lite.config.errors import ConfigError
 from megatron_lite.config.sections.model import ModelConfig
 
 
@@ -54,13 +53,11 @@ class ParamSpec:
 
 
 def parameter_table(
-    model: ModelConfig, stages: Sequence[Stage], *, padded_vocab_size: int, tp: int = 1
+    model: ModelConfig, stages: Sequence[Stage], *, padded_vocab_size: int
 ) -> tuple[ParamSpec, ...]:
-    """All parameters, stage by stage in the modules' order; ConfigError if tp does not divide."""
+    """All parameters, stage by stage in the modules' order."""
     figure = figure_of(model, padded_vocab_size)
-    table = tuple(spec for stage in stages for spec in _stage_parameters(figure, stage))
-    _check_divisible(model, tp, padded_vocab_size)
-    return table
+    return tuple(spec for stage in stages for spec in _stage_parameters(figure, stage))
 
 
 def total_size(table: Iterable[ParamSpec]) -> int:
@@ -100,17 +97,3 @@ def _stage_parameters(figure: Figure, stage: Stage) -> Iterator[ParamSpec]:
     table = {tensor.name for tensor in figure.tokens.tensors()} if lent else set()
     for tensor in stage_tensors(figure, stage):
         yield ParamSpec(tensor, stage.index, replica=tensor.name in table)
-
-
-def _check_divisible(model: ModelConfig, tp: int, padded_vocab_size: int) -> None:
-    for flag, size in (
-        ("--num-attention-heads", model.num_attention_heads),
-        ("--num-query-groups", model.num_kv_heads),
-        ("--ffn-hidden-size", model.ffn_size),
-        ("padded vocabulary", padded_vocab_size),
-    ):
-        if size < 1 or size % tp:
-            raise ConfigError(
-                f"{flag} {size} cannot be split over --tensor-model-parallel-size {tp}; "
-                f"choose tp from {[n for n in range(1, tp + 1) if size % n == 0]}"
-            )

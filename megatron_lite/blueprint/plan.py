@@ -72,7 +72,7 @@ def _batch(blueprint: Blueprint) -> Iterator[str]:
     batches, seq = blueprint.batch_schedule, blueprint.model.seq_length
     size = batches.final_batch_size
     yield (
-        f"{size:,} sequences per step = {_num_microbatches(blueprint):,} micro batches x "
+        f"{size:,} sequences per step = {blueprint.microbatches():,} micro batches x "
         f"{batches.micro_batch_size} x dp {batches.dp}; {size * seq:,} tokens per step"
     )
     phases = batches.phases()
@@ -99,7 +99,7 @@ def _length(blueprint: Blueprint) -> Iterator[str]:
 
 
 def _schedule(blueprint: Blueprint) -> Iterator[str]:
-    schedule = blueprint.compute(_num_microbatches(blueprint))
+    schedule = blueprint.compute(blueprint.microbatches())
     result = simulate(schedule)
     live = " ".join(map(str, result.peak_live))
     chunks = len(blueprint.placement) // blueprint.grid.pp
@@ -121,9 +121,3 @@ def _flops(blueprint: Blueprint) -> Iterator[str]:
         ("causal half of attention (Megatron-LM)", blueprint.flops_per_token_causal),
     ):
         yield f"{per_token * per_step:.4e} per step, {per_token:.4e} per token: {convention}"
-
-
-def _num_microbatches(blueprint: Blueprint) -> int:
-    """Micro batches per dp rank once the batch size has stopped growing."""
-    batches = blueprint.batch_schedule
-    return batches.final_batch_size // (batches.micro_batch_size * batches.dp)

@@ -38,7 +38,7 @@ from megatron_lite.planner import advice, draw, hardware, report, search
 from megatron_lite.planner.corpus import epochs
 from megatron_lite.planner.cost import StageTimes
 from megatron_lite.planner.curve import Point, run_curve
-from megatron_lite.planner.forecast import Forecast, forecast, measured, num_microbatches
+from megatron_lite.planner.forecast import Forecast, forecast, measured
 from megatron_lite.planner.hardware import Cluster
 from megatron_lite.planner.memory import Asked
 from megatron_lite.storage.disk import Disk
@@ -260,12 +260,11 @@ def _completed(config: RunConfig, own: Namespace, world: int) -> tuple[RunConfig
     config = _with_vocabulary(config, notes)
     train, rate = dataclasses.replace(config.train, dry_run=True), config.learning_rate
     if train.train_iters is None and train.train_samples is None:
-        samples = max(round(own.tokens / config.model.seq_length), 1) if own.tokens else None
-        iterations = _iterations(config, samples, world) if samples else 1
+        iterations = _iterations(config, own.tokens, world) if own.tokens else 1
         train = dataclasses.replace(train, train_iters=iterations)
         notes.append(
             f"--train-iters is not given: {iterations:,} for --tokens"
-            if samples
+            if own.tokens
             else "--train-iters is not given: one iteration is planned; --tokens N says how long"
         )
     if rate.lr is None:
@@ -274,14 +273,18 @@ def _completed(config: RunConfig, own: Namespace, world: int) -> tuple[RunConfig
     return dataclasses.replace(config, train=train, learning_rate=rate), notes
 
 
-def _iterations(config: RunConfig, samples: int, world: int) -> int:
-    """Steps that take so many samples, the last one whole."""
+def _iterations(config: RunConfig, tokens: float, world: int) -> int:
+    """Steps that take the samples of so many tokens, the last one whole."""
     train, parallel = config.train, config.parallel
     dp = max(1, world // (parallel.tp * parallel.cp * parallel.pp))
     # of one replica with micro batches of one, which divide every batch size
-    size = train.global_batch_size or train.micro_batch_size * dp
+    size = train.global_batch_size or train.samples_at_once(dp)
     train = dataclasses.replace(train, micro_batch_size=1, global_batch_size=size)
-    batches = batch_schedule(train, seq_length=config.model.seq_length, dp=1)
+    one = dataclasses.replace(config, train=train, parallel=ParallelConfig())
+    if rules.size_problems(one, 1):
+        return 1  # they are told with all the others
+    seq = config.model.seq_length
+    samples, batches = max(round(tokens / seq), 1), batch_schedule(train, seq_length=seq, dp=1)
     steps = batches.iterations_within(samples)
     return steps + (batches.samples_after(steps) < samples)
 
@@ -319,13 +322,12 @@ def _require_model(config: RunConfig, world: int) -> None:
     """ConfigError where no layout can help: what is wrong with the run on one rank is wrong on all."""
     one = dataclasses.replace(config, parallel=ParallelConfig())
     rules.check(dataclasses.replace(one, train=dataclasses.replace(
-        one.train, micro_batch_size=1, world_size=None, global_batch_size=None,
-        rampup_batch_size=[], step_batch_size_schedule=None)), 1)  # fmt: skip
+        one.train, micro_batch_size=1, world_size=None)), 1)  # fmt: skip
 
 
 def _draw(own: Namespace, plan: Forecast) -> None:
     asked = own.draw_microbatches or 2 * plan.blueprint.grid.pp
-    count = min(asked, num_microbatches(plan.blueprint))
+    count = min(asked, plan.blueprint.microbatches())
     drawn = [draw.timeline(plan, count)]
     if own.beside is not None:
         drawn.append(_recorded(Path(own.beside)))

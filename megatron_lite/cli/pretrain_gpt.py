@@ -113,7 +113,7 @@ def _rehearse(parsed: Parsed) -> int:
         config = dataclasses.replace(config, model=model)
     every = config.train.all_ranks
     ranks = range(world_size) if every else rehearse.one_of_each(blueprint.grid)
-    count, full = rehearse.num_microbatches(blueprint), rehearse.full_microbatches(blueprint)
+    count, full = rehearse.num_microbatches(blueprint), blueprint.microbatches()
     blueprint.actions(full)  # raises where a list of the whole step is not sound
     print(f"rehearsing {len(ranks)} of {world_size} ranks on {count:,} of {full:,} micro batches; the "
           f"lists of all {full:,} passed the schedule check", flush=True)  # fmt: skip

@@ -15,11 +15,11 @@ STEPS_AHEAD = 2
 
 
 class Request(NamedTuple):
-    """One step's share: global batch from `consumed` on, in microbatches of `micro`."""
+    """One step's share: the samples from `consumed` on, in so many microbatches of `micro`."""
 
     consumed: int
-    global_batch: int
     micro: int
+    num_microbatches: int
 
 
 class Loader:
@@ -61,18 +61,10 @@ class Loader:
             self._threads = ThreadPoolExecutor(num_workers, thread_name_prefix="data")
         self._ahead: OrderedDict[Request, list[Future[Batch]]] = OrderedDict()
 
-    def next_batches(
-        self, consumed: int, global_batch: int, micro: int, num_microbatches: int
-    ) -> list[Batch]:
-        """This rank's microbatches of the global batch [consumed, consumed + global_batch)."""
-        assert num_microbatches * micro * self.dp_size == global_batch, (
-            num_microbatches,
-            micro,
-            self.dp_size,
-            global_batch,
-        )
+    def next_batches(self, consumed: int, micro: int, num_microbatches: int) -> list[Batch]:
+        """This rank's microbatches of the global batch that begins at `consumed`."""
         began = time.perf_counter()
-        request = Request(consumed, global_batch, micro)
+        request = Request(consumed, micro, num_microbatches)
         try:
             if self._threads is None:
                 return [self._read(numbers) for numbers in self._numbers(request)]
@@ -110,9 +102,10 @@ class Loader:
         return [self._threads.submit(self._read, numbers) for numbers in self._numbers(request)]
 
     def _read_ahead(self, request: Request) -> None:
+        size = request.num_microbatches * request.micro * self.dp_size
         for step in range(1, STEPS_AHEAD + 1):
-            guess = request._replace(consumed=request.consumed + step * request.global_batch)
-            end_of_data = guess.consumed + guess.global_batch > len(self.dataset)
+            guess = request._replace(consumed=request.consumed + step * size)
+            end_of_data = guess.consumed + size > len(self.dataset)
             if guess not in self._ahead and not (end_of_data and self._order.kind == "single"):
                 self._ahead[guess] = self._submit(guess)
 

@@ -17,16 +17,15 @@ OrderKind: TypeAlias = Literal["single", "repeated", "cyclic"]
 
 
 def sample_numbers(
-    consumed: int, global_batch: int, micro: int, dp_rank: int, dp_size: int
+    consumed: int, micro: int, num_microbatches: int, dp_rank: int, dp_size: int
 ) -> Int64:
-    """[microbatches, micro]: positions in the training stream this rank reads in one step.
+    """[num_microbatches, micro]: positions in the training stream this rank reads in one step.
 
-    All ranks together read [consumed, consumed + global_batch), whatever micro and dp_size are;
-    microbatch m of all ranks is the m-th run of micro * dp_size of them.
+    All ranks together read the global batch that begins at `consumed`, whatever micro and dp_size
+    are; microbatch m of all ranks is the m-th run of micro * dp_size samples.
     """
-    together = micro * dp_size
-    assert 0 <= dp_rank < dp_size and global_batch % together == 0, (global_batch, micro, dp_size)
-    first = consumed + np.arange(global_batch // together, dtype=np.int64) * together
+    assert 0 <= dp_rank < dp_size, (dp_rank, dp_size)
+    first = consumed + np.arange(num_microbatches, dtype=np.int64) * (micro * dp_size)
     return first[:, None] + (dp_rank * micro + np.arange(micro, dtype=np.int64))[None, :]
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from megatron_lite.blueprint.buckets import UNDER_WAY
 from megatron_lite.blueprint.ownership import Rows
 from megatron_lite.engines.shards import ShardLayout
 from megatron_lite.parallel.collectives import (
@@ -21,13 +22,6 @@ from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.parallel.shard import LocalParameter, Piece
 
 _ALIGN = 16  # elements: every parameter starts on a cache line
-
-_PACKED = 2
-"""Sharded buckets that are under way in a packed copy; one more waits for the oldest.
-
-Without a limit the last backward would end with a second copy of all gradients
-(planner/memory.py counts as many).
-"""
 
 
 @dataclass(slots=True, eq=False)
@@ -176,7 +170,7 @@ class GradientBuckets:
             bucket.reducing = start_all_reduce(bucket.buffer, self.ctx.dp)
             return
         under_way = [other for other in self.buckets if other.reducing is not None]
-        if len(under_way) >= _PACKED:
+        if len(under_way) >= UNDER_WAY:
             self._take(under_way[0])
         packed = bucket.layout.pack(self.view, self.buffer)
         bucket.reducing = start_reduce_scatter(packed.view(-1), self.ctx.dp)
@@ -198,8 +192,8 @@ class GradientBuckets:
         """
         order = self.buckets[::-1]
         for position, bucket in enumerate(order):
-            if position >= _PACKED and not all_at_once:
-                self._complete(order[position - _PACKED])
+            if position >= UNDER_WAY and not all_at_once:
+                self._complete(order[position - UNDER_WAY])
             assert bucket.layout is not None and bucket.gathering is None
             like = bucket.locals[0].parameter.detach()
             own = like.new_zeros(bucket.layout.columns)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megatron_lite.blueprint.buckets import bucket_elements
 from megatron_lite.blueprint.figure.parts import Tensor as Spec
 from megatron_lite.blueprint.optimizers import LIKE_PARAMETER, State
 from megatron_lite.blueprint.ownership import Rows
@@ -97,7 +98,7 @@ class ZeroEngine:
         self._sums = ctx.world if self.sharded else ctx.model
         self._stage_of = {p.parameter: stage for stage, held in stages.items() for p in held}
         self._locals = [local for held in stages.values() for local in held]
-        bucket_size = parallel.ddp_bucket_size or max(40_000_000, 1_000_000 * ctx.dp.size)
+        bucket_size = bucket_elements(parallel, ctx.dp.size)
         in_fp32 = parallel.accumulate_allreduce_grads_in_fp32 or precision.name == "fp32"
         self._buckets = {
             stage: GradientBuckets.build(

@@ -127,7 +127,7 @@ def forecast(
     """
     costs = Costs(blueprint, asked, cluster, given)
     used = memory(blueprint, asked)
-    num = num_microbatches(blueprint)
+    num = blueprint.microbatches()
     totals = [_total(costs, blueprint, pp_rank) * num for pp_rank in range(blueprint.grid.pp)]
     busiest = max(range(len(totals)), key=lambda rank: totals[rank].seconds)
     work = totals[busiest]
@@ -161,12 +161,6 @@ def forecast(
         costs=costs,
         rates=rates(blueprint, asked, step, cluster.device.peak_tflops),
     )
-
-
-def num_microbatches(blueprint: Blueprint) -> int:
-    """Micro batches per dp rank at the full batch size."""
-    batches = blueprint.batch_schedule
-    return batches.final_batch_size // (batches.micro_batch_size * batches.dp)
 
 
 def _total(costs: Costs, blueprint: Blueprint, pp_rank: int) -> Work:

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
+from megatron_lite.blueprint.buckets import UNDER_WAY, bucket_elements
 from megatron_lite.blueprint.draw_up import Blueprint
 from megatron_lite.blueprint.figure.parts import Matrix, Parts
 from megatron_lite.blueprint.schedules import SCHEDULES
@@ -79,9 +80,8 @@ def memory(
 
     pp_ranks: only of these.
     """
-    batches = blueprint.batch_schedule
     if num_microbatches is None:
-        num_microbatches = batches.final_batch_size // (batches.micro_batch_size * batches.dp)
+        num_microbatches = blueprint.microbatches()
     schedule = _schedule(
         blueprint.schedule, blueprint.placement, peak_microbatches(blueprint, num_microbatches)
     )
@@ -286,10 +286,6 @@ def _logits_moments(blueprint: Blueprint, asked: Asked, logits: float) -> tuple[
     return logits * (low + masked + 4 + widened), logits * (4 + (low if low == 2 else 0))
 
 
-REDUCING = 2
-"""Buckets whose packed gradients are under way at once (engines/buckets.py)."""
-
-
 def _data_parallel_buffers(
     blueprint: Blueprint, asked: Asked, parameters: int
 ) -> tuple[float, float]:
@@ -299,8 +295,8 @@ def _data_parallel_buffers(
         return 0.0, 0.0
     low = element_bytes(asked.precision)
     wide = 4 if parallel.accumulate_allreduce_grads_in_fp32 else low
-    bucket = parallel.ddp_bucket_size or max(40_000_000, 1_000_000 * dp)
-    packed = float(min(REDUCING * bucket, parameters))
+    bucket = bucket_elements(parallel, dp)
+    packed = float(min(UNDER_WAY * bucket, parameters))
     copied = 0 if asked.on_gpu else min(bucket, parameters)  # gloo reduces a copy, one at a time
     gathered = float(parameters if parallel.overlap_param_gather else packed)
     return (packed * (1 + 1 / dp) + copied) * wide, gathered * low * (1 + 1 / dp)

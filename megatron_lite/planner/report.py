@@ -15,7 +15,6 @@ from megatron_lite.planner.forecast import (
     DAY,
     Forecast,
     hardware_flops_per_token,
-    num_microbatches,
 )
 from megatron_lite.planner.hardware import GIB
 from megatron_lite.planner.memory import Asked, layer_items
@@ -51,7 +50,7 @@ def to_json(plan: Forecast, extra: Extra) -> dict[str, object]:
                    "pp": blueprint.grid.pp, "schedule": blueprint.schedule,
                    "chunks": len(blueprint.placement) // blueprint.grid.pp,
                    "micro_batch_size": batches.micro_batch_size,
-                   "num_microbatches": num_microbatches(blueprint),
+                   "num_microbatches": blueprint.microbatches(),
                    "global_batch_size": batches.final_batch_size,
                    "flags": layout_flags(plan.asked.parallel, plan.asked.micro_batch_size)},
         "fits": plan.fits,
@@ -113,7 +112,7 @@ def _head(plan: Forecast) -> Iterator[str]:
     )
     yield (
         f"{batches.final_batch_size:,} sequences of {blueprint.model.seq_length:,} per step = "
-        f"{num_microbatches(blueprint):,} micro batches of {batches.micro_batch_size} x dp {grid.dp}"
+        f"{blueprint.microbatches():,} micro batches of {batches.micro_batch_size} x dp {grid.dp}"
     )
     yield precision_line(plan.asked)
 
@@ -275,7 +274,7 @@ def _pipeline(plan: Forecast) -> dict[str, object]:
     blueprint, costs = plan.blueprint, plan.costs
     return {
         "schedule": blueprint.schedule,
-        "num_microbatches": num_microbatches(blueprint),
+        "num_microbatches": blueprint.microbatches(),
         "bubble_rate": plan.bubble,
         "span_seconds": plan.span_seconds,
         "message_seconds": costs.message_seconds(),

@@ -137,11 +137,10 @@ class Session:
         progress, run, loader = self.progress, self.run, self.loaders.train
         assert loader is not None, "nothing to train on"
         size = run.blueprint.batch_schedule.global_batch_size(progress.samples)
-        micro = self.train.micro_batch_size
         waited = loader.seconds_waited
         with run.timers.span("batch-generator"):
             batches = loader.next_batches(
-                progress.samples, size, micro, size // (micro * run.ctx.dp.size)
+                progress.samples, self.train.micro_batch_size, run.blueprint.microbatches(size)
             )
         result = train_step(
             run,
@@ -246,27 +245,25 @@ class Session:
             return
         began = time.perf_counter()
         progress, run, micro = self.progress, self.run, self.train.micro_batch_size
-        size = run.blueprint.batch_schedule.final_batch_size
+        size, count = run.blueprint.batch_schedule.final_batch_size, run.blueprint.microbatches()
         # as Megatron: validation goes on where the last one stopped, unless nothing is trained
         goes_on = split == "validation" and not self.train.skip_train
         start = progress.validation_samples if goes_on else 0
-        total, count = 0.0, 0.0
+        total, tokens = 0.0, 0.0
         for index in range(self.train.eval_iters):
             self.presence.tick()
             self.faults.at("evaluate")
-            batches = loader.next_batches(
-                start + index * size, size, micro, size // (micro * run.ctx.dp.size)
-            )
+            batches = loader.next_batches(start + index * size, micro, count)
             with run.timers.paused():
                 batch_total, batch_count = evaluation_step(run, batches)
-            total, count = total + batch_total.item(), count + batch_count.item()  # waits
+            total, tokens = total + batch_total.item(), tokens + batch_count.item()  # waits
         if goes_on:
             progress.validation_samples += self.train.eval_iters * size
         record = EvaluationRecord(
             iteration=progress.step,
             split="validation" if split == "validation" else "test",
             samples=progress.samples,
-            loss=total / count if count else math.nan,
+            loss=total / tokens if tokens else math.nan,
             seconds=time.perf_counter() - began,
             final=final,
             alone=self.train.skip_train,

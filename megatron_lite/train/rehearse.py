@@ -254,15 +254,9 @@ def one_of_each(grid: RankGrid) -> list[int]:
     return sorted(grid.rank(tp=tp, dp=dp, pp=pp) for pp in range(grid.pp) for tp, dp in places)
 
 
-def full_microbatches(blueprint: Blueprint) -> int:
-    """Micro batches per dp rank once the batch has its full size."""
-    batches = blueprint.batch_schedule
-    return batches.final_batch_size // (batches.micro_batch_size * batches.dp)
-
-
 def num_microbatches(blueprint: Blueprint) -> int:
     """Of a rehearsed step: 3 pp, or all where it has fewer."""
-    return min(ROUNDS * blueprint.grid.pp, full_microbatches(blueprint))
+    return min(ROUNDS * blueprint.grid.pp, blueprint.microbatches())
 
 
 def require_agreement(transcripts: Sequence[Transcript]) -> str:

@@ -11,6 +11,7 @@ from megatron_lite.blueprint.grid import RankGrid
 from megatron_lite.blueprint.plan import describe
 from megatron_lite.blueprint.schedules.actions import Op
 from megatron_lite.config.errors import ConfigError
+from megatron_lite.config.rules.table import size_problems
 from megatron_lite.config.sections.model import ModelConfig
 from tests.blueprint.configs import config, users_run
 
@@ -29,7 +30,7 @@ def test_users_blueprint_has_the_published_numbers(users: Blueprint) -> None:
     assert users.dp == 1
     assert users.padded_vocab_size == 51200
     assert users.num_parameters == 174_615_846_912
-    assert users.batch_schedule.num_microbatches(0) == 1536
+    assert users.microbatches(1536) == users.microbatches() == 1536
     assert [len(stage.layers) for stage in users.stages] == [12] * 8
     assert f"{users.flops_per_token_full:.4e}" == "1.0764e+12"
     assert f"{users.flops_per_token_causal:.4e}" == "1.0619e+12"
@@ -100,8 +101,8 @@ def test_no_length_is_none() -> None:
 @pytest.mark.parametrize(
     ("changes", "world_size", "says"),
     [
-        ({}, 60, r"60 ranks cannot be arranged as .*8 .* 8 = 64; start a multiple of 64"),
-        ({"train__global_batch_size": 3}, 128, "3 is not divisible by .* 1 times .* 2 = 2"),
+        ({}, 60, "= 64 does not divide 60 ranks; start 64 ranks"),
+        ({"train__global_batch_size": 3}, 128, "3 is not divisible by .* 1 x .* 2 = 2"),
         ({"parallel__pipeline_model_parallel_size": 7}, 56, "96 cannot be dealt to .* 7 stages"),
         ({"parallel__tensor_model_parallel_size": 5}, 40, "96 cannot be split over .* 5"),
         ({"parallel__pipeline_schedule": "interleaved"}, 64, "interleaved needs 2 or more stages"),
@@ -110,10 +111,10 @@ def test_no_length_is_none() -> None:
             64,
             "8 x 5 stages per rank; use 80",
         ),
-        ({"train__train_samples": 9}, 64, "both set the length"),
+        ({"train__train_samples": 9}, 64, "exclude each other; give one"),
         ({"train__train_samples": 9, "train__train_iters": None}, 64, "less than one batch"),
-        ({"model__seq_length": 0}, 64, "--seq-length 0 must be at least 1"),
-        ({"model__num_attention_heads": 95}, 64, "12288 cannot be split over .*heads 95"),
+        ({"model__seq_length": 0}, 64, "--seq-length is required, at least 1"),
+        ({"model__num_attention_heads": 95}, 64, "12288 does not divide into .*heads 95"),
     ],
 )
 def test_what_does_not_come_out_even_is_refused(
@@ -123,9 +124,10 @@ def test_what_does_not_come_out_even_is_refused(
         draw_up(users_run(**changes), world_size)
 
 
-def test_all_wrong_sizes_of_a_model_are_reported_together() -> None:
-    with pytest.raises(ConfigError, match="(?s)4 problems .*--num-layers 0 .*--seq-length 0 "):
+def test_all_wrong_sizes_are_reported_together_as_the_rules_say_them() -> None:
+    with pytest.raises(ConfigError, match="(?s)4 problems .*--num-layers .*--seq-length ") as found:
         draw_up(config(ModelConfig()), 1)
+    assert all(problem in str(found.value) for problem in size_problems(config(ModelConfig()), 1))
 
 
 def test_the_plan_states_what_a_dry_run_promises(users: Blueprint) -> None:

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 
 from megatron_lite.blueprint.batches import BatchSchedule, batch_schedule
 from megatron_lite.blueprint.length import run_length, sample_counts
-from megatron_lite.config.errors import ConfigError
 from megatron_lite.config.sections.train import TrainConfig
 
 
@@ -33,12 +32,6 @@ def schedule_of(train: TrainConfig) -> BatchSchedule:
 def test_a_run_is_whole_steps(flags: dict[str, object], length: tuple[int, int]) -> None:
     train = TrainConfig(**flags)
     assert run_length(train, schedule_of(train)) == length
-
-
-def test_less_than_one_batch_is_no_run() -> None:
-    train = TrainConfig(train_samples=3, global_batch_size=4)
-    with pytest.raises(ConfigError, match="--train-samples 3 is less than one batch of 4"):
-        run_length(train, schedule_of(train))
 
 
 def test_a_fresh_run_asks_for_megatrons_numbers() -> None:

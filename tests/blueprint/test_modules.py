@@ -72,7 +72,7 @@ def test_every_stage_of_every_preset_equals_the_table(name: str, pp: int) -> Non
     assert model.vocab_size is not None
     padded = padded_vocab_size(model.vocab_size, model.make_vocab_size_divisible_by, tp)
     stages = cut_stages((model.num_layers // pp,) * pp)
-    table = parameter_table(model, stages, padded_vocab_size=padded, tp=tp)
+    table = parameter_table(model, stages, padded_vocab_size=padded)
     for stage in stages:
         expected = {}
         for spec in (s for s in table if s.stage == stage.index):
@@ -144,7 +144,7 @@ def test_a_drawn_model_is_its_figure(model: ModelConfig) -> None:
         for piece in local.pieces
     ]
     expected = []
-    for spec in parameter_table(model, [stage], padded_vocab_size=padded, tp=2):
+    for spec in parameter_table(model, [stage], padded_vocab_size=padded):
         rows = spec.shape[0] // (2 if spec.tp_dim == 0 else 1)
         shape = (model.vocab_size, *spec.shape[1:]) if spec.tensor.vocabulary else spec.shape
         expected.append((spec.name, shape, min(rows, shape[0])))

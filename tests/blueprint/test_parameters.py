@@ -14,18 +14,15 @@ from megatron_lite.blueprint.parameters import (
     total_size,
 )
 from megatron_lite.blueprint.stages import cut_stages
-from megatron_lite.config.errors import ConfigError
 from megatron_lite.config.sections.model import ModelConfig
 from tests.blueprint.configs import GPT3_175B
 
 SMALL = ModelConfig(num_layers=2, hidden_size=8, num_attention_heads=4, seq_length=6)
 
 
-def table(
-    model: ModelConfig, pp: int = 1, vocab: int = 51200, tp: int = 1
-) -> tuple[ParamSpec, ...]:
+def table(model: ModelConfig, pp: int = 1, vocab: int = 51200) -> tuple[ParamSpec, ...]:
     stages = cut_stages((model.num_layers // pp,) * pp)
-    return parameter_table(model, stages, padded_vocab_size=vocab, tp=tp)
+    return parameter_table(model, stages, padded_vocab_size=vocab)
 
 
 @pytest.mark.parametrize("pp", [1, 8])
@@ -50,7 +47,7 @@ def test_llama_3_8b_has_8_030_261_248_parameters() -> None:
 
 @pytest.mark.parametrize(("stage", "billions"), [(0, 2.823), (3, 2.719), (7, 2.798)])
 def test_users_ranks_hold_what_megatron_reports(stage: int, billions: float) -> None:
-    held = rank_size(table(GPT3_175B, 8, tp=8), [stage], tp=8)
+    held = rank_size(table(GPT3_175B, 8), [stage], tp=8)
     assert round(held / 1e9, 3) == billions
 
 
@@ -116,11 +113,6 @@ def test_the_tied_copy_on_the_last_stage_is_a_replica_counted_once() -> None:
 
 
 def test_tp_ranks_together_hold_the_model_and_copies_of_what_is_not_cut() -> None:
-    specs = table(SMALL, vocab=16, tp=4)
+    specs = table(SMALL, vocab=16)
     whole = sum(s.size for s in specs if s.tp_dim is None)
     assert 4 * rank_size(specs, [0], 4) == total_size(specs) + 3 * whole
-
-
-def test_heads_that_tp_does_not_divide_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"--num-attention-heads 4 .* 3; choose tp from \[1, 2\]"):
-        table(SMALL, tp=3)

@@ -154,6 +154,11 @@ BAD = [
     ),
     ("--train-samples 9", 1, "--train-iters 100 and --train-samples 9 exclude each other"),
     (
+        "--train-samples 7 --global-batch-size 8",
+        1,
+        "--train-samples 7 is less than one batch of 8 samples; give at least 8",
+    ),
+    (
         "--lr-decay-samples 9",
         1,
         "--lr-decay-samples 9 does not go with --train-iters; use --lr-decay-i",

@@ -47,7 +47,7 @@ def test_the_ranks_together_read_the_global_batch_once(
     consumed: int, micro: int, dp: int, num: int
 ) -> None:
     size = micro * dp * num
-    ranks = [sample_numbers(consumed, size, micro, rank, dp) for rank in range(dp)]
+    ranks = [sample_numbers(consumed, micro, num, rank, dp) for rank in range(dp)]
     assert all(numbers.shape == (num, micro) for numbers in ranks)
     assert sorted(np.concatenate(ranks, axis=None).tolist()) == list(
         range(consumed, consumed + size)
@@ -55,16 +55,16 @@ def test_the_ranks_together_read_the_global_batch_once(
 
 
 def test_ranks_take_turns_as_megatrons_do() -> None:
-    assert sample_numbers(100, 12, 2, 1, 3).tolist() == [[102, 103], [108, 109]]
+    assert sample_numbers(100, 2, 2, 1, 3).tolist() == [[102, 103], [108, 109]]
 
 
 def test_resuming_anywhere_reads_what_was_next() -> None:
     loader = Loader(Counting(), dp_rank=1, dp_size=2, num_workers=2)
-    whole = [loader.next_batches(c, 8, 2, 2) for c in range(0, 80, 8)]
+    whole = [loader.next_batches(c, 2, 2) for c in range(0, 80, 8)]
     loader.close()
     again = Loader(Counting(), dp_rank=1, dp_size=2, num_workers=0)
     for step in (3, 9, 0):
-        for ours, other in zip(again.next_batches(step * 8, 8, 2, 2), whole[step], strict=True):
+        for ours, other in zip(again.next_batches(step * 8, 2, 2), whole[step], strict=True):
             assert np.array_equal(ours.tokens, other.tokens)
             assert np.array_equal(ours.sample_numbers, other.sample_numbers)
             assert np.array_equal(ours.loss_mask, other.loss_mask)
@@ -76,7 +76,7 @@ def test_a_changing_batch_size_is_read_right() -> None:
     loader = Loader(Counting(), dp_rank=0, dp_size=1, num_workers=1)
     consumed = 0
     for size in (4, 4, 8, 8, 12, 4):
-        batches = loader.next_batches(consumed, size, 2, size // 2)
+        batches = loader.next_batches(consumed, 2, size // 2)
         numbers = [int(n) for batch in batches for n in batch.sample_numbers]
         assert numbers == list(range(consumed, consumed + size))
         consumed += size
@@ -86,30 +86,30 @@ def test_a_changing_batch_size_is_read_right() -> None:
 def test_threads_read_ahead_and_waiting_is_measured() -> None:
     dataset = Counting()
     loader = Loader(dataset, dp_rank=0, dp_size=1, num_workers=2)
-    loader.next_batches(0, 8, 2, 4)
-    loader.next_batches(8, 8, 2, 4)
+    loader.next_batches(0, 2, 4)
+    loader.next_batches(8, 2, 4)
     loader.close()
     assert threading.get_ident() not in dataset.threads
     assert loader.seconds_waited > 0
     inline = Loader(dataset, dp_rank=0, dp_size=1, num_workers=0)
-    inline.next_batches(0, 8, 2, 4)
+    inline.next_batches(0, 2, 4)
     assert threading.get_ident() in dataset.threads and inline.seconds_waited > 0
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_an_error_surfaces_in_the_step_it_belongs_to(num_workers: int) -> None:
     loader = Loader(Counting(bad=10), dp_rank=0, dp_size=1, num_workers=num_workers)
-    assert len(loader.next_batches(0, 8, 4, 2)) == 2
+    assert len(loader.next_batches(0, 4, 2)) == 2
     with pytest.raises(DataError, match="sample 10 is bad"):
-        loader.next_batches(8, 8, 4, 2)
+        loader.next_batches(8, 4, 2)
     loader.close()
 
 
 def test_the_end_of_the_data_is_said_in_words() -> None:
     loader = Loader(Counting(20), dp_rank=0, dp_size=1, num_workers=2)
-    assert len(loader.next_batches(8, 8, 4, 2)) == 2
+    assert len(loader.next_batches(8, 4, 2)) == 2
     with pytest.raises(DataError, match="no samples left: position 23 of 20"):
-        loader.next_batches(16, 8, 4, 2)
+        loader.next_batches(16, 4, 2)
     loader.close()
 
 
@@ -119,7 +119,7 @@ def cyclic(size: int, dp: int = 1, **how: bool) -> Order:
 
 def reads(order: Order, rank: int, micro: int, dp: int, batches: int) -> list[int]:
     """What a rank reads in so many global batches of one micro batch each."""
-    numbers = sample_numbers(0, batches * micro * dp, micro, rank, dp)
+    numbers = sample_numbers(0, micro, batches, rank, dp)
     return [int(n) for row in numbers for n in order(row, micro)]
 
 

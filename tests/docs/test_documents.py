@@ -10,6 +10,7 @@ import pytest
 
 from megatron_lite.config.flags.legacy import LEGACY
 from megatron_lite.config.flags.parser import spellings
+from tests.parity.layouts import LAYOUTS
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = sorted(
@@ -89,3 +90,9 @@ def test_what_does_not_exist_is_found() -> None:
     assert unknown_flags("`--lr` and --learning-rat, --log-*") == {"--learning-rat"}
     assert missing_files("`tools/flags.py`, `tools/flogs.py`, `run/tb`") == {"tools/flogs.py"}
     assert slug("What the `log` means (6.1)") == "what-the-log-means-61"
+
+
+@pytest.mark.parametrize("name", ["README.md", "README.zh-CN.md"])
+def test_the_readme_counts_the_layouts_of_the_parity_table(name: str) -> None:
+    text = (ROOT / name).read_text(encoding="utf-8")
+    assert re.findall(r"\(docs/parity\.md\)\W*(\d+)", text) == [str(len(LAYOUTS))]

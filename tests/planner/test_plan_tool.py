@@ -202,6 +202,7 @@ def test_a_mistake_is_one_line_with_the_way_out() -> None:
         (["--tokens", "many", *RUN], "argument --tokens: 'many' is no number of tokens"),
         (["--stage-times-ms", "1", "0", "1", "0", *RUN], "only the message may take no time"),
         (["--nodes", "1", "--search"], "--num-layers is required"),
+        (["--nodes", "1", "--tokens", "1B"], "--seq-length is required"),
         (["nothere.sh"], "nothere.sh: cannot be read"),
     ):
         done = run(*words)

@@ -54,9 +54,8 @@ def make_batches(
     """This dp rank's micro batches of a step: tokens are a function of the sample number."""
     gbs = config.train.global_batch_size
     assert gbs is not None
-    numbers = sample_numbers(
-        step * gbs, gbs, config.train.micro_batch_size, dp_rank, blueprint.grid.dp
-    )
+    micro, count = config.train.micro_batch_size, blueprint.microbatches(gbs)
+    numbers = sample_numbers(step * gbs, micro, count, dp_rank, blueprint.grid.dp)
     return [_batch(config, row, ragged) for row in numbers]
 
 

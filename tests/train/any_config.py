@@ -274,8 +274,7 @@ def refusal(case: Case) -> str | None:
         config = parse(case.words).config
         rules.check(config, case.ranks)
         blueprint = draw_up(config, case.ranks)
-        for size in {blueprint.batch_schedule.final_batch_size}:
-            blueprint.actions(size // (config.train.micro_batch_size * blueprint.dp))
+        blueprint.actions(blueprint.microbatches())
     except ConfigError as error:
         assert error.exit_code == 2
         return str(error)

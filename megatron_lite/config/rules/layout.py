@@ -12,6 +12,7 @@ from megatron_lite.config.batch_schedule import parse_schedule
 from megatron_lite.config.errors import ConfigError
 from megatron_lite.config.pipeline import SPLIT_BACKWARD, pipeline
 from megatron_lite.config.sections.run import RunConfig
+from megatron_lite.config.sections.train import TrainConfig
 
 
 def divisors(number: int, *, at_most: int | None = None) -> list[int]:
@@ -152,11 +153,11 @@ def whole_groups(config: RunConfig, world_size: int) -> Iterator[str]:
         return
     if name != "interleaved" or dp is None:
         return
-    unit = t.micro_batch_size * dp * p.pp
+    unit = t.samples_at_once(dp) * p.pp
     for flag, size in _batch_sizes(config, dp):
         if size % unit:
             yield (
-                f"{flag} {size} is {size / (t.micro_batch_size * dp):g} micro batches per "
+                f"{flag} {size} is {size / t.samples_at_once(dp):g} micro batches per "
                 "data-parallel rank; the interleaved schedule takes multiples of "
                 f"--pipeline-model-parallel-size {p.pp}: use {nearest(size, unit)}, or 1f1b or zb-v"
             )
@@ -176,7 +177,7 @@ def _batch_sizes(config: RunConfig, dp: int) -> Iterator[tuple[str, int]]:
     if t.rampup_batch_size and len(t.rampup_batch_size) == 3:
         yield "--rampup-batch-size: start", t.rampup_batch_size[0]
         yield "--rampup-batch-size: increment", t.rampup_batch_size[1]
-    yield "--global-batch-size", t.global_batch_size or t.micro_batch_size * dp
+    yield "--global-batch-size", t.global_batch_size or t.samples_at_once(dp)
 
 
 def split_backward(config: RunConfig, world_size: int) -> Iterator[str]:
@@ -209,16 +210,16 @@ def global_batch(config: RunConfig, world_size: int) -> Iterator[str]:
     t, dp = config.train, data_parallel_size(config, world_size)
     if t.global_batch_size is None or dp is None:
         return
-    yield from _whole_micro_batches(
-        f"--global-batch-size {t.global_batch_size}", t.global_batch_size, t.micro_batch_size, dp
-    )
+    what = f"--global-batch-size {t.global_batch_size}"
+    yield from _whole_micro_batches(what, t.global_batch_size, t, dp)
 
 
-def _whole_micro_batches(what: str, size: int, micro: int, dp: int) -> Iterator[str]:
-    if size % (micro * dp):
+def _whole_micro_batches(what: str, size: int, train: TrainConfig, dp: int) -> Iterator[str]:
+    unit = train.samples_at_once(dp)
+    if size % unit:
         yield (
-            f"{what} is not divisible by --micro-batch-size {micro} x data-parallel size {dp} = "
-            f"{micro * dp}; the nearest that are: {nearest(size, micro * dp)}"
+            f"{what} is not divisible by --micro-batch-size {train.micro_batch_size} x "
+            f"data-parallel size {dp} = {unit}; the nearest that are: {nearest(size, unit)}"
         )
 
 
@@ -253,7 +254,32 @@ def ramp_up(config: RunConfig, world_size: int) -> Iterator[str]:
     dp = data_parallel_size(config, world_size)
     if dp is not None:
         for name, size in (("start", start), ("increment", increment)):
-            yield from _whole_micro_batches(f"{flag}: {name} {size}", size, t.micro_batch_size, dp)
+            yield from _whole_micro_batches(f"{flag}: {name} {size}", size, t, dp)
+
+
+def one_length(config: RunConfig, world_size: int) -> Iterator[str]:
+    """The run's length is said in iterations or in samples, not in both."""
+    t = config.train
+    if t.train_iters is not None and t.train_samples is not None:
+        yield (
+            f"--train-iters {t.train_iters} and --train-samples {t.train_samples} exclude each "
+            "other; give one"
+        )
+
+
+def one_batch(config: RunConfig, world_size: int) -> Iterator[str]:
+    """A run in samples has one step at least; a schedule in tokens takes the step they end in."""
+    t, dp = config.train, data_parallel_size(config, world_size)
+    if t.train_samples is None or dp is None or t.step_batch_size_schedule is not None:
+        return
+    ramp = t.rampup_batch_size
+    grows = len(ramp) == 3 and ramp[2] > 0
+    first = ramp[0] if grows else t.global_batch_size or t.samples_at_once(dp)
+    if t.train_samples < first:
+        yield (
+            f"--train-samples {t.train_samples} is less than one batch of {first} samples; "
+            f"give at least {first}"
+        )
 
 
 def step_schedule(config: RunConfig, world_size: int) -> Iterator[str]:
@@ -275,4 +301,4 @@ def step_schedule(config: RunConfig, world_size: int) -> Iterator[str]:
     dp = data_parallel_size(config, world_size)
     if dp is not None:
         for size in dict.fromkeys(step.size for step in steps):
-            yield from _whole_micro_batches(f"{flag}: {size}", size, t.micro_batch_size, dp)
+            yield from _whole_micro_batches(f"{flag}: {size}", size, t, dp)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -49,16 +49,23 @@ OF_THE_MODEL: tuple[Rule, ...] = (
     Rule(layout.positions, (_SEQ, "model.max_position_embeddings")),
 )
 
-RULES: tuple[Rule, ...] = (
+OF_SIZES: tuple[Rule, ...] = (
     Rule(layout.world, _WORLD),
     *OF_THE_MODEL,
     Rule(layout.pipeline_stages, _STAGES),
     Rule(layout.whole_groups, (*_STAGES, *_BATCH, "train.rampup_batch_size")),
-    Rule(layout.split_backward),
     Rule(layout.sequence_parallel, (_SEQ, _TP, _CP)),
     Rule(layout.global_batch, _BATCH),
     Rule(layout.ramp_up, (*_BATCH, "train.rampup_batch_size")),
     Rule(layout.step_schedule, _BATCH),
+    Rule(layout.one_length),
+    Rule(layout.one_batch, (*_BATCH, "train.rampup_batch_size", "train.train_samples")),
+)
+"""What a Blueprint needs to come out."""
+
+RULES: tuple[Rule, ...] = (
+    *OF_SIZES,
+    Rule(layout.split_backward),
     Rule(training.precision),
     Rule(training.spikes, ("guards.loss_spike_factor", "guards.grad_norm_spike_factor")),
     Rule(training.planning),
@@ -117,15 +124,20 @@ def problems(config: RunConfig, world_size: int, *, built: bool = True) -> list[
 
     built=False: what is only not built yet is no problem (the planner's view).
     """
-    ranges = list(out_of_range(config))
-    bad = {key for key, _ in ranges}
-    found = [problem for _, problem in ranges]
-    for rule in RULES:
-        if bad.isdisjoint(rule.needs):
-            found += rule.find(config, world_size)
-    if built and bad.isdisjoint(_WORLD):
+    ranges = dict(out_of_range(config))
+    found = [*ranges.values(), *_broken(RULES, config, world_size, ranges)]
+    if built and ranges.keys().isdisjoint(_WORLD):
         found += not_yet(config, world_size)
     return found
+
+
+def _broken(
+    rules: Iterable[Rule], config: RunConfig, world_size: int, bad: Container[str]
+) -> Iterator[str]:
+    """The problems of all rules but those that need a number out of its range."""
+    for rule in rules:
+        if not any(key in bad for key in rule.needs):
+            yield from rule.find(config, world_size)
 
 
 def model_problems(model: ModelConfig) -> list[str]:
@@ -135,11 +147,35 @@ def model_problems(model: ModelConfig) -> list[str]:
     return found or [problem for rule in OF_THE_MODEL for problem in rule.find(config, 1)]
 
 
+def size_problems(config: RunConfig, world_size: int) -> list[str]:
+    """Everything that keeps sizes from coming out even over so many ranks, in words."""
+    ranges = dict(out_of_range(config))
+    found = [words for key, words in ranges.items() if key.partition(".")[0] in _SIZED]
+    return [*found, *_broken(OF_SIZES, config, world_size, ranges)]
+
+
+_SIZED = ("model", "parallel", "train")
+"""Sections whose numbers are sizes."""
+
+
+def check_sizes(config: RunConfig, world_size: int) -> None:
+    """Raise one ConfigError that lists every size that does not come out even."""
+    _require_ranks(world_size)
+    _refuse(size_problems(config, world_size), world_size)
+
+
 def check(config: RunConfig, world_size: int, *, built: bool = True) -> None:
     """Raise one ConfigError that lists every broken rule; pure, so it runs anywhere."""
+    _require_ranks(world_size)
+    _refuse(problems(config, world_size, built=built), world_size)
+
+
+def _require_ranks(world_size: int) -> None:
     if world_size < 1:
         raise ConfigError(f"--world-size: {world_size} ranks; at least 1 is needed")
-    found = problems(config, world_size, built=built)
+
+
+def _refuse(found: Sequence[str], world_size: int) -> None:
     if found:
         raise all_together(found, f"with this config on {world_size} ranks")
 

@@ -57,16 +57,12 @@ def planning(config: RunConfig, world_size: int) -> Iterator[str]:
 
 
 def length(config: RunConfig, world_size: int) -> Iterator[str]:
-    """The run's length is said once, in iterations or in samples, and nothing mixes the two."""
+    """The run has a length, and what goes with it is in the same unit."""
     t, lr = config.train, config.learning_rate
     if t.train_iters is None and t.train_samples is None:
         yield "how long to train is missing; give --train-iters or --train-samples"
     if t.train_iters is not None and t.train_samples is not None:
-        yield (
-            f"--train-iters {t.train_iters} and --train-samples {t.train_samples} exclude each "
-            "other; give one"
-        )
-        return
+        return  # layout.one_length
     in_iters = {
         "--lr-decay-iters": lr.lr_decay_iters,
         "--lr-warmup-iters": lr.lr_warmup_iters,

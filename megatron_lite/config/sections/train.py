@@ -85,6 +85,10 @@ class TrainConfig:
     print_state_hash: bool = False
     """Print a hash over all parameters and optimizer moments at the end."""
 
+    def samples_at_once(self, dp: int) -> int:
+        """Samples of one micro batch on each of dp data-parallel ranks; every batch is a multiple."""
+        return self.micro_batch_size * dp
+
     @property
     def needs_no_data(self) -> bool:
         """Whether the run is only planned or rehearsed."""
