@@ -3,10 +3,10 @@
     tools/  examples/                                      start it
     ──────────────────────────────────────────────────────────────────────────────
     5  cli/                                                parse, call, print (thin)
-    4  train/            inference/                        what you run
+    4  train/ ──▶ rehearsal/    inference/                 what you run
     3  pipeline/  engines/  optim/  checkpoint/            how a step happens and is kept
     2  layers/ ──▶ models/                                 what is computed
-    1  rendezvous/       parallel/         kernels/        who is there; how ranks talk; how ops run
+    1  rendezvous/  parallel/  kernels/                    who is there; how ranks talk; how ops run
     0  config/ ──▶ blueprint/ ──▶ planner/                 what was asked; what follows      no torch
     ──────────────────────────────────────────────────────────────────────────────
     wings:  data/ (+ tokenizers/, preparing/)   no torch.distributed   telemetry/   numbers, not tensors

@@ -103,7 +103,7 @@ def _checked(parsed: Parsed) -> tuple[RunConfig, int]:
 
 def _rehearse(parsed: Parsed) -> int:
     # torch is imported only now: a plan needs none
-    from megatron_lite.train import rehearse  # noqa: PLC0415
+    from megatron_lite.rehearsal import rehearse  # noqa: PLC0415
 
     began = time.perf_counter()
     config, world_size = _checked(parsed)

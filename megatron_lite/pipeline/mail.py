@@ -12,8 +12,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_lite.blueprint.schedules.actions import Action, Op
+from megatron_lite.parallel.calls.transcript import message_name
 from megatron_lite.parallel.context import Axis
-from megatron_lite.parallel.transcript import message_name
 
 _SENDS = (Op.SEND_F, Op.SEND_B)
 

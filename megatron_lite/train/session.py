@@ -17,7 +17,7 @@ from megatron_lite.checkpoint.store import Store
 from megatron_lite.config.errors import DataError, StorageError
 from megatron_lite.config.sections.run import RunConfig
 from megatron_lite.layers.attention import choose_attention
-from megatron_lite.parallel.checking import Checker
+from megatron_lite.parallel.calls.checking import Checker
 from megatron_lite.parallel.collectives import barrier
 from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.parallel.waits import measuring

@@ -14,9 +14,9 @@ from megatron_lite.config.sections.optim import OptimConfig
 from megatron_lite.optim.rules import RULES
 from megatron_lite.parallel.shard import MASTER
 from megatron_lite.planner.memory import Asked, memory
+from megatron_lite.rehearsal.rehearse import stand_in
 from megatron_lite.train.assemble import assemble
 from megatron_lite.train.health.state_hash import state_hash
-from megatron_lite.train.rehearse import stand_in
 from megatron_lite.train.step import train_step
 from tests.checkpoint.test_store import load_and_save_again, train_and_save, whole
 from tests.optim import toys

@@ -8,7 +8,7 @@ from torch.distributed import PrefixStore, distributed_c10d
 
 from megatron_lite.blueprint.schedules.actions import Action
 from megatron_lite.config.errors import DistributedError
-from megatron_lite.parallel.checking import Checker
+from megatron_lite.parallel.calls.checking import Checker
 from megatron_lite.parallel.collectives import all_reduce, barrier
 from megatron_lite.parallel.context import Axis
 from megatron_lite.train.assemble import assemble

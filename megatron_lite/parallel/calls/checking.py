@@ -19,8 +19,8 @@ from torch.distributed import Store  # type: ignore[attr-defined]
 
 from megatron_lite.blueprint.schedules.actions import Action
 from megatron_lite.config.errors import DistributedError
-from megatron_lite.parallel.recording import Tape
-from megatron_lite.parallel.transcript import Call, Transcript, shown_ranks
+from megatron_lite.parallel.calls.tape import Tape
+from megatron_lite.parallel.calls.transcript import Call, Transcript, shown_ranks
 
 _GO = "go"
 

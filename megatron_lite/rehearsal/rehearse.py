@@ -3,7 +3,7 @@
 stand_in(config, blueprint, rank)   real groups, stages, engine, on the meta device
   .perform()                        one training step of 3 pp micro batches and one evaluation
 Rehearsed                           every call to others, and where its memory went
-compare(transcripts)                do the ranks fit together?          parallel/transcript.py
+compare(transcripts)                do the ranks fit together?          parallel/calls/transcript.py
 """
 
 from __future__ import annotations
@@ -30,13 +30,14 @@ from megatron_lite.config.errors import DistributedError
 from megatron_lite.config.sections.data import DataConfig
 from megatron_lite.config.sections.run import RunConfig
 from megatron_lite.data.batch import Batch
+from megatron_lite.parallel.calls.tape import Tape
+from megatron_lite.parallel.calls.transcript import Transcript, compare
 from megatron_lite.parallel.context import ParallelContext
-from megatron_lite.parallel.recording import Tape, alone
 from megatron_lite.parallel.shard import MASTER
-from megatron_lite.parallel.transcript import Transcript, compare
+from megatron_lite.rehearsal.meta_tensors import Forms, Weightless
+from megatron_lite.rehearsal.process_group import alone, listen
 from megatron_lite.train.assemble import Run, assemble
 from megatron_lite.train.step import evaluation_step, train_step
-from megatron_lite.train.weightless import Forms, Weightless
 
 ROUNDS = 3
 """Micro batches per pipeline rank that are rehearsed: enough for a steady phase."""
@@ -125,7 +126,7 @@ class StandIn:
         )
         self.transcript = Transcript(rank, pp=ctx.pp.rank)
         self.tape = Tape(self.transcript)
-        self.tape.listen(ctx)
+        listen(ctx, self.tape)
         self.run: Run = assemble(config, blueprint, ctx)
         self.run.pipeline.reached = self._reached
         self.batches = make_batches(config, num_microbatches(blueprint))

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_lite.train.footprint import Footprint
+from megatron_lite.rehearsal.footprint import Footprint
 
 _NUMBER = torch.ops.aten._local_scalar_dense.default
 _COPY = torch.ops.aten._to_copy.default

@@ -8,20 +8,20 @@ import pytest
 from megatron_lite.blueprint.draw_up import Blueprint
 from megatron_lite.blueprint.schedules.actions import Action
 from megatron_lite.config.errors import DistributedError
+from megatron_lite.parallel.calls.transcript import compare
 from megatron_lite.parallel.collectives import all_reduce
 from megatron_lite.parallel.context import Axis
-from megatron_lite.parallel.transcript import compare
 from megatron_lite.planner.memory import Asked
 from megatron_lite.planner.rehearsed import Measured, beside_plan
-from megatron_lite.train.assemble import assemble
-from megatron_lite.train.footprint import Footprint
-from megatron_lite.train.rehearse import (
+from megatron_lite.rehearsal.footprint import Footprint
+from megatron_lite.rehearsal.rehearse import (
     one_of_each,
     rehearse,
     rehearse_rank,
     require_agreement,
     stand_in,
 )
+from megatron_lite.train.assemble import assemble
 from megatron_lite.train.step import train_step
 from tests.parallel.test_traffic import traffic
 from tests.support.spawn import spawn
