@@ -137,7 +137,7 @@ def test_a_translated_guide_has_the_same_commands_and_paragraphs(guide: str) -> 
         assert found[0] == found[1], f"{mark!r}: what one language says, the other says, too"
 
 
-@pytest.mark.ci
+@pytest.mark.slow
 def test_the_quickstart_goes_as_printed(tmp_path: Path) -> None:
     folder = checkout(tmp_path)
     small_text(folder / "corpus.jsonl")
@@ -189,7 +189,7 @@ def test_the_data_guide_goes_as_printed(tmp_path: Path) -> None:
         assert len(IndexedDataset(folder / f"data/{name}_text_document")) == documents
 
 
-@pytest.mark.slow  # the longest of the three
+@pytest.mark.slow
 def test_the_fine_tune_guide_goes_as_printed(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers", reason="makes the GPT-2; extra huggingface")
     folder = checkout(tmp_path)

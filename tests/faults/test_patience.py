@@ -14,6 +14,7 @@ from tests.support.launch import TINY, launch, start, with_flags
 SHORT = with_flags(TINY, "--distributed-timeout-minutes", "0.05")  # 3 s
 
 
+@pytest.mark.ci
 def test_others_wait_for_work_that_is_longer_than_the_timeout_and_not_for_a_hang():
     works = start(2, SHORT, fault="data:0:busy6")
     hangs = start(2, SHORT, fault="data:0:hang")
@@ -25,7 +26,7 @@ def test_others_wait_for_work_that_is_longer_than_the_timeout_and_not_for_a_hang
     assert all("faults.py" in rank.fatal for rank in ended)
 
 
-@pytest.mark.ci
+@pytest.mark.slow
 def test_ranks_wait_likewise_for_a_tokenizer_and_for_a_checkpoint_to_be_verified(tmp_path):
     argv = with_flags(SHORT, "--train-iters", "1", "--save", str(tmp_path))
     ended = launch(2, argv, fault="tokenizer:1:busy4", deadline=90)

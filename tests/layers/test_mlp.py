@@ -64,6 +64,7 @@ def test_gelu_has_the_form_of_the_flags(flags: str, form: str) -> None:
     assert implied == (form == "erf" and "--gelu" not in flags)
 
 
+@pytest.mark.slow  # its import compiles
 @pytest.mark.parametrize("flags", ["", "--no-bias-gelu-fusion", "--disable-bias-linear"])
 def test_gelu_equals_megatron_cores(flags: str) -> None:
     """Its arguments turn the fused kernel off where there is no bias or the flag says so."""

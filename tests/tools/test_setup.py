@@ -189,7 +189,7 @@ def test_other_pins_are_installed_where_they_are(checkout: Checkout) -> None:
     assert "torch==2.13.0" in (checkout.venv / "constraints.txt").read_text()
 
 
-@pytest.mark.ci
+@pytest.mark.slow
 def test_a_python_that_is_named_is_the_one_used(checkout: Checkout) -> None:
     """One with a torch lends it; without that torch the environment is made anew."""
     checkout.done()
@@ -232,7 +232,7 @@ def test_what_setup_did_not_make_is_not_replaced(checkout: Checkout) -> None:
     assert checkout.done(PYTHON=str(checkout.base / "python3")) == ""
 
 
-@pytest.mark.ci
+@pytest.mark.slow
 def test_two_setups_at_once_install_once(checkout: Checkout) -> None:
     env = {"PATH": f"{checkout.base}:/usr/bin:/bin", "PIP_NOTES": str(checkout.notes)}
     script = [str(checkout.root / "tools/setup.sh")]
