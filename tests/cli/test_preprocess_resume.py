@@ -16,7 +16,7 @@ from megatron_lite.data.preparing.indexed_builder import IndexedDatasetBuilder
 from megatron_lite.data.preparing.preprocess import preprocess
 from megatron_lite.storage.disk import Disk
 from megatron_lite.storage.faults import FaultyDisk, RecordingDisk, SimulatedCrash
-from tests.cli.test_preprocess_data import NULL, TOOL, call, hashes, job, numbers, write_lines
+from tests.support.preprocess import NULL, TOOL, call, hashes, job, numbers, write_lines
 
 
 def test_shards_merged_are_the_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

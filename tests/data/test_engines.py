@@ -12,9 +12,9 @@ import pytest
 
 from megatron_lite.config.errors import ConfigError, DataError
 from megatron_lite.data.tokenizers import engines
-from megatron_lite.data.tokenizers.base import Encoded
 from megatron_lite.data.tokenizers.engines import (
     Candidate,
+    Encoded,
     EngineChoice,
     FunctionEngine,
     GigatokenEngine,

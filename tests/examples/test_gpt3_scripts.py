@@ -3,112 +3,25 @@
 from __future__ import annotations
 
 import os
-import re
-import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
-TRAIN = ROOT / "examples/gpt3/train_gpt3_175b_distributed.sh"
-TGS = ROOT / "examples/gpt3/train_gpt3_175b_distributed_tgs.sh"
-PATHS = ("check points", "tensor board", "my vocab.json", "my merges.txt")
-
-# The flag table of Megatron-LM's 175B script without ramp-up, at this project's tp 8 x pp 8.
-FLAGS_175B = {
-    "--num-layers": ["96"],
-    "--hidden-size": ["12288"],
-    "--num-attention-heads": ["96"],
-    "--seq-length": ["2048"],
-    "--max-position-embeddings": ["2048"],
-    "--attention-backend": ["flash"],
-    "--micro-batch-size": ["1"],
-    "--global-batch-size": ["1536"],
-    "--train-iters": ["500000"],
-    "--weight-decay": ["0.1"],
-    "--adam-beta1": ["0.9"],
-    "--adam-beta2": ["0.95"],
-    "--init-method-std": ["0.006"],
-    "--clip-grad": ["1.0"],
-    "--fp16": [],
-    "--lr": ["6.0e-5"],
-    "--lr-decay-style": ["cosine"],
-    "--min-lr": ["6.0e-6"],
-    "--lr-warmup-fraction": [".001"],
-    "--lr-decay-iters": ["430000"],
-    "--tensor-model-parallel-size": ["8"],
-    "--pipeline-model-parallel-size": ["8"],
-    "--sequence-parallel": [],
-    "--data-path": ["0.35", "/data/wiki text", "0.65", "/data/owt"],
-    "--data-cache-path": ["/fast/cache"],
-    "--vocab-file": ["my vocab.json"],
-    "--merge-file": ["my merges.txt"],
-    "--split": ["949,50,1"],
-    "--log-interval": ["100"],
-    "--save-interval": ["10000"],
-    "--eval-interval": ["1000"],
-    "--eval-iters": ["10"],
-    "--save": ["check points"],
-    "--load": ["check points"],
-    "--tensorboard-dir": ["tensor board"],
-}
-DATA = {"DATASET_1": "/data/wiki text", "DATASET_2": "/data/owt", "DATASETCACHE": "/fast/cache"}
-
-
-def run(
-    script: Path,
-    *paths: str,
-    env: Mapping[str, str] | None = None,
-    cwd: Path = ROOT,
-    timeout: float = 120,
-) -> subprocess.CompletedProcess[str]:
-    """The script in an environment that holds PATH and `env` only; a real start has a MASTER_ADDR."""
-    if "PRINT_COMMAND" not in (env or {}):
-        env = {"MASTER_ADDR": "localhost", **(env or {})}
-    return subprocess.run(
-        ["bash", str(script), *paths],
-        cwd=cwd,
-        env={"PATH": os.environ["PATH"], "PYTHON": sys.executable, **(env or {})},
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-    )
-
-
-def command(
-    script: Path, *paths: str, env: Mapping[str, str] | None = None, cwd: Path = ROOT
-) -> list[str]:
-    """The words of the command the script would run."""
-    done = run(script, *paths, env={"PRINT_COMMAND": "1", **(env or {})}, cwd=cwd)
-    assert done.returncode == 0, done.stderr
-    return shlex.split(done.stdout)
-
-
-def flags(words: list[str]) -> dict[str, list[str]]:
-    """Trainer flag -> values; a flag given twice is an error of the script."""
-    found: dict[str, list[str]] = {}
-    name = None
-    for word in words[words.index(str(ROOT / "tools/pretrain_gpt.py")) + 1 :]:
-        if word.startswith("--"):
-            assert word not in found, f"{word} is given twice"
-            name = word
-            found[name] = []
-        else:
-            assert name is not None, f"{word} before any flag"
-            found[name].append(word)
-    return found
-
-
-def launch(words: list[str]) -> dict[str, str]:
-    """Launcher flag -> value."""
-    end = words.index(str(ROOT / "tools/pretrain_gpt.py"))
-    assert words[:2] == [sys.executable, str(ROOT / "tools/launch.py")]
-    rest = [word for word in words[2:end] if word != "--standalone"]
-    return dict(zip(rest[::2], rest[1::2], strict=True))
+from tests.support.gpt3_script import (
+    DATA,
+    FLAGS_175B,
+    PATHS,
+    ROOT,
+    TGS,
+    TRAIN,
+    command,
+    flags,
+    launch,
+    run,
+)
 
 
 def test_unset_it_is_the_175b_run() -> None:
@@ -435,57 +348,3 @@ def test_shellcheck_finds_nothing() -> None:
         ["shellcheck", *map(str, filter(Path.is_file, scripts))], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout
-
-
-@pytest.mark.parametrize("script", [TRAIN, TGS], ids=lambda path: path.stem)
-def test_the_dry_run_plans_175b_on_64_ranks_from_anywhere_and_writes_nothing(
-    script: Path, tmp_path: Path
-) -> None:
-    done = run(script, env={"DRY_RUN": "1"}, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "174,615,846,912" in done.stdout  # vocabulary padded to 51,200
-    assert "3.3862e+18" in done.stdout and "3.3406e+18" in done.stdout  # both FLOP conventions
-    assert "1,536 micro batches" in done.stdout
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_dry_run_that_cannot_be_names_the_rules_and_exits_2(tmp_path: Path) -> None:
-    env = {"DRY_RUN": "1", "NUM_ATTENTION_HEADS": "90", "NUM_LAYERS": "97"}
-    done = run(TRAIN, *PATHS, env=env, cwd=tmp_path)
-    assert done.returncode == 2
-    assert "--num-attention-heads" in done.stderr and "--num-layers" in done.stderr
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_dry_run_with_the_wrong_world_size_exits_2(tmp_path: Path) -> None:
-    done = run(TRAIN, env={"DRY_RUN": "1", "NUM_NODES": "7"}, cwd=tmp_path)
-    assert done.returncode == 2 and "56" in done.stderr
-
-
-@pytest.mark.parametrize(
-    "env",
-    [
-        {"PRECISION": "bf16", "TP": "4", "PP": "16"},
-        {"PRECISION": "fp32", "TP": "1", "PP": "1", "NUM_NODES": "1", "GPUS_PER_NODE": "1"},
-        {"EXTRA_ARGS": "--seed 7 --log-params-norm", "DATASET": "a"},
-    ],
-    ids=str,
-)
-def test_other_layouts_plan_too(env: dict[str, str], tmp_path: Path) -> None:
-    done = run(TRAIN, *PATHS, env={"DRY_RUN": "1", **env}, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-
-
-@pytest.mark.ci
-def test_175b_on_64_ranks_is_rehearsed_in_little_memory_and_is_what_was_planned(
-    tmp_path: Path,
-) -> None:
-    done = run(TRAIN, env={"REHEARSE": "1"}, cwd=tmp_path, timeout=600)
-    assert done.returncode == 0, done.stderr
-    assert "rehearsing 16 of 64 ranks on 24 of 1,536 micro batches" in done.stdout
-    assert "rehearsal: the ranks fit together; nothing was started" in done.stdout
-    ratios = [float(r) for r in re.findall(r" rehearsed .* (\d\.\d{3})$", done.stdout, re.M)]
-    assert len(ratios) >= 8 and all(0.9 < ratio < 1.1 for ratio in ratios)
-    taken = re.search(r"at most (\d+\.\d+) GiB of memory per process", done.stdout)
-    assert taken is not None and float(taken[1]) < 1.0
-    assert list(tmp_path.iterdir()) == []

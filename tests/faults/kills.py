@@ -26,8 +26,8 @@ from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.parallel.shard import NamedSlice
 from megatron_lite.storage.disk import Disk
 from megatron_lite.telemetry.record import StepRecord, read_metrics
-from tests.cli.test_preprocess_data import hashes, job, numbers
 from tests.support.launch import TINY, Running, StillAlive, in_session, launch, start, with_flags
+from tests.support.preprocess import hashes, job, numbers
 from tests.support.spawn import _context
 
 Tell = Callable[[str], None]

@@ -16,9 +16,9 @@ from megatron_lite.data.cache import build_or_load
 from megatron_lite.data.preparing.preprocess import preprocess
 from megatron_lite.storage.disk import Disk, write_atomically
 from megatron_lite.storage.faults import RecordingDisk, SimulatedCrash
-from tests.cli.test_preprocess_data import hashes, job, numbers
 from tests.faults.test_save_crashes import CASES, NEW, OLD, loaded, save
 from tests.support.power import PowerCutDisk
+from tests.support.preprocess import hashes, job, numbers
 
 SEEDS = range(3)
 """Each operation is cut so often, each time with another loss."""

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.damage import plant
+from tests.faults.planted import plant
 from tests.train.runs import argv
 
 ROOT = Path(__file__).parents[2]

@@ -28,9 +28,9 @@ from megatron_lite.data.indexed import token_dtype
 from megatron_lite.data.preparing.pair_writer import TokenBatch
 from megatron_lite.data.preparing.parts import LONGEST_LINE, Batch, TextUnit
 from megatron_lite.data.preparing.records import OnBadLine, Parsed, Reader, Texts, bad_line
-from megatron_lite.data.tokenizers.base import Encoded, Tokenizer
+from megatron_lite.data.tokenizers.base import Tokenizer
 from megatron_lite.data.tokenizers.build import build_tokenizer
-from megatron_lite.data.tokenizers.engines import AUTO
+from megatron_lite.data.tokenizers.engines import AUTO, Encoded
 
 THREADED_BATCH_BYTES = 1 << 20  # per thread; larger ones cost page faults, smaller ones switches
 BATCH_BYTES = 1 << 19  # half a second of the slowest tokenizer: every worker ends at the same time

@@ -5,23 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
-
-import numpy as np
-import numpy.typing as npt
+from typing import Any, Protocol
 
 from megatron_lite.config.errors import DataError
+from megatron_lite.data.tokenizers.engines import Encoded, EngineChoice
 from megatron_lite.storage.reading import read_plain
-
-if TYPE_CHECKING:
-    from megatron_lite.data.tokenizers.engines import EngineChoice
-
-
-class Encoded(NamedTuple):
-    """Many texts: all ids one after the other, and how many each text has."""
-
-    ids: npt.NDArray[np.int32]
-    lengths: npt.NDArray[np.int64]
 
 
 class Tokenizer(Protocol):
@@ -69,13 +57,6 @@ class Tokenizer(Protocol):
 
 LARGEST_FILE = 1 << 32
 """Bytes; the largest vocabularies there are have a few hundred million."""
-
-
-def gather(ids: Sequence[Sequence[int]]) -> Encoded:
-    """Lists of ids as one array."""
-    lengths = np.fromiter((len(part) for part in ids), np.int64, len(ids))
-    flat = np.fromiter((token for part in ids for token in part), np.int32, int(lengths.sum()))
-    return Encoded(flat, lengths)
 
 
 def read_bytes(path: str | None, flag: str) -> bytes:

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+import numpy.typing as npt
 
 from megatron_lite.config.errors import ConfigError, DataError
 from megatron_lite.config.extras import how_to_install
-from megatron_lite.data.tokenizers.base import Encoded, gather
 
 AUTO = "auto"
 ENGINES = (AUTO, "gigatoken", "tiktoken", "tokenizers", "sentencepiece", "plain")
@@ -47,6 +47,20 @@ HARD = (
     "line one\nline two\r\nline three\rline four\n\n\n  indented\n\tx",
 )
 """Where implementations of one pattern differ: spaces, apostrophes, scripts, controls, long runs."""
+
+
+class Encoded(NamedTuple):
+    """Many texts: all ids one after the other, and how many each text has."""
+
+    ids: npt.NDArray[np.int32]
+    lengths: npt.NDArray[np.int64]
+
+
+def gather(ids: Sequence[Sequence[int]]) -> Encoded:
+    """Lists of ids as one array."""
+    lengths = np.fromiter((len(part) for part in ids), np.int64, len(ids))
+    flat = np.fromiter((token for part in ids for token in part), np.int32, int(lengths.sum()))
+    return Encoded(flat, lengths)
 
 
 class Engine(Protocol):

@@ -15,10 +15,11 @@ import numpy as np
 
 from megatron_lite.config.errors import ConfigError, DataError
 from megatron_lite.config.extras import how_to_install
-from megatron_lite.data.tokenizers.base import Encoded, hash_of, read_bytes
+from megatron_lite.data.tokenizers.base import hash_of, read_bytes
 from megatron_lite.data.tokenizers.engines import (
     AUTO,
     Candidate,
+    Encoded,
     EngineChoice,
     EngineTokenizer,
     FunctionEngine,
