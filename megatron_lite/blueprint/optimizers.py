@@ -41,12 +41,14 @@ class Treatment:
     """How one canonical tensor is updated.
 
     rule: a row of optim/rules.py.  needs_whole_matrix: an element's update depends on others of
-    other rows and columns.
+    other rows and columns.  first_update: so many updates of the run pass before its first; until
+    then it is frozen, and its states are what they were at the start.
     """
 
     rule: str
     states: tuple[State, ...] = ()
     needs_whole_matrix: bool = False
+    first_update: int = 0
 
     def needs(self, dim: int) -> bool:
         """Whether the rule must see the tensor whole along this dim: it cannot be cut there."""

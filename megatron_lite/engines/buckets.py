@@ -122,7 +122,7 @@ class GradientBuckets:
         """From now on count gradients, and reduce each bucket when its last one arrives.
 
         awaited: the parameters still to be reported, each as often; a bucket without any starts
-        here.  None: every parameter will be, as often as one backward uses it.
+        here.  None: every parameter that has a gradient will be, as often as one backward uses it.
         """
         if not self.overlap:
             return
@@ -130,7 +130,8 @@ class GradientBuckets:
         coming = None if awaited is None else Counter(awaited)
         for bucket in self.buckets:
             bucket.missing = sum(
-                local.uses if coming is None else coming[local.parameter] for local in bucket.locals
+                _reports(local) if coming is None else coming[local.parameter]
+                for local in bucket.locals
             )
         # the same on all dp ranks, whose queues hold the same products
         self._coming = deque(sorted(self.buckets, key=lambda bucket: bucket.missing > 0))
@@ -218,6 +219,11 @@ class GradientBuckets:
         rows = bucket.gathering.wait().view(bucket.layout.ranks, bucket.layout.columns)
         bucket.gathering = None
         bucket.layout.unpack(rows, lambda local: local.parameter.detach())
+
+
+def _reports(local: LocalParameter) -> int:
+    """How often a backward reports a gradient of it: never of one that is frozen."""
+    return local.uses if local.parameter.requires_grad else 0
 
 
 def _padded(local: LocalParameter) -> int:

@@ -117,6 +117,18 @@ class ZeroEngine:
         self._counted = torch.tensor(counts, dtype=torch.bool, device=ctx.device)
         for local in self._locals:
             local.parameter.register_post_accumulate_grad_hook(self._take_gradient())
+        treated = (self.groups.treatment(held.spec) for held in self._held)
+        self._turns = {how.first_update for how in treated}
+        self._choose_trained()
+
+    def _trains(self, piece: Piece) -> bool:
+        return self.groups.trains(piece.spec, self._steps)
+
+    def _choose_trained(self) -> None:
+        """Let autograd compute, and buckets await, gradients of what the next update changes."""
+        self._frozen = [held for held in self._held if not self._trains(held.piece)]
+        for local in self._locals:
+            local.parameter.requires_grad_(any(map(self._trains, local.pieces)))
 
     def _hold(self, local: LocalParameter) -> Iterator[_Held]:
         """The rows of this parameter that this rank updates: all, or its share."""
@@ -210,7 +222,8 @@ class ZeroEngine:
     ) -> Update:
         """Clip by the global norm, update, clear the accumulators.  Collective over the grid."""
         counted = [held for held in self._held if stands_for(held.local, self.ctx)]
-        num_zeros = self._num_zeros(counted) if self.statistics.num_zeros else None
+        trained = [held for held in counted if self._trains(held.piece)]
+        num_zeros = self._num_zeros(trained) if self.statistics.num_zeros else None
         if self.optim.clip_grad > 0.0:
             with self.span("optimizer-clip-main-grad"):
                 coefficient = clip_coefficient(norm, self.optim.clip_grad)
@@ -241,6 +254,8 @@ class ZeroEngine:
             sizes = [gradient.numel() for gradient in partial]
             for gradient, summed in zip(partial, flat.split(sizes), strict=True):
                 gradient.copy_(summed.view_as(gradient))
+        if self._frozen:  # some of them may be a piece of a parameter that is trained otherwise
+            torch._foreach_zero_([held.gradient for held in self._frozen])
         for held in self._held:
             if held.local.twin:
                 all_reduce(held.gradient, self.ctx.tied)
@@ -252,6 +267,8 @@ class ZeroEngine:
         rates = Rates(lr, weight_decay, decoupled_lr)
         self.groups.update(self._held, rates, steps=self._steps)
         self._steps += 1
+        if self._steps in self._turns:
+            self._choose_trained()
         self.copy_masters()
         if self.sharded:
             for buckets in self._buckets.values():
@@ -324,5 +341,6 @@ class ZeroEngine:
     def resume(self, progress: EngineProgress) -> None:
         """Go on where a checkpoint was; a loss scale that it does not say stays."""
         self._steps = progress.steps
+        self._choose_trained()
         if progress.loss_scale:
             self.scaler.load(progress.loss_scale)

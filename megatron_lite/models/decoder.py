@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 
+import torch
 from torch import Tensor, nn
 
 from megatron_lite.layers.dropout import hidden_dropout
@@ -83,6 +84,8 @@ class Decoder(nn.Module):
             x = hidden_dropout(
                 self.embedding(x, at), at, self.setting, EMBEDDING_LAYER, "embedding"
             )
+            if torch.is_grad_enabled() and not x.requires_grad:
+                x.requires_grad_()  # the embedding is frozen, what comes after it has a backward
         x = self._run_blocks(x, at)
         if not self.has_head:
             return x

@@ -52,6 +52,7 @@ class Group(NamedTuple):
     rule: str
     decays: bool
     decoupled: bool
+    first_update: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,10 +73,19 @@ class Groups:
             for state in self.treatment(spec).states
         }
 
+    def trains(self, spec: Spec, steps: int) -> bool:
+        """Whether the update after so many changes a tensor, which needs a gradient for it."""
+        return steps >= self.treatment(spec).first_update
+
     def update(self, members: Iterable[Member], rates: Rates, *, steps: int) -> None:
-        """One update of all members, in place; steps: updates done before this one."""
+        """One update, in place, of all members that are trained by now; steps: updates before this one.
+
+        A rule is told those that its parameters have taken part in.
+        """
         groups: dict[Group, list[Member]] = {}
         for member in members:
+            if not self.trains(member.spec, steps):
+                continue
             groups.setdefault(self._group(member.spec, rates), []).append(member)
         for group, held in groups.items():
             lr = rates.decoupled_lr if group.decoupled else rates.lr
@@ -84,14 +94,15 @@ class Groups:
                 [member.master for member in held],
                 [member.gradient.to(member.master.dtype) for member in held],
                 [member.state for member in held],
-                steps=steps,
+                steps=steps - group.first_update,
                 lr=lr,
                 weight_decay=rates.weight_decay if group.decays else 0.0,
             )
 
     def _group(self, spec: Spec, rates: Rates) -> Group:
         decoupled = spec.vocabulary and rates.decoupled_lr is not None
-        return Group(self.treatment(spec).rule, spec.decays, decoupled)
+        how = self.treatment(spec)
+        return Group(how.rule, spec.decays, decoupled, how.first_update)
 
     def _rule(self, name: str) -> UpdateRule:
         if name not in self._rules:
