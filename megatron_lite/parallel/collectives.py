@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_lite.parallel.context import Axis
-from megatron_lite.parallel.waits import NOT_MEASURED, Waits
+from megatron_lite.parallel.observer import NOBODY, Observer, Request
 
 # torch >= 2.13 renames these two and warns about the old names
 _gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -31,9 +31,11 @@ def reduction_name(op: Any) -> str:
     return next((name for known, name in _REDUCTIONS.items() if op == known), str(op))
 
 
-def _announce(axis: Axis, call: str, whole: Tensor, what: str = "") -> None:
-    if axis.witness is not None:
-        axis.witness.collective(call, axis.name, axis.ranks, whole, what)
+def _asked(axis: Axis, op: str, whole: Tensor, what: str = "") -> Request:
+    """What is asked of the axis next; its observer has been told."""
+    request = Request(op, axis.name, axis.ranks, whole, what)
+    axis.observer.before(request)
+    return request
 
 
 class Pending:
@@ -45,20 +47,20 @@ class Pending:
         work: Any = None,
         dim: int = 0,
         keep: Tensor | None = None,
-        waited: Callable[[], None] | None = None,
-        waits: Waits = NOT_MEASURED,
+        observer: Observer = NOBODY,
+        ended: Callable[[], None] | None = None,
     ):
         self._result, self._work, self._dim, self._keep = result, work, dim, keep
-        self._waited, self._waits = waited, waits
+        self._observer, self._ended = observer, ended
 
     def wait(self) -> Tensor:
         """The finished tensor; on a GPU only the stream waits."""
         if self._work is not None:
-            with self._waits:
+            with self._observer.waiting():
                 self._work.wait()
             self._work = self._keep = None
-            if self._waited is not None:
-                self._waited()
+            if self._ended is not None:
+                self._ended()
         return self._result if self._dim == 0 else _to_dim(self._result, self._dim)
 
 
@@ -69,11 +71,11 @@ def _to_dim(stacked: Tensor, dim: int) -> Tensor:
 
 def all_reduce(x: Tensor, axis: Axis, op: Any = SUM) -> Tensor:
     """x: [...] -> the same, combined over the axis by op, in place."""
-    if axis.watch is not None:
+    if axis.observer.follows:
         return start_all_reduce(x, axis, op).wait()
     if axis.size > 1:
-        _announce(axis, "all-reduce", x, reduction_name(op))
-        with axis.waits:
+        _asked(axis, "all-reduce", x, reduction_name(op))
+        with axis.observer.waiting():
             dist.all_reduce(x, op=op, group=axis.group)
     return x
 
@@ -82,9 +84,9 @@ def start_all_reduce(x: Tensor, axis: Axis, op: Any = SUM) -> Pending:
     """Begin combining x [...] over the axis by op, in place; x may not be touched before wait()."""
     if axis.size == 1:
         return Pending(x)
-    _announce(axis, "all-reduce", x, reduction_name(op))
+    request = _asked(axis, "all-reduce", x, reduction_name(op))
     work = dist.all_reduce(x, op=op, group=axis.group, async_op=True)
-    return Pending(x, work, waited=_told(axis, "all-reduce", x, work), waits=axis.waits)
+    return _pending(axis, request, x, work)
 
 
 def start_all_gather(x: Tensor, axis: Axis, dim: int = 0) -> Pending:
@@ -97,12 +99,11 @@ def start_all_gather(x: Tensor, axis: Axis, dim: int = 0) -> Pending:
     x = x.contiguous()
     shape = (axis.size * x.shape[0], *x.shape[1:])
     out = x.new_empty(shape)
-    _announce(axis, "all-gather", out)
+    request = _asked(axis, "all-gather", out)
     work = _gather_into(out, x, group=axis.group, async_op=True)
-    told = _told(axis, "all-gather", x, work)
     if dim:
         out = out.view(axis.size, *x.shape)
-    return Pending(out, work, dim, x, told, axis.waits)
+    return _pending(axis, request, out, work, keep=x, dim=dim)
 
 
 def all_gather(x: Tensor, axis: Axis, dim: int = 0) -> Tensor:
@@ -116,10 +117,9 @@ def start_reduce_scatter(x: Tensor, axis: Axis) -> Pending:
         return Pending(x)
     x = x.contiguous()
     out = x.new_empty((x.shape[0] // axis.size, *x.shape[1:]))
-    _announce(axis, "reduce-scatter", x, "sum")
+    request = _asked(axis, "reduce-scatter", x, "sum")
     work = _scatter_into(out, x, group=axis.group, async_op=True)
-    told = _told(axis, "reduce-scatter", x, work)
-    return Pending(out, work, keep=x, waited=told, waits=axis.waits)
+    return _pending(axis, request, out, work, keep=x)
 
 
 def reduce_scatter(x: Tensor, axis: Axis) -> Tensor:
@@ -127,8 +127,16 @@ def reduce_scatter(x: Tensor, axis: Axis) -> Tensor:
     return start_reduce_scatter(x, axis).wait()
 
 
-def _told(axis: Axis, what: str, x: Tensor, work: Any) -> Callable[[], None] | None:
-    return None if axis.watch is None else axis.watch(axis.name, what, x.nbytes, work)
+def _pending(
+    axis: Axis,
+    request: Request,
+    result: Tensor,
+    work: Any,
+    keep: Tensor | None = None,
+    dim: int = 0,
+) -> Pending:
+    ended = axis.observer.started(request, work)
+    return Pending(result, work, dim, keep, axis.observer, ended)
 
 
 def local_slice(x: Tensor, axis: Axis, dim: int = 0) -> Tensor:
@@ -143,8 +151,8 @@ def local_slice(x: Tensor, axis: Axis, dim: int = 0) -> Tensor:
 def barrier(axis: Axis) -> None:
     """Wait until every rank of the axis is here."""
     if axis.size > 1:
-        _announce(axis, "barrier", torch.empty(0))
-        with axis.waits:
+        _asked(axis, "barrier", torch.empty(0))
+        with axis.observer.waiting():
             dist.barrier(group=axis.group)
 
 
@@ -152,14 +160,30 @@ def gather_text(text: str, axis: Axis, device: torch.device) -> list[str]:
     """Every rank's text on the axis' first rank, in order; empty elsewhere.  One after the other."""
     mine = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
     if axis.rank:
-        for part in (torch.tensor([len(mine)]), mine):
-            dist.send(part.to(device), axis.ranks[0], group=axis.group)
+        _send(torch.tensor([len(mine)]).to(device), axis, f"length of rank {axis.rank}'s text")
+        _send(mine.to(device), axis, f"text of rank {axis.rank}")
         return []
     texts = [text]
-    for rank in axis.ranks[1:]:
+    for rank in range(1, axis.size):
         size = torch.zeros(1, dtype=torch.int64, device=device)
-        dist.recv(size, rank, group=axis.group)
+        _receive(size, axis, rank, f"length of rank {rank}'s text")
         theirs = torch.empty(int(size.item()), dtype=torch.uint8, device=device)
-        dist.recv(theirs, rank, group=axis.group)
+        _receive(theirs, axis, rank, f"text of rank {rank}")
         texts.append(theirs.cpu().numpy().tobytes().decode())
     return texts
+
+
+def _send(x: Tensor, axis: Axis, what: str) -> None:
+    """x to the axis' first rank."""
+    ends = (axis.ranks[axis.rank], axis.ranks[0])
+    axis.observer.before(Request("send", axis.name, ends, x, what))
+    with axis.observer.waiting():
+        dist.send(x, axis.ranks[0], group=axis.group)
+
+
+def _receive(x: Tensor, axis: Axis, rank: int, what: str) -> None:
+    """Into x, from a rank of the axis, on its first."""
+    ends = (axis.ranks[rank], axis.ranks[0])
+    axis.observer.before(Request("receive", axis.name, ends, x, what))
+    with axis.observer.waiting(what):
+        dist.recv(x, axis.ranks[rank], group=axis.group)

@@ -2,40 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
-from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from megatron_lite.blueprint.grid import RankGrid
-from megatron_lite.parallel.waits import NOT_MEASURED, Waits
-
-Watch = Callable[[str, str, int, Any], Callable[[], None] | None]
-"""Told of every collective that was begun: (axis, what, bytes of this rank's tensor, torch's work).
-
-What it returns, if anything, is called when somebody has waited for the collective."""
-
-
-class Witness(Protocol):
-    """Told of every call just before it is made (--check-collectives); may raise DistributedError."""
-
-    def collective(
-        self, op: str, axis: str, ranks: tuple[int, ...], tensor: Tensor, what: str
-    ) -> None:
-        """All members call op with the whole tensor; what: the reduction."""
-        ...
-
-    def message(self, op: str, axis: str, tensor: Tensor, peer: int) -> None:
-        """A send to or a receive from a rank of the world is posted."""
-        ...
-
-    def arrives(self, what: str) -> None:
-        """The message of this name is waited for."""
-        ...
+from megatron_lite.parallel.observer import NOBODY, Observer, together
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,9 +17,7 @@ class Axis:
     """One axis of the rank grid, seen from this rank: its place, the ranks on it, their process group.
 
     group is None when size == 1; collectives then return their input, so that a single process
-    needs no process group at all.  watch: None unless somebody records what is under way; witness:
-    None unless somebody looks at calls before they are made.
-    waits: entered around everything that waits for these ranks.
+    needs no process group at all.  observer: told of everything that is asked of these ranks.
     """
 
     name: str
@@ -53,9 +25,7 @@ class Axis:
     size: int = 1
     ranks: tuple[int, ...] = (0,)
     group: dist.ProcessGroup | None = field(default=None, repr=False, compare=False)
-    watch: Watch | None = field(default=None, repr=False, compare=False)
-    witness: Witness | None = field(default=None, repr=False, compare=False)
-    waits: Waits = field(default=NOT_MEASURED, repr=False, compare=False)
+    observer: Observer = field(default=NOBODY, repr=False, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,19 +74,10 @@ class ParallelContext:
             world=_world(grid, rank),
         )
 
-    def watched(self, watch: Watch) -> ParallelContext:
-        """The same, with somebody who is told of every collective."""
-        return replace(self, **{name: replace(getattr(self, name), watch=watch) for name in _AXES})
-
-    def witnessed(self, witness: Witness) -> ParallelContext:
-        """The same, with somebody who looks at every call before it is made."""
-        return replace(
-            self, **{name: replace(getattr(self, name), witness=witness) for name in _AXES}
-        )
-
-    def with_waits(self, waits: Waits) -> ParallelContext:
-        """The same, its axes measuring with `waits` how long this rank stands still for others."""
-        return replace(self, **{name: replace(getattr(self, name), waits=waits) for name in _AXES})
+    def observed(self, *observers: Observer) -> ParallelContext:
+        """The same, its axes telling these, in this order, of everything that is asked of other ranks."""
+        one = together(*observers)
+        return replace(self, **{name: replace(getattr(self, name), observer=one) for name in _AXES})
 
 
 _AXES = ("tp", "cp", "dp", "pp", "model", "tied", "world")

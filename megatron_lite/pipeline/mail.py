@@ -12,14 +12,20 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_lite.blueprint.schedules.actions import Action, Op
-from megatron_lite.parallel.calls.transcript import message_name
 from megatron_lite.parallel.context import Axis
+from megatron_lite.parallel.observer import Request
 
 _SENDS = (Op.SEND_F, Op.SEND_B)
 
 _IN_FLIGHT = 2
 """Batches of sends that may be under way.  Gloo does not tell before one waits that a send is done;
 lists that end even with blocking sends may wait for any of them."""
+
+
+def message_name(forward: bool, stage: int, microbatch: int) -> str:
+    """What a message is, alike on both ends; stage: the one that gets it."""
+    kind = "activation" if forward else "gradient"
+    return f"{kind} into stage {stage}, micro batch {microbatch}"
 
 
 @dataclass(slots=True)
@@ -57,17 +63,18 @@ class Mail:
         key = (forward, stage, microbatch)
         assert key in self._incoming, f"the {message_name(*key)} was never received"
         works = self._works.pop(key, ())
-        if works and self.pp.witness is not None:
-            self.pp.witness.arrives(message_name(*key))
-        with self.pp.waits:
-            for work in works:
-                work.wait()
+        if works:
+            with self.pp.observer.waiting(message_name(*key)):
+                for work in works:
+                    work.wait()
         return self._incoming.pop(key)
 
     def post(self, group: Sequence[Action]) -> None:
         """Start the sends and receives that meet here, as one batch."""
         operations = [self._operation(action) for action in group]
-        with self.pp.waits:  # the first message of a pair waits until both have connected
+        with (
+            self.pp.observer.waiting()
+        ):  # the first message of a pair waits until both have connected
             works = dist.batch_isend_irecv(operations)
         together = len(works) < len(operations)  # NCCL answers with one work for the batch
         leaving: list[Any] = []
@@ -96,12 +103,12 @@ class Mail:
             message = self._outgoing.pop(key)
         else:
             call = dist.irecv
+            key = (op is Op.RECV_F, n, m)
             message = torch.empty(self.shape, dtype=self.dtype, device=self.device)
-            self._incoming[op is Op.RECV_F, n, m] = message
-        peer = self.pp.ranks[self.placement[stage]]
-        if self.pp.witness is not None:
-            end = "send" if op in _SENDS else "receive"
-            self.pp.witness.message(end, self.pp.name, message, peer)
+            self._incoming[key] = message
+        me, peer = self.pp.ranks[self.pp.rank], self.pp.ranks[self.placement[stage]]
+        end, ends = ("send", (me, peer)) if op in _SENDS else ("receive", (peer, me))
+        self.pp.observer.before(Request(end, self.pp.name, ends, message, message_name(*key)))
         return dist.P2POp(call, message, peer, self.pp.group)
 
     def _free_sent(self, *, but: int) -> None:
@@ -110,7 +117,7 @@ class Mail:
             works = [work for work in self._sent[0][0] if not work.is_completed()]
             if works and len(self._sent) <= but:
                 return
-            with self.pp.waits:
+            with self.pp.observer.waiting():
                 for work in works:
                     work.wait()
             self._sent.popleft()

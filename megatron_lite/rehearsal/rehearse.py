@@ -35,7 +35,7 @@ from megatron_lite.parallel.calls.transcript import Transcript, compare
 from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.parallel.shard import MASTER
 from megatron_lite.rehearsal.meta_tensors import Forms, Weightless
-from megatron_lite.rehearsal.process_group import alone, listen
+from megatron_lite.rehearsal.process_group import alone
 from megatron_lite.train.assemble import Run, assemble
 from megatron_lite.train.step import evaluation_step, train_step
 
@@ -126,8 +126,7 @@ class StandIn:
         )
         self.transcript = Transcript(rank, pp=ctx.pp.rank)
         self.tape = Tape(self.transcript)
-        listen(ctx, self.tape)
-        self.run: Run = assemble(config, blueprint, ctx)
+        self.run: Run = assemble(config, blueprint, ctx.observed(self.tape))
         self.run.pipeline.reached = self._reached
         self.batches = make_batches(config, num_microbatches(blueprint))
         self._seconds = time.perf_counter() - began

@@ -54,6 +54,7 @@ class Session:
     folder: Path
     checkpoints: Checkpoints
     reach: Reach
+    own_time: OwnTime
     seq_length: int
     presence: Presence
     faults: Fault | NoFaults
@@ -63,12 +64,10 @@ class Session:
     first_skipped: int = field(init=False)
     first_scale: float = field(init=False)
     reported_memory: bool = field(init=False, default=False)
-    own_time: OwnTime = field(init=False)
     replicas_checked_at: int = field(init=False, default=0)
 
     def __post_init__(self) -> None:
         self.progress = self.run.progress
-        self.own_time = OwnTime(self.run.ctx)
         self.first_step = self.logged_at = self.progress.step
         self.first_skipped = self.progress.skipped_steps
         self.first_scale = self.run.engine.loss_scale

@@ -20,7 +20,6 @@ from megatron_lite.layers.attention import choose_attention
 from megatron_lite.parallel.calls.checking import Checker
 from megatron_lite.parallel.collectives import barrier
 from megatron_lite.parallel.context import ParallelContext
-from megatron_lite.parallel.waits import measuring
 from megatron_lite.rendezvous.launch import (
     Launch,
     World,
@@ -55,8 +54,10 @@ from megatron_lite.train.measuring.device import (
 )
 from megatron_lite.train.measuring.log import LastResort, Log, form_of
 from megatron_lite.train.measuring.profile import Profiler
-from megatron_lite.train.measuring.timeline import StepRecording, watch_collectives
+from megatron_lite.train.measuring.reports import OwnTime
+from megatron_lite.train.measuring.timeline import CollectiveLanes, StepRecording
 from megatron_lite.train.measuring.timing import RunTimers
+from megatron_lite.train.measuring.waits import Waits, measuring
 from megatron_lite.train.patience import Verified, told
 from megatron_lite.train.reading import Reach, Tokens, loaders_of, open_datasets, settle_data
 from megatron_lite.train.resume import resume
@@ -207,13 +208,10 @@ def open_session(
         else ParallelContext.serial(device)
     )
     recorder = Recorder()
-    if config.telemetry.profile_timeline:
-        ctx = ctx.watched(functools.partial(watch_collectives, recorder))
     checker = _checker(config, blueprint, launch, world)
-    if checker is not None:
-        ctx = ctx.witnessed(checker)
-    if config.telemetry.watches(ctx.world_size):
-        ctx = ctx.with_waits(measuring(device))
+    waits = measuring(device) if config.telemetry.watches(ctx.world_size) else None
+    lanes = CollectiveLanes(recorder) if config.telemetry.profile_timeline else None
+    ctx = ctx.observed(*filter(None, (checker, lanes, waits)))
     log = Log(ctx, form_of(config.telemetry))
     log.say(*notices, *evaluation_notices(config, folder.path))
     timers = RunTimers(config.telemetry.timing_log_level, device, recorder)
@@ -308,6 +306,7 @@ def open_session(
         presence=failures.presence,
         faults=faults,
         reach=reach,
+        own_time=OwnTime(ctx, waits or Waits()),
         seq_length=config.model.seq_length,
     )
 

@@ -6,9 +6,9 @@ import torch
 from megatron_lite.kernels.table import TABLE, Need
 from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.parallel.random import keep_mask, key, normal, token_numbers
-from megatron_lite.parallel.waits import DeviceWaits
 from megatron_lite.train.assemble import assemble
 from megatron_lite.train.measuring.device import be_deterministic
+from megatron_lite.train.measuring.waits import DeviceWaits
 from megatron_lite.train.step import train_step
 from tests.kernels.test_table import arguments
 from tests.support.tiny import draw, make_batches, tiny_config

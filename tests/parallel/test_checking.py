@@ -9,7 +9,7 @@ from torch.distributed import PrefixStore, distributed_c10d
 from megatron_lite.blueprint.schedules.actions import Action
 from megatron_lite.config.errors import DistributedError
 from megatron_lite.parallel.calls.checking import Checker
-from megatron_lite.parallel.collectives import all_reduce, barrier
+from megatron_lite.parallel.collectives import all_reduce, barrier, gather_text
 from megatron_lite.parallel.context import Axis
 from megatron_lite.train.assemble import assemble
 from megatron_lite.train.step import train_step
@@ -69,7 +69,7 @@ def step(rank, ranks, changes, fault, on):
     store = PrefixStore("calls", distributed_c10d._get_default_store())
     ctx = context(blueprint, rank)
     checker = Checker(store, rank=rank, pp=ctx.pp.rank, step=lambda: 0, seconds=5.0)
-    run = assemble(config, blueprint, ctx.witnessed(checker))
+    run = assemble(config, blueprint, ctx.observed(checker))
     run.pipeline.reached = checker.reached
     if rank == on:
         FAULTS[fault](run)
@@ -123,7 +123,8 @@ def alone_in_the_sum(rank, ranks):
     """Rank 0 sums, rank 1 has nothing more to say."""
     store = PrefixStore("calls", distributed_c10d._get_default_store())
     checker = Checker(store, rank=rank, pp=0, step=lambda: 0, seconds=0.5)
-    ctx = context(draw(tiny_config(), ranks), rank).witnessed(checker)
+    ctx = context(draw(tiny_config(), ranks), rank).observed(checker)
+    assert gather_text("a" * (rank + 1), ctx.world, ctx.device) == ([] if rank else ["a", "aa"])
     barrier(ctx.world)
     try:
         if rank == 0:

@@ -12,11 +12,11 @@ import torch
 from megatron_lite.checkpoint.progress import Progress
 from megatron_lite.config.sections.telemetry import TelemetryConfig
 from megatron_lite.parallel.context import Axis, ParallelContext
-from megatron_lite.parallel.waits import HostWaits
 from megatron_lite.telemetry.console import format_record
 from megatron_lite.telemetry.ranks import ranks_record
 from megatron_lite.telemetry.record import RanksRecord, from_json, to_json
 from megatron_lite.train.measuring.reports import OwnTime, memory_report, peak_bytes
+from megatron_lite.train.measuring.waits import HostWaits, Waits
 from tests.support.launch import TINY, launch, start, with_flags
 from tests.train.runs import alone, records
 
@@ -62,12 +62,12 @@ def test_the_straggler_line_to_the_byte():
 
 def test_waits_are_summed_and_taken():
     waits = HostWaits()
-    ctx = ParallelContext.serial().with_waits(waits)
+    ctx = ParallelContext.serial().observed(waits)
     assert all(
-        axis.waits is waits for axis in (ctx.tp, ctx.cp, ctx.dp, ctx.pp, ctx.model, ctx.tied)
+        axis.observer is waits for axis in (ctx.tp, ctx.cp, ctx.dp, ctx.pp, ctx.model, ctx.tied)
     )
-    assert Axis("tp") == ctx.tp, "who waits is no part of who one is"
-    with waits:
+    assert Axis("tp") == ctx.tp, "who looks is no part of who one is"
+    with ctx.dp.observer.waiting():
         sum(range(10_000))
     first = waits.take()
     assert first > 0.0 and waits.take() == 0.0
@@ -119,7 +119,7 @@ def test_a_rank_that_stays_slow_is_told_of_once():
     def report(*seconds: float):
         return ranks_record("own time", seconds, iteration=1, samples=1, count=1)
 
-    own = OwnTime(ParallelContext.serial())
+    own = OwnTime(ParallelContext.serial(), Waits())
     even, slow, other = report(1.0, 1.0, 1.0), report(1.0, 2.0, 1.0), report(2.0, 1.0, 1.0)
     told = [
         own.stays_slow(r)

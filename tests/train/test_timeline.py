@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import time
 from pathlib import Path
 
@@ -12,8 +11,9 @@ import torch
 from megatron_lite.blueprint.timeline import ACTIONS, WEIGHTS, Event, Track, hidden, parse_trace
 from megatron_lite.parallel.collectives import all_gather, all_reduce, start_reduce_scatter
 from megatron_lite.parallel.context import ParallelContext
+from megatron_lite.parallel.observer import NOBODY, Request
 from megatron_lite.telemetry.recorder import Recorder
-from megatron_lite.train.measuring.timeline import DeviceClock, Part, merge, watch_collectives
+from megatron_lite.train.measuring.timeline import CollectiveLanes, DeviceClock, Part, merge
 from tests.support.launch import TINY, launch, with_flags
 from tests.support.spawn import spawn
 from tests.support.tiny import context, draw, tiny_config
@@ -65,16 +65,17 @@ def test_nothing_is_told_or_kept_unless_asked() -> None:
     recorder = Recorder()
     with recorder.span("compute", "F", "0F0"):
         pass
-    watch_collectives(recorder, "dp", "all-reduce", 4, work=None)
+    request = Request("all-reduce", "dp", (0, 1), torch.ones(1), "sum")
+    assert CollectiveLanes(recorder).started(request, work=None) is None
     assert recorder.take() == {}
-    assert ParallelContext.serial().dp.watch is None
+    assert ParallelContext.serial().dp.observer is NOBODY
 
 
 def _reduce(rank: int, ranks: int) -> dict[str, list[Event]]:
     blueprint = draw(tiny_config(), ranks)
     recorder = Recorder()
 
-    ctx = context(blueprint, rank).watched(functools.partial(watch_collectives, recorder))
+    ctx = context(blueprint, rank).observed(CollectiveLanes(recorder))
     recorder.begin()
     x = torch.ones(1000)
     assert all_reduce(x.clone(), ctx.dp)[0] == ranks

@@ -13,6 +13,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from datetime import timedelta
 
 from torch.distributed import Store  # type: ignore[attr-defined]
@@ -100,8 +101,13 @@ class Checker(Tape):
                 )
         return None
 
-    def arrives(self, what: str) -> None:
+    def waiting(self, what: str = "") -> AbstractContextManager[object]:
         """Wait until the message has been sent; raise DistributedError where it is another one."""
+        if what:
+            self._arrives(what)
+        return super().waiting()
+
+    def _arrives(self, what: str) -> None:
         found = self._expected.pop(what, None)
         if found is None:
             return

@@ -7,16 +7,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
-from torch import Tensor
-
-from megatron_lite.blueprint.schedules.actions import MESSAGES, Action, Op
-from megatron_lite.parallel.calls.transcript import Call, Transcript, message_name
+from megatron_lite.blueprint.schedules.actions import Action
+from megatron_lite.parallel.calls.transcript import Call, Transcript
+from megatron_lite.parallel.observer import Observer, Request
 
 _PACKAGE = f"{Path(__file__).parents[2]}/"
-_TALKING = ("parallel/calls/tape.py", "parallel/collectives.py", "rehearsal/process_group.py")
+_TALKING = ("parallel/calls/tape.py", "parallel/collectives.py", "parallel/observer.py")
 
 
-class Tape:
+class Tape(Observer):
     """Writes a rank's calls down, each with its place in the step and the line that made it."""
 
     def __init__(self, transcript: Transcript) -> None:
@@ -24,11 +23,10 @@ class Tape:
         self.place = "before its list"
         self.part = "step"
         self.step: int | None = None
-        self._messages: list[Action] = []
 
     def begin(self, part: str) -> None:
         """A training step or an evaluation begins."""
-        self.step, self.part, self._messages = None, part, []
+        self.step, self.part = None, part
         self.place = f"{part}, before its list"
 
     def reached(self, position: int, group: Sequence[Action]) -> None:
@@ -39,31 +37,19 @@ class Tape:
         self.step = position
         names = ", ".join(map(str, group))
         self.place = f"{self.part}, action {position + 1} ({names})"
-        self._messages = [a for a in reversed(group) if a.op in MESSAGES]
 
-    def collective(
-        self, op: str, axis: str, ranks: tuple[int, ...], tensor: Tensor, what: str
-    ) -> None:
-        """A call of all members of a group."""
-        self._write(op, axis, ranks, tensor, what)
-
-    def message(self, op: str, axis: str, tensor: Tensor, peer: int) -> None:
-        """One end of a message to or from a rank of the world; the list says which one it is."""
-        me = self.transcript.rank
-        what = _content(self._messages.pop()) if self._messages else ""
-        ends = (me, peer) if op == "send" else (peer, me)
-        self._write(op, axis, ends, tensor, what)
-
-    def _write(self, op: str, axis: str, ranks: tuple[int, ...], tensor: Tensor, what: str) -> None:
+    def before(self, request: Request) -> None:
+        """Write it down."""
+        tensor = request.tensor
         self.take(
             Call(
-                op=op,
-                axis=axis,
-                ranks=ranks,
+                op=request.op,
+                axis=request.axis,
+                ranks=request.ranks,
                 shape=tuple(tensor.shape),
                 dtype=str(tensor.dtype).removeprefix("torch."),
                 element_bytes=tensor.element_size(),
-                what=what,
+                what=request.what,
                 place=self.place,
                 step=self.step,
                 line=self._line(),
@@ -73,9 +59,6 @@ class Tape:
     def take(self, call: Call) -> None:
         """Keep it."""
         self.transcript.calls.append(call)
-
-    def arrives(self, what: str) -> None:
-        """A message is about to be waited for."""
 
     def _line(self) -> str:
         """file:line of ours that made the call under way: a layer's or the engine's if there is one."""
@@ -96,10 +79,3 @@ class Tape:
             innermost = (inside, frame)
         file, at = innermost
         return f"{file}:{at.f_lineno} {at.f_code.co_name}"
-
-
-def _content(action: Action) -> str:
-    """Which value a message carries, said alike by both ends."""
-    op, stage, m = action
-    into = {Op.SEND_F: stage + 1, Op.SEND_B: stage - 1}.get(op, stage)
-    return message_name(op in (Op.SEND_F, Op.RECV_F), into, m)

@@ -59,12 +59,6 @@ class Call(NamedTuple):
 MESSAGES = ("send", "receive")
 
 
-def message_name(forward: bool, stage: int, microbatch: int) -> str:
-    """What a message is, alike on both ends; stage: the one that gets it."""
-    kind = "activation" if forward else "gradient"
-    return f"{kind} into stage {stage}, micro batch {microbatch}"
-
-
 @dataclass(slots=True)
 class Transcript:
     """All calls of a rank in order; broke_off: what ended it early, None where it came to its end.

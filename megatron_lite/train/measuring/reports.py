@@ -14,6 +14,7 @@ from megatron_lite.parallel.collectives import all_gather
 from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.telemetry.ranks import ranks_record, slow_ranks
 from megatron_lite.telemetry.record import RanksRecord
+from megatron_lite.train.measuring.waits import Waits
 
 
 @dataclass(slots=True)
@@ -24,6 +25,7 @@ class OwnTime:
     """
 
     ctx: ParallelContext
+    waits: Waits
     seconds: float = 0.0
     steps: int = -1
     _slow: frozenset[str] = frozenset()
@@ -31,11 +33,11 @@ class OwnTime:
 
     def begin(self) -> None:
         """What was waited for until now belongs to no step."""
-        self.ctx.world.waits.take()
+        self.waits.take()
 
     def end(self, wall_seconds: float) -> None:
         """A step took so long in all."""
-        own = wall_seconds - self.ctx.world.waits.take()
+        own = wall_seconds - self.waits.take()
         self.seconds = self.seconds + own if self.steps >= 0 else 0.0
         self.steps += 1
 

@@ -39,6 +39,7 @@ from megatron_lite.config.errors import StorageError
 from megatron_lite.config.sections.telemetry import TelemetryConfig
 from megatron_lite.parallel.collectives import barrier, gather_text
 from megatron_lite.parallel.context import ParallelContext
+from megatron_lite.parallel.observer import Observer, Request
 from megatron_lite.storage.disk import Disk, write_atomically
 from megatron_lite.telemetry.recorder import Clock, HostClock, Recorder
 
@@ -68,21 +69,25 @@ class DeviceClock:
         return self._host + self._zero.elapsed_time(mark) / 1e3
 
 
-def watch_collectives(
-    recorder: Recorder, axis: str, what: str, nbytes: int, work: Any
-) -> Callable[[], None] | None:
-    """Record a collective from now until it is done; see parallel/context.Watch.
+class CollectiveLanes(Observer):
+    """Records each collective from its start until it is done, on the lane of its axis."""
 
-    Gloo's reduce-scatter does not say when it is done: it ends when it has been waited for.
-    """
-    if not recorder.recording:
+    follows = True
+
+    def __init__(self, recorder: Recorder) -> None:
+        self._recorder = recorder
+
+    def started(self, request: Request, work: Any) -> Callable[[], None] | None:
+        """Gloo's reduce-scatter does not say when it is done: it ends when it has been waited for."""
+        if not self._recorder.recording:
+            return None
+        size = f"{request.own_bytes / 1e6:.3g} MB"
+        end = self._recorder.open(request.axis, MESSAGE, f"{request.op} {size}")
+        try:
+            work.get_future().then(lambda _: end())
+        except RuntimeError:  # "Work::getFuture not implemented"
+            return end
         return None
-    end = recorder.open(axis, MESSAGE, f"{what} {nbytes / 1e6:.3g} MB")
-    try:
-        work.get_future().then(lambda _: end())
-    except RuntimeError:  # "Work::getFuture not implemented"
-        return end
-    return None
 
 
 class Part(NamedTuple):

@@ -1,52 +1,37 @@
 """How long this rank stands still for others: what is left of a step is its own time.
 
-A collective ends when the last rank has come, so the slowest rank is the one that waits least.  An
-Axis carries one of these objects; collectives and mail enter it around every wait.  Several
-ranks have one that measures, unless --no-log-straggler; all others cost two empty calls.
+A collective ends when the last rank has come, so the slowest rank is the one that waits least.
+Several ranks have an observer that measures, unless --no-log-straggler.
 """
 
 from __future__ import annotations
 
 import time
-from typing import Protocol
 
 import torch
 
+from megatron_lite.parallel.observer import Observer
 
-class Waits(Protocol):
-    """Entered around a wait; take() gives the seconds waited since the last call."""
+
+class Waits(Observer):
+    """Entered around every wait; measures nothing."""
+
+    def waiting(self, what: str = "") -> Waits:
+        """This one, whatever is waited for."""
+        return self
 
     def __enter__(self) -> None:
         """The wait begins."""
-        ...
 
     def __exit__(self, *error: object) -> None:
         """It is over."""
-        ...
 
     def take(self) -> float:
-        """Seconds since the last call."""
-        ...
-
-
-class NotMeasured:
-    """Nobody asks."""
-
-    def __enter__(self) -> None:
-        """Nothing begins."""
-
-    def __exit__(self, *error: object) -> None:
-        """Nothing ends."""
-
-    def take(self) -> float:
-        """Zero."""
+        """Seconds waited since the last call."""
         return 0.0
 
 
-NOT_MEASURED = NotMeasured()
-
-
-class HostWaits:
+class HostWaits(Waits):
     """For the CPU, where a collective returns when it is done."""
 
     def __init__(self) -> None:
@@ -66,7 +51,7 @@ class HostWaits:
         return seconds
 
 
-class DeviceWaits:
+class DeviceWaits(Waits):
     """For a GPU, where the host goes on and the stream waits: pairs of events around the wait."""
 
     def __init__(self) -> None:
