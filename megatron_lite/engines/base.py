@@ -14,6 +14,7 @@ from megatron_lite.config.sections.parallel import ParallelConfig
 from megatron_lite.config.sections.precision import PrecisionConfig
 from megatron_lite.engines.loss_scale import LossScale
 from megatron_lite.parallel.context import ParallelContext
+from megatron_lite.parallel.layer_hooks import LayerHooks
 from megatron_lite.parallel.shard import LocalParameter, NamedSlice
 
 
@@ -113,6 +114,10 @@ class Engine(Protocol):
 
     def discard(self, norm: Tensor) -> Update:
         """Clear the accumulators: the step is skipped, weights and state stay as they are."""
+        ...
+
+    def layer_hooks(self, parameters: Sequence[Tensor]) -> LayerHooks | None:
+        """What to call around the layer (embedding, block, head) that reads these; None: nothing."""
         ...
 
     def settle(self) -> None:

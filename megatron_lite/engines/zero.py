@@ -288,6 +288,9 @@ class ZeroEngine:
         for parameter in parameters:
             self._buckets[self._stage_of[parameter]].wait_for(parameter)  # type: ignore[index]
 
+    def layer_hooks(self, parameters: Sequence[Tensor]) -> None:
+        """Parameters are whole at all times but while they are gathered, for which wait_for() waits."""
+
     def copy_masters(self) -> None:
         """Round the masters into the parameters the model computes with."""
         low = [held for held in self._held if held.has_master]

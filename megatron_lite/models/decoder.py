@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from megatron_lite.layers.around import around
 from megatron_lite.layers.dropout import hidden_dropout
 from megatron_lite.layers.embedding import PositionEmbedding, VocabParallelEmbedding
 from megatron_lite.layers.linear import project_to_vocabulary
@@ -16,6 +17,7 @@ from megatron_lite.layers.recompute import recomputed
 from megatron_lite.layers.setting import Positions, Setting
 from megatron_lite.models.gpt import GPTBlock
 from megatron_lite.parallel.context import Axis
+from megatron_lite.parallel.layer_hooks import LayerHooks
 
 EMBEDDING_LAYER = -1
 """The layer number of the embedding's dropout."""
@@ -67,6 +69,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.setting, self.has_embedding, self.has_head = setting, has_embedding, has_head
         self.tied = setting.figure.tied
+        self.hooks: dict[str, LayerHooks] = {}
         if has_embedding or (has_head and self.tied):
             self.embedding = Embedding(setting, lookup=has_embedding)
         self.borrows_table = table is not None and has_head and self.tied
@@ -78,29 +81,46 @@ class Decoder(nn.Module):
             if not self.tied:
                 self.head = Head(setting)
 
+    @property
+    def output_weight(self) -> nn.Parameter:
+        """The matrix of the head, [v/tp, h]: its own, or the token table."""
+        return self.embedding.tokens.weight if self.tied else self.head.weight
+
+    def hook_layers(self, hooks_of: Callable[[Sequence[nn.Parameter]], LayerHooks | None]) -> None:
+        """Have hooks called around each layer; hooks_of: by the parameters that the layer reads."""
+        read = {name: list(block.parameters()) for name, block in self.blocks.items()}
+        if self.has_embedding:
+            read["embedding"] = list(self.embedding.parameters())
+        if self.has_head:
+            read["head"] = [*self.final_norm.parameters(), self.output_weight]
+        made = {name: hooks_of(parameters) for name, parameters in read.items()}
+        self.hooks = {name: hooks for name, hooks in made.items() if hooks is not None}
+
     def forward(self, x: Tensor, at: Positions) -> Tensor:
         """x: tokens int64 [s, b] on the first stage, else [s/tp, b, h] -> hidden, or logits [s, b, v/tp]."""
         if self.has_embedding:
-            x = hidden_dropout(
-                self.embedding(x, at), at, self.setting, EMBEDDING_LAYER, "embedding"
-            )
+            x = around(self.hooks.get("embedding"), self._embed, x, at)
             if torch.is_grad_enabled() and not x.requires_grad:
                 x.requires_grad_()  # the embedding is frozen, what comes after it has a backward
         x = self._run_blocks(x, at)
-        if not self.has_head:
-            return x
-        x = self.final_norm(x)
-        weight = self.embedding.tokens.weight if self.tied else self.head.weight
-        return project_to_vocabulary(x, weight, self.setting)
+        return around(self.hooks.get("head"), self._project, x) if self.has_head else x
+
+    def _embed(self, tokens: Tensor, at: Positions) -> Tensor:
+        x = self.embedding(tokens, at)
+        return hidden_dropout(x, at, self.setting, EMBEDDING_LAYER, "embedding")
+
+    def _project(self, x: Tensor) -> Tensor:
+        return project_to_vocabulary(self.final_norm(x), self.output_weight, self.setting)
 
     def _run_blocks(self, x: Tensor, at: Positions) -> Tensor:
         """All blocks in order, in recomputed groups where that was asked for."""
-        blocks, plan = list(self.blocks.values()), self.setting.recompute
+        blocks, plan = list(self.blocks.items()), self.setting.recompute
         axis = self.setting.tp if plan.split else Axis("none")
 
         def run(positions: range, x: Tensor) -> Tensor:
             for index in positions:
-                x = blocks[index](x, at)
+                name, block = blocks[index]
+                x = around(self.hooks.get(name), block, x, at)
             return x
 
         for positions, again in plan.groups(len(blocks)):

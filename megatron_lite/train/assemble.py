@@ -112,6 +112,7 @@ def assemble(
     tensors = [spec.tensor for spec in blueprint.parameters]
     held.fill(partial(initialise, tensors=tensors, model=config.model, seed=config.train.seed))
     for decoder in decoders.values():
+        decoder.hook_layers(held.layer_hooks)
         if config.precision.gradient_accumulation_fusion:
             decoder.setting.gradients.attach(held.accumulators(), held.ready)
         if config.parallel.overlap_param_gather:
@@ -178,8 +179,8 @@ def _wait_before_use(decoder: Decoder, engine: Engine) -> None:
             module.register_forward_pre_hook(_waits_for(engine, own))
     if decoder.has_head:
         # the decoder multiplies with the head's matrix (or the tied table) after the final norm
-        table = decoder.embedding.tokens if decoder.tied else decoder.head
-        decoder.final_norm.register_forward_pre_hook(_waits_for(engine, list(table.parameters())))
+        waits = _waits_for(engine, [decoder.output_weight])
+        decoder.final_norm.register_forward_pre_hook(waits)
 
 
 def _waits_for(engine: Engine, own: list[nn.Parameter]) -> Callable[..., None]:
