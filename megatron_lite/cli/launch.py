@@ -29,7 +29,8 @@ from typing import NoReturn
 from torch.distributed import DistError  # type: ignore[attr-defined]
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.run import parse_args, run
+from torch.distributed.elastic.rendezvous.api import RendezvousError
+from torch.distributed.run import config_from_args, parse_args, run
 
 from megatron_lite.config.errors import PREEMPTED, ConfigError, DistributedError
 from megatron_lite.config.exit import run_tool
@@ -37,7 +38,8 @@ from megatron_lite.config.flags.parser import parse
 from megatron_lite.config.rules import table as rules
 from megatron_lite.config.sections.run import RunConfig
 from megatron_lite.data.present import require_local_files
-from megatron_lite.rendezvous.launch import Launch, gather_hosts, one_of_many
+from megatron_lite.rendezvous.copies import one_of_many
+from megatron_lite.rendezvous.launch import Launch, gather_hosts
 from megatron_lite.train.ending.stop import stop_signals
 
 USUAL_SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT"
@@ -53,6 +55,7 @@ def main() -> int:
     asked = parse_args(argv)
     if getattr(asked, "signals_to_handle", None) == USUAL_SIGNALS:
         asked.signals_to_handle = ",".join(number.name for number in stop_signals())
+    _check_numbers(asked)
     config = script_config(asked)
     quieten()
     folder = Path(config.checkpoint.save) if config is not None and config.checkpoint.save else None
@@ -65,7 +68,7 @@ def main() -> int:
         if config is not None and not config.train.needs_no_data:
             require_local_files(config.data)  # before anybody is waited for
         store = gather_hosts(hosts, seconds) if hosts is not None else None
-        run(asked)
+        _run(asked)
         del store  # until here the other hosts need it
     except ChildFailedError as failed:
         return exit_code(failure.exitcode for failure in failed.failures.values())
@@ -80,6 +83,59 @@ def main() -> int:
             "last lines and its node"
         ) from error
     return 0
+
+
+def _check_numbers(asked: argparse.Namespace) -> None:
+    """Raise ConfigError for what torchrun would end at with a traceback, or would wait for in silence."""
+    fewest, colon, most = asked.nnodes.partition(":")
+    sizes = [fewest, most] if colon else [fewest]
+    nodes = [int(size) for size in sizes if size.isascii() and size.isdigit()]
+    if len(nodes) < len(sizes) or nodes[0] < 1 or nodes[-1] < nodes[0]:
+        raise ConfigError(
+            f"--nnodes {asked.nnodes} (PET_NNODES) is no number of nodes from 1 on, nor a range MIN:MAX"
+        )
+    if nodes[0] < nodes[-1] and asked.rdzv_backend == "static":
+        raise ConfigError(
+            f"--nnodes {asked.nnodes} is a range, which needs --rdzv_backend c10d and --rdzv_endpoint "
+            f"HOST:PORT; without them give one number, e.g. --nnodes {nodes[-1]}"
+        )
+    if not 0 <= asked.node_rank < nodes[-1]:
+        raise ConfigError(
+            f"--node_rank {asked.node_rank} (NODE_RANK) is not below --nnodes {asked.nnodes}: nodes count "
+            "from 0"
+        )
+    ranks = str(asked.nproc_per_node)
+    if ranks.removeprefix("-").isdigit() and int(ranks) < 1:
+        raise ConfigError(f"--nproc_per_node {ranks} (GPUS_PER_NODE) must be at least 1")
+    if not 0 <= (asked.master_port or 0) < 1 << 16:
+        raise ConfigError(
+            f"--master_port {asked.master_port} is no port: choose one from 1024 to 65535"
+        )
+    if not (asked.module or asked.no_python or Path(asked.training_script).is_file()):
+        raise ConfigError(
+            f"{asked.training_script} is not there - name the script behind torchrun's flags"
+        )
+    try:
+        config_from_args(asked)
+    except (ValueError, AssertionError) as error:
+        raise _refused(error) from error
+
+
+def _run(asked: argparse.Namespace) -> None:
+    try:
+        run(asked)
+    except (ValueError, AssertionError) as error:
+        raise _refused(error) from error
+    except RendezvousError as error:
+        raise DistributedError(
+            f"torchrun's rendezvous failed: {error} - look at --rdzv_backend and --rdzv_endpoint"
+        ) from error
+
+
+def _refused(error: Exception) -> ConfigError:
+    """What torchrun says of a flag of its own with which it starts no rank."""
+    first = (str(error).splitlines() or [""])[0] or "a number of them cannot be"
+    return ConfigError(f"torchrun's flags: {first} - see tools/launch.py --help")
 
 
 def _hosts(asked: argparse.Namespace) -> Launch | None:
@@ -107,8 +163,10 @@ def _master(asked: argparse.Namespace) -> str:
             )
         asked.master_addr = os.environ.get("MASTER_ADDR", asked.master_addr)
         if not asked.master_port:
-            port = os.environ.get("MASTER_PORT", "")
-            asked.master_port = int(port) if port.isascii() and port.isdigit() else 29500
+            port = os.environ.get("MASTER_PORT") or "29500"
+            if not (port.isascii() and port.isdigit() and 0 < int(port) < 1 << 16):
+                raise ConfigError(f"MASTER_PORT={port} is no port: choose one from 1024 to 65535")
+            asked.master_port = int(port)
     return f"{asked.master_addr}:{asked.master_port or 29500}"
 
 

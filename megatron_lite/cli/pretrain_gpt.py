@@ -39,6 +39,7 @@ try:
     from megatron_lite.planner.memory import Asked, RankMemory, memory
     from megatron_lite.planner.rehearsed import Measured, as_text, beside_plan
     from megatron_lite.planner.shortage import beside_the_plan
+    from megatron_lite.rendezvous.copies import alone_among_many
 except ModuleNotFoundError as missing:  # a bare python: the first thing many try is a dry run
     print(f"FATAL[2] rank=- step=-: {sys.executable} lacks the package {missing.name}; `make setup` "
           "makes .venv with everything: activate it, or name a python that has it with PYTHON=",
@@ -95,6 +96,9 @@ def _checked(parsed: Parsed) -> tuple[RunConfig, int]:
     rules.check(config, world_size)
     size, notes = planned_vocab_size(config.data, config.model.vocab_size)
     notes = [*parsed.notices, *notes]
+    others = alone_among_many()
+    if others is not None:
+        notes.append(f"a start would be refused here: {others}")
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=size))
     for line in (*notes, *rules.notices(config, world_size)):
         print(f"NOTE: {line}")

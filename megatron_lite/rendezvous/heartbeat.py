@@ -13,6 +13,9 @@ the verdict, a rank that ends says so, and neither is then taken for lost.
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -23,6 +26,7 @@ from torch.distributed import Store  # type: ignore[attr-defined]
 from megatron_lite.rendezvous.detector import Beat, Limits, Watch, place_of, work_of
 
 NO_VERDICT = b"-"
+ANSWER_SECONDS = 2.0
 
 
 class Presence(Protocol):
@@ -40,6 +44,10 @@ class Presence(Protocol):
 
     def explain(self, what: str) -> str:
         """Which rank was lost, after a collective failed with the text `what`."""
+        ...
+
+    def says_first(self, text: str) -> bool:
+        """Whether no other rank of this host has said the same or is about to."""
         ...
 
     def leave(self, last_words: str | None = None) -> None:
@@ -63,6 +71,10 @@ class Alone:
     def explain(self, what: str) -> str:
         """There is no other rank to name."""
         return what
+
+    def says_first(self, text: str) -> bool:
+        """Nobody else speaks."""
+        return True
 
     def leave(self, last_words: str | None = None) -> None:
         """Nobody listens."""
@@ -137,6 +149,21 @@ class Liveness:
         while self._verdict is None and time.monotonic() < deadline:
             time.sleep(0.02)
         return self._verdict or f"a collective failed and no rank is missing: {what}"
+
+    def says_first(self, text: str) -> bool:
+        """Whether no other rank of this host has said the same; True where the store gives no answer."""
+        digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+        key = self._key("said", socket.gethostname(), digest)
+        told: list[int] = []
+
+        def ask() -> None:
+            with contextlib.suppress(RuntimeError, ValueError):
+                told.append(self._store.add(key, 1))
+
+        asking = threading.Thread(target=ask, name="liveness-words", daemon=True)
+        asking.start()
+        asking.join(ANSWER_SECONDS)  # whoever fails must not hang over how to say it
+        return told in ([], [1])
 
     def leave(self, last_words: str | None = None) -> None:
         """Say goodbye, with the FATAL line where there is one; the store's host waits for the others."""

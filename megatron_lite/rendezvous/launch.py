@@ -15,6 +15,7 @@ from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-
 
 from megatron_lite.config.errors import ConfigError, DistributedError
 from megatron_lite.config.sections.parallel import ParallelConfig
+from megatron_lite.rendezvous.copies import alone_among_many
 from megatron_lite.rendezvous.detector import Limits
 from megatron_lite.rendezvous.heartbeat import Alone, Liveness, Presence, differences, roll_call
 from megatron_lite.rendezvous.reminder import Reminder, numbers
@@ -50,15 +51,9 @@ def read_launch() -> Launch:
     fault = os.environ.get("MLITE_FAULT") or None
     given = {n: os.environ[n] for n in ("RANK", "WORLD_SIZE", "LOCAL_RANK") if n in os.environ}
     if "RANK" not in given and "WORLD_SIZE" not in given:
-        others = one_of_many()
-        if others is not None:
-            raise ConfigError(
-                f"{others}, and RANK is not set: every one of them would train alone, into one folder - "
-                "start one tools/launch.py per node, which starts its ranks (srun --ntasks-per-node 1 "
-                "... --nnodes N --node_rank K --nproc_per_node G, see examples/gpt3/README.md), or set "
-                "RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT for each; for one process, "
-                "start one"
-            )
+        refused = alone_among_many()
+        if refused is not None:
+            raise ConfigError(refused)
         return Launch(fault=fault)
     if not {"RANK", "WORLD_SIZE"} <= given.keys():
         raise ConfigError(
@@ -92,35 +87,6 @@ def read_launch() -> Launch:
         attempt=_number("TORCHELASTIC_RESTART_COUNT", "0"),
         fault=fault,
     )
-
-
-TASKS = (
-    ("SLURM_STEP_NUM_TASKS", "srun started {} tasks"),
-    ("OMPI_COMM_WORLD_SIZE", "mpirun started {} processes"),
-    ("PMI_SIZE", "mpirun started {} processes"),
-    ("MV2_COMM_WORLD_SIZE", "mpirun started {} processes"),
-    ("PALS_SIZE", "mpiexec started {} processes"),
-    ("PET_NNODES", "torchrun's settings ask for {} nodes"),
-)
-"""Variables that count the copies of this process, and what more than one means."""
-
-
-def one_of_many(*, of_torchrun: bool = True) -> str | None:
-    """Says so where a launcher that is not torchrun started this process beside others like it.
-
-    of_torchrun: whether torchrun's own settings (PET_*), which only torchrun reads, count.
-    A batch script is one process however many tasks its job has: only a step counts its own.
-    """
-    for name, what in TASKS:
-        text = os.environ.get(name, "").rpartition(":")[2]  # PET_NNODES may be MIN:MAX
-        if not of_torchrun and name.startswith("PET_"):
-            continue
-        if text.isascii() and text.isdigit() and int(text) > 1:
-            return f"{what.format(text)} ({name}={os.environ[name]})"
-    number = os.environ.get("SLURM_PROCID", "")
-    if number.isascii() and number.isdigit() and int(number) > 0:
-        return f"srun started this as task {number} of several (SLURM_PROCID={number})"
-    return None
 
 
 def _number(name: str, otherwise: str = "") -> int:

@@ -75,6 +75,7 @@ def bad_habits(tree: ast.AST) -> Iterator[tuple[int, str]]:
 
 READS_THE_ENVIRONMENT = {
     "rendezvous/launch.py": "the one place that is told its rank",
+    "rendezvous/copies.py": "finds, without torch, whether there are ranks that nobody numbered",
     "cli/launch.py": "torchrun takes its endpoint from flags alone, our users from MASTER_ADDR, too",
     "cli/calibrate.py": "hands its own on to the runs that it measures",
     "cli/plan.py": "hands its own on to the script whose command it asks for",

@@ -122,6 +122,11 @@ BAD = [
         "--global-batch-size 100 is not divisible by --micro-batch-size 4 x data-parallel size 2 "
         "= 8; the nearest that are: 96 or 104",
     ),
+    (
+        "--step-batch-size-schedule 0:4,1:8 --global-batch-size 8",
+        1,
+        "0 and 1 tokens are the same sample 0 of --seq-length",
+    ),
     ("--rampup-batch-size 4 4", 1, "takes three numbers, START INCREMENT SAMPLES; got 2"),
     ("--rampup-batch-size 4 4 100", 1, "needs --global-batch-size, the size it climbs to"),
     ("--rampup-batch-size 0 4 100 --global-batch-size 8", 1, "start 0 and increment 4 must be"),

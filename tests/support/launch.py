@@ -23,6 +23,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import pytest
+
 from tests.support.spawn import _context, free_port
 
 TOOL = Path(__file__).parents[2] / "tools" / "pretrain_gpt.py"
@@ -54,6 +56,15 @@ LAUNCHER_NAMES = (
     "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT",
     "MLITE_FAULT", "TORCHELASTIC_USE_AGENT_STORE", "TORCHELASTIC_RESTART_COUNT",
 )  # fmt: skip
+
+
+def set_environment(monkeypatch: pytest.MonkeyPatch, values: dict[str, str | None]) -> None:
+    """The variables of a launcher are these and no others; None: not set."""
+    for name in LAUNCHER_NAMES:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in values.items():
+        if value is not None:
+            monkeypatch.setenv(name, value)
 
 
 @dataclass(frozen=True, slots=True)

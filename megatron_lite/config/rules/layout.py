@@ -292,7 +292,15 @@ def step_schedule(config: RunConfig, world_size: int) -> Iterator[str]:
     except ConfigError as error:
         yield str(error)
         return
-    flag = "--step-batch-size-schedule"
+    flag, seq = "--step-batch-size-schedule", config.model.seq_length
+    for before, after in zip(steps, steps[1:], strict=False):
+        sample = after.tokens // seq
+        if before.tokens // seq == sample:
+            yield (
+                f"{flag}: {before.tokens} and {after.tokens} tokens are the same sample {sample} of "
+                f"--seq-length {seq}, so that no step would take {before.size}; give at least "
+                f"{(sample + 1) * seq} in place of {after.tokens}, or leave one out"
+            )
     if t.global_batch_size is not None and steps[-1].size != t.global_batch_size:
         yield (
             f"{flag} ends at {steps[-1].size}, but --global-batch-size is {t.global_batch_size}; "

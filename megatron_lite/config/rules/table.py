@@ -57,7 +57,7 @@ OF_SIZES: tuple[Rule, ...] = (
     Rule(layout.sequence_parallel, (_SEQ, _TP, _CP)),
     Rule(layout.global_batch, _BATCH),
     Rule(layout.ramp_up, (*_BATCH, "train.rampup_batch_size")),
-    Rule(layout.step_schedule, _BATCH),
+    Rule(layout.step_schedule, (*_BATCH, _SEQ)),
     Rule(layout.one_length),
     Rule(layout.one_batch, (*_BATCH, "train.rampup_batch_size", "train.train_samples")),
 )

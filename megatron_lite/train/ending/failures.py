@@ -19,6 +19,7 @@ from typing import Protocol
 import torch
 
 from megatron_lite.config.errors import (
+    CheckpointError,
     ConfigError,
     DataError,
     DeviceFault,
@@ -80,7 +81,8 @@ class Failures:
         known = self._in_our_words(error)
         if isinstance(known, ConfigError | DataError) and isinstance(self.presence, Alone):
             self._let_the_first_speak(known.exit_code)
-        line, code = self._say(known)
+        alike = isinstance(known, ConfigError | DataError | CheckpointError)
+        line, code = self._say(known, aloud=not alike or self.presence.says_first(str(known)))
         self.presence.leave(line)
         return code
 
@@ -128,9 +130,10 @@ class Failures:
             return DistributedError(self.presence.explain(_first_line(error)))
         return error
 
-    def _say(self, error: BaseException) -> tuple[str, int]:
+    def _say(self, error: BaseException, *, aloud: bool = True) -> tuple[str, int]:
         line, code = _line_and_code(error, self.rank, self.presence.step)
-        print(line, file=sys.stderr, flush=True)
+        if aloud:
+            print(line, file=sys.stderr, flush=True)
         if self.debug or code == BUG:
             traceback.print_exception(error)
         folder = self.folder
