@@ -18,7 +18,7 @@ from megatron_lite.parallel.collectives import (
     start_all_reduce,
     start_reduce_scatter,
 )
-from megatron_lite.parallel.context import ParallelContext
+from megatron_lite.parallel.context import Axis, ParallelContext
 from megatron_lite.parallel.shard import LocalParameter, Piece
 
 _ALIGN = 16  # elements: every parameter starts on a cache line
@@ -28,12 +28,14 @@ _ALIGN = 16  # elements: every parameter starts on a cache line
 class Bucket:
     """A contiguous part of the gradient buffer, the parameters in it, and what is under way.
 
+    axis: over which their gradients are summed.
     layout is None where every dp rank keeps the whole state: gradients are then all-reduced in
     place instead of reduce-scattered.
     """
 
     buffer: Tensor
     locals: list[LocalParameter]
+    axis: Axis
     layout: ShardLayout | None
     missing: int = 0
     reducing: Pending | None = None
@@ -52,7 +54,6 @@ class GradientBuckets:
 
     buffer: Tensor
     buckets: list[Bucket]
-    ctx: ParallelContext
     overlap: bool
     views: dict[Tensor, Tensor] = field(default_factory=dict)
     _bucket_of: dict[Tensor, Bucket] = field(default_factory=dict)
@@ -75,22 +76,15 @@ class GradientBuckets:
 
         sharded: each dp rank keeps its rows of the state only; whole: of which pieces all or none.
         """
-        groups: list[list[LocalParameter]] = [[]]
-        filled = 0
-        for local in reversed(parameters):
-            if local.twin or (filled >= bucket_size and groups[-1]):
-                groups.append([])
-                filled = 0
-            groups[-1].append(local)
-            filled += local.parameter.numel()
-        groups = [group for group in groups if group]
+        groups = _grouped(parameters, bucket_size)
         sizes = [sum(_padded(p) for p in group) for group in groups]
         buffer = torch.zeros(sum(sizes), dtype=dtype, device=ctx.device)
-        made = cls(buffer, [], ctx, overlap and ctx.dp.size > 1)
+        made = cls(buffer, [], overlap and any(p.replicas(ctx).size > 1 for p in parameters))
         start = 0
         for group, size in zip(groups, sizes, strict=True):
-            layout = ShardLayout.build(group, ctx.dp.size, whole=whole) if sharded else None
-            bucket = Bucket(buffer[start : start + size], group, layout)
+            axis = group[0].replicas(ctx)
+            layout = ShardLayout.build(group, axis.size, whole=whole) if sharded else None
+            bucket = Bucket(buffer[start : start + size], group, axis, layout)
             made.buckets.append(bucket)
             for local in group:
                 count = local.parameter.numel()
@@ -114,7 +108,7 @@ class GradientBuckets:
             return
         for place in bucket.layout.places:
             if place.local is local:
-                rows = place.owned(self.ctx.dp.rank, self.ctx.dp.size)
+                rows = place.owned(bucket.axis.rank, bucket.axis.size)
                 if rows.stop > rows.start:
                     yield place.piece, rows
 
@@ -168,20 +162,20 @@ class GradientBuckets:
 
     def _start(self, bucket: Bucket) -> None:
         if bucket.layout is None:
-            bucket.reducing = start_all_reduce(bucket.buffer, self.ctx.dp)
+            bucket.reducing = start_all_reduce(bucket.buffer, bucket.axis)
             return
         under_way = [other for other in self.buckets if other.reducing is not None]
         if len(under_way) >= UNDER_WAY:
             self._take(under_way[0])
         packed = bucket.layout.pack(self.view, self.buffer)
-        bucket.reducing = start_reduce_scatter(packed.view(-1), self.ctx.dp)
+        bucket.reducing = start_reduce_scatter(packed.view(-1), bucket.axis)
 
     def _take(self, bucket: Bucket) -> None:
         """Wait for a bucket's sum; where sharded, put this rank's rows into its accumulators."""
         assert bucket.reducing is not None
         summed = bucket.reducing.wait()
         if bucket.layout is not None:
-            for place, rows, values in bucket.layout.own_rows(self.ctx.dp.rank, summed):
+            for place, rows, values in bucket.layout.own_rows(bucket.axis.rank, summed):
                 target = place.piece.of(self.view(place.local))[rows.start : rows.stop]
                 target.copy_(values.view(target.shape))
         bucket.reducing, bucket.reduced = None, True
@@ -198,10 +192,10 @@ class GradientBuckets:
             assert bucket.layout is not None and bucket.gathering is None
             like = bucket.locals[0].parameter.detach()
             own = like.new_zeros(bucket.layout.columns)
-            for place, rows, values in bucket.layout.own_rows(self.ctx.dp.rank, own):
+            for place, rows, values in bucket.layout.own_rows(bucket.axis.rank, own):
                 source = place.piece.of(place.local.parameter.detach())[rows.start : rows.stop]
                 values.copy_(source.reshape(values.shape))
-            bucket.gathering = start_all_gather(own, self.ctx.dp)
+            bucket.gathering = start_all_gather(own, bucket.axis)
 
     def wait_for(self, parameter: Tensor) -> None:
         """Return when the parameter is whole again (its bucket with it); at once where no gather runs."""
@@ -219,6 +213,24 @@ class GradientBuckets:
         rows = bucket.gathering.wait().view(bucket.layout.ranks, bucket.layout.columns)
         bucket.gathering = None
         bucket.layout.unpack(rows, lambda local: local.parameter.detach())
+
+
+def _grouped(parameters: Sequence[LocalParameter], bucket_size: int) -> list[list[LocalParameter]]:
+    """Parameters of about bucket_size elements together, in reverse order.
+
+    Of one bucket are those whose gradients are summed over one axis, stored in one number format.
+    """
+    groups: list[list[LocalParameter]] = []
+    open_groups: dict[tuple[str, torch.dtype], list[LocalParameter]] = {}
+    for local in reversed(parameters):
+        kind = local.over, local.parameter.dtype
+        group = open_groups.get(kind)
+        full = group is not None and sum(p.parameter.numel() for p in group) >= bucket_size
+        if group is None or full or local.twin:
+            group = open_groups[kind] = []
+            groups.append(group)
+        group.append(local)
+    return groups
 
 
 def _reports(local: LocalParameter) -> int:

@@ -214,7 +214,8 @@ class ZeroEngine:
 
     def _counts(self, held: _Held) -> bool:
         """Whether sums over the world take this rank's gradient, not another rank's copy of it."""
-        return stands_for(held.local, self.ctx) and (self.sharded or self.ctx.dp.rank == 0)
+        first = held.local.replicas(self.ctx).rank == 0
+        return stands_for(held.local, self.ctx) and (self.sharded or first)
 
     @torch.no_grad()
     def apply(
@@ -247,10 +248,10 @@ class ZeroEngine:
         """Sum gradients over dp, over tp where each rank saw its share of the sequence, and over twins."""
         for buckets in self._buckets.values():
             buckets.finish()
-        partial = [held.gradient for held in self._held if held.local.summed]
-        if partial:
+        for axis in sorted({axis for held in self._held for axis in held.local.summed}):
+            partial = [held.gradient for held in self._held if axis in held.local.summed]
             flat = torch.cat([gradient.reshape(-1) for gradient in partial])
-            all_reduce(flat, self.ctx.tp)
+            all_reduce(flat, self.ctx.named(axis))
             sizes = [gradient.numel() for gradient in partial]
             for gradient, summed in zip(partial, flat.split(sizes), strict=True):
                 gradient.copy_(summed.view_as(gradient))

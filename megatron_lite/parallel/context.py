@@ -79,6 +79,12 @@ class ParallelContext:
         one = together(*observers)
         return replace(self, **{name: replace(getattr(self, name), observer=one) for name in _AXES})
 
+    def named(self, name: str) -> Axis:
+        """The axis of this name among the fields."""
+        found = getattr(self, name)
+        assert isinstance(found, Axis), name
+        return found
+
 
 _AXES = ("tp", "cp", "dp", "pp", "model", "tied", "world")
 """Fields of ParallelContext that are axes."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor, nn
 
 from megatron_lite.blueprint.figure.parts import Tensor as Spec
-from megatron_lite.parallel.context import ParallelContext
+from megatron_lite.parallel.context import Axis, ParallelContext
 
 MASTER = "master."
 """Prefix of the fp32 masters among the optimizer's named slices."""
@@ -60,8 +60,10 @@ class NamedSlice:
 class LocalParameter:
     """One parameter of this rank, and what the engine and the checkpoint must know of it.
 
-    summed: axes over which its gradient must be summed, because each rank has only its share of
-    the sequence.
+    over: the axis whose ranks hold the same weights and see other samples: its gradient is summed
+    over it, and its state may be shared there.
+    summed: further axes over which its gradient must be summed, because each rank has only its
+    share of the sequence.
     pieces leave out the padding rows of the vocabulary.
     twin: a copy lives on another stage (tied embedding); gradients of both are summed.
     replica: the copy that norms and checkpoints do not count.
@@ -70,6 +72,7 @@ class LocalParameter:
 
     parameter: nn.Parameter
     pieces: tuple[Piece, ...]
+    over: str = "dp"
     summed: tuple[str, ...] = ()
     twin: bool = False
     replica: bool = False
@@ -84,6 +87,10 @@ class LocalParameter:
     def tp_dim(self) -> int | None:
         """The dim cut over tp, None where every tp rank holds the whole."""
         return self.spec.tp_dim
+
+    def replicas(self, ctx: ParallelContext) -> Axis:
+        """The axis `over`."""
+        return ctx.named(self.over)
 
 
 def stands_for(local: LocalParameter, ctx: ParallelContext) -> bool:
