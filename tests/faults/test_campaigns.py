@@ -10,7 +10,7 @@ import pytest
 from megatron_lite.checkpoint.progress import Progress
 from megatron_lite.checkpoint.store import Store
 from megatron_lite.parallel.context import ParallelContext
-from tests.faults import damage, kills
+from tests.faults import damage, kills, planted
 from tests.faults.kills import Counted
 from tests.faults.table import ROWS
 
@@ -41,7 +41,7 @@ def test_hostile_files_are_refused(tmp_path, monkeypatch, kind):
 def test_a_canary_would_be_seen(tmp_path):
     import pickle
 
-    pickle.loads(pickle.dumps(damage.Canary(tmp_path / "canary")))
+    pickle.loads(pickle.dumps(planted.Canary(tmp_path / "canary")))
     assert (tmp_path / "canary").exists()
 
 
