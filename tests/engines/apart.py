@@ -149,3 +149,8 @@ class Poisoned(Apart):
     """A weight read outside its hooks spoils the loss instead of the process."""
 
     frees = False
+
+
+def calls_of(engine: Apart) -> list[tuple[str, int]]:
+    """(what, layer) of every call of its hooks, in order."""
+    return engine.calls

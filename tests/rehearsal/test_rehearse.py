@@ -24,6 +24,7 @@ from megatron_lite.rehearsal.rehearse import (
 from megatron_lite.train.assemble import assemble
 from megatron_lite.train.step import train_step
 from tests.parallel.test_traffic import traffic
+from tests.support.engines import named
 from tests.support.spawn import spawn
 from tests.support.tiny import context, draw, make_batches, tiny_config
 
@@ -267,8 +268,8 @@ def test_a_skipped_tensor_parallel_sum_is_named_with_the_rank_and_the_layer():
 
 def test_a_sum_at_the_end_that_one_rank_skips_is_named():
     def skip(actor):
-        for held in actor.run.engine._held:
-            held.local = dataclasses.replace(held.local, twin=False)
+        for local in actor.run.parameters:
+            object.__setattr__(local, "twin", False)
 
     (line,) = faults(TENSOR, 4, on=2, tamper=skip)
     assert line.startswith("rank 2 skips collective 1 over tied of ranks 0, 2")
@@ -279,8 +280,9 @@ def test_buckets_reduced_in_another_order_on_one_rank_are_named():
     config = tiny_config(parallel__ddp_bucket_size=2000, **{BATCH: 8})
 
     def reverse(actor):
-        for buckets in actor.run.engine._buckets.values():
-            buckets.buckets.reverse()
+        """The bucket that is full first waits for the end, as if another were."""
+        first, arm = actor.run.parameters[-1].parameter, actor.run.pipeline.arm
+        actor.run.pipeline.arm = lambda stage, awaited: arm(stage, [first, first])
 
     assert faults(config, 2) == []
     (line,) = faults(config, 2, on=1, tamper=reverse)
@@ -292,14 +294,16 @@ def test_two_groups_in_another_order_are_a_deadlock_with_the_ranks_that_wait():
     """Each group's own calls are in order: only who waits for whom shows it."""
 
     def tied_first(actor):
-        engine, reached = actor.run.engine, actor.run.pipeline.reached
+        run, reached = actor.run, actor.run.pipeline.reached
+        twins = [local for local in run.parameters if local.twin]
 
         def early(position, group):
             reached(position, group)
-            for held in engine._held if position == 1 else ():
-                if held.local.twin:
-                    all_reduce(held.gradient, engine.ctx.tied)
-                    held.local = dataclasses.replace(held.local, twin=False)
+            while position == 1 and twins:
+                local = twins.pop()
+                gradients = named(run.engine.gradients(owned=False))
+                all_reduce(gradients[local.spec.name], run.ctx.tied)
+                object.__setattr__(local, "twin", False)
 
         actor.run.pipeline.reached = early
 
