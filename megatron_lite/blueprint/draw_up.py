@@ -73,8 +73,13 @@ class Blueprint:
 
     @property
     def dp(self) -> int:
-        """Data-parallel size."""
+        """Data-parallel size: ranks with other samples."""
         return self.grid.dp
+
+    @property
+    def replicas(self) -> int:
+        """Ranks with the same weights: they sum gradients and may share the optimizer's state."""
+        return self.grid.dp * self.grid.cp
 
     def microbatches(self, samples: int | None = None) -> int:
         """Micro batches per dp rank of a step of so many samples; of one at full size by default."""

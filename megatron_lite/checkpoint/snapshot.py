@@ -54,9 +54,9 @@ class Snapshot:
 
 
 def share(slices: Iterable[NamedSlice], ctx: ParallelContext) -> list[NamedSlice]:
-    """What this rank writes: its own shards, and every dp-th slice of what all dp ranks hold."""
+    """What this rank writes: its own shards, and every n-th slice of what all n replicas hold."""
     filled = [s for s in slices if s.data.numel()]
-    dealt = [s for s in filled if s.replicated][ctx.dp.rank :: ctx.dp.size]
+    dealt = [s for s in filled if s.replicated][ctx.replicas.rank :: ctx.replicas.size]
     return [*dealt, *(s for s in filled if not s.replicated)]
 
 

@@ -1,4 +1,4 @@
-"""fp32 gradient accumulators in flat buckets that are reduced over dp as soon as they are full."""
+"""fp32 gradient accumulators in flat buckets that are reduced over the replicas as soon as they are full."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Bucket:
     """A contiguous part of the gradient buffer, the parameters in it, and what is under way.
 
     axis: over which their gradients are summed.
-    layout is None where every dp rank keeps the whole state: gradients are then all-reduced in
+    layout is None where every replica keeps the whole state: gradients are then all-reduced in
     place instead of reduce-scattered.
     """
 
@@ -48,7 +48,7 @@ class GradientBuckets:
     """The accumulators of one stage.
 
     Parameters are walked in reverse, about the order in which backward finishes them.  Buckets
-    start in that order, what is complete when armed before the others, so that all dp ranks issue
+    start in that order, what is complete when armed before the others, so that all replicas issue
     the same collectives whatever their timing.
     """
 
@@ -74,7 +74,7 @@ class GradientBuckets:
     ) -> GradientBuckets:
         """Lay the accumulators out; bucket_size in elements.
 
-        sharded: each dp rank keeps its rows of the state only; whole: of which pieces all or none.
+        sharded: each replica keeps its rows of the state only; whole: of which pieces all or none.
         """
         groups = _grouped(parameters, bucket_size)
         sizes = [sum(_padded(p) for p in group) for group in groups]
@@ -127,14 +127,14 @@ class GradientBuckets:
                 _reports(local) if coming is None else coming[local.parameter]
                 for local in bucket.locals
             )
-        # the same on all dp ranks, whose queues hold the same products
+        # the same on all replicas, whose queues hold the same products
         self._coming = deque(sorted(self.buckets, key=lambda bucket: bucket.missing > 0))
         self._start_full()
 
     def ready(self, parameter: Tensor) -> None:
         """One contribution to the parameter's accumulator is complete; starts each bucket that is full now.
 
-        All dp ranks must report the same parameters, in whatever order.
+        All replicas must report the same parameters, in whatever order.
         """
         if not self._armed:
             return
@@ -147,7 +147,7 @@ class GradientBuckets:
             self._start(self._coming.popleft())
 
     def finish(self) -> None:
-        """Reduce what is not yet reduced and wait for all.  Collective over dp.
+        """Reduce what is not yet reduced and wait for all.  Collective over the replicas.
 
         Afterwards the accumulators hold the sum: all of it, or this rank's rows where sharded.
         """

@@ -93,12 +93,12 @@ class ZeroEngine:
         self.scaler = LossScale.from_config(precision)
         self._steps = 0
         self._unreduced = False
-        self.sharded = parallel.use_distributed_optimizer and ctx.dp.size > 1
+        self.sharded = parallel.use_distributed_optimizer and ctx.replicas.size > 1
         self._overlap_gather = parallel.overlap_param_gather
         self._sums = ctx.world if self.sharded else ctx.model
         self._stage_of = {p.parameter: stage for stage, held in stages.items() for p in held}
         self._locals = [local for held in stages.values() for local in held]
-        bucket_size = bucket_elements(parallel, ctx.dp.size)
+        bucket_size = bucket_elements(parallel, ctx.replicas.size)
         in_fp32 = parallel.accumulate_allreduce_grads_in_fp32 or precision.name == "fp32"
         self._buckets = {
             stage: GradientBuckets.build(
@@ -245,7 +245,7 @@ class ZeroEngine:
         return Update(norm, skipped=True)
 
     def _reduce(self) -> None:
-        """Sum gradients over dp, over tp where each rank saw its share of the sequence, and over twins."""
+        """Sum gradients over replicas, over tp where a rank saw its share of the sequence, over twins."""
         for buckets in self._buckets.values():
             buckets.finish()
         for axis in sorted({axis for held in self._held for axis in held.local.summed}):

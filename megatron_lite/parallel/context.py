@@ -32,8 +32,10 @@ class Axis:
 class ParallelContext:
     """All axes of this rank, and its device.
 
-    model is tp x pp (gradient norm); tied joins the first and the last stage that hold the tied
-    embedding (size 1 where one rank holds both, or on the stages between).
+    dp: the ranks with other samples (what each reads, how many tokens count).  replicas: those with
+    the same weights (who sums gradients, shares optimizer state, writes a copy): dp x cp, and the
+    very axis dp where cp is 1.  model is tp x pp (gradient norm); tied joins the first and the last
+    stage that hold the tied embedding (size 1 where one rank holds both, or on the stages between).
     """
 
     device: torch.device
@@ -42,6 +44,7 @@ class ParallelContext:
     tp: Axis = Axis("tp")
     cp: Axis = Axis("cp")
     dp: Axis = Axis("dp")
+    replicas: Axis = Axis("dp")
     pp: Axis = Axis("pp")
     model: Axis = Axis("tp-pp")
     tied: Axis = Axis("tied")
@@ -62,6 +65,7 @@ class ParallelContext:
         whatever the world has.
         """
         axes = {name: _axis(grid, name, rank, timeout) for name in ("tp", "cp", "dp", "pp")}
+        both = axes["dp"] if grid.cp == 1 else _axis(grid, "cp-dp", rank, timeout)
         if device.type == "cuda" and axes["pp"].size > 1:
             connect_neighbours(axes["pp"], device)
         return cls(
@@ -69,6 +73,7 @@ class ParallelContext:
             rank=rank,
             world_size=grid.world_size,
             **axes,
+            replicas=both,
             model=_axis(grid, "tp-pp", rank, timeout),
             tied=_tied(grid, rank, timeout),
             world=_world(grid, rank),
@@ -86,7 +91,7 @@ class ParallelContext:
         return found
 
 
-_AXES = ("tp", "cp", "dp", "pp", "model", "tied", "world")
+_AXES = ("tp", "cp", "dp", "replicas", "pp", "model", "tied", "world")
 """Fields of ParallelContext that are axes."""
 
 

@@ -46,7 +46,7 @@ class Piece:
 class NamedSlice:
     """This rank's tensor is the box at `offset` of the global tensor `name` of `shape`.
 
-    replicated: every dp rank holds the same box; otherwise it is this rank's alone.
+    replicated: every replica of the weights holds the same box; otherwise it is this rank's alone.
     """
 
     name: str
@@ -60,8 +60,8 @@ class NamedSlice:
 class LocalParameter:
     """One parameter of this rank, and what the engine and the checkpoint must know of it.
 
-    over: the axis whose ranks hold the same weights and see other samples: its gradient is summed
-    over it, and its state may be shared there.
+    over: the axis whose ranks hold the same weights: its gradient is summed over it, and its state
+    may be shared there.
     summed: further axes over which its gradient must be summed, because each rank has only its
     share of the sequence.
     pieces leave out the padding rows of the vocabulary.
@@ -72,7 +72,7 @@ class LocalParameter:
 
     parameter: nn.Parameter
     pieces: tuple[Piece, ...]
-    over: str = "dp"
+    over: str = "replicas"
     summed: tuple[str, ...] = ()
     twin: bool = False
     replica: bool = False

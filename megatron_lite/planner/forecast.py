@@ -224,9 +224,9 @@ def _data_parallel(costs: Costs, pp_rank: int) -> tuple[float, float, float]:
     """(exposed, hidden gradients, hidden parameters) seconds of a step's dp communication."""
     blueprint, asked, cluster = costs.blueprint, costs.asked, costs.cluster
     grid, parallel = blueprint.grid, asked.parallel
-    if grid.dp * grid.cp == 1:
+    ranks = blueprint.replicas
+    if ranks == 1:
         return 0.0, 0.0, 0.0
-    ranks = grid.dp * grid.cp
     stride = grid.rank(dp=1) if grid.dp > 1 else grid.rank(cp=1)
     parameters = blueprint.rank_parameters(pp_rank)
     wide = 4 if parallel.accumulate_allreduce_grads_in_fp32 else costs.width
@@ -255,7 +255,7 @@ def _optimizer_seconds(blueprint: Blueprint, asked: Asked, cluster: Cluster, pp_
     and written, gradient read, weight written.
     """
     parameters, states = blueprint.rank_parameters(pp_rank), blueprint.rank_states(pp_rank)
-    shared = blueprint.dp if asked.parallel.use_distributed_optimizer else 1
+    shared = blueprint.replicas if asked.parallel.use_distributed_optimizer else 1
     every, owned = 4.0 * 2, 4.0 * 2 + 4.0 * 3 + 2.0
     device = cluster.device
     moved = parameters * (every + owned / shared) + states * 4.0 * 2 / shared

@@ -157,7 +157,7 @@ def _rank_memory(
         blocks = stage_bytes(of_stage, asked.parallel, layer_input=stream)
         held[stage.index] = _held(blueprint, asked, stage, blocks, waiting[stage.index])
     worst = _worst(schedule, pp_rank, held)
-    replicas = blueprint.dp * blueprint.grid.cp
+    replicas = blueprint.replicas
     kinds = static_bytes(parameters, blueprint.rank_states(pp_rank), asked, replicas)
     messages = 4 * stream if blueprint.grid.pp > 1 else 0.0
     reducing, gathering = _data_parallel_buffers(blueprint, asked, parameters)
@@ -290,16 +290,17 @@ def _data_parallel_buffers(
     blueprint: Blueprint, asked: Asked, parameters: int
 ) -> tuple[float, float]:
     """(gradients packed for the owners of their rows, parameters on their way back), in bytes."""
-    parallel, dp = asked.parallel, blueprint.dp
-    if not parallel.use_distributed_optimizer or dp == 1:
+    parallel, replicas = asked.parallel, blueprint.replicas
+    if not parallel.use_distributed_optimizer or replicas == 1:
         return 0.0, 0.0
     low = element_bytes(asked.precision)
     wide = 4 if parallel.accumulate_allreduce_grads_in_fp32 else low
-    bucket = bucket_elements(parallel, dp)
+    bucket = bucket_elements(parallel, replicas)
     packed = float(min(UNDER_WAY * bucket, parameters))
     copied = 0 if asked.on_gpu else min(bucket, parameters)  # gloo reduces a copy, one at a time
     gathered = float(parameters if parallel.overlap_param_gather else packed)
-    return (packed * (1 + 1 / dp) + copied) * wide, gathered * low * (1 + 1 / dp)
+    once_more = 1 + 1 / replicas
+    return (packed * once_more + copied) * wide, gathered * low * once_more
 
 
 def _worst(schedule: Schedule, pp_rank: int, held: Mapping[int, _Held]) -> _Moment:

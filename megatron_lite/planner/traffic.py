@@ -37,7 +37,7 @@ def sent_bytes(
     if parallel.splits_sequence:
         whole *= grid.tp
     wide = 4 if parallel.accumulate_allreduce_grads_in_fp32 else element_bytes(asked.precision)
-    shared = grid.dp if parallel.use_distributed_optimizer else 1
+    shared = blueprint.replicas if parallel.use_distributed_optimizer else 1
     tied = _tied_elements(blueprint, stages, at.tp) / shared
     split = sum(_split_sequence_elements(blueprint, asked, stage) for stage in stages) / shared
     tokens = blueprint.model.seq_length * asked.micro_batch_size / parallel.cp
@@ -48,7 +48,7 @@ def sent_bytes(
         "pp": num_microbatches * _messages(blueprint, stages) * layer_input_bytes(
             blueprint.model, asked
         ),
-        "dp": _ring(grid.dp) * blueprint.rank_parameters(at.pp) * (
+        "dp": _ring(blueprint.replicas) * blueprint.rank_parameters(at.pp) * (
             wide + (element_bytes(asked.precision) if shared > 1 else wide)
         ),
         "tied": tied * wide,  # both ends hold it: two passes of a half

@@ -57,6 +57,15 @@ COUNTS_MICRO_BATCHES: Mapping[tuple[str, str], str] = {
 """(file, function) that may multiply a micro batch by data-parallel ranks -> what for."""
 
 
+OF_OTHER_SAMPLES: Mapping[str, str] = {
+    "megatron_lite/train/reading.py": "which samples a rank reads, and in which order",
+    "megatron_lite/train/step.py": "the tokens, and the samples, of all ranks",
+    "megatron_lite/train/measuring/timeline.py": "a rank's place, in words",
+    "megatron_lite/rehearsal/rehearse.py": "a rank's place, in words",
+}
+"""A file that asks a ParallelContext for its axis dp -> what for; the same weights are `replicas`."""
+
+
 def modules(tree: ast.AST) -> set[str]:
     """Names that stand for modules or what was imported from them."""
     return {
@@ -145,6 +154,18 @@ def test_rules_about_sizes_stand_in_config() -> None:
         if file.startswith("megatron_lite/blueprint/") and isinstance(node, ast.Raise)
     }
     assert found == set(MAY_REFUSE)
+
+
+def test_only_who_reads_samples_asks_for_the_axis_of_samples() -> None:
+    found = {
+        file
+        for file, tree in holding(".dp")
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and node.attr == "dp"
+        if dotted(node.value).split(".")[-1] in ("ctx", "at")
+        if file.startswith("megatron_lite/")
+    }
+    assert found == set(OF_OTHER_SAMPLES)
 
 
 @pytest.mark.parametrize(

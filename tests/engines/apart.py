@@ -1,4 +1,4 @@
-"""A second engine for tests: each dp rank stores its rows of every weight, whole only between the hooks."""
+"""A second engine for tests: each replica stores its rows of every weight, whole only between the hooks."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Apart:
         return getattr(self.zero, name)
 
     def _rows(self, parameter: Tensor) -> Rows:
-        return cut_rows(len(parameter), self.ctx.dp.size)[self.ctx.dp.rank]
+        return cut_rows(len(parameter), self.ctx.replicas.size)[self.ctx.replicas.rank]
 
     def _own(self, parameter: Tensor) -> Tensor:
         return parameter.detach()[slice(*self._rows(parameter))]
@@ -53,10 +53,10 @@ class Apart:
         for parameter in parameters:
             shard = self.shards[parameter]
             block = shard.new_zeros(
-                rows_per_rank(len(parameter), self.ctx.dp.size), *shard.shape[1:]
+                rows_per_rank(len(parameter), self.ctx.replicas.size), *shard.shape[1:]
             )
             block[: len(shard)] = shard
-            rows = all_gather(block, self.ctx.dp)[: len(parameter)]
+            rows = all_gather(block, self.ctx.replicas)[: len(parameter)]
             parameter.data.untyped_storage().resize_(rows.nbytes)
             parameter.data.copy_(rows)  # .data: autograd need not know that the values were away
 
@@ -111,7 +111,7 @@ class Apart:
                     yield NamedSlice(
                         piece.name, piece.shape, (first + start - piece.start, *others),
                         shard[start - here.start : stop - here.start],
-                        replicated=self.ctx.dp.size == 1,
+                        replicated=self.ctx.replicas.size == 1,
                     )  # fmt: skip
 
 

@@ -20,12 +20,14 @@ SHAPES = [(5, 3), (4,), (7, 2), (6, 3), (3,), (8, 2)]
 
 
 def two_axes(rank, ranks):
-    """dp over all ranks, and in the place of cp the two that hold the same experts."""
+    """replicas over all ranks, and in the place of cp the two that hold the same experts."""
     groups = [dist.new_group([0, 1]), dist.new_group([2, 3])]
     mine = rank // 2
     pair = Axis("pair", rank % 2, 2, (2 * mine, 2 * mine + 1), groups[mine])
     everybody = Axis("dp", rank, ranks, tuple(range(ranks)), dist.group.WORLD)
-    return replace(ParallelContext.serial(), rank=rank, world_size=ranks, dp=everybody, cp=pair)
+    return replace(
+        ParallelContext.serial(), rank=rank, world_size=ranks, replicas=everybody, cp=pair
+    )
 
 
 def made():
@@ -33,7 +35,7 @@ def made():
     for index, shape in enumerate(SHAPES):
         spec = Tensor(f"{index}.weight", shape, "weight")
         piece = Piece(spec, 0, shape[0], shape, (0,) * len(shape))
-        over = "cp" if index % 2 else "dp"
+        over = "cp" if index % 2 else "replicas"
         parameters.append(LocalParameter(nn.Parameter(torch.zeros(shape)), (piece,), over=over))
     return parameters
 

@@ -12,8 +12,8 @@ from megatron_lite.parallel.shard import MASTER, NamedSlice
 
 
 def counted(owned: Iterable[NamedSlice], ctx: ParallelContext) -> Iterator[NamedSlice]:
-    """Of what this rank stands for, what no dp rank before it holds: each box once over the world."""
-    return (piece for piece in owned if ctx.dp.rank == 0 or not piece.replicated)
+    """Of what this rank stands for, what no replica before it holds: each box once over the world."""
+    return (piece for piece in owned if ctx.replicas.rank == 0 or not piece.replicated)
 
 
 def named(slices: Iterable[NamedSlice]) -> dict[str, Tensor]:

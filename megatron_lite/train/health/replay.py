@@ -183,7 +183,7 @@ def summed_suspect(run: Run) -> Suspect | None:
     if not bad:
         return None
     name = deepest(bad)
-    ranks = run.ctx.dp.ranks if run.ctx.dp.size > 1 else (run.ctx.rank,)
+    ranks = run.ctx.replicas.ranks if run.ctx.replicas.size > 1 else (run.ctx.rank,)
     return Suspect(
         (SUMMED, -position(name)),
         f"the gradient of {name}, summed over {name_ranks(ranks)}, is not finite "

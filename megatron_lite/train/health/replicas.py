@@ -64,7 +64,7 @@ def _copies(run: Run) -> Iterator[tuple[Axis, list[NamedSlice]]]:
     """Each axis, and this rank's tensors that every rank of it must hold alike, in one order."""
     state = list(run.engine.state(owned=False))
     weights = list(run.engine.weights(owned=False))
-    yield run.ctx.dp, [s for s in (*weights, *state) if s.replicated]
+    yield run.ctx.replicas, [s for s in (*weights, *state) if s.replicated]
     for axis, held in (
         (run.ctx.tp, [local for local in run.parameters if local.tp_dim is None]),
         (run.ctx.tied, [local for local in run.parameters if local.twin]),

@@ -23,7 +23,9 @@ def state_hash(run: Run) -> str:
     digest = hashlib.sha256()
     pieces: dict[str, list[NamedSlice]] = defaultdict(list)
     for piece in _owned(run):
-        if run.ctx.dp.rank == 0 or not piece.replicated:  # else dp rank 0 has the same
+        if (
+            run.ctx.replicas.rank == 0 or not piece.replicated
+        ):  # else the first replica has the same
             pieces[piece.name].append(piece)
     for name, shape, dtype in _tensors(run):
         whole = _whole(pieces[name], shape, dtype, run)

@@ -49,11 +49,13 @@ class Log:
             print(text, flush=True)
 
     def say_of_shard(self, line: str) -> None:
-        """Print on rank 0, in the order of ranks, a line of dp rank 0 of every model shard.
+        """Print on rank 0, in the order of ranks, a line of the first replica of every model shard.
 
         What differs between tp and pp ranks.  Collective over the world.
         """
-        mine = f"{line}\n" if self.ctx.dp.rank == 0 else "\n"  # never empty: that cannot be sent
+        mine = (
+            f"{line}\n" if self.ctx.replicas.rank == 0 else "\n"
+        )  # never empty: that cannot be sent
         lines = gather_text(mine, self.ctx.world, self.ctx.device)
         self.say(*(text.removesuffix("\n") for text in lines if text != "\n"))
 
