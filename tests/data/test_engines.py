@@ -12,6 +12,7 @@ import pytest
 
 from megatron_lite.config.errors import ConfigError, DataError
 from megatron_lite.data.tokenizers import engines
+from megatron_lite.data.tokenizers.base import read_vocab
 from megatron_lite.data.tokenizers.engines import (
     Candidate,
     Encoded,
@@ -20,7 +21,12 @@ from megatron_lite.data.tokenizers.engines import (
     GigatokenEngine,
     Unavailable,
 )
-from megatron_lite.data.tokenizers.gpt2_bpe import EOD, GPT2BPETokenizer, tokenizer_json
+from megatron_lite.data.tokenizers.gpt2_bpe import (
+    EOD,
+    GPT2BPETokenizer,
+    read_merges,
+    tokenizer_json,
+)
 from megatron_lite.data.tokenizers.training import train_bpe
 
 LIBRARIES = ("gigatoken", "tiktoken", "tokenizers")
@@ -114,6 +120,19 @@ def choice_with(word: str) -> EngineChoice:
         [Candidate("lying", lambda: Lying(word)), Candidate("plain", lambda: plain)],
         reference=("plain",),
     )
+
+
+@pytest.mark.parametrize("odd", ["字Ġ", "\ud800"])
+def test_a_vocabulary_is_the_same_json_with_and_without_orjson(
+    files: tuple[str, str], monkeypatch: pytest.MonkeyPatch, odd: str
+) -> None:
+    vocab, merges = read_vocab(files[0]), read_merges(files[1])
+    vocab[odd] = len(vocab)  # orjson refuses half of a UTF-16 pair
+    fast = json.loads(tokenizer_json(vocab, merges))
+    monkeypatch.setitem(sys.modules, "orjson", None)
+    assert json.loads(tokenizer_json(vocab, merges)) == fast
+    assert fast["model"]["vocab"] == vocab
+    assert fast["model"]["merges"] == [list(pair) for pair in merges]
 
 
 def test_an_engine_that_differs_on_hard_strings_is_not_used() -> None:

@@ -28,6 +28,7 @@ from megatron_lite.data.preparing.parts import (
     Part,
     Place,
     TextUnit,
+    lines_of,
 )
 from megatron_lite.data.preparing.streams import (
     drop_line,
@@ -211,7 +212,7 @@ def read_lines(part: Part, batch_bytes: int, place: Place, longest: int) -> Iter
                     size += drop_line(stream)
                     data += b"\n" * (size > len(data))
             position += size
-            count, read, done = data.count(b"\n"), raw.tell() - done, raw.tell()
+            count, read, done = lines_of(data), raw.tell() - done, raw.tell()
             after = Place(place.part, position, line + count)
             if beginning:
                 data = data.removeprefix(BOM)

@@ -107,7 +107,7 @@ def library_bpe(vocab: dict[str, int], merges: Sequence[Merge]) -> TokenizersEng
     return TokenizersEngine(fast)
 
 
-def tokenizer_json(vocab: dict[str, int], merges: Sequence[Merge]) -> str:
+def tokenizer_json(vocab: dict[str, int], merges: Sequence[Merge]) -> bytes:
     """Vocabulary and merges as a tokenizer.json, which gigatoken reads."""
     words = {
         "type": "ByteLevel",
@@ -115,11 +115,14 @@ def tokenizer_json(vocab: dict[str, int], merges: Sequence[Merge]) -> str:
         "trim_offsets": True,
         "use_regex": True,
     }
-    model = {"type": "BPE", "vocab": vocab, "merges": [list(pair) for pair in merges]}
-    return json.dumps(
-        {"version": "1.0", "added_tokens": [], "pre_tokenizer": words, "model": model},
-        ensure_ascii=False,
-    )
+    model = {"type": "BPE", "vocab": vocab, "merges": merges}
+    whole = {"version": "1.0", "added_tokens": [], "pre_tokenizer": words, "model": model}
+    try:
+        import orjson  # noqa: PLC0415  an optional extra
+
+        return orjson.dumps(whole)
+    except (ImportError, TypeError):  # TypeError: half of a UTF-16 pair, which the reader refuses
+        return json.dumps(whole).encode()
 
 
 def ranks_of(vocab: dict[str, int], merges: Sequence[Merge]) -> dict[bytes, int]:
