@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from megatron_lite.blueprint.batches import BatchSchedule, batch_schedule, padded_vocab_size
-from megatron_lite.blueprint.figure.parts import Figure, Tensor
+from megatron_lite.blueprint.figure.parts import Figure, Format, Tensor
 from megatron_lite.blueprint.figure.transformer import figure_of
 from megatron_lite.blueprint.flops import flops_per_token
 from megatron_lite.blueprint.grid import RankGrid
@@ -98,6 +98,14 @@ class Blueprint:
     def rank_parameters(self, pp_rank: int) -> int:
         """Parameters in the memory of one rank (any tp and dp) of a pp rank."""
         return rank_size(self.parameters, self._held(pp_rank), self.grid.tp)
+
+    def rank_formats(self, pp_rank: int) -> dict[Format | None, int]:
+        """The same by the number format they are stored in; None: the run's."""
+        found: dict[Format | None, int] = {}
+        for spec in held_by(self.parameters, self._held(pp_rank)):
+            kind = spec.tensor.storage
+            found[kind] = found.get(kind, 0) + spec.local_size(self.grid.tp)
+        return found
 
     def rank_states(self, pp_rank: int) -> int:
         """Elements of optimizer state, masters apart, of all that a rank (any tp) of a pp rank holds.

@@ -56,7 +56,11 @@ def parameter_table(
     model: ModelConfig, stages: Sequence[Stage], *, padded_vocab_size: int
 ) -> tuple[ParamSpec, ...]:
     """All parameters, stage by stage in the modules' order."""
-    figure = figure_of(model, padded_vocab_size)
+    return table_of(figure_of(model, padded_vocab_size), stages)
+
+
+def table_of(figure: Figure, stages: Sequence[Stage]) -> tuple[ParamSpec, ...]:
+    """The same of any figure."""
     return tuple(spec for stage in stages for spec in _stage_parameters(figure, stage))
 
 

@@ -24,6 +24,7 @@ from megatron_lite.optim.groups import Groups, Rates
 from megatron_lite.parallel.collectives import all_reduce
 from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.parallel.shard import (
+    DTYPES,
     MASTER,
     LocalParameter,
     NamedSlice,
@@ -108,7 +109,7 @@ class ZeroEngine:
                 overlap=parallel.overlap_grad_reduce,
                 sharded=self.sharded,
                 whole=self._stays_whole,
-                dtype=torch.float32 if in_fp32 else held[0].parameter.dtype,
+                dtype=torch.float32 if in_fp32 else DTYPES[precision.name],
             )
             for stage, held in stages.items()
         }

@@ -41,6 +41,8 @@ def _column_ends(setting: Setting) -> _Ends:
 class _Linear(torch.autograd.Function):
     """x Wᵀ + b, its input and output each whole or split along the sequence.
 
+    W may be stored in another number format than x: it is converted where it is used.
+
     enters: x is [s/n, b, in] over this axis and gathered, in backward again: keeping the gathered
     input would cost what sequence parallelism saves.  leaves: y is a partial sum, reduce-scattered
     to [s/n, b, out].  summed: where x is whole, the axis over which its gradient is all-reduced.
@@ -59,7 +61,7 @@ class _Linear(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.sink, ctx.ends = sink, ends
-        y = F.linear(all_gather(x, ends.enters), weight, bias)
+        y = F.linear(all_gather(x, ends.enters), weight.to(x.dtype), bias)
         return reduce_scatter(y, ends.leaves)
 
     @staticmethod
@@ -75,7 +77,7 @@ class _Linear(torch.autograd.Function):
         dy = gathered_dy.wait()
         pending = None
         if needs_x:
-            dx = dy @ weight
+            dx = dy @ weight.to(dy.dtype)
             pending = (
                 start_reduce_scatter(dx, ends.enters)
                 if ends.enters.size > 1
@@ -98,7 +100,7 @@ class ColumnParallelLinear(nn.Module):
         super().__init__()
         self.setting, self.part = setting, part
         self.rows = [rows // setting.tp.size for _, rows in part.pieces]
-        self.weight = setting.parameter(sum(self.rows), part.columns)
+        self.weight = setting.parameter(sum(self.rows), part.columns, storage=part.storage)
         self.bias = setting.parameter(sum(self.rows)) if part.bias else None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -118,7 +120,9 @@ class RowParallelLinear(nn.Module):
         super().__init__()
         self.setting, self.part = setting, part
         self.rows = [rows for _, rows in part.pieces]
-        self.weight = setting.parameter(part.rows, part.columns // setting.tp.size)
+        self.weight = setting.parameter(
+            part.rows, part.columns // setting.tp.size, storage=part.storage
+        )
         self.bias = setting.parameter(part.rows) if part.bias else None
 
     def forward(self, x: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from megatron_lite.blueprint.figure.parts import Figure
+from megatron_lite.blueprint.figure.parts import Figure, Format
 from megatron_lite.blueprint.figure.transformer import figure_of
 from megatron_lite.blueprint.recompute import RecomputePlan
 from megatron_lite.config.sections.model import ModelConfig
@@ -15,6 +15,7 @@ from megatron_lite.config.sections.precision import PrecisionConfig
 from megatron_lite.kernels.table import Need
 from megatron_lite.layers.gradients import WeightGradients
 from megatron_lite.parallel.context import Axis, ParallelContext
+from megatron_lite.parallel.shard import DTYPES
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +24,7 @@ class Setting:
 
     gradients: where linear layers leave their weight gradients.
     seed: of weights and dropout.
+    drawn: the figure to build, the model's own by default.
     """
 
     model: ModelConfig
@@ -34,17 +36,17 @@ class Setting:
     seed: int = 1234
     gradients: WeightGradients = field(default_factory=WeightGradients)
     recompute: RecomputePlan = field(default_factory=RecomputePlan)
+    drawn: Figure | None = None
 
     @property
     def dtype(self) -> torch.dtype:
         """The parameters' and activations' number format."""
-        formats = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-        return formats[self.precision.name]
+        return DTYPES[self.precision.name]
 
     @property
     def figure(self) -> Figure:
         """The model's parts, from which the layers are built."""
-        return figure_of(self.model, self.padded_vocab_size)
+        return self.drawn or figure_of(self.model, self.padded_vocab_size)
 
     def need(self) -> Need:
         """What a pointwise kernel of this stage must cope with."""
@@ -55,9 +57,13 @@ class Setting:
         """The tensor-parallel axis."""
         return self.ctx.tp
 
-    def parameter(self, *shape: int) -> nn.Parameter:
-        """A parameter of zeros, to be filled by the canonical names of its module's part."""
-        return nn.Parameter(torch.zeros(*shape, dtype=self.dtype, device=self.ctx.device))
+    def parameter(self, *shape: int, storage: Format | None = None) -> nn.Parameter:
+        """A parameter of zeros, to be filled by the canonical names of its module's part.
+
+        storage: its number format, the run's by default.
+        """
+        dtype = self.dtype if storage is None else DTYPES[storage]
+        return nn.Parameter(torch.zeros(*shape, dtype=dtype, device=self.ctx.device))
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,10 +5,19 @@ from __future__ import annotations
 from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor, nn
 
+from megatron_lite.blueprint.figure.parts import Format
 from megatron_lite.blueprint.figure.parts import Tensor as Spec
 from megatron_lite.parallel.context import Axis, ParallelContext
+
+DTYPES: dict[Format, torch.dtype] = {
+    "fp32": torch.float32,
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+}
+"""Number formats by the names of config and figure."""
 
 MASTER = "master."
 """Prefix of the fp32 masters among the optimizer's named slices."""

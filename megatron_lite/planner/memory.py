@@ -13,7 +13,7 @@ from functools import lru_cache
 
 from megatron_lite.blueprint.buckets import UNDER_WAY, bucket_elements
 from megatron_lite.blueprint.draw_up import Blueprint
-from megatron_lite.blueprint.figure.parts import Matrix, Parts
+from megatron_lite.blueprint.figure.parts import Format, Matrix, Parts
 from megatron_lite.blueprint.schedules import SCHEDULES
 from megatron_lite.blueprint.schedules.actions import Op, Schedule
 from megatron_lite.blueprint.stages import Placement, Stage
@@ -124,15 +124,23 @@ def peak_microbatches(blueprint: Blueprint, num_microbatches: int) -> int:
     return min(num_microbatches, 3 * pp)
 
 
-def static_bytes(parameters: float, states: float, asked: Asked, dp: int) -> dict[str, float]:
-    """Weights, gradients, masters and moments of so many parameters and elements of state on a rank."""
+def static_bytes(
+    formats: Mapping[Format | None, float], states: float, asked: Asked, dp: int
+) -> dict[str, float]:
+    """Weights, gradients, masters and moments of a rank.
+
+    formats: parameters by the number format they are stored in, None for the run's; states:
+    elements of optimizer state.
+    """
     low = element_bytes(asked.precision)
+    widths = {None: low, "fp32": 4, "fp16": 2, "bf16": 2}
+    parameters = sum(formats.values())
     in_fp32 = asked.parallel.accumulate_allreduce_grads_in_fp32
     shared = dp if asked.parallel.use_distributed_optimizer else 1
     return {
-        "weights": parameters * low,
+        "weights": float(sum(count * widths[kind] for kind, count in formats.items())),
         "gradients": parameters * (4 if in_fp32 else low),
-        "masters": 0.0 if low == 4 else parameters * 4 / shared,
+        "masters": sum(n * 4 / shared for kind, n in formats.items() if widths[kind] < 4),
         "moments": states * 4 / shared,
     }
 
@@ -157,8 +165,9 @@ def _rank_memory(
         blocks = stage_bytes(of_stage, asked.parallel, layer_input=stream)
         held[stage.index] = _held(blueprint, asked, stage, blocks, waiting[stage.index])
     worst = _worst(schedule, pp_rank, held)
-    replicas = blueprint.replicas
-    kinds = static_bytes(parameters, blueprint.rank_states(pp_rank), asked, replicas)
+    kinds = static_bytes(
+        blueprint.rank_formats(pp_rank), blueprint.rank_states(pp_rank), asked, blueprint.replicas
+    )
     messages = 4 * stream if blueprint.grid.pp > 1 else 0.0
     reducing, gathering = _data_parallel_buffers(blueprint, asked, parameters)
     working = worst.activations + worst.recomputed + worst.logits + worst.workspace

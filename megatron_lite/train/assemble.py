@@ -158,6 +158,7 @@ def _decoders(
             seed=config.train.seed,
             gradients=WeightGradients(span=timers.span),
             recompute=RecomputePlan.from_config(config.parallel),
+            drawn=blueprint.figure,
         )
         decoder = made[placed.index] = Decoder(
             setting,

@@ -23,6 +23,9 @@ Cut = Literal["rows", "columns"]
 Init = Literal["normal", "into stream", "ones", "zeros"]
 """How a tensor starts; "into stream": normal, smaller, since it is added to the residual stream (GPT-2)."""
 
+Format = Literal["fp32", "fp16", "bf16"]
+"""Of numbers in memory."""
+
 
 @dataclass(frozen=True, slots=True)
 class Tensor:
@@ -30,6 +33,7 @@ class Tensor:
 
     cuts: (axis of the rank grid, dim that it splits); every rank of the other axes has the tensor whole.
     sequence: it meets tokens that sequence parallelism splits, so that a rank's gradient is its share.
+    storage: its number format where that is not the run's, in which it is computed with all the same.
     """
 
     name: str
@@ -39,6 +43,7 @@ class Tensor:
     cuts: tuple[tuple[str, int], ...] = ()
     sequence: bool = False
     vocabulary: bool = False
+    storage: Format | None = None
 
     @property
     def tp_dim(self) -> int | None:
@@ -85,7 +90,7 @@ class Matrix:
 
     pieces: the canonical matrices that lie in it below one another, (name, rows); each is cut over
     tp by itself.  A split output has a split bias; a row-parallel matrix adds the whole bias after
-    its sum.
+    its sum.  storage: of the weight, see Tensor.
     """
 
     name: str
@@ -94,6 +99,7 @@ class Matrix:
     cut: Cut
     bias: bool
     into_stream: bool = False
+    storage: Format | None = None
 
     @property
     def rows(self) -> int:
@@ -117,7 +123,9 @@ class Matrix:
         by_rows = self.cut == "rows"
         for name, rows in self.pieces:
             cuts: tuple[tuple[str, int], ...] = (("tp", 0 if by_rows else 1),)
-            yield Tensor(f"{name}.weight", (rows, self.columns), "weight", init, cuts)
+            yield Tensor(
+                f"{name}.weight", (rows, self.columns), "weight", init, cuts, storage=self.storage
+            )
             if self.bias:
                 cuts = cuts if by_rows else ()
                 yield Tensor(f"{name}.bias", (rows,), "bias", "zeros", cuts, sequence=not by_rows)

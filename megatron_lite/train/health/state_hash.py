@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_lite.parallel.collectives import all_reduce
-from megatron_lite.parallel.shard import MASTER, NamedSlice
+from megatron_lite.parallel.shard import DTYPES, MASTER, NamedSlice
 from megatron_lite.train.assemble import Run
 
 
@@ -45,8 +45,10 @@ def _tensors(run: Run) -> list[tuple[str, tuple[int, ...], torch.dtype]]:
     for spec in run.blueprint.parameters:
         vocabulary = spec.tensor.vocabulary
         shape = (run.setting.vocab_size, *spec.shape[1:]) if vocabulary else spec.shape
-        found[spec.name] = shape, run.setting.dtype
-        if run.setting.dtype != torch.float32:
+        storage = spec.tensor.storage
+        dtype = run.setting.dtype if storage is None else DTYPES[storage]
+        found[spec.name] = shape, dtype
+        if dtype != torch.float32:
             found[MASTER + spec.name] = shape, torch.float32
         for state in run.blueprint.states(spec.tensor):
             found[f"{state.name}.{spec.name}"] = state.of(shape), torch.float32
