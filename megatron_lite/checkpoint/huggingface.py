@@ -221,10 +221,10 @@ def _forms(path: Path) -> dict[str, Form]:
             for name in file.keys():  # noqa: SIM118  it is no dict
                 piece = file.get_slice(name)
                 dtype = FORMATS.get(piece.get_dtype())
-                if dtype is None:
+                if dtype is None or not dtype.is_floating_point:
                     raise CheckpointError(
-                        f"{path}: {name} has the format {piece.get_dtype()}; read are "
-                        f"{', '.join(FORMATS)}"
+                        f"{path}: {name} has the format {piece.get_dtype()}; weights are read in "
+                        f"{', '.join(name for name, one in FORMATS.items() if one.is_floating_point)}"
                     )
                 found[name] = Form(dtype, tuple(piece.get_shape()))
     except (SafetensorError, OSError) as error:

@@ -35,6 +35,8 @@ def model_of(config: Mapping[str, Any], path: Path) -> tuple[ModelConfig, list[s
     activation = config.get("activation_function", "gelu_new")
     if activation not in GELU:
         problems.append(f"activation_function {activation!r}: ours are {', '.join(GELU)}")
+    if config.get("quantization_config") is not None:
+        problems.append("quantization_config: its weights are packed in a way that is not read")
     sizes: dict[str, Any] = {
         key: config.get(key) for key in ("n_layer", "n_embd", "n_head", "n_positions")
     }
@@ -53,6 +55,11 @@ def model_of(config: Mapping[str, Any], path: Path) -> tuple[ModelConfig, list[s
         f"{key} {value!r}: not a number from 0 to 1"
         for key, value in rates.items()
         if type(value) not in (int, float) or not 0 <= value < 1
+    ]
+    problems += [
+        f"{key} {rates[key]!r}: must be above 0"
+        for key in ("layer_norm_epsilon", "initializer_range")
+        if rates[key] == 0
     ]
     if not problems and sizes["n_embd"] % sizes["n_head"]:
         problems.append(f"n_embd {sizes['n_embd']} cannot be split over n_head {sizes['n_head']}")

@@ -69,7 +69,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Print; returns the exit code."""
     asked = _parse(sys.argv[1:] if argv is None else argv)
-    for name in ("top", "samples"):
+    for name in ("top", "samples", "seed"):
         if getattr(asked, name) < 0:
             raise ConfigError(f"--{name} {getattr(asked, name)}: give 0 or more")
     if asked.plot is not None:

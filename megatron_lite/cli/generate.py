@@ -73,7 +73,8 @@ def main() -> int:
             generator=generator,
         )
 
-    for number, prompt in enumerate(asked.prompt * asked.num_samples):
+    rounds = (prompt for _ in range(asked.num_samples) for prompt in asked.prompt)
+    for number, prompt in enumerate(rounds):
         ids = tokenizer.encode(prompt) or [tokenizer.eod]
         answer = generate(
             model, ids, max_new_tokens=asked.max_new_tokens, pick=pick, eod=tokenizer.eod

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NoReturn
 
@@ -27,6 +27,7 @@ from megatron_lite.storage.disk import Disk
 from megatron_lite.storage.outputs import check_outputs, write_output
 
 HELD_OUT = {"valid": 1, "test": 2}
+HELD_OUT_HELP = "test; valid where a file has no document for testing"
 NAMES = ("unigram", "bigram", "trigram")
 PIECE = 1 << 20  # tokens read at once
 
@@ -72,14 +73,30 @@ def parts_of(source: IndexedDataset, split: str, held_out: str) -> tuple[Range, 
     return found[0], found[1]
 
 
+def held_out_of(sources: Sequence[IndexedDataset], split: str) -> str:
+    """The test split, or the validation split where a file has no token for testing."""
+    try:
+        for source in sources:
+            parts_of(source, split, "test")
+    except DataError:
+        return "valid"
+    return "test"
+
+
 def measure(
-    data_path: list[str], *, split: str, held_out: str, vocab_size: int | None, max_order: int = 3
+    data_path: list[str],
+    *,
+    split: str,
+    held_out: str | None,
+    vocab_size: int | None,
+    max_order: int = 3,
 ) -> Report:
     """Raises DataError where a split holds nothing, ConfigError for a blend that is none."""
     blend = parse_blend(data_path)
     sources = [IndexedDataset(prefix) for prefix in blend.prefixes]
     makers = {source.prefix: maker_of(source) for source in sources}
     require_same(makers, None, allowed=False, whose="")
+    held_out = held_out or held_out_of(sources, split)
     parts = [parts_of(source, split, held_out) for source in sources]
     highest = 0
     for source in sources:
@@ -121,7 +138,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = ToolParser(prog="ngrams.py", description=__doc__)
     parser.add_argument("--data-path", nargs="+", required=True, help="as for training")
     parser.add_argument("--split", default=DEFAULT_SPLIT, help="as for training; 969,30,1")
-    parser.add_argument("--held-out", choices=sorted(HELD_OUT), default="test")
+    parser.add_argument("--held-out", choices=sorted(HELD_OUT), help=HELD_OUT_HELP)
     parser.add_argument(
         "--vocab-size", type=int, help="ids there are; the highest in the files + 1"
     )

@@ -186,7 +186,13 @@ def _train(parsed: Parsed, launch: Launch, failures: Failures) -> int:
 
 
 def _beside_the_plan(
-    config: RunConfig, world_size: int, rank: int, missing: float, *, on_gpu: bool
+    config: RunConfig,
+    world_size: int,
+    rank: int,
+    missing: float,
+    *,
+    on_gpu: bool,
+    room: float = 0.0,
 ) -> str:
     """What to say of a rank's plan where so many bytes were missing."""
 
@@ -198,7 +204,7 @@ def _beside_the_plan(
         asked = Asked(parallel, config.precision, micro_batch_size, on_gpu=on_gpu)
         return memory(blueprint, asked, pp_ranks=[blueprint.grid.coords(rank).pp])[0]
 
-    return beside_the_plan(config.parallel, config.train.micro_batch_size, planned, missing)
+    return beside_the_plan(config.parallel, config.train.micro_batch_size, planned, missing, room)
 
 
 def start() -> NoReturn:

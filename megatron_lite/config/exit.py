@@ -24,11 +24,20 @@ class ToolParser(argparse.ArgumentParser):
     def __init__(self, *args: object, **kwargs: object) -> None:
         kwargs.setdefault("allow_abbrev", False)
         super().__init__(*args, **kwargs)  # type: ignore[arg-type]
+        self.register("type", int, _whole)
         self.add_argument("--debug", action="store_true", help="a traceback for every failure")
 
     def error(self, message: str) -> NoReturn:
         """Raise ConfigError where argparse would print its usage and exit."""
         raise ConfigError(f"{message} - see {self.prog} --help")
+
+
+def _whole(text: str) -> int:
+    """What a tool's `type=int` takes: no number that arrays and generators do not."""
+    number = int(text)
+    if not -(2**63) <= number < 2**63:
+        raise argparse.ArgumentTypeError(f"{text[:40]} is beyond 2^63 - 1")
+    return number
 
 
 def fatal_line(error: BaseException, *, rank: int | None = None, step: int | None = None) -> str:

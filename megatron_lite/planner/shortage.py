@@ -17,21 +17,28 @@ _SHOWN = 4
 
 
 def beside_the_plan(
-    parallel: ParallelConfig, micro_batch_size: int, planned: Planned, missing: float
+    parallel: ParallelConfig, micro_batch_size: int, planned: Planned, missing: float, room: float
 ) -> str:
-    """The rank's plan, and the first change that frees more than what was missing (0: not known)."""
+    """The rank's plan, and the first change that frees more than what was missing.
+
+    room: bytes of the device; where the plan already needs more, the change brings it below.  Both
+    are 0 where they are not known.
+    """
     now = planned(parallel, micro_batch_size)
     largest = sorted(now.kinds.items(), key=lambda kind: -kind[1])[:_SHOWN]
     listed = ", ".join(f"{name} {_gib(size)}" for name, size in largest)
     said = f" - planned {_gib(now.total)} ({listed})"
+    most = room if 0 < room < now.total else now.total
     for flags, layout, micro_batch in _changes(parallel, micro_batch_size):
         try:
-            freed = now.total - planned(layout, micro_batch).total
+            then = planned(layout, micro_batch).total
         except ConfigError:
             continue
-        if freed > missing * 1.1:
+        freed = now.total - then
+        if freed > missing * 1.1 and then <= most:
             return f"{said} - the cheapest change by the plan: {flags} frees {_gib(freed)}"
-    return f"{said} - no single change frees enough: split the model over more ranks, see tools/plan.py"
+    lacks = f" of {_gib(room)}" if most < now.total else ""
+    return f"{said}{lacks} - no single change frees enough: split the model over more ranks, see tools/plan.py"
 
 
 def _gib(size: float) -> str:

@@ -275,6 +275,8 @@ REFUSED: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "a huge number of layers": (setting(n_layer=1 << 30), ["n_layer 1073741824", "28 tensors"]),
     "a negative size": (setting(n_positions=-1), ["n_positions -1"]),
     "a rate that is no rate": (setting(resid_pdrop=float("nan")), ["resid_pdrop nan"]),
+    "an epsilon of 0": (setting(layer_norm_epsilon=0), ["layer_norm_epsilon 0: must be above 0"]),
+    "packed weights": (setting(quantization_config={"bits": 4}), ["quantization_config"]),
     "another width": (setting(n_embd=96), ["[262, 48]", "[262, 96]"]),
     "no JSON": (lambda f: (f / "config.json").write_text("{"), ["config.json", "no JSON"]),
     "a missing tensor": (
@@ -287,9 +289,9 @@ REFUSED: dict[str, tuple[Callable[[Path], object], list[str]]] = {
         weights(lambda t: t.update({"transformer.ln_f.bias": torch.ones(7)})),
         ["ln_f.bias: [7] in model.safetensors, [48] by config.json"],
     ),
-    "an unknown format": (
-        weights(lambda t: t.update({"transformer.ln_f.bias": torch.ones(48, dtype=torch.bool)})),
-        ["ln_f.bias has the format BOOL"],
+    "whole numbers": (
+        weights(lambda t: t.update({"transformer.ln_f.bias": torch.ones(48, dtype=torch.int32)})),
+        ["ln_f.bias has the format I32"],
     ),
     "cut": (lambda f: os.truncate(f / "model.safetensors", 9999), ["model.safetensors is damaged"]),
     "empty": (lambda f: os.truncate(f / "model.safetensors", 0), ["model.safetensors is damaged"]),

@@ -125,7 +125,19 @@ def test_an_empty_split_is_refused_with_the_file_and_the_way_out(
     for split in ("100,0,0", "99,0,1"):
         assert call(monkeypatch, "--data-path", prefix, "--split", split) == 3
         said = capsys.readouterr().err
-        assert "one: its test split is empty" in said and "--split" in said
+        assert "one: its valid split is empty" in said and "--split" in said
+        assert call(monkeypatch, "--data-path", prefix, "--split", split, "--held-out", "test") == 3
+        assert "one: its test split is empty" in capsys.readouterr().err
+
+
+def test_validation_is_held_out_where_a_file_has_nothing_for_testing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prefix = write(tmp_path / "one", [[0, 0, 1], [2, 0], [1, 0]])
+    assert call(monkeypatch, "--data-path", prefix, "--split", "67,33,0") == 0
+    assert "bigram on the valid split" in capsys.readouterr().out
+    assert call(monkeypatch, "--data-path", prefix, "--split", "34,33,33") == 0
+    assert "bigram on the test split" in capsys.readouterr().out
 
 
 def test_ids_beyond_the_vocabulary_and_keys_beyond_a_word_are_refused(

@@ -50,3 +50,6 @@ def test_parser_errors_are_config_errors_and_flags_are_not_abbreviated() -> None
         parser.parse_args(["--work", "2"])
     with pytest.raises(ConfigError, match="invalid int value: 'x'.*tool --help"):
         parser.parse_args(["--workers", "x"])
+    with pytest.raises(ConfigError, match="--workers: 9223372036854775808 is beyond 2.63 - 1"):
+        parser.parse_args(["--workers", str(2**63)])
+    assert parser.parse_args(["--workers", "-9223372036854775808"]).workers == -(2**63)

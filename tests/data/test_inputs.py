@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_lite.config.errors import ConfigError, DataError
-from megatron_lite.data.preparing.inputs import find_inputs, plan, read_batches
+from megatron_lite.data.preparing.inputs import find_inputs, part_of, plan, read_batches
 from megatron_lite.data.preparing.parts import Place
 from megatron_lite.data.preparing.records import Reader
 
@@ -168,6 +168,9 @@ def test_files_globs_and_folders_are_found_in_sorted_order(tmp_path: Path) -> No
         (tmp_path / "texts" / name).touch()
     found = find_inputs([str(tmp_path / "texts")])  # no records are there
     assert [Path(name).name for name in found] == ["a.csv", "b.txt", "c.tsv.gz"]
+    (tmp_path / "shouted").mkdir()
+    (tmp_path / "shouted" / "A.JSONL.GZ").touch()
+    assert len(find_inputs([str(tmp_path / "shouted")])) == 1
     (tmp_path / "empty").mkdir()
     for wrong, message in [
         (str(tmp_path / "no*"), "does not exist"),
@@ -176,6 +179,30 @@ def test_files_globs_and_folders_are_found_in_sorted_order(tmp_path: Path) -> No
     ]:
         with pytest.raises(DataError, match=message):
             find_inputs([wrong])
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "kind"),
+    [
+        ("A.TXT", "text", "text"),
+        ("A.CSV", "text\n", "table"),
+        ("wiki_00", '{"text": "a"}', "lines"),
+        ("a.jsonl", "no JSON", "lines"),  # a bad line, which --on-bad-line may skip
+        ("empty.md", "", "lines"),
+    ],
+)
+def test_what_a_file_is_follows_from_name_and_content(
+    tmp_path: Path, name: str, content: str, kind: str
+) -> None:
+    (tmp_path / name).write_text(content)
+    assert part_of(str(tmp_path / name)).kind == kind
+
+
+def test_text_of_another_name_is_refused_with_the_flag_that_reads_it(tmp_path: Path) -> None:
+    (tmp_path / "notes.md").write_text("# Notes\n")
+    with pytest.raises(DataError, match="notes.md holds no JSON .* --text-unit file, line or para"):
+        part_of(str(tmp_path / "notes.md"))
+    assert part_of(str(tmp_path / "notes.md"), "line").kind == "lines"
 
 
 @pytest.mark.parametrize("suffix, package", [("parquet", "pyarrow"), ("json.zst", "zstandard")])

@@ -40,6 +40,14 @@ def test_an_eos_token_that_the_tokenizer_lacks_is_refused(
         build_tokenizer(name_eos(tmp_path, **{beside: token}))
 
 
+@pytest.mark.parametrize("token", [2, {}, ["<end>", "th"], {"content": None}])
+def test_an_eos_token_that_is_no_text_is_refused_not_guessed(tmp_path: Path, token: object) -> None:
+    with pytest.raises(
+        DataError, match="tokenizer_config.json: eos_token is .* no text of a token"
+    ):
+        build_tokenizer(name_eos(tmp_path, tokenizer_config=token))
+
+
 def test_two_files_that_name_two_ends_are_refused(tmp_path: Path) -> None:
     data = name_eos(tmp_path, tokenizer_config="<end>", special_tokens_map="th")
     with pytest.raises(DataError, match="'<end>' by tokenizer_config.json and 'th' by special_tok"):

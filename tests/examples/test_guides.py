@@ -148,7 +148,7 @@ def test_the_quickstart_goes_as_printed(tmp_path: Path) -> None:
     ]
     assert "iteration       60/     100" in said and "iteration      100/     100" in said
     assert list((folder / "run").glob("*.png"))
-    assert "bigram on the test split" in said
+    assert "bigram on the valid split" in said  # of so few documents none is for testing
 
 
 def vocabulary(folder: Path) -> int:

@@ -150,6 +150,11 @@ def part_of(path: str, unit: TextUnit | None = None) -> Part:
     elif name.endswith(TEXT) or (unit is not None and not name.endswith(RECORDS)):
         kind: Kind = "lines" if unit == "line" else "text"
         return Part(path, kind, packed=packed, unit=unit or "file")
+    elif text and text[:1] not in (b"{", b"[") and not name.endswith(RECORDS):
+        raise DataError(
+            f"--input {path} holds no JSON and its name tells nothing else - give --text-unit file, line or "
+            "paragraph to read it as text, or call it .csv, .tsv, .json or .jsonl"
+        )
     return Part(path, "array" if text[:1] == b"[" else "lines", packed=packed)
 
 

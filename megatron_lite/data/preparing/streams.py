@@ -92,7 +92,8 @@ FOREIGN = (
 
 
 def stem(path: str) -> str:
-    """The name without what says how it is packed."""
+    """The name in small letters, without what says how it is packed."""
+    path = path.lower()
     for suffix in SUFFIXES:
         path = path.removesuffix(suffix)
     return path

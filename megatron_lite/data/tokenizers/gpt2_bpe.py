@@ -44,7 +44,7 @@ def byte_characters() -> list[str]:
 def read_merges(path: str | None) -> list[Merge]:
     """The pairs of a merges file, first learned first; a first line `#version` is skipped."""
     try:
-        text = read_bytes(path, "--merge-file").decode("utf-8")
+        text = read_bytes(path, "--merge-file").decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(f"--merge-file {path} is no UTF-8: {error}") from error
     lines = [line.removesuffix("\r") for line in text.split("\n")]

@@ -27,11 +27,18 @@ BESIDE = ("tokenizer_config.json", "special_tokens_map.json")
 
 
 def token_name(config: Any, key: str, path: Path) -> str | None:
-    """A special token's text, which files give as it is or with its properties."""
+    """A special token's text, which files give as it is or with its properties.
+
+    DataError where the end of a document is given in no such way: it would be guessed.
+    """
     if not isinstance(config, dict):
         raise DataError(f"{path} must hold one JSON object")
     found = config.get(key)
     name = found.get("content") if isinstance(found, dict) else found
+    if key == "eos_token" and found is not None and not isinstance(name, str):
+        raise DataError(
+            f"{path}: eos_token is {json.dumps(found)[:80]}, no text of a token - correct it, or remove it"
+        )
     return name if isinstance(name, str) else None
 
 

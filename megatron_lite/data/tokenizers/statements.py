@@ -160,7 +160,7 @@ def _compare_ends(config: Mapping[str, Any], eod: int | None, rows: int, where: 
     outside = [end for end in ends if type(end) is not int or not 0 <= end < rows]
     if outside and outside != [DEFAULT_EOS]:
         raise DataError(
-            f"{where}: eos_token_id {outside[0]} in config.json is no row of {rows} (vocab_size): "
+            f"{where}: eos_token_id {outside[0]!r} in config.json is no row of {rows} (vocab_size): "
             "correct it"
         )
     if outside:

@@ -112,7 +112,7 @@ class Failures:
             where = "host memory" if self.device.type == "cpu" else f"memory of {self.device}"
             return OutOfMemory(
                 f"rank {self.rank} is out of {where}: {_first_line(error)[:300]}{_held(self.device)}"
-                + self.plan(missing, on_gpu=self.device.type == "cuda")
+                + self.plan(missing, on_gpu=self.device.type == "cuda", room=_room(self.device))
             )
         if isinstance(error, RuntimeError) and device_failed(error):
             first = _first_line(error)
@@ -202,7 +202,7 @@ def end_process(code: int) -> None:
 class Plan(Protocol):
     """What to say of a rank's planned memory, where so many bytes were missing."""
 
-    def __call__(self, missing: float, *, on_gpu: bool) -> str:
+    def __call__(self, missing: float, *, on_gpu: bool, room: float) -> str:
         """Begins with a dash; names a way out."""
         ...
 
@@ -215,7 +215,14 @@ def _held(device: torch.device) -> str:
     return f" - tensors hold {held / 2**30:.2f} GiB, {free / 2**30:.2f} of {total / 2**30:.2f} GiB are free"
 
 
-def _no_plan(missing: float, *, on_gpu: bool) -> str:
+def _room(device: torch.device) -> float:
+    """Bytes of a GPU; 0 for a host, whose memory ranks and other programs share."""
+    if device.type != "cuda" or not torch.cuda.is_initialized():
+        return 0.0
+    return float(torch.cuda.mem_get_info(device)[1])
+
+
+def _no_plan(missing: float, *, on_gpu: bool, room: float) -> str:
     return " - lower --micro-batch-size or split the model further"
 
 
