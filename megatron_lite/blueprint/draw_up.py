@@ -204,7 +204,7 @@ def draw_grid(parallel: ParallelConfig, world_size: int, *, folded: bool = False
     return RankGrid(
         tp=parallel.tp,
         cp=parallel.cp,
-        dp=world_size // (parallel.tp * parallel.cp * parallel.pp),
+        dp=world_size // parallel.ranks_per_sample,
         pp=parallel.pp,
         order="tp-cp-pp-dp" if parallel.use_tp_pp_dp_mapping else "tp-cp-dp-pp",
         folded=folded,

@@ -34,7 +34,7 @@ from megatron_lite.storage.outputs import check_folder
 def main(argv: Sequence[str] | None = None) -> int:
     """Build and print what was built; returns the exit code."""
     config = parse(sys.argv[1:] if argv is None else argv).config
-    world_size = config.train.world_size or config.parallel.tp * config.parallel.pp
+    world_size = config.train.world_size or config.parallel.ranks_per_sample
     rules.check(config, world_size)
     folder = _folder(config)
     check_folder("--data-cache-path or --save", folder, Disk())

@@ -247,8 +247,7 @@ def _cluster(
                 f"{per_node or device.devices_per_node} = {world}; leave one out"
             )
     else:
-        p = config.parallel
-        world = asked or per_node or p.tp * p.cp * p.pp
+        world = asked or per_node or config.parallel.ranks_per_sample
     return Cluster(
         device=device, world_size=world, devices_per_node=per_node or device.devices_per_node
     )
@@ -276,7 +275,7 @@ def _completed(config: RunConfig, own: Namespace, world: int) -> tuple[RunConfig
 def _iterations(config: RunConfig, tokens: float, world: int) -> int:
     """Steps that take the samples of so many tokens, the last one whole."""
     train, parallel = config.train, config.parallel
-    dp = max(1, world // (parallel.tp * parallel.cp * parallel.pp))
+    dp = max(1, world // parallel.ranks_per_sample)
     # of one replica with micro batches of one, which divide every batch size
     size = train.global_batch_size or train.samples_at_once(dp)
     train = dataclasses.replace(train, micro_batch_size=1, global_batch_size=size)

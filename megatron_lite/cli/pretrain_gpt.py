@@ -92,7 +92,7 @@ def _plan(parsed: Parsed) -> int:
 def _checked(parsed: Parsed) -> tuple[RunConfig, int]:
     """The config of a world that is not there, its vocabulary filled in; prints notes."""
     config = parsed.config
-    world_size = config.train.world_size or config.parallel.tp * config.parallel.pp
+    world_size = config.train.world_size or config.parallel.ranks_per_sample
     rules.check(config, world_size)
     size, notes = planned_vocab_size(config.data, config.model.vocab_size)
     notes = [*parsed.notices, *notes]

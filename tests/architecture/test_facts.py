@@ -37,8 +37,13 @@ ONE_READER: Mapping[str, tuple[str, ...]] = {
         "megatron_lite/planner/advice.py",  # says the flag again
     ),
     "distribute_saved_activations": ("megatron_lite/blueprint/recompute.py",),
+    "make_vocab_size_divisible_by": (
+        "megatron_lite/blueprint/draw_up.py",
+        "megatron_lite/blueprint/plan.py",  # says it
+        "megatron_lite/cli/generate.py",  # a checkpoint's model, on one rank
+    ),
 }
-"""A field of ParallelConfig -> the files outside config/ that read it; others ask those."""
+"""A field of a config -> the files outside config/ that read it; others ask those."""
 
 MAY_REFUSE: Mapping[str, str] = {
     "megatron_lite/blueprint/grid.py": "places that are not on a grid, which no flag can say",
@@ -139,6 +144,18 @@ def test_a_flag_that_means_more_than_it_says_has_one_reader(field: str) -> None:
         for _ in reads(tree, frozenset({field}))
     }
     assert found == set(ONE_READER[field])
+
+
+def test_the_planner_asks_whether_the_sequence_is_split_not_whether_that_was_asked_for() -> None:
+    asked = frozenset({"sequence_parallel"})
+    found = {
+        file
+        for file, tree in holding(*asked)
+        if file.startswith(("megatron_lite/planner/", "megatron_lite/blueprint/"))
+        for _ in reads(tree, asked)
+    }
+    # which say the flag, or add it
+    assert found == {"megatron_lite/planner/advice.py", "megatron_lite/planner/shortage.py"}
 
 
 def test_micro_batches_of_a_step_are_counted_in_one_place() -> None:

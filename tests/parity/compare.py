@@ -20,10 +20,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from megatron_lite.config.run import RunConfig
 from torch import Tensor
 
 from megatron_lite.config.rules import table as rules
+from megatron_lite.config.sections.run import RunConfig
 from megatron_lite.engines.base import Update
 from megatron_lite.parallel.shard import NamedSlice
 from megatron_lite.train.assemble import Run, assemble

@@ -37,15 +37,14 @@ def nearest(number: int, unit: int) -> str:
 
 def data_parallel_size(config: RunConfig, world_size: int) -> int | None:
     """dp, or None where tp * pp * cp does not divide the ranks (another rule says so)."""
-    p = config.parallel
-    dp, rest = divmod(world_size, p.tp * p.pp * p.cp)
+    dp, rest = divmod(world_size, config.parallel.ranks_per_sample)
     return dp if rest == 0 and dp else None
 
 
 def world(config: RunConfig, world_size: int) -> Iterator[str]:
     """tp * pp * cp divides the ranks."""
     p = config.parallel
-    product = p.tp * p.pp * p.cp
+    product = p.ranks_per_sample
     if data_parallel_size(config, world_size):
         return
     what = (

@@ -94,6 +94,11 @@ class ParallelConfig:
         return self.tensor_model_parallel_size
 
     @property
+    def ranks_per_sample(self) -> int:
+        """Ranks that work on one sample together; dp is how often they fit into the world."""
+        return self.tp * self.cp * self.pp
+
+    @property
     def splits_sequence(self) -> bool:
         """Whether activations between the linear layers are split over tp; tp 1 has nothing to split."""
         return self.sequence_parallel and self.tp > 1
