@@ -1,6 +1,6 @@
 """`make parity`, `make parity-all`: layouts against the serial run, a line each; exit 1 if one differs.
 
-python -m tests.parity [--all] [--write FILE.md] [layout ...]
+python -m tests.parity [--all] [--write FILE.md] [--engine NAME] [layout ...]
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import time
 from argparse import ArgumentParser
 from pathlib import Path
 
+from megatron_lite.engines.table import ENGINES
 from tests.parity.compare import Difference, compare, passes
 from tests.parity.layouts import LAYOUTS, QUICK, WRONG, Layout
 from tests.parity.report import document, row
@@ -21,6 +22,7 @@ def main() -> int:
     parser.add_argument("names", nargs="*", metavar="layout")
     parser.add_argument("--all", action="store_true", help="all layouts, not only the quick ones")
     parser.add_argument("--write", type=Path, metavar="FILE", help="the table as Markdown")
+    parser.add_argument("--engine", choices=ENGINES, default="zero")
     asked = parser.parse_args()
     unknown = set(asked.names) - {entry.name for entry in LAYOUTS}
     if unknown:
@@ -32,8 +34,8 @@ def main() -> int:
         if not asked.names or entry.name in asked.names
     ]  # fmt: skip
     began = time.monotonic()
-    found = [_shown(entry) for entry in wanted]
-    wrong = [_shown(entry) for entry in WRONG] if asked.write else []
+    found = [_shown(entry, asked.engine) for entry in wanted]
+    wrong = [_shown(entry, asked.engine) for entry in WRONG] if asked.write else []
     failed = sum(not passes(entry, difference) for entry, difference in found)
     print(f"{len(wanted) - failed} of {len(wanted)} layouts equal the serial run, all with ragged "
           f"loss masks and hidden dropout 0.1, "
@@ -44,8 +46,8 @@ def main() -> int:
     return 1 if failed else 0
 
 
-def _shown(entry: Layout) -> tuple[Layout, Difference]:
-    difference = compare(entry)
+def _shown(entry: Layout, engine: str) -> tuple[Layout, Difference]:
+    difference = compare(entry, engine)
     print(row(entry, difference), flush=True)
     return entry, difference
 
