@@ -76,7 +76,7 @@ class Batch:
 
 
 def lines_of(data: bytes) -> int:
-    """Newlines; numpy finds many of them in an eighth of the time that `bytes.count` takes."""
+    """Newlines; numpy finds many of them in a third of the time that `bytes.count` takes."""
     return int(np.count_nonzero(np.frombuffer(data, np.uint8) == ord("\n")))
 
 
