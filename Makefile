@@ -5,6 +5,10 @@ SHELL := bash
 MAKEFLAGS += --no-print-directory
 
 VENV ?= .venv
+# make splits words, and so do the first lines of the scripts that pip installs
+ifneq ($(words $(CURDIR) $(VENV)),2)
+$(error "$(CURDIR)", VENV=$(VENV): make cannot work in a path with a space; move the checkout to one without)
+endif
 PY := $(abspath $(VENV))/bin/python
 export OMP_NUM_THREADS ?= 1
 PYTEST_ARGS ?=

@@ -239,3 +239,18 @@ def test_two_setups_at_once_install_once(checkout: Checkout) -> None:
     both = [subprocess.Popen(script, env=env, stdout=subprocess.DEVNULL) for _ in range(2)]
     assert [one.wait(60) for one in both] == [0, 0]
     assert len(checkout.asked) == 4
+
+
+@pytest.mark.parametrize("command", [["make"], ["make", "demo"], [".ci/run", "--here"]])
+def test_a_checkout_in_a_path_with_a_space_is_refused_in_a_line(
+    tmp_path: Path, command: list[str]
+) -> None:
+    if shutil.which("make") is None:
+        pytest.skip("make is not installed")
+    folder = tmp_path / "my checkout"
+    shutil.copytree(ROOT / ".ci", folder / ".ci")
+    shutil.copy(ROOT / "Makefile", folder)
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and done.stdout == "", done
+    assert f'"{folder}"' in done.stderr and "in a path with a space" in done.stderr
+    assert done.stderr.count("\n") == 1
