@@ -17,6 +17,8 @@ torchrun in one process with four things added:
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import json
 import logging
 import os
@@ -52,7 +54,7 @@ def main() -> int:
     argv = sys.argv[1:]
     os.environ.setdefault("TORCH_ELASTIC_WORKER_IDENTICAL", "1")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # our one line says more than its traces
-    asked = parse_args(argv)
+    asked = _parsed(argv)
     if getattr(asked, "signals_to_handle", None) == USUAL_SIGNALS:
         asked.signals_to_handle = ",".join(number.name for number in stop_signals())
     _check_numbers(asked)
@@ -83,6 +85,18 @@ def main() -> int:
             "last lines and its node"
         ) from error
     return 0
+
+
+def _parsed(argv: list[str]) -> argparse.Namespace:
+    """torchrun's own parser, whose page of usage becomes a ConfigError's line."""
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return parse_args(argv)
+    except SystemExit as ended:
+        if not ended.code:
+            raise  # --help
+        raise _refused(ValueError(said.getvalue().rpartition("error: ")[2])) from None
 
 
 def _check_numbers(asked: argparse.Namespace) -> None:

@@ -85,6 +85,7 @@ WRONG_STARTS: dict[str, tuple[dict[str, str], list[str], list[str], int, str]] =
     "nodes in words": ({}, ["--nnodes", "many"], SOUND, 2, "--nnodes many (PET_NNODES) is no number"),
     "a range backwards": ({}, ["--nnodes", "2:1"], SOUND, 2, "--nnodes 2:1 (PET_NNODES) is no number"),
     "a range without a store": ({}, ["--nnodes", "1:2"], SOUND, 2, "needs --rdzv_backend c10d"),
+    "a node in words": ({}, ["--node_rank", "x"], SOUND, 2, "flags: argument --node-rank/--node_rank: invalid"),
     "ranks in words": (
         {}, ["--nproc_per_node", "many"], SOUND, 2, "torchrun's flags: Unsupported nproc_per_node"),
     "fewer than no ranks": ({}, ["--nproc_per_node", "-1"], SOUND, 2, "must be at least 1"),
