@@ -23,8 +23,9 @@ from megatron_lite.config.flags.parser import parse
 from megatron_lite.data.batch import Batch
 from megatron_lite.layers.attention import choose_attention
 from megatron_lite.parallel.context import ParallelContext
-from megatron_lite.train.assemble import Run, assemble
+from megatron_lite.train.assemble import assemble
 from megatron_lite.train.measuring.device import device_peak
+from megatron_lite.train.run import Run
 from megatron_lite.train.step import train_step
 
 SEQUENCE, VOCABULARY = 1024, 50257

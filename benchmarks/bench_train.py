@@ -29,7 +29,8 @@ from megatron_lite.config.flags.parser import parse
 from megatron_lite.data.batch import Batch
 from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.train import step as step_module
-from megatron_lite.train.assemble import Run, assemble
+from megatron_lite.train.assemble import assemble
+from megatron_lite.train.run import Run
 from megatron_lite.train.step import train_step
 
 LAYERS, HIDDEN, HEADS, SEQUENCE, VOCABULARY, MICRO = 4, 256, 4, 256, 8192, 8

@@ -26,11 +26,6 @@ SUM, MAX, MIN = dist.ReduceOp.SUM, dist.ReduceOp.MAX, dist.ReduceOp.MIN
 _REDUCTIONS = {SUM: "sum", MAX: "max", MIN: "min"}
 
 
-def reduction_name(op: Any) -> str:
-    """sum, max or min; torch's own words for others."""
-    return next((name for known, name in _REDUCTIONS.items() if op == known), str(op))
-
-
 def _asked(axis: Axis, op: str, whole: Tensor, what: str = "") -> Request:
     """What is asked of the axis next; its observer has been told."""
     request = Request(op, axis.name, axis.ranks, whole, what)
@@ -74,7 +69,7 @@ def all_reduce(x: Tensor, axis: Axis, op: Any = SUM) -> Tensor:
     if axis.observer.follows:
         return start_all_reduce(x, axis, op).wait()
     if axis.size > 1:
-        _asked(axis, "all-reduce", x, reduction_name(op))
+        _asked(axis, "all-reduce", x, _REDUCTIONS[op])
         with axis.observer.waiting():
             dist.all_reduce(x, op=op, group=axis.group)
     return x
@@ -84,7 +79,7 @@ def start_all_reduce(x: Tensor, axis: Axis, op: Any = SUM) -> Pending:
     """Begin combining x [...] over the axis by op, in place; x may not be touched before wait()."""
     if axis.size == 1:
         return Pending(x)
-    request = _asked(axis, "all-reduce", x, reduction_name(op))
+    request = _asked(axis, "all-reduce", x, _REDUCTIONS[op])
     work = dist.all_reduce(x, op=op, group=axis.group, async_op=True)
     return _pending(axis, request, x, work)
 

@@ -36,7 +36,8 @@ from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.parallel.shard import MASTER
 from megatron_lite.rehearsal.meta_tensors import Forms, Weightless
 from megatron_lite.rehearsal.process_group import alone
-from megatron_lite.train.assemble import Run, assemble
+from megatron_lite.train.assemble import assemble
+from megatron_lite.train.run import Run
 from megatron_lite.train.step import evaluation_step, train_step
 
 ROUNDS = 3

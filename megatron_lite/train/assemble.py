@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from functools import partial
 
 from torch import nn
 
 from megatron_lite.blueprint.draw_up import Blueprint
 from megatron_lite.blueprint.recompute import RecomputePlan
-from megatron_lite.blueprint.schedules.actions import Action
-from megatron_lite.checkpoint.progress import Progress
 from megatron_lite.config.sections.run import RunConfig
-from megatron_lite.data.batch import Batch
 from megatron_lite.engines.base import Engine, Statistics
 from megatron_lite.engines.table import ENGINES
 from megatron_lite.layers.gradients import WeightGradients
@@ -22,56 +18,13 @@ from megatron_lite.models.decoder import Decoder
 from megatron_lite.models.initialise import initialise
 from megatron_lite.models.parameters import local_parameters
 from megatron_lite.parallel.context import ParallelContext
-from megatron_lite.parallel.shard import LocalParameter
 from megatron_lite.pipeline.executor import Executor
 from megatron_lite.pipeline.mail import Mail
 from megatron_lite.pipeline.stage import Objective, Stage
-from megatron_lite.train.health.guards import Guards, guards_for
+from megatron_lite.train.health.guards import guards_for
 from megatron_lite.train.measuring.timing import RunTimers
 from megatron_lite.train.objectives.language_model import LanguageModel
-
-
-def _nothing() -> None:
-    """Default: no callback."""
-
-
-@dataclass(slots=True)
-class Run:
-    """The Blueprint made real on this rank: what one training step needs.
-
-    parameters: this rank's, stage by stage; progress: the only part that changes by itself.
-    before_reduce: called when all backwards of a step are done.
-    """
-
-    blueprint: Blueprint
-    ctx: ParallelContext
-    setting: Setting
-    pipeline: Executor
-    engine: Engine
-    parameters: list[LocalParameter]
-    progress: Progress = field(default_factory=Progress)
-    timers: RunTimers = field(default_factory=lambda: RunTimers(level=0))
-    guards: Guards = field(default_factory=Guards)
-    before_reduce: Callable[[], None] = _nothing
-
-    def actions(self, num_microbatches: int) -> Sequence[Sequence[Action]]:
-        """This rank's lowered actions of a training step."""
-        return self.blueprint.actions(num_microbatches)[self.ctx.pp.rank]
-
-    def forward_actions(self, num_microbatches: int) -> Sequence[Sequence[Action]]:
-        """This rank's lowered actions of an evaluation step."""
-        return self.blueprint.forward_actions(num_microbatches)[self.ctx.pp.rank]
-
-    def expect_messages(self, batch: Batch) -> None:
-        """Tell the mail the form of this step's activations: [s/tp, b, h]."""
-        samples, tokens = batch.tokens.shape
-        split = self.setting.tp.size if self.setting.sequence_parallel else 1
-        self.pipeline.mail.expect(
-            ((tokens - 1) // split, samples, self.setting.model.hidden_size),
-            self.setting.dtype,
-            self.ctx.device,
-        )
-
+from megatron_lite.train.run import Run
 
 ObjectiveOf = Callable[[Setting], Objective]
 

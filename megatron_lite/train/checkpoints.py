@@ -15,9 +15,9 @@ from megatron_lite.config.sections.checkpoint import CheckpointConfig
 from megatron_lite.rendezvous.heartbeat import Presence
 from megatron_lite.storage.lock import FolderTaken
 from megatron_lite.telemetry.record import SaveRecord
-from megatron_lite.train.assemble import Run
 from megatron_lite.train.folder import RunFolder
 from megatron_lite.train.measuring.log import Log
+from megatron_lite.train.run import Run
 
 
 @dataclass(slots=True)

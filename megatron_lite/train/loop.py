@@ -20,7 +20,6 @@ from megatron_lite.telemetry.record import EvaluationRecord, RanksRecord
 from megatron_lite.telemetry.summary import never_ran
 from megatron_lite.telemetry.throughput import IntervalMeter, Step
 from megatron_lite.telemetry.timers import format_times, timing_record
-from megatron_lite.train.assemble import Run
 from megatron_lite.train.checkpoints import Checkpoints
 from megatron_lite.train.ending.faults import Fault, NoFaults
 from megatron_lite.train.ending.stop import PREEMPTIONS, Reason, StopRequests, StopVote
@@ -31,6 +30,7 @@ from megatron_lite.train.measuring.profile import Profiler
 from megatron_lite.train.measuring.reports import OwnTime, memory_report
 from megatron_lite.train.measuring.timeline import StepRecording
 from megatron_lite.train.reading import Loaders, Reach
+from megatron_lite.train.run import Run
 from megatron_lite.train.schedules import Schedules
 from megatron_lite.train.step import StepResult, evaluation_step, train_step
 

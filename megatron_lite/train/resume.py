@@ -20,10 +20,10 @@ from megatron_lite.config.sections.optim import LearningRateConfig
 from megatron_lite.engines.base import EngineProgress
 from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.parallel.shard import MASTER, NamedSlice, exact_slices
-from megatron_lite.train.assemble import Run
 from megatron_lite.train.compatibility import check_model, check_tokenizer
 from megatron_lite.train.health.culprit import first_of_all
 from megatron_lite.train.health.replay import Watched
+from megatron_lite.train.run import Run
 from megatron_lite.train.schedules import Schedules
 
 

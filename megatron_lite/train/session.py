@@ -36,7 +36,7 @@ from megatron_lite.telemetry.throughput import IntervalMeter
 from megatron_lite.telemetry.timers import format_times
 from megatron_lite.telemetry.writers import EVERYTHING, Writers, open_writers
 from megatron_lite.train.alike import OpenTokens, open_alike, plain
-from megatron_lite.train.assemble import Run, assemble
+from megatron_lite.train.assemble import assemble
 from megatron_lite.train.checkpoints import Checkpoints
 from megatron_lite.train.ending.failures import Failures, stacks_on_signal
 from megatron_lite.train.ending.faults import Fault, NoFaults, read_fault
@@ -61,6 +61,7 @@ from megatron_lite.train.measuring.waits import Waits, measuring
 from megatron_lite.train.patience import Verified, told
 from megatron_lite.train.reading import Reach, Tokens, loaders_of, open_datasets, settle_data
 from megatron_lite.train.resume import resume
+from megatron_lite.train.run import Run
 from megatron_lite.train.schedules import Schedules
 
 

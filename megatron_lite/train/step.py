@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -12,16 +11,14 @@ from torch import Tensor
 from megatron_lite.data.batch import Batch
 from megatron_lite.engines.base import Update
 from megatron_lite.parallel.collectives import all_reduce
+from megatron_lite.pipeline.executor import Executor
 from megatron_lite.pipeline.stage import MicroBatch, Scored
 from megatron_lite.train.ending.stop import NO_VOTE, StopVote
 from megatron_lite.train.feed import loss_tokens, to_device
 from megatron_lite.train.health.culprit import first_of_all
 from megatron_lite.train.health.guards import Act, Finding, Measured, Verdict
 from megatron_lite.train.health.replay import changed_suspect, summed_suspect, watched_pipeline
-
-if TYPE_CHECKING:
-    from megatron_lite.pipeline.executor import Executor
-    from megatron_lite.train.assemble import Run
+from megatron_lite.train.run import Run
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,7 +26,8 @@ from megatron_lite.config.rules import table as rules
 from megatron_lite.config.sections.run import RunConfig
 from megatron_lite.engines.base import Update
 from megatron_lite.parallel.shard import NamedSlice
-from megatron_lite.train.assemble import Run, assemble
+from megatron_lite.train.assemble import assemble
+from megatron_lite.train.run import Run
 from megatron_lite.train.step import train_step
 from tests.parity.layouts import Layout
 from tests.support.engines import counted

@@ -14,7 +14,8 @@ from torch.utils._pytree import tree_leaves
 from megatron_lite.blueprint.draw_up import draw_up
 from megatron_lite.config.flags.parser import parse
 from megatron_lite.planner.memory import Asked, memory
-from megatron_lite.train.assemble import Run, assemble
+from megatron_lite.train.assemble import assemble
+from megatron_lite.train.run import Run
 from megatron_lite.train.step import train_step
 from tests.support.tiny import context, make_batches
 

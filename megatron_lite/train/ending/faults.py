@@ -54,7 +54,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -62,9 +62,7 @@ from torch import Tensor
 from megatron_lite.config import errors
 from megatron_lite.config.errors import ConfigError
 from megatron_lite.pipeline.stage import MicroBatch, Objective, Scored
-
-if TYPE_CHECKING:
-    from megatron_lite.train.assemble import Run
+from megatron_lite.train.run import Run
 
 IN_STEP = ("step", "forward", "loss", "backward", "gradient", "reduce")
 NUMBERS = ("loss", "gradient", "reduce")

@@ -11,11 +11,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from megatron_lite.pipeline.executor import Executor
 from megatron_lite.pipeline.stage import MicroBatch, Scored, Stage
 from megatron_lite.train.health.culprit import (
     GRADIENT,
@@ -30,10 +31,7 @@ from megatron_lite.train.health.culprit import (
     name_samples,
     position,
 )
-
-if TYPE_CHECKING:
-    from megatron_lite.pipeline.executor import Executor
-    from megatron_lite.train.assemble import Run
+from megatron_lite.train.run import Run
 
 
 @dataclass(slots=True)

@@ -20,8 +20,8 @@ from megatron_lite.config.errors import DistributedError
 from megatron_lite.parallel.collectives import MAX, MIN, all_gather, all_reduce
 from megatron_lite.parallel.context import Axis
 from megatron_lite.parallel.shard import NamedSlice
-from megatron_lite.train.assemble import Run
 from megatron_lite.train.health.culprit import Suspect, first_of_all, name_ranks, position
+from megatron_lite.train.run import Run
 
 _ODD = 0x9E3779B97F4A7C16 - (1 << 64)
 """2^64 over the golden ratio, made even (so that a multiple plus one is odd), as a signed number."""

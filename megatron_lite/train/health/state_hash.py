@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megatron_lite.parallel.collectives import all_reduce
 from megatron_lite.parallel.shard import DTYPES, MASTER, NamedSlice
-from megatron_lite.train.assemble import Run
+from megatron_lite.train.run import Run
 
 
 def state_hash(run: Run) -> str:
