@@ -156,3 +156,19 @@ def test_only_those_who_assemble_see_the_whole_config() -> None:
     whole = {"config", "train", "rehearsal", "cli"}
     strangers = {file for file in seen if file.split("/")[0] not in whole}
     assert strangers <= allowed
+
+
+def test_every_import_of_ours_exists() -> None:
+    """Also in what no quick suite runs: a module that moved is missed by nobody."""
+    missing = []
+    for folder in ("megatron_lite", "tools", "tests", "benchmarks", "examples"):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            for line, module in imports(path, PACKAGE):
+                first, *others = module.split(".")
+                if first not in ("megatron_lite", "tests", "benchmarks") or not others:
+                    continue
+                parts = [first, *others]
+                places = (ROOT.joinpath(*parts[:n]) for n in (len(parts) - 1, len(parts)))
+                if not any(p.is_dir() or p.with_suffix(".py").is_file() for p in places):
+                    missing.append(f"{path.relative_to(ROOT)}:{line}: {module}")
+    assert missing == []
