@@ -128,11 +128,19 @@ def _require_ours(folder: Path) -> None:
 
 
 def _require_optimizer(run: Run, manifest: Manifest, folder: str) -> None:
-    """Every rank holds moments, so all ranks find the same."""
-    names = [s.name for s in run.engine.state(owned=False) if not s.name.startswith(MASTER)]
-    if names and not any(name in manifest.tensors for name in names):
+    """All ranks look for the states of the whole model, so all find the same."""
+    plan = run.blueprint
+    names = {
+        f"{state.name}.{spec.name}": spec.name in manifest.tensors
+        for spec in plan.parameters
+        for state in plan.states(spec.tensor)
+    }
+    missing = [name for name, stored in names.items() if stored and name not in manifest.tensors]
+    if missing:
+        some = f" for {len(missing)} of {len(names)} tensors, {missing[0]} first"
         raise CheckpointError(
-            f"checkpoint {manifest.iteration} in {folder} holds no state of this optimizer (it was "
+            f"checkpoint {manifest.iteration} in {folder} holds no state of this optimizer"
+            f"{some if len(missing) < len(names) else ''} (it was "
             "saved with --no-save-optim or another --optimizer): add --no-load-optim to go on with "
             "a fresh one, or --finetune to start at iteration 0 with its weights"
         )

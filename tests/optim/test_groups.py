@@ -9,14 +9,19 @@ import torch
 
 from megatron_lite.blueprint.figure.parts import Tensor
 from megatron_lite.blueprint.optimizers import OPTIMIZERS, treatment
-from megatron_lite.config.errors import ConfigError
-from megatron_lite.config.sections.optim import OptimConfig
+from megatron_lite.checkpoint.progress import Progress
+from megatron_lite.checkpoint.store import Store
+from megatron_lite.config.errors import CheckpointError, ConfigError
+from megatron_lite.config.sections.checkpoint import CheckpointConfig
+from megatron_lite.config.sections.optim import LearningRateConfig, OptimConfig
 from megatron_lite.optim.rules import RULES
 from megatron_lite.parallel.shard import MASTER
 from megatron_lite.planner.memory import Asked, memory
 from megatron_lite.rehearsal.rehearse import stand_in
+from megatron_lite.train.alike import plain
 from megatron_lite.train.assemble import assemble
 from megatron_lite.train.health.state_hash import state_hash
+from megatron_lite.train.resume import resume
 from megatron_lite.train.step import train_step
 from tests.checkpoint.test_store import load_and_save_again, train_and_save, whole
 from tests.optim import toys
@@ -93,6 +98,24 @@ def test_the_state_hash_sees_every_state(toy):
         piece.data.view(-1)[-1] += 1.0
         hashes.add(state_hash(run))
     assert len(hashes) == 1 + len(list(run.engine.state(owned=False))) > 20
+
+
+def test_a_checkpoint_that_lacks_the_states_of_some_kinds_is_refused_with_the_first(toy, tmp_path):
+    """Whatever this rank itself holds of them."""
+    changes = TOY | {"model__num_layers": 1}
+    run = after_a_step(**changes | {"optim__optimizer": "adam"})
+    store = Store(tmp_path, run.ctx)
+    progress = Progress(1, 8, 128, lr_samples=8, optimizer_steps=1)
+    weights, state = run.engine.weights(owned=True), run.engine.state(owned=True)
+    told = plain(tiny_config(**changes))
+    store.save(store.snapshot(1, weights=weights, optimizer=state, progress=progress, config=told))
+    other = after_a_step(**changes)
+    config, rates = CheckpointConfig(load=str(tmp_path)), LearningRateConfig(lr=1e-2)
+    with pytest.raises(CheckpointError) as error:
+        resume(other, config, rates, lambda batches: None, {"vocab_size": 64})
+    said = str(error.value)
+    assert "no state of this optimizer for 30 of 34 tensors" in said
+    assert "momentum.blocks.0.attention_norm.weight first" in said and "--no-load-optim" in said
 
 
 def test_sgd_without_momentum_keeps_nothing():

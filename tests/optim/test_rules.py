@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import ast
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
+import megatron_lite
 from megatron_lite.blueprint.figure.parts import Tensor
+from megatron_lite.blueprint.optimizers import OPTIMIZERS, treatment
 from megatron_lite.config.sections.optim import OptimConfig
 from megatron_lite.optim.adam import AdamW
 from megatron_lite.optim.groups import Groups
 from megatron_lite.optim.rules import RULES
 from megatron_lite.optim.sgd import SGD
 
+PACKAGE = Path(megatron_lite.__file__).parent
 STEPS = 7
 LEARNING_RATES = [0.0, 1e-3, 5e-3, 2e-2, 1e-2, 3e-3, 1e-3]  # as a schedule changes them
 
@@ -161,6 +166,23 @@ def test_several_tensors_are_updated_as_if_alone():
                         weight_decay=0.1)  # fmt: skip
             torch.testing.assert_close(result, alone, rtol=1e-14, atol=0)
         rule.update([], [], [], steps=0, lr=0.1, weight_decay=0.1)  # a rank may own nothing
+
+
+def test_the_states_of_an_optimizer_are_named_beside_its_rule_alone():
+    """In the table of blueprint/ and in the mathematics that read them."""
+    tensor = Tensor("matrix.weight", (4, 4), "weight")
+    names = {
+        state.name
+        for name in OPTIMIZERS
+        for state in treatment(OptimConfig(optimizer=name), tensor).states
+    }
+    spelled = {
+        path.relative_to(PACKAGE).parts[0]
+        for path in PACKAGE.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Constant) and node.value in names
+    }
+    assert len(names) == 3 and spelled == {"blueprint", "optim"}
 
 
 def test_the_flags_reach_the_rules():
