@@ -58,9 +58,9 @@ COUNTS_MICRO_BATCHES: Mapping[tuple[str, str], str] = {
     ("megatron_lite/data/sampler.py", "__call__"): "Megatron's cyclic order goes by rounds",
     ("megatron_lite/data/sampler.py", "_of_epoch"): "the same",
     ("megatron_lite/data/loader.py", "_read_ahead"): "where the next step begins",
+    ("megatron_lite/config/rules/layout.py", "whole_groups"): "says a number that is not whole",
 }
-"""(file, function) that may multiply a micro batch by data-parallel ranks -> what for."""
-
+"""(file, function) that may multiply a micro batch by data-parallel ranks, or divide by it -> why."""
 
 OF_OTHER_SAMPLES: Mapping[str, str] = {
     "megatron_lite/train/reading.py": "which samples a rank reads, and in which order",
@@ -95,12 +95,17 @@ def reads(tree: ast.AST, fields: frozenset[str]) -> Iterator[tuple[int, str]]:
 
 
 def products(tree: ast.AST) -> Iterator[tuple[int, str]]:
-    """(line, function) of each product with a micro batch and data-parallel ranks among its factors."""
+    """(line, function) of each product of a micro batch and data-parallel ranks, and division by it."""
     for function in ast.walk(tree):
         if not isinstance(function, ast.FunctionDef):
             continue
         for node in ast.walk(function):
-            if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult):
+            if not isinstance(node, ast.BinOp):
+                continue
+            divisor = node.right if isinstance(node.op, ast.Div | ast.FloorDiv) else None
+            if isinstance(divisor, ast.Call) and "samples_at_once" in dotted(divisor.func):
+                yield node.lineno, function.name
+            elif isinstance(node.op, ast.Mult):
                 words = {word for factor in factors(node) for word in factor.split(".")}
                 if any("micro" in word for word in words) and words & {"dp", "dp_size"}:
                     yield node.lineno, function.name
@@ -203,6 +208,7 @@ def test_a_function_of_a_module_is_no_field() -> None:
         "size // (micro * ctx.dp.size)",
         "b.micro_batch_size * b.dp",
         "seq * train.micro_batch_size * dp",
+        "size // train.samples_at_once(dp)",
     ],
 )
 def test_a_count_of_micro_batches_is_found(source: str) -> None:

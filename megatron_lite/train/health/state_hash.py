@@ -23,9 +23,8 @@ def state_hash(run: Run) -> str:
     digest = hashlib.sha256()
     pieces: dict[str, list[NamedSlice]] = defaultdict(list)
     for piece in _owned(run):
-        if (
-            run.ctx.replicas.rank == 0 or not piece.replicated
-        ):  # else the first replica has the same
+        # of what replicas hold alike, the first's
+        if run.ctx.replicas.rank == 0 or not piece.replicated:
             pieces[piece.name].append(piece)
     for name, shape, dtype in _tensors(run):
         whole = _whole(pieces[name], shape, dtype, run)

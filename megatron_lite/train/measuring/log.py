@@ -53,9 +53,8 @@ class Log:
 
         What differs between tp and pp ranks.  Collective over the world.
         """
-        mine = (
-            f"{line}\n" if self.ctx.replicas.rank == 0 else "\n"
-        )  # never empty: that cannot be sent
+        # never empty: that cannot be sent
+        mine = f"{line}\n" if self.ctx.replicas.rank == 0 else "\n"
         lines = gather_text(mine, self.ctx.world, self.ctx.device)
         self.say(*(text.removesuffix("\n") for text in lines if text != "\n"))
 
