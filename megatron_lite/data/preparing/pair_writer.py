@@ -40,7 +40,7 @@ class TokenBatch:
 class Content:
     """What was written to a file: sha256, which is recorded, and crc32, by which it is read back.
 
-    The crc takes a tenth of the time, and what a disk spoils it finds as surely as is needed.
+    The crc takes an eighth of the time, and misses one spoilt file in four billion.
     """
 
     def __init__(self) -> None:
@@ -127,7 +127,8 @@ class PairWriter:
                 counts.documents * 8,
             ]
             disk.remove(self.idx)
-            _read_into(self._content, self.bin, sizes[0])
+            for piece in _pieces(self.bin, sizes[0]):
+                self._content.update(piece)
         paths = (self.bin, self._lengths, self._bounds)
         self._files = [Appender(p, disk, s) for p, s in zip(paths, sizes, strict=True)]
 
@@ -243,16 +244,12 @@ def _pieces(path: Path, size: int | None) -> Iterator[memoryview]:
             size = None if size is None else size - count
 
 
-def _read_into(content: Content, path: Path, size: int | None) -> None:
-    for piece in _pieces(path, size):
-        content.update(piece)
-
-
 def file_hash(path: Path) -> str:
     """sha256 of a file."""
-    content = Content()
-    _read_into(content, path, None)
-    return content.sha256()
+    digest = hashlib.sha256()
+    for piece in _pieces(path, None):
+        digest.update(piece)
+    return digest.hexdigest()
 
 
 def _verified(path: Path, written: Content) -> str:
