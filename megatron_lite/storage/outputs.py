@@ -36,15 +36,27 @@ def check_outputs(
         require_room(flag, folder, needed, disk)
 
 
-def check_folder(flag: str, path: str | os.PathLike[str], disk: Disk, *, needed: int = 0) -> None:
-    """A folder may be made, and files in it."""
+def check_folder(
+    flag: str,
+    path: str | os.PathLike[str],
+    disk: Disk,
+    *,
+    needed: int = 0,
+    may_be_full: bool = False,
+) -> None:
+    """A folder may be made, and files in it.
+
+    may_be_full: of one that is there only name and kind are looked at; it may be read-only, too.
+    """
     name = os.fspath(path)
     if not name:
         raise ConfigError(f"{flag} is empty - name a folder")
     _check_length(flag, name.rstrip("/") + "/name")
-    if not Path(name).is_dir():  # made under another name first
+    if not os.path.isdir(name):  # made under another name first
         _check_length(flag, name.rstrip("/"))
     folder = _nearest(flag, Path(name).absolute())
+    if may_be_full and os.path.isdir(name):
+        return
     _check_folder(flag, folder, name, disk)
     require_room(flag, folder, needed, disk)
 

@@ -29,6 +29,7 @@ from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.rendezvous.launch import Launch, World, from_rank_0
 from megatron_lite.storage.disk import Disk, write_atomically
 from megatron_lite.storage.lock import FolderLock, FolderTaken
+from megatron_lite.storage.outputs import check_folder
 from megatron_lite.telemetry.writers import METRICS_FILE
 from megatron_lite.train.ending.failures import Failures
 from megatron_lite.train.ending.restart import begin_attempt, refusal
@@ -94,6 +95,12 @@ def _enter_alone(config: RunConfig, launch: Launch, failures: Failures) -> RunFo
             failures.refuse(refused)
         return RunFolder(save or Path(), refused.exit_code)
     disk = Disk()
+    try:
+        require_places(config, save, disk)
+    except MegatronLiteError as error:
+        failures.folder = None
+        failures.refuse(error)
+        return RunFolder(save or Path(), error.exit_code)
     folder = _new_folder(disk) if save is None else _locked(save, disk)
     try:
         if isinstance(folder.problem, FolderTaken):
@@ -110,6 +117,19 @@ def _enter_alone(config: RunConfig, launch: Launch, failures: Failures) -> RunFo
         if folder.lock is not None:
             begin_attempt(folder.path, disk, attempt=launch.attempt)
     return folder
+
+
+def require_places(config: RunConfig, save: Path | None, disk: Disk) -> None:
+    """The folders to be written into are there or can be made: found out later it costs an index."""
+    asked: dict[str, str | Path | None] = {
+        "--save": save,
+        "--data-cache-path": config.data.data_cache_path,
+    }
+    if not config.train.skip_train:
+        asked["--tensorboard-dir"] = config.telemetry.tensorboard_dir
+    for flag, folder in asked.items():
+        if folder is not None:
+            check_folder(flag, folder, disk, may_be_full=True)
 
 
 def notices(config: RunConfig, folder: Path) -> list[str]:

@@ -341,3 +341,20 @@ def test_two_starts_in_one_second_have_folders_of_their_own(
     assert all(len(steps(folder)) == 2 for folder in found)
     refused = alone("--mock-data", "--train-iters", "2", "--load", str(found[0] / "metrics.jsonl"))
     assert refused.rc == 4 and sorted((tmp_path / "runs").iterdir()) == found, refused.err
+
+
+@pytest.mark.parametrize("flag", ["--save", "--tensorboard-dir", "--data-cache-path"])
+def test_a_folder_that_cannot_be_is_told_before_any_data_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flag: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("a corpus")
+    for name, code, said in (
+        ("file", 5, "file is a file - choose another folder"),
+        ("file/below", 5, "file is a file - choose another folder"),
+        ("n" * 300, 2, "is too long"),
+    ):
+        done = alone("--mock-data", flag, name)
+        assert done.rc == code and f"{flag} {name[:20]}" in done.err and said in done.err, done.err
+        assert "datasets" not in done.out and done.err.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
