@@ -23,7 +23,12 @@ from megatron_lite.data.tokenizers.build import (
     planned_vocab_size,
     read_vocab_size,
 )
-from megatron_lite.data.tokenizers.gpt2_bpe import EOD, GPT2BPETokenizer, byte_characters
+from megatron_lite.data.tokenizers.gpt2_bpe import (
+    EOD,
+    GPT2BPETokenizer,
+    byte_characters,
+    read_merges,
+)
 from megatron_lite.data.tokenizers.huggingface import HuggingFaceTokenizer
 from megatron_lite.data.tokenizers.null import NullTokenizer
 
@@ -176,6 +181,8 @@ def test_wrong_files_are_named_with_flag_and_path(files: tuple[str, str], tmp_pa
             GPT2BPETokenizer(vocab_file, merge_file)
     with pytest.raises(DataError, match="lacks 1 of the 256 byte tokens"):
         GPT2BPETokenizer(vocab_with(missing_byte), written(b""))
+    marked = written(b"\xef\xbb\xbf" + Path(files[1]).read_bytes())  # as some editors begin a file
+    assert read_merges(marked) == read_merges(files[1])
     del vocab[EOD]
     with pytest.raises(DataError, match=re.escape(f"has no {EOD!r}")):
         _ = GPT2BPETokenizer(vocab_with(vocab), files[1]).eod
