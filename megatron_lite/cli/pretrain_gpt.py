@@ -147,8 +147,8 @@ def _rehearse(parsed: Parsed) -> int:
 
 
 def _train(parsed: Parsed, launch: Launch, failures: Failures) -> int:
+    from megatron_lite.train.program import train  # noqa: PLC0415
     from megatron_lite.train.reading import Tokens  # noqa: PLC0415
-    from megatron_lite.train.session import train  # noqa: PLC0415
 
     config = parsed.config
     asked = config.train.world_size

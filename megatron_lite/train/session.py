@@ -1,33 +1,36 @@
-"""From a checked RunConfig to the end of training: joins the ranks, opens everything, trains, closes."""
+"""A Run and everything around its steps, opened one thing after the other."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 import time
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.distributed import PrefixStore
 
 from megatron_lite.blueprint.draw_up import Blueprint, draw_up, taken_up
+from megatron_lite.checkpoint.progress import Progress
 from megatron_lite.checkpoint.snapshot import Origin
 from megatron_lite.checkpoint.store import Store
-from megatron_lite.config.errors import DataError, StorageError
+from megatron_lite.config.sections.checkpoint import CheckpointConfig
+from megatron_lite.config.sections.guards import GuardsConfig
 from megatron_lite.config.sections.run import RunConfig
+from megatron_lite.config.sections.telemetry import TelemetryConfig
+from megatron_lite.config.sections.train import TrainConfig
+from megatron_lite.data.build import Datasets
+from megatron_lite.data.identity import Identity
 from megatron_lite.layers.attention import choose_attention
 from megatron_lite.parallel.calls.checking import Checker
-from megatron_lite.parallel.collectives import barrier
 from megatron_lite.parallel.context import ParallelContext
+from megatron_lite.rendezvous.heartbeat import Presence
 from megatron_lite.rendezvous.launch import (
     Launch,
     World,
-    choose_device,
-    gather,
-    set_device_environment,
-    start_process_group,
-    stop_process_group,
     wait_for_all,
 )
 from megatron_lite.storage.disk import Disk
@@ -35,22 +38,16 @@ from megatron_lite.telemetry.recorder import Recorder
 from megatron_lite.telemetry.throughput import IntervalMeter
 from megatron_lite.telemetry.timers import format_times
 from megatron_lite.telemetry.writers import EVERYTHING, Writers, open_writers
-from megatron_lite.train.alike import OpenTokens, open_alike, plain
+from megatron_lite.train.alike import plain
 from megatron_lite.train.assemble import assemble
 from megatron_lite.train.checkpoints import Checkpoints
-from megatron_lite.train.ending.failures import Failures, stacks_on_signal
-from megatron_lite.train.ending.faults import Fault, NoFaults, read_fault
-from megatron_lite.train.ending.restart import Ended, write_ended
-from megatron_lite.train.ending.stop import PREEMPTIONS, Reason, StopRequests
-from megatron_lite.train.folder import RunFolder, begin, enter, of_the_run, remove_run
+from megatron_lite.train.ending.failures import Failures
+from megatron_lite.train.ending.faults import Fault, NoFaults
+from megatron_lite.train.ending.stop import StopRequests
+from megatron_lite.train.folder import RunFolder, begin, of_the_run, remove_run
 from megatron_lite.train.folder import notices as evaluation_notices
-from megatron_lite.train.health.state_hash import state_hash
-from megatron_lite.train.loop import Session
 from megatron_lite.train.measuring.device import (
-    be_deterministic,
-    cpu_notices,
     device_peak,
-    peak_notices,
 )
 from megatron_lite.train.measuring.log import LastResort, Log, form_of
 from megatron_lite.train.measuring.profile import Profiler
@@ -59,145 +56,111 @@ from megatron_lite.train.measuring.timeline import CollectiveLanes, StepRecordin
 from megatron_lite.train.measuring.timing import RunTimers
 from megatron_lite.train.measuring.waits import Waits, measuring
 from megatron_lite.train.patience import Verified, told
-from megatron_lite.train.reading import Reach, Tokens, loaders_of, open_datasets, settle_data
-from megatron_lite.train.resume import resume
+from megatron_lite.train.reading import (
+    Loaders,
+    Reach,
+    Tokens,
+    loaders_of,
+    open_datasets,
+    settle_data,
+)
+from megatron_lite.train.resume import Resumed, resume
 from megatron_lite.train.run import Run
 from megatron_lite.train.schedules import Schedules
 
 
-def train(
-    config: RunConfig,
-    launch: Launch,
-    open_tokens: OpenTokens,
-    notices: list[str],
-    failures: Failures,
-) -> int:
-    """Train as asked and return the exit code.  Every rank of the world calls it alike.
+@dataclass(slots=True)
+class Session:
+    """A Run and everything around its steps.  Every rank carries out the same session."""
 
-    After an exception the process group is left as it is: report it and end the process.
+    run: Run
+    train: TrainConfig
+    guards: GuardsConfig
+    telemetry: TelemetryConfig
+    checkpoint: CheckpointConfig
+    loaders: Loaders
+    schedules: Schedules
+    log: Log
+    meter: IntervalMeter
+    stop: StopRequests
+    profiler: Profiler
+    recording: StepRecording
+    folder: Path
+    checkpoints: Checkpoints
+    reach: Reach
+    own_time: OwnTime
+    seq_length: int
+    presence: Presence
+    faults: Fault | NoFaults
+    logged_at: int = field(init=False)
+    progress: Progress = field(init=False)
+    first_step: int = field(init=False)
+    first_skipped: int = field(init=False)
+    first_scale: float = field(init=False)
+    reported_memory: bool = field(init=False, default=False)
+    replicas_checked_at: int = field(init=False, default=0)
+
+    def __post_init__(self) -> None:
+        self.progress = self.run.progress
+        self.first_step = self.logged_at = self.progress.step
+        self.first_skipped = self.progress.skipped_steps
+        self.first_scale = self.run.engine.loss_scale
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """What a session is opened from: what was asked, and who this process is among the others.
+
+    notices: what there is to say before the first line of the run.
     """
-    stacks_on_signal()
-    faults = read_fault(launch.fault, launch.rank, launch.world_size, launch.attempt)
-    deterministic, use_cpu = config.train.deterministic_mode, config.train.use_cpu
-    said = set_device_environment(config.parallel, use_cpu=use_cpu, deterministic=deterministic)
-    device = choose_device(launch, use_cpu=use_cpu, backend=config.parallel.distributed_backend)
-    failures.device = device
-    notices += said if device.type == "cuda" else []
-    if deterministic:
-        be_deterministic()
-    notices += cpu_notices(config.precision, config.telemetry, device)
-    notices += peak_notices(device)
-    torch.backends.cuda.matmul.allow_tf32 = config.precision.tf32
-    world = gather(launch, config.parallel, end=failures.lost)
-    failures.presence = world.presence
-    config, tokens = open_alike(open_tokens, launch, world, faults)
-    folder = enter(config, launch, world, failures)
-    if folder.code:
-        world.presence.leave()
-        return folder.code
-    try:
-        faults.at("init")
-        start_process_group(launch, config.parallel, device, world)
-        session = open_session(
-            config, launch, tokens, device, notices, failures, faults, world, folder
-        )
-        try:
-            code = _carry_out(session)
-        finally:
-            session.loaders.close()
-            session.log.close()
-    finally:
-        folder.leave()
-    stop_process_group()
-    world.presence.leave()
-    return code
+
+    config: RunConfig
+    launch: Launch
+    tokens: Tokens
+    device: torch.device
+    notices: list[str]
+    failures: Failures
+    faults: Fault | NoFaults
+    world: World
+    folder: RunFolder
 
 
-def _carry_out(session: Session) -> int:
-    reason: Reason = "finished"
-    if not session.train.skip_train:
-        length = session.reach.length
-        if session.first_step >= length.iterations:
-            flag = "--train-iters" if session.train.train_iters else "--train-samples"
-            session.log.say(
-                f"nothing left to do: the checkpoint has {session.first_step} of "
-                f"{length.iterations} iterations ({session.progress.samples} of {length.samples} "
-                f"samples); raise {flag} to go on"
-            )
-        session.stop.listen()
-        session.log.say("training ...")
-        reason = session.fit()
-        barrier(session.run.ctx.world)  # the last rank's lines come first
-        session.log.say(_farewell(session, reason))
-        if nothing := session.learnt_nothing():
-            session.log.warn(nothing)
-        if reason == "finished" and session.reach.is_short:
-            step = session.progress.step
-            raise DataError(session.reach.say(f"they ended after iteration {step}"))
-    if reason == "finished":
-        session.log.say(*_final_evaluations(session))
-        session.evaluate("validation", final=True)
-        session.evaluate("test", final=True)
-    if session.train.print_state_hash:
-        value = state_hash(session.run)
-        session.log.say(f" > state hash at iteration {session.progress.step}: {value}")
-    code = session.train.exit_code_on_preemption if reason in PREEMPTIONS else 0
-    if session.run.ctx.rank == 0:
-        try:
-            session.checkpoints.folder.require()
-            write_ended(session.folder, Ended(code, reason, session.progress.step), Disk())
-        except StorageError as error:  # a note about the run, whose work is done
-            session.log.warn(f"how the run ended is not noted: {error}")
-    session.log.say(f"exiting program at iteration {session.progress.step} datetime: {_now()}")
-    return code
+@dataclass(frozen=True, slots=True)
+class Talk:
+    """How this rank talks to the others and says what it does; who looks while it does so."""
+
+    ctx: ParallelContext
+    log: Log
+    timers: RunTimers
+    recorder: Recorder
+    waits: Waits
+    checker: Checker | None
 
 
-def _now() -> str:
-    return time.strftime("%Y-%m-%d %H:%M:%S")
+@dataclass(frozen=True, slots=True)
+class Found:
+    """The data of a run: what they are, and how far they reach."""
+
+    datasets: Datasets
+    identity: Identity
+    reach: Reach
 
 
-def _final_evaluations(session: Session) -> list[str]:
-    """What the losses after the end are of: Megatron's lines differ from those on the way by a word."""
-    loaders, batches = session.loaders, session.train.eval_iters
-    sets = [
-        n for n, one in (("validation", loaders.valid), ("test", loaders.test)) if one is not None
-    ]
-    if not sets or not batches:
-        return []
-    return [
-        f"final evaluation of the trained model: {batches} batches of the {' set, then of the '.join(sets)} set"
-    ]
+def open_session(start: Start) -> Session:
+    """Open talk, model, checkpoints, data and records, in this order.  Collective over the world."""
+    blueprint = draw_up(start.config, start.launch.world_size)
+    talk = _open_talk(start, blueprint)
+    run = _build(start, blueprint, talk)
+    checkpoints = _open_checkpoints(start, run, talk.log)
+    resumed = _take_up(start, run, talk.log)
+    found = _open_data(start, run, resumed, talk.log)
+    _begin_records(start, run, checkpoints, resumed, found, talk.log)
+    return _session(start, talk, run, checkpoints, resumed, found)
 
 
-def _farewell(session: Session, reason: Reason) -> str:
-    step = session.progress.step
-    store = session.checkpoints.store
-    kept = "" if store is None else f"; checkpoint in {store.root}"
-    if store is not None and reason != "finished":
-        kept += f", --load {store.root} goes on"
-    why = {
-        "finished": "after training is done",
-        "signal": "stopped by a signal: the step was finished",
-        "kill-switch": f"stopped by --kill-switch-file {session.train.kill_switch_file}",
-        "exit-interval": "stopped by --exit-interval",
-        "exit-duration": "stopped by --exit-duration-in-mins",
-    }[reason]
-    return f"[{why}] iteration {step}{kept} datetime: {_now()}"
-
-
-def open_session(
-    config: RunConfig,
-    launch: Launch,
-    tokens: Tokens,
-    device: torch.device,
-    notices: list[str],
-    failures: Failures,
-    faults: Fault | NoFaults,
-    world: World,
-    folder: RunFolder,
-) -> Session:
-    """Open data, model, checkpoint and logs.  Collective over the world."""
-    blueprint = draw_up(config, launch.world_size)
+def _open_talk(start: Start, blueprint: Blueprint) -> Talk:
+    """The groups of the grid, who looks at what is asked of them, the log."""
+    config, launch, device = start.config, start.launch, start.device
     ctx = (
         ParallelContext.from_grid(
             blueprint.grid,
@@ -209,46 +172,57 @@ def open_session(
         else ParallelContext.serial(device)
     )
     recorder = Recorder()
-    checker = _checker(config, blueprint, launch, world)
-    waits = measuring(device) if config.telemetry.watches(ctx.world_size) else None
+    checker = _checker(config, blueprint, launch, start.world)
     lanes = CollectiveLanes(recorder) if config.telemetry.profile_timeline else None
+    waits = measuring(device) if config.telemetry.watches(ctx.world_size) else None
     ctx = ctx.observed(*filter(None, (checker, lanes, waits)))
     log = Log(ctx, form_of(config.telemetry))
-    log.say(*notices, *evaluation_notices(config, folder.path))
+    log.say(*start.notices, *evaluation_notices(config, start.folder.path))
     timers = RunTimers(config.telemetry.timing_log_level, device, recorder)
-    with timers.span("model-and-optimizer-setup"):
-        run = assemble(config, blueprint, ctx, timers=timers)
-    if checker is not None:
-        run.pipeline.reached = checker.reached
-    log.say(*_description(run, blueprint), *_tokenizer_lines(tokens))
-    log.say_of_shard(_shard_size(run))
-    faults.attach(run)
-    kept = config.checkpoint
-    saves = kept.save is not None and kept.save_checkpoints and not config.train.skip_train
-    store = Store(folder.path, ctx, at=faults.at, still_ours=folder.require) if saves else None
-    checkpoints = Checkpoints.over(run, kept, log, failures.presence, store, folder)
-    if not config.train.skip_train:
+    return Talk(ctx, log, timers, recorder, waits or Waits(), checker)
+
+
+def _build(start: Start, blueprint: Blueprint, talk: Talk) -> Run:
+    """The stages and the engine of this rank, from random weights."""
+    with talk.timers.span("model-and-optimizer-setup"):
+        run = assemble(start.config, blueprint, talk.ctx, timers=talk.timers)
+    if talk.checker is not None:
+        run.pipeline.reached = talk.checker.reached
+    talk.log.say(*_description(run, blueprint), *_tokenizer_lines(start.tokens))
+    talk.log.say_of_shard(_shard_size(run))
+    start.faults.attach(run)
+    return run
+
+
+def _open_checkpoints(start: Start, run: Run, log: Log) -> Checkpoints:
+    """Where checkpoints will go, tried out; what neither stream takes goes beside them."""
+    config, folder = start.config, start.folder
+    kept, trains = config.checkpoint, not config.train.skip_train
+    saves = kept.save is not None and kept.save_checkpoints and trains
+    at, ours = start.faults.at, folder.require
+    store = Store(folder.path, run.ctx, at=at, still_ours=ours) if saves else None
+    checkpoints = Checkpoints.over(run, kept, log, start.failures.presence, store, folder)
+    if trains:
         log.say(checkpoints.describe())
     checkpoints.prepare()
-    LastResort.install(folder.path, ctx.rank)
+    LastResort.install(folder.path, run.ctx.rank)
+    return checkpoints
+
+
+def _take_up(start: Start, run: Run, log: Log) -> Resumed:
+    """Weights, state and progress of --load, and the Blueprint of what is left to do."""
+    config, world, blueprint = start.config, start.world, run.blueprint
     curves = functools.partial(
         Schedules.from_config, config.learning_rate, config.optim, config.train
     )
-    with timers.span("load-checkpoint"):
-        tokenizer = {
-            "type": config.data.tokenizer_type,
-            "fingerprint": tokens.made_with.fingerprint,
-            "vocab_size": tokens.vocab_size,
-            "padded_vocab_size": run.setting.padded_vocab_size,
-            "eod": tokens.eod,
-        }
+    with run.timers.span("load-checkpoint"):
         verified = Verified(world.presence.tick)
-        meet = functools.partial(wait_for_all, world, world_size=ctx.world_size)
-        open_store = functools.partial(Store, at=faults.at, meet=meet, seen=verified.seen)
+        meet = functools.partial(wait_for_all, world, world_size=run.ctx.world_size)
+        open_store = functools.partial(Store, at=start.faults.at, meet=meet, seen=verified.seen)
         with told("verifying and loading the checkpoint", log.say, verified.how_far):
             resumed = resume(
-                run, config.checkpoint, config.learning_rate, curves, tokenizer, open_store,
-                trains=not config.train.skip_train,
+                run, config.checkpoint, config.learning_rate, curves, _tokenizer(start, run),
+                open_store, trains=not config.train.skip_train,
             )  # fmt: skip
     run.blueprint = taken_up(
         blueprint, config.train, run.progress.goes_on(blueprint.batch_schedule)
@@ -257,59 +231,97 @@ def open_session(
     log.say(*resumed.notices)
     if run.blueprint.train_iters != blueprint.train_iters:
         log.say(f"setting training iterations to {run.blueprint.train_iters}")
-    with timers.span("train/valid/test-data-iterators-setup"):
-        batches = run.blueprint.batch_schedule
+    return resumed
+
+
+def _open_data(start: Start, run: Run, resumed: Resumed, log: Log) -> Found:
+    """What is read, from where the checkpoint stands, and how far it reaches."""
+    config, batches = start.config, run.blueprint.batch_schedule
+    with run.timers.span("train/valid/test-data-iterators-setup"):
         datasets = open_datasets(
-            config, launch, log, tokens, folder.path, batches, run.progress, world, faults
-        )
+            config, start.launch, log, start.tokens, start.folder.path, batches, run.progress,
+            start.world, start.faults,
+        )  # fmt: skip
     identity = settle_data(config, datasets, resumed.manifest, log)
     length = run.blueprint.length
     assert length is not None, "rules.check wants --train-iters or --train-samples"
     reach = Reach.of(length, batches, datasets, config.data.dataloader_type)
     if reach.is_short:
         log.warn(f"*** {reach.say(f'THE RUN WILL END AT ITERATION {reach.length.iterations}')} ***")
+    return Found(datasets, identity, reach)
+
+
+def _begin_records(
+    start: Start, run: Run, checkpoints: Checkpoints, resumed: Resumed, found: Found, log: Log
+) -> None:
+    """The run folder says what is run, checkpoints say of what they are, writers are open on rank 0."""
+    config, ctx, tokens = start.config, run.ctx, start.tokens
     if ctx.rank == 0:  # not before: a start that is refused leaves the run that is there
-        log.say(*_begin_run(folder, config, tokens, run.progress.step, ctx.world_size))
-    checkpoints.origin = Origin(tokenizer=tokenizer, data=identity, tokenizer_files=tokens.files)
+        log.say(*_begin_run(start.folder, config, tokens, run.progress.step, ctx.world_size))
+    checkpoints.origin = Origin(
+        tokenizer=_tokenizer(start, run), data=found.identity, tokenizer_files=tokens.files
+    )
     checkpoints.plain_config = plain(of_the_run(config)) | {
         "schedules": resumed.schedules.to_json()
     }
     checkpoints.saved_at = run.progress.step
-    log.writers = _writers(config, folder.path, resumed.iteration or 0, log)
-    wait_for_all(world, "start", ctx.world_size)  # packages of writers are loaded on rank 0
-    log.say(f"done with setup ... datetime: {_now()}")
-    log.say(format_times(timers.gather(ctx), option=config.telemetry.timing_log_option))
-    faults.at("start")
+    log.writers = _writers(config, start.folder.path, resumed.iteration or 0, log)
+    wait_for_all(start.world, "start", ctx.world_size)  # packages of writers are loaded on rank 0
+    log.say(f"done with setup ... datetime: {now()}")
+    log.say(format_times(run.timers.gather(ctx), option=config.telemetry.timing_log_option))
+    start.faults.at("start")
+
+
+def _session(
+    start: Start, talk: Talk, run: Run, checkpoints: Checkpoints, resumed: Resumed, found: Found
+) -> Session:
+    config, ctx, blueprint = start.config, talk.ctx, run.blueprint
+    traces, length = start.folder.path / "traces", found.reach.length
     return Session(
         run=run,
         train=config.train,
         guards=config.guards,
         telemetry=config.telemetry,
         checkpoint=config.checkpoint,
-        loaders=loaders_of(config, datasets, ctx, tokens),
+        loaders=loaders_of(config, found.datasets, ctx, start.tokens),
         schedules=resumed.schedules,
-        log=log,
+        log=talk.log,
         meter=IntervalMeter(
-            train_iters=reach.length.iterations,
-            train_samples=reach.length.samples,
+            train_iters=length.iterations,
+            train_samples=length.samples,
             world_size=ctx.world_size,
             flops_per_token=blueprint.flops_per_token_full,
             causal_flops_per_token=blueprint.flops_per_token_causal,
-            peak_tflops=device_peak(device),
+            peak_tflops=device_peak(start.device),
         ),
         stop=StopRequests(config.train, looks=ctx.rank == 0),
-        profiler=Profiler(config.telemetry, ctx.rank, folder.path / "traces", device),
-        recording=StepRecording(
-            config.telemetry, ctx, folder.path / "traces", _layout(blueprint), recorder
-        ),
-        folder=folder.path,
+        profiler=Profiler(config.telemetry, ctx.rank, traces, start.device),
+        recording=StepRecording(config.telemetry, ctx, traces, _layout(blueprint), talk.recorder),
+        folder=start.folder.path,
         checkpoints=checkpoints,
-        presence=failures.presence,
-        faults=faults,
-        reach=reach,
-        own_time=OwnTime(ctx, waits or Waits()),
+        presence=start.failures.presence,
+        faults=start.faults,
+        reach=found.reach,
+        own_time=OwnTime(ctx, talk.waits),
         seq_length=config.model.seq_length,
     )
+
+
+def now() -> str:
+    """Date and time, for a line."""
+    return time.strftime("%Y-%m-%d %H:%M:%S")
+
+
+def _tokenizer(start: Start, run: Run) -> dict[str, Any]:
+    """What a checkpoint says of the tokenizer."""
+    tokens = start.tokens
+    return {
+        "type": start.config.data.tokenizer_type,
+        "fingerprint": tokens.made_with.fingerprint,
+        "vocab_size": tokens.vocab_size,
+        "padded_vocab_size": run.setting.padded_vocab_size,
+        "eod": tokens.eod,
+    }
 
 
 def _checker(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 from collections import defaultdict
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -87,3 +88,14 @@ def test_a_circle_and_a_two_way_pair_are_found(tmp_path: Path, where: str) -> No
     assert two_way(imported(root), root) == {}
     (root / "a" / "four.py").write_text("from house.a.x.three import h\n")
     assert two_way(imported(root), root) == {("a/x", "a"): {"one"}}
+
+
+def test_a_session_is_opened_where_it_is_described_in_a_handful_of_named_steps() -> None:
+    tree = ast.parse((PACKAGE / "train" / "session.py").read_text(encoding="utf-8"))
+    (opening,) = (
+        n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == "open_session"
+    )
+    assert "Session" in {n.name for n in tree.body if isinstance(n, ast.ClassDef)}
+    called = [ast.unparse(n.func) for n in ast.walk(opening) if isinstance(n, ast.Call)]
+    steps = {n.name for n in tree.body if isinstance(n, ast.FunctionDef)} & set(called)
+    assert 5 <= len(steps) <= 8 and set(called) - steps == {"draw_up"}

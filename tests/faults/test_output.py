@@ -14,7 +14,7 @@ import pytest
 
 from megatron_lite.config.errors import StorageError
 from megatron_lite.storage.faults import FaultyDisk
-from megatron_lite.train import session
+from megatron_lite.train import program
 from megatron_lite.train.measuring import timeline
 from tests.support.launch import LAUNCHER_NAMES, TINY, TOOL, start, with_flags
 from tests.train.runs import alone, records, steps
@@ -61,7 +61,7 @@ def test_what_only_describes_a_run_that_is_done_does_not_fail_it(
     def full(*_: object) -> None:
         raise StorageError("write failed: No space left on device")
 
-    monkeypatch.setattr(session, "write_ended", full)
+    monkeypatch.setattr(program, "write_ended", full)
     monkeypatch.setattr(timeline, "write_atomically", full)
     flags = ["--profile-timeline", "--profile-step-start", "2", "--profile-step-end", "3"]
     done = alone("--mock-data", "--save", str(tmp_path / "run"), *flags)

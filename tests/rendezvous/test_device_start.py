@@ -21,7 +21,7 @@ from megatron_lite.config.sections.parallel import ParallelConfig
 from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.rendezvous import launch
 from megatron_lite.rendezvous.launch import Launch, gather, set_device_environment
-from megatron_lite.train import session
+from megatron_lite.train import program, session
 from megatron_lite.train.ending.failures import Failures
 from tests.support.launch import TINY, free_port, with_flags
 from tests.support.spawn import spawn
@@ -67,8 +67,8 @@ def test_a_run_hands_its_timeout_to_its_groups(monkeypatch: pytest.MonkeyPatch) 
     failures = Failures(0, folder=None, debug=False)
     with pytest.raises(Stop):
         session.open_session(
-            config, Launch(0, 2), session.Tokens(61, None), torch.device("cpu"), [], failures,
-            session.NoFaults(), None, None,  # type: ignore[arg-type]
+            session.Start(config, Launch(0, 2), session.Tokens(61, None), torch.device("cpu"), [],
+                          failures, session.NoFaults(), None, None)  # type: ignore[arg-type]
         )  # fmt: skip
     assert asked == [timedelta(minutes=3)]
 
@@ -90,14 +90,14 @@ def test_the_environment_is_set_before_cuda_starts(monkeypatch: pytest.MonkeyPat
     def stop(*_: object, **__: object) -> None:
         raise Stop
 
-    monkeypatch.setattr(session, "gather", stop)
-    monkeypatch.setattr(session, "cpu_notices", lambda *_: [])
-    monkeypatch.setattr(session, "peak_notices", lambda *_: [])
+    monkeypatch.setattr(program, "gather", stop)
+    monkeypatch.setattr(program, "cpu_notices", lambda *_: [])
+    monkeypatch.setattr(program, "peak_notices", lambda *_: [])
     notices: list[str] = []
     failures = Failures(1, folder=None, debug=False)
     here = Launch(1, 4, local_rank=1)
     with pytest.raises(Stop):
-        session.train(config_of(*TIED), here, stop, notices, failures)
+        program.train(config_of(*TIED), here, stop, notices, failures)
     assert [name for name, _ in seen][-1] == "set_device" and {value for _, value in seen} == {"1"}
     assert failures.device == torch.device("cuda", 1)
     assert any(f"{QUEUES} set to 1" in notice for notice in notices)

@@ -21,7 +21,7 @@ from megatron_lite.storage import lock as lock_file
 from megatron_lite.storage.disk import Disk
 from megatron_lite.storage.lock import LOCK, FolderLock, Owner
 from megatron_lite.telemetry.summary import describe_losses
-from megatron_lite.train import session
+from megatron_lite.train import program
 from megatron_lite.train.ending.faults import NoFaults
 from megatron_lite.train.folder import of_the_run, of_this_start, require_own
 from tests.support.launch import TINY, start
@@ -61,7 +61,7 @@ class At(NoFaults):
 def befalls(
     monkeypatch: pytest.MonkeyPatch, point: str, number: int, befall: Callable[[], None]
 ) -> None:
-    monkeypatch.setattr(session, "read_fault", lambda *_: At(point, number, befall))
+    monkeypatch.setattr(program, "read_fault", lambda *_: At(point, number, befall))
 
 
 # -- two starts into one folder ---------------------------------------------------------------
