@@ -1,93 +1,55 @@
-"""No two packages import each other, nor any files around others; rooms know their house by its nouns."""
+"""A room inside a folder knows its house by a noun at most; a session is opened where it is described."""
 
 from __future__ import annotations
 
 import ast
 from collections import defaultdict
-from graphlib import CycleError, TopologicalSorter
+from collections.abc import Mapping
 from pathlib import Path
 
-import pytest
-
-from tests.architecture.test_floors import PACKAGE, imports
-
-Graph = dict[Path, set[Path]]
+from tests.architecture.test_floors import PACKAGE
+from tests.architecture.test_limits import modules_needed
 
 NOUNS = {
-    ("train/health", "train"): {"run"},  # Run: what every question of these rooms is about
-    ("train/ending", "train"): {"run"},
-    ("blueprint/schedules", "blueprint"): {"stages"},  # where a stage sits
+    "train/health": {"train.run"},  # Run: what every question of these rooms is about
+    "train/ending": {"train.run"},
+    "blueprint/schedules": {"blueprint.stages"},  # where a stage sits
 }
-"""(room, its house) -> the only files of the house that it imports, although the house imports it."""
+"""Room -> the only files of its house that it imports although the house imports it."""
 
 
-def imported(root: Path) -> Graph:
-    """File -> files of the package it imports, annotations and functions included."""
-    found = {}
-    for path in sorted(root.rglob("*.py")):
-        found[path] = set()
-        for _, module in imports(path, root):
-            parts = module.split(".")
-            if parts[0] != root.name:
-                continue
-            for names in (parts, parts[:-1]):  # a module, or a name in one
-                file = root.parent.joinpath(*names)
-                if file.with_suffix(".py").is_file():
-                    found[path].add(file.with_suffix(".py"))
-                    break
-                if (file / "__init__.py").is_file() and len(names) > 1:
-                    found[path].add(file / "__init__.py")
-                    break
-        found[path].discard(path)
-    return found
+def entangled(root: Path, needs: Mapping[str, set[str]]) -> dict[str, set[str]]:
+    """Room -> files of its house that it imports, of each room that its house's own files import."""
+    rooms = {path.parent for path in root.glob("*/*/__init__.py")}
+
+    def lies_in(module: str) -> Path:
+        path = root.parent.joinpath(*module.split("."))
+        return path if path.is_dir() else path.parent
+
+    into: dict[Path, set[str]] = defaultdict(set)
+    used: set[Path] = set()
+    for module, needed in needs.items():
+        here = lies_in(module)
+        for other in needed:
+            there = lies_in(other)
+            if here in rooms and there == here.parent:
+                into[here].add(other.partition(".")[2])
+            elif there in rooms and here == there.parent:
+                used.add(there)
+    return {room.relative_to(root).as_posix(): into[room] for room in used if into[room]}
 
 
-def two_way(graph: Graph, root: Path) -> dict[tuple[str, str], set[str]]:
-    """(inner, outer) packages that import each other -> files of the outer that the inner imports."""
-    between: dict[tuple[str, str], set[str]] = defaultdict(set)
-    for path, targets in graph.items():
-        for target in targets:
-            here, there = (p.parent.relative_to(root).as_posix() for p in (path, target))
-            if here != there:
-                between[here, there].add(target.stem)
-    return {
-        (a, b): files
-        for (a, b), files in between.items()
-        if (b, a) in between and (a.count("/"), a) > (b.count("/"), b)
-    }
+def test_a_room_knows_the_house_that_uses_it_by_its_noun_alone() -> None:
+    assert entangled(PACKAGE, modules_needed(PACKAGE)) == NOUNS
 
 
-def circle(graph: Graph, root: Path) -> list[str]:
-    """Files that import each other, if any do."""
-    try:
-        TopologicalSorter(graph).prepare()
-    except CycleError as error:
-        return [file.relative_to(root).as_posix() for file in error.args[1]]
-    return []
-
-
-def test_no_packages_and_no_files_import_each_other_but_a_room_its_houses_noun() -> None:
-    graph = imported(PACKAGE)
-    assert two_way(graph, PACKAGE) == NOUNS
-    assert circle(graph, PACKAGE) == []
-
-
-@pytest.mark.parametrize("where", ["import at the top", "import in a function"])
-def test_a_circle_and_a_two_way_pair_are_found(tmp_path: Path, where: str) -> None:
-    root = tmp_path / "house"
-    late = "def f():\n    " if "function" in where else ""
-    for name, text in {
-        "__init__": "", "a/__init__": "", "b/__init__": "", "a/x/__init__": "",
-        "a/one": "from house.b.two import g\n", "b/two": f"{late}from house.a.x import three\n",
-        "a/x/three": "from house.a import one\n",
-    }.items():  # fmt: skip
-        file = root / f"{name}.py"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(text)
-    assert set(circle(imported(root), root)) == {"a/one.py", "b/two.py", "a/x/three.py"}
-    assert two_way(imported(root), root) == {}
-    (root / "a" / "four.py").write_text("from house.a.x.three import h\n")
-    assert two_way(imported(root), root) == {("a/x", "a"): {"one"}}
+def test_an_entangled_room_is_found(tmp_path: Path) -> None:
+    for file in ("a/__init__.py", "a/x/__init__.py", "a/y/__init__.py", "a/one.py", "a/x/two.py"):
+        (tmp_path / "p" / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "p" / file).touch()
+    needs = {"p.a.x.two": {"p.a.one"}, "p.a.y": {"p.a.one"}}
+    assert entangled(tmp_path / "p", needs) == {}
+    assert entangled(tmp_path / "p", needs | {"p.a.one": {"p.a.x"}}) == {"a/x": {"a.one"}}
 
 
 def test_a_session_is_opened_where_it_is_described_in_a_handful_of_named_steps() -> None:
