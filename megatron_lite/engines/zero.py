@@ -118,8 +118,8 @@ class ZeroEngine:
         self._counted = torch.tensor(counts, dtype=torch.bool, device=ctx.device)
         for local in self._locals:
             local.parameter.register_post_accumulate_grad_hook(self._take_gradient())
-        treated = (self.groups.treatment(held.spec) for held in self._held)
-        self._turns = {how.first_update for how in treated}
+        pieces = (piece for local in self._locals for piece in local.pieces)
+        self._turns = {self.groups.treatment(piece.spec).first_update for piece in pieces}
         self._choose_trained()
 
     def _trains(self, piece: Piece) -> bool:

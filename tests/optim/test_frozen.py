@@ -26,8 +26,12 @@ FULL = {
 
 
 def late(optim, tensor):
-    """Adam, but the table, and one piece of a fused matrix, begin with update FIRST."""
-    return replace(ADAM, first_update=FIRST) if tensor.name in (TABLE, KEY) else ADAM
+    """Adam, but the table, and one piece of a fused matrix, begin with update FIRST.
+
+    One rank keeps the state of each of the two: the other must begin with it all the same.
+    """
+    begins = replace(ADAM, first_update=FIRST, needs_whole_matrix=True)
+    return begins if tensor.name in (TABLE, KEY) else ADAM
 
 
 @pytest.fixture(autouse=True)
