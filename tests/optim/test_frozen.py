@@ -1,4 +1,4 @@
-"""A set of trained parameters that changes at a step: the token table is frozen for two updates."""
+"""A set of trained parameters that changes: the token table begins after two updates, a piece after three."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ from tests.support.spawn import spawn
 from tests.support.tiny import context, draw, make_batches, tiny_config
 
 PP, ZERO = "parallel__pipeline_model_parallel_size", "parallel__use_distributed_optimizer"
-TABLE, KEY, FIRST = "embedding.tokens.weight", "blocks.1.attention.k.weight", 2
+TABLE, KEY = "embedding.tokens.weight", "blocks.1.attention.k.weight"
+BEGINS = {TABLE: 2, KEY: 3}
+"""The first update of each."""
 LATE = {"optim__optimizer": "late", "model__vocab_size": 64}
 FULL = {
     "parallel__recompute_granularity": "full", "parallel__recompute_method": "uniform",
@@ -26,12 +28,13 @@ FULL = {
 
 
 def late(optim, tensor):
-    """Adam, but the table, and one piece of a fused matrix, begin with update FIRST.
+    """Adam, but the table, and one piece of a fused matrix, begin later.
 
-    One rank keeps the state of each of the two: the other must begin with it all the same.
+    Where ranks share the state one keeps the table's, the other the piece's.
     """
-    begins = replace(ADAM, first_update=FIRST, needs_whole_matrix=True)
-    return begins if tensor.name in (TABLE, KEY) else ADAM
+    if tensor.name not in BEGINS:
+        return ADAM
+    return replace(ADAM, first_update=BEGINS[tensor.name], needs_whole_matrix=True)
 
 
 @pytest.fixture(autouse=True)
@@ -64,20 +67,20 @@ def trained(updates, **changes):
 def test_frozen_tensors_stand_still_and_begin_with_a_first_step_of_their_own():
     plain = trained(1, optim__optimizer="adam")
     seen = trained(4, telemetry__log_num_zeros_in_grad=True)
-    for name in (TABLE, KEY):
+    for name in BEGINS:
         assert plain[0][1][name] > 0
         before = seen[0][2][name]
         for step, (_, squares, weights, _) in enumerate(seen):
-            moves = step >= FIRST
+            moves = step >= BEGINS[name]
             assert (squares[name] > 0) is moves
             assert torch.equal(weights[name], before) is not moves
-            if step == FIRST:  # bias-corrected for one gradient: a step of the learning rate
+            if step == BEGINS[name]:  # bias-corrected for one gradient: a step of the learning rate
                 moved = (weights[name] - before).abs()
-                assert moved.max().item() == pytest.approx(1e-2, rel=1e-3)
+                assert moved.max().item() == pytest.approx(1e-2, rel=1e-2)
                 assert moved.median().item() == pytest.approx(1e-2, rel=0.1)
             before = weights[name]
     whole_norm, squares, _, _ = plain[0]
-    others = math.fsum(square for name, square in squares.items() if name not in (TABLE, KEY))
+    others = math.fsum(square for name, square in squares.items() if name not in BEGINS)
     assert math.sqrt(math.fsum(squares.values())) == pytest.approx(whole_norm, rel=1e-6)
     assert seen[0][0] == pytest.approx(math.sqrt(others), rel=1e-6)
     assert seen[0][0] < 0.99 * whole_norm
