@@ -224,7 +224,7 @@ def _batch(r: random.Random, flags: Flags, dp: int, group: int, wild: bool) -> N
         flags.share("--rampup-batch-size", unit, unit, 3 * size, feature="ramp-up")
     elif how == "steps" and size > unit:
         flags.share(
-            "--step-batch-size-schedule", f"0:{unit} {16 * unit}:{size}", feature="batch by tokens"
+            "--step-batch-size-schedule", f"0:{unit} {32 * unit}:{size}", feature="batch by tokens"
         )
     flags.share("--train-iters", 3 if how != "fixed" else 2, feature="")
     if _maybe(r, 0.4):
