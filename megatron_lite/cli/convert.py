@@ -108,6 +108,12 @@ def _require_empty(target: Path) -> None:
         raise ConfigError(f"{target} is there already: nothing is overwritten; name a new folder")
 
 
+def _require_room(target: Path, tensors: int, files: dict[str, bytes], disk: Disk) -> None:
+    """For so many bytes of tensors with their headers, and the files beside them."""
+    beside = sum(map(len, files.values())) + (1 << 20)
+    require_room("TO", target, int(tensors * 1.02) + beside, disk)
+
+
 def _import(source: Path, target: Path, asked: argparse.Namespace) -> None:
     for flag in ("ckpt_step", "dtype", "vocab_file", "merge_file"):
         if getattr(asked, flag) is not None:
@@ -137,9 +143,7 @@ def _import(source: Path, target: Path, asked: argparse.Namespace) -> None:
         _list(found.conversions, _forms_in(found), found.bytes, files, target, export=False)
         return
     disk = Disk()
-    require_room(
-        "TO", target, int(found.bytes * 1.02) + sum(map(len, files.values())) + (1 << 20), disk
-    )
+    _require_room(target, found.bytes, files, disk)
     with folder_at_once(target, disk) as partial:
         if data:
             disk.make_folder(partial / "tokenizer")
@@ -215,9 +219,7 @@ def _export(source: Path, target: Path, asked: argparse.Namespace) -> None:
         _list(export.conversions, _forms_out(export), export.bytes, files, target, export=True)
         return
     disk = Disk()
-    require_room(
-        "TO", target, int(export.bytes * 1.02) + sum(map(len, files.values())) + (1 << 20), disk
-    )
+    _require_room(target, export.bytes, files, disk)
     with folder_at_once(target, disk) as partial:
         for name, content in files.items():
             write_atomically(partial / name, content, disk)

@@ -127,6 +127,7 @@ class ZeroEngine:
 
     def _choose_trained(self) -> None:
         """Let autograd compute, and buckets await, gradients of what the next update changes."""
+        self._trained = self.groups.trained(self._held, self._steps)
         self._frozen = [held for held in self._held if not self._trains(held.piece)]
         for local in self._locals:
             local.parameter.requires_grad_(any(map(self._trains, local.pieces)))
@@ -218,14 +219,16 @@ class ZeroEngine:
         first = held.local.replicas(self.ctx).rank == 0
         return stands_for(held.local, self.ctx) and (self.sharded or first)
 
+    def _mine(self, held: Iterable[_Held]) -> list[_Held]:
+        """Those this rank stands for, in sums over all ranks."""
+        return [one for one in held if stands_for(one.local, self.ctx)]
+
     @torch.no_grad()
     def apply(
         self, norm: Tensor, *, lr: float, weight_decay: float, decoupled_lr: float | None = None
     ) -> Update:
         """Clip by the global norm, update, clear the accumulators.  Collective over the grid."""
-        counted = [held for held in self._held if stands_for(held.local, self.ctx)]
-        trained = [held for held in counted if self._trains(held.piece)]
-        num_zeros = self._num_zeros(trained) if self.statistics.num_zeros else None
+        num_zeros = self._num_zeros() if self.statistics.num_zeros else None
         if self.optim.clip_grad > 0.0:
             with self.span("optimizer-clip-main-grad"):
                 coefficient = clip_coefficient(norm, self.optim.clip_grad)
@@ -237,7 +240,7 @@ class ZeroEngine:
         with self.span("optimizer-inner-step"):
             self._apply(lr, weight_decay, decoupled_lr)
         self._clear()
-        params_norm = self._params_norm(counted) if self.statistics.params_norm else None
+        params_norm = self._params_norm() if self.statistics.params_norm else None
         return Update(norm, skipped=False, num_zeros=num_zeros, params_norm=params_norm)
 
     def discard(self, norm: Tensor) -> Update:
@@ -267,7 +270,7 @@ class ZeroEngine:
 
     def _apply(self, lr: float, weight_decay: float, decoupled_lr: float | None) -> None:
         rates = Rates(lr, weight_decay, decoupled_lr)
-        self.groups.update(self._held, rates, steps=self._steps)
+        self.groups.update(self._trained, rates, steps=self._steps)
         self._steps += 1
         if self._steps in self._turns:
             self._choose_trained()
@@ -304,14 +307,15 @@ class ZeroEngine:
         for buckets in self._buckets.values():
             buckets.buffer.zero_()
 
-    def _num_zeros(self, counted: list[_Held]) -> float:
+    def _num_zeros(self) -> float:
+        trained = (held for group in self._trained.values() for held in group)
+        gradients = [held.gradient for held in self._mine(trained)]
         with self.span("optimizer-count-zeros"):
-            return count_zeros(
-                [h.gradient for h in counted], self._sums, self.ctx.device
-            ).item()  # waits
+            return count_zeros(gradients, self._sums, self.ctx.device).item()  # waits
 
-    def _params_norm(self, counted: list[_Held]) -> float:
-        return global_norm([h.master for h in counted], self._sums, self.ctx.device).item()  # waits
+    def _params_norm(self) -> float:
+        masters = [held.master for held in self._mine(self._held)]
+        return global_norm(masters, self._sums, self.ctx.device).item()  # waits
 
     def weights(self, *, owned: bool) -> Iterator[NamedSlice]:
         """The model's tensors as named slices (views): those this rank stands for, or all it holds."""

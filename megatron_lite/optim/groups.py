@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeVar
 
 from torch import Tensor
 
@@ -38,6 +38,9 @@ class Member(Protocol):
         ...
 
 
+AnyMember = TypeVar("AnyMember", bound=Member)
+
+
 class Rates(NamedTuple):
     """This step's; decoupled: the learning rate of tensors with a row per token, where it is another."""
 
@@ -47,11 +50,11 @@ class Rates(NamedTuple):
 
 
 class Group(NamedTuple):
-    """What the members of one group have in common."""
+    """What the members of one group have in common; vocabulary: a row per token."""
 
     rule: str
     decays: bool
-    decoupled: bool
+    vocabulary: bool
     first_update: int
 
 
@@ -77,32 +80,33 @@ class Groups:
         """Whether the update after so many changes a tensor, which needs a gradient for it."""
         return steps >= self.treatment(spec).first_update
 
-    def update(self, members: Iterable[Member], rates: Rates, *, steps: int) -> None:
-        """One update, in place, of all members that are trained by now; steps: updates before this one.
+    def trained(self, members: Iterable[AnyMember], steps: int) -> dict[Group, list[AnyMember]]:
+        """Those that the update after so many changes, until the first update of another one."""
+        found: dict[Group, list[AnyMember]] = {}
+        for member in members:
+            spec, how = member.spec, self.treatment(member.spec)
+            if self.trains(spec, steps):
+                group = Group(how.rule, spec.decays, spec.vocabulary, how.first_update)
+                found.setdefault(group, []).append(member)
+        return found
+
+    def update(
+        self, trained: Mapping[Group, Sequence[Member]], rates: Rates, *, steps: int
+    ) -> None:
+        """One update, in place; steps: updates of the run before this one.
 
         A rule is told those that its parameters have taken part in.
         """
-        groups: dict[Group, list[Member]] = {}
-        for member in members:
-            if not self.trains(member.spec, steps):
-                continue
-            groups.setdefault(self._group(member.spec, rates), []).append(member)
-        for group, held in groups.items():
-            lr = rates.decoupled_lr if group.decoupled else rates.lr
-            assert lr is not None, "a decoupled group has its rate"
+        for group, held in trained.items():
+            decoupled = rates.decoupled_lr if group.vocabulary else None
             self._rule(group.rule).update(
                 [member.master for member in held],
                 [member.gradient.to(member.master.dtype) for member in held],
                 [member.state for member in held],
                 steps=steps - group.first_update,
-                lr=lr,
+                lr=rates.lr if decoupled is None else decoupled,
                 weight_decay=rates.weight_decay if group.decays else 0.0,
             )
-
-    def _group(self, spec: Spec, rates: Rates) -> Group:
-        decoupled = spec.vocabulary and rates.decoupled_lr is not None
-        how = self.treatment(spec)
-        return Group(how.rule, spec.decays, decoupled, how.first_update)
 
     def _rule(self, name: str) -> UpdateRule:
         if name not in self._rules:

@@ -37,7 +37,6 @@ class Launch:
     world_size: int = 1
     local_rank: int = 0
     local_world_size: int = 1
-    under_torchrun: bool = False
     host: str = ""
     port: int = 0
     agent_holds_store: bool = False
@@ -80,7 +79,6 @@ def read_launch() -> Launch:
         world_size,
         local_rank=_number("LOCAL_RANK", str(rank)),
         local_world_size=max(_number("LOCAL_WORLD_SIZE", "1"), 1),
-        under_torchrun=True,
         host=os.environ.get("MASTER_ADDR", ""),
         port=port,
         agent_holds_store=os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True",

@@ -16,7 +16,7 @@ from megatron_lite.data.preparing.indexed_builder import IndexedDatasetBuilder
 from megatron_lite.data.preparing.preprocess import preprocess
 from megatron_lite.storage.disk import Disk
 from megatron_lite.storage.faults import FaultyDisk, RecordingDisk, SimulatedCrash
-from tests.support.preprocess import NULL, TOOL, call, hashes, job, numbers, write_lines
+from tests.support.preprocess import NULL, TOOL, attempt, call, hashes, job, numbers, write_lines
 
 
 def test_shards_merged_are_the_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -56,26 +56,19 @@ def test_a_shard_that_is_none_is_refused(
 def test_a_crash_at_any_operation_is_resumed_to_the_same_bytes(tmp_path: Path) -> None:
     source = numbers(tmp_path / "a.jsonl", 4)
 
-    def attempt(folder: Path, disk: Disk, resume: bool) -> None:
-        preprocess(
-            job(keys=("text", "b"), append_eod=True), inputs=[source],
-            output_prefix=str(folder / "x"), workers=1, disk=disk, resume=resume,
-            batch_bytes=300, mark_seconds=0,
-        )  # fmt: skip
-
     recorded = RecordingDisk()
-    attempt(tmp_path / "whole", recorded, resume=False)
+    attempt(source, tmp_path / "whole", recorded, resume=False)
     expected = hashes(tmp_path / "whole")
     assert len(expected) == 4
     resumed = 0
     for k in range(len(recorded.operations)):
         folder = tmp_path / str(k)
         with pytest.raises(SimulatedCrash):
-            attempt(folder, FaultyDisk(fail_at=k, crash="raise", tear=True), resume=False)
+            attempt(source, folder, FaultyDisk(fail_at=k, crash="raise", tear=True), resume=False)
         complete = [p.name for p in folder.glob("x_*.idx")] if folder.exists() else []
         assert all(hashes(folder)[name] == expected[name] for name in complete)
         resumed += (folder / ".x.partial/journal.json").exists()
-        attempt(folder, Disk(), resume=True)
+        attempt(source, folder, Disk(), resume=True)
         assert hashes(folder) == expected
         assert not [name for name in os.listdir(folder) if name.startswith(".")]
     assert resumed > 20

@@ -13,12 +13,11 @@ import pytest
 
 from megatron_lite.checkpoint.store import POINTER
 from megatron_lite.data.cache import build_or_load
-from megatron_lite.data.preparing.preprocess import preprocess
 from megatron_lite.storage.disk import Disk, write_atomically
 from megatron_lite.storage.faults import RecordingDisk, SimulatedCrash
 from tests.faults.test_save_crashes import CASES, NEW, OLD, loaded, save
 from tests.support.power import PowerCutDisk
-from tests.support.preprocess import hashes, job, numbers
+from tests.support.preprocess import attempt, hashes, numbers
 
 SEEDS = range(3)
 """Each operation is cut so often, each time with another loss."""
@@ -87,26 +86,19 @@ def test_the_simulation_loses_what_was_not_synced(tmp_path):
 def test_a_preprocessing_leaves_nothing_or_whole_pairs_and_is_resumed(tmp_path):
     source = numbers(tmp_path / "a.jsonl", 4)
 
-    def attempt(folder: Path, disk: Disk, resume: bool) -> None:
-        preprocess(
-            job(keys=("text", "b"), append_eod=True), inputs=[source],
-            output_prefix=str(folder / "x"), workers=1, disk=disk, resume=resume,
-            batch_bytes=300, mark_seconds=0,
-        )  # fmt: skip
-
     recorded = RecordingDisk()
-    attempt(tmp_path / "whole", recorded, resume=False)
+    attempt(source, tmp_path / "whole", recorded, resume=False)
     expected = hashes(tmp_path / "whole")
     for k in range(len(recorded.operations)):
         folder = tmp_path / str(k)
         disk = PowerCutDisk(fail_at=k, attic=attic(folder))
         with pytest.raises(SimulatedCrash):
-            attempt(folder, disk, resume=False)
+            attempt(source, folder, disk, resume=False)
         disk.cut(Random(k))
         pairs = [p.name for p in folder.glob("x_*.idx")] if folder.exists() else []
         left = hashes(folder)
         assert all(left[n] == expected[n] for idx in pairs for n in (idx, idx[:-3] + "bin")), k
-        attempt(folder, Disk(), resume=True)
+        attempt(source, folder, Disk(), resume=True)
         assert hashes(folder) == expected, k
         assert not [name for name in os.listdir(folder) if name.startswith(".")]
 

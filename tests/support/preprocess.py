@@ -15,6 +15,8 @@ from megatron_lite.cli import preprocess_data
 from megatron_lite.config.exit import run_tool
 from megatron_lite.config.sections.data import DataConfig
 from megatron_lite.data.preparing.encode import Job
+from megatron_lite.data.preparing.preprocess import preprocess
+from megatron_lite.storage.disk import Disk
 
 TOOL = Path(__file__).parents[2] / "tools" / "preprocess_data.py"
 NULL = ["--tokenizer-type", "NullTokenizer", "--vocab-size", "1000"]
@@ -39,6 +41,15 @@ def hashes(folder: Path, pattern: str = "*document.[bi]*") -> dict[str, str]:
 
 def job(**given: Any) -> Job:
     return Job(DataConfig(tokenizer_type="NullTokenizer"), 1000, **given)
+
+
+def attempt(source: str, folder: Path, disk: Disk, resume: bool) -> None:
+    """Two keys of a corpus in batches of a few lines, each of them marked."""
+    preprocess(
+        job(keys=("text", "b"), append_eod=True), inputs=[source],
+        output_prefix=str(folder / "x"), workers=1, disk=disk, resume=resume,
+        batch_bytes=300, mark_seconds=0,
+    )  # fmt: skip
 
 
 def numbers(path: Path, count: int, seed: int = 0) -> str:

@@ -7,7 +7,6 @@ import os
 from array import array
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -136,11 +135,6 @@ class IndexedDatasetBuilder:
     add_doc = add_document
     merge_file_ = add_index
 
-    @property
-    def num_tokens(self) -> int:
-        """Tokens added so far."""
-        return (self._file.size + self._pending_bytes) // self.dtype.itemsize
-
     def finalize(self, path: str | os.PathLike[str] | None = None) -> None:
         """Write the index (beside the .bin by default) and give both files their names."""
         self.prepare()
@@ -190,12 +184,7 @@ class IndexedDatasetBuilder:
     def __enter__(self) -> IndexedDatasetBuilder:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.abort()
 
     def _append_tokens(self, tokens: Tokens) -> None:
