@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterator
 
-from tests.architecture.test_floors import PACKAGE, ROOT
+from tests.support.places import PACKAGE, ROOT
 
 SOURCES = sorted([*PACKAGE.rglob("*.py"), *(ROOT / "tools").glob("*.py")])
 Documented = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.architecture.test_floors import PACKAGE, ROOT, imports
+from tests.architecture.source import imports
+from tests.support.places import PACKAGE, ROOT
 
 BASE = PACKAGE / "engines" / "base.py"
 OPEN = {"base", "table", "loss_scale"}

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.architecture.test_floors import ROOT
-from tests.architecture.test_habits import SOURCES, dotted
+from tests.architecture.source import SOURCES, dotted
+from tests.support.places import ROOT
 
 OF_A_FIGURE = frozenset(
     [

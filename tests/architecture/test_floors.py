@@ -2,74 +2,17 @@
 
 from __future__ import annotations
 
-import ast
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
-PACKAGE = ROOT / "megatron_lite"
-
-# folder -> folders it may import (its own is always allowed); a folder missing here is an error
-MAY_IMPORT: dict[str, set[str]] = {
-    "config": set(),
-    "storage": {"config"},
-    "blueprint": {"config"},
-    "planner": {"config", "blueprint"},
-    "telemetry": {"config", "blueprint", "storage"},
-    "data": {"config", "storage"},
-    "kernels": set(),
-    "rendezvous": {"config"},
-    "parallel": {"config", "blueprint"},
-    "layers": {"config", "blueprint", "parallel", "kernels"},
-    "models": {"config", "blueprint", "parallel", "layers"},
-    "pipeline": {"blueprint", "parallel"},
-    "optim": {"config", "blueprint", "kernels"},
-    "engines": {"config", "blueprint", "parallel", "optim", "kernels"},
-    "checkpoint": {"config", "blueprint", "parallel", "models", "storage"},
-    "inference": {
-        "config", "blueprint", "parallel", "kernels", "models", "layers", "pipeline", "checkpoint",
-        "data", "telemetry", "storage",
-    },
-    "train": {
-        "config", "blueprint", "rendezvous", "parallel", "kernels", "layers", "models", "pipeline",
-        "optim", "engines", "checkpoint", "inference", "data", "telemetry", "storage",
-    },
-    "rehearsal": {"config", "blueprint", "parallel", "data", "train"},
-    "cli": {
-        "config", "blueprint", "planner", "parallel", "kernels", "layers", "models", "pipeline",
-        "optim", "engines", "checkpoint", "inference", "data", "telemetry", "storage", "train", "rehearsal",
-        "rendezvous",
-    },
-}  # fmt: skip
-
-NEVER: dict[str, set[str]] = {
-    "config": {"torch", "numpy"},
-    "storage": {"torch", "numpy"},
-    "blueprint": {"torch", "numpy"},
-    "planner": {"torch", "numpy"},
-    "telemetry": {"torch"},
-    "data": {"torch.distributed"},
-    "kernels": {"torch.distributed"},
-}
-"""Libraries a folder must not import (torch: nor anything below it)."""
+from tests.architecture.floors import MAY_IMPORT, NEVER
+from tests.architecture.source import imports
+from tests.support.places import PACKAGE, ROOT
 
 OPTIONAL_EXTRAS = {"telemetry/writers.py": {"torch.utils.tensorboard"}}
 """file -> what it may import inside a function although its folder may not."""
-
-
-def imports(path: Path, root: Path) -> Iterator[tuple[int, str]]:
-    """(line, dotted module) of every import, those inside functions and relative ones too."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            yield from ((node.lineno, alias.name) for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            base = node.module or ""
-            if node.level:
-                parts = path.relative_to(root.parent).with_suffix("").parts
-                base = ".".join([*parts[: len(parts) - node.level], *filter(None, [base])])
-            yield from ((node.lineno, f"{base}.{alias.name}") for alias in node.names)
 
 
 def violations(root: Path) -> Iterator[str]:

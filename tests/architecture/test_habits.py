@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.architecture.test_floors import MAY_IMPORT, PACKAGE, ROOT
+from tests.architecture.floors import MAY_IMPORT
+from tests.architecture.source import SOURCES, dotted, other_names, parse
+from tests.support.places import PACKAGE, ROOT
 
-SOURCES = sorted([*PACKAGE.rglob("*.py"), *(ROOT / "tools").rglob("*.py")])
 FOLDERS = sorted(path.parent for path in PACKAGE.rglob("__init__.py") if path.parent != PACKAGE)
 FORBIDDEN_NAMES = {"utils", "util", "helpers", "helper", "common", "misc"}
 FORBIDDEN_MODULES = {"pickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
@@ -22,25 +23,6 @@ FORBIDDEN_CALLS = {
     "torch.distributed.checkpoint.FileSystemReader",
 }  # fmt: skip
 FORBIDDEN_KEYWORDS = {"shell", "allow_pickle", "trust_remote_code"}
-
-
-def dotted(node: ast.expr) -> str:
-    """`a.b.c` of a name or attribute, "" of anything else."""
-    if isinstance(node, ast.Attribute):
-        inner = dotted(node.value)
-        return f"{inner}.{node.attr}" if inner else ""
-    return node.id if isinstance(node, ast.Name) else ""
-
-
-def other_names(tree: ast.AST) -> dict[str, str]:
-    """Name in this file -> what it stands for: `import numpy as np`, `from torch import load`."""
-    found = {}
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            found |= {a.asname: a.name for a in node.names if a.asname}
-        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            found |= {a.asname or a.name: f"{node.module}.{a.name}" for a in node.names}
-    return found
 
 
 def bad_habits(tree: ast.AST) -> Iterator[tuple[int, str]]:
@@ -96,10 +78,6 @@ def environment_reads(tree: ast.AST) -> Iterator[int]:
                 yield node.lineno
         elif isinstance(node, ast.ImportFrom) and node.module == "os":
             yield from (node.lineno for a in node.names if a.name in ("environ", "getenv"))
-
-
-def parse(path: Path) -> ast.AST:
-    return ast.parse(path.read_text(encoding="utf-8"))
 
 
 def test_no_file_has_a_bad_habit() -> None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import ast
-import functools
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
 
-from tests.architecture.test_floors import PACKAGE, ROOT, imports
+from tests.architecture.source import Needs, modules_needed
+from tests.support.places import PACKAGE, ROOT
 
 FUNCTION_LINES, FILE_LINES = 80, 450
 EVERYTHING = sorted(
@@ -42,25 +42,6 @@ def too_much(text: str) -> Iterator[tuple[int, str]]:
                 yield node.lineno, f"{node.name}() has {lines} lines"
         elif isinstance(node, ast.Global):
             yield node.lineno, f"global {', '.join(node.names)}"
-
-
-Needs = dict[str, set[str]]
-
-
-@functools.cache
-def modules_needed(root: Path) -> Needs:
-    """Module of a package -> modules of it that are imported there, wherever in the file."""
-    files = {}
-    for path in root.rglob("*.py"):
-        parts = path.relative_to(root.parent).with_suffix("").parts
-        files[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
-    needs: Needs = {}
-    for name, path in files.items():
-        found = {module for _, module in imports(path, root)}
-        # `from a.b import c` reads as a.b.c: a module, or a name of a.b
-        found = {module if module in files else module.rpartition(".")[0] for module in found}
-        needs[name] = found & files.keys() - {name}
-    return needs
 
 
 def packages_needed(root: Path, modules: Mapping[str, set[str]]) -> Needs:

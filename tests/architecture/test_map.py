@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.architecture.test_floors import MAY_IMPORT, PACKAGE, ROOT
+from tests.architecture.floors import MAY_IMPORT
+from tests.support.places import PACKAGE, ROOT
 
 FIRST, LAST = "tools/  examples/", "storage/"
 

@@ -7,8 +7,8 @@ from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 
-from tests.architecture.test_floors import PACKAGE
-from tests.architecture.test_limits import modules_needed
+from tests.architecture.source import modules_needed
+from tests.support.places import PACKAGE
 
 NOUNS = {
     "train/health": {"train.run"},  # Run: what every question of these rooms is about

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.architecture.test_floors import PACKAGE, ROOT
+from tests.support.places import PACKAGE, ROOT
 
 TOOLS = ROOT / "tools"
 NAMES = sorted({path.stem for path in (PACKAGE / "cli").glob("*.py")} - {"__init__"})

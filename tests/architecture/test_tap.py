@@ -11,8 +11,8 @@ import pytest
 
 from megatron_lite.parallel.context import Axis, ParallelContext
 from megatron_lite.parallel.observer import Observer
-from tests.architecture.test_floors import PACKAGE
-from tests.architecture.test_habits import dotted, other_names, parse
+from tests.architecture.source import dotted, other_names, parse
+from tests.support.places import PACKAGE
 
 TALK = re.compile(
     r"torch\.distributed\.((all_|reduce_)?(reduce|gather|scatter|to_all)\w*|broadcast\w*|barrier"

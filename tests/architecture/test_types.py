@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.architecture.test_floors import NEVER, ROOT
+from tests.architecture.floors import NEVER
+from tests.support.places import ROOT
 
 pytest.importorskip("mypy", reason="extra dev")
 

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.architecture.test_floors import PACKAGE, ROOT
+from tests.support.places import PACKAGE, ROOT
 
 
 def loaded_after(*modules: str) -> set[str]:

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.architecture.test_floors import PACKAGE, ROOT
-from tests.architecture.test_habits import dotted, parse
+from tests.architecture.source import dotted, parse
+from tests.support.places import PACKAGE, ROOT
 
 METHODS = {"write_text", "write_bytes", "tofile", "unlink", "rmdir", "touch", "symlink_to"}
 CALLS = {
