@@ -12,7 +12,7 @@ from megatron_lite.checkpoint.manifest import read_manifest
 from megatron_lite.cli import convert
 from megatron_lite.data.tokenizers.gpt2_bpe import EOD
 from tests.cli.test_convert import MERGES, setting, theirs, tokenizer_files, tool
-from tests.data.test_kept import hugging_face
+from tests.support.tokenizers import hugging_face
 from tests.train.runs import alone
 
 pytestmark = pytest.mark.ci  # every folder of Hugging Face's takes a third of a second

@@ -24,15 +24,11 @@ from megatron_lite.config.errors import ConfigError
 from megatron_lite.config.exit import run_tool
 from megatron_lite.data.indexed import IndexedDataset
 from megatron_lite.data.preparing.flat import document_lengths
-from megatron_lite.data.preparing.indexed_builder import IndexedDatasetBuilder
+from tests.support.corpora import write_pair
 
 
 def write(prefix: Path, documents: list[list[int]], dtype: type = np.uint16) -> Path:
-    with IndexedDatasetBuilder(f"{prefix}.bin", dtype) as builder:
-        for document in documents:
-            builder.add_document(document, [len(document)])
-        builder.finalize(f"{prefix}.idx")
-    return prefix
+    return Path(write_pair(prefix, documents, dtype))
 
 
 def run(tool: ModuleType, *arguments: object) -> int:

@@ -17,7 +17,7 @@ from megatron_lite.checkpoint.manifest import read_manifest
 from megatron_lite.cli import generate
 from megatron_lite.config.exit import run_tool
 from megatron_lite.parallel.context import ParallelContext
-from tests.data.test_kept import write_gpt2
+from tests.support.tokenizers import write_gpt2
 from tests.train.runs import alone
 
 Capture = pytest.CaptureFixture[str]

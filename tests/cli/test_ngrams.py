@@ -15,15 +15,7 @@ import pytest
 from megatron_lite.cli import ngrams
 from megatron_lite.config.exit import run_tool
 from megatron_lite.data.ngrams import NgramModel, count
-from megatron_lite.data.preparing.indexed_builder import IndexedDatasetBuilder
-
-
-def write(prefix: Path, documents: list[list[int]]) -> str:
-    with IndexedDatasetBuilder(prefix.with_suffix(".bin")) as builder:
-        for document in documents:
-            builder.add_document(document, [len(document)])
-        builder.finalize()
-    return str(prefix)
+from tests.support.corpora import write_pair
 
 
 def call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
@@ -77,7 +69,7 @@ def test_each_order_equals_the_plain_definition(
         [[draw.choice([0, 0, 0, 1, 1, 2, 3, 4]) for _ in range(draw.randint(0, 9))]
          for _ in range(30)] + [[0, 1]] for _ in range(2)
     ]  # fmt: skip
-    a, b = (write(tmp_path / name, file) for name, file in zip("ab", files, strict=True))
+    a, b = (write_pair(tmp_path / name, file) for name, file in zip("ab", files, strict=True))
     out = tmp_path / "out.json"
     data = ["--data-path", "1", a, "3", b, "--split", "80,0,20", "--vocab-size", "6"]
     assert call(monkeypatch, *data, "--json", str(out)) == 0
@@ -98,7 +90,7 @@ def test_a_bigram_by_hand(
 ) -> None:
     # trains on 0 1 0 1 0 2: bigrams 01 twice, 10 twice, 02 once; discount 1 / (1 + 2 * 2) = 1/5
     # contexts: one for each of 0, 1, 2, so the discount below is 3 / (3 + 0) = 1: uniform over 3
-    prefix = write(tmp_path / "one", [[0, 1, 0, 1], [0, 2], [1, 0]])
+    prefix = write_pair(tmp_path / "one", [[0, 1, 0, 1], [0, 2], [1, 0]])
     arguments = ["--data-path", prefix, "--split", "67,33,0", "--held-out", "valid"]
     assert call(monkeypatch, *arguments, "--max-order", "2") == 0
     first, second = 1 / 3, (2 - 1 / 5 + 1 / 5 / 3) / 2
@@ -121,7 +113,7 @@ def test_probabilities_of_all_tokens_sum_to_one() -> None:
 def test_an_empty_split_is_refused_with_the_file_and_the_way_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    prefix = write(tmp_path / "one", [[0, 0, 1], [2, 0]])
+    prefix = write_pair(tmp_path / "one", [[0, 0, 1], [2, 0]])
     for split in ("100,0,0", "99,0,1"):
         assert call(monkeypatch, "--data-path", prefix, "--split", split) == 3
         said = capsys.readouterr().err
@@ -133,7 +125,7 @@ def test_an_empty_split_is_refused_with_the_file_and_the_way_out(
 def test_validation_is_held_out_where_a_file_has_nothing_for_testing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    prefix = write(tmp_path / "one", [[0, 0, 1], [2, 0], [1, 0]])
+    prefix = write_pair(tmp_path / "one", [[0, 0, 1], [2, 0], [1, 0]])
     assert call(monkeypatch, "--data-path", prefix, "--split", "67,33,0") == 0
     assert "bigram on the valid split" in capsys.readouterr().out
     assert call(monkeypatch, "--data-path", prefix, "--split", "34,33,33") == 0
@@ -143,7 +135,7 @@ def test_validation_is_held_out_where_a_file_has_nothing_for_testing(
 def test_ids_beyond_the_vocabulary_and_keys_beyond_a_word_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    prefix = write(tmp_path / "one", [[0, 9], [2, 0]])
+    prefix = write_pair(tmp_path / "one", [[0, 9], [2, 0]])
     data = ["--data-path", prefix, "--split", "50,0,50", "--vocab-size"]
     assert call(monkeypatch, *data, "8") == 3
     assert "id 9 is not below 8 ids" in capsys.readouterr().err

@@ -13,9 +13,9 @@ from megatron_lite.config.errors import ConfigError, DataError
 from megatron_lite.config.sections.data import DataConfig
 from megatron_lite.data.blended import BlendedDataset, BlendPlan
 from megatron_lite.data.build import Datasets, build_datasets
-from megatron_lite.data.preparing.indexed_builder import IndexedDatasetBuilder
 from megatron_lite.data.pretrain import GPTDataset, Range, split_ranges
 from tests.data.conftest import WriteDocuments
+from tests.support.corpora import write_pair
 
 SEQ_LENGTH = 16
 
@@ -247,11 +247,7 @@ def test_an_evaluation_split_without_a_sample_is_a_line(
 ) -> None:
     prefixes = []
     for name in "ab"[: len(weights) or 1]:
-        with IndexedDatasetBuilder(tmp_path / f"{name}.bin") as builder:
-            for _ in range(401):
-                builder.add_document([1] * 5, [5])
-            builder.finalize()
-        prefixes.append(str(tmp_path / name))
+        prefixes.append(write_pair(tmp_path / name, [[1] * 5] * 401))
     words = [word for pair in zip(map(str, weights), prefixes, strict=False) for word in pair]
     data = DataConfig(data_path=words or prefixes, split="949,50,1")
     made = build_datasets(data, seq_length=8, seed=1, train_samples=20, valid_samples=4,

@@ -27,42 +27,13 @@ from megatron_lite.data.tokenizers.gpt2_bpe import (
     read_merges,
     tokenizer_json,
 )
-from megatron_lite.data.tokenizers.training import train_bpe
+from tests.data.texts import SENTENCES, hard_texts
 
 LIBRARIES = ("gigatoken", "tiktoken", "tokenizers")
-SENTENCES = [
-    "The quick brown fox jumps over the lazy dog, doesn't it? I'll see.",
-    "def f(x):\n\treturn x ** 2  # 3,14\r\n",
-    "今天天气很好，我们去公园玩吧！（真的）",
-    "naïve café, Straße, Ελλάδα, русский язык 123",
-]
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
-    pytest.importorskip("tokenizers", reason="training needs tokenizers")
-    folder = tmp_path_factory.mktemp("trained")
-    for name, content in train_bpe(SENTENCES * 5, 600, 8).items():
-        (folder / name).write_bytes(content)
-    return str(folder / "gpt2-vocab.json"), str(folder / "gpt2-merges.txt")
 
 
 def installed() -> list[str]:
     return [name for name in LIBRARIES if __import__("importlib.util").util.find_spec(name)]
-
-
-def hard_texts(step: int = 211) -> list[str]:
-    """Every so manieth code point between letters, digits and spaces, and very long runs."""
-    points = [c for c in range(0, 0x110000, step) if not 0xD800 <= c < 0xE000]
-    return [
-        *engines.HARD,
-        *(f"a{chr(c)}b1{chr(c)}2 {chr(c)}, {chr(c)} " for c in points),
-        "a" * 100_000,
-        " " * 20_000 + "x",
-        "字" * 34_000,
-        "!" * 100_000,
-        "".join(chr(c) for c in range(32)) * 50,
-    ]
 
 
 @pytest.mark.parametrize("step", [211, pytest.param(1, marks=pytest.mark.slow)])

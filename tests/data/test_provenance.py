@@ -20,12 +20,12 @@ from megatron_lite.config.sections.data import DataConfig
 from megatron_lite.data.build import Datasets, build_datasets
 from megatron_lite.data.preparing.check import check_hashes, verify
 from megatron_lite.data.preparing.encode import Job
-from megatron_lite.data.preparing.indexed_builder import IndexedDatasetBuilder
 from megatron_lite.data.preparing.preprocess import preprocess
 from megatron_lite.data.provenance import MadeWith, made_with, maker, read_facts
 from megatron_lite.data.tokenizers.build import build_tokenizer
 from megatron_lite.storage.disk import Disk
-from tests.data.test_kept import write_gpt2
+from tests.support.corpora import write_pair
+from tests.support.tokenizers import write_gpt2
 
 MERGES = {"a": [("t", "h"), ("th", "e")], "b": [("h", "e"), ("t", "he")]}  # as many ids
 
@@ -48,10 +48,7 @@ class Corpus:
             )  # fmt: skip
         self.a, self.b = (str(folder / f"{name}_text_document") for name in "ab")
         self.silent = str(folder / "silent")
-        with IndexedDatasetBuilder(f"{self.silent}.bin", np.uint16) as builder:
-            for _ in range(60):
-                builder.add_document([5, 6, 7, 8] * 5, [20])
-            builder.finalize()
+        write_pair(self.silent, [[5, 6, 7, 8] * 5] * 60, np.uint16)
 
     def flags(self, name: str) -> list[str]:
         """The tokenizer as tools take it."""
@@ -159,9 +156,7 @@ def test_facts_of_another_pair_are_refused(corpus: Corpus) -> None:
 
 
 def test_a_pair_written_anew_loses_the_old_facts(corpus: Corpus) -> None:
-    with IndexedDatasetBuilder(f"{corpus.a}.bin", np.uint16) as builder:
-        builder.add_document([1, 2], [2])
-        builder.finalize()
+    write_pair(corpus.a, [[1, 2]], np.uint16)
     assert read_facts(corpus.a) is None
 
 
@@ -194,9 +189,7 @@ def test_tools_refuse_what_training_refuses(
 def test_statistics_show_no_ids_a_tokenizer_lacks(
     corpus: Corpus, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with IndexedDatasetBuilder(f"{corpus.silent}.bin", np.uint16) as builder:
-        builder.add_document([5, 4000], [2])
-        builder.finalize()
+    write_pair(corpus.silent, [[5, 4000]], np.uint16)
     words = [corpus.silent, "--samples", "1", *corpus.flags("a")]
     assert run(dataset_stats, *words) == 3
     assert "token id 4000" in capsys.readouterr().err

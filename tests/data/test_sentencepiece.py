@@ -18,7 +18,7 @@ from megatron_lite.data.tokenizers.sentencepiece import (
     SentencePieceTokenizer,
 )
 from megatron_lite.data.tokenizers.training import SentencePieceSettings, train_sentencepiece
-from tests.data.test_engines import SENTENCES, hard_texts
+from tests.data.texts import SENTENCES, hard_texts
 
 sentencepiece = pytest.importorskip("sentencepiece", reason="sentencepiece is not installed")
 

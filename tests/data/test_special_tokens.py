@@ -14,7 +14,7 @@ from megatron_lite.config.sections.data import DataConfig
 from megatron_lite.data.provenance import read_facts
 from megatron_lite.data.tokenizers.build import build_tokenizer
 from megatron_lite.data.tokenizers.kept import from_kept, tokenizer_files
-from tests.data.test_kept import hugging_face
+from tests.support.tokenizers import hugging_face
 
 Capture = pytest.CaptureFixture[str]
 

@@ -14,10 +14,9 @@ from megatron_lite.config.sections.data import DataConfig
 from megatron_lite.data.tokenizers.build import build_tokenizer, read_vocab_size
 from megatron_lite.data.tokenizers.gpt2_bpe import GPT2BPETokenizer, ranks_of, read_merges
 from megatron_lite.data.tokenizers.tiktoken import PATTERNS, PUBLISHED, RANKS, TikTokenizer
-from tests.data.test_engines import SENTENCES, files, hard_texts
+from tests.data.texts import SENTENCES, hard_texts
 
 tiktoken = pytest.importorskip("tiktoken", reason="tiktoken is not installed")
-__all__ = ["files"]
 
 
 @pytest.fixture(scope="module")

@@ -15,8 +15,8 @@ from megatron_lite.checkpoint.store import Store
 from megatron_lite.config.errors import CheckpointError
 from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.storage.disk import Disk
+from tests.faults.checkpoints import NEW, OLD, loaded, save
 from tests.faults.kills import Counted, Tell
-from tests.faults.test_save_crashes import NEW, OLD, loaded, save
 
 
 def reseal(folder: Path, body: dict[str, Any]) -> None:

@@ -13,11 +13,11 @@ from random import Random
 from megatron_lite.checkpoint.store import POINTER, Store
 from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.storage.disk import Disk
+from tests.faults.checkpoints import NEW, OLD, loaded, save
 from tests.faults.crafted import crafted
 from tests.faults.kept import cache, pair
 from tests.faults.kills import Counted, Tell
 from tests.faults.planted import pickles
-from tests.faults.test_save_crashes import NEW, OLD, loaded, save
 
 
 def _flip(path: Path, random: Random) -> str:

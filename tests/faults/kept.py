@@ -14,8 +14,12 @@ from megatron_lite.data.cache import build_or_load
 from megatron_lite.data.preparing.check import verify_blends
 from megatron_lite.data.preparing.preprocess import preprocess
 from megatron_lite.storage.disk import Disk
-from tests.faults.test_power_cut import arrays
 from tests.support.preprocess import job, numbers
+
+
+def arrays() -> list[tuple[str, np.ndarray]]:
+    random = np.random.default_rng(0)
+    return [(name, random.integers(0, 1 << 40, size)) for name, size in (("a", 100), ("b", 7))]
 
 
 def pair(folder: Path) -> Callable[[Path], str]:

@@ -22,11 +22,10 @@ from megatron_lite.data.cache import build_or_load
 from megatron_lite.data.preparing.check import verify_blends
 from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.storage.disk import Disk
+from tests.faults.checkpoints import NEW, OLD, loaded, save
 from tests.faults.crafted import refused, reseal
-from tests.faults.kept import cache, pair
+from tests.faults.kept import arrays, cache, pair
 from tests.faults.kills import Counted, Tell
-from tests.faults.test_power_cut import arrays
-from tests.faults.test_save_crashes import NEW, OLD, loaded, save
 
 
 class Canary:

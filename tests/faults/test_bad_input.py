@@ -12,16 +12,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from megatron_lite.cli import preprocess_data, pretrain_gpt
 from megatron_lite.config.exit import run_tool
-from megatron_lite.data.preparing.indexed_builder import IndexedDatasetBuilder
+from tests.faults.pairs import NULL, pair
 from tests.support.launch import LAUNCHER_NAMES, TINY, with_flags
 from tests.train.runs import HANDLED
-
-NULL = ["--tokenizer-type", "NullTokenizer", "--vocab-size", "60"]
 
 
 @dataclass(frozen=True)
@@ -39,17 +36,6 @@ class Row:
 
 def flags(*words: str) -> Callable[[Path], list[str]]:
     return lambda folder: list(words)
-
-
-def pair(folder: Path, *documents: list[int]) -> Path:
-    """A .bin/.idx pair; 40 documents of 30 tokens below 60 by default."""
-    random = np.random.default_rng(0)
-    found = documents or [random.integers(0, 60, 30).tolist() for _ in range(40)]
-    with IndexedDatasetBuilder(folder / "d.bin", np.uint16) as builder:
-        for document in found:
-            builder.add_document(document, [len(document)])
-        builder.finalize()
-    return folder / "d"
 
 
 def data(change: Callable[[Path], object], *more: str) -> Callable[[Path], list[str]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
@@ -23,8 +22,7 @@ def require(counted: Counted, least: int) -> None:
 
 
 @pytest.mark.parametrize("kind", damage.FLIPPED)
-def test_flipped_bits_are_found(tmp_path, monkeypatch, kind):
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+def test_flipped_bits_are_found(tmp_path, no_fsync, kind):
     counted = damage.flips(kind)(10, 2, tmp_path, print)
     require(counted, 10)
     found = sum(n for what, n in counted.outcomes.items() if what.startswith("found"))
@@ -33,8 +31,7 @@ def test_flipped_bits_are_found(tmp_path, monkeypatch, kind):
 
 
 @pytest.mark.parametrize("kind", ["crafted", "pickles"])
-def test_hostile_files_are_refused(tmp_path, monkeypatch, kind):
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+def test_hostile_files_are_refused(tmp_path, no_fsync, kind):
     require(damage.CAMPAIGNS[kind](0, 0, tmp_path, print), 12)
 
 

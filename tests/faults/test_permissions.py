@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.test_bad_input import NULL, pair
+from tests.faults.pairs import NULL, pair
 from tests.support.launch import LAUNCHER_NAMES, TINY, TOOL, with_flags
 
 ROOT = Path(__file__).parents[2]

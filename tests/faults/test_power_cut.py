@@ -15,18 +15,14 @@ from megatron_lite.checkpoint.store import POINTER
 from megatron_lite.data.cache import build_or_load
 from megatron_lite.storage.disk import Disk, write_atomically
 from megatron_lite.storage.faults import RecordingDisk, SimulatedCrash
-from tests.faults.test_save_crashes import CASES, NEW, OLD, loaded, save
+from tests.faults.checkpoints import CASES, NEW, OLD, loaded, save
+from tests.faults.kept import arrays
 from tests.support.power import PowerCutDisk
 from tests.support.preprocess import attempt, hashes, numbers
 
+pytestmark = pytest.mark.usefixtures("no_fsync")
 SEEDS = range(3)
 """Each operation is cut so often, each time with another loss."""
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The simulated disk knows what was synced; the real one need not."""
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 
 def attic(folder: Path) -> Path:
@@ -101,11 +97,6 @@ def test_a_preprocessing_leaves_nothing_or_whole_pairs_and_is_resumed(tmp_path):
         attempt(source, folder, Disk(), resume=True)
         assert hashes(folder) == expected, k
         assert not [name for name in os.listdir(folder) if name.startswith(".")]
-
-
-def arrays() -> list[tuple[str, np.ndarray]]:
-    random = np.random.default_rng(0)
-    return [(name, random.integers(0, 1 << 40, size)) for name, size in (("a", 100), ("b", 7))]
 
 
 @pytest.mark.parametrize("before", [False, True], ids=["fresh", "beside another"])

@@ -27,7 +27,7 @@ from megatron_lite.rendezvous.launch import Launch, gather_hosts, read_launch
 from megatron_lite.storage.disk import Disk
 from megatron_lite.train import alike
 from megatron_lite.train.ending.faults import Fault, NoFaults, read_fault
-from tests.faults.test_save_crashes import snapshot
+from tests.faults.checkpoints import snapshot
 from tests.support.launch import (
     LAUNCHER_NAMES,
     TINY,

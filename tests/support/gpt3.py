@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from megatron_lite.data.preparing.indexed_builder import IndexedDatasetBuilder
+from tests.support.corpora import write_pair
 
 ROOT = Path(__file__).resolve().parents[2]
 GPT3 = ROOT / "examples/gpt3"
@@ -38,11 +38,8 @@ def make_folder(folder: Path) -> Path:
     """Token files of two corpora and a vocabulary of 257."""
     folder.mkdir()
     for corpus in ("wiki", "owt"):
-        with IndexedDatasetBuilder(folder / f"{corpus}_text_document.bin") as builder:
-            for number in range(100):
-                document = [(number * 7 + k * k) % 256 for k in range(30)] + [256]
-                builder.add_document(document, [len(document)])
-            builder.finalize()
+        documents = ([(n * 7 + k * k) % 256 for k in range(30)] + [256] for n in range(100))
+        write_pair(folder / f"{corpus}_text_document", documents)
     text = folder / "text.json"
     text.write_text('{"text": "one two three"}\n')
     tool = [sys.executable, str(ROOT / "tools/train_tokenizer.py"), "--input", str(text)]

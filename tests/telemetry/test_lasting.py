@@ -17,8 +17,8 @@ from megatron_lite.telemetry import lasting
 from megatron_lite.telemetry.lasting import Lasting
 from megatron_lite.telemetry.record import Record, read_metrics
 from megatron_lite.telemetry.writers import JsonLines, TensorBoard, WeightsAndBiases
-from tests.telemetry.test_console import STEP
-from tests.telemetry.test_writers import read_events
+from tests.telemetry.records import STEP
+from tests.telemetry.tensorboard import read_events
 
 
 class Clock:

@@ -11,20 +11,11 @@ import pytest
 
 from megatron_lite.config.errors import DataError
 from megatron_lite.telemetry.record import (
-    EvaluationRecord,
-    SaveRecord,
-    TimingRecord,
     from_json,
     read_metrics,
     to_json,
 )
-from tests.telemetry.test_console import STEP
-
-EVALUATION = EvaluationRecord(iteration=5, split="test", samples=80, loss=2.5, seconds=0.5)
-TIMING = TimingRecord(
-    iteration=5, samples=80, smallest={"optimizer": 0.5}, largest={"optimizer": math.inf}
-)
-SAVE = SaveRecord(iteration=5, bytes=123, seconds=0.1, folder="f")
+from tests.telemetry.records import EVALUATION, SAVE, STEP, TIMING
 
 
 def refuse(constant: str) -> float:

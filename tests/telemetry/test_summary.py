@@ -14,7 +14,7 @@ import pytest
 from megatron_lite.config.errors import DataError
 from megatron_lite.telemetry.record import EvaluationRecord, to_json
 from megatron_lite.telemetry.summary import describe_losses, measure_speed, never_ran, smoothed
-from tests.telemetry.test_console import STEP
+from tests.telemetry.records import STEP
 
 REPORT = Path(__file__).resolve().parents[2] / "tools" / "report.py"
 

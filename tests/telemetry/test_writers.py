@@ -20,8 +20,8 @@ from megatron_lite.telemetry.writers import (
     open_writers,
     scalars,
 )
-from tests.telemetry.test_console import STEP
-from tests.telemetry.test_record import EVALUATION, SAVE, TIMING
+from tests.telemetry.records import EVALUATION, SAVE, STEP, TIMING
+from tests.telemetry.tensorboard import read_events
 
 DISK = Disk()
 
@@ -83,17 +83,6 @@ def test_a_folder_that_cannot_be_is_a_storage_error(tmp_path: Path):
         opened(JsonLines(tmp_path / "file" / "metrics.jsonl", resumed_iteration=0, disk=DISK))
     with pytest.raises(StorageError, match="file"):
         opened(TensorBoard(tmp_path / "file" / "tb", config=TelemetryConfig(), disk=DISK))
-
-
-def read_events(folder: Path) -> dict[str, list[tuple[int, float]]]:
-    """tag -> (step, value) as TensorBoard's own reader sees them."""
-    module = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    accumulator = module.EventAccumulator(str(folder))
-    accumulator.Reload()
-    return {
-        tag: [(event.step, event.value) for event in accumulator.Scalars(tag)]
-        for tag in accumulator.Tags()["scalars"]
-    }
 
 
 def test_tensorboard_reads_what_we_wrote(tmp_path: Path):

@@ -15,20 +15,15 @@ import pytest
 from megatron_lite.checkpoint.manifest import read_manifest
 from megatron_lite.cli import generate as generate_tool
 from megatron_lite.config.errors import CheckpointError, DataError
-from megatron_lite.data.preparing.indexed_builder import IndexedDatasetBuilder
-from tests.data.test_kept import write_gpt2
+from tests.support.corpora import growing, write_pair
+from tests.support.tokenizers import write_gpt2
 from tests.train.runs import Outcome, alone, curve, steps
 
 
 def corpus(prefix: Path, seed: int, documents: int = 60) -> str:
     """Random documents of ids below 60."""
     prefix.parent.mkdir(exist_ok=True)
-    with IndexedDatasetBuilder(f"{prefix}.bin") as builder:
-        for number in range(documents):
-            document = [(number * seed + k * k) % 60 for k in range(5 + number % 23)] + [60]
-            builder.add_document(document, [len(document)])
-        builder.finalize()
-    return str(prefix)
+    return write_pair(prefix, growing(documents, seed))
 
 
 @pytest.fixture

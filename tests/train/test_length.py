@@ -12,7 +12,7 @@ import pytest
 from megatron_lite.checkpoint.progress import Progress
 from megatron_lite.config.errors import DataError
 from megatron_lite.data.loader import Loader
-from megatron_lite.data.preparing.indexed_builder import IndexedDatasetBuilder
+from tests.support.corpora import write_pair
 from tests.train.runs import Outcome, alone, evaluations, steps
 
 pytestmark = pytest.mark.ci
@@ -22,12 +22,9 @@ RAMP = ["--global-batch-size", "8", "--rampup-batch-size", "2", "2", "24", "--tr
 
 def token_file(folder: Path, name: str, documents: int) -> str:
     random = np.random.default_rng(documents)
-    with IndexedDatasetBuilder(folder / f"{name}.bin") as builder:
-        for _ in range(documents):
-            document = [*random.integers(0, 60, 17).tolist(), 60]
-            builder.add_document(document, [len(document)])
-        builder.finalize()
-    return str(folder / name)
+    return write_pair(
+        folder / name, ([*random.integers(0, 60, 17).tolist(), 60] for _ in range(documents))
+    )
 
 
 @pytest.fixture(scope="module")
@@ -211,11 +208,8 @@ def test_validation_data_that_are_read_once_are_read_again(
 def test_a_batch_without_a_counted_token_is_skipped_by_its_samples(
     tmp_path: Path, folder: Path
 ) -> None:
-    with IndexedDatasetBuilder(tmp_path / "ends.bin") as builder:
-        for _ in range(90):
-            builder.add_document([60] * 8, [8])
-        builder.finalize()
-    ends = ["--data-path", str(tmp_path / "ends"), "--split", "100,0,0", "--eod-mask-loss"]
+    pair = write_pair(tmp_path / "ends", [[60] * 8] * 90)
+    ends = ["--data-path", pair, "--split", "100,0,0", "--eod-mask-loss"]
     done = kept(folder, *ends)
     assert done.rc == 0, done.err
     assert "iteration 1: no token of the samples 0 to 3 counts in the loss" in done.err
