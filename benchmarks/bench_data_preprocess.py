@@ -39,7 +39,7 @@ from megatron_lite.cli.demo_corpus import code_documents, docs_documents
 from megatron_lite.config.exit import ToolParser, run_tool
 from megatron_lite.config.sections.data import DataConfig
 from megatron_lite.data.preparing.encode import Job, batch_bytes_for
-from megatron_lite.data.preparing.inputs import plan, read_batches
+from megatron_lite.data.preparing.inputs import plan_inputs, read_batches
 from megatron_lite.data.preparing.preprocess import preprocess
 from megatron_lite.data.tokenizers.training import (
     SentencePieceSettings,
@@ -100,7 +100,7 @@ def write_corpus(path: Path, size: int, pieces: list[str], seed: int = 0) -> Non
 def texts_of(path: Path, limit: int, batch_bytes: int) -> Iterator[list[str]]:
     """Batches of texts, parsed before any clock runs."""
     reader, size = Job(DataConfig()).reader(), 0
-    for batch in read_batches(plan([str(path)]), batch_bytes):
+    for batch in read_batches(plan_inputs([str(path)]), batch_bytes):
         yield reader.parse(batch).keys[0].texts
         size += len(batch.data)
         if size >= limit:

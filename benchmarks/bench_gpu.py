@@ -102,7 +102,7 @@ def main() -> int:
     for name, extra in (("eager", ()), ("torch.compile", ("--torch-compile",))):
         run = build(asked.micro_batch_size, *extra)
         if name == "eager":
-            print(choose_attention(run.setting, training=True).why)
+            print(choose_attention(run.context, training=True).why)
         rates[name] = measure(name, run, asked.micro_batch_size, asked.steps)
         kernels(run, asked.micro_batch_size)
         del run

@@ -60,7 +60,9 @@ def main() -> None:
     gpu = torch.cuda.is_available()
     measured = []
     for trial in others(gpu=gpu, devices=device.devices_per_node):
-        measured.append(calibrate.measure(trial, tool=TOOL, steps=STEPS, environment=os.environ))
+        measured.append(
+            calibrate.measure_trial(trial, tool=TOOL, steps=STEPS, environment=os.environ)
+        )
         print(f"  measured {trial.name}", file=sys.stderr, flush=True)
     print("\npredicted")
     print("\n".join(explained(device, measured)))

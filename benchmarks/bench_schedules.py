@@ -17,7 +17,7 @@ from torch.distributed.pipelining.schedules import _Action, _add_send_recv
 
 from megatron_lite.blueprint.schedules import SCHEDULES
 from megatron_lite.blueprint.schedules.actions import Schedule
-from megatron_lite.blueprint.schedules.check import check
+from megatron_lite.blueprint.schedules.check import check_schedule
 from megatron_lite.blueprint.schedules.lower import lower
 
 PP, MICROBATCHES, REPEATS = 8, 1536, 3
@@ -66,7 +66,7 @@ def main() -> None:
         makes = seconds(lambda name=name: generated(name, MICROBATCHES))
         lowers = seconds(lambda schedule=schedule: lower(schedule))
         checks = seconds(
-            lambda lowered=lowered, schedule=schedule: check(
+            lambda lowered=lowered, schedule=schedule: check_schedule(
                 lowered, schedule.placement, MICROBATCHES
             )
         )

@@ -142,7 +142,7 @@ def memory(run: Run) -> None:
         storage = tensor.untyped_storage()
         held[storage.data_ptr()] = storage.nbytes()
     extra = sum(p.grad.nbytes for p in own if p.grad is not None)
-    fp32 = run.setting.precision.name == "fp32"
+    fp32 = run.context.precision.name == "fp32"
     formula = 16 if fp32 else 18
     print(
         f"memory: {sum(held.values()) / parameters:.2f} bytes per parameter held, formula {formula} "

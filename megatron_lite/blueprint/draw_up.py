@@ -21,10 +21,10 @@ from megatron_lite.blueprint.parameters import (
 )
 from megatron_lite.blueprint.schedules import SCHEDULES
 from megatron_lite.blueprint.schedules.actions import Lowered, Schedule
-from megatron_lite.blueprint.schedules.check import check
-from megatron_lite.blueprint.schedules.forward_only import forward_only
+from megatron_lite.blueprint.schedules.check import check_schedule
+from megatron_lite.blueprint.schedules.forward_only import forward_only_schedule
 from megatron_lite.blueprint.schedules.lower import lower
-from megatron_lite.blueprint.stages import Placement, Stage, cut_stages
+from megatron_lite.blueprint.stages import Placement, StageLayers, cut_stages
 from megatron_lite.config.pipeline import pipeline
 from megatron_lite.config.rules.table import check_sizes
 from megatron_lite.config.sections.model import ModelConfig
@@ -48,7 +48,7 @@ class Blueprint:
     model: ModelConfig
     grid: RankGrid
     schedule: str
-    stages: tuple[Stage, ...]
+    stages: tuple[StageLayers, ...]
     placement: Placement
     vocab_size: int
     padded_vocab_size: int
@@ -86,7 +86,7 @@ class Blueprint:
         batches = self.batch_schedule
         return batches.microbatches(batches.final_batch_size if samples is None else samples)
 
-    def stages_of(self, pp_rank: int) -> tuple[Stage, ...]:
+    def stages_of(self, pp_rank: int) -> tuple[StageLayers, ...]:
         """The stages a pp rank holds, in order of layers."""
         return tuple(s for s in self.stages if self.placement[s.index] == pp_rank)
 
@@ -142,12 +142,12 @@ def _training(name: str, placement: Placement, num_microbatches: int) -> Lowered
 
 @lru_cache(maxsize=2)
 def _evaluation(placement: Placement, num_microbatches: int) -> Lowered:
-    return _checked(forward_only(placement, num_microbatches), num_microbatches)
+    return _checked(forward_only_schedule(placement, num_microbatches), num_microbatches)
 
 
 def _checked(schedule: Schedule, num_microbatches: int) -> Lowered:
     lowered = lower(schedule)
-    check(lowered, schedule.placement, num_microbatches)
+    check_schedule(lowered, schedule.placement, num_microbatches)
     return lowered
 
 

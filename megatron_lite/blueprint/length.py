@@ -20,7 +20,7 @@ class Length(NamedTuple):
     samples: int
 
 
-class Counts(TypedDict):
+class SampleCounts(TypedDict):
     """Samples to provide of each split; as arguments of build_datasets."""
 
     train_samples: int
@@ -42,7 +42,7 @@ def run_length(train: TrainConfig, batches: BatchSchedule) -> Length | None:
 
 def sample_counts(
     train: TrainConfig, batches: BatchSchedule, *, validation_samples: int = 0
-) -> Counts:
+) -> SampleCounts:
     """What datasets must hold: all that will be read, and at least what Megatron asks for.
 
     Megatron's number decides how often the data repeat and so their order: full batches throughout,
@@ -57,12 +57,14 @@ def sample_counts(
     else:
         reads += max(0, length.iterations * full - batches.anew().samples_after(length.iterations))
     if train.skip_train:
-        return Counts(train_samples=0, valid_samples=per_evaluation, test_samples=per_evaluation)
+        return SampleCounts(
+            train_samples=0, valid_samples=per_evaluation, test_samples=per_evaluation
+        )
     valid = (_evaluations(train, 0, length.iterations) + 1) * per_evaluation
     if per_evaluation:
         ahead = _evaluations(train, batches.done[0], length.iterations) + 1
         valid = max(valid, validation_samples + ahead * per_evaluation)
-    return Counts(train_samples=reads, valid_samples=valid, test_samples=per_evaluation)
+    return SampleCounts(train_samples=reads, valid_samples=valid, test_samples=per_evaluation)
 
 
 def _evaluations(train: TrainConfig, first: int, last: int) -> int:

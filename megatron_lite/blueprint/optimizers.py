@@ -57,12 +57,12 @@ class Treatment:
 
 
 ADAM = Treatment("adam", (State("exp_avg"), State("exp_avg_sq")))
-SGD = Treatment("sgd")
+PLAIN_SGD = Treatment("sgd")
 MOMENTUM = Treatment("sgd", (State("momentum"),))
 
 OPTIMIZERS: dict[str, Callable[[OptimConfig, Tensor], Treatment]] = {
     "adam": lambda optim, tensor: ADAM,
-    "sgd": lambda optim, tensor: MOMENTUM if optim.sgd_momentum else SGD,
+    "sgd": lambda optim, tensor: MOMENTUM if optim.sgd_momentum else PLAIN_SGD,
 }
 """A row may look at the tensor's kind and shape: several rules in one run."""
 

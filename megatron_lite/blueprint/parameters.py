@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from megatron_lite.blueprint.figure.parts import Figure, Tensor
 from megatron_lite.blueprint.figure.transformer import figure_of
-from megatron_lite.blueprint.stages import Stage
+from megatron_lite.blueprint.stages import StageLayers
 from megatron_lite.config.sections.model import ModelConfig
 
 
@@ -53,13 +53,13 @@ class ParamSpec:
 
 
 def parameter_table(
-    model: ModelConfig, stages: Sequence[Stage], *, padded_vocab_size: int
+    model: ModelConfig, stages: Sequence[StageLayers], *, padded_vocab_size: int
 ) -> tuple[ParamSpec, ...]:
     """All parameters, stage by stage in the modules' order."""
     return table_of(figure_of(model, padded_vocab_size), stages)
 
 
-def table_of(figure: Figure, stages: Sequence[Stage]) -> tuple[ParamSpec, ...]:
+def table_of(figure: Figure, stages: Sequence[StageLayers]) -> tuple[ParamSpec, ...]:
     """The same of any figure."""
     return tuple(spec for stage in stages for spec in _stage_parameters(figure, stage))
 
@@ -83,7 +83,7 @@ def held_by(table: Iterable[ParamSpec], held_stages: Iterable[int]) -> Iterable[
     return {spec.name: spec for spec in table if spec.stage in held}.values()
 
 
-def stage_tensors(figure: Figure, stage: Stage) -> Iterator[Tensor]:
+def stage_tensors(figure: Figure, stage: StageLayers) -> Iterator[Tensor]:
     """The canonical tensors that a stage holds, in the modules' order."""
     if stage.has_embedding:
         yield from figure.embedding.tensors()
@@ -96,7 +96,7 @@ def stage_tensors(figure: Figure, stage: Stage) -> Iterator[Tensor]:
         yield from figure.head.tensors()
 
 
-def _stage_parameters(figure: Figure, stage: Stage) -> Iterator[ParamSpec]:
+def _stage_parameters(figure: Figure, stage: StageLayers) -> Iterator[ParamSpec]:
     lent = stage.has_head and figure.tied and not stage.has_embedding
     table = {tensor.name for tensor in figure.tokens.tensors()} if lent else set()
     for tensor in stage_tensors(figure, stage):

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from megatron_lite.blueprint.draw_up import Blueprint
 from megatron_lite.blueprint.schedules.simulate import simulate
 from megatron_lite.blueprint.stage_cost import flops_cost
-from megatron_lite.blueprint.stages import Stage
+from megatron_lite.blueprint.stages import StageLayers
 
 _PHASES_SHOWN = 6
 
@@ -60,7 +60,7 @@ def _parameters(blueprint: Blueprint) -> Iterator[str]:
         yield f"{blueprint.rank_parameters(pp_rank):,} per rank of pp {pp_rank}: {stages}"
 
 
-def _stage(stage: Stage) -> str:
+def _stage(stage: StageLayers) -> str:
     many = len(stage.layers) > 1
     layers = f"layer{'s' * many} {stage.layers[0]}" if stage.layers else "no layers"
     layers += f"-{stage.layers[-1]}" if many else ""

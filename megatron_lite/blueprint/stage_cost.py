@@ -9,11 +9,11 @@ from megatron_lite.blueprint.figure.transformer import figure_of
 from megatron_lite.blueprint.flops import core_forward, head_forward, layer_forward
 from megatron_lite.blueprint.schedules.actions import Action, Op
 from megatron_lite.blueprint.schedules.simulate import Cost
-from megatron_lite.blueprint.stages import Stage
+from megatron_lite.blueprint.stages import StageLayers
 from megatron_lite.config.sections.model import ModelConfig
 
 
-def flops_cost(model: ModelConfig, stages: Sequence[Stage], padded_vocab_size: int) -> Cost:
+def flops_cost(model: ModelConfig, stages: Sequence[StageLayers], padded_vocab_size: int) -> Cost:
     """Matrix products of each action, causal attention; the lookup of an embedding costs none.
 
     The gradient of the input repeats forward's products and adds attention's core a second time
@@ -28,7 +28,7 @@ def flops_cost(model: ModelConfig, stages: Sequence[Stage], padded_vocab_size: i
     def core(layer: Parts) -> int:
         return core_forward(layer, model.seq_length, "causal")
 
-    def of_stage(stage: Stage) -> dict[Op, float]:
+    def of_stage(stage: StageLayers) -> dict[Op, float]:
         layers, cores = (figure.total(value, stage.layers) for value in (whole, core))
         head = head_forward(figure) * stage.has_head
         return {

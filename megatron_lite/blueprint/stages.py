@@ -10,7 +10,7 @@ Placement = tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Stage:
+class StageLayers:
     """A run of layers that one pp rank computes in one go; layers carry their global numbers."""
 
     index: int
@@ -30,12 +30,12 @@ def folded(pp: int, num_chunks: int = 2) -> Placement:
     return (*there, *there[::-1]) * (num_chunks // 2)
 
 
-def cut_stages(counts: Sequence[int]) -> tuple[Stage, ...]:
+def cut_stages(counts: Sequence[int]) -> tuple[StageLayers, ...]:
     """Stages of so many layers each; the embedding before the first, the head after the last."""
     stages, start = [], 0
     for index, count in enumerate(counts):
         stages.append(
-            Stage(
+            StageLayers(
                 index=index,
                 layers=tuple(range(start, start + count)),
                 has_embedding=index == 0,

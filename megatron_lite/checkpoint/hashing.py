@@ -11,10 +11,10 @@ from typing import TypeVar
 
 from megatron_lite.storage.disk import Bytes
 
-Result = TypeVar("Result")
+_Result = TypeVar("_Result")
 _MIB = 1 << 20
 BLOCKS = "sha256-4MiB"
-KINDS = {BLOCKS: 4 * _MIB, "sha256": None}
+HASH_KINDS = {BLOCKS: 4 * _MIB, "sha256": None}
 """Kind of hash -> bytes of a block: the sha256 of the blocks' sha256 values, one after the other, so
 that one file keeps several cores busy.  None: of the whole content, as manifests before version 2."""
 
@@ -29,7 +29,7 @@ class Hasher:
     """
 
     def __init__(self, kind: str = BLOCKS) -> None:
-        self._block = KINDS[kind]
+        self._block = HASH_KINDS[kind]
         self._whole = hashlib.sha256()  # of the digests, or of the content
         self._parts: list[memoryview] = []
         self._filled = 0
@@ -60,7 +60,7 @@ class Hasher:
         self._running.append(self._pool().submit(_digest, self._parts))
         self._parts, self._filled = [], 0
 
-    def beside(self, task: Callable[[], Result]) -> Future[Result]:
+    def beside(self, task: Callable[[], _Result]) -> Future[_Result]:
         """Run something in the same threads, in turn with the hashing: for what is still in the cache."""
         return self._pool().submit(task)
 

@@ -24,9 +24,9 @@ from megatron_lite.checkpoint.manifest import NAME, TOKENIZER, Manifest, StoredP
 from megatron_lite.checkpoint.progress import Progress
 from megatron_lite.checkpoint.store import POINTER, Store
 from megatron_lite.checkpoint.tensor_file import (
-    DTYPES,
-    FORMATS,
-    Form,
+    SAFETENSORS_NAMES,
+    TORCH_DTYPES,
+    TensorForm,
     Written,
     write_bytes,
     write_stream,
@@ -90,7 +90,7 @@ class Place(NamedTuple):
 
     file: Path
     name: str
-    form: Form
+    form: TensorForm
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,20 +213,20 @@ def _no_safetensors(folder: Path) -> str:
     )
 
 
-def _forms(path: Path) -> dict[str, Form]:
+def _forms(path: Path) -> dict[str, TensorForm]:
     """The header of a file; the library checks it against the file's size."""
     found = {}
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             for name in file.keys():  # noqa: SIM118  it is no dict
                 piece = file.get_slice(name)
-                dtype = FORMATS.get(piece.get_dtype())
+                dtype = TORCH_DTYPES.get(piece.get_dtype())
                 if dtype is None or not dtype.is_floating_point:
                     raise CheckpointError(
                         f"{path}: {name} has the format {piece.get_dtype()}; weights are read in "
-                        f"{', '.join(name for name, one in FORMATS.items() if one.is_floating_point)}"
+                        f"{', '.join(name for name, one in TORCH_DTYPES.items() if one.is_floating_point)}"
                     )
-                found[name] = Form(dtype, tuple(piece.get_shape()))
+                found[name] = TensorForm(dtype, tuple(piece.get_shape()))
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} is damaged or no safetensors file: {error}") from error
     return found
@@ -266,7 +266,7 @@ def import_folder(
     for number, group in enumerate(groups):
         name = f"weights-{number:05d}.safetensors"
         forms = {
-            ours: Form(source.places[c.theirs].form.dtype, shape)
+            ours: TensorForm(source.places[c.theirs].form.dtype, shape)
             for c in group
             for ours, shape in c.ours.items()
         }
@@ -274,7 +274,7 @@ def import_folder(
         files[name] = write_stream(folder / name, forms, parts, disk)
         for ours, form in forms.items():
             piece = StoredPiece(name, ours, (0,) * len(form.shape), form.shape)
-            tensors[ours] = StoredTensor(form.shape, DTYPES[form.dtype], (piece,))
+            tensors[ours] = StoredTensor(form.shape, SAFETENSORS_NAMES[form.dtype], (piece,))
     if tokenizer:
         disk.make_folder(folder / TOKENIZER)
     for name, content in tokenizer.items():
@@ -307,9 +307,9 @@ class Export:
         """Of all tensors."""
         return sum(self.form(conversion).bytes for conversion in self.conversions)
 
-    def form(self, conversion: Conversion) -> Form:
+    def form(self, conversion: Conversion) -> TensorForm:
         """How a tensor of theirs is written."""
-        return Form(self.dtype, conversion.shape)
+        return TensorForm(self.dtype, conversion.shape)
 
     def tensor(self, conversion: Conversion) -> Tensor:
         """One tensor of theirs, put together from our pieces."""
@@ -345,7 +345,7 @@ def plan_export(
         manifest, folder,
     )  # fmt: skip
     if dtype is None:
-        dtype = FORMATS[manifest.tensors[next(iter(stored.values()))].dtype]
+        dtype = TORCH_DTYPES[manifest.tensors[next(iter(stored.values()))].dtype]
     return Export(store, manifest, model, wanted, stored, dtype)
 
 

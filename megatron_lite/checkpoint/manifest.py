@@ -15,8 +15,8 @@ from typing import Any
 
 from megatron_lite.checkpoint.hashing import BLOCKS, Hasher
 from megatron_lite.checkpoint.progress import Progress
-from megatron_lite.checkpoint.schema import items, mapping, number, whole, wholes, word
-from megatron_lite.checkpoint.tensor_file import FORMATS, Written
+from megatron_lite.checkpoint.schema import checked_int, items, mapping, number, wholes, word
+from megatron_lite.checkpoint.tensor_file import TORCH_DTYPES, Written
 from megatron_lite.config.errors import CheckpointError
 from megatron_lite.storage.reading import NotPlain, read_plain
 
@@ -105,7 +105,7 @@ def read_manifest(folder: Path) -> Manifest:
         body = mapping(outer["body"], "body")
         if outer["sha256"] != _hash(body):
             raise CheckpointError(f"{path} is damaged: its content does not match its hash")
-        if body["format"] != FORMAT or whole(body["version"], "version", low=1) > VERSION:
+        if body["format"] != FORMAT or checked_int(body["version"], "version", low=1) > VERSION:
             raise CheckpointError(
                 f"{path} has format {body['format']} version {body['version']}; this program reads "
                 f"{FORMAT} up to version {VERSION}"
@@ -127,7 +127,7 @@ def read_manifest(folder: Path) -> Manifest:
 def _manifest(body: dict[str, Any]) -> Manifest:
     """The body as a Manifest; KeyError or ValueError where it is none."""
     manifest = Manifest(
-        iteration=whole(body["iteration"], "iteration"),
+        iteration=checked_int(body["iteration"], "iteration"),
         progress=Progress.from_json(body["progress"]),
         config=mapping(body["config"], "config"),
         files={_file(name): Written.from_json(w) for name, w in _named(body, "files")},
@@ -161,9 +161,9 @@ def _tokenizer(stored: object) -> dict[str, Any]:
         if name in ("type", "fingerprint"):
             word(value, f"tokenizer.{name}")
         elif name in ("vocab_size", "padded_vocab_size"):
-            whole(value, f"tokenizer.{name}", low=1)
+            checked_int(value, f"tokenizer.{name}", low=1)
         elif name == "eod" and value is not None:
-            whole(value, "tokenizer.eod")
+            checked_int(value, "tokenizer.eod")
     return facts
 
 
@@ -178,7 +178,7 @@ def _data(stored: object) -> dict[str, Any]:
             wholes(values["documents"], f"documents {where}", 2)
             number(values["weight"], f"weight {where}")
             epochs, _ = items(values["epochs"], f"epochs {where}", 2)
-            whole(epochs, f"epochs {where}")
+            checked_int(epochs, f"epochs {where}")
     return facts
 
 
@@ -187,7 +187,7 @@ def _tensor(name: str, stored: object) -> StoredTensor:
     shape = wholes(values["shape"], f"the shape of {name}")
     if len(shape) > _MOST_DIMS:
         raise ValueError(f"{name} has {len(shape)} dims")
-    dtype = word(values["dtype"], f"the format of {name}", FORMATS)
+    dtype = word(values["dtype"], f"the format of {name}", TORCH_DTYPES)
     pieces = []
     for piece in items(values["pieces"], f"the pieces of {name}"):
         file, key, *place = items(piece, f"a piece of {name}", 4)
@@ -213,7 +213,7 @@ def _require_room(manifest: Manifest) -> None:
         for piece in tensor.pieces:
             if piece.file not in needed:
                 raise ValueError(f"{name} lies in {piece.file!r}, which is not listed")
-            needed[piece.file] += math.prod(piece.lengths) * FORMATS[tensor.dtype].itemsize
+            needed[piece.file] += math.prod(piece.lengths) * TORCH_DTYPES[tensor.dtype].itemsize
     for file, size in needed.items():
         if size > manifest.files[file].bytes:
             raise ValueError(
@@ -261,14 +261,14 @@ def verify_files(
 
 def _verify_content(path: Path, expected: Written, read: Callable[[int], None]) -> None:
     try:
-        found = hash_of(path, expected.kind, read)
+        found = hash_file(path, expected.kind, read)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
     if found != expected:
         raise CheckpointError(f"{path} is damaged: its content does not match its hash")
 
 
-def hash_of(
+def hash_file(
     path: Path, kind: str = BLOCKS, read: Callable[[int], None] = lambda count: None
 ) -> Written:
     """Size and hash of a file as it lies on the disk; read: told the bytes of every part."""

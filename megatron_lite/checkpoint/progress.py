@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from megatron_lite.blueprint.batches import BatchSchedule
-from megatron_lite.checkpoint.schema import items, mapping, number, whole, wholes
+from megatron_lite.checkpoint.schema import checked_int, items, mapping, number, wholes
 
 _COUNTERS = (
     "step", "samples", "tokens", "lr_samples", "optimizer_steps", "skipped_steps",
@@ -72,7 +72,7 @@ class Progress:
         known = {f.name for f in fields(cls)}
         progress = cls(**{key: value for key, value in values.items() if key in known})
         for name in _COUNTERS:
-            whole(getattr(progress, name), f"progress.{name}")
+            checked_int(getattr(progress, name), f"progress.{name}")
         for key, value in mapping(progress.loss_scale, "progress.loss_scale").items():
             number(value, f"progress.loss_scale.{key}")
         for key, listed in mapping(progress.recent, "progress.recent").items():

@@ -13,7 +13,7 @@ LARGEST = 2**62
 """Counters and sizes live in int64, and sums of two of them, too."""
 
 
-def whole(value: object, name: str, *, low: int = 0, high: int = LARGEST) -> int:
+def checked_int(value: object, name: str, *, low: int = 0, high: int = LARGEST) -> int:
     """A whole number from low to high."""
     if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
         raise ValueError(f"{name} is {_short(value)}, not a whole number from {low} to {high}")
@@ -53,7 +53,7 @@ def mapping(value: object, name: str) -> dict[str, Any]:
 
 def wholes(value: object, name: str, count: int | None = None) -> tuple[int, ...]:
     """A list of whole numbers from 0."""
-    return tuple(whole(item, name) for item in items(value, name, count))
+    return tuple(checked_int(item, name) for item in items(value, name, count))
 
 
 def _short(value: object) -> str:

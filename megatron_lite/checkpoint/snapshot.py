@@ -17,7 +17,7 @@ from megatron_lite.config.errors import StorageError
 from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.parallel.shard import NamedSlice
 
-KINDS = ("weights", "optimizer")
+FILE_KINDS = ("weights", "optimizer")
 """A rank writes one file of each, where it has any."""
 
 

@@ -44,7 +44,12 @@ from megatron_lite.checkpoint.manifest import (
 )
 from megatron_lite.checkpoint.progress import Progress
 from megatron_lite.checkpoint.snapshot import UNKNOWN, Origin, Snapshot, share
-from megatron_lite.checkpoint.tensor_file import DTYPES, Written, write_bytes, write_tensors
+from megatron_lite.checkpoint.tensor_file import (
+    SAFETENSORS_NAMES,
+    Written,
+    write_bytes,
+    write_tensors,
+)
 from megatron_lite.config.errors import CheckpointError, NumericsError, StorageError
 from megatron_lite.parallel.collectives import MAX, all_reduce, barrier
 from megatron_lite.parallel.context import ParallelContext
@@ -234,7 +239,15 @@ class Store:
             )
             part["files"][file] = dataclasses.astuple(written)
             part["tensors"] += [
-                [s.name, s.shape, DTYPES[s.data.dtype], file, key, s.offset, tuple(s.data.shape)]
+                [
+                    s.name,
+                    s.shape,
+                    SAFETENSORS_NAMES[s.data.dtype],
+                    file,
+                    key,
+                    s.offset,
+                    tuple(s.data.shape),
+                ]
                 for key, s in keys.items()
             ]
         if self.ctx.rank == 0:

@@ -18,12 +18,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from megatron_lite.checkpoint.hashing import BLOCKS, KINDS, Hasher
-from megatron_lite.checkpoint.schema import mapping, whole, word
+from megatron_lite.checkpoint.hashing import BLOCKS, HASH_KINDS, Hasher
+from megatron_lite.checkpoint.schema import checked_int, mapping, word
 from megatron_lite.config.errors import NumericsError
 from megatron_lite.storage.disk import Disk
 
-DTYPES = {
+SAFETENSORS_NAMES = {
     torch.float64: "F64",
     torch.float32: "F32",
     torch.float16: "F16",
@@ -32,7 +32,7 @@ DTYPES = {
     torch.int32: "I32",
     torch.uint8: "U8",
 }
-FORMATS = {name: dtype for dtype, name in DTYPES.items()}
+TORCH_DTYPES = {name: dtype for dtype, name in SAFETENSORS_NAMES.items()}
 
 _LONG_BYTES = 4 << 20
 _WRITE_BYTES = 16 << 20  # per write: bounds the host copy of a device tensor that is not contiguous
@@ -54,8 +54,8 @@ class Written:
     def from_json(cls, stored: object) -> Written:
         """What to_json gave; raises KeyError where there is no hash of a known kind, or ValueError."""
         values = mapping(stored, "a file's entry")
-        kind = next((kind for kind in KINDS if kind in values), BLOCKS)
-        return cls(whole(values["bytes"], "a file's bytes"), word(values[kind], kind), kind)
+        kind = next((kind for kind in HASH_KINDS if kind in values), BLOCKS)
+        return cls(checked_int(values["bytes"], "a file's bytes"), word(values[kind], kind), kind)
 
 
 def file_bytes(tensors: Sequence[Tensor]) -> int:
@@ -63,7 +63,7 @@ def file_bytes(tensors: Sequence[Tensor]) -> int:
     return sum(t.numel() * t.element_size() + 160 for t in tensors)
 
 
-class Form(NamedTuple):
+class TensorForm(NamedTuple):
     """Number format and shape of a tensor that is still to be written."""
 
     dtype: torch.dtype
@@ -83,13 +83,13 @@ def write_tensors(
     not_finite: gets the names of those with a value that is not finite; NumericsError without it.
     Raises StorageError where the file exists, or cannot be written whole.
     """
-    forms = {name: Form(t.dtype, tuple(t.shape)) for name, t in tensors.items()}
+    forms = {name: TensorForm(t.dtype, tuple(t.shape)) for name, t in tensors.items()}
     return write_stream(path, forms, tensors.values(), disk, not_finite=not_finite)
 
 
 def write_stream(
     path: Path,
-    forms: Mapping[str, Form],
+    forms: Mapping[str, TensorForm],
     tensors: Iterable[Tensor],
     disk: Disk,
     *,
@@ -102,7 +102,7 @@ def write_stream(
     for name, form in forms.items():
         stop = start + form.bytes
         header[name] = {
-            "dtype": DTYPES[form.dtype],
+            "dtype": SAFETENSORS_NAMES[form.dtype],
             "shape": list(form.shape),
             "data_offsets": [start, stop],
         }

@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Build and print what was built; returns the exit code."""
     config = parse(sys.argv[1:] if argv is None else argv).config
     world_size = config.train.world_size or config.parallel.ranks_per_sample
-    rules.check(config, world_size)
+    rules.check_config(config, world_size)
     folder = _folder(config)
     check_folder("--data-cache-path or --save", folder, Disk())
     tokenizer = build_tokenizer(config.data, vocab_size=config.model.vocab_size)

@@ -146,9 +146,9 @@ def calibrated(steps: int, *, say: Callable[[str], None] = print) -> tuple[Devic
         f"memory {start.bandwidth_gb_s:.1f} GB/s")  # fmt: skip
     done = []
     for trial in trials(gpu=gpu, devices=start.devices_per_node):
-        done.append(calibrate.measure(trial, tool=TOOL, steps=steps, environment=os.environ))
+        done.append(calibrate.measure_trial(trial, tool=TOOL, steps=steps, environment=os.environ))
         say(f"  {trial.name:<16}{done[-1].seconds * 1e3:>10.1f} ms per step")
-    return calibrate.fit(start, done), done
+    return calibrate.fit_device(start, done), done
 
 
 def explained(device: Device, done: Sequence[Trial]) -> list[str]:

@@ -17,7 +17,7 @@ from typing import NoReturn
 from megatron_lite.config.errors import ConfigError, DataError
 from megatron_lite.config.exit import ToolParser, run_tool
 from megatron_lite.data.indexed import bin_path
-from megatron_lite.data.preparing.check import Report, check_hashes, repair, verify
+from megatron_lite.data.preparing.check import CheckReport, check_hashes, repair, verify
 from megatron_lite.storage.disk import Disk
 from megatron_lite.storage.outputs import check_outputs, check_prefix, pair_paths, require_room
 
@@ -51,13 +51,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _check(prefix: str, asked: argparse.Namespace) -> Report:
+def _check(prefix: str, asked: argparse.Namespace) -> CheckReport:
     report = verify(prefix, vocab_size=asked.vocab_size, eod=asked.eod)
     check_hashes(prefix)
     return report
 
 
-def _print(prefix: str, report: Report) -> None:
+def _print(prefix: str, report: CheckReport) -> None:
     parts = [
         f"{report.documents:,} documents ({report.empty_documents:,} empty)",
         f"{report.sequences:,} sequences",

@@ -33,27 +33,27 @@ from megatron_lite.checkpoint.huggingface import (
 )
 from megatron_lite.checkpoint.manifest import TOKENIZER, Manifest
 from megatron_lite.checkpoint.store import Store
-from megatron_lite.checkpoint.tensor_file import DTYPES
+from megatron_lite.checkpoint.tensor_file import SAFETENSORS_NAMES
 from megatron_lite.config.errors import CheckpointError, ConfigError
 from megatron_lite.config.exit import ToolParser, run_tool
 from megatron_lite.config.sections.data import DataConfig
 from megatron_lite.config.sections.model import ModelConfig
-from megatron_lite.data.provenance import ALLOW, end_of_document, made_with
+from megatron_lite.data.provenance import ALLOW_MISMATCH, end_of_document, made_with
 from megatron_lite.data.tokenizers.build import build_tokenizer
 from megatron_lite.data.tokenizers.exchange import (
+    files_beside_model,
     files_for_huggingface,
     section_for,
-    tokenizer_files,
 )
 from megatron_lite.data.tokenizers.kept import from_kept
-from megatron_lite.data.tokenizers.statements import compare, ends_of, read_vocabulary
+from megatron_lite.data.tokenizers.statements import compare_statements, ends_of, read_vocabulary
 from megatron_lite.data.vocabulary import check_vocabulary
 from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.storage.disk import Disk, folder_at_once, write_atomically
 from megatron_lite.storage.outputs import check_folder, require_room
 
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-FORMATS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_FORMATS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 def main() -> int:
@@ -85,13 +85,13 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--max-shard-size", default="5GB", help="most bytes of one file (5GB)")
     parser.add_argument("--ckpt-step", type=int, help="this iteration instead of the newest")
     parser.add_argument(
-        "--dtype", choices=FORMATS, help="format of an export; as stored by default"
+        "--dtype", choices=_FORMATS, help="format of an export; as stored by default"
     )
     parser.add_argument("--no-tokenizer", action="store_true", help="leave the tokenizer out")
     parser.add_argument("--vocab-file", help="instead of the one the run was trained with")
     parser.add_argument("--merge-file", help="instead of the one the run was trained with")
     parser.add_argument(
-        ALLOW, action="store_true", help="export with another tokenizer than its own"
+        ALLOW_MISMATCH, action="store_true", help="export with another tokenizer than its own"
     )
     asked = parser.parse_args(argv)
     match = re.fullmatch(r"(\d{1,15})\s*([KMG]i?B)?", asked.max_shard_size, re.IGNORECASE)
@@ -120,7 +120,7 @@ def _import(source: Path, target: Path, asked: argparse.Namespace) -> None:
             raise ConfigError(f"--{flag.replace('_', '-')} is for the other direction: {source} is a "
                               "folder of Hugging Face's")  # fmt: skip
     found = open_folder(source)
-    files = {} if asked.no_tokenizer else tokenizer_files(source)
+    files = {} if asked.no_tokenizer else files_beside_model(source)
     vocabulary = read_vocabulary(files, str(source))
     rows, positions = found.model.vocab_size, found.model.num_positions
     assert rows is not None
@@ -128,7 +128,7 @@ def _import(source: Path, target: Path, asked: argparse.Namespace) -> None:
     data = section_for(files, target.absolute() / "tokenizer", eos=eos)
     here = section_for(files, source, eos=eos)
     facts = _tokenizer_facts(DataConfig(**here), rows) if here else {}
-    said = compare(
+    said = compare_statements(
         vocabulary, found.config, eod=facts.get("eod"), rows=rows, positions=positions,
         where=str(source),
     )  # fmt: skip
@@ -200,7 +200,7 @@ def _export(source: Path, target: Path, asked: argparse.Namespace) -> None:
     if manifest is None:
         raise CheckpointError(f"{source} holds no checkpoint: check the path")
     model = saved_model(manifest, store.folder(manifest.iteration))
-    export = plan_export(store, manifest, model, FORMATS.get(asked.dtype))
+    export = plan_export(store, manifest, model, _FORMATS.get(asked.dtype))
     kept = store.folder(manifest.iteration) / TOKENIZER
     files: dict[str, bytes] = {}
     eod = manifest.tokenizer.get("eod")
@@ -208,7 +208,7 @@ def _export(source: Path, target: Path, asked: argparse.Namespace) -> None:
         files, eod = _tokenizer(asked, manifest, model, kept)
     rows = model.vocab_size
     assert rows is not None
-    said = compare(
+    said = compare_statements(
         read_vocabulary(files, str(kept)), {"eos_token_id": eod}, eod=None, rows=rows,
         positions=model.num_positions, where=str(kept),
     )  # fmt: skip
@@ -264,11 +264,11 @@ def _tokenizer(
 
 
 def _forms_in(found: HuggingFaceFolder) -> Iterator[str]:
-    return (DTYPES[found.places[c.theirs].form.dtype] for c in found.conversions)
+    return (SAFETENSORS_NAMES[found.places[c.theirs].form.dtype] for c in found.conversions)
 
 
 def _forms_out(export: Export) -> Iterator[str]:
-    return (DTYPES[export.form(c).dtype] for c in export.conversions)
+    return (SAFETENSORS_NAMES[export.form(c).dtype] for c in export.conversions)
 
 
 def _list(

@@ -25,7 +25,7 @@ from megatron_lite.config.extras import how_to_install
 from megatron_lite.config.sections.data import DataConfig
 from megatron_lite.data.indexed import IndexedDataset, bin_path
 from megatron_lite.data.provenance import (
-    ALLOW,
+    ALLOW_MISMATCH,
     MadeWith,
     made_with,
     maker_of,
@@ -35,10 +35,10 @@ from megatron_lite.data.provenance import (
 from megatron_lite.storage.disk import Disk
 from megatron_lite.storage.outputs import check_outputs, write_output
 
-DRAWN = (".png", ".svg", ".pdf")  # what --plot can be
-PIECE = 1 << 20  # tokens counted together
+_DRAWN = (".png", ".svg", ".pdf")  # what --plot can be
+_PIECE = 1 << 20  # tokens counted together
 PERCENTILES = (1, 10, 50, 90, 99)
-SHOWN = 400  # characters of a sample
+_SHOWN = 400  # characters of a sample
 
 
 class Lengths(NamedTuple):
@@ -62,7 +62,11 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--vocab-file", help="gpt2-vocab.json")
     add("--merge-file", help="gpt2-merges.txt")
     add("--tokenizer-model", help="model file or folder of the other tokenizers")
-    add(ALLOW, action="store_true", help="pairs of another tokenizer, or of several, all the same")
+    add(
+        ALLOW_MISMATCH,
+        action="store_true",
+        help="pairs of another tokenizer, or of several, all the same",
+    )
     return parser.parse_args(argv)
 
 
@@ -73,12 +77,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         if getattr(asked, name) < 0:
             raise ConfigError(f"--{name} {getattr(asked, name)}: give 0 or more")
     if asked.plot is not None:
-        if Path(asked.plot).suffix not in DRAWN:
-            raise ConfigError(f"--plot {asked.plot}: give a file that ends in {', '.join(DRAWN)}")
+        if Path(asked.plot).suffix not in _DRAWN:
+            raise ConfigError(f"--plot {asked.plot}: give a file that ends in {', '.join(_DRAWN)}")
         check_outputs("--plot", [asked.plot], Disk())
         _pyplot()
     text = _Text(asked)
-    found = [measure(prefix) for prefix in asked.prefix]
+    found = [measure_lengths(prefix) for prefix in asked.prefix]
     makers = {one.prefix: maker_of(one.dataset) for one in found}
     allowed = asked.allow_tokenizer_mismatch
     said = require_same(makers, text.made_with, allowed=allowed, whose="--tokenizer-type")
@@ -98,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def measure(prefix: str) -> Lengths:
+def measure_lengths(prefix: str) -> Lengths:
     """Tokens of every document, from the index alone."""
     dataset = IndexedDataset(prefix)
     ends = np.concatenate(([0], np.cumsum(dataset.sequence_lengths, dtype=np.int64)))
@@ -144,7 +148,7 @@ class _Text:
         if outside.size and not self._allowed:
             raise DataError(
                 f"a file holds token id {outside[0]}, which {self.made_with} lacks - give the tokenizer the "
-                f"files were made with, or {ALLOW} to show such ids as numbers"
+                f"files were made with, or {ALLOW_MISMATCH} to show such ids as numbers"
             )
         if outside.size:
             return " ".join(str(token) for token in ids.tolist())
@@ -168,11 +172,11 @@ def frequencies(dataset: IndexedDataset, most: int) -> tuple[npt.NDArray[np.int6
     if size == 0:
         return counts, 0
     tokens = np.memmap(path, dataset.dtype.newbyteorder("<"), "r")
-    pieces = -(-size // PIECE)
+    pieces = -(-size // _PIECE)
     step = max(1, -(-size // max(most, 1)))
     read = 0
     for piece in range(0, pieces, step):
-        part = tokens[piece * PIECE : (piece + 1) * PIECE]
+        part = tokens[piece * _PIECE : (piece + 1) * _PIECE]
         found = np.bincount(part)
         if len(found) > len(counts):
             counts = np.pad(counts, (0, len(found) - len(counts)))
@@ -188,9 +192,9 @@ def _print_samples(lengths: Lengths, number: int, seed: int, text: _Text) -> Non
     for document in np.sort(chosen):
         first, stop = int(bounds[document]), int(bounds[document + 1])
         tokens = np.concatenate([np.empty(0, dataset.dtype), *dataset[first:stop]])
-        shown = text.of(tokens[:SHOWN])
-        rest = " ..." if len(shown) > SHOWN or len(tokens) > SHOWN else ""
-        print(f"  document {document} ({len(tokens):,} tokens): {shown[:SHOWN]}{rest}")
+        shown = text.of(tokens[:_SHOWN])
+        rest = " ..." if len(shown) > _SHOWN or len(tokens) > _SHOWN else ""
+        print(f"  document {document} ({len(tokens):,} tokens): {shown[:_SHOWN]}{rest}")
 
 
 def _pyplot() -> Any:

@@ -27,11 +27,11 @@ from megatron_lite.storage.outputs import check_outputs
 LEFT_OUT = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idlelib", "lib2to3",
             "encodings"}  # fmt: skip  # tables of characters read like noise
 DEFINITIONS = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-PIECE = 4000  # characters
-SHORTEST = 100  # characters; a shorter document says nothing
+_PIECE = 4000  # characters
+_SHORTEST = 100  # characters; a shorter document says nothing
 
 
-def sources() -> Iterator[tuple[str, str]]:
+def source_files() -> Iterator[tuple[str, str]]:
     """Module path and text of every source file of the standard library, sorted by path."""
     root = Path(sysconfig.get_paths()["stdlib"])
     for path in sorted(root.rglob("*.py")):
@@ -47,14 +47,14 @@ def sources() -> Iterator[tuple[str, str]]:
 
 def code_documents() -> Iterator[str]:
     """Source files, cut between top-level statements into documents of some 4,000 characters."""
-    for path, text in sources():
+    for path, text in source_files():
         tree = parsed(text)
         lines = [line + "\n" for line in text.split("\n")]
         starts = [first_line(node) for node in tree.body[1:]] if tree is not None else []
         begin = 0
         for end in [*starts, len(lines)]:
             piece = "".join(lines[begin:end])
-            if len(piece) >= PIECE or end == len(lines):
+            if len(piece) >= _PIECE or end == len(lines):
                 yield f"# {path}\n{piece}"
                 begin = end
 
@@ -79,7 +79,7 @@ def docs_documents() -> Iterator[str]:
     """One document per help topic, per module docstring and per top-level definition's."""
     for name in sorted(topics.topics):
         yield topics.topics[name]
-    for path, text in sources():
+    for path, text in source_files():
         module = path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
         tree = parsed(text)
         if tree is None:
@@ -104,7 +104,7 @@ def docstrings(node: ast.AST, name: str) -> Iterator[str]:
 
 def write(path: Path, documents: Iterator[str], megabytes: float | None) -> str:
     """Write up to so many megabytes in an order that mixes the modules; returns a line about it."""
-    texts = {text for text in documents if len(text) >= SHORTEST}
+    texts = {text for text in documents if len(text) >= _SHORTEST}
     mixed = sorted(texts, key=lambda text: hashlib.sha256(text.encode()).digest())
     lines, size = [], 0
     for text in mixed:

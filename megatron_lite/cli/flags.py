@@ -17,14 +17,14 @@ from megatron_lite.config.errors import ConfigError
 from megatron_lite.config.exit import ToolParser, run_tool
 from megatron_lite.config.flags.explain import default_in_words, usage
 from megatron_lite.config.flags.legacy import LEGACY, MEGATRON_DEFAULTS, OURS_ONLY
-from megatron_lite.config.flags.settings import Setting, documentation, sections, settings
+from megatron_lite.config.flags.settings import FlagSetting, documentation, sections, settings
 from megatron_lite.config.rules.table import NOT_YET, OFF_CHANGES_NOTHING
 from megatron_lite.storage.disk import Disk, write_atomically
 
-ROOT = Path(__file__).resolve().parents[2]
-DOCUMENT = ROOT / "docs" / "FLAGS.md"
+_ROOT = Path(__file__).resolve().parents[2]
+DOCUMENT = _ROOT / "docs" / "FLAGS.md"
 
-INTRODUCTION = ROOT / "tools" / "flags.md"
+INTRODUCTION = _ROOT / "tools" / "flags.md"
 """What stands above the tables, written by hand."""
 
 
@@ -38,7 +38,7 @@ def main() -> int:
         write_atomically(DOCUMENT, text.encode("utf-8"), Disk())
         return 0
     if not DOCUMENT.exists() or DOCUMENT.read_text(encoding="utf-8") != text:
-        raise ConfigError(f"{DOCUMENT.relative_to(ROOT)} is stale: run `make flags`")
+        raise ConfigError(f"{DOCUMENT.relative_to(_ROOT)} is stale: run `make flags`")
     return 0
 
 
@@ -66,7 +66,7 @@ def _own_flags() -> Iterator[str]:
         yield ""
 
 
-def _flag_cell(setting: Setting) -> str:
+def _flag_cell(setting: FlagSetting) -> str:
     first = usage(setting)
     others = [s for s in (*setting.on, *setting.off) if s != first.split(" ", 1)[0]]
     if setting.kind is bool:  # its other half is one word: no need to name every spelling
@@ -75,13 +75,13 @@ def _flag_cell(setting: Setting) -> str:
     return f"{shown} (also {', '.join(f'`{o}`' for o in others)})" if others else shown
 
 
-def _megatron_default(setting: Setting) -> str:
+def _megatron_default(setting: FlagSetting) -> str:
     if setting.key in OURS_ONLY:
         return "no such flag"
     return MEGATRON_DEFAULTS.get(setting.key, "")
 
 
-def _meaning(setting: Setting) -> str:
+def _meaning(setting: FlagSetting) -> str:
     text = documentation(setting.key).text
     rows = [row for row in NOT_YET if setting.flag in row.flag.split()]
     if rows:
@@ -91,7 +91,7 @@ def _meaning(setting: Setting) -> str:
     return text
 
 
-def _read_in(setting: Setting) -> str:
+def _read_in(setting: FlagSetting) -> str:
     files = sorted(readers()[setting.key], key=lambda name: name.startswith("cli/"))
     shown = ", ".join(f"`{name}`" for name in files[:3])
     return f"{shown}, ..." if len(files) > 3 else shown or "-"
@@ -127,8 +127,8 @@ def readers() -> Mapping[str, tuple[str, ...]]:
     """
     found: dict[str, set[str]] = {key: set() for key in settings()}
     names = _names_of_fields()
-    for path in sorted((ROOT / "megatron_lite").rglob("*.py")):
-        inside = path.relative_to(ROOT / "megatron_lite").as_posix()
+    for path in sorted((_ROOT / "megatron_lite").rglob("*.py")):
+        inside = path.relative_to(_ROOT / "megatron_lite").as_posix()
         if inside.startswith(_DEFINITIONS):
             continue
         for section, name in _attribute_reads(ast.parse(path.read_text(encoding="utf-8"))):

@@ -20,19 +20,19 @@ from megatron_lite.blueprint.batches import padded_vocab_size
 from megatron_lite.checkpoint.description import saved_model, saved_section
 from megatron_lite.checkpoint.manifest import NAME, TOKENIZER, Manifest
 from megatron_lite.checkpoint.store import Store
-from megatron_lite.checkpoint.tensor_file import DTYPES
+from megatron_lite.checkpoint.tensor_file import SAFETENSORS_NAMES
 from megatron_lite.config.errors import CheckpointError, ConfigError, NumericsError
 from megatron_lite.config.exit import ToolParser, run_tool
 from megatron_lite.config.sections.data import DataConfig
 from megatron_lite.config.sections.precision import PrecisionConfig
-from megatron_lite.data.provenance import ALLOW, made_with
+from megatron_lite.data.provenance import ALLOW_MISMATCH, made_with
 from megatron_lite.data.tokenizers.base import Tokenizer
 from megatron_lite.data.tokenizers.build import asked_vocab_size, build_tokenizer
 from megatron_lite.data.tokenizers.kept import from_kept
 from megatron_lite.data.vocabulary import check_vocabulary
 from megatron_lite.inference.generate import generate
 from megatron_lite.inference.sampling import sample
-from megatron_lite.layers.setting import Setting
+from megatron_lite.layers.contexts import StageContext
 from megatron_lite.models.decoder import Decoder
 from megatron_lite.models.parameters import local_parameters
 from megatron_lite.parallel.context import ParallelContext
@@ -82,7 +82,7 @@ def main() -> int:
         if not answer.ended and len(answer.ids) < asked.max_new_tokens:
             print(
                 f"WARNING: {len(answer.ids)} of --max-new-tokens {asked.max_new_tokens}: the model has "
-                f"{model.setting.model.num_positions} positions, and the prompt is {len(ids)} tokens",
+                f"{model.context.model.num_positions} positions, and the prompt is {len(ids)} tokens",
                 file=sys.stderr,
             )
         if number:
@@ -107,7 +107,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--vocab-file", help="instead of the one the run was trained with")
     parser.add_argument("--merge-file", help="instead of the one the run was trained with")
     parser.add_argument(
-        ALLOW, action="store_true", help="speak with another tokenizer than its own"
+        ALLOW_MISMATCH, action="store_true", help="speak with another tokenizer than its own"
     )
     parser.add_argument("--dtype", choices=PRECISIONS, help="as the checkpoint holds it by default")
     parser.add_argument("--use-cpu", action="store_true")
@@ -200,7 +200,7 @@ def _precision(manifest: Manifest, dtype: str | None) -> PrecisionConfig:
     """--dtype, or the format in which the checkpoint holds the weights that training used."""
     if dtype is not None:
         return PRECISIONS[dtype]
-    held = {DTYPES[getattr(torch, name)]: chosen for name, chosen in PRECISIONS.items()}
+    held = {SAFETENSORS_NAMES[getattr(torch, name)]: chosen for name, chosen in PRECISIONS.items()}
     table = manifest.tensors.get("embedding.tokens.weight")
     return PRECISIONS["float32"] if table is None else held.get(table.dtype, PRECISIONS["float32"])
 
@@ -209,11 +209,11 @@ def _load(store: Store, manifest: Manifest, ctx: ParallelContext, dtype: str | N
     config = saved_model(manifest, store.folder(manifest.iteration))
     assert config.vocab_size is not None
     padded = padded_vocab_size(config.vocab_size, config.make_vocab_size_divisible_by, 1)
-    setting = Setting(
+    context = StageContext(
         config, ctx, padded_vocab_size=padded, vocab_size=config.vocab_size,
         precision=_precision(manifest, dtype),
     )  # fmt: skip
-    model = Decoder(setting, range(config.num_layers), has_embedding=True, has_head=True)
+    model = Decoder(context, range(config.num_layers), has_embedding=True, has_head=True)
     parameters = local_parameters(model)
     slices = list(weight_slices(parameters, ctx, owned=False))
     store.load(manifest, exact_slices(slices, manifest.tensors))

@@ -225,7 +225,7 @@ def script_config(asked: argparse.Namespace) -> RunConfig | None:
     sizes = (fewest, asked.nproc_per_node)
     known = all(size.isdigit() for size in sizes) and most in ("", fewest)
     if known and not parsed.config.train.needs_no_data:
-        rules.check(parsed.config, int(sizes[0]) * int(sizes[1]))
+        rules.check_config(parsed.config, int(sizes[0]) * int(sizes[1]))
     return parsed.config
 
 

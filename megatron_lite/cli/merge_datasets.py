@@ -21,7 +21,7 @@ from megatron_lite.data.indexed import IndexedDataset, bin_path, idx_path
 from megatron_lite.data.preparing.facts import joined, write_facts
 from megatron_lite.data.preparing.indexed_builder import IndexedDatasetBuilder
 from megatron_lite.data.provenance import (
-    ALLOW,
+    ALLOW_MISMATCH,
     maker_of,
     read_facts,
     require_same,
@@ -37,7 +37,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--output-prefix", required=True, help="path of the new pair")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing pair")
     parser.add_argument(
-        ALLOW, action="store_true", help="join pairs of different tokenizers all the same"
+        ALLOW_MISMATCH, action="store_true", help="join pairs of different tokenizers all the same"
     )
     return parser.parse_args(argv)
 

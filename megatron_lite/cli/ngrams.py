@@ -20,8 +20,8 @@ from megatron_lite.config.errors import ConfigError, DataError
 from megatron_lite.config.exit import ToolParser, run_tool
 from megatron_lite.data.blended import normalized
 from megatron_lite.data.indexed import IndexedDataset
-from megatron_lite.data.ngrams import Counts, NgramModel, Stream, count
-from megatron_lite.data.pretrain import Range, split_ranges
+from megatron_lite.data.ngrams import NgramCounts, NgramModel, Stream, count
+from megatron_lite.data.pretrain import DocumentRange, split_ranges
 from megatron_lite.data.provenance import maker_of, require_same
 from megatron_lite.storage.disk import Disk
 from megatron_lite.storage.outputs import check_outputs, write_output
@@ -29,7 +29,7 @@ from megatron_lite.storage.outputs import check_outputs, write_output
 HELD_OUT = {"valid": 1, "test": 2}
 HELD_OUT_HELP = "test; valid where a file has no document for testing"
 NAMES = ("unigram", "bigram", "trigram")
-PIECE = 1 << 20  # tokens read at once
+_PIECE = 1 << 20  # tokens read at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +41,7 @@ class Score:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Report:
+class NgramReport:
     """What each model achieves."""
 
     split: str
@@ -51,18 +51,20 @@ class Report:
     held_out_tokens: int
 
 
-def pieces(source: IndexedDataset, part: Range) -> Iterator[Stream]:
+def pieces(source: IndexedDataset, part: DocumentRange) -> Iterator[Stream]:
     """The tokens of some sequences, in some pieces."""
     ends = np.cumsum(source.sequence_lengths[part.start : part.stop], dtype=np.int64)
     begin = 0
     while begin < len(ends):
         done = int(ends[begin - 1]) if begin else 0
-        end = max(begin + 1, int(np.searchsorted(ends, done + PIECE, side="right")))
+        end = max(begin + 1, int(np.searchsorted(ends, done + _PIECE, side="right")))
         yield np.concatenate(source[part.start + begin : part.start + end]).astype(np.int64)
         begin = end
 
 
-def parts_of(source: IndexedDataset, split: str, held_out: str) -> tuple[Range, Range]:
+def parts_of(
+    source: IndexedDataset, split: str, held_out: str
+) -> tuple[DocumentRange, DocumentRange]:
     """Its training and its held-out sequences; DataError where either has no token."""
     ranges = split_ranges(parse_split(split), len(source))
     found = []
@@ -83,14 +85,14 @@ def held_out_of(sources: Sequence[IndexedDataset], split: str) -> str:
     return "test"
 
 
-def measure(
+def measure_ngrams(
     data_path: list[str],
     *,
     split: str,
     held_out: str | None,
     vocab_size: int | None,
     max_order: int = 3,
-) -> Report:
+) -> NgramReport:
     """Raises DataError where a split holds nothing, ConfigError for a blend that is none."""
     blend = parse_blend(data_path)
     sources = [IndexedDataset(prefix) for prefix in blend.prefixes]
@@ -100,7 +102,7 @@ def measure(
     parts = [parts_of(source, split, held_out) for source in sources]
     highest = 0
     for source in sources:
-        for piece in pieces(source, Range(0, len(source))):
+        for piece in pieces(source, DocumentRange(0, len(source))):
             highest = max(highest, int(piece.max(initial=0)))
             if vocab_size is not None and highest >= vocab_size:
                 raise DataError(f"{source.prefix}: id {highest} is not below {vocab_size} ids")
@@ -116,7 +118,7 @@ def measure(
     weights = normalized(
         blend.weights or [float(s.sequence_lengths[p.start : p.stop].sum()) for s, p in train]
     )
-    tables: list[Counts] = []
+    tables: list[NgramCounts] = []
     models = {}
     for order in range(1, max_order + 1):
         tables.append(count((pieces(s, part) for s, part in train), order, size))
@@ -124,7 +126,7 @@ def measure(
         losses = [-np.log(model.probabilities(test)).mean() for test in tests]
         loss = float(np.dot(weights, losses))
         models[NAMES[order - 1]] = Score(loss, float(np.exp(loss)))
-    return Report(
+    return NgramReport(
         split=held_out,
         models=models,
         vocab_size=size,
@@ -161,7 +163,7 @@ def main() -> int:
     arguments: Any = parse_arguments()
     if arguments.json is not None:
         check_outputs("--json", [arguments.json], Disk())
-    found = measure(
+    found = measure_ngrams(
         arguments.data_path,
         split=arguments.split,
         held_out=arguments.held_out,

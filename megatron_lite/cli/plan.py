@@ -40,14 +40,14 @@ from megatron_lite.planner.cost import StageTimes
 from megatron_lite.planner.curve import Point, run_curve
 from megatron_lite.planner.forecast import Forecast, forecast, measured
 from megatron_lite.planner.hardware import Cluster
-from megatron_lite.planner.memory import Asked
+from megatron_lite.planner.memory import PlanInputs
 from megatron_lite.storage.disk import Disk
 from megatron_lite.storage.outputs import check_outputs, write_output
 
 _DEVICE = "h100"
 """Planned for where --hardware is left out."""
 
-DRAWN = {".svg": draw.as_svg, ".json": draw.as_chrome_trace, ".txt": draw.as_text}
+DRAWN_AS = {".svg": draw.as_svg, ".json": draw.as_chrome_trace, ".txt": draw.timeline_text}
 
 
 def main() -> int:
@@ -73,10 +73,10 @@ def main() -> int:
         """The Blueprint of another layout of this run; ConfigError where a rule forbids it."""
         train = dataclasses.replace(config.train, micro_batch_size=micro_batch_size)
         changed = dataclasses.replace(config, parallel=parallel, train=train)
-        rules.check(changed, world, built=False)
+        rules.check_config(changed, world, built=False)
         return draw_up(changed, world)
 
-    asked = Asked(
+    asked = PlanInputs(
         config.parallel, config.precision, config.train.micro_batch_size,
         on_gpu=not device.cpu,
     )  # fmt: skip
@@ -104,7 +104,7 @@ def main() -> int:
         change=None if plan.fits else advice.cheapest(plan, variant),
         price_per_hour=own.price_per_gpu_hour,
     )
-    _put(report.to_json(plan, extra) if own.json else report.to_text(plan, extra), own)
+    _put(report.plan_json(plan, extra) if own.json else report.to_text(plan, extra), own)
     return 0
 
 
@@ -320,7 +320,7 @@ def _curve(config: RunConfig, blueprint: Blueprint) -> tuple[Point, ...]:
 def _require_model(config: RunConfig, world: int) -> None:
     """ConfigError where no layout can help: what is wrong with the run on one rank is wrong on all."""
     one = dataclasses.replace(config, parallel=ParallelConfig())
-    rules.check(dataclasses.replace(one, train=dataclasses.replace(
+    rules.check_config(dataclasses.replace(one, train=dataclasses.replace(
         one.train, micro_batch_size=1, world_size=None)), 1)  # fmt: skip
 
 
@@ -331,9 +331,9 @@ def _draw(own: Namespace, plan: Forecast) -> None:
     if own.beside is not None:
         drawn.append(_recorded(Path(own.beside)))
     if own.draw == "-":
-        _put(draw.as_text(drawn), own)
+        _put(draw.timeline_text(drawn), own)
         return
-    write_output(own.draw, DRAWN[Path(own.draw).suffix](drawn).encode(), Disk())
+    write_output(own.draw, DRAWN_AS[Path(own.draw).suffix](drawn).encode(), Disk())
 
 
 def _recorded(path: Path) -> Timeline:
@@ -358,7 +358,7 @@ def _put(what: str | dict[str, object], own: Namespace) -> None:
 
 def _check_outputs(own: Namespace) -> None:
     """What will be written, before anything is planned."""
-    if own.draw is not None and own.draw != "-" and Path(own.draw).suffix not in DRAWN:
+    if own.draw is not None and own.draw != "-" and Path(own.draw).suffix not in DRAWN_AS:
         raise ConfigError(
             f"--draw {own.draw}: give -, a .txt, a .svg or a .json (Chrome trace) file"
         )

@@ -26,14 +26,14 @@ from megatron_lite.data.preparing.preprocess import preprocess, shard_prefix
 from megatron_lite.data.preparing.ray_engine import preprocess_on_ray
 from megatron_lite.data.preparing.room import check_pairs
 from megatron_lite.data.preparing.summary import Summary
-from megatron_lite.data.provenance import Counts
+from megatron_lite.data.provenance import KeyCounts
 from megatron_lite.data.tokenizers.build import TOKENIZERS
-from megatron_lite.data.tokenizers.engines import AUTO, ENGINES
+from megatron_lite.data.tokenizers.engines import AUTO, TOKENIZER_ENGINES
 from megatron_lite.storage.disk import Disk
 
 MOST_UNKNOWN = 0.001  # of the tokens; from here on it is said loudly
 
-REFUSED = {
+REFUSED_FLAGS = {
     "split_sentences": "--split-sentences is for BERT; GPT data has one sequence per document",
     "keep_newlines": "--keep-newlines belongs to --split-sentences; newlines are always kept",
 }
@@ -57,7 +57,12 @@ def parse_arguments() -> argparse.Namespace:
     add("--tiktoken-num-special-tokens", type=int, default=1000, help="before the ranks of a .json")
     add("--tiktoken-special-tokens", nargs="+", default=[], help="names of the first of them")
     add("--chatglm-special-tokens", action="store_true", help="ChatGLM2's five, appended")
-    add("--tokenizer-engine", choices=ENGINES, default=AUTO, help="library; the fastest exact one")
+    add(
+        "--tokenizer-engine",
+        choices=TOKENIZER_ENGINES,
+        default=AUTO,
+        help="library; the fastest exact one",
+    )
     add("--append-eod", action="store_true", help="end every document with the EOD token")
     add = parser.add_argument_group("output").add_argument
     add("--output-prefix", required=True, help="folder and first part of the files' names")
@@ -81,7 +86,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def check_arguments(arguments: argparse.Namespace) -> None:
     """ConfigError for what cannot work."""
-    for name, reason in REFUSED.items():
+    for name, reason in REFUSED_FLAGS.items():
         if getattr(arguments, name):
             raise ConfigError(reason)
     if arguments.dataset_impl != "mmap":
@@ -121,7 +126,7 @@ def rate(count: float, per: float, form: str) -> str:
     return f"{count / per:{form}}" if per > 1e-3 else "-"
 
 
-class Progress:
+class ProgressLine:
     """A bar on a terminal; in a log Megatron's line every so many documents."""
 
     def __init__(self, interval: int) -> None:
@@ -167,7 +172,7 @@ class Progress:
             self.bar.close()
 
 
-def print_unknown(prefix: str, count: Counts, name: str) -> None:
+def print_unknown(prefix: str, count: KeyCounts, name: str) -> None:
     """How much of the text the vocabulary lacks; loud where it is much."""
     share = count.unknown / max(count.tokens - count.eods, 1)
     print(f"  unknown: {count.unknown} tokens ({share:.4%}) are {name}")
@@ -235,7 +240,7 @@ def here(arguments: argparse.Namespace, job: Job, workers: int) -> Summary:
     """The work is done by this machine."""
     # a thread that comes back from the tokenizer must not wait 5 ms for the one that parses
     sys.setswitchinterval(0.0005)
-    with contextlib.closing(Progress(arguments.log_interval)) as progress:
+    with contextlib.closing(ProgressLine(arguments.log_interval)) as progress:
         return preprocess(
             job,
             inputs=find_inputs(arguments.input),

@@ -23,7 +23,7 @@ try:
     from megatron_lite.blueprint.plan import describe
     from megatron_lite.config.errors import ConfigError, MegatronLiteError
     from megatron_lite.config.exit import fatal_line
-    from megatron_lite.config.flags.parser import Parsed, parse
+    from megatron_lite.config.flags.parser import ParsedFlags, parse
     from megatron_lite.config.rules import table as rules
     from megatron_lite.config.sections.parallel import ParallelConfig
     from megatron_lite.config.sections.run import RunConfig
@@ -35,9 +35,9 @@ try:
         model_vocab_size,
         planned_vocab_size,
     )
-    from megatron_lite.data.tokenizers.kept import tokenizer_files
-    from megatron_lite.planner.memory import Asked, RankMemory, memory
-    from megatron_lite.planner.rehearsed import Measured, as_text, beside_plan
+    from megatron_lite.data.tokenizers.kept import files_to_keep
+    from megatron_lite.planner.memory import PlanInputs, RankMemory, memory
+    from megatron_lite.planner.rehearsed import RehearsedRank, beside_plan, rehearsal_tables
     from megatron_lite.planner.shortage import beside_the_plan
     from megatron_lite.rendezvous.copies import alone_among_many
 except ModuleNotFoundError as missing:  # a bare python: the first thing many try is a dry run
@@ -82,18 +82,18 @@ def main(argv: Sequence[str]) -> int:
         return code
 
 
-def _plan(parsed: Parsed) -> int:
+def _plan(parsed: ParsedFlags) -> int:
     config, world_size = _checked(parsed)
     print(describe(draw_up(config, world_size)))
     print("dry run: every rule holds; nothing was started")
     return 0
 
 
-def _checked(parsed: Parsed) -> tuple[RunConfig, int]:
+def _checked(parsed: ParsedFlags) -> tuple[RunConfig, int]:
     """The config of a world that is not there, its vocabulary filled in; prints notes."""
     config = parsed.config
     world_size = config.train.world_size or config.parallel.ranks_per_sample
-    rules.check(config, world_size)
+    rules.check_config(config, world_size)
     size, notes = planned_vocab_size(config.data, config.model.vocab_size)
     notes = [*parsed.notices, *notes]
     others = alone_among_many()
@@ -105,7 +105,7 @@ def _checked(parsed: Parsed) -> tuple[RunConfig, int]:
     return config, world_size
 
 
-def _rehearse(parsed: Parsed) -> int:
+def _rehearse(parsed: ParsedFlags) -> int:
     # torch is imported only now: a plan needs none
     from megatron_lite.rehearsal import rehearse  # noqa: PLC0415
 
@@ -132,12 +132,12 @@ def _rehearse(parsed: Parsed) -> int:
     for one in rehearse.rehearse(config, world_size, ranks):
         print(f"  {one.describe()}", flush=True)
         done.append(one)
-    measured = [Measured(one.transcript.rank, one.memory.kinds(), one.sent_bytes())
+    measured = [RehearsedRank(one.transcript.rank, one.memory.kinds(), one.sent_bytes())
                 for one in done if one.memory is not None]  # fmt: skip
     parts = (config.parallel, config.precision, config.train.micro_batch_size)
-    asked = Asked(*parts, on_gpu=not config.train.use_cpu)
+    asked = PlanInputs(*parts, on_gpu=not config.train.use_cpu)
     rows = beside_plan(measured, blueprint, asked, num_microbatches=count)
-    print("", as_text(rows), "", sep="\n")
+    print("", rehearsal_tables(rows), "", sep="\n")
     agreement = rehearse.require_agreement([one.transcript for one in done])
     print(agreement)
     print(f"took {time.perf_counter() - began:.0f} s and at most "
@@ -146,9 +146,9 @@ def _rehearse(parsed: Parsed) -> int:
     return 0
 
 
-def _train(parsed: Parsed, launch: Launch, failures: Failures) -> int:
+def _train(parsed: ParsedFlags, launch: Launch, failures: Failures) -> int:
     from megatron_lite.train.program import train  # noqa: PLC0415
-    from megatron_lite.train.reading import Tokens  # noqa: PLC0415
+    from megatron_lite.train.reading import TokenizerFacts  # noqa: PLC0415
 
     config = parsed.config
     asked = config.train.world_size
@@ -157,20 +157,20 @@ def _train(parsed: Parsed, launch: Launch, failures: Failures) -> int:
             f"--world-size {asked}, but {launch.world_size} processes were started; the flag is "
             "for --dry-run and --rehearse: leave it out"
         )
-    rules.check(config, launch.world_size)
+    rules.check_config(config, launch.world_size)
     failures.plan = functools.partial(_beside_the_plan, config, launch.world_size, launch.rank)
     require_local_files(config.data)
     notices = list(parsed.notices)
 
-    def open_tokens() -> tuple[RunConfig, Tokens]:
+    def open_tokens() -> tuple[RunConfig, TokenizerFacts]:
         tokenizer = build_tokenizer(config.data, vocab_size=config.model.vocab_size)
-        tokens = Tokens(
+        tokens = TokenizerFacts(
             vocab_size=model_vocab_size(tokenizer.vocab_size, config.model.vocab_size),
             eod=tokenizer.eod,
             asked=config.model.vocab_size,
             made_with=made_with(tokenizer, config.data),
             end_of_document=end_of_document(tokenizer),
-            files=tokenizer_files(config.data),
+            files=files_to_keep(config.data),
         )
         model = dataclasses.replace(config.model, vocab_size=tokens.vocab_size)
         filled = dataclasses.replace(config, model=model)
@@ -199,9 +199,9 @@ def _beside_the_plan(
     def planned(parallel: ParallelConfig, micro_batch_size: int) -> RankMemory:
         train = dataclasses.replace(config.train, micro_batch_size=micro_batch_size)
         changed = dataclasses.replace(config, parallel=parallel, train=train)
-        rules.check(changed, world_size)
+        rules.check_config(changed, world_size)
         blueprint = draw_up(changed, world_size)
-        asked = Asked(parallel, config.precision, micro_batch_size, on_gpu=on_gpu)
+        asked = PlanInputs(parallel, config.precision, micro_batch_size, on_gpu=on_gpu)
         return memory(blueprint, asked, pp_ranks=[blueprint.grid.coords(rank).pp])[0]
 
     return beside_the_plan(config.parallel, config.train.micro_batch_size, planned, missing, room)

@@ -16,7 +16,12 @@ from megatron_lite.config.exit import ToolParser, run_tool
 from megatron_lite.config.extras import how_to_install
 from megatron_lite.storage.disk import Disk
 from megatron_lite.storage.outputs import check_outputs, write_output
-from megatron_lite.telemetry.record import EvaluationRecord, Record, StepRecord, read_metrics
+from megatron_lite.telemetry.record import (
+    EvaluationRecord,
+    StepRecord,
+    TelemetryRecord,
+    read_metrics,
+)
 from megatron_lite.telemetry.summary import (
     describe_losses,
     evaluation_records,
@@ -217,7 +222,7 @@ def _to_loss(perplexity: Any) -> Any:
     return numpy.log(numpy.maximum(perplexity, 1e-9))
 
 
-def _story(name: str, colour: str, records: list[Record]) -> Story:
+def _story(name: str, colour: str, records: list[TelemetryRecord]) -> Story:
     return Story(
         name=name,
         colour=colour,

@@ -12,7 +12,7 @@ from typing import NoReturn
 from megatron_lite.config.errors import ConfigError
 from megatron_lite.config.exit import ToolParser, run_tool
 from megatron_lite.data.preparing.input_flags import add_input_flags, longest_line
-from megatron_lite.data.preparing.inputs import find_inputs, plan, read_batches
+from megatron_lite.data.preparing.inputs import find_inputs, plan_inputs, read_batches
 from megatron_lite.data.preparing.records import Reader
 from megatron_lite.data.tokenizers.base import Tokenizer
 from megatron_lite.data.tokenizers.gpt2_bpe import GPT2BPETokenizer
@@ -66,7 +66,7 @@ def texts(arguments: argparse.Namespace) -> Iterator[str]:
     """The texts of all records, one after the other; nothing but the current batch is held."""
     longest = longest_line(arguments)
     reader = Reader(arguments.json_keys, arguments.template, arguments.on_bad_line, longest)
-    parts = plan(find_inputs(arguments.input), unit=arguments.text_unit)
+    parts = plan_inputs(find_inputs(arguments.input), unit=arguments.text_unit)
     for batch in read_batches(parts, 1 << 20, columns=reader.columns, longest=longest):
         parsed = reader.parse(batch)
         places = [iter(key.texts) for key in parsed.keys]

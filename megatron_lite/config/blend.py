@@ -159,7 +159,7 @@ def parse_split(text: str) -> tuple[float, float, float]:
     return train, valid, test
 
 
-def sources(data: DataConfig) -> tuple[str, ...]:
+def data_sources(data: DataConfig) -> tuple[str, ...]:
     """The flags that name data; a run has exactly one (the three per-split flags are one)."""
     per_split = any((data.train_data_path, data.valid_data_path, data.test_data_path))
     given = {
@@ -177,7 +177,7 @@ def blends(data: DataConfig) -> Blends:
 
     Raises ConfigError for no source, several sources, --split with per-split data, or a bad list.
     """
-    named = sources(data)
+    named = data_sources(data)
     if len(named) != 1:
         found = " and ".join(named) or "none"
         raise ConfigError(

@@ -29,7 +29,7 @@ from megatron_lite.config.errors import MegatronLiteError, StorageError
 WAITING_BYTES = 1 << 20
 """Text kept for a stream that takes none; what comes after it is lost."""
 
-PATIENCE_SECONDS = 5.0
+READER_PATIENCE_SECONDS = 5.0
 """How long one print waits for a reader that stands still; the next ones do not wait."""
 
 TELL_AGAIN_SECONDS = 60.0
@@ -146,7 +146,7 @@ class Outlet(io.TextIOBase):
     def _drain(self) -> None:
         if self._raw is None and self._waiting:
             raise OSError(errno.EBADF, "it was closed when the program started")
-        patience = 0.0 if self._stuck else math.inf if self._strict else PATIENCE_SECONDS
+        patience = 0.0 if self._stuck else math.inf if self._strict else READER_PATIENCE_SECONDS
         end = time.monotonic() + patience
         while self._waiting:
             assert self._raw is not None

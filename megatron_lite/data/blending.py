@@ -14,25 +14,25 @@ import numpy as np
 import numpy.typing as npt
 
 Float64 = npt.NDArray[np.float64]
-Int64 = npt.NDArray[np.int64]
+_Int64 = npt.NDArray[np.int64]
 Int16 = npt.NDArray[np.int16]
 
-BLOCK = 1 << 21  # samples whose stretches are walked together
+_BLOCK = 1 << 21  # samples whose stretches are walked together
 TOGETHER = 1 << 16  # stretches times datasets of one numpy call: what a cache holds
-SHORTEST = 64  # steps of a stretch: shorter ones are mostly mending
+_SHORTEST = 64  # steps of a stretch: shorter ones are mostly mending
 FEW = 20  # so many datasets are compared one after the other, which argmax does slower
 LOOK_EVERY = 8  # steps between two looks at whether walks have met
 NOTHING_LEFT = -1
 NEVER = 1 << 62  # a limit that is not reached
 
 
-def blend(shares: Float64, limits: Int64, size: int) -> tuple[Int16, Int64]:
+def blend(shares: Float64, limits: _Int64, size: int) -> tuple[Int16, _Int64]:
     """(dataset, sample) of every step; IndexError where no dataset has samples left."""
     dataset, sample = np.empty(size, np.int16), np.empty(size, np.int64)
     counts = np.zeros(len(shares), np.int64)
     limits = np.where(limits >= size, NEVER, np.maximum(limits, 0))
-    for begin in range(0, size, BLOCK):
-        stop = min(begin + BLOCK, size)
+    for begin in range(0, size, _BLOCK):
+        stop = min(begin + _BLOCK, size)
         chosen = _block(shares, limits, counts, begin, stop)
         if chosen.min() == NOTHING_LEFT:
             raise IndexError("no dataset has samples left")
@@ -45,9 +45,9 @@ def blend(shares: Float64, limits: Int64, size: int) -> tuple[Int16, Int64]:
     return dataset, sample
 
 
-def _block(shares: Float64, limits: Int64, counts: Int64, begin: int, stop: int) -> Int16:
+def _block(shares: Float64, limits: _Int64, counts: _Int64, begin: int, stop: int) -> Int16:
     """The choices of the steps from begin to stop; counts: what was taken before them."""
-    steps = max(SHORTEST, -(-(stop - begin) * len(shares) // TOGETHER))
+    steps = max(_SHORTEST, -(-(stop - begin) * len(shares) // TOGETHER))
     starts = np.arange(begin, stop, steps)
     before = guess(shares, limits, starts)
     before[0] = counts
@@ -68,7 +68,7 @@ def _block(shares: Float64, limits: Int64, counts: Int64, begin: int, stop: int)
         )
 
 
-def _mend(chosen: Int16, wrong: Int64, apart: Int64, walks: _Walks) -> Int64:
+def _mend(chosen: Int16, wrong: _Int64, apart: _Int64, walks: _Walks) -> _Int64:
     """Walk the wrong stretches again until each meets what was walked; returns how far it is not.
 
     apart: [stretch, dataset] how much more the walks have taken than the first walk had.
@@ -92,7 +92,7 @@ def _mend(chosen: Int16, wrong: Int64, apart: Int64, walks: _Walks) -> Int64:
     return ends
 
 
-def guess(shares: Float64, limits: Int64, steps: Int64) -> Int64:
+def guess(shares: Float64, limits: _Int64, steps: _Int64) -> _Int64:
     """[steps, datasets] counts that a walk may have before each step: nearly right, no more.
 
     Datasets are equally far behind their shares, those that are used up left out; rounded to whole
@@ -118,7 +118,7 @@ def guess(shares: Float64, limits: Int64, steps: Int64) -> Int64:
     return counts
 
 
-def _counted(chosen: Int16, datasets: int) -> Int64:
+def _counted(chosen: Int16, datasets: int) -> _Int64:
     """[stretch, dataset] how often each was chosen."""
     stretches = chosen.shape[1]
     flat = np.arange(stretches) * (datasets + 1) + chosen + 1  # column 0: nothing was left
@@ -129,7 +129,7 @@ def _counted(chosen: Int16, datasets: int) -> Int64:
 class _Walks:
     """Where many walks stand; what is used up counts as infinitely often taken."""
 
-    def __init__(self, shares: Float64, limits: Int64, counts: Int64, steps: Int64) -> None:
+    def __init__(self, shares: Float64, limits: _Int64, counts: _Int64, steps: _Int64) -> None:
         self._shares, self._limits = shares, limits
         self._bounded = np.flatnonzero(limits < NEVER)
         self._few = len(shares) <= FEW

@@ -22,9 +22,9 @@ from megatron_lite.data.indices import blend_index
 from megatron_lite.data.maps import FileMaps
 from megatron_lite.data.mock import MockTokens
 from megatron_lite.data.pretrain import (
+    DocumentRange,
     GPTDataset,
     GPTPlan,
-    Range,
     Samples,
     TokenSource,
     shortage,
@@ -39,8 +39,8 @@ from megatron_lite.data.provenance import (
 )
 from megatron_lite.storage.disk import Disk
 
-Array = npt.NDArray[Any]
-Asked: TypeAlias = "tuple[int | None, int | None, int | None]"
+_Array = npt.NDArray[Any]
+SplitSizes: TypeAlias = "tuple[int | None, int | None, int | None]"
 GPT_ARRAYS = ("documents", "samples", "shuffle")
 OPENERS = 8  # threads that open and check files
 BLEND_ARRAYS = ("dataset", "sample", "counts")
@@ -59,7 +59,7 @@ class Datasets:
     valid: Samples | None
     test: Samples | None
     digest: int = 0
-    asked: Asked = (None, None, None)
+    asked: SplitSizes = (None, None, None)
     notices: tuple[str, ...] = ()
 
 
@@ -80,7 +80,12 @@ class Recipe:
     notices: list[str] = field(default_factory=list)
 
     def plan(
-        self, source: TokenSource, name: str, split: str, documents: Range, samples: int | None
+        self,
+        source: TokenSource,
+        name: str,
+        split: str,
+        documents: DocumentRange,
+        samples: int | None,
     ) -> GPTPlan:
         """One file's samples of one split."""
         return GPTPlan.draw_up(
@@ -105,7 +110,7 @@ class Made(NamedTuple):
 def _make(plans: Sequence[GPTPlan], blend: BlendPlan | None, recipe: Recipe) -> Made:
     """Build the arrays of a split, or take them from the cache, all of its datasets together."""
 
-    def build() -> Iterator[tuple[str, Array]]:
+    def build() -> Iterator[tuple[str, _Array]]:
         for number, plan in enumerate(plans):
             for part, values in plan.build().items():
                 yield f"{number}/{part}", values
@@ -137,7 +142,7 @@ def _make(plans: Sequence[GPTPlan], blend: BlendPlan | None, recipe: Recipe) -> 
     return Made(BlendedDataset(datasets, blend, arrays, name=name), digest)
 
 
-def _together(made: Sequence[Made | None], asked: Asked) -> Datasets:
+def _together(made: Sequence[Made | None], asked: SplitSizes) -> Datasets:
     digest = 0
     for one in made:
         digest = digest_of(np.array([0 if one is None else one.digest], np.uint64), digest)
@@ -207,7 +212,7 @@ Opened: TypeAlias = "Mapping[str, IndexedDataset]"
 
 
 def _per_split(
-    by_split: Mapping[str, Blend], opened: Opened, asked: Asked, recipe: Recipe
+    by_split: Mapping[str, Blend], opened: Opened, asked: SplitSizes, recipe: Recipe
 ) -> list[Made | None]:
     """Each split has its own files, read whole."""
     made: list[Made | None] = []
@@ -324,7 +329,7 @@ def _with_samples(
     return Blend(tuple(blend.prefixes[k] for k in kept), weights)
 
 
-def _present(documents: Range | None) -> Range:
+def _present(documents: DocumentRange | None) -> DocumentRange:
     assert documents is not None, "a split has a share in all files or in none"
     return documents
 
@@ -343,7 +348,7 @@ def _counts(
 
 
 def _mock(
-    recipe: Recipe, asked: Asked, shares: Sequence[float] | None, eod: int | None
+    recipe: Recipe, asked: SplitSizes, shares: Sequence[float] | None, eod: int | None
 ) -> Datasets:
     if recipe.vocab_size is None or eod is None:
         raise ConfigError("--mock-data needs a tokenizer or --vocab-size")

@@ -33,7 +33,7 @@ Build = Callable[[], Iterable[tuple[str, npt.NDArray[Any]]]]
 _LARGEST_DESCRIPTION = 1 << 28
 _SAMPLES, _SAMPLE_BYTES = 16, 4096
 
-log = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +104,7 @@ def _report_other_data(folder: Path, name: str, data: Mapping[str, Any]) -> None
         except (OSError, ValueError, KeyError, TypeError):
             continue  # a broken one tells nothing, or the data are not described by files
     if other:
-        log.warning(
+        _log.warning(
             "the data changed since its index was built (%s was for other files of the same "
             "names); building the index anew", other[-1],
         )  # fmt: skip
@@ -198,5 +198,5 @@ def _load(folder: Path, name: str, verify: bool) -> Kept | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        log.warning("index cache %s/%s is broken (%s); building it anew", folder, name, error)
+        _log.warning("index cache %s/%s is broken (%s); building it anew", folder, name, error)
         return None

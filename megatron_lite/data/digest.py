@@ -9,9 +9,9 @@ import numpy as np
 import numpy.typing as npt
 
 MASK = (1 << 64) - 1
-BLOCK = 1 << 14  # words; block and weights stay in the processor's cache
+_BLOCK = 1 << 14  # words; block and weights stay in the processor's cache
 # odd numbers: each of a block's words has its own weight, and none loses a bit
-WEIGHTS = (np.arange(BLOCK, dtype=np.uint64) * np.uint64(2) + np.uint64(1)) * np.uint64(
+WEIGHTS = (np.arange(_BLOCK, dtype=np.uint64) * np.uint64(2) + np.uint64(1)) * np.uint64(
     0x9E3779B97F4A7C15
 )
 
@@ -25,8 +25,8 @@ def digest_of(values: npt.NDArray[Any], before: int = 0) -> int:
     flat = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
     whole = len(flat) // 8 * 8
     words = flat[:whole].view(np.uint64)
-    for start in range(0, len(words), BLOCK):
-        block = words[start : start + BLOCK]
+    for start in range(0, len(words), _BLOCK):
+        block = words[start : start + _BLOCK]
         total = (total * 0x94D049BB133111EB + int(np.dot(block, WEIGHTS[: len(block)]))) & MASK
     rest = int.from_bytes(flat[whole:].tobytes(), "little")
     total = (total * 0x94D049BB133111EB + rest) & MASK

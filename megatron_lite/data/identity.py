@@ -14,14 +14,16 @@ from megatron_lite.data.blended import BlendedDataset
 from megatron_lite.data.build import Datasets
 from megatron_lite.data.pretrain import GPTDataset, Samples
 
-SPLITS = ("train", "valid", "test")
+_SPLITS = ("train", "valid", "test")
 Identity = dict[str, Any]
 
 
 def identity_of(datasets: Datasets, *, seed: int, seq_length: int, order: str) -> Identity:
     """JSON-ready; order is --dataloader-type."""
     found: Identity = {"--seed": seed, "--seq-length": seq_length, "--dataloader-type": order}
-    for split, dataset in zip(SPLITS, (datasets.train, datasets.valid, datasets.test), strict=True):
+    for split, dataset in zip(
+        _SPLITS, (datasets.train, datasets.valid, datasets.test), strict=True
+    ):
         if dataset is not None:
             found[split] = _parts(dataset)
     return found
@@ -46,7 +48,7 @@ def _part(dataset: GPTDataset, weight: float) -> dict[str, Any]:
     }
 
 
-def changes(before: Identity, now: Identity, splits: tuple[str, ...] = SPLITS) -> list[str]:
+def changes(before: Identity, now: Identity, splits: tuple[str, ...] = _SPLITS) -> list[str]:
     """What differs in the named splits, one line each; a split that only one of them reads does not."""
     found = [
         f"{flag}: {before[flag]} -> {now[flag]}"

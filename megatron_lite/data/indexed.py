@@ -29,7 +29,7 @@ from megatron_lite.storage.reading import open_plain
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
 HEADER = struct.Struct("<9sQBQQ")
-DTYPES: dict[int, npt.DTypeLike] = {
+TOKEN_DTYPES: dict[int, npt.DTypeLike] = {
     1: np.uint8,
     2: np.int8,
     3: np.int16,
@@ -38,12 +38,12 @@ DTYPES: dict[int, npt.DTypeLike] = {
     8: np.uint16,
 }
 FLOAT_CODES = (6, 7)  # float64 and float32, in either order depending on who wrote the file
-CODES = {np.dtype(dtype): code for code, dtype in DTYPES.items()}
+CODES = {np.dtype(dtype): code for code, dtype in TOKEN_DTYPES.items()}
 
 IN_MEMORY_INDEX_BYTES = 1 << 20  # a small index is read whole: a mapping costs a file handle
 CHECK_BLOCK = 1 << 15  # sequences checked at a time, in the processor's cache
 
-Tokens = npt.NDArray[np.integer[Any]]
+TokenArray = npt.NDArray[np.integer[Any]]
 Buffer: TypeAlias = "bytes | mmap.mmap"
 
 
@@ -116,8 +116,8 @@ def check_index(path: Path, buffer: Buffer) -> Layout:
         refuse(f"version {version}, expected {VERSION}")
     if code in FLOAT_CODES:
         refuse(f"dtype code {code} means floating point, but tokens are integers")
-    if code not in DTYPES:
-        refuse(f"dtype code {code}, expected one of {sorted(DTYPES)}")
+    if code not in TOKEN_DTYPES:
+        refuse(f"dtype code {code}, expected one of {sorted(TOKEN_DTYPES)}")
     expected = HEADER.size + 12 * sequences + 8 * bounds
     if len(buffer) == expected + sequences and sequences:
         refuse(f"{sequences} bytes follow the index: sequence modes of a multimodal set, unknown")
@@ -126,7 +126,7 @@ def check_index(path: Path, buffer: Buffer) -> Layout:
             f"{len(buffer)} bytes, expected {expected} for {sequences} sequences "
             f"and {bounds} document bounds"
         )
-    layout = Layout(np.dtype(DTYPES[code]), sequences, bounds)
+    layout = Layout(np.dtype(TOKEN_DTYPES[code]), sequences, bounds)
     index = layout.arrays(buffer)
     documents = index.documents
     if bounds == 0 or documents[0] != 0 or documents[-1] != sequences:
@@ -291,10 +291,10 @@ class IndexedDataset:
         return self._layout.sequences
 
     @overload
-    def __getitem__(self, key: int) -> Tokens: ...
+    def __getitem__(self, key: int) -> TokenArray: ...
     @overload
-    def __getitem__(self, key: slice) -> list[Tokens]: ...
-    def __getitem__(self, key: int | slice) -> Tokens | list[Tokens]:
+    def __getitem__(self, key: slice) -> list[TokenArray]: ...
+    def __getitem__(self, key: int | slice) -> TokenArray | list[TokenArray]:
         if isinstance(key, slice):
             start, stop, step = key.indices(len(self))
             if step != 1:
@@ -307,7 +307,7 @@ class IndexedDataset:
             return np.split(tokens, np.cumsum(lengths)[:-1])
         return self.get(key)
 
-    def get(self, index: int, offset: int = 0, length: int | None = None) -> Tokens:
+    def get(self, index: int, offset: int = 0, length: int | None = None) -> TokenArray:
         """`length` tokens (the rest by default) of a sequence from token `offset` on."""
         index = int(index)
         if index < 0:
@@ -325,7 +325,7 @@ class IndexedDataset:
         begin = int(arrays.pointers[index]) + int(offset) * self.dtype.itemsize
         return self._read(begin, length)
 
-    def _read(self, begin: int, count: int) -> Tokens:
+    def _read(self, begin: int, count: int) -> TokenArray:
         """count: tokens from byte `begin` on."""
         if count == 0:
             return np.empty(0, self.dtype)

@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from megatron_lite.config.blend import MAX_DATASETS
 from megatron_lite.data import blending
 
 COMPILED: ModuleType | None
@@ -28,12 +29,11 @@ try:
 except ImportError:  # setup.py builds it where there is a compiler
     COMPILED = None
 
-Int32 = npt.NDArray[np.int32]
-Int64 = npt.NDArray[np.int64]
-Index = npt.NDArray[np.integer[Any]]
-Array = TypeVar("Array", bound=npt.NDArray[Any])
+Int32Array = npt.NDArray[np.int32]
+Int64Array = npt.NDArray[np.int64]
+IndexArray = npt.NDArray[np.integer[Any]]
+_Array = TypeVar("_Array", bound=npt.NDArray[Any])
 
-MAX_DATASETS = 32767  # dataset numbers of a blend are int16
 MOST_SHUFFLED = 1 << 32  # the helper draws 32-bit numbers, as RandomState does up to here
 
 
@@ -67,7 +67,9 @@ def plan_epochs(tokens_per_epoch: int, seq_length: int, num_samples: int | None)
     return EpochPlan(epochs, samples, before_last, from_last < int(0.80 * per_epoch))
 
 
-def document_index(documents: Int32, plan: EpochPlan, random: np.random.RandomState) -> Int32:
+def document_index(
+    documents: Int32Array, plan: EpochPlan, random: np.random.RandomState
+) -> Int32Array:
     """documents: numbers of the split -> int32 [epochs * documents], shuffled."""
     if not plan.separate_last:
         return shuffled(np.tile(documents.astype(np.int32), plan.epochs), random)
@@ -76,7 +78,7 @@ def document_index(documents: Int32, plan: EpochPlan, random: np.random.RandomSt
     return np.concatenate((first, last))
 
 
-def shuffle_index(plan: EpochPlan, random: np.random.RandomState) -> Index:
+def shuffle_index(plan: EpochPlan, random: np.random.RandomState) -> IndexArray:
     """uint32 (int64 if too many) [samples]: the last epoch's samples stay last if separate."""
     dtype: type[np.integer[Any]] = np.uint32
     if plan.samples >= np.iinfo(np.uint32).max - 1:
@@ -89,8 +91,8 @@ def shuffle_index(plan: EpochPlan, random: np.random.RandomState) -> Index:
 
 
 def shuffled(
-    values: Array, random: np.random.RandomState, helpers: ModuleType | None = COMPILED
-) -> Array:
+    values: _Array, random: np.random.RandomState, helpers: ModuleType | None = COMPILED
+) -> _Array:
     """The same array, shuffled in place as RandomState.shuffle does; `random` moves on alike."""
     if helpers is None or len(values) >= MOST_SHUFFLED or values.itemsize not in (4, 8):
         random.shuffle(values)
@@ -107,12 +109,12 @@ def shuffled(
 
 
 def sample_index(
-    sizes: Int32,
-    documents: Int32,
+    sizes: Int32Array,
+    documents: Int32Array,
     seq_length: int,
     num_samples: int,
     helpers: ModuleType | None = COMPILED,
-) -> Index:
+) -> IndexArray:
     """[num_samples + 1, 2]: position in `documents` and token offset where each sample begins.
 
     sizes: tokens of every document of the file; documents: the document index.  int32 where
@@ -121,7 +123,7 @@ def sample_index(
     wide = max(len(documents), int(sizes.max(initial=0))) > np.iinfo(np.int32).max
     if helpers is not None:
         walk = helpers.sample_index_int64 if wide else helpers.sample_index_int32
-        rows: Index = walk(sizes, documents, seq_length, num_samples)
+        rows: IndexArray = walk(sizes, documents, seq_length, num_samples)
         return rows
     ends = np.cumsum(sizes[documents], dtype=np.int64)
     starts = np.arange(num_samples + 1, dtype=np.int64) * seq_length
@@ -138,7 +140,7 @@ class BlendIndex:
     """At step k: sample[k] of dataset[k]."""
 
     dataset: npt.NDArray[np.int16]
-    sample: Int64
+    sample: Int64Array
 
 
 def blend_index(

@@ -9,12 +9,12 @@ from typing import NamedTuple
 
 from megatron_lite.data.batch import Batch, collate
 from megatron_lite.data.pretrain import Samples
-from megatron_lite.data.sampler import Int64, Order, OrderKind, Permute, sample_numbers
+from megatron_lite.data.sampler import Order, OrderKind, Permute, _Int64, sample_numbers
 
 STEPS_AHEAD = 2
 
 
-class Request(NamedTuple):
+class BatchRequest(NamedTuple):
     """One step's share: the samples from `consumed` on, in so many microbatches of `micro`."""
 
     consumed: int
@@ -59,12 +59,12 @@ class Loader:
         self._threads: ThreadPoolExecutor | None = None
         if num_workers > 0:
             self._threads = ThreadPoolExecutor(num_workers, thread_name_prefix="data")
-        self._ahead: OrderedDict[Request, list[Future[Batch]]] = OrderedDict()
+        self._ahead: OrderedDict[BatchRequest, list[Future[Batch]]] = OrderedDict()
 
     def next_batches(self, consumed: int, micro: int, num_microbatches: int) -> list[Batch]:
         """This rank's microbatches of the global batch that begins at `consumed`."""
         began = time.perf_counter()
-        request = Request(consumed, micro, num_microbatches)
+        request = BatchRequest(consumed, micro, num_microbatches)
         try:
             if self._threads is None:
                 return [self._read(numbers) for numbers in self._numbers(request)]
@@ -83,10 +83,10 @@ class Loader:
         if self._threads is not None:
             self._threads.shutdown(wait=True, cancel_futures=True)
 
-    def _numbers(self, request: Request) -> Int64:
+    def _numbers(self, request: BatchRequest) -> _Int64:
         return sample_numbers(*request, dp_rank=self.dp_rank, dp_size=self.dp_size)
 
-    def _read(self, positions: Int64) -> Batch:
+    def _read(self, positions: _Int64) -> Batch:
         samples = [self.dataset[int(number)] for number in self._order(positions, len(positions))]
         return collate(
             samples,
@@ -97,11 +97,11 @@ class Loader:
             reset_attention_mask=self.reset_attention_mask,
         )
 
-    def _submit(self, request: Request) -> list[Future[Batch]]:
+    def _submit(self, request: BatchRequest) -> list[Future[Batch]]:
         assert self._threads is not None
         return [self._threads.submit(self._read, numbers) for numbers in self._numbers(request)]
 
-    def _read_ahead(self, request: Request) -> None:
+    def _read_ahead(self, request: BatchRequest) -> None:
         size = request.num_microbatches * request.micro * self.dp_size
         for step in range(1, STEPS_AHEAD + 1):
             guess = request._replace(consumed=request.consumed + step * size)

@@ -20,7 +20,7 @@ NO_SINGLES = 0.5  # the discount where nothing was counted once
 
 
 @dataclass(frozen=True, slots=True)
-class Counts:
+class NgramCounts:
     """How often every n-gram was seen; a key is the number whose digits in base V are its tokens."""
 
     keys: npt.NDArray[np.int64]
@@ -28,19 +28,19 @@ class Counts:
     counts: npt.NDArray[np.int64]
 
     @classmethod
-    def of(cls, keys: npt.NDArray[np.int64]) -> Counts:
+    def of(cls, keys: npt.NDArray[np.int64]) -> NgramCounts:
         """Of n-grams in any order."""
         return cls(*np.unique(keys, return_counts=True))
 
-    def __add__(self, other: Counts) -> Counts:
+    def __add__(self, other: NgramCounts) -> NgramCounts:
         keys, place = np.unique(np.concatenate([self.keys, other.keys]), return_inverse=True)
         counts = np.zeros(len(keys), np.int64)
         np.add.at(counts, place, np.concatenate([self.counts, other.counts]))
-        return Counts(keys, counts)
+        return NgramCounts(keys, counts)
 
-    def contexts(self, base: int) -> Counts:
+    def contexts(self, base: int) -> NgramCounts:
         """Of the n-grams without their first token: the number of first tokens; keys below base."""
-        return Counts.of(self.keys % base)
+        return NgramCounts.of(self.keys % base)
 
     def discount(self) -> float:
         """What every count gives to the lower order."""
@@ -56,21 +56,23 @@ def keys_of(stream: Stream, order: int, vocab_size: int) -> npt.NDArray[np.int64
     return keys
 
 
-def count(streams: Iterable[Iterator[Stream]], order: int, vocab_size: int) -> Counts:
+def count(streams: Iterable[Iterator[Stream]], order: int, vocab_size: int) -> NgramCounts:
     """N-grams of that order in streams that come in pieces, across pieces but not across streams."""
-    found, waiting = Counts.of(np.zeros(0, np.int64)), Counts.of(np.zeros(0, np.int64))
+    found, waiting = NgramCounts.of(np.zeros(0, np.int64)), NgramCounts.of(np.zeros(0, np.int64))
     for pieces in streams:
         before = np.zeros(0, np.int64)
         for piece in pieces:
             joined = np.concatenate([before, piece])
-            waiting = waiting + Counts.of(keys_of(joined, order, vocab_size))
+            waiting = waiting + NgramCounts.of(keys_of(joined, order, vocab_size))
             before = joined[len(joined) - min(order - 1, len(joined)) :]
             if len(waiting.keys) > len(found.keys) // 4:
-                found, waiting = found + waiting, Counts.of(np.zeros(0, np.int64))
+                found, waiting = found + waiting, NgramCounts.of(np.zeros(0, np.int64))
     return found + waiting
 
 
-def interpolated(table: Counts, keys: Stream, lower: npt.NDArray[np.float64], base: int) -> Stream:
+def interpolated(
+    table: NgramCounts, keys: Stream, lower: npt.NDArray[np.float64], base: int
+) -> Stream:
     """Probability of every key's last token after the others; `lower` is it by the lower order."""
     discount = table.discount()
     context, first = np.unique(table.keys // base, return_index=True)
@@ -86,7 +88,7 @@ def interpolated(table: Counts, keys: Stream, lower: npt.NDArray[np.float64], ba
 class NgramModel:
     """A model of `order` tokens, from the counts of every order up to it."""
 
-    def __init__(self, tables: list[Counts], vocab_size: int) -> None:
+    def __init__(self, tables: list[NgramCounts], vocab_size: int) -> None:
         self.vocab_size = vocab_size
         self.levels = [
             *(table.contexts(vocab_size**n) for n, table in enumerate(tables[1:], start=1)),

@@ -10,7 +10,7 @@ from megatron_lite.data.build import Datasets
 from megatron_lite.data.pretrain import GPTDataset, Samples
 
 MOST_ROWS = 40  # of a split; a blend may have thousands of datasets
-NAME_WIDTH = 48
+_NAME_WIDTH = 48
 COLUMNS = f"{'asked':>9} {'achieved':>9} {'samples':>14} {'tokens':>18} {'epochs':>9}"
 
 
@@ -57,7 +57,7 @@ def overview(datasets: Datasets) -> list[str]:
 
 
 def _table(split: str, rows: Sequence[Share]) -> list[str]:
-    lines = [f" > {split + ' data':<{NAME_WIDTH}} {COLUMNS}"]
+    lines = [f" > {split + ' data':<{_NAME_WIDTH}} {COLUMNS}"]
     lines += [_line(row) for row in rows[:MOST_ROWS]]
     rest = rows[MOST_ROWS:]
     if rest:
@@ -65,17 +65,17 @@ def _table(split: str, rows: Sequence[Share]) -> list[str]:
         samples, tokens = sum(row.samples for row in rest), sum(row.tokens for row in rest)
         name = f"and {len(rest)} more datasets"
         lines.append(
-            f"   {name:<{NAME_WIDTH}} {both[0]:>9} {both[1]:>9} {samples:>14} {tokens:>18}"
+            f"   {name:<{_NAME_WIDTH}} {both[0]:>9} {both[1]:>9} {samples:>14} {tokens:>18}"
         )
     if len(rows) > 1:
         samples, tokens = sum(row.samples for row in rows), sum(row.tokens for row in rows)
-        lines.append(f"   {'all':<{NAME_WIDTH}} {'':>9} {'':>9} {samples:>14} {tokens:>18}")
+        lines.append(f"   {'all':<{_NAME_WIDTH}} {'':>9} {'':>9} {samples:>14} {tokens:>18}")
     return lines
 
 
 def _line(row: Share) -> str:
-    name = row.name if len(row.name) <= NAME_WIDTH else "..." + row.name[3 - NAME_WIDTH :]
+    name = row.name if len(row.name) <= _NAME_WIDTH else "..." + row.name[3 - _NAME_WIDTH :]
     return (
-        f"   {name:<{NAME_WIDTH}} {row.asked:>9.5f} {row.achieved:>9.5f} {row.samples:>14} "
+        f"   {name:<{_NAME_WIDTH}} {row.asked:>9.5f} {row.achieved:>9.5f} {row.samples:>14} "
         f"{row.tokens:>18} {row.epochs:>9.3f}"
     )

@@ -19,7 +19,7 @@ from megatron_lite.data.indices import (
     shuffle_index,
 )
 
-Tokens = npt.NDArray[np.int64]
+_Tokens = npt.NDArray[np.int64]
 
 
 class Samples(Protocol):
@@ -29,7 +29,7 @@ class Samples(Protocol):
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, sample: int, /) -> Tokens: ...
+    def __getitem__(self, sample: int, /) -> _Tokens: ...
 
 
 class TokenSource(Protocol):
@@ -55,14 +55,14 @@ class TokenSource(Protocol):
         ...
 
 
-class Range(NamedTuple):
+class DocumentRange(NamedTuple):
     """Documents start to stop - 1 of a file."""
 
     start: int
     stop: int
 
 
-def split_ranges(shares: Sequence[float], num_documents: int) -> list[Range | None]:
+def split_ranges(shares: Sequence[float], num_documents: int) -> list[DocumentRange | None]:
     """Documents of train, validation and test; None for a share of 0.
 
     shares sum to 1; bounds are their running sums times the documents, rounded half to even.
@@ -70,16 +70,16 @@ def split_ranges(shares: Sequence[float], num_documents: int) -> list[Range | No
     bounds = [0.0]
     for share in shares:
         bounds.append(bounds[-1] + share)
-    ranges: list[Range | None] = []
+    ranges: list[DocumentRange | None] = []
     for begin, end in zip(bounds[:-1], bounds[1:], strict=True):
         start = int(round(begin * float(num_documents)))
         stop = int(round(end * float(num_documents)))
-        ranges.append(Range(start, stop) if end > begin else None)
+        ranges.append(DocumentRange(start, stop) if end > begin else None)
     return ranges
 
 
 def shortage(
-    source: TokenSource, documents: Range, seq_length: int, num_samples: int | None
+    source: TokenSource, documents: DocumentRange, seq_length: int, num_samples: int | None
 ) -> str:
     """Why these documents do not make one sample, in words; "" where they do, read again if need be."""
     total = len(source.sequence_lengths)
@@ -101,7 +101,7 @@ class GPTPlan:
     source: TokenSource
     name: str
     split: str
-    documents: Range
+    documents: DocumentRange
     tokens_per_epoch: int
     epochs: EpochPlan
     seq_length: int
@@ -114,7 +114,7 @@ class GPTPlan:
         *,
         name: str,
         split: str,
-        documents: Range,
+        documents: DocumentRange,
         num_samples: int | None,
         seq_length: int,
         seed: int,
@@ -194,7 +194,7 @@ class GPTDataset:
     def __len__(self) -> int:
         return len(self.plan)
 
-    def __getitem__(self, sample: int) -> Tokens:
+    def __getitem__(self, sample: int) -> _Tokens:
         if not 0 <= sample < len(self):
             raise IndexError(f"{self.name}: no sample {sample}, it has {len(self)}")
         row = int(self.shuffle_index[sample])
@@ -215,7 +215,7 @@ class GPTDataset:
         self._check_range(sample, tokens)
         return tokens
 
-    def _check_range(self, sample: int, tokens: Tokens) -> None:
+    def _check_range(self, sample: int, tokens: _Tokens) -> None:
         low, high = int(tokens.min()), int(tokens.max())
         if low < 0 or (self.vocab_size is not None and high >= self.vocab_size):
             wrong = low if low < 0 else high

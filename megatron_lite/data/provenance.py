@@ -21,14 +21,14 @@ from megatron_lite.data.indexed import IndexedDataset, bin_path
 from megatron_lite.data.tokenizers.base import Tokenizer
 from megatron_lite.storage.reading import read_plain
 
-ALLOW = "--allow-tokenizer-mismatch"
+ALLOW_MISMATCH = "--allow-tokenizer-mismatch"
 PIECES, PIECE = 8, 4096  # of a file whose tokenizer nobody recorded: pieces looked at, their tokens
 MOST_BYTES = 1 << 28  # of a .meta.json, which names every input file
 _SHOWN = 3
 
 
 @dataclass(slots=True)
-class Counts:
+class KeyCounts:
     """What has been written of one key."""
 
     documents: int = 0
@@ -39,12 +39,12 @@ class Counts:
     unknown: int = 0
 
     @classmethod
-    def of(cls, facts: Mapping[str, Any]) -> Counts:
+    def of(cls, facts: Mapping[str, Any]) -> KeyCounts:
         """Those of a `.meta.json`; what an older one did not count is 0."""
         return cls(**{name: facts.get(name, 0) for name in cls.__slots__})
 
 
-SUMS = (*Counts.__slots__, "input_bytes", "read_bytes", "seconds")
+SUMS = (*KeyCounts.__slots__, "input_bytes", "read_bytes", "seconds")
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,10 +198,10 @@ def require_same(
         f"{_more(wrong[1:], 'the same holds for')}"
     )
     if allowed:
-        return [f"{ALLOW}: {line}"]
+        return [f"{ALLOW_MISMATCH}: {line}"]
     raise DataError(
         f"{line}: the same id is another word there - preprocess the text again, give the tokenizer "
-        f"the files were made with, or {ALLOW}"
+        f"the files were made with, or {ALLOW_MISMATCH}"
     )
 
 

@@ -10,15 +10,15 @@ import numpy.typing as npt
 
 from megatron_lite.config.errors import DataError
 
-Int64 = npt.NDArray[np.int64]
-Permute: TypeAlias = Callable[[int, int], Int64]
+_Int64 = npt.NDArray[np.int64]
+Permute: TypeAlias = Callable[[int, int], _Int64]
 """(size, seed) -> a permutation of so many numbers."""
 OrderKind: TypeAlias = Literal["single", "repeated", "cyclic"]
 
 
 def sample_numbers(
     consumed: int, micro: int, num_microbatches: int, dp_rank: int, dp_size: int
-) -> Int64:
+) -> _Int64:
     """[num_microbatches, micro]: positions in the training stream this rank reads in one step.
 
     All ranks together read the global batch that begins at `consumed`, whatever micro and dp_size
@@ -49,9 +49,9 @@ class Order:
         self.dp_size = dp_size
         self.sharding = sharding
         self._permute = permute
-        self._permutations: dict[tuple[int, int], Int64] = {}
+        self._permutations: dict[tuple[int, int], _Int64] = {}
 
-    def __call__(self, positions: Int64, micro: int) -> Int64:
+    def __call__(self, positions: _Int64, micro: int) -> _Int64:
         if self.kind == "single":
             if positions.size and int(positions.max()) >= self.size:
                 raise DataError(
@@ -77,19 +77,19 @@ class Order:
             numbers[here] = self._of_epoch(int(epoch), inside[here], micro, used)
         return numbers
 
-    def _of_epoch(self, epoch: int, inside: Int64, micro: int, used: int) -> Int64:
+    def _of_epoch(self, epoch: int, inside: _Int64, micro: int, used: int) -> _Int64:
         turn, rest = np.divmod(inside, micro * self.dp_size)
         rank, at = np.divmod(rest, micro)
         if self.sharding:
             part = used // self.dp_size
             drawn = self._permutation(epoch, part)
-            numbers: Int64 = rank * part + drawn[turn * micro + at]
+            numbers: _Int64 = rank * part + drawn[turn * micro + at]
             return numbers
         drawn = self._permutation(epoch, self.size - self.size % micro)
         numbers = drawn[turn * micro * self.dp_size + at * self.dp_size + rank]
         return numbers
 
-    def _permutation(self, epoch: int, size: int) -> Int64:
+    def _permutation(self, epoch: int, size: int) -> _Int64:
         known = self._permutations
         if (epoch, size) not in known:
             for old in [other for other in known if abs(other[0] - epoch) > 1]:

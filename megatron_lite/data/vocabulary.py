@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_lite.config.errors import CheckpointError
-from megatron_lite.data.provenance import ALLOW, MadeWith
+from megatron_lite.data.provenance import ALLOW_MISMATCH, MadeWith
 
 
 def trained_with(kept: Mapping[str, Any]) -> MadeWith | None:
@@ -58,6 +58,6 @@ def check_vocabulary(
     if not allowed:
         raise CheckpointError(
             f"{line}: the same id is another word there - give the tokenizer it was trained with (it "
-            f"lies in the checkpoint's folder tokenizer/), or {ALLOW}"
+            f"lies in the checkpoint's folder tokenizer/), or {ALLOW_MISMATCH}"
         )
-    return [f"{ALLOW}: {line}"]
+    return [f"{ALLOW_MISMATCH}: {line}"]

@@ -20,9 +20,9 @@ from megatron_lite.parallel.shard import LocalParameter, NamedSlice
 
 @dataclass(frozen=True, slots=True)
 class SquaredNorm:
-    """share: fp64 scalar, zero where another rank stands for the same; finite: bool scalar.
+    """share: this rank's contribution to the squared gradient norm, fp64 scalar; finite: bool scalar.
 
-    finite looks at every gradient this rank holds, copies that others stand for included.
+    A replicated gradient is counted by one rank; finite looks at every gradient this rank holds.
     """
 
     share: Tensor
@@ -83,11 +83,13 @@ class Engine(Protocol):
         """One gradient contribution of the parameter has been accumulated."""
         ...
 
-    def arm(self, stage: int, awaited: Sequence[Tensor] | None = None) -> None:
-        """The stage's last backward comes next: full buckets may be reduced from now on.
+    def begin_last_backward(
+        self, stage: int, pending_wgrads: Sequence[Tensor] | None = None
+    ) -> None:
+        """From here gradients of this stage are final: a full bucket may be reduced.
 
-        awaited: the parameters that it will still report, each as often; all others are complete.
-        None: a whole backward comes, which reports every parameter.
+        pending_wgrads: the weights whose deferred gradients are still to come, each as often as it
+        will be reported; all others are complete.  None: a whole backward comes, which reports all.
         """
         ...
 
@@ -120,8 +122,8 @@ class Engine(Protocol):
         """What to call around the layer (embedding, block, head) that reads these; None: nothing."""
         ...
 
-    def settle(self) -> None:
-        """Return when every parameter is whole: before anybody reads them outside a forward."""
+    def wait_for_param_gather(self) -> None:
+        """Block until all-gathered parameters are complete: before they are read outside a forward."""
         ...
 
     def wait_for(self, parameters: Iterable[Tensor]) -> None:
@@ -131,7 +133,7 @@ class Engine(Protocol):
     def weights(self, *, owned: bool) -> Iterator[NamedSlice]:
         """The model's tensors as named slices (views): those this rank stands for, or all it holds.
 
-        They are settled first.
+        Waits for the parameter gather first.
         """
         ...
 

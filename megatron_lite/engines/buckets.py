@@ -19,7 +19,7 @@ from megatron_lite.parallel.collectives import (
     start_reduce_scatter,
 )
 from megatron_lite.parallel.context import Axis, ParallelContext
-from megatron_lite.parallel.shard import LocalParameter, Piece
+from megatron_lite.parallel.shard import LocalParameter, ParameterPiece
 
 _ALIGN = 16  # elements: every parameter starts on a cache line
 
@@ -69,7 +69,7 @@ class GradientBuckets:
         bucket_size: int,
         overlap: bool,
         sharded: bool = False,
-        whole: Callable[[Piece], bool] = lambda piece: False,
+        whole: Callable[[ParameterPiece], bool] = lambda piece: False,
         dtype: torch.dtype = torch.float32,
     ) -> GradientBuckets:
         """Lay the accumulators out; bucket_size in elements.
@@ -98,7 +98,7 @@ class GradientBuckets:
         """The accumulator of a parameter: a view of its shape in the flat buffer, fp32 by default."""
         return self.views[local.parameter]
 
-    def owned(self, local: LocalParameter) -> Iterator[tuple[Piece, Rows]]:
+    def owned(self, local: LocalParameter) -> Iterator[tuple[ParameterPiece, Rows]]:
         """The rows of each of its pieces whose state this rank keeps."""
         bucket = self._bucket_of[local.parameter]
         if bucket.layout is None:
@@ -112,16 +112,16 @@ class GradientBuckets:
                 if rows.stop > rows.start:
                     yield place.piece, rows
 
-    def arm(self, awaited: Sequence[Tensor] | None = None) -> None:
+    def begin_last_backward(self, pending_wgrads: Sequence[Tensor] | None = None) -> None:
         """From now on count gradients, and reduce each bucket when its last one arrives.
 
-        awaited: the parameters still to be reported, each as often; a bucket without any starts
+        pending_wgrads: the parameters still to be reported, each as often; a bucket without any starts
         here.  None: every parameter that has a gradient will be, as often as one backward uses it.
         """
         if not self.overlap:
             return
         self._armed = True
-        coming = None if awaited is None else Counter(awaited)
+        coming = None if pending_wgrads is None else Counter(pending_wgrads)
         for bucket in self.buckets:
             bucket.missing = sum(
                 _reports(local) if coming is None else coming[local.parameter]
@@ -201,7 +201,7 @@ class GradientBuckets:
         """Return when the parameter is whole again (its bucket with it); at once where no gather runs."""
         self._complete(self._bucket_of[parameter])
 
-    def settle(self) -> None:
+    def wait_for_param_gather(self) -> None:
         """Return when every parameter is whole again."""
         for bucket in reversed(self.buckets):
             self._complete(bucket)
@@ -226,7 +226,7 @@ def _grouped(parameters: Sequence[LocalParameter], bucket_size: int) -> list[lis
         kind = local.over, local.parameter.dtype
         group = open_groups.get(kind)
         full = group is not None and sum(p.parameter.numel() for p in group) >= bucket_size
-        if group is None or full or local.twin:
+        if group is None or full or local.tied_across_stages:
             group = open_groups[kind] = []
             groups.append(group)
         group.append(local)
@@ -235,7 +235,7 @@ def _grouped(parameters: Sequence[LocalParameter], bucket_size: int) -> list[lis
 
 def _reports(local: LocalParameter) -> int:
     """How often a backward reports a gradient of it: never of one that is frozen."""
-    return local.uses if local.parameter.requires_grad else 0
+    return local.grads_per_backward if local.parameter.requires_grad else 0
 
 
 def _padded(local: LocalParameter) -> int:

@@ -15,15 +15,15 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from megatron_lite.blueprint.ownership import Rows, cut_rows, rows_per_rank, whole_owners
-from megatron_lite.parallel.shard import LocalParameter, Piece
+from megatron_lite.parallel.shard import LocalParameter, ParameterPiece
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Place:
+class ShardPlace:
     """A piece of a parameter and its columns in the buffer; owner is None where its rows are cut."""
 
     local: LocalParameter
-    piece: Piece
+    piece: ParameterPiece
     block: int
     column: int
     owner: int | None = None
@@ -76,7 +76,7 @@ class Place:
 class ShardLayout:
     """Places of all pieces of one bucket, and n: the elements each rank sends and receives."""
 
-    places: tuple[Place, ...]
+    places: tuple[ShardPlace, ...]
     ranks: int
     columns: int
 
@@ -86,7 +86,7 @@ class ShardLayout:
         parameters: Sequence[LocalParameter],
         ranks: int,
         *,
-        whole: Callable[[Piece], bool],
+        whole: Callable[[ParameterPiece], bool],
     ) -> ShardLayout:
         """Lay the pieces of these parameters out; whole: which have one owner, instead of one per row."""
         pieces = [
@@ -100,13 +100,13 @@ class ShardLayout:
             if not whole(piece):
                 rows = piece.stop - piece.start
                 block = rows_per_rank(rows, ranks)
-                places.append(Place(local, piece, block, shared))
+                places.append(ShardPlace(local, piece, block, shared))
                 shared += block * (_size(local, piece) // rows)
         used = [shared] * ranks
         alone = [(local, piece) for local, piece in pieces if whole(piece)]
         sizes = [_size(local, piece) for local, piece in alone]
         for (local, piece), owner in zip(alone, whole_owners(sizes, ranks), strict=True):
-            places.append(Place(local, piece, piece.stop - piece.start, used[owner], owner))
+            places.append(ShardPlace(local, piece, piece.stop - piece.start, used[owner], owner))
             used[owner] += _size(local, piece)
         return cls(tuple(places), ranks, max(used))
 
@@ -122,7 +122,7 @@ class ShardLayout:
         for place in self.places:
             place.copy(buffer, tensor_of(place.local), into_buffer=False)
 
-    def own_rows(self, rank: int, row: Tensor) -> list[tuple[Place, Rows, Tensor]]:
+    def own_rows(self, rank: int, row: Tensor) -> list[tuple[ShardPlace, Rows, Tensor]]:
         """This rank's rows of each piece, and their view [rows, width] in its row [n] of the buffer."""
         views = []
         for place in self.places:
@@ -134,5 +134,5 @@ class ShardLayout:
         return views
 
 
-def _size(local: LocalParameter, piece: Piece) -> int:
+def _size(local: LocalParameter, piece: ParameterPiece) -> int:
     return piece.of(local.parameter).numel()

@@ -28,8 +28,8 @@ from megatron_lite.parallel.shard import (
     MASTER,
     LocalParameter,
     NamedSlice,
-    Piece,
-    stands_for,
+    ParameterPiece,
+    is_primary_copy,
     weight_slices,
 )
 
@@ -43,7 +43,7 @@ class _Held:
     """
 
     local: LocalParameter
-    piece: Piece
+    piece: ParameterPiece
     rows: Rows
     weight: Tensor
     gradient: Tensor
@@ -122,7 +122,7 @@ class ZeroEngine:
         self._turns = {self.groups.treatment(piece.spec).first_update for piece in pieces}
         self._choose_trained()
 
-    def _trains(self, piece: Piece) -> bool:
+    def _trains(self, piece: ParameterPiece) -> bool:
         return self.groups.trains(piece.spec, self._steps)
 
     def _choose_trained(self) -> None:
@@ -143,7 +143,7 @@ class ZeroEngine:
             state = self.groups.new_state(piece.spec, master)
             yield _Held(local, piece, rows, weight, gradient[here], master, state)
 
-    def _stays_whole(self, piece: Piece) -> bool:
+    def _stays_whole(self, piece: ParameterPiece) -> bool:
         return self.groups.treatment(piece.spec).needs(0)
 
     def _take_gradient(self) -> Callable[[Tensor], None]:
@@ -185,13 +185,15 @@ class ZeroEngine:
         """One gradient contribution of the parameter has been accumulated."""
         self._buckets[self._stage_of[parameter]].ready(parameter)  # type: ignore[index]
 
-    def arm(self, stage: int, awaited: Sequence[Tensor] | None = None) -> None:
+    def begin_last_backward(
+        self, stage: int, pending_wgrads: Sequence[Tensor] | None = None
+    ) -> None:
         """The stage's last backward comes next: full buckets may be reduced from now on.
 
-        awaited: what its last W will still report, see base.Engine; None: a whole backward comes.
+        pending_wgrads: what its last W will still report, see base.Engine; None: a whole backward comes.
         """
         if not self._unreduced:
-            self._buckets[stage].arm(awaited)
+            self._buckets[stage].begin_last_backward(pending_wgrads)
 
     @contextmanager
     def unreduced(self) -> Iterator[None]:
@@ -217,11 +219,11 @@ class ZeroEngine:
     def _counts(self, held: _Held) -> bool:
         """Whether sums over the world take this rank's gradient, not another rank's copy of it."""
         first = held.local.replicas(self.ctx).rank == 0
-        return stands_for(held.local, self.ctx) and (self.sharded or first)
+        return is_primary_copy(held.local, self.ctx) and (self.sharded or first)
 
     def _mine(self, held: Iterable[_Held]) -> list[_Held]:
         """Those this rank stands for, in sums over all ranks."""
-        return [one for one in held if stands_for(one.local, self.ctx)]
+        return [one for one in held if is_primary_copy(one.local, self.ctx)]
 
     @torch.no_grad()
     def apply(
@@ -252,8 +254,8 @@ class ZeroEngine:
         """Sum gradients over replicas, over tp where a rank saw its share of the sequence, over twins."""
         for buckets in self._buckets.values():
             buckets.finish()
-        for axis in sorted({axis for held in self._held for axis in held.local.summed}):
-            partial = [held.gradient for held in self._held if axis in held.local.summed]
+        for axis in sorted({axis for held in self._held for axis in held.local.grad_summed_over}):
+            partial = [held.gradient for held in self._held if axis in held.local.grad_summed_over]
             flat = torch.cat([gradient.reshape(-1) for gradient in partial])
             all_reduce(flat, self.ctx.named(axis))
             sizes = [gradient.numel() for gradient in partial]
@@ -262,7 +264,7 @@ class ZeroEngine:
         if self._frozen:  # some of them may be a piece of a parameter that is trained otherwise
             torch._foreach_zero_([held.gradient for held in self._frozen])
         for held in self._held:
-            if held.local.twin:
+            if held.local.tied_across_stages:
                 all_reduce(held.gradient, self.ctx.tied)
         if self.loss_scale != 1.0:
             for buckets in self._buckets.values():
@@ -279,13 +281,13 @@ class ZeroEngine:
             for buckets in self._buckets.values():
                 buckets.start_gather(all_at_once=self._overlap_gather)
             if not self._overlap_gather:
-                self.settle()
+                self.wait_for_param_gather()
 
     @torch.no_grad()
-    def settle(self) -> None:
+    def wait_for_param_gather(self) -> None:
         """Return when every parameter is whole: before anybody reads them outside a forward."""
         for buckets in self._buckets.values():
-            buckets.settle()
+            buckets.wait_for_param_gather()
 
     @torch.no_grad()
     def wait_for(self, parameters: Iterable[Tensor]) -> None:
@@ -319,13 +321,13 @@ class ZeroEngine:
 
     def weights(self, *, owned: bool) -> Iterator[NamedSlice]:
         """The model's tensors as named slices (views): those this rank stands for, or all it holds."""
-        self.settle()
+        self.wait_for_param_gather()
         yield from weight_slices(self._locals, self.ctx, owned=owned)
 
     def gradients(self, *, owned: bool) -> Iterator[NamedSlice]:
         """The accumulators this rank updates from, likewise; before reduce() its own sums."""
         for held in self._held:
-            if not owned or stands_for(held.local, self.ctx):
+            if not owned or is_primary_copy(held.local, self.ctx):
                 yield held.slice(held.gradient, "", replicated=not self.sharded)
 
     def state(self, *, owned: bool) -> Iterator[NamedSlice]:
@@ -334,7 +336,7 @@ class ZeroEngine:
         owned: only what this rank stands for (to save), or all it holds (to load).
         """
         for held in self._held:
-            if owned and not stands_for(held.local, self.ctx):
+            if owned and not is_primary_copy(held.local, self.ctx):
                 continue
             same = not self.sharded
             if held.has_master:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_lite.inference.cache import KeyValueCache
-from megatron_lite.layers.setting import Positions
+from megatron_lite.layers.contexts import ForwardContext
 from megatron_lite.models.decoder import Decoder
 
 Pick = Callable[[Tensor, Tensor], Tensor]
@@ -33,8 +33,8 @@ def generate(
     Stops at eod, after max_new_tokens, or where the position table ends.
     """
     assert prompt, "a prompt has at least one token (the end-of-document token, say)"
-    setting = model.setting
-    device = setting.ctx.device
+    context = model.context
+    device = context.ctx.device
     longest = _longest(model, len(prompt) + max_new_tokens)
     cache = KeyValueCache(longest)
     tokens = torch.tensor([list(prompt)[-longest:]], device=device)
@@ -54,7 +54,7 @@ def generate(
 
 
 def _longest(model: Decoder, wanted: int) -> int:
-    config = model.setting.model
+    config = model.context.model
     learned = config.position_embedding_type == "learned_absolute"
     return min(wanted, config.num_positions) if learned else wanted
 
@@ -62,11 +62,11 @@ def _longest(model: Decoder, wanted: int) -> int:
 def _forward(model: Decoder, new: Tensor, cache: KeyValueCache) -> Tensor:
     """new: int64 [b, t] -> logits of the real vocabulary after the last one, fp32 [b, v]."""
     count = new.shape[1]
-    at = Positions(
+    at = ForwardContext(
         samples=torch.zeros(new.shape[0], dtype=torch.int64, device=new.device),
         index=cache.positions(count, new.device),
         cache=cache,
     )
     logits = model(new.t(), at)[-1]
     cache.advance(count)
-    return logits[:, : model.setting.vocab_size].float()
+    return logits[:, : model.context.vocab_size].float()

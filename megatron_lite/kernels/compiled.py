@@ -8,39 +8,24 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import ParamSpec, TypeVar
 
 import torch
-from torch import Tensor
 
-from megatron_lite.kernels import reference
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 
 @functools.cache
-def _compiled(op: Callable[..., Any]) -> Callable[..., Any]:
+def _compiled(op: Callable[_P, _R]) -> Callable[_P, _R]:
     return torch.compile(op, dynamic=False)
 
 
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, epsilon: float) -> Tensor:
-    """x: [..., h] -> [..., h]; see reference.layer_norm."""
-    return _compiled(reference.layer_norm)(x, weight, bias, epsilon)
+def compiled(op: Callable[_P, _R]) -> Callable[_P, _R]:
+    """The same op, compiled when it is first called: importing the table starts no compiler."""
 
+    @functools.wraps(op)
+    def run(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        return _compiled(op)(*args, **kwargs)
 
-def rms_norm(x: Tensor, weight: Tensor, bias: Tensor | None, epsilon: float) -> Tensor:
-    """x: [..., h] -> [..., h]; see reference.rms_norm."""
-    return _compiled(reference.rms_norm)(x, weight, bias, epsilon)
-
-
-def gelu(x: Tensor) -> Tensor:
-    """x: [...] -> [...]; see reference.gelu."""
-    return _compiled(reference.gelu)(x)
-
-
-def gelu_erf(x: Tensor) -> Tensor:
-    """x: [...] -> [...]; see reference.gelu_erf."""
-    return _compiled(reference.gelu_erf)(x)
-
-
-def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up; see reference.swiglu."""
-    return _compiled(reference.swiglu)(gate, up)
+    return run

@@ -10,20 +10,20 @@ from torch import Tensor, nn
 from megatron_lite.blueprint.figure.parts import Core, Matrix
 from megatron_lite.kernels.attention import AttentionCall
 from megatron_lite.kernels.table import PREFERENCES, Choice, Need, choose
+from megatron_lite.layers.contexts import ForwardContext, StageContext
 from megatron_lite.layers.linear import ColumnParallelLinear, RowParallelLinear
 from megatron_lite.layers.recompute import recomputed_part
 from megatron_lite.layers.rotary import rotary_tables, rotate
-from megatron_lite.layers.setting import Positions, Setting
 from megatron_lite.parallel.random import keep_mask, key, token_numbers
 
 
-def choose_attention(setting: Setting, *, training: bool, masked: bool = False) -> Choice:
-    """The attention kernel for this setting; with dropout only while training."""
-    model, precision = setting.model, setting.precision
+def choose_attention(context: StageContext, *, training: bool, masked: bool = False) -> Choice:
+    """The attention kernel for this context; with dropout only while training."""
+    model, precision = context.model, context.precision
     backend = "unfused" if not precision.masked_softmax_fusion else precision.attention_backend
     need = Need(
-        device=setting.ctx.device,
-        dtype=setting.dtype,
+        device=context.ctx.device,
+        dtype=context.dtype,
         dropout=model.attention_dropout if training else 0.0,
         layer_scaling=model.apply_query_key_layer_scaling,
         masked=masked,
@@ -42,17 +42,17 @@ class SelfAttention(nn.Module):
     (arXiv:2305.13245).  tp must divide n and m: config/ has checked that.
     """
 
-    def __init__(self, setting: Setting, layer: int) -> None:
+    def __init__(self, context: StageContext, layer: int) -> None:
         super().__init__()
-        parts = setting.figure.layers[layer]
-        self.setting, self.layer = setting, layer
+        parts = context.figure.layers[layer]
+        self.context, self.layer = context, layer
         self.core = parts.named("attention.core", Core)
-        self.heads = self.core.heads // setting.tp.size
-        self.kv_heads = self.core.kv_heads // setting.tp.size
-        self.qkv = ColumnParallelLinear(setting, parts.named("attention.qkv", Matrix))
-        self.output = RowParallelLinear(setting, parts.named("attention.output", Matrix))
+        self.heads = self.core.heads // context.tp.size
+        self.kv_heads = self.core.kv_heads // context.tp.size
+        self.qkv = ColumnParallelLinear(context, parts.named("attention.qkv", Matrix))
+        self.output = RowParallelLinear(context, parts.named("attention.output", Matrix))
 
-    def forward(self, x: Tensor, at: Positions) -> Tensor:
+    def forward(self, x: Tensor, at: ForwardContext) -> Tensor:
         """x: [s/tp, b, h] with sequence parallelism, else [s, b, h] -> the same."""
         fused = self.qkv(x)  # [s, b, (n + 2m)d/tp]
         q, k, v = fused.split(self.qkv.rows, dim=-1)
@@ -60,22 +60,22 @@ class SelfAttention(nn.Module):
         q = q.view(s, b, self.heads, -1)
         k, v = (y.view(s, b, self.kv_heads, -1) for y in (k, v))
         if self.core.rotated:
-            base = self.setting.model.rotary_base
+            base = self.context.model.rotary_base
             cos, sin = rotary_tables(self.core.rotated, base, at.encoded)
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         q, k, v = (y.permute(1, 2, 0, 3) for y in (q, k, v))  # [b, n/tp, s, d]
         if at.cache is not None:
             k, v = at.cache.extend(self.layer, k, v)  # type: ignore[attr-defined]
-        choice = choose_attention(self.setting, training=at.training, masked=at.mask is not None)
+        choice = choose_attention(self.context, training=at.training, masked=at.mask is not None)
         call = self._call(at, q.shape[2], k.shape[2])
-        y = recomputed_part(self.setting.recompute, "core_attn", choice.run, q, k, v, call)
+        y = recomputed_part(self.context.recompute, "core_attn", choice.run, q, k, v, call)
         return self.output(y.permute(2, 0, 1, 3).reshape(s, b, -1))
 
-    def _call(self, at: Positions, queries: int, keys: int) -> AttentionCall:
-        model, setting = self.setting.model, self.setting
+    def _call(self, at: ForwardContext, queries: int, keys: int) -> AttentionCall:
+        model, context = self.context.model, self.context
         rate = model.attention_dropout if at.training else 0.0
-        first_head = setting.tp.rank * self.heads
-        where = (setting.seed, at.step, self.layer, "attention")
+        first_head = context.tp.rank * self.heads
+        where = (context.seed, at.step, self.layer, "attention")
 
         def keep() -> Tensor:
             """bool [b, n/tp, s, t] from sample, global head, query and key."""
@@ -98,6 +98,6 @@ class SelfAttention(nn.Module):
         )
 
 
-def _vendor_seed(where: tuple[int | str, ...], at: Positions, first_head: int) -> int:
+def _vendor_seed(where: tuple[int | str, ...], at: ForwardContext, first_head: int) -> int:
     # reads one number from the device: vendor kernels with dropout cost a wait per call
     return key(*where, int(at.samples[0]), first_head) & 0x7FFFFFFFFFFF

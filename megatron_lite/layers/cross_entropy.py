@@ -11,8 +11,8 @@ from megatron_lite.parallel.collectives import MAX, all_reduce
 from megatron_lite.parallel.context import Axis
 
 
-def _never(dtype: torch.dtype) -> float:
-    """A logit without probability; finite, so that a rank with nothing but padding has a softmax too."""
+def _padding_logit(dtype: torch.dtype) -> float:
+    """Logit of padding columns: probability 0, but finite, so that an all-padding rank has a valid softmax."""
     return max(-1e30, torch.finfo(dtype).min)
 
 
@@ -26,7 +26,7 @@ class _CrossEntropy(torch.autograd.Function):
         real = min(max(vocab_size - first, 0), columns)
         if real < columns:
             logits = logits.clone()
-            logits[..., real:] = _never(logits.dtype)
+            logits[..., real:] = _padding_logit(logits.dtype)
         log_p = torch.log_softmax(logits, dim=-1, dtype=torch.float32)  # of this rank's columns
         local = labels - first
         elsewhere = (local < 0) | (local >= columns)

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_lite.blueprint.figure.parts import Table
+from megatron_lite.layers.contexts import StageContext
 from megatron_lite.layers.gradients import WeightGradients
-from megatron_lite.layers.setting import Setting
 from megatron_lite.parallel.collectives import local_slice
 from megatron_lite.parallel.regions import reduce_from_tp, reduce_to_sequence
 
@@ -36,17 +36,17 @@ class VocabParallelEmbedding(nn.Module):
     A rank looks up its own ids, gives zeros for the others', and the sum over tp is the embedding.
     """
 
-    def __init__(self, setting: Setting, part: Table) -> None:
+    def __init__(self, context: StageContext, part: Table) -> None:
         super().__init__()
-        self.setting, self.part = setting, part
-        self.weight = setting.parameter(part.rows // setting.tp.size, part.columns)
+        self.context, self.part = context, part
+        self.weight = context.parameter(part.rows // context.tp.size, part.columns)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """tokens: int64 [s, b] -> [s/tp, b, h] with sequence parallelism, else [s, b, h].
 
         Every id must be below the padded vocabulary: data/ has checked that.
         """
-        at = self.setting
+        at = self.context
         if at.tp.size == 1:
             return _Lookup.apply(tokens, self.weight, at.gradients)
         rows = self.weight.shape[0]
@@ -60,14 +60,14 @@ class VocabParallelEmbedding(nn.Module):
 class PositionEmbedding(nn.Module):
     """Learned absolute positions; W: [positions, h], whole on every tp rank."""
 
-    def __init__(self, setting: Setting, part: Table) -> None:
+    def __init__(self, context: StageContext, part: Table) -> None:
         super().__init__()
-        self.setting, self.part = setting, part
-        self.weight = setting.parameter(part.rows, part.columns)
+        self.context, self.part = context, part
+        self.weight = context.parameter(part.rows, part.columns)
 
     def forward(self, index: Tensor) -> Tensor:
         """index: [s] or [s, b] -> [s/tp, 1 or b, h] with sequence parallelism, else [s, ...]."""
-        at = self.setting
+        at = self.context
         if at.sequence_parallel:
             index = local_slice(index, at.tp)
         x = _Lookup.apply(index, self.weight, at.gradients)

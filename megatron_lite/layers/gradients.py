@@ -15,15 +15,15 @@ from megatron_lite.parallel.collectives import Pending, start_all_gather
 from megatron_lite.parallel.context import Axis
 
 
-def _unmeasured(name: str) -> AbstractContextManager[object]:
+def _no_span(name: str) -> AbstractContextManager[object]:
     return nullcontext()
 
 
-def _nothing(parameter: Tensor) -> None:
-    """Nobody waits for this gradient."""
+def _no_callback(parameter: Tensor) -> None:
+    """Default: no callback."""
 
 
-class Factor(NamedTuple):
+class WgradOperand(NamedTuple):
     """One side of a weight gradient's product: kept whole, or as this rank's slice over `axis`.
 
     kept: [s, b, k] where axis has size 1, else [s/axis, b, k] and gathered when it is needed.
@@ -37,12 +37,12 @@ class Factor(NamedTuple):
         return start_all_gather(self.kept, self.axis)
 
 
-class Product(NamedTuple):
+class DeferredWgrad(NamedTuple):
     """The gradient dyᵀx of a weight [out, in], waiting for its W."""
 
     weight: Tensor
-    dy: Factor
-    x: Factor
+    dy: WgradOperand
+    x: WgradOperand
 
     def gather(self) -> tuple[Tensor, Pending, Pending]:
         """The weight, and its factors on their way to being whole."""
@@ -54,7 +54,7 @@ class WeightGradients:
     """Weight-gradient work of one stage.
 
     Unattached, layers return their weight gradients to autograd as usual.  Attached to an engine's
-    fp32 accumulators, they add to them in place and report the parameter ready.  After postpone(m)
+    fp32 accumulators, they add to them in place and report the parameter ready.  After defer_to(m)
     the matrix products wait in the queue of micro batch m until run(m): the W action of a
     zero-bubble schedule.  Tables, biases and norms cost no product and are never postponed.
 
@@ -64,10 +64,10 @@ class WeightGradients:
     """
 
     accumulators: dict[Tensor, Tensor] = field(default_factory=dict)
-    ready: Callable[[Tensor], None] = _nothing
-    span: Callable[[str], AbstractContextManager[object]] = _unmeasured
-    _postponed: dict[int, deque[Product]] = field(default_factory=dict)
-    _queue: deque[Product] | None = None
+    ready: Callable[[Tensor], None] = _no_callback
+    span: Callable[[str], AbstractContextManager[object]] = _no_span
+    _deferred: dict[int, deque[DeferredWgrad]] = field(default_factory=dict)
+    _queue: deque[DeferredWgrad] | None = None
 
     def attach(
         self, accumulators: Iterable[tuple[Tensor, Tensor]], ready: Callable[[Tensor], None]
@@ -79,12 +79,12 @@ class WeightGradients:
         self.accumulators = dict(accumulators)
         self.ready = ready
 
-    def postpones(self, weight: Tensor) -> bool:
-        """Whether a product for this weight belongs on the queue now: hand it to leave()."""
+    def defers(self, weight: Tensor) -> bool:
+        """Whether a product for this weight belongs on the queue now: hand it to defer()."""
         return self._queue is not None and weight in self.accumulators
 
-    def leave(self, product: Product) -> None:
-        """Put it on the queue of the micro batch that postpone() named."""
+    def defer(self, product: DeferredWgrad) -> None:
+        """Put it on the queue of the micro batch that defer_to() named."""
         assert self._queue is not None, "nothing is postponed"
         self._queue.append(product)
 
@@ -111,9 +111,9 @@ class WeightGradients:
         self.ready(weight)
         return None
 
-    def postpone(self, microbatch: int | None) -> None:
+    def defer_to(self, microbatch: int | None) -> None:
         """From now on leave matrix products to run(microbatch); None: carry them out at once."""
-        waiting = None if microbatch is None else self._postponed.setdefault(microbatch, deque())
+        waiting = None if microbatch is None else self._deferred.setdefault(microbatch, deque())
         self._queue = waiting
 
     @torch.no_grad()
@@ -122,7 +122,7 @@ class WeightGradients:
 
         Collective over tp where factors are slices: every tp rank runs the same micro batch.
         """
-        jobs = self._postponed.pop(microbatch)
+        jobs = self._deferred.pop(microbatch)
         ahead = jobs.popleft().gather() if jobs else None
         while ahead is not None:
             (weight, dy, x), ahead = ahead, jobs.popleft().gather() if jobs else None
@@ -130,14 +130,14 @@ class WeightGradients:
             del dy, x  # the factors of one product, and of the next, are whole at a time
 
     @property
-    def num_postponed(self) -> int:
+    def num_deferred(self) -> int:
         """Micro batches whose products have not run."""
-        return len(self._postponed)
+        return len(self._deferred)
 
     @property
-    def awaited(self) -> list[Tensor]:
+    def pending_wgrads(self) -> list[Tensor]:
         """The weights of all products that have not run, each as often as it will be reported."""
-        return [job.weight for jobs in self._postponed.values() for job in jobs]
+        return [job.weight for jobs in self._deferred.values() for job in jobs]
 
     def _accumulate(self, weight: Tensor, dy: Tensor, x: Tensor) -> None:
         target, dy, x = self.accumulators[weight], _rows(dy), _rows(x)

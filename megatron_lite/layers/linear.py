@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_lite.blueprint.figure.parts import Matrix
-from megatron_lite.layers.gradients import Factor, Product, WeightGradients
-from megatron_lite.layers.setting import Setting
+from megatron_lite.layers.contexts import StageContext
+from megatron_lite.layers.gradients import DeferredWgrad, WeightGradients, WgradOperand
 from megatron_lite.parallel.collectives import (
     all_gather,
     reduce_scatter,
@@ -21,21 +21,21 @@ from megatron_lite.parallel.collectives import (
 from megatron_lite.parallel.context import Axis
 from megatron_lite.parallel.regions import reduce_from_tp
 
-_ALONE = Axis("none")
+_NO_AXIS = Axis("none")
 
 
-class _Ends(NamedTuple):
+class _TPComm(NamedTuple):
     """Axes over which a linear layer communicates; see _Linear."""
 
-    enters: Axis = _ALONE
-    leaves: Axis = _ALONE
-    summed: Axis = _ALONE
+    gather_input: Axis = _NO_AXIS
+    scatter_output: Axis = _NO_AXIS
+    reduce_input_grad: Axis = _NO_AXIS
 
 
-def _column_ends(setting: Setting) -> _Ends:
+def _column_comm(context: StageContext) -> _TPComm:
     """In front of features that are split over tp."""
-    tp = setting.tp
-    return _Ends(enters=tp) if setting.sequence_parallel else _Ends(summed=tp)
+    tp = context.tp
+    return _TPComm(gather_input=tp) if context.sequence_parallel else _TPComm(reduce_input_grad=tp)
 
 
 class _Linear(torch.autograd.Function):
@@ -43,9 +43,9 @@ class _Linear(torch.autograd.Function):
 
     W may be stored in another number format than x: it is converted where it is used.
 
-    enters: x is [s/n, b, in] over this axis and gathered, in backward again: keeping the gathered
-    input would cost what sequence parallelism saves.  leaves: y is a partial sum, reduce-scattered
-    to [s/n, b, out].  summed: where x is whole, the axis over which its gradient is all-reduced.
+    gather_input: x is [s/n, b, in] over this axis and gathered, in backward again: keeping the gathered
+    input would cost what sequence parallelism saves.  scatter_output: y is a partial sum, reduce-scattered
+    to [s/n, b, out].  reduce_input_grad: where x is whole, the axis over which its gradient is all-reduced.
     An input gradient's collective runs under the weight gradient's product, where that is computed
     now; one that waits for its W keeps the slices.
     """
@@ -57,31 +57,37 @@ class _Linear(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         sink: WeightGradients,
-        ends: _Ends,
+        comm: _TPComm,
     ) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.sink, ctx.ends = sink, ends
-        y = F.linear(all_gather(x, ends.enters), weight.to(x.dtype), bias)
-        return reduce_scatter(y, ends.leaves)
+        ctx.sink, ctx.comm = sink, comm
+        y = F.linear(all_gather(x, comm.gather_input), weight.to(x.dtype), bias)
+        return reduce_scatter(y, comm.scatter_output)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        sink, ends = ctx.sink, ctx.ends
+        sink, comm = ctx.sink, ctx.comm
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        later = needs_weight and sink.postpones(weight)
+        later = needs_weight and sink.defers(weight)
         if later:
-            sink.leave(Product(weight, Factor(dy, ends.leaves), Factor(x, ends.enters)))
-        gathered_dy = start_all_gather(dy, ends.leaves)
-        gathered_x = None if later else start_all_gather(x, ends.enters)
+            sink.defer(
+                DeferredWgrad(
+                    weight,
+                    WgradOperand(dy, comm.scatter_output),
+                    WgradOperand(x, comm.gather_input),
+                )
+            )
+        gathered_dy = start_all_gather(dy, comm.scatter_output)
+        gathered_x = None if later else start_all_gather(x, comm.gather_input)
         dy = gathered_dy.wait()
         pending = None
         if needs_x:
             dx = dy @ weight.to(dy.dtype)
             pending = (
-                start_reduce_scatter(dx, ends.enters)
-                if ends.enters.size > 1
-                else start_all_reduce(dx, ends.summed)
+                start_reduce_scatter(dx, comm.gather_input)
+                if comm.gather_input.size > 1
+                else start_all_reduce(dx, comm.reduce_input_grad)
             )
         dw = None
         if needs_weight and gathered_x is not None:
@@ -96,17 +102,17 @@ class ColumnParallelLinear(nn.Module):
     rows: of each piece fused in it (q, k, v) on this rank; each is split over tp by itself.
     """
 
-    def __init__(self, setting: Setting, part: Matrix) -> None:
+    def __init__(self, context: StageContext, part: Matrix) -> None:
         super().__init__()
-        self.setting, self.part = setting, part
-        self.rows = [rows // setting.tp.size for _, rows in part.pieces]
-        self.weight = setting.parameter(sum(self.rows), part.columns, storage=part.storage)
-        self.bias = setting.parameter(sum(self.rows)) if part.bias else None
+        self.context, self.part = context, part
+        self.rows = [rows // context.tp.size for _, rows in part.pieces]
+        self.weight = context.parameter(sum(self.rows), part.columns, storage=part.storage)
+        self.bias = context.parameter(sum(self.rows)) if part.bias else None
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [s/tp, b, in] with sequence parallelism, else [s, b, in] -> [s, b, out/tp]."""
-        at = self.setting
-        return _Linear.apply(x, self.weight, self.bias, at.gradients, _column_ends(at))
+        at = self.context
+        return _Linear.apply(x, self.weight, self.bias, at.gradients, _column_comm(at))
 
 
 class RowParallelLinear(nn.Module):
@@ -116,29 +122,29 @@ class RowParallelLinear(nn.Module):
     slices of the sequence (arXiv:2205.05198 § 4.2.2).
     """
 
-    def __init__(self, setting: Setting, part: Matrix) -> None:
+    def __init__(self, context: StageContext, part: Matrix) -> None:
         super().__init__()
-        self.setting, self.part = setting, part
+        self.context, self.part = context, part
         self.rows = [rows for _, rows in part.pieces]
-        self.weight = setting.parameter(
-            part.rows, part.columns // setting.tp.size, storage=part.storage
+        self.weight = context.parameter(
+            part.rows, part.columns // context.tp.size, storage=part.storage
         )
-        self.bias = setting.parameter(part.rows) if part.bias else None
+        self.bias = context.parameter(part.rows) if part.bias else None
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [s, b, in/tp] -> [s/tp, b, out] with sequence parallelism, else [s, b, out]."""
-        at = self.setting
+        at = self.context
         if at.tp.size == 1:  # nothing comes between the product and the bias
-            return _Linear.apply(x, self.weight, self.bias, at.gradients, _Ends())
-        ends = _Ends(leaves=at.tp) if at.sequence_parallel else _Ends()
-        y = _Linear.apply(x, self.weight, None, at.gradients, ends)
+            return _Linear.apply(x, self.weight, self.bias, at.gradients, _TPComm())
+        comm = _TPComm(scatter_output=at.tp) if at.sequence_parallel else _TPComm()
+        y = _Linear.apply(x, self.weight, None, at.gradients, comm)
         y = y if at.sequence_parallel else reduce_from_tp(y, at.tp)
         return y if self.bias is None else y + self.bias
 
 
-def project_to_vocabulary(x: Tensor, weight: Tensor, setting: Setting) -> Tensor:
+def project_to_vocabulary(x: Tensor, weight: Tensor, context: StageContext) -> Tensor:
     """x: [s/tp, b, h] with sequence parallelism, else [s, b, h]; weight [v/tp, h] -> [s, b, v/tp].
 
     The logits of this rank's part of the vocabulary, padding included; cross_entropy masks it.
     """
-    return _Linear.apply(x, weight, None, setting.gradients, _column_ends(setting))
+    return _Linear.apply(x, weight, None, context.gradients, _column_comm(context))

@@ -6,8 +6,8 @@ from torch import Tensor, nn
 
 from megatron_lite.blueprint.figure.parts import Activation, Matrix
 from megatron_lite.kernels.table import choose
+from megatron_lite.layers.contexts import StageContext
 from megatron_lite.layers.linear import ColumnParallelLinear, RowParallelLinear
-from megatron_lite.layers.setting import Setting
 
 
 class MLP(nn.Module):
@@ -16,14 +16,14 @@ class MLP(nn.Module):
     One all-reduce, after down (arXiv:1909.08053 § 3); gate and up are one matrix in memory.
     """
 
-    def __init__(self, setting: Setting, layer: int) -> None:
+    def __init__(self, context: StageContext, layer: int) -> None:
         super().__init__()
-        parts = setting.figure.layers[layer]
+        parts = context.figure.layers[layer]
         activation = parts.named("mlp.activation", Activation)
         self.gated = activation.gated
-        self.up = ColumnParallelLinear(setting, parts.named("mlp.up", Matrix))
-        self.down = RowParallelLinear(setting, parts.named("mlp.down", Matrix))
-        self.activation = choose(activation.function, setting.need()).run
+        self.up = ColumnParallelLinear(context, parts.named("mlp.up", Matrix))
+        self.down = RowParallelLinear(context, parts.named("mlp.down", Matrix))
+        self.activation = choose(activation.function, context.need()).run
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [s/tp, b, h] with sequence parallelism, else [s, b, h] -> the same."""

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from megatron_lite.layers.around import around
+from megatron_lite.layers.contexts import ForwardContext, StageContext
 from megatron_lite.layers.dropout import hidden_dropout
 from megatron_lite.layers.embedding import PositionEmbedding, VocabParallelEmbedding
 from megatron_lite.layers.linear import project_to_vocabulary
-from megatron_lite.layers.norm import Norm
+from megatron_lite.layers.norm import NormLayer
 from megatron_lite.layers.recompute import recomputed
-from megatron_lite.layers.setting import Positions, Setting
 from megatron_lite.models.gpt import GPTBlock
 from megatron_lite.parallel.context import Axis
 from megatron_lite.parallel.layer_hooks import LayerHooks
@@ -29,13 +29,13 @@ class Embedding(nn.Module):
     lookup=False makes the copy of the token table that a tied head on another stage multiplies with.
     """
 
-    def __init__(self, setting: Setting, *, lookup: bool) -> None:
+    def __init__(self, context: StageContext, *, lookup: bool) -> None:
         super().__init__()
-        self.tokens = VocabParallelEmbedding(setting, setting.figure.tokens)
-        positions = setting.figure.positions if lookup else None
-        self.positions = None if positions is None else PositionEmbedding(setting, positions)
+        self.tokens = VocabParallelEmbedding(context, context.figure.tokens)
+        positions = context.figure.positions if lookup else None
+        self.positions = None if positions is None else PositionEmbedding(context, positions)
 
-    def forward(self, tokens: Tensor, at: Positions) -> Tensor:
+    def forward(self, tokens: Tensor, at: ForwardContext) -> Tensor:
         """tokens: int64 [s, b] -> [s/tp, b, h] with sequence parallelism, else [s, b, h]."""
         x = self.tokens(tokens)
         return x if self.positions is None else x + self.positions(at.encoded)
@@ -44,10 +44,10 @@ class Embedding(nn.Module):
 class Head(nn.Module):
     """Output matrix of its own, [v/tp, h], where the embedding is not tied."""
 
-    def __init__(self, setting: Setting) -> None:
+    def __init__(self, context: StageContext) -> None:
         super().__init__()
-        self.part = setting.figure.output
-        self.weight = setting.parameter(self.part.rows // setting.tp.size, self.part.columns)
+        self.part = context.figure.output
+        self.weight = context.parameter(self.part.rows // context.tp.size, self.part.columns)
 
 
 class Decoder(nn.Module):
@@ -59,7 +59,7 @@ class Decoder(nn.Module):
 
     def __init__(
         self,
-        setting: Setting,
+        context: StageContext,
         layers: Sequence[int],
         *,
         has_embedding: bool,
@@ -67,19 +67,19 @@ class Decoder(nn.Module):
         table: nn.Parameter | None = None,
     ) -> None:
         super().__init__()
-        self.setting, self.has_embedding, self.has_head = setting, has_embedding, has_head
-        self.tied = setting.figure.tied
+        self.context, self.has_embedding, self.has_head = context, has_embedding, has_head
+        self.tied = context.figure.tied
         self.hooks: dict[str, LayerHooks] = {}
         if has_embedding or (has_head and self.tied):
-            self.embedding = Embedding(setting, lookup=has_embedding)
+            self.embedding = Embedding(context, lookup=has_embedding)
         self.borrows_table = table is not None and has_head and self.tied
         if table is not None and self.borrows_table:
             self.embedding.tokens.weight = table
-        self.blocks = nn.ModuleDict({str(layer): GPTBlock(setting, layer) for layer in layers})
+        self.blocks = nn.ModuleDict({str(layer): GPTBlock(context, layer) for layer in layers})
         if has_head:
-            self.final_norm = Norm(setting, setting.figure.final_norm)
+            self.final_norm = NormLayer(context, context.figure.final_norm)
             if not self.tied:
-                self.head = Head(setting)
+                self.head = Head(context)
 
     @property
     def output_weight(self) -> nn.Parameter:
@@ -96,7 +96,7 @@ class Decoder(nn.Module):
         made = {name: hooks_of(parameters) for name, parameters in read.items()}
         self.hooks = {name: hooks for name, hooks in made.items() if hooks is not None}
 
-    def forward(self, x: Tensor, at: Positions) -> Tensor:
+    def forward(self, x: Tensor, at: ForwardContext) -> Tensor:
         """x: tokens int64 [s, b] on the first stage, else [s/tp, b, h] -> hidden, or logits [s, b, v/tp]."""
         if self.has_embedding:
             x = around(self.hooks.get("embedding"), self._embed, x, at)
@@ -105,17 +105,17 @@ class Decoder(nn.Module):
         x = self._run_blocks(x, at)
         return around(self.hooks.get("head"), self._project, x) if self.has_head else x
 
-    def _embed(self, tokens: Tensor, at: Positions) -> Tensor:
+    def _embed(self, tokens: Tensor, at: ForwardContext) -> Tensor:
         x = self.embedding(tokens, at)
-        return hidden_dropout(x, at, self.setting, EMBEDDING_LAYER, "embedding")
+        return hidden_dropout(x, at, self.context, EMBEDDING_LAYER, "embedding")
 
     def _project(self, x: Tensor) -> Tensor:
-        return project_to_vocabulary(self.final_norm(x), self.output_weight, self.setting)
+        return project_to_vocabulary(self.final_norm(x), self.output_weight, self.context)
 
-    def _run_blocks(self, x: Tensor, at: Positions) -> Tensor:
+    def _run_blocks(self, x: Tensor, at: ForwardContext) -> Tensor:
         """All blocks in order, in recomputed groups where that was asked for."""
-        blocks, plan = list(self.blocks.items()), self.setting.recompute
-        axis = self.setting.tp if plan.split else Axis("none")
+        blocks, plan = list(self.blocks.items()), self.context.recompute
+        axis = self.context.tp if plan.split else Axis("none")
 
         def run(positions: range, x: Tensor) -> Tensor:
             for index in positions:

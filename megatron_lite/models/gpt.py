@@ -10,35 +10,35 @@ from torch import Tensor, nn
 
 from megatron_lite.blueprint.figure import parts as figure
 from megatron_lite.layers.attention import SelfAttention
+from megatron_lite.layers.contexts import ForwardContext, StageContext
 from megatron_lite.layers.dropout import hidden_dropout
 from megatron_lite.layers.mlp import MLP
-from megatron_lite.layers.norm import Norm
+from megatron_lite.layers.norm import NormLayer
 from megatron_lite.layers.recompute import recomputed_part
-from megatron_lite.layers.setting import Positions, Setting
 
 
 class GPTBlock(nn.Module):
     """x + drop(attention(norm(x))), then x + drop(mlp(norm(x)))."""
 
-    def __init__(self, setting: Setting, layer: int) -> None:
+    def __init__(self, context: StageContext, layer: int) -> None:
         super().__init__()
-        self.setting, self.layer = setting, layer
-        parts = setting.figure.layers[layer]
-        self.attention_norm = Norm(setting, parts.named("attention_norm", figure.Norm))
-        self.attention = SelfAttention(setting, layer)
-        self.mlp_norm = Norm(setting, parts.named("mlp_norm", figure.Norm))
-        self.mlp = MLP(setting, layer)
+        self.context, self.layer = context, layer
+        parts = context.figure.layers[layer]
+        self.attention_norm = NormLayer(context, parts.named("attention_norm", figure.Norm))
+        self.attention = SelfAttention(context, layer)
+        self.mlp_norm = NormLayer(context, parts.named("mlp_norm", figure.Norm))
+        self.mlp = MLP(context, layer)
 
-    def forward(self, x: Tensor, at: Positions) -> Tensor:
+    def forward(self, x: Tensor, at: ForwardContext) -> Tensor:
         """x: [s/tp, b, h] with sequence parallelism, else [s, b, h] -> the same."""
-        again = partial(recomputed_part, self.setting.recompute)
+        again = partial(recomputed_part, self.context.recompute)
         y = self.attention(again("layernorm", self.attention_norm, x), at)
         x = x + self._drop(y, at, "attention.output")
         y = again("mlp", self.mlp, again("layernorm", self.mlp_norm, x))
         return x + self._drop(y, at, "mlp.output")
 
-    def _drop(self, x: Tensor, at: Positions, site: str) -> Tensor:
-        return hidden_dropout(x, at, self.setting, self.layer, site)
+    def _drop(self, x: Tensor, at: ForwardContext, site: str) -> Tensor:
+        return hidden_dropout(x, at, self.context, self.layer, site)
 
 
 class HuggingFaceSource(NamedTuple):

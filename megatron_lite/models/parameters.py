@@ -8,39 +8,42 @@ from collections.abc import Iterator
 from torch import nn
 
 from megatron_lite.blueprint.figure.parts import TOKENS, Matrix, Norm, Table, Tensor
-from megatron_lite.layers.setting import Setting
+from megatron_lite.layers.contexts import StageContext
 from megatron_lite.models.decoder import Decoder
-from megatron_lite.parallel.shard import LocalParameter, Piece
+from megatron_lite.parallel.shard import LocalParameter, ParameterPiece
 
 TOKEN_TABLE = f"{TOKENS}.weight"
 
 
 def local_parameters(model: Decoder) -> list[LocalParameter]:
     """Every parameter of the stage with its canonical pieces, in order of definition."""
-    setting = model.setting
-    split = setting.sequence_parallel and setting.tp.size > 1
+    context = model.context
+    split = context.sequence_parallel and context.tp.size > 1
     found = []
     for name, parameter in model.named_parameters():
         if name == TOKEN_TABLE and model.borrows_table:
             continue
         specs = list(_specs(model, name))
         tied = name == TOKEN_TABLE and model.tied
-        twin = tied and setting.ctx.tied.size > 1
+        twin = tied and context.ctx.tied.size > 1
         found.append(
             LocalParameter(
                 parameter=parameter,
-                pieces=tuple(_pieces(specs, parameter, setting)),
-                summed=("tp",) if specs[0].sequence and split else (),
-                twin=twin,
+                pieces=tuple(_pieces(specs, parameter, context)),
+                grad_summed_over=("tp",) if specs[0].sequence and split else (),
+                tied_across_stages=twin,
                 replica=twin and not model.has_embedding,
-                uses=_uses(model) if tied and not twin else 1,
+                grads_per_backward=_grads_per_backward(model) if tied and not twin else 1,
             )
         )
     return found
 
 
-def _uses(model: Decoder) -> int:
-    """Gradients of a tied table in the stage's last backward; past counting where it is lent."""
+def _grads_per_backward(model: Decoder) -> int:
+    """Gradients one backward adds to a tied table.
+
+    maxsize where another stage of this rank uses it too, so that its bucket is not reduced early.
+    """
     return 2 if model.has_head else sys.maxsize
 
 
@@ -55,19 +58,21 @@ def _specs(model: Decoder, name: str) -> Iterator[Tensor]:
             yield tensor.below(prefix)
 
 
-def _pieces(specs: list[Tensor], parameter: nn.Parameter, setting: Setting) -> Iterator[Piece]:
-    tp, start = setting.tp, 0
+def _pieces(
+    specs: list[Tensor], parameter: nn.Parameter, context: StageContext
+) -> Iterator[ParameterPiece]:
+    tp, start = context.tp, 0
     for spec in specs:
         local = spec.local(tp.size)
         offset = tuple(n * tp.rank if dim == spec.tp_dim else 0 for dim, n in enumerate(local))
-        piece = Piece(spec, start, start + local[0], spec.shape, offset)
-        yield _trimmed(piece, setting.vocab_size) if spec.vocabulary else piece
+        piece = ParameterPiece(spec, start, start + local[0], spec.shape, offset)
+        yield _trimmed(piece, context.vocab_size) if spec.vocabulary else piece
         start += local[0]
     assert start == parameter.shape[0], (specs[0].name, start, tuple(parameter.shape))
 
 
-def _trimmed(piece: Piece, vocab_size: int) -> Piece:
+def _trimmed(piece: ParameterPiece, vocab_size: int) -> ParameterPiece:
     """The piece without the padding rows of the vocabulary (possibly no rows at all)."""
     stop = min(piece.stop, piece.start + max(vocab_size - piece.offset[0], 0))
     offset = (min(piece.offset[0], vocab_size), *piece.offset[1:])
-    return Piece(piece.spec, piece.start, stop, (vocab_size, *piece.shape[1:]), offset)
+    return ParameterPiece(piece.spec, piece.start, stop, (vocab_size, *piece.shape[1:]), offset)

@@ -49,7 +49,7 @@ class Rates(NamedTuple):
     decoupled_lr: float | None = None
 
 
-class Group(NamedTuple):
+class ParameterGroup(NamedTuple):
     """What the members of one group have in common; vocabulary: a row per token."""
 
     rule: str
@@ -80,18 +80,20 @@ class Groups:
         """Whether the update after so many changes a tensor, which needs a gradient for it."""
         return steps >= self.treatment(spec).first_update
 
-    def trained(self, members: Iterable[AnyMember], steps: int) -> dict[Group, list[AnyMember]]:
+    def trained(
+        self, members: Iterable[AnyMember], steps: int
+    ) -> dict[ParameterGroup, list[AnyMember]]:
         """Those that the update after so many changes, until the first update of another one."""
-        found: dict[Group, list[AnyMember]] = {}
+        found: dict[ParameterGroup, list[AnyMember]] = {}
         for member in members:
             spec, how = member.spec, self.treatment(member.spec)
             if self.trains(spec, steps):
-                group = Group(how.rule, spec.decays, spec.vocabulary, how.first_update)
+                group = ParameterGroup(how.rule, spec.decays, spec.vocabulary, how.first_update)
                 found.setdefault(group, []).append(member)
         return found
 
     def update(
-        self, trained: Mapping[Group, Sequence[Member]], rates: Rates, *, steps: int
+        self, trained: Mapping[ParameterGroup, Sequence[Member]], rates: Rates, *, steps: int
     ) -> None:
         """One update, in place; steps: updates of the run before this one.
 

@@ -24,7 +24,7 @@ MASTER = "master."
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class ParameterPiece:
     """Rows [start, stop) of a local parameter are the box at `offset` of a canonical tensor.
 
     shape: the global shape, without the padding of a vocabulary; a fused parameter (q, k and v in
@@ -71,21 +71,21 @@ class LocalParameter:
 
     over: the axis whose ranks hold the same weights: its gradient is summed over it, and its state
     may be shared there.
-    summed: further axes over which its gradient must be summed, because each rank has only its
+    grad_summed_over: further axes over which its gradient must be summed, because each rank has only its
     share of the sequence.
     pieces leave out the padding rows of the vocabulary.
-    twin: a copy lives on another stage (tied embedding); gradients of both are summed.
+    tied_across_stages: a copy lives on another stage (tied embedding); gradients of both are summed.
     replica: the copy that norms and checkpoints do not count.
-    uses: how often one backward reports a gradient for it.
+    grads_per_backward: how often one backward reports a gradient for it.
     """
 
     parameter: nn.Parameter
-    pieces: tuple[Piece, ...]
+    pieces: tuple[ParameterPiece, ...]
     over: str = "replicas"
-    summed: tuple[str, ...] = ()
-    twin: bool = False
+    grad_summed_over: tuple[str, ...] = ()
+    tied_across_stages: bool = False
     replica: bool = False
-    uses: int = 1
+    grads_per_backward: int = 1
 
     @property
     def spec(self) -> Spec:
@@ -102,7 +102,7 @@ class LocalParameter:
         return ctx.named(self.over)
 
 
-def stands_for(local: LocalParameter, ctx: ParallelContext) -> bool:
+def is_primary_copy(local: LocalParameter, ctx: ParallelContext) -> bool:
     """Whether this rank's copy stands for the parameter in sums over tp x pp and in checkpoints."""
     return not local.replica and (local.tp_dim is not None or ctx.tp.rank == 0)
 
@@ -112,7 +112,7 @@ def weight_slices(
 ) -> Iterator[NamedSlice]:
     """The model's tensors as named slices (views): those this rank stands for, or all it holds."""
     for local in parameters:
-        if stands_for(local, ctx) or not owned:
+        if is_primary_copy(local, ctx) or not owned:
             for piece in local.pieces:
                 yield piece.slice(local.parameter.detach())
 

@@ -26,7 +26,7 @@ def _unheard(position: int, group: Sequence[Action]) -> None:
 class Executor:
     """Stages of this rank, its mail, and whom to tell that a stage's last backward comes next.
 
-    arm: (stage, what its last W will still report or None where a whole backward comes).
+    begin_last_backward: (stage, what its last W will still report or None where a whole backward comes).
 
     span: measures a block under a name (forward-compute, forward-recv and so on), told what for.
     reached: told each group and its position before it is carried out, at the end an empty one.
@@ -35,7 +35,7 @@ class Executor:
 
     stages: dict[int, Stage]
     mail: Mail
-    arm: Callable[[int, Sequence[Tensor] | None], None]
+    begin_last_backward: Callable[[int, Sequence[Tensor] | None], None]
     span: Callable[..., AbstractContextManager[object]] = unmeasured
     peak_live: int = 0
     reached: Callable[[int, Sequence[Action]], None] = _unheard
@@ -63,7 +63,7 @@ class Executor:
                     with self.span("backward-compute", action):
                         self.stages[action.stage].weight_gradients(action.microbatch)
                 case Op.REDUCE:
-                    self.arm(action.stage, self._awaited(action.stage))
+                    self.begin_last_backward(action.stage, self._pending_wgrads(action.stage))
                 case _:
                     with self.span("send-wait"):
                         self.mail.post(group)
@@ -72,14 +72,14 @@ class Executor:
             self.mail.finish()
         return [scored for stage in self.stages.values() for scored in stage.take_totals()]
 
-    def _awaited(self, stage: int) -> list[Tensor] | None:
+    def _pending_wgrads(self, stage: int) -> list[Tensor] | None:
         """Before the stage's last W, all that is still to come: no other part of a backward is.
 
         Another stage of this rank may hold a product for it: of a table that it lends.
         """
-        if self.stages[stage].awaited is None:
+        if self.stages[stage].pending_wgrads is None:
             return None
-        return [weight for held in self.stages.values() for weight in held.awaited or ()]
+        return [weight for held in self.stages.values() for weight in held.pending_wgrads or ()]
 
     def _forward(self, action: Action, batch: MicroBatch, scale: Tensor | None) -> None:
         stage, n, m = self.stages[action.stage], action.stage, action.microbatch
@@ -100,6 +100,6 @@ class Executor:
             with self.span("backward-recv", action):
                 dy = self.mail.take(forward=False, stage=n, microbatch=m)
         with self.span("backward-compute", action):
-            dx = stage.backward(m, dy, postpone_weights=action.op is Op.I)
+            dx = stage.backward(m, dy, defer_wgrads=action.op is Op.I)
         if dx is not None:
             self.mail.put(dx, forward=False, stage=n - 1, microbatch=m)

@@ -39,7 +39,7 @@ Objective = Callable[[Tensor, MicroBatch], Scored]
 class PostponedGradients(Protocol):
     """The queue on which a split backward leaves weight gradients."""
 
-    def postpone(self, microbatch: int | None) -> None:
+    def defer_to(self, microbatch: int | None) -> None:
         """Leave coming weight gradients to run(microbatch); None: compute them at once again."""
         ...
 
@@ -48,12 +48,12 @@ class PostponedGradients(Protocol):
         ...
 
     @property
-    def num_postponed(self) -> int:
+    def num_deferred(self) -> int:
         """Micro batches that still hold inputs for their weight gradients."""
         ...
 
     @property
-    def awaited(self) -> list[Tensor]:
+    def pending_wgrads(self) -> list[Tensor]:
         """The weights whose gradients wait, each as often as a product waits."""
         ...
 
@@ -107,17 +107,17 @@ class Stage:
         return None if self.is_last else left.detach()
 
     def backward(
-        self, microbatch: int, received: Tensor | None, *, postpone_weights: bool = False
+        self, microbatch: int, received: Tensor | None, *, defer_wgrads: bool = False
     ) -> Tensor | None:
         """Run backward; returns the gradient for the stage before, None on the first.
 
-        received: gradient of what forward returned.  postpone_weights: leave the weight
+        received: gradient of what forward returned.  defer_wgrads: leave the weight
         gradients of linear layers to weight_gradients() (zero bubble's I and W).
         """
         entered, end = self._kept.pop(microbatch)
-        self.gradients.postpone(microbatch if postpone_weights else None)
+        self.gradients.defer_to(microbatch if defer_wgrads else None)
         torch.autograd.backward(end, received)
-        self.gradients.postpone(None)
+        self.gradients.defer_to(None)
         return None if entered is None else entered.grad
 
     def weight_gradients(self, microbatch: int) -> None:
@@ -125,14 +125,14 @@ class Stage:
         self.gradients.run(microbatch)
 
     @property
-    def awaited(self) -> list[Tensor] | None:
+    def pending_wgrads(self) -> list[Tensor] | None:
         """The weights of all postponed products; None where nothing is postponed."""
-        return self.gradients.awaited if self.gradients.num_postponed else None
+        return self.gradients.pending_wgrads if self.gradients.num_deferred else None
 
     @property
     def num_live(self) -> int:
         """Micro batches that hold memory here until their backward, or its postponed half, has run."""
-        return len(self._kept) + self.gradients.num_postponed
+        return len(self._kept) + self.gradients.num_deferred
 
     def take_totals(self) -> list[Scored]:
         """The objective's answers since the last call, in order of micro batches."""

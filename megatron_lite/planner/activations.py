@@ -17,12 +17,14 @@ from megatron_lite.config.sections.model import ModelConfig
 from megatron_lite.config.sections.parallel import ParallelConfig
 from megatron_lite.config.sections.precision import PrecisionConfig
 
-Variant = Literal["tp", "tp+sp", "tp+selective", "tp+sp+selective", "full"]
-VARIANTS: tuple[Variant, ...] = ("tp", "tp+sp", "tp+selective", "tp+sp+selective", "full")
+PaperVariant = Literal["tp", "tp+sp", "tp+selective", "tp+sp+selective", "full"]
+VARIANTS: tuple[PaperVariant, ...] = ("tp", "tp+sp", "tp+selective", "tp+sp+selective", "full")
 """The rows of the paper's table 2, in order."""
 
 
-def korthikanti(model: ModelConfig, *, micro_batch_size: int, tp: int, variant: Variant) -> float:
+def korthikanti(
+    model: ModelConfig, *, micro_batch_size: int, tp: int, variant: PaperVariant
+) -> float:
     """Bytes of activations per layer and micro batch on each rank (arXiv:2205.05198, table 2)."""
     s, h, a = model.seq_length, model.hidden_size, model.num_attention_heads
     unit = float(s * micro_batch_size * h)
@@ -148,7 +150,7 @@ def _qkv_bytes(
     return qkv, tables
 
 
-def postponed_bytes(
+def deferred_wgrad_bytes(
     layer: Parts,
     model: ModelConfig,
     parallel: ParallelConfig,

@@ -11,7 +11,7 @@ from megatron_lite.config.errors import ConfigError
 from megatron_lite.config.sections.parallel import ParallelConfig
 from megatron_lite.planner.forecast import Forecast, forecast
 
-Variant = Callable[[ParallelConfig, int], Blueprint]
+LayoutVariant = Callable[[ParallelConfig, int], Blueprint]
 """(layout, micro batch size) -> Blueprint of the same run; ConfigError where a rule forbids it."""
 
 TOKENS_PER_PARAMETER = 20.0
@@ -25,7 +25,7 @@ class Change(NamedTuple):
     forecast: Forecast
 
 
-def cheapest(plan: Forecast, variant: Variant) -> Change | None:
+def cheapest(plan: Forecast, variant: LayoutVariant) -> Change | None:
     """Of the changes that make it fit on the same devices, the one that costs the least time."""
     fitting = []
     seen = set()

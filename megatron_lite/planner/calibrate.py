@@ -25,7 +25,7 @@ from megatron_lite.config.errors import ConfigError
 from megatron_lite.config.flags.parser import parse
 from megatron_lite.planner.forecast import Forecast, forecast
 from megatron_lite.planner.hardware import Cluster, Device
-from megatron_lite.planner.memory import Asked
+from megatron_lite.planner.memory import PlanInputs
 
 FITTED = (
     "sustained", "attention", "memory_efficiency", "optimizer_efficiency", "link_efficiency",
@@ -48,7 +48,7 @@ class Trial:
     seconds: float = math.nan
 
 
-def measure(
+def measure_trial(
     trial: Trial, *, tool: Path, steps: int, environment: Mapping[str, str], deadline: float = 300.0
 ) -> Trial:
     """The trial with the median time of its steps but the first two, run by real processes.
@@ -78,7 +78,7 @@ def measure(
     return dataclasses.replace(trial, seconds=statistics.median(seconds[2:]))
 
 
-def plan(trial: Trial, device: Device) -> Forecast:
+def plan_trial(trial: Trial, device: Device) -> Forecast:
     """What a trial needs on this device, all its ranks in one node."""
     blueprint, asked = _drawn(trial.flags, trial.ranks, device.cpu)
     cluster = Cluster(
@@ -91,20 +91,20 @@ def plan(trial: Trial, device: Device) -> Forecast:
 
 def error(trial: Trial, device: Device) -> float:
     """Predicted over measured step time, minus one."""
-    return plan(trial, device).rates.step_seconds / trial.seconds - 1
+    return plan_trial(trial, device).rates.step_seconds / trial.seconds - 1
 
 
 @cache
-def _drawn(flags: str, ranks: int, cpu: bool) -> tuple[Blueprint, Asked]:
+def _drawn(flags: str, ranks: int, cpu: bool) -> tuple[Blueprint, PlanInputs]:
     config = parse(f"{flags} --train-iters 1 --lr 1e-4 --dry-run".split()).config
-    asked = Asked(
+    asked = PlanInputs(
         config.parallel, config.precision, config.train.micro_batch_size,
         on_gpu=not cpu,
     )  # fmt: skip
     return draw_up(config, ranks), asked
 
 
-def fit(start: Device, trials: Sequence[Trial], *, rounds: int = 60) -> Device:
+def fit_device(start: Device, trials: Sequence[Trial], *, rounds: int = 60) -> Device:
     """The device whose predictions come closest to the trials, in the mean of squared log errors.
 
     Pattern search, one number at a time by ever smaller factors: a dozen smooth unknowns need no more.

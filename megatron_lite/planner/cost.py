@@ -16,11 +16,11 @@ from megatron_lite.blueprint.figure.parts import Activation, Core, Matrix, Norm,
 from megatron_lite.blueprint.recompute import RecomputePlan
 from megatron_lite.blueprint.schedules.actions import Action, Op
 from megatron_lite.blueprint.schedules.simulate import Cost
-from megatron_lite.blueprint.stages import Stage
+from megatron_lite.blueprint.stages import StageLayers
 from megatron_lite.config.pipeline import SPLIT_BACKWARD
 from megatron_lite.planner.activations import element_bytes, uses_flash
 from megatron_lite.planner.hardware import Cluster
-from megatron_lite.planner.memory import Asked, layer_input_bytes
+from megatron_lite.planner.memory import PlanInputs, layer_input_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +110,7 @@ class Costs:
     def __init__(
         self,
         blueprint: Blueprint,
-        asked: Asked,
+        asked: PlanInputs,
         cluster: Cluster,
         given: StageTimes | None = None,
     ) -> None:
@@ -125,7 +125,7 @@ class Costs:
         self.embedding = self._embedding()
         self._by_action: dict[tuple[Op, int], Work] = {}
 
-    def work(self, op: Op, stage: Stage) -> Work:
+    def work(self, op: Op, stage: StageLayers) -> Work:
         """All of one action."""
         known = self._by_action.get((op, stage.index))
         if known is None:
@@ -137,7 +137,7 @@ class Costs:
             self._by_action[op, stage.index] = known
         return known
 
-    def backward(self, stage: Stage) -> Work:
+    def backward(self, stage: StageLayers) -> Work:
         """A whole backward of one micro batch, split or not as the schedule has it."""
         if self.blueprint.schedule in SPLIT_BACKWARD:
             return self.work(Op.I, stage) + self.work(Op.W, stage)
@@ -209,7 +209,7 @@ class Costs:
         under = sum(seconds[2] for matrix, seconds in linears.items() if matrix.cut == "rows")
         exposed, hidden = self._backward_tp(rings, under)
         # keys and values around cp, under the attention of the piece that is there
-        around = self._around_cp(sum(core.keys for core in cores) / self.tp)
+        around = self._ring_attention_comm(sum(core.keys for core in cores) / self.tp)
         return Passes(
             Work(forward, core_forward, forward_moves,
                  rings + max(around - core_forward, 0.0), min(around, core_forward)),
@@ -240,7 +240,7 @@ class Costs:
         both = self.tokens * 2 * rotated / self.tp
         return self._moving(forward + both, 1), self._moving(backward + both, 1)
 
-    def _around_cp(self, keys: float) -> float:
+    def _ring_attention_comm(self, keys: float) -> float:
         """Keys and values passed around the ranks that share a sequence."""
         grid = self.blueprint.grid
         whole = 2 * keys * self.tokens * self.width * grid.cp
@@ -315,7 +315,7 @@ class Costs:
             Work(0.0, 0.0, look_up, ring), Work(0.0, 0.0, look_up * 2, back), none, exposed=back
         )
 
-    def _work(self, op: Op, stage: Stage) -> Work:
+    def _work(self, op: Op, stage: StageLayers) -> Work:
         like = Counter(id(self.blueprint.figure.layers[number]) for number in stage.layers)
         first = {id(self.blueprint.figure.layers[n]): n for n in stage.layers}
         parts = [(self.layer(first[same]), float(times)) for same, times in like.items()]
@@ -337,7 +337,7 @@ class Costs:
             done += self._again(stage)
         return done
 
-    def _again(self, stage: Stage) -> Work:
+    def _again(self, stage: StageLayers) -> Work:
         """What recomputing adds to a stage's backward."""
         plan, done = RecomputePlan.from_config(self.asked.parallel), Work()
         for position in plan.recomputed(len(stage.layers)):

@@ -54,7 +54,7 @@ def timeline(plan: Forecast, num_microbatches: int) -> Timeline:
     return Timeline(title, tuple(tracks))
 
 
-def as_text(drawn: Sequence[Timeline], *, width: int = _WIDTH) -> str:
+def timeline_text(drawn: Sequence[Timeline], *, width: int = _WIDTH) -> str:
     """A line per lane, a column per equal piece of time: F forward, B backward, I, W, . idle, = under way."""
     return "\n".join(line for each in drawn for line in _text(each, width))
 

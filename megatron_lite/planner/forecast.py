@@ -15,13 +15,13 @@ from megatron_lite.config.pipeline import SPLIT_BACKWARD
 from megatron_lite.config.sections.parallel import ParallelConfig
 from megatron_lite.planner.cost import Costs, StageTimes, Work
 from megatron_lite.planner.hardware import Cluster
-from megatron_lite.planner.memory import Asked, RankMemory, memory
+from megatron_lite.planner.memory import PlanInputs, RankMemory, memory
 
 DAY = 86400.0
 
 
 @dataclass(frozen=True, slots=True)
-class Rates:
+class Throughput:
     """What a step time means: per device, FLOPs in 1e12 per second, shares of the dense peak.
 
     mfu counts attention's full square and no recomputation (SC21, PaLM); mfu_causal its causal half
@@ -58,7 +58,9 @@ def hardware_flops_per_token(blueprint: Blueprint, parallel: ParallelConfig) -> 
     return full + int(figure.total(lambda layer: layer_forward(layer, s), again))
 
 
-def rates(blueprint: Blueprint, asked: Asked, step_seconds: float, peak_tflops: float) -> Rates:
+def rates(
+    blueprint: Blueprint, asked: PlanInputs, step_seconds: float, peak_tflops: float
+) -> Throughput:
     """The rates of a step of the full global batch that takes so long."""
     model, world = blueprint.model, blueprint.grid.world_size
     tokens = blueprint.batch_schedule.final_batch_size * model.seq_length
@@ -70,7 +72,7 @@ def rates(blueprint: Blueprint, asked: Asked, step_seconds: float, peak_tflops: 
     if parallel.recompute_granularity == "selective":
         published = full + 3 * cores_forward(blueprint.figure, model.seq_length)
     per_peak = tgs / (peak_tflops * 1e12)
-    return Rates(
+    return Throughput(
         step_seconds=step_seconds,
         tgs=tgs,
         tflops=tgs * full / 1e12,
@@ -88,7 +90,7 @@ class Forecast:
     """What a run of this Blueprint on this Cluster needs and reaches."""
 
     blueprint: Blueprint
-    asked: Asked
+    asked: PlanInputs
     cluster: Cluster
     memory: tuple[RankMemory, ...]
     seconds: Mapping[str, float]
@@ -100,7 +102,7 @@ class Forecast:
     span_seconds: float
     """From the first forward to the last backward."""
     costs: Costs
-    rates: Rates
+    rates: Throughput
 
     @property
     def fits(self) -> bool:
@@ -115,7 +117,7 @@ class Forecast:
 
 def forecast(
     blueprint: Blueprint,
-    asked: Asked,
+    asked: PlanInputs,
     cluster: Cluster,
     *,
     simulated: bool = True,
@@ -248,7 +250,9 @@ def _data_parallel(costs: Costs, pp_rank: int) -> tuple[float, float, float]:
     return (gradients - under) + (gather - ahead), under, ahead
 
 
-def _optimizer_seconds(blueprint: Blueprint, asked: Asked, cluster: Cluster, pp_rank: int) -> float:
+def _optimizer_seconds(
+    blueprint: Blueprint, asked: PlanInputs, cluster: Cluster, pp_rank: int
+) -> float:
     """Norm, clipping, update and clearing: all bound by memory.
 
     Per element: gradients read twice, written, cleared; of the owned share master and states read

@@ -16,7 +16,7 @@ from megatron_lite.blueprint.draw_up import Blueprint
 from megatron_lite.blueprint.figure.parts import Format, Matrix, Parts
 from megatron_lite.blueprint.schedules import SCHEDULES
 from megatron_lite.blueprint.schedules.actions import Op, Schedule
-from megatron_lite.blueprint.stages import Placement, Stage
+from megatron_lite.blueprint.stages import Placement, StageLayers
 from megatron_lite.config.sections.model import ModelConfig
 from megatron_lite.config.sections.parallel import ParallelConfig
 from megatron_lite.config.sections.precision import PrecisionConfig
@@ -24,8 +24,8 @@ from megatron_lite.planner.activations import (
     Items,
     StageBytes,
     block_items,
+    deferred_wgrad_bytes,
     element_bytes,
-    postponed_bytes,
     stage_bytes,
 )
 
@@ -37,7 +37,7 @@ FRAGMENTATION = 0.05
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class PlanInputs:
     """The sections of a config that decide memory and time beside the Blueprint."""
 
     parallel: ParallelConfig
@@ -71,7 +71,7 @@ class RankMemory:
 
 def memory(
     blueprint: Blueprint,
-    asked: Asked,
+    asked: PlanInputs,
     *,
     num_microbatches: int | None = None,
     pp_ranks: Iterable[int] | None = None,
@@ -92,7 +92,7 @@ def memory(
     )
 
 
-def layer_items(blueprint: Blueprint, asked: Asked) -> list[Items]:
+def layer_items(blueprint: Blueprint, asked: PlanInputs) -> list[Items]:
     """What every layer of the model keeps of a micro batch."""
     known: dict[int, Items] = {}
     for parts in blueprint.figure.layers:
@@ -125,7 +125,7 @@ def peak_microbatches(blueprint: Blueprint, num_microbatches: int) -> int:
 
 
 def static_bytes(
-    formats: Mapping[Format | None, float], states: float, asked: Asked, dp: int
+    formats: Mapping[Format | None, float], states: float, asked: PlanInputs, dp: int
 ) -> dict[str, float]:
     """Weights, gradients, masters and moments of a rank.
 
@@ -145,7 +145,7 @@ def static_bytes(
     }
 
 
-def layer_input_bytes(model: ModelConfig, asked: Asked) -> float:
+def layer_input_bytes(model: ModelConfig, asked: PlanInputs) -> float:
     """The residual stream of a micro batch between two layers on one rank."""
     parallel = asked.parallel
     tokens = model.seq_length * asked.micro_batch_size / parallel.cp
@@ -154,7 +154,11 @@ def layer_input_bytes(model: ModelConfig, asked: Asked) -> float:
 
 
 def _rank_memory(
-    blueprint: Blueprint, asked: Asked, schedule: Schedule, items: Sequence[Items], pp_rank: int
+    blueprint: Blueprint,
+    asked: PlanInputs,
+    schedule: Schedule,
+    items: Sequence[Items],
+    pp_rank: int,
 ) -> RankMemory:
     model, stages = blueprint.model, blueprint.stages_of(pp_rank)
     parameters = blueprint.rank_parameters(pp_rank)
@@ -215,7 +219,11 @@ class _Held:
 
 
 def _held(
-    blueprint: Blueprint, asked: Asked, stage: Stage, blocks: StageBytes, postponed: float
+    blueprint: Blueprint,
+    asked: PlanInputs,
+    stage: StageLayers,
+    blocks: StageBytes,
+    postponed: float,
 ) -> _Held:
     model, low = blueprint.model, element_bytes(asked.precision)
     tp = blueprint.grid.tp
@@ -254,16 +262,16 @@ def largest_matrix(layer: Parts, tp: int) -> float:
     return max((matrix.size / tp for matrix in layer.of(Matrix)), default=0.0)
 
 
-def _tokens(model: ModelConfig, asked: Asked) -> float:
+def _tokens(model: ModelConfig, asked: PlanInputs) -> float:
     return model.seq_length * asked.micro_batch_size / asked.parallel.cp
 
 
-def stage_waiting(blueprint: Blueprint, asked: Asked, pp_rank: int) -> dict[int, float]:
+def stage_waiting(blueprint: Blueprint, asked: PlanInputs, pp_rank: int) -> dict[int, float]:
     """Stage of the rank -> bytes that a micro batch keeps there between I and W."""
     model = blueprint.model
 
     def postponed(layer: Parts) -> float:
-        return postponed_bytes(
+        return deferred_wgrad_bytes(
             layer, model, asked.parallel, asked.precision, micro_batch_size=asked.micro_batch_size
         )
 
@@ -276,14 +284,14 @@ def stage_waiting(blueprint: Blueprint, asked: Asked, pp_rank: int) -> dict[int,
     return waiting
 
 
-def _logits_gradient_bytes(blueprint: Blueprint, asked: Asked) -> float:
+def _logits_gradient_bytes(blueprint: Blueprint, asked: PlanInputs) -> float:
     """The factor that a postponed product of the head keeps beside its input."""
     tokens = blueprint.model.seq_length * asked.micro_batch_size / asked.parallel.cp
     columns = blueprint.padded_vocab_size / asked.parallel.tp
     return tokens * columns * element_bytes(asked.precision)
 
 
-def _logits_moments(blueprint: Blueprint, asked: Asked, logits: float) -> tuple[float, float]:
+def _logits_moments(blueprint: Blueprint, asked: PlanInputs, logits: float) -> tuple[float, float]:
     """Bytes of so many logits in forward and in backward.
 
     Forward: logits, a copy with padding masked, fp32 log probabilities; a CPU widens 16-bit logits
@@ -296,7 +304,7 @@ def _logits_moments(blueprint: Blueprint, asked: Asked, logits: float) -> tuple[
 
 
 def _data_parallel_buffers(
-    blueprint: Blueprint, asked: Asked, parameters: int
+    blueprint: Blueprint, asked: PlanInputs, parameters: int
 ) -> tuple[float, float]:
     """(gradients packed for the owners of their rows, parameters on their way back), in bytes."""
     parallel, replicas = asked.parallel, blueprint.replicas

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 from megatron_lite.blueprint.draw_up import Blueprint
 from megatron_lite.planner.hardware import GIB
-from megatron_lite.planner.memory import Asked, RankMemory, memory
+from megatron_lite.planner.memory import PlanInputs, RankMemory, memory
 from megatron_lite.planner.traffic import sent_bytes
 
-KINDS = ("weights", "gradients", "masters", "moments", "activations", "work")
-AXES = ("tp", "pp", "dp", "tied")
+MEMORY_KINDS = ("weights", "gradients", "masters", "moments", "activations", "work")
+TRAFFIC_AXES = ("tp", "pp", "dp", "tied")
 
 _PLANNED_AS = {
     "activations": ("activations", "logits", "communication"),
@@ -20,7 +20,7 @@ _PLANNED_AS = {
 
 
 @dataclass(frozen=True, slots=True)
-class Measured:
+class RehearsedRank:
     """One rank's bytes at its worst moment by kind (see KINDS), and bytes sent by axis."""
 
     rank: int
@@ -55,7 +55,11 @@ class Row:
 
 
 def beside_plan(
-    measured: Sequence[Measured], blueprint: Blueprint, asked: Asked, *, num_microbatches: int
+    measured: Sequence[RehearsedRank],
+    blueprint: Blueprint,
+    asked: PlanInputs,
+    *,
+    num_microbatches: int,
 ) -> list[Row]:
     """Each rank's measured numbers with the plan's for a step of so many micro batches."""
     planned = memory(blueprint, asked, num_microbatches=num_microbatches)
@@ -79,11 +83,12 @@ def beside_plan(
 
 def _kinds(planned: RankMemory) -> dict[str, float]:
     return {
-        kind: sum(planned.kinds[part] for part in _PLANNED_AS.get(kind, (kind,))) for kind in KINDS
+        kind: sum(planned.kinds[part] for part in _PLANNED_AS.get(kind, (kind,)))
+        for kind in MEMORY_KINDS
     }
 
 
-def as_text(rows: Sequence[Row]) -> str:
+def rehearsal_tables(rows: Sequence[Row]) -> str:
     """Both tables: GiB at the worst moment by kind, GiB sent by axis; ranks of equal numbers together."""
     groups = _equal_rows(rows)
     return "\n".join((*_memory_table(groups), "", *_sent_table(groups)))
@@ -116,20 +121,20 @@ def _unit(largest: float) -> tuple[str, float]:
 
 
 def _memory_table(groups: _Groups) -> Iterator[str]:
-    head = "".join(f"{kind:>12}" for kind in KINDS)
+    head = "".join(f"{kind:>12}" for kind in MEMORY_KINDS)
     unit, size = _unit(max(sum(row.memory.values()) for _, row in groups))
     yield f"{unit + ' at the worst moment':<{_NAME + 9}}{head}{'peak':>10}{'ratio':>8}"
     for name, row in groups:
         for label, numbers in (("rehearsed", row.memory), ("planned", row.planned_memory)):
             first = label == "rehearsed"
-            cells = "".join(f"{numbers[kind] / size:>12.3f}" for kind in KINDS)
+            cells = "".join(f"{numbers[kind] / size:>12.3f}" for kind in MEMORY_KINDS)
             ratio = f"{row.memory_ratio:>8.3f}" if first else ""
             total = sum(numbers.values()) / size
             yield f"{name if first else '':<{_NAME}}{label:<9}{cells}{total:>10.3f}{ratio}"
 
 
 def _sent_table(groups: _Groups) -> Iterator[str]:
-    axes = [axis for axis in AXES if any(row.planned_sent.get(axis) for _, row in groups)]
+    axes = [axis for axis in TRAFFIC_AXES if any(row.planned_sent.get(axis) for _, row in groups)]
     if not axes:
         yield "one rank alone sends nothing"
         return

@@ -17,8 +17,8 @@ from megatron_lite.planner.forecast import (
     hardware_flops_per_token,
 )
 from megatron_lite.planner.hardware import GIB
-from megatron_lite.planner.memory import Asked, layer_items
-from megatron_lite.planner.search import Found
+from megatron_lite.planner.memory import PlanInputs, layer_items
+from megatron_lite.planner.search import SearchResult
 
 _SHORT = {"communication": "comm", "fragmentation": "reserve", "activations": "activ."}
 
@@ -35,7 +35,7 @@ class Extra:
     price_per_hour: float | None = None
 
 
-def to_json(plan: Forecast, extra: Extra) -> dict[str, object]:
+def plan_json(plan: Forecast, extra: Extra) -> dict[str, object]:
     """All of it as plain values: bytes, seconds, shares of one, tokens per second."""
     blueprint, rates, world = plan.blueprint, plan.rates, plan.blueprint.grid.world_size
     batches, model = blueprint.batch_schedule, blueprint.model
@@ -117,7 +117,7 @@ def _head(plan: Forecast) -> Iterator[str]:
     yield precision_line(plan.asked)
 
 
-def precision_line(asked: Asked) -> str:
+def precision_line(asked: PlanInputs) -> str:
     """Which number formats were planned, in words."""
     line = f"precision: {asked.precision.products}"
     if asked.precision.name == "fp32":
@@ -125,12 +125,12 @@ def precision_line(asked: Asked) -> str:
     return f"{line}, gradients accumulated in {_accumulator(asked)}, masters and moments in fp32"
 
 
-def _accumulator(asked: Asked) -> str:
+def _accumulator(asked: PlanInputs) -> str:
     wide = asked.parallel.accumulate_allreduce_grads_in_fp32
     return "fp32" if wide else asked.precision.name
 
 
-def _precision(asked: Asked) -> dict[str, object]:
+def _precision(asked: PlanInputs) -> dict[str, object]:
     return {
         "parameters": asked.precision.name,
         "tf32": asked.precision.tf32 and asked.precision.name == "fp32",
@@ -293,7 +293,7 @@ def _hardware_flops(plan: Forecast) -> int:
     return hardware_flops_per_token(plan.blueprint, plan.asked.parallel)
 
 
-def found_text(found: Found, asked: Asked, *, top: int) -> str:
+def found_text(found: SearchResult, asked: PlanInputs, *, top: int) -> str:
     """A search as a ranked table."""
     counts = (
         f"{len(found.ranked)} layouts fit, {found.num_too_large} are too large, "
@@ -318,7 +318,7 @@ def found_text(found: Found, asked: Asked, *, top: int) -> str:
     return "\n".join(lines)
 
 
-def found_json(found: Found, asked: Asked) -> dict[str, object]:
+def found_json(found: SearchResult, asked: PlanInputs) -> dict[str, object]:
     """A search as plain values, best first."""
     return {
         "precision": _precision(asked),

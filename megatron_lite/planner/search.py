@@ -17,10 +17,10 @@ from megatron_lite.blueprint.draw_up import Blueprint
 from megatron_lite.config.errors import ConfigError
 from megatron_lite.config.sections.model import ModelConfig
 from megatron_lite.config.sections.parallel import ParallelConfig
-from megatron_lite.planner.advice import Variant
+from megatron_lite.planner.advice import LayoutVariant
 from megatron_lite.planner.forecast import Forecast, forecast
 from megatron_lite.planner.hardware import Cluster
-from megatron_lite.planner.memory import Asked, memory
+from megatron_lite.planner.memory import PlanInputs, memory
 
 Name = Literal["1f1b", "interleaved", "zb-h1", "zb-v"]
 Granularity = Literal["full", "selective"]
@@ -31,7 +31,7 @@ _SIMULATED = 24
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class SearchResult:
     """What a search looked at; `ranked` fits, the first `num_simulated` by simulation."""
 
     ranked: tuple[Forecast, ...]
@@ -42,7 +42,9 @@ class Found:
     """Where nothing fits: the layout that misses by least."""
 
 
-def search(variant: Variant, asked: Asked, cluster: Cluster, *, model: ModelConfig) -> Found:
+def search(
+    variant: LayoutVariant, asked: PlanInputs, cluster: Cluster, *, model: ModelConfig
+) -> SearchResult:
     """Try every tp, sp, pp, chunks, schedule, micro batch, recompute and optimizer sharding."""
     fitting: list[Forecast] = []
     too_large = forbidden = 0
@@ -76,7 +78,7 @@ def search(variant: Variant, asked: Asked, cluster: Cluster, *, model: ModelConf
     fitting.sort(key=lambda tried: tried.rates.step_seconds)
     best = [forecast(f.blueprint, f.asked, cluster) for f in fitting[:_SIMULATED]]
     best.sort(key=lambda tried: tried.rates.step_seconds)
-    return Found(
+    return SearchResult(
         ranked=(*best, *fitting[_SIMULATED:]),
         num_simulated=len(best),
         num_too_large=too_large,

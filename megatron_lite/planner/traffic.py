@@ -15,13 +15,13 @@ from megatron_lite.blueprint.figure.parts import Matrix, Parts
 from megatron_lite.blueprint.parameters import stage_tensors
 from megatron_lite.blueprint.recompute import RecomputePlan
 from megatron_lite.blueprint.schedules.actions import Op
-from megatron_lite.blueprint.stages import Stage
+from megatron_lite.blueprint.stages import StageLayers
 from megatron_lite.planner.activations import element_bytes
-from megatron_lite.planner.memory import Asked, layer_input_bytes
+from megatron_lite.planner.memory import PlanInputs, layer_input_bytes
 
 
 def sent_bytes(
-    blueprint: Blueprint, asked: Asked, rank: int, *, num_microbatches: int
+    blueprint: Blueprint, asked: PlanInputs, rank: int, *, num_microbatches: int
 ) -> dict[str, float]:
     """Axis (tp, pp, dp, tied) -> bytes a rank sends in a step of so many micro batches.
 
@@ -59,18 +59,18 @@ def _ring(ranks: int) -> float:
     return (ranks - 1) / ranks
 
 
-def _tp_passes(blueprint: Blueprint, asked: Asked, stage: Stage) -> float:
+def _tp_passes(blueprint: Blueprint, asked: PlanInputs, stage: StageLayers) -> float:
     """Passes of the whole [s, b, h] per micro batch: 2 for an all-reduce, 1 to gather or scatter."""
     parallel, figure = asked.parallel, blueprint.figure
     split = parallel.splits_sequence
-    passes = figure.total(lambda layer: both_ways(layer, split=split), stage.layers)
+    passes = figure.total(lambda layer: training_passes(layer, split=split), stage.layers)
     # the lookup is summed forward; with the sequence split it is scattered, and gathered back
     passes += 2 * stage.has_embedding
     # the head sums its input's gradient; split, it gathers, gathers again and scatters
     passes += (3 if split else 2) * stage.has_head
     plan, count = RecomputePlan.from_config(parallel), len(stage.layers)
     again = [stage.layers[position] for position in plan.recomputed(count)]
-    passes += figure.total(lambda layer: forward_only(layer, split=split), again)
+    passes += figure.total(lambda layer: forward_passes(layer, split=split), again)
     if plan.split:  # every kept slice is gathered
         passes += sum(recomputed for _, recomputed in plan.groups(count))
     if "mlp" in plan.modules:
@@ -85,12 +85,12 @@ _BOTH = {("rows", False): 2, ("columns", False): 2, ("rows", True): 3, ("columns
 gradient scattered; or an all-reduce of the input's gradient, or of the output."""
 
 
-def forward_only(layer: Parts, *, split: bool) -> int:
+def forward_passes(layer: Parts, *, split: bool) -> int:
     """Passes of a layer's forward."""
     return sum(_FORWARD[matrix.cut, split] for matrix in layer.of(Matrix))
 
 
-def both_ways(layer: Parts, *, split: bool) -> int:
+def training_passes(layer: Parts, *, split: bool) -> int:
     """Passes of a layer's forward and backward."""
     return sum(_BOTH[matrix.cut, split] for matrix in layer.of(Matrix))
 
@@ -109,7 +109,7 @@ def _postponed_passes(blueprint: Blueprint, pp_rank: int, num_microbatches: int)
     return sum(per_stage[action.stage] for action in row if action.op is Op.W)
 
 
-def _messages(blueprint: Blueprint, stages: tuple[Stage, ...]) -> int:
+def _messages(blueprint: Blueprint, stages: tuple[StageLayers, ...]) -> int:
     """Messages sent per micro batch: activations onwards, gradients back, none within a rank."""
     placement, count = blueprint.placement, 0
     for stage in stages:
@@ -119,7 +119,7 @@ def _messages(blueprint: Blueprint, stages: tuple[Stage, ...]) -> int:
     return count
 
 
-def _tied_elements(blueprint: Blueprint, stages: tuple[Stage, ...], tp_rank: int) -> float:
+def _tied_elements(blueprint: Blueprint, stages: tuple[StageLayers, ...], tp_rank: int) -> float:
     """Elements of the token table that two ranks hold a copy of, padding left out."""
     model, grid = blueprint.model, blueprint.grid
     ends = any(stage.has_embedding or stage.has_head for stage in stages)
@@ -129,7 +129,7 @@ def _tied_elements(blueprint: Blueprint, stages: tuple[Stage, ...], tp_rank: int
     return float(min(max(blueprint.vocab_size - tp_rank * rows, 0), rows) * model.hidden_size)
 
 
-def _split_sequence_elements(blueprint: Blueprint, asked: Asked, stage: Stage) -> float:
+def _split_sequence_elements(blueprint: Blueprint, asked: PlanInputs, stage: StageLayers) -> float:
     """Elements whose gradient is each tp rank's share of the sequence, summed once a step."""
     if not asked.parallel.splits_sequence:
         return 0.0

@@ -46,7 +46,7 @@ Forms = dict[tuple[Any, ...], _Made | None]
 """What is known of operations by the form of their inputs; None: carry it out."""
 
 
-class Weightless(Footprint):
+class MetaTensorMode(Footprint):
     """While active, counts tensors on the meta device, which have shapes and no memory.
 
     forms: what was learnt so far, to be shared by those that come one after the other.

@@ -2,7 +2,7 @@
 
 with alone(rank, world_size):
     ctx = ParallelContext.from_grid(grid, rank, device)     the real groups of the real grid
-    ctx.observed(Tape(Transcript(rank)))                    what it asks of others, written down
+    ctx.observed(CallRecorder(CallLog(rank)))                what it asks of others, written down
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def _create(options: Any, _: Any) -> SilentGroup:
 
 
 @contextmanager
-def alone(rank: int, world_size: int) -> Iterator[None]:
+def simulated_rank(rank: int, world_size: int) -> Iterator[None]:
     """This process as one rank of a world whose other ranks do not exist."""
     if not hasattr(dist.Backend, BACKEND.upper()):
         dist.Backend.register_backend(BACKEND, _create, extended_api=True, devices=["cpu"])

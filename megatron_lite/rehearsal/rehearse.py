@@ -30,12 +30,12 @@ from megatron_lite.config.errors import DistributedError
 from megatron_lite.config.sections.data import DataConfig
 from megatron_lite.config.sections.run import RunConfig
 from megatron_lite.data.batch import Batch
-from megatron_lite.parallel.calls.tape import Tape
-from megatron_lite.parallel.calls.transcript import Transcript, compare
+from megatron_lite.parallel.calls.tape import CallRecorder
+from megatron_lite.parallel.calls.transcript import CallLog, compare_calls
 from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.parallel.shard import MASTER
-from megatron_lite.rehearsal.meta_tensors import Forms, Weightless
-from megatron_lite.rehearsal.process_group import alone
+from megatron_lite.rehearsal.meta_tensors import Forms, MetaTensorMode
+from megatron_lite.rehearsal.process_group import simulated_rank
 from megatron_lite.train.assemble import assemble
 from megatron_lite.train.run import Run
 from megatron_lite.train.step import evaluation_step, train_step
@@ -90,7 +90,7 @@ class Rehearsed:
     place: its coordinates in words.  process_bytes: memory of the process that rehearsed it.
     """
 
-    transcript: Transcript
+    transcript: CallLog
     place: str
     memory: Memory | None
     seconds: float
@@ -115,7 +115,7 @@ class StandIn:
     """One rank of the world, assembled without memory and not yet begun; see stand_in()."""
 
     def __init__(
-        self, config: RunConfig, blueprint: Blueprint, rank: int, tensors: Weightless
+        self, config: RunConfig, blueprint: Blueprint, rank: int, tensors: MetaTensorMode
     ) -> None:
         self.config, self.blueprint, self._tensors = config, blueprint, tensors
         began = time.perf_counter()
@@ -125,8 +125,8 @@ class StandIn:
             if grid.world_size > 1
             else ParallelContext.serial("meta")
         )
-        self.transcript = Transcript(rank, pp=ctx.pp.rank)
-        self.tape = Tape(self.transcript)
+        self.transcript = CallLog(rank, pp=ctx.pp.rank)
+        self.tape = CallRecorder(self.transcript)
         self.run: Run = assemble(config, blueprint, ctx.observed(self.tape))
         self.run.pipeline.reached = self._reached
         self.batches = make_batches(config, num_microbatches(blueprint))
@@ -144,10 +144,10 @@ class StandIn:
             memory = self._train()
             if self.config.train.eval_iters:
                 self._evaluate()
-            self.run.engine.settle()
+            self.run.engine.wait_for_param_gather()
         except Exception as error:  # whatever it is, this rank would stop here
             said = f"{type(error).__name__}: {error}".splitlines()[0]
-            self.transcript.broke_off = f"{said} - in its {self.tape.place}"
+            self.transcript.failed_at = f"{said} - in its {self.tape.place}"
         at = self.run.ctx
         return Rehearsed(
             self.transcript,
@@ -196,7 +196,7 @@ def stand_in(
     """
     config = _without_device(config)
     known = forms if forms is not None else {}
-    with alone(rank, blueprint.grid.world_size), Weightless(known) as tensors:
+    with simulated_rank(rank, blueprint.grid.world_size), MetaTensorMode(known) as tensors:
         yield StandIn(config, blueprint, rank, tensors)
 
 
@@ -260,9 +260,9 @@ def num_microbatches(blueprint: Blueprint) -> int:
     return min(ROUNDS * blueprint.grid.pp, blueprint.microbatches())
 
 
-def require_agreement(transcripts: Sequence[Transcript]) -> str:
+def require_agreement(transcripts: Sequence[CallLog]) -> str:
     """What fits, in words; raises DistributedError naming rank, place, call and shapes of what does not."""
-    found, wrong = compare(transcripts)
+    found, wrong = compare_calls(transcripts)
     if wrong:
         shown = "".join(f"\n  {line}" for line in wrong[:_SHOWN])
         more = f"\n  and {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""

@@ -17,7 +17,7 @@ TASKS = (
 )
 """Variables that count the copies of this process, and what more than one means."""
 
-NUMBERS = (
+RANK_VARIABLES = (
     ("SLURM_PROCID", "srun started this as task {} of several"),
     ("OMPI_COMM_WORLD_RANK", "mpirun started this as process {} of several"),
     ("PMIX_RANK", "mpirun started this as process {} of several"),
@@ -34,7 +34,7 @@ def one_of_many(*, of_torchrun: bool = True) -> str | None:
     of_torchrun: whether torchrun's own settings (PET_*), which only torchrun reads, count.
     A batch script is one process however many tasks its job has: only a step counts its own.
     """
-    for most, rows in ((1, TASKS), (0, NUMBERS)):
+    for most, rows in ((1, TASKS), (0, RANK_VARIABLES)):
         for name, what in rows:
             if name.startswith("PET_") and not of_torchrun:
                 continue

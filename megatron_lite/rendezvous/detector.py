@@ -117,7 +117,7 @@ class _Seen:
 
 
 @dataclass(slots=True)
-class Watch:
+class FailureDetector:
     """Beats as one rank sees them.
 
     A rank is *lost* when no beat of it came for too long, and *hangs* when it beats, does not move
@@ -144,7 +144,7 @@ class Watch:
             0 if fresh else old.missed + 1,
         )
 
-    def forgive(self, now: float) -> None:
+    def reset_after_own_stall(self, now: float) -> None:
         """Count all silences from now: this process slept itself.  Missed beats count own ones: kept."""
         for seen in self._seen.values():
             seen.came = seen.same_since = now

@@ -23,7 +23,7 @@ from typing import Protocol
 
 from torch.distributed import Store  # type: ignore[attr-defined]
 
-from megatron_lite.rendezvous.detector import Beat, Limits, Watch, place_of, work_of
+from megatron_lite.rendezvous.detector import Beat, FailureDetector, Limits, place_of, work_of
 
 NO_VERDICT = b"-"
 ANSWER_SECONDS = 2.0
@@ -107,7 +107,7 @@ class Liveness:
         self._rank, self._world_size = rank, world_size
         self._limits, self._holder, self._end = limits, holder, end
         self._hosts_store, self._beside_store = hosts_store, beside_store
-        self._watch = Watch(rank, limits)
+        self._watch = FailureDetector(rank, limits)
         self._main = threading.main_thread().ident
         self._ticks = self._count = 0
         self._phase = "start"
@@ -202,7 +202,9 @@ class Liveness:
         verdict, *beats = self._store.multi_get(keys)
         now = time.monotonic()
         if now - self._answered > self._limits.stall:
-            self._watch.forgive(now)  # this process slept: the others are not to blame
+            self._watch.reset_after_own_stall(
+                now
+            )  # this process slept: the others are not to blame
         self._answered = now
         for rank, data in zip(ranks, beats, strict=True):
             self._watch.see(rank, Beat.from_bytes(data), now)
@@ -310,7 +312,7 @@ def roll_call(
         pause = min(2 * pause, 0.25)
 
 
-def differences(
+def fact_differences(
     store: Store, facts: dict[str, str], *, prefix: str, rank: int, world_size: int
 ) -> list[str]:
     """Lines `key: value on ranks ..., value on rank ...` where the ranks' facts differ.

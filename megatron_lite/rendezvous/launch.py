@@ -17,7 +17,13 @@ from megatron_lite.config.errors import ConfigError, DistributedError
 from megatron_lite.config.sections.parallel import ParallelConfig
 from megatron_lite.rendezvous.copies import alone_among_many
 from megatron_lite.rendezvous.detector import Limits
-from megatron_lite.rendezvous.heartbeat import Alone, Liveness, Presence, differences, roll_call
+from megatron_lite.rendezvous.heartbeat import (
+    Alone,
+    Liveness,
+    Presence,
+    fact_differences,
+    roll_call,
+)
 from megatron_lite.rendezvous.reminder import Reminder, numbers
 
 _NCCL_FAILED = "exception_dump"
@@ -153,7 +159,7 @@ class World:
     prefix: str = ""
 
 
-def gather(launch: Launch, parallel: ParallelConfig, *, end: Callable[[str], None]) -> World:
+def gather_ranks(launch: Launch, parallel: ParallelConfig, *, end: Callable[[str], None]) -> World:
     """Wait for all ranks and begin to watch over them; `end` ends this process with a verdict.
 
     Raises DistributedError naming the ranks that did not come within the timeout, ConfigError
@@ -242,7 +248,7 @@ def compare_ranks(launch: Launch, world: World, facts: dict[str, str]) -> None:
     """Raise ConfigError, on every rank alike, where the ranks do not agree on the facts."""
     if world.store is None:
         return
-    lines = differences(
+    lines = fact_differences(
         world.store,
         facts,
         prefix=world.prefix,

@@ -20,7 +20,7 @@ from typing import TypeVar
 
 from megatron_lite.config.errors import StorageError
 
-Result = TypeVar("Result")
+_Result = TypeVar("_Result")
 Bytes = bytes | bytearray | memoryview
 
 CREATE_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | getattr(os, "O_NOFOLLOW", 0)
@@ -148,11 +148,11 @@ class Disk:
     Every method raises StorageError (exit 5) naming path, operation, reason and the way out.
     """
 
-    def _operate(self, operation: Operation, action: Callable[[], Result]) -> Result:
+    def _operate(self, operation: Operation, action: Callable[[], _Result]) -> _Result:
         """Carry out one primitive; the only thing a test's disk overrides."""
         return action()
 
-    def _run(self, operation: Operation, action: Callable[[], Result]) -> Result:
+    def _run(self, operation: Operation, action: Callable[[], _Result]) -> _Result:
         try:
             return self._operate(operation, action)
         except OSError as error:

@@ -7,7 +7,7 @@ import signal
 from collections.abc import Callable
 from typing import Literal
 
-from megatron_lite.storage.disk import Disk, Operation, Result
+from megatron_lite.storage.disk import Disk, Operation, _Result
 
 NEEDS_SPACE = ("make_folder", "create", "write", "try_out")
 
@@ -22,7 +22,7 @@ class RecordingDisk(Disk):
     def __init__(self) -> None:
         self.operations: list[Operation] = []
 
-    def _operate(self, operation: Operation, action: Callable[[], Result]) -> Result:
+    def _operate(self, operation: Operation, action: Callable[[], _Result]) -> _Result:
         # the bytes are not kept: a recording of a checkpoint must not hold the checkpoint
         self.operations.append(Operation(operation.kind, operation.path, operation.target))
         return super()._operate(operation, action)
@@ -59,7 +59,7 @@ class FaultyDisk(RecordingDisk):
         self.failed = False
         self._count = 0
 
-    def _operate(self, operation: Operation, action: Callable[[], Result]) -> Result:
+    def _operate(self, operation: Operation, action: Callable[[], _Result]) -> _Result:
         if self.failed and self._fails_again(operation):
             self._fail()
         if self.kinds is None or operation.kind in self.kinds:

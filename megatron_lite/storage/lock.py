@@ -33,7 +33,7 @@ from megatron_lite.storage.reading import read_plain
 LOCK = "run.lock"
 RENEW_SECONDS = 10.0
 STALE_SECONDS = 60.0
-PATIENCE_SECONDS = 1.0
+LOCK_PATIENCE_SECONDS = 1.0
 """A folder that is back after this was never gone."""
 _ATTEMPTS = 100  # to make a file that others make and remove at the same time
 _TURN_SECONDS = 5.0
@@ -276,7 +276,7 @@ class FolderLock:
 
     def look(self) -> None:
         """Set `problem`; one that passes is none."""
-        for patience in (PATIENCE_SECONDS, 0.0):
+        for patience in (LOCK_PATIENCE_SECONDS, 0.0):
             try:
                 self.check()
             except StorageError as error:

@@ -15,14 +15,14 @@ from megatron_lite.telemetry.ranks import format_ranks
 from megatron_lite.telemetry.record import (
     EvaluationRecord,
     RanksRecord,
-    Record,
     SaveRecord,
     StepRecord,
-    to_json,
+    TelemetryRecord,
+    record_json,
 )
 from megatron_lite.telemetry.timers import format_times
 
-Form: TypeAlias = Literal["megatron", "short", "json"]
+LineForm: TypeAlias = Literal["megatron", "short", "json"]
 
 
 def format_line(record: StepRecord) -> str:
@@ -137,10 +137,10 @@ def short_evaluation(record: EvaluationRecord) -> str:
     )
 
 
-def format_record(record: Record, form: Form = "megatron") -> str:
+def format_record(record: TelemetryRecord, form: LineForm = "megatron") -> str:
     """Whichever of the forms belongs to the record."""
     if form == "json":
-        return to_json(record)
+        return record_json(record)
     short = form == "short"
     if isinstance(record, StepRecord):
         return short_line(record) if short else format_line(record)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from megatron_lite.config.errors import ConfigError, StorageError
-from megatron_lite.telemetry.record import Record
+from megatron_lite.telemetry.record import TelemetryRecord
 
 WAITING_RECORDS = 10_000
 """Records kept for a log that takes none; the oldest go first."""
@@ -30,7 +30,7 @@ class Writer(Protocol):
         """Open, or open again after a failure, going on behind what is written."""
         ...
 
-    def write(self, record: Record) -> None:
+    def write(self, record: TelemetryRecord) -> None:
         """Keep or pass on one record; cheap for a kind that does not concern it."""
         ...
 
@@ -54,7 +54,7 @@ class Lasting:
     ) -> None:
         self.writer = writer
         self._warn, self._clock = warn, clock
-        self._waiting: deque[Record] = deque()
+        self._waiting: deque[TelemetryRecord] = deque()
         self._lost = 0
         self._reason = ""
         self._pause, self._retry_at = PAUSES[0], 0.0
@@ -73,7 +73,7 @@ class Lasting:
         except Exception as error:  # a package of others may raise anything
             self._failed(error)
 
-    def write(self, record: Record) -> None:
+    def write(self, record: TelemetryRecord) -> None:
         """Hand the record on, or keep it until the writer works again."""
         self._waiting.append(record)
         if len(self._waiting) > WAITING_RECORDS:

@@ -206,9 +206,9 @@ class RanksRecord:
     timestamp: float = 0.0
 
 
-Record: TypeAlias = StepRecord | EvaluationRecord | SaveRecord | TimingRecord | RanksRecord
+TelemetryRecord: TypeAlias = StepRecord | EvaluationRecord | SaveRecord | TimingRecord | RanksRecord
 
-RECORDS: Mapping[str, type[Record]] = {
+RECORDS: Mapping[str, type[TelemetryRecord]] = {
     "train": StepRecord,
     "evaluation": EvaluationRecord,
     "save": SaveRecord,
@@ -217,7 +217,7 @@ RECORDS: Mapping[str, type[Record]] = {
 }
 
 
-def to_json(record: Record) -> str:
+def record_json(record: TelemetryRecord) -> str:
     """One line of metrics.jsonl without its newline; strict JSON even for NaN and infinity."""
     values: dict[str, Any] = {"kind": record.kind}
     for entry in fields(record):
@@ -225,7 +225,7 @@ def to_json(record: Record) -> str:
     return json.dumps(values, allow_nan=False)
 
 
-def from_json(line: str) -> Record:
+def from_json(line: str) -> TelemetryRecord:
     """The record a line was made of; ValueError says what is wrong with the line."""
     values = json.loads(line)
     if not isinstance(values, dict):
@@ -249,13 +249,13 @@ def from_json(line: str) -> Record:
         raise ValueError(f"{error}") from error
 
 
-def read_metrics(path: str | os.PathLike[str]) -> list[Record]:
+def read_metrics(path: str | os.PathLike[str]) -> list[TelemetryRecord]:
     """All records of a metrics.jsonl, in order; a last line cut off by a crash is left out.
 
     Raises DataError naming file and line for anything else that is not a record.
     """
     file = Path(path)
-    records: list[Record] = []
+    records: list[TelemetryRecord] = []
     for number, line in enumerate(complete_lines(file), start=1):
         try:
             records.append(from_json(line))

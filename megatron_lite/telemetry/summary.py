@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_lite.config.errors import DataError
-from megatron_lite.telemetry.record import EvaluationRecord, Record, StepRecord
+from megatron_lite.telemetry.record import EvaluationRecord, StepRecord, TelemetryRecord
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,13 +46,13 @@ class Speed:
         )
 
 
-def train_records(records: Sequence[Record]) -> list[StepRecord]:
+def train_records(records: Sequence[TelemetryRecord]) -> list[StepRecord]:
     """The optimizer steps among the records."""
     return [record for record in records if isinstance(record, StepRecord)]
 
 
 def evaluation_records(
-    records: Sequence[Record], split: str, *, alone: bool = False
+    records: Sequence[TelemetryRecord], split: str, *, alone: bool = False
 ) -> list[EvaluationRecord]:
     """The evaluations of one split that the training made, or those of starts that only evaluated."""
     return [
@@ -62,7 +62,7 @@ def evaluation_records(
     ]
 
 
-def measure_speed(records: Sequence[Record], *, source: str) -> Speed:
+def measure_speed(records: Sequence[TelemetryRecord], *, source: str) -> Speed:
     """Speed of the steps after warm-up, on the number of ranks the last step had.
 
     Raises DataError naming the source where there is no such step.
@@ -112,7 +112,7 @@ def measure_speed(records: Sequence[Record], *, source: str) -> Speed:
     )
 
 
-def describe_losses(records: Sequence[Record]) -> list[str]:
+def describe_losses(records: Sequence[TelemetryRecord]) -> list[str]:
     """First and last training loss, best and last validation loss, test loss with perplexity."""
     steps = train_records(records)
     looked = [

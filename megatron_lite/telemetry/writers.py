@@ -23,11 +23,11 @@ from megatron_lite.telemetry.lasting import Lasting, Writer
 from megatron_lite.telemetry.record import (
     EvaluationRecord,
     RanksRecord,
-    Record,
     SaveRecord,
     StepRecord,
+    TelemetryRecord,
     complete_lines,
-    to_json,
+    record_json,
 )
 
 METRICS_FILE = "metrics.jsonl"
@@ -45,7 +45,7 @@ class Writers:
     def __init__(self, writers: Sequence[Lasting]) -> None:
         self.writers = tuple(writers)
 
-    def write(self, record: Record) -> None:
+    def write(self, record: TelemetryRecord) -> None:
         """Give the record to every log."""
         for writer in self.writers:
             writer.write(record)
@@ -94,10 +94,10 @@ class JsonLines:
         self._disk.sync_folder(self._path.parent)
         self._file, self._whole = file, file.size
 
-    def write(self, record: Record) -> None:
+    def write(self, record: TelemetryRecord) -> None:
         """Append one line."""
         assert self._file is not None, f"{self._path} is not open"
-        self._file.write(f"{to_json(record)}\n".encode())
+        self._file.write(f"{record_json(record)}\n".encode())
         self._whole = self._file.size
 
     def close(self) -> None:
@@ -121,7 +121,9 @@ class TensorBoard:
             "torch.utils.tensorboard", self.name, "tensorboard"
         ).SummaryWriter
         self._events: Any = None
-        self._unflushed: deque[Record] = deque(maxlen=max(config.tensorboard_queue_size, 100))
+        self._unflushed: deque[TelemetryRecord] = deque(
+            maxlen=max(config.tensorboard_queue_size, 100)
+        )
 
     def open(self) -> None:
         """Begin an event file."""
@@ -134,7 +136,7 @@ class TensorBoard:
         for record in self._unflushed:
             self._add(record)
 
-    def write(self, record: Record) -> None:
+    def write(self, record: TelemetryRecord) -> None:
         """Queue the record's points; training steps every --tensorboard-log-interval."""
         every = self._config.tensorboard_log_interval
         if isinstance(record, StepRecord) and record.iteration % every:
@@ -145,7 +147,7 @@ class TensorBoard:
             self._events.flush()
             self._unflushed.clear()
 
-    def _add(self, record: Record) -> None:
+    def _add(self, record: TelemetryRecord) -> None:
         if isinstance(record, SaveRecord):
             return
         for name, value in scalars(record, self._config).items():
@@ -182,7 +184,7 @@ class WeightsAndBiases:
             **({"id": known, "resume": "allow"} if known else {}),
         )
 
-    def write(self, record: Record) -> None:
+    def write(self, record: TelemetryRecord) -> None:
         """Log the record's scalars at its iteration."""
         if isinstance(record, SaveRecord):
             return
@@ -240,7 +242,7 @@ def _package(module: str, flag: str, extra: str) -> types.ModuleType:
         ) from error
 
 
-def scalars(record: Record, config: TelemetryConfig) -> dict[str, float]:
+def scalars(record: TelemetryRecord, config: TelemetryConfig) -> dict[str, float]:
     """Megatron-LM's scalar names of a record, as the switches of the configuration choose.
 
     Ours beside Megatron's, with `--log-throughput`: `tgs`, and `mfu` where the peak is known.

@@ -16,15 +16,15 @@ from megatron_lite.config.sections.run import RunConfig
 from megatron_lite.rendezvous.launch import Launch, World, compare_ranks, wait_for_all
 from megatron_lite.train.ending.faults import Fault, NoFaults
 from megatron_lite.train.patience import told
-from megatron_lite.train.reading import Tokens
+from megatron_lite.train.reading import TokenizerFacts
 
-OpenTokens = Callable[[], tuple[RunConfig, Tokens]]
+OpenTokens = Callable[[], tuple[RunConfig, TokenizerFacts]]
 """Builds the tokenizer: the config with its vocabulary, and what training must know of it."""
 
 
 def open_alike(
     open_tokens: OpenTokens, launch: Launch, world: World, faults: Fault | NoFaults
-) -> tuple[RunConfig, Tokens]:
+) -> tuple[RunConfig, TokenizerFacts]:
     """Build the tokenizer on ranks that have met: one that needs long for it is not taken for lost.
 
     Raises ConfigError, on every rank alike, where the ranks were not started alike.
@@ -43,7 +43,7 @@ def plain(config: RunConfig) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
-def facts(config: RunConfig, tokens: Tokens) -> dict[str, str]:
+def facts(config: RunConfig, tokens: TokenizerFacts) -> dict[str, str]:
     """What must be the same on every rank; a cache may lie elsewhere on every node."""
     found = {
         f"{section}.{name}": json.dumps(value)

@@ -12,8 +12,8 @@ from megatron_lite.blueprint.recompute import RecomputePlan
 from megatron_lite.config.sections.run import RunConfig
 from megatron_lite.engines.base import Engine, Statistics
 from megatron_lite.engines.table import ENGINES
+from megatron_lite.layers.contexts import StageContext
 from megatron_lite.layers.gradients import WeightGradients
-from megatron_lite.layers.setting import Setting
 from megatron_lite.models.decoder import Decoder
 from megatron_lite.models.initialise import initialise
 from megatron_lite.models.parameters import local_parameters
@@ -26,10 +26,10 @@ from megatron_lite.train.measuring.timing import RunTimers
 from megatron_lite.train.objectives.language_model import LanguageModel
 from megatron_lite.train.run import Run
 
-ObjectiveOf = Callable[[Setting], Objective]
+ObjectiveOf = Callable[[StageContext], Objective]
 
 OBJECTIVES: dict[str, ObjectiveOf] = {
-    "language_model": lambda setting: LanguageModel(setting.tp, setting.vocab_size)
+    "language_model": lambda context: LanguageModel(context.tp, context.vocab_size)
 }
 
 
@@ -67,7 +67,7 @@ def assemble(
     for decoder in decoders.values():
         decoder.hook_layers(held.layer_hooks)
         if config.precision.gradient_accumulation_fusion:
-            decoder.setting.gradients.attach(held.accumulators(), held.ready)
+            decoder.context.gradients.attach(held.accumulators(), held.ready)
         if config.parallel.overlap_param_gather:
             _wait_before_use(decoder, held)
     stages = {
@@ -76,16 +76,18 @@ def assemble(
             module=decoder,
             is_first=decoder.has_embedding,
             is_last=decoder.has_head,
-            objective=OBJECTIVES[objective](decoder.setting),
-            gradients=decoder.setting.gradients,
+            objective=OBJECTIVES[objective](decoder.context),
+            gradients=decoder.context.gradients,
         )
         for index, decoder in decoders.items()
     }
     return Run(
         blueprint=blueprint,
         ctx=ctx,
-        setting=list(decoders.values())[-1].setting,
-        pipeline=Executor(stages, Mail(ctx.pp, blueprint.placement), held.arm, timers.span),
+        context=list(decoders.values())[-1].context,
+        pipeline=Executor(
+            stages, Mail(ctx.pp, blueprint.placement), held.begin_last_backward, timers.span
+        ),
         engine=held,
         parameters=[local for stage in parameters.values() for local in stage],
         timers=timers,
@@ -101,7 +103,7 @@ def _decoders(
     made: dict[int, Decoder] = {}
     table = None
     for placed in blueprint.stages_of(ctx.pp.rank):
-        setting = Setting(
+        context = StageContext(
             model=config.model,
             ctx=ctx,
             padded_vocab_size=blueprint.padded_vocab_size,
@@ -114,7 +116,7 @@ def _decoders(
             drawn=blueprint.figure,
         )
         decoder = made[placed.index] = Decoder(
-            setting,
+            context,
             placed.layers,
             has_embedding=placed.has_embedding,
             has_head=placed.has_head,

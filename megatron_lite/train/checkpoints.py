@@ -94,16 +94,16 @@ class Checkpoints:
             return
         began = time.perf_counter()
         with self.run.timers.span("save-checkpoint"):
-            self.settle()
+            self.wait()
             try:
                 self.saver.save(self._snapshot(self.store))
                 self.saved_at = self.run.progress.step
             except StorageError as error:
-                self._pass_over(error, last=last)
+                self._tolerate(error, last=last)
         self._stalled_seconds = time.perf_counter() - began
-        self.tell()
+        self.report_completed()
 
-    def settle(self, *, last: bool = False) -> None:
+    def wait(self, *, last: bool = False) -> None:
         """Wait for the save under way, if there is one; its failure is raised or told."""
         if self.saver is None:
             return
@@ -111,8 +111,8 @@ class Checkpoints:
             self.saver.wait()
         except StorageError as error:
             self.saved_at = 0  # so that the last step is saved whichever it is
-            self._pass_over(error, last=last)
-        self.tell()
+            self._tolerate(error, last=last)
+        self.report_completed()
 
     def confirm(self) -> None:
         """Hear what befell the run folder, if anything; told once.  Collective over the world."""
@@ -126,16 +126,16 @@ class Checkpoints:
         except StorageError as error:
             if self.folder.lock is not None:
                 self.folder.lock.told = True
-            self._pass_over(error, last=False)
+            self._tolerate(error, last=False)
 
     def finish(self) -> None:
         """The last step is saved and nothing is being written any more."""
         step = self.run.progress.step
         if self.saved_at != step and step > 0:
             self.save(last=True)
-        self.settle(last=True)
+        self.wait(last=True)
 
-    def tell(self) -> None:
+    def report_completed(self) -> None:
         """A line and a record of a checkpoint that is complete."""
         saved = self.saver.finished() if self.saver is not None else None
         if saved is None:
@@ -152,7 +152,7 @@ class Checkpoints:
         self.log.print(record)
         self.log.warn(*saved.warnings)
 
-    def _pass_over(self, error: StorageError, *, last: bool) -> None:
+    def _tolerate(self, error: StorageError, *, last: bool) -> None:
         if last or self.config.save_failure == "stop" or isinstance(error, FolderTaken):
             raise error
         step = self.run.progress.step

@@ -9,12 +9,12 @@ from typing import Any
 from megatron_lite.checkpoint.description import saved_model
 from megatron_lite.checkpoint.manifest import Manifest
 from megatron_lite.config.errors import CheckpointError, DataError
-from megatron_lite.config.rules.model_identity import differences
+from megatron_lite.config.rules.model_identity import model_differences
 from megatron_lite.config.sections.model import ModelConfig
 from megatron_lite.data.identity import Identity, changes
 
 _SHOWN = 20
-ALLOW = "--allow-data-change"
+ALLOW_DIFFERENCES = "--allow-data-change"
 
 
 def check_model(
@@ -24,7 +24,7 @@ def check_model(
 
     allowed: fields of the model that may differ.  Tensors are compared elsewhere, by shape.
     """
-    differ = differences(saved_model(manifest, folder), now)
+    differ = model_differences(saved_model(manifest, folder), now)
     refused = [found for found in differ if found.trait.name not in allowed]
     if refused:
         names = ",".join(found.trait.name for found in refused if found.trait.then)
@@ -64,9 +64,9 @@ def check_tokenizer(manifest: Manifest, now: dict[str, Any], *, allowed: bool) -
         raise CheckpointError(
             f"{where} was trained with another tokenizer of as many ids: {'; '.join(differ)}: give "
             "the one it was trained with (its files lie in the checkpoint's folder tokenizer/), or "
-            f"{ALLOW}"
+            f"{ALLOW_DIFFERENCES}"
         )
-    return [f"{ALLOW}: {line}" for line in differ]
+    return [f"{ALLOW_DIFFERENCES}: {line}" for line in differ]
 
 
 def _padded(tokenizer: dict[str, Any]) -> str:
@@ -92,8 +92,8 @@ def check_data(
         more = f"\n  and {len(differ) - _SHOWN} more" if differ[_SHOWN:] else ""
         raise DataError(
             f"the samples would not go on where checkpoint {manifest.iteration} stopped, because "
-            f"the data are others (checkpoint -> this command line):{lines}{more}\nadd {ALLOW} to "
+            f"the data are others (checkpoint -> this command line):{lines}{more}\nadd {ALLOW_DIFFERENCES} to "
             f"go on with sample {manifest.progress.samples} of the new order, which repeats and "
             "leaves out samples, or give the old data"
         )
-    return [f"{ALLOW}: {line}" for line in differ], warnings
+    return [f"{ALLOW_DIFFERENCES}: {line}" for line in differ], warnings

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 
 from megatron_lite.data.batch import Batch
-from megatron_lite.layers.setting import Positions
+from megatron_lite.layers.contexts import ForwardContext
 from megatron_lite.pipeline.stage import MicroBatch
 
 
@@ -29,7 +29,7 @@ def to_device(batch: Batch, device: torch.device, *, step: int, training: bool) 
         host = host.pin_memory()
     tokens = host.to(device, non_blocking=True).t().contiguous()  # [s + 1, b]
     mask = _columns(batch.loss_mask, device)
-    positions = Positions(
+    positions = ForwardContext(
         samples=torch.from_numpy(batch.sample_numbers).to(device, non_blocking=True),
         index=torch.arange(tokens.shape[0] - 1, device=device),
         step=step,

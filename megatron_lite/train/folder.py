@@ -132,7 +132,7 @@ def require_places(config: RunConfig, save: Path | None, disk: Disk) -> None:
             check_folder(flag, folder, disk, may_be_full=True)
 
 
-def notices(config: RunConfig, folder: Path) -> list[str]:
+def evaluation_notices(config: RunConfig, folder: Path) -> list[str]:
     """What a start that only evaluates does otherwise."""
     if not config.train.skip_train:
         return []

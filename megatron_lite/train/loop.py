@@ -29,7 +29,7 @@ def fit(session: Session) -> Reason:
         reason = _train(session)
     except NumericsError:  # every rank raises it, so all can finish the save under way
         with contextlib.suppress(StorageError):
-            session.checkpoints.settle()
+            session.checkpoints.wait()
         raise
     finally:
         session.profiler.close()
@@ -49,9 +49,9 @@ def _train(session: Session) -> Reason:
         agreed = _step(session)
         session.profiler.after(progress.step)
         if agreed.save_failed:
-            session.checkpoints.settle()
+            session.checkpoints.wait()
             session.checkpoints.confirm()
-        session.checkpoints.tell()
+        session.checkpoints.report_completed()
         reason = session.stop.reason(progress.step, agreed=agreed, finished=_finished(session))
         session.log.say(*session.recording.after(progress.step, last=reason is not None))
         _log_interval(session, last=reason is not None)
@@ -104,7 +104,7 @@ def _step(session: Session) -> StopVote:
     loss = result.loss.item()  # waits for the device
     session.own_time.end(time.perf_counter() - began)
     agreed = StopVote(*(votes > 0 for votes in result.votes.tolist()))
-    _account(session, size, result)
+    _advance_progress(session, size, result)
     record = session.meter.add(
         Step(
             iteration=progress.step,
@@ -136,7 +136,7 @@ def _step(session: Session) -> StopVote:
     return agreed
 
 
-def _account(session: Session, size: int, result: StepResult) -> None:
+def _advance_progress(session: Session, size: int, result: StepResult) -> None:
     progress = session.progress
     progress.count(size, session.seq_length, skipped=result.update.skipped)
     done = session.run.engine.progress()

@@ -10,7 +10,7 @@ from megatron_lite.parallel.collectives import barrier
 from megatron_lite.rendezvous.launch import (
     Launch,
     choose_device,
-    gather,
+    gather_ranks,
     set_device_environment,
     start_process_group,
     stop_process_group,
@@ -55,7 +55,7 @@ def train(
     notices += cpu_notices(config.precision, config.telemetry, device)
     notices += peak_notices(device)
     torch.backends.cuda.matmul.allow_tf32 = config.precision.tf32
-    world = gather(launch, config.parallel, end=failures.lost)
+    world = gather_ranks(launch, config.parallel, end=failures.lost)
     failures.presence = world.presence
     config, tokens = open_alike(open_tokens, launch, world, faults)
     folder = enter(config, launch, world, failures)

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from megatron_lite.blueprint.batches import BatchSchedule
-from megatron_lite.blueprint.length import Counts, Length, sample_counts
+from megatron_lite.blueprint.length import Length, SampleCounts, sample_counts
 from megatron_lite.checkpoint.manifest import Manifest
 from megatron_lite.checkpoint.progress import Progress
 from megatron_lite.config.errors import ConfigError, DataError, MegatronLiteError
@@ -37,7 +37,7 @@ from megatron_lite.train.patience import told
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Tokens:
+class TokenizerFacts:
     """What training needs to know of the tokenizer.
 
     asked: what --vocab-size said, to which NullTokenizer adds its EOD.  made_with: itself, beside
@@ -72,7 +72,7 @@ def open_datasets(
     config: RunConfig,
     launch: Launch,
     log: Log,
-    tokens: Tokens,
+    tokens: TokenizerFacts,
     folder: Path,
     batches: BatchSchedule,
     progress: Progress,
@@ -111,7 +111,7 @@ def open_datasets(
     return datasets
 
 
-def _read_again(datasets: Datasets, counts: Counts) -> list[str]:
+def _read_again(datasets: Datasets, counts: SampleCounts) -> list[str]:
     """A line for each evaluation whose data, every one of them once, are fewer than it reads."""
     asked = {
         "validation": (datasets.valid, counts["valid_samples"]),
@@ -212,7 +212,7 @@ def _order(data: DataConfig, micro: int, dp_size: int) -> str:
 
 
 def loaders_of(
-    config: RunConfig, datasets: Datasets, ctx: ParallelContext, tokens: Tokens
+    config: RunConfig, datasets: Datasets, ctx: ParallelContext, tokens: TokenizerFacts
 ) -> Loaders:
     """This rank's readers, in the order of --dataloader-type; evaluations never run out of data."""
     data = config.data

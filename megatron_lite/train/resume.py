@@ -21,7 +21,7 @@ from megatron_lite.engines.base import EngineProgress
 from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.parallel.shard import MASTER, NamedSlice, exact_slices
 from megatron_lite.train.compatibility import check_model, check_tokenizer
-from megatron_lite.train.health.culprit import first_of_all
+from megatron_lite.train.health.culprit import earliest_over_ranks
 from megatron_lite.train.health.replay import Watched
 from megatron_lite.train.run import Run
 from megatron_lite.train.schedules import Schedules
@@ -81,7 +81,7 @@ def resume(
         return Resumed(None, curves(fresh), (*warnings, line))
     with_optimizer = checkpoint.load_optim and not checkpoint.finetune
     schedules = curves(fresh if checkpoint.finetune else manifest.progress.goes_on(fresh))
-    changes = check_model(manifest, run.setting.model, store.folder(manifest.iteration),
+    changes = check_model(manifest, run.context.model, store.folder(manifest.iteration),
                           allowed=named(checkpoint.allow_model_change))  # fmt: skip
     notices = changes + check_tokenizer(manifest, tokenizer, allowed=checkpoint.allow_data_change)
     if with_optimizer:
@@ -162,7 +162,7 @@ def _require_finite(run: Run, manifest: Manifest, folder: str) -> None:
     watched = Watched(run)
     watched.look_at_weights()
     watched.look_at_state()
-    first, _ = first_of_all(watched.first, run.ctx)
+    first, _ = earliest_over_ranks(watched.first, run.ctx)
     if first is not None:
         raise NumericsError(
             f"checkpoint {manifest.iteration} in {folder}: {first.text} - take an older one with "

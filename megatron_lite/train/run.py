@@ -10,7 +10,7 @@ from megatron_lite.blueprint.schedules.actions import Action
 from megatron_lite.checkpoint.progress import Progress
 from megatron_lite.data.batch import Batch
 from megatron_lite.engines.base import Engine
-from megatron_lite.layers.setting import Setting
+from megatron_lite.layers.contexts import StageContext
 from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.parallel.shard import LocalParameter
 from megatron_lite.pipeline.executor import Executor
@@ -32,7 +32,7 @@ class Run:
 
     blueprint: Blueprint
     ctx: ParallelContext
-    setting: Setting
+    context: StageContext
     pipeline: Executor
     engine: Engine
     parameters: list[LocalParameter]
@@ -52,9 +52,9 @@ class Run:
     def expect_messages(self, batch: Batch) -> None:
         """Tell the mail the form of this step's activations: [s/tp, b, h]."""
         samples, tokens = batch.tokens.shape
-        split = self.setting.tp.size if self.setting.sequence_parallel else 1
+        split = self.context.tp.size if self.context.sequence_parallel else 1
         self.pipeline.mail.expect(
-            ((tokens - 1) // split, samples, self.setting.model.hidden_size),
-            self.setting.dtype,
+            ((tokens - 1) // split, samples, self.context.model.hidden_size),
+            self.context.dtype,
             self.ctx.device,
         )

@@ -45,7 +45,7 @@ from megatron_lite.train.ending.failures import Failures
 from megatron_lite.train.ending.faults import Fault, NoFaults
 from megatron_lite.train.ending.stop import StopRequests
 from megatron_lite.train.folder import RunFolder, begin, of_the_run, remove_run
-from megatron_lite.train.folder import notices as evaluation_notices
+from megatron_lite.train.folder import evaluation_notices as evaluation_notices
 from megatron_lite.train.measuring.device import (
     device_peak,
 )
@@ -59,7 +59,7 @@ from megatron_lite.train.patience import Verified, told
 from megatron_lite.train.reading import (
     Loaders,
     Reach,
-    Tokens,
+    TokenizerFacts,
     loaders_of,
     open_datasets,
     settle_data,
@@ -116,7 +116,7 @@ class Start:
 
     config: RunConfig
     launch: Launch
-    tokens: Tokens
+    tokens: TokenizerFacts
     device: torch.device
     notices: list[str]
     failures: Failures
@@ -138,7 +138,7 @@ class Talk:
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class OpenedData:
     """The data of a run: what they are, and how far they reach."""
 
     datasets: Datasets
@@ -234,7 +234,7 @@ def _take_up(start: Start, run: Run, log: Log) -> Resumed:
     return resumed
 
 
-def _open_data(start: Start, run: Run, resumed: Resumed, log: Log) -> Found:
+def _open_data(start: Start, run: Run, resumed: Resumed, log: Log) -> OpenedData:
     """What is read, from where the checkpoint stands, and how far it reaches."""
     config, batches = start.config, run.blueprint.batch_schedule
     with run.timers.span("train/valid/test-data-iterators-setup"):
@@ -248,11 +248,11 @@ def _open_data(start: Start, run: Run, resumed: Resumed, log: Log) -> Found:
     reach = Reach.of(length, batches, datasets, config.data.dataloader_type)
     if reach.is_short:
         log.warn(f"*** {reach.say(f'THE RUN WILL END AT ITERATION {reach.length.iterations}')} ***")
-    return Found(datasets, identity, reach)
+    return OpenedData(datasets, identity, reach)
 
 
 def _begin_records(
-    start: Start, run: Run, checkpoints: Checkpoints, resumed: Resumed, found: Found, log: Log
+    start: Start, run: Run, checkpoints: Checkpoints, resumed: Resumed, found: OpenedData, log: Log
 ) -> None:
     """The run folder says what is run, checkpoints say of what they are, writers are open on rank 0."""
     config, ctx, tokens = start.config, run.ctx, start.tokens
@@ -273,7 +273,12 @@ def _begin_records(
 
 
 def _session(
-    start: Start, talk: Talk, run: Run, checkpoints: Checkpoints, resumed: Resumed, found: Found
+    start: Start,
+    talk: Talk,
+    run: Run,
+    checkpoints: Checkpoints,
+    resumed: Resumed,
+    found: OpenedData,
 ) -> Session:
     config, ctx, blueprint = start.config, talk.ctx, run.blueprint
     traces, length = start.folder.path / "traces", found.reach.length
@@ -319,7 +324,7 @@ def _tokenizer(start: Start, run: Run) -> dict[str, Any]:
         "type": start.config.data.tokenizer_type,
         "fingerprint": tokens.made_with.fingerprint,
         "vocab_size": tokens.vocab_size,
-        "padded_vocab_size": run.setting.padded_vocab_size,
+        "padded_vocab_size": run.context.padded_vocab_size,
         "eod": tokens.eod,
     }
 
@@ -341,7 +346,7 @@ def _checker(
 
 
 def _begin_run(
-    folder: RunFolder, config: RunConfig, tokens: Tokens, iteration: int, world_size: int
+    folder: RunFolder, config: RunConfig, tokens: TokenizerFacts, iteration: int, world_size: int
 ) -> list[str]:
     """On rank 0, last of all; config.yaml starts the same run, so its vocabulary is the one asked for."""
     said = remove_run(folder.path, Disk()) if config.checkpoint.overwrite_run else []
@@ -377,7 +382,7 @@ def _shard_size(run: Run) -> str:
     )
 
 
-def _tokenizer_lines(tokens: Tokens) -> list[str]:
+def _tokenizer_lines(tokens: TokenizerFacts) -> list[str]:
     return [
         f" > tokenizer: {tokens.made_with}",
         f" > end of document: {tokens.end_of_document}",
@@ -388,8 +393,8 @@ def _description(run: Run, blueprint: Blueprint) -> list[str]:
     grid, ctx = blueprint.grid, run.ctx
     return [
         f"using world size: {grid.world_size}, tensor-parallel {grid.tp} x pipeline-parallel {grid.pp} "
-        f"x data-parallel {grid.dp} on {ctx.device.type}, {run.setting.precision.name}",
+        f"x data-parallel {grid.dp} on {ctx.device.type}, {run.context.precision.name}",
         f"setting training iterations to {blueprint.train_iters}",
-        choose_attention(run.setting, training=True).why,
-        f" > padded vocab (size: {run.setting.vocab_size}) to {run.setting.padded_vocab_size}",
+        choose_attention(run.context, training=True).why,
+        f" > padded vocab (size: {run.context.vocab_size}) to {run.context.padded_vocab_size}",
     ]

@@ -15,8 +15,8 @@ from megatron_lite.pipeline.executor import Executor
 from megatron_lite.pipeline.stage import MicroBatch, Scored
 from megatron_lite.train.ending.stop import NO_VOTE, StopVote
 from megatron_lite.train.feed import loss_tokens, to_device
-from megatron_lite.train.health.culprit import first_of_all
-from megatron_lite.train.health.guards import Act, Finding, Measured, Verdict
+from megatron_lite.train.health.culprit import earliest_over_ranks
+from megatron_lite.train.health.guards import Act, Finding, StepNumbers, Verdict
 from megatron_lite.train.health.replay import changed_suspect, summed_suspect, watched_pipeline
 from megatron_lite.train.run import Run
 
@@ -43,7 +43,7 @@ class Attempt:
     loss: Tensor
     norm: Tensor
     votes: Tensor
-    measured: Measured
+    measured: StepNumbers
 
 
 def train_step(run: Run, batches: Sequence[Batch], *, lr: float, weight_decay: float,
@@ -75,7 +75,7 @@ def train_step(run: Run, batches: Sequence[Batch], *, lr: float, weight_decay: f
     if verdict.replay:
         attempt, verdict, told = _again(run, attempt, verdict, micro, tokens, vote)
     elif told and not attempt.measured.finite:
-        culprit, _ = first_of_all(summed_suspect(run), run.ctx)
+        culprit, _ = earliest_over_ranks(summed_suspect(run), run.ctx)
         told += f"; {culprit.text}" if culprit else ""
     run.guards.note(attempt.measured, run.progress)
     if verdict.act >= Act.SKIP:
@@ -108,7 +108,7 @@ def _attempt(
     measured = torch.stack(
         [loss, norm, sums[3], (sums[1] == 0).double()]
     ).tolist()  # waits for the device
-    seen = Measured(measured[0], measured[1], int(measured[2]), bool(measured[3]))
+    seen = StepNumbers(measured[0], measured[1], int(measured[2]), bool(measured[3]))
     return Attempt(scored, loss, norm.float(), sums[4:], seen)
 
 
@@ -130,7 +130,7 @@ def _again(
         second = _attempt(run, pipeline, micro, tokens, vote)
     now = run.guards.judge(second.measured, run.progress)
     if now.replay:
-        culprit, ranks = first_of_all(watched.first, run.ctx)
+        culprit, ranks = earliest_over_ranks(watched.first, run.ctx)
         where = f"; {culprit.text}" if culprit else ""
         count = f", {len(ranks)} ranks saw such" if len(ranks) > 1 else ""
         return second, now, (
@@ -138,7 +138,7 @@ def _again(
             "the data or the code, not a passing fault of the machine"
         )  # fmt: skip
     changed = changed_suspect(run, first.scored, second.scored, micro)
-    culprit, _ = first_of_all(changed or summed, run.ctx)
+    culprit, _ = earliest_over_ranks(changed or summed, run.ctx)
     where = f"; {culprit.text}" if culprit else ""
     told = (
         f"{verdict.what}{where}; run again from the same weights the loss is "

@@ -147,5 +147,7 @@ def test_a_strange_use_is_found(source: str, complaint: str) -> None:
 
 
 def test_what_the_protocol_names_is_no_strange_use() -> None:
-    source = "def f(run):\n    run.engine.settle()\n    return run.engine.scaler.scale"
+    source = (
+        "def f(run):\n    run.engine.wait_for_param_gather()\n    return run.engine.scaler.scale"
+    )
     assert list(strange_uses(ast.parse(source), patches=True)) == []

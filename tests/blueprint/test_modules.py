@@ -10,10 +10,10 @@ import torch
 
 from megatron_lite.blueprint.batches import padded_vocab_size
 from megatron_lite.blueprint.parameters import parameter_table
-from megatron_lite.blueprint.stages import Stage, cut_stages
+from megatron_lite.blueprint.stages import StageLayers, cut_stages
 from megatron_lite.config.flags.presets import PRESETS
 from megatron_lite.config.sections.model import ModelConfig
-from megatron_lite.layers.setting import Setting
+from megatron_lite.layers.contexts import StageContext
 from megatron_lite.models.decoder import Decoder
 from megatron_lite.models.parameters import local_parameters
 from megatron_lite.parallel.context import Axis, ParallelContext
@@ -33,7 +33,7 @@ MODELS = {
 
 
 def locals_of(
-    model: ModelConfig, stage: Stage, *, padded: int, tp: int, pp: int, split: bool = False
+    model: ModelConfig, stage: StageLayers, *, padded: int, tp: int, pp: int, split: bool = False
 ) -> list[LocalParameter]:
     """What tp rank 0 holds of a stage, without memory; split: with sequence parallelism."""
     assert model.vocab_size is not None
@@ -42,15 +42,17 @@ def locals_of(
         tp=Axis("tp", 0, tp, tuple(range(tp))),
         tied=Axis("tied", size=pp),
     )
-    setting = Setting(
+    context = StageContext(
         model, ctx, padded_vocab_size=padded, vocab_size=model.vocab_size, sequence_parallel=split
     )
     return local_parameters(
-        Decoder(setting, stage.layers, has_embedding=stage.has_embedding, has_head=stage.has_head)
+        Decoder(context, stage.layers, has_embedding=stage.has_embedding, has_head=stage.has_head)
     )
 
 
-def built(model: ModelConfig, stage: Stage, *, padded: int, tp: int, pp: int) -> dict[str, tuple]:
+def built(
+    model: ModelConfig, stage: StageLayers, *, padded: int, tp: int, pp: int
+) -> dict[str, tuple]:
     """(shape, tp dim, kind, replica, elements held) by canonical name, from the modules of tp rank 0."""
     assert model.vocab_size is not None
     found = {}
@@ -94,7 +96,7 @@ def test_with_sequence_parallelism_whole_parameters_have_gradients_that_are_shar
     summed = {
         local.pieces[0].name
         for local in locals_of(model, stage, split=True, **sizes)
-        if local.summed == ("tp",)
+        if local.grad_summed_over == ("tp",)
     }
     assert summed == {
         "embedding.positions.weight", "final_norm.weight", "final_norm.bias",
@@ -102,9 +104,11 @@ def test_with_sequence_parallelism_whole_parameters_have_gradients_that_are_shar
           for leaf in ("weight", "bias")),
         "blocks.0.attention.output.bias", "blocks.0.mlp.down.bias",
     }  # fmt: skip
-    assert not any(local.summed for local in locals_of(model, stage, split=False, **sizes))
+    assert not any(
+        local.grad_summed_over for local in locals_of(model, stage, split=False, **sizes)
+    )
     alone = {"padded": 12, "tp": 1, "pp": 1}
-    assert not any(local.summed for local in locals_of(model, stage, split=True, **alone))
+    assert not any(local.grad_summed_over for local in locals_of(model, stage, split=True, **alone))
 
 
 def drawn_models(count: int = 20) -> list[ModelConfig]:

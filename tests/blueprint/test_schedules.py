@@ -16,14 +16,14 @@ from megatron_lite.blueprint.schedules import SCHEDULES
 from megatron_lite.blueprint.schedules.actions import (
     MESSAGES,
     Action,
-    Group,
+    ActionGroup,
     Lowered,
     Op,
     Schedule,
     ScheduleError,
 )
-from megatron_lite.blueprint.schedules.check import check, twin
-from megatron_lite.blueprint.schedules.forward_only import forward_only
+from megatron_lite.blueprint.schedules.check import check_schedule, matching_end
+from megatron_lite.blueprint.schedules.forward_only import forward_only_schedule
 from megatron_lite.blueprint.schedules.lower import lower
 from megatron_lite.blueprint.schedules.one_f_one_b import one_f_one_b
 from megatron_lite.blueprint.schedules.simulate import Cost, simulate, unit_cost
@@ -46,7 +46,7 @@ def layouts(pp: int) -> Iterator[tuple[str, Placement]]:
             yield name, kind.place(pp, count)
 
 
-def text(row: Sequence[Group]) -> str:
+def text(row: Sequence[ActionGroup]) -> str:
     return " | ".join(" ".join(map(str, group)) for group in row)
 
 
@@ -115,7 +115,7 @@ def test_fewer_micro_batches_than_stages_still_work() -> None:
 
 
 def test_forward_only_keeps_nothing_and_fills_the_pipeline() -> None:
-    result = simulate(forward_only(round_robin(4), 10))
+    result = simulate(forward_only_schedule(round_robin(4), 10))
     assert result.makespan == 13
     assert result.peak_live == (0, 0, 0, 0)
 
@@ -127,20 +127,20 @@ def test_lowered_schedules_are_sound(pp: int, cost: Cost) -> None:
         for m in (1, 2, pp, 2 * pp - 2, 2 * pp - 1, 2 * pp, 2 * pp + 1, 4 * pp):
             if m == 0 or (name == "interleaved" and m % pp):
                 continue
-            check(lower(SCHEDULES[name].generate(placement, m), cost), placement, m)
-            evaluation = lower(forward_only(placement, m), cost)
-            check(evaluation, placement, m)
+            check_schedule(lower(SCHEDULES[name].generate(placement, m), cost), placement, m)
+            evaluation = lower(forward_only_schedule(placement, m), cost)
+            check_schedule(evaluation, placement, m)
             assert not [a for row in evaluation for g in row for a in g if a.op is Op.REDUCE]
 
 
 @pytest.mark.parametrize("placement", [(0, 0, 0), (0, 1, 1, 0), (0, 1, 0, 1), (0, 1, 2, 2, 1, 0)])
 def test_stages_on_one_rank_hand_over_without_messages(placement: Placement) -> None:
-    lowered = lower(forward_only(placement, 4))
-    check(lowered, placement, 4)
+    lowered = lower(forward_only_schedule(placement, 4))
+    check_schedule(lowered, placement, 4)
     messages = [a for row in lowered for group in row for a in group if a.op in MESSAGES]
     crossings = sum(a != b for a, b in zip(placement, placement[1:], strict=False))
     assert len(messages) == 2 * 4 * crossings
-    assert all(placement[a.stage] != placement[twin(a).stage] for a in messages)
+    assert all(placement[a.stage] != placement[matching_end(a).stage] for a in messages)
 
 
 @settings(max_examples=60, deadline=None)
@@ -155,7 +155,7 @@ def test_lowering_any_schedule_never_deadlocks(
     split = data.draw(st.lists(st.booleans(), min_size=len(holders), max_size=len(holders)))
     schedule = any_schedule(placement, m, split, rng)
     times = {a: rng.choice([0.1, 0.3, 1.0, 2.5]) for row in schedule.lists for a in row}
-    check(lower(schedule, times.__getitem__), placement, m)
+    check_schedule(lower(schedule, times.__getitem__), placement, m)
 
 
 def any_schedule(
@@ -189,7 +189,7 @@ def receives_at_use(schedule: Schedule) -> Lowered:
     last = len(schedule.placement) - 1
     rows = []
     for row in schedule.lists:
-        groups: list[Group] = []
+        groups: list[ActionGroup] = []
         for op, stage, m in row:
             forward = op is Op.F
             if stage > 0 if forward else stage < last:
@@ -206,38 +206,38 @@ def test_receives_placed_at_their_use_are_found_to_deadlock() -> None:
         tuple(g for row_g in arm(row) for g in row_g) for row in receives_at_use(pipeline(4, 8))
     )
     with pytest.raises(ScheduleError, match="deadlock with blocking sends"):
-        check(lowered, round_robin(4), 8)
+        check_schedule(lowered, round_robin(4), 8)
 
 
-def arm(row: Sequence[Group]) -> list[list[Group]]:
+def arm(row: Sequence[ActionGroup]) -> list[list[ActionGroup]]:
     """Each group, the last backward with its REDUCE before it."""
     last = max(i for i, group in enumerate(row) if group[0].op is Op.B)
     reduce = Action(Op.REDUCE, *row[last][0][1:])
     return [[(reduce,), group] if i == last else [group] for i, group in enumerate(row)]
 
 
-def rows_of(lowered: Lowered) -> list[list[Group]]:
+def rows_of(lowered: Lowered) -> list[list[ActionGroup]]:
     return [list(row) for row in lowered]
 
 
-def without(op: str) -> Callable[[list[list[Group]]], None]:
-    def change(rows: list[list[Group]]) -> None:
+def without(op: str) -> Callable[[list[list[ActionGroup]]], None]:
+    def change(rows: list[list[ActionGroup]]) -> None:
         for row in rows:
             row[:] = [g for g in (tuple(a for a in g if str(a) != op) for g in row) if g]
 
     return change
 
 
-def twice(op: str) -> Callable[[list[list[Group]]], None]:
-    def change(rows: list[list[Group]]) -> None:
+def twice(op: str) -> Callable[[list[list[ActionGroup]]], None]:
+    def change(rows: list[list[ActionGroup]]) -> None:
         for row in rows:
             row[:] = [again for g in row for again in ([g, g] if str(g[0]) == op else [g])]
 
     return change
 
 
-def swapped(first: str, second: str) -> Callable[[list[list[Group]]], None]:
-    def change(rows: list[list[Group]]) -> None:
+def swapped(first: str, second: str) -> Callable[[list[list[ActionGroup]]], None]:
+    def change(rows: list[list[ActionGroup]]) -> None:
         a, b = Action.parse(first), Action.parse(second)
         to = {a: b, b: a}
         for row in rows:
@@ -246,7 +246,7 @@ def swapped(first: str, second: str) -> Callable[[list[list[Group]]], None]:
     return change
 
 
-def moved_to_another_rank(rows: list[list[Group]]) -> None:
+def moved_to_another_rank(rows: list[list[ActionGroup]]) -> None:
     rows[0], rows[1] = rows[1], rows[0]
 
 
@@ -266,11 +266,13 @@ def moved_to_another_rank(rows: list[list[Group]]) -> None:
         (moved_to_another_rank, "its stage is not"),
     ],
 )
-def test_check_finds_a_broken_list(fault: Callable[[list[list[Group]]], None], says: str) -> None:
+def test_check_finds_a_broken_list(
+    fault: Callable[[list[list[ActionGroup]]], None], says: str
+) -> None:
     rows = rows_of(lower(pipeline(2, 4)))
     fault(rows)
     with pytest.raises(ScheduleError, match=says):
-        check(tuple(map(tuple, rows)), round_robin(2), 4)
+        check_schedule(tuple(map(tuple, rows)), round_robin(2), 4)
 
 
 def test_check_finds_messages_in_another_order() -> None:
@@ -282,8 +284,8 @@ def test_check_finds_messages_in_another_order() -> None:
     )
     second = ((r(1), r(0)), (f(0),), (f(1),))
     with pytest.raises(ScheduleError, match=r"ranks \(0, 1\) disagree on the order"):
-        check((first, second), round_robin(2), 2)
-    check((first, ((r(0), r(1)), (f(0),), (f(1),))), round_robin(2), 2)
+        check_schedule((first, second), round_robin(2), 2)
+    check_schedule((first, ((r(0), r(1)), (f(0),), (f(1),))), round_robin(2), 2)
 
 
 def test_a_schedule_that_cannot_go_on_names_where_each_rank_waits() -> None:
@@ -328,7 +330,7 @@ def test_generating_lowering_and_checking_is_linear_in_micro_batches(
     placement = kind.place(4, chunks)
 
     def work(m: int) -> Callable[[], None]:
-        return lambda: check(lower(kind.generate(placement, m)), placement, m)
+        return lambda: check_schedule(lower(kind.generate(placement, m)), placement, m)
 
     small, large = lines_executed(work(20)), lines_executed(work(80))
     assert small > 1000

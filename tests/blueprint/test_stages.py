@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from megatron_lite.blueprint.stages import Stage, cut_stages, folded, round_robin
+from megatron_lite.blueprint.stages import StageLayers, cut_stages, folded, round_robin
 
 
 def test_layers_keep_their_global_numbers() -> None:
     stages = cut_stages((2, 2, 2))
     assert stages == (
-        Stage(0, (0, 1), has_embedding=True, has_head=False),
-        Stage(1, (2, 3), has_embedding=False, has_head=False),
-        Stage(2, (4, 5), has_embedding=False, has_head=True),
+        StageLayers(0, (0, 1), has_embedding=True, has_head=False),
+        StageLayers(1, (2, 3), has_embedding=False, has_head=False),
+        StageLayers(2, (4, 5), has_embedding=False, has_head=True),
     )
 
 
 def test_one_stage_has_everything() -> None:
-    assert cut_stages((3,)) == (Stage(0, (0, 1, 2), has_embedding=True, has_head=True),)
+    assert cut_stages((3,)) == (StageLayers(0, (0, 1, 2), has_embedding=True, has_head=True),)
 
 
 def test_uneven_counts_keep_the_order_of_layers() -> None:

@@ -4,9 +4,9 @@ import hashlib
 
 import pytest
 
-from megatron_lite.checkpoint.hashing import BLOCKS, KINDS, Hasher
+from megatron_lite.checkpoint.hashing import BLOCKS, HASH_KINDS, Hasher
 
-BLOCK = KINDS[BLOCKS]
+BLOCK = HASH_KINDS[BLOCKS]
 assert BLOCK is not None
 
 

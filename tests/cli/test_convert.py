@@ -19,8 +19,8 @@ from megatron_lite.checkpoint.store import Store
 from megatron_lite.cli import convert, generate
 from megatron_lite.config.errors import MegatronLiteError
 from megatron_lite.config.exit import run_tool
-from megatron_lite.data.tokenizers.gpt2_bpe import EOD, GPT2BPETokenizer, byte_characters
-from megatron_lite.layers.setting import Positions
+from megatron_lite.data.tokenizers.gpt2_bpe import GPT2_EOD, GPT2BPETokenizer, byte_characters
+from megatron_lite.layers.contexts import ForwardContext
 from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.storage.disk import Disk
 from megatron_lite.storage.faults import FaultyDisk, RecordingDisk, SimulatedCrash
@@ -38,7 +38,7 @@ def tool(main: Callable[[], int], monkeypatch: pytest.MonkeyPatch, *words: objec
 
 
 def tokenizer_files(folder: Path, vocab: str, merges: str) -> tuple[Path, Path]:
-    names = [*byte_characters(), *(a + b for a, b in MERGES), EOD]
+    names = [*byte_characters(), *(a + b for a, b in MERGES), GPT2_EOD]
     folder.mkdir(parents=True, exist_ok=True)
     (folder / vocab).write_text(json.dumps({name: n for n, name in enumerate(names)}))
     lines = "".join(f"{a} {b}\n" for a, b in MERGES)
@@ -73,7 +73,7 @@ def our_logits(root: Path, tokens: torch.Tensor) -> torch.Tensor:
     store = Store(root, ParallelContext.serial())
     manifest, _ = store.newest_intact()
     model = generate._load(store, manifest, store.ctx, "float32")
-    at = Positions(samples=torch.arange(len(tokens)), index=torch.arange(tokens.shape[1]))
+    at = ForwardContext(samples=torch.arange(len(tokens)), index=torch.arange(tokens.shape[1]))
     with torch.no_grad():
         logits = model(tokens.t(), at).transpose(0, 1)
     return logits[..., : model.setting.vocab_size]
@@ -157,9 +157,9 @@ def test_a_trained_run_goes_out_and_comes_in_to_be_trained_on(tmp_path, monkeypa
                                rtol=1e-4, atol=1e-5)  # fmt: skip
     text = "the the thin other, 3 things<|endoftext|>\n"
     library = transformers.AutoTokenizer.from_pretrained(out)
-    ids = GPT2BPETokenizer(str(vocab), str(merges)).encode(text.replace(EOD, ""))
-    assert library(text.replace(EOD, ""))["input_ids"] == ids
-    assert library.eos_token_id == 261 and library.decode(ids) == text.replace(EOD, "")
+    ids = GPT2BPETokenizer(str(vocab), str(merges)).encode(text.replace(GPT2_EOD, ""))
+    assert library(text.replace(GPT2_EOD, ""))["input_ids"] == ids
+    assert library.eos_token_id == 261 and library.decode(ids) == text.replace(GPT2_EOD, "")
     assert tool(convert.main, monkeypatch, out, back) == 0
     losses = {}
     for name, source in (("run", run), ("back", back)):
@@ -189,8 +189,8 @@ def test_generating_continues_as_transformers_does(tmp_path, monkeypatch, folder
     with torch.no_grad():
         answer = model.generate(torch.tensor([ids]), max_new_tokens=8, do_sample=False,
                                 pad_token_id=261)[0].tolist()  # fmt: skip
-    expected = tokenizer.decode(answer).removesuffix(EOD)
-    assert said.rstrip("\n").removesuffix(EOD) == expected.rstrip("\n")
+    expected = tokenizer.decode(answer).removesuffix(GPT2_EOD)
+    assert said.rstrip("\n").removesuffix(GPT2_EOD) == expected.rstrip("\n")
 
 
 @pytest.mark.parametrize("out", [False, True], ids=["in", "out"])

@@ -10,7 +10,7 @@ import pytest
 
 from megatron_lite.checkpoint.manifest import read_manifest
 from megatron_lite.cli import convert
-from megatron_lite.data.tokenizers.gpt2_bpe import EOD
+from megatron_lite.data.tokenizers.gpt2_bpe import GPT2_EOD
 from tests.cli.test_convert import MERGES, setting, theirs, tokenizer_files, tool
 from tests.support.tokenizers import hugging_face
 from tests.train.runs import alone
@@ -91,7 +91,7 @@ def test_what_contradicts_itself_is_not_imported(
         (setting(eos_token_id=50256), "eos_token_id 50256, GPT2Config's default, is left out"),
         (put("tokenizer_config.json", {"model_max_length": 2048}), "the model has 24 positions"),
         (put("special_tokens_map.json", {"pad_token": "<p>"}), "the pad_token '<p>', which is no"),
-        (setting(eos_token_id=[5, 261]), f"end of document: id 261, '{EOD}'"),
+        (setting(eos_token_id=[5, 261]), f"end of document: id 261, '{GPT2_EOD}'"),
         (put("tokenizer_config.json", {"model_max_length": 1e30}), "end of document: id 261"),
     ],
     ids=["rows", "default eos", "positions", "pad", "one of two ends", "endless"],

@@ -121,7 +121,7 @@ def test_flat_files_become_pairs(tmp_path: Path, capsys: pytest.CaptureFixture[s
 def test_flat_documents_cross_the_pieces_they_are_read_in(monkeypatch: pytest.MonkeyPatch) -> None:
     tokens = np.random.default_rng(0).integers(0, 6, 1000).astype(np.uint16)
     whole = document_lengths(tokens, 3)
-    monkeypatch.setattr("megatron_lite.data.preparing.flat.CHUNK", 7)
+    monkeypatch.setattr("megatron_lite.data.preparing.flat._CHUNK", 7)
     assert document_lengths(tokens, 3).tolist() == whole.tolist()
     assert whole.sum() == 1000 and np.all(tokens[np.cumsum(whole)[:-1] - 1] == 3)
 

@@ -15,7 +15,7 @@ import pytest
 from megatron_lite.blueprint import draw_up
 from megatron_lite.blueprint.schedules.actions import Lowered, Op
 from megatron_lite.config.errors import ConfigError, DistributedError
-from megatron_lite.data.tokenizers.gpt2_bpe import EOD, byte_characters
+from megatron_lite.data.tokenizers.gpt2_bpe import GPT2_EOD, byte_characters
 from tests.train.runs import alone, argv, run_main
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -150,7 +150,7 @@ def test_a_rehearsal_whose_ranks_do_not_fit_ends_with_code_6_and_names_them(
 def byte_tokenizer(tmp_path: Path) -> list[str]:
     """GPT-2's tokenizer without merges: 256 bytes and the end of a document."""
     vocab, merges = tmp_path / "vocab.json", tmp_path / "merges.txt"
-    tokens = [*byte_characters(), EOD]
+    tokens = [*byte_characters(), GPT2_EOD]
     vocab.write_text(json.dumps({token: n for n, token in enumerate(tokens)}))
     merges.write_text("#version: 0.2\n")
     return ["--vocab-file", str(vocab), "--merge-file", str(merges)]

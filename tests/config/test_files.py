@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from megatron_lite.config.errors import ConfigError
 from megatron_lite.config.flags.files import FileValues, dump, load, loads
 from megatron_lite.config.flags.parser import parse
-from megatron_lite.config.flags.settings import Setting, settings
+from megatron_lite.config.flags.settings import FlagSetting, settings
 from megatron_lite.config.sections.run import RunConfig
 
 
@@ -38,7 +38,7 @@ def test_a_whole_run_is_read_back_equal(tmp_path: Path) -> None:
     assert parse(["--config", str(file)]).config == parsed.config
 
 
-def items(setting: Setting) -> st.SearchStrategy[object]:
+def items(setting: FlagSetting) -> st.SearchStrategy[object]:
     """Values a setting can hold."""
     letters = st.characters(exclude_categories=["Cs"], exclude_characters="\0")
     by_kind: dict[type, st.SearchStrategy[object]] = {

@@ -12,15 +12,15 @@ import pytest
 
 from megatron_lite.config.errors import ConfigError
 from megatron_lite.config.flags.legacy import LEGACY, MEGATRON_DEFAULTS, OURS_ONLY
-from megatron_lite.config.flags.parser import Parsed, parse, spellings
-from megatron_lite.config.flags.settings import Setting, documentation, sections, settings
+from megatron_lite.config.flags.parser import ParsedFlags, parse, spellings
+from megatron_lite.config.flags.settings import FlagSetting, documentation, sections, settings
 from megatron_lite.config.rules.table import problems
 from megatron_lite.config.sections.run import RunConfig
 
 SIZES = ["--num-layers=4", "--hidden-size=64", "--num-attention-heads=4", "--seq-length=32"]
 
 
-def value(parsed: Parsed, key: str) -> object:
+def value(parsed: ParsedFlags, key: str) -> object:
     section, name = key.split(".")
     return getattr(getattr(parsed.config, section), name)
 
@@ -63,7 +63,7 @@ def test_the_tables_name_existing_fields() -> None:
         assert "_" not in row.flag and row.say
 
 
-def sample(setting: Setting) -> tuple[list[str], object]:
+def sample(setting: FlagSetting) -> tuple[list[str], object]:
     """Some words for a setting's flag and the value they mean."""
     if setting.choices:
         text, item = str(setting.choices[-1]), setting.choices[-1]
@@ -296,7 +296,7 @@ AWKWARD = ["0", "-1", "1" + "0" * 30, "1e400", "nan", "-inf", "", "1_0", "0x10",
 
 @pytest.mark.parametrize("text", AWKWARD, ids=lambda text: text[:12] or "empty")
 @pytest.mark.parametrize("setting", NUMBERS, ids=lambda setting: setting.name)
-def test_an_awkward_number_is_taken_or_refused_by_name(setting: Setting, text: str) -> None:
+def test_an_awkward_number_is_taken_or_refused_by_name(setting: FlagSetting, text: str) -> None:
     try:
         parsed = parse([*SIZES, f"{setting.flag}={text}"])
     except ConfigError as refused:

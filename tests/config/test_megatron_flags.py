@@ -7,7 +7,7 @@ import pytest
 from megatron_lite.config.errors import ConfigError
 from megatron_lite.config.flags.legacy import LEGACY
 from megatron_lite.config.flags.parser import parse, spellings
-from megatron_lite.config.rules.table import check
+from megatron_lite.config.rules.table import check_config
 
 NATIVE = """
 --num-layers 96 | --hidden-size 12288 | --num-attention-heads 96 | --seq-length 2048
@@ -300,12 +300,12 @@ _TEST_CASE = """
     ],
 )
 def test_whole_scripts_pass_all_rules(words: list[str], world_size: int) -> None:
-    check(parse(words).config, world_size)
+    check_config(parse(words).config, world_size)
 
 
 def test_the_old_deepspeed_script_recomputes_layer_by_layer() -> None:
     config = parse([*_MDS.split(), "--activations-checkpoint-method", "uniform"]).config
-    check(config, 1024)
+    check_config(config, 1024)
     asked = config.parallel
     assert asked.recompute_granularity == "full"
     assert (asked.recompute_method, asked.recompute_num_layers) == ("uniform", 1)

@@ -15,10 +15,10 @@ from megatron_lite.config.rules.model_identity import (
     FREE,
     REQUIRED,
     defaults_before,
-    differences,
+    model_differences,
     named,
 )
-from megatron_lite.config.rules.table import check
+from megatron_lite.config.rules.table import check_config
 from megatron_lite.config.sections.model import ModelConfig
 
 MODEL = ModelConfig(num_layers=2, hidden_size=32, num_attention_heads=4, seq_length=16)
@@ -76,7 +76,9 @@ def test_what_older_checkpoints_meant_is_what_this_version_asks_for_by_default()
     ],
 )  # fmt: skip
 def test_what_counts_is_the_value_that_is_used(before, changed, told):
-    assert [str(d) for d in differences(before, dataclasses.replace(before, **changed))] == told
+    assert [
+        str(d) for d in model_differences(before, dataclasses.replace(before, **changed))
+    ] == told
 
 
 def test_names_are_fields_or_flags_with_commas_between():
@@ -88,9 +90,9 @@ def test_what_cannot_change_is_refused_before_anything_starts():
     words = ["--preset", "gpt2-124m", "--mock-data", "--train-iters", "1", "--lr", "1e-3"]
     asked = parse([*words, "--load", "x", "--allow-model-change", "rotary_base,hidden_size,typo"])
     with pytest.raises(ConfigError) as refused:
-        check(asked.config, 1)
+        check_config(asked.config, 1)
     text = str(refused.value)
     assert "--allow-model-change hidden_size: " in text and "--allow-model-change typo: " in text
     assert all(name in text for name in CHANGEABLE) and "change rotary_base:" not in text
     with pytest.raises(ConfigError, match="--allow-model-change needs --load"):
-        check(parse([*words, "--allow-model-change", "seq_length"]).config, 1)
+        check_config(parse([*words, "--allow-model-change", "seq_length"]).config, 1)

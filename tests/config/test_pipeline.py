@@ -212,7 +212,7 @@ INTERLEAVED = f"{GOOD} {VIRTUAL} 2"
         (
             f"{GOOD} --pipeline-schedule zb-h1 --no-gradient-accumulation-fusion",
             4,
-            "zb-h1 postpones weight gradients",
+            "zb-h1 defers weight gradients",
         ),
     ],
 )

@@ -13,7 +13,7 @@ import pytest
 from megatron_lite.config.errors import ConfigError
 from megatron_lite.config.flags.legacy import LEGACY
 from megatron_lite.config.flags.parser import parse, spellings
-from megatron_lite.config.rules.table import check
+from megatron_lite.config.rules.table import check_config
 
 WORKS = """
 --accumulate-allreduce-grads-in-fp32 --adam-beta1 --adam-beta2 --adam-eps --apply-layernorm-1p
@@ -220,9 +220,9 @@ def test_a_flag_that_holds_only_beside_others_says_so_elsewhere() -> None:
 
 def test_a_dry_run_needs_no_wandb() -> None:
     words = f"{MODEL} --lr 1e-3 --train-iters 2 --mock-data --vocab-size 60 --wandb-project p"
-    check(parse(f"{words} --wandb-exp-name e --dry-run".split()).config, 1)
+    check_config(parse(f"{words} --wandb-exp-name e --dry-run".split()).config, 1)
     with pytest.raises(ConfigError, match="--wandb-project p needs --wandb-exp-name"):
-        check(parse(f"{words} --dry-run".split()).config, 1)
+        check_config(parse(f"{words} --dry-run".split()).config, 1)
 
 
 @pytest.mark.parametrize("method", ["", "--recompute-method block"])

@@ -11,7 +11,7 @@ from megatron_lite.config.errors import ConfigError
 from megatron_lite.config.flags.parser import parse
 from megatron_lite.config.flags.settings import settings
 from megatron_lite.config.rules.ranges import RANGES
-from megatron_lite.config.rules.table import NOT_YET, NotYet, check, notices, problems
+from megatron_lite.config.rules.table import NOT_YET, NotYet, check_config, notices, problems
 from megatron_lite.config.sections.run import RunConfig
 
 GOOD = (
@@ -54,13 +54,13 @@ def found(words: str, world_size: int = 1) -> list[str]:
     ],
 )
 def test_what_works_passes(words: str, world_size: int) -> None:
-    check(parse(shlex.split(f"{ITERS} {words}")).config, world_size)
+    check_config(parse(shlex.split(f"{ITERS} {words}")).config, world_size)
 
 
 @pytest.mark.parametrize("only", ["--dry-run", "--rehearse", "--rehearse --all-ranks"])
 def test_a_run_that_is_only_planned_or_rehearsed_needs_no_data(only: str) -> None:
     words = f"--preset gpt3-175b --lr 6e-5 --train-iters 5 {only}"
-    check(parse(words.split()).config, 1)
+    check_config(parse(words.split()).config, 1)
 
 
 BAD = [
@@ -296,7 +296,7 @@ def test_all_failures_are_reported_together_and_numbered() -> None:
         "--vocab-size 9 --seed -1"
     )
     with pytest.raises(ConfigError) as caught:
-        check(parse(words.split()).config, 16)
+        check_config(parse(words.split()).config, 16)
     heading, *listed = str(caught.value).splitlines()
     assert heading == "9 problems with this config on 16 ranks:"
     starts = [
@@ -317,7 +317,7 @@ def test_all_failures_are_reported_together_and_numbered() -> None:
 
 def test_one_failure_stands_alone() -> None:
     with pytest.raises(ConfigError) as caught:
-        check(parse([*ITERS.split(), "--fp16", "--bf16"]).config, 1)
+        check_config(parse([*ITERS.split(), "--fp16", "--bf16"]).config, 1)
     assert str(caught.value) == "--fp16 and --bf16 exclude each other; give one"
 
 
@@ -344,7 +344,7 @@ def test_a_config_made_in_code_is_checked_too() -> None:
 
 def test_no_ranks_is_refused() -> None:
     with pytest.raises(ConfigError, match="--world-size: 0 ranks; at least 1 is needed"):
-        check(parse(ITERS.split()).config, 0)
+        check_config(parse(ITERS.split()).config, 0)
 
 
 def test_what_changes_nothing_gives_a_notice() -> None:

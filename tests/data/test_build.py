@@ -13,7 +13,7 @@ from megatron_lite.config.errors import ConfigError, DataError
 from megatron_lite.config.sections.data import DataConfig
 from megatron_lite.data.blended import BlendedDataset, BlendPlan
 from megatron_lite.data.build import Datasets, build_datasets
-from megatron_lite.data.pretrain import GPTDataset, Range, split_ranges
+from megatron_lite.data.pretrain import DocumentRange, GPTDataset, split_ranges
 from tests.data.conftest import WriteDocuments
 from tests.support.corpora import write_pair
 
@@ -175,7 +175,7 @@ def test_mock_data_needs_no_files() -> None:
     ],
 )
 def test_split_bounds_are_megatrons(number: int, bounds: list[int]) -> None:
-    expected = [Range(a, b) for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+    expected = [DocumentRange(a, b) for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
     assert split_ranges((0.949, 0.05, 0.001), number) == expected
 
 

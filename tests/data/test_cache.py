@@ -15,7 +15,7 @@ from megatron_lite.config.errors import StorageError
 from megatron_lite.config.sections.data import DataConfig
 from megatron_lite.data.build import build_datasets
 from megatron_lite.data.cache import Kept, build_or_load
-from megatron_lite.data.digest import BLOCK, digest_of
+from megatron_lite.data.digest import _BLOCK, digest_of
 from megatron_lite.storage.disk import Disk
 from megatron_lite.storage.faults import FaultyDisk, RecordingDisk, SimulatedCrash
 from tests.data.conftest import WriteDocuments
@@ -58,12 +58,12 @@ def test_any_changed_bit_type_or_order_changes_the_digest() -> None:
     random = np.random.default_rng(0)
     values = random.integers(0, 1 << 62, 70_000)  # more than a block
     digest = digest_of(values)
-    for at in (0, 1, BLOCK - 1, BLOCK, 69_999):
+    for at in (0, 1, _BLOCK - 1, _BLOCK, 69_999):
         other = values.copy()
         other[at] ^= 1 << int(random.integers(63))
         assert digest_of(other) != digest
     swapped = values.copy()
-    swapped[[3, BLOCK + 3]] = swapped[[BLOCK + 3, 3]]  # the same place of two blocks
+    swapped[[3, _BLOCK + 3]] = swapped[[_BLOCK + 3, 3]]  # the same place of two blocks
     assert digest_of(swapped) != digest
     assert digest_of(values.view(np.uint64)) != digest
     assert digest_of(values.reshape(2, -1)) != digest

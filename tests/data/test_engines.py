@@ -22,10 +22,10 @@ from megatron_lite.data.tokenizers.engines import (
     Unavailable,
 )
 from megatron_lite.data.tokenizers.gpt2_bpe import (
-    EOD,
+    GPT2_EOD,
     GPT2BPETokenizer,
+    gpt2_tokenizer_json,
     read_merges,
-    tokenizer_json,
 )
 from tests.data.texts import SENTENCES, hard_texts
 
@@ -99,9 +99,9 @@ def test_a_vocabulary_is_the_same_json_with_and_without_orjson(
 ) -> None:
     vocab, merges = read_vocab(files[0]), read_merges(files[1])
     vocab[odd] = len(vocab)  # orjson refuses half of a UTF-16 pair
-    fast = json.loads(tokenizer_json(vocab, merges))
+    fast = json.loads(gpt2_tokenizer_json(vocab, merges))
     monkeypatch.setitem(sys.modules, "orjson", None)
-    assert json.loads(tokenizer_json(vocab, merges)) == fast
+    assert json.loads(gpt2_tokenizer_json(vocab, merges)) == fast
     assert fast["model"]["vocab"] == vocab
     assert fast["model"]["merges"] == [list(pair) for pair in merges]
 
@@ -158,13 +158,13 @@ def test_gigatoken_starts_anew_when_its_cache_has_grown_and_gives_the_same(
 ) -> None:
     pytest.importorskip("gigatoken", reason="gigatoken is not installed")
     vocab = json.loads(Path(files[0]).read_text(encoding="utf-8"))
-    del vocab[EOD]
+    del vocab[GPT2_EOD]
     merges = [
         tuple(line.split(" "))
         for line in Path(files[1]).read_text(encoding="utf-8").split("\n")[1:-1]
     ]
     loads = []
-    content = tokenizer_json(vocab, merges)  # type: ignore[arg-type]
+    content = gpt2_tokenizer_json(vocab, merges)  # type: ignore[arg-type]
 
     def load(kind: object) -> object:
         loads.append(1)

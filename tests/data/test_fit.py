@@ -11,10 +11,10 @@ from megatron_lite.config.errors import DataError
 from megatron_lite.config.sections.data import DataConfig
 from megatron_lite.data.tokenizers.build import build_tokenizer
 from megatron_lite.data.tokenizers.fit import is_one_word
-from megatron_lite.data.tokenizers.gpt2_bpe import EOD, GPT2BPETokenizer, byte_characters
+from megatron_lite.data.tokenizers.gpt2_bpe import GPT2_EOD, GPT2BPETokenizer, byte_characters
 
 MERGES = [("t", "h"), ("Ġ", "th"), ("Ġth", "e"), ("Ã", "©"), ("Ġ", "Ġ"), ("1", "2")]
-SPECIALS = [EOD, "<pad>", "[MASK]", "madeupword0000", "<fim_prefix>", "<|im_start|>", "▁pad"]
+SPECIALS = [GPT2_EOD, "<pad>", "[MASK]", "madeupword0000", "<fim_prefix>", "<|im_start|>", "▁pad"]
 
 
 def gpt2(

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from megatron_lite.data import blending
 from megatron_lite.data.indices import (
     COMPILED,
-    Int32,
+    Int32Array,
     blend_index,
     document_index,
     exhaustive_blend_index,
@@ -38,7 +38,9 @@ GOLDEN_DATASETS = [1, 0, 1, 0, 1, 1, 0, 1, 1, 0, 1, 1, 0, 1, 1, 0, 1, 1, 0, 1, 0
 GOLDEN_SAMPLES = [0, 0, 1, 1, 2, 3, 2, 4, 5, 3, 6, 7, 4, 8, 9, 5, 10, 11, 6, 12, 7, 13, 14, 8]
 
 
-def walk(sizes: Int32, documents: Int32, seq_length: int, num_samples: int) -> list[list[int]]:
+def walk(
+    sizes: Int32Array, documents: Int32Array, seq_length: int, num_samples: int
+) -> list[list[int]]:
     """Token by token: sample k begins at token k * seq_length of the stream."""
     places = [(j, offset) for j, d in enumerate(documents) for offset in range(sizes[d])]
     rows = [list(places[k * seq_length]) for k in range(num_samples + 1)]

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_lite.config.errors import ConfigError, DataError
-from megatron_lite.data.preparing.inputs import find_inputs, part_of, plan, read_batches
-from megatron_lite.data.preparing.parts import Place
+from megatron_lite.data.preparing.inputs import find_inputs, part_of, plan_inputs, read_batches
+from megatron_lite.data.preparing.parts import InputPlace
 from megatron_lite.data.preparing.records import Reader
 
 RECORDS: list[dict[str, Any]] = [
@@ -23,8 +23,10 @@ RECORDS: list[dict[str, Any]] = [
 TEXTS = [record["text"] for record in RECORDS]
 
 
-def texts_from(paths: list[Path], batch_bytes: int = 700, start: Place | None = None) -> list[str]:
-    parts = plan([str(path) for path in paths])
+def texts_from(
+    paths: list[Path], batch_bytes: int = 700, start: InputPlace | None = None
+) -> list[str]:
+    parts = plan_inputs([str(path) for path in paths])
     reader = Reader()
     batches = read_batches(parts, batch_bytes, start=start, columns=["text"])
     return [text for batch in batches for text in reader.parse(batch).keys[0].texts]
@@ -75,7 +77,7 @@ def test_every_kind_of_file_gives_the_same_texts_from_any_place_on(
     path = write(tmp_path / KINDS[kind], kind)
     for batch_bytes in (1, 100, 700, 1 << 20):
         assert texts_from([path], batch_bytes) == TEXTS
-    parts = plan([str(path), str(path)])
+    parts = plan_inputs([str(path), str(path)])
     batches = list(read_batches(parts, 300, columns=["text"]))
     assert sum(batch.read for batch in batches) == 2 * path.stat().st_size
     reader = Reader()
@@ -102,7 +104,7 @@ def test_shards_together_are_the_whole_in_order(
     paths = [str(folder / name) for name in ("a.jsonl", "b.json", "c.jsonl")]
     reader, found = Reader(), []
     for index in range(1, shards + 1):
-        parts = plan(paths, (index, shards))
+        parts = plan_inputs(paths, (index, shards))
         for batch in read_batches(parts, batch_bytes):
             parsed = reader.parse(batch)
             found += parsed.keys[0].texts
@@ -119,7 +121,7 @@ def test_shards_together_are_the_whole_in_order(
 def test_array_elements_carry_the_line_they_begin_on(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     path.write_text('\n[\n {"text": "a"},\n\n {"text":\n "b"}, {"txt": "c"}]\n')
-    (batch,) = read_batches(plan([str(path)]), 1 << 20)
+    (batch,) = read_batches(plan_inputs([str(path)]), 1 << 20)
     assert [batch.where(n) for n in range(3)] == [f"{path}:{n}" for n in (3, 5, 6)]
     with pytest.raises(DataError, match=r"a\.json:6: no key 'text', it has \['txt'\]"):
         Reader().parse(batch)
@@ -142,14 +144,14 @@ def test_a_broken_array_is_named_with_its_line(tmp_path: Path, case: str, batch_
     path = tmp_path / "a.json"
     path.write_text(text)
     with pytest.raises(DataError, match=r"a\.json" + message):
-        list(read_batches(plan([str(path)]), batch_bytes))
+        list(read_batches(plan_inputs([str(path)]), batch_bytes))
 
 
 def test_an_array_that_is_no_utf8_is_named(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     path.write_bytes(b'[\n{"text": "\xff"}]')
     with pytest.raises(DataError, match=r"a\.json:.: no UTF-8"):
-        list(read_batches(plan([str(path)]), 100))
+        list(read_batches(plan_inputs([str(path)]), 100))
 
 
 def test_files_globs_and_folders_are_found_in_sorted_order(tmp_path: Path) -> None:
@@ -213,4 +215,4 @@ def test_a_missing_package_is_named_with_its_extra(
     path = tmp_path / f"a.{suffix}"
     path.write_bytes({"parquet": b"PAR1", "json.zst": b"\x28\xb5\x2f\xfd"}[suffix])
     with pytest.raises(ConfigError, match=rf"`{package}`: pip install -e '\.\["):
-        list(read_batches(plan([str(path)]), 100))
+        list(read_batches(plan_inputs([str(path)]), 100))

@@ -9,7 +9,7 @@ import pytest
 
 from megatron_lite.config.errors import DataError
 from megatron_lite.data.tokenizers.build import TOKENIZERS, build_tokenizer
-from megatron_lite.data.tokenizers.kept import from_kept, tokenizer_files
+from megatron_lite.data.tokenizers.kept import files_to_keep, from_kept
 from tests.support.tokenizers import (
     KINDS,
     gpt2,
@@ -25,7 +25,7 @@ def test_what_is_kept_gives_the_same_ids(kind: str, tmp_path: Path) -> None:
     text = "1 2 3" if kind == "NullTokenizer" else "the"
     first = build_tokenizer(data, vocab_size=300)
     expected = (first.encode(text), first.vocab_size, first.eod, first.fingerprint())
-    for name, content in tokenizer_files(data).items():
+    for name, content in files_to_keep(data).items():
         (kept / name).write_bytes(content)
     shutil.rmtree(original)
     if kind != "NullTokenizer":

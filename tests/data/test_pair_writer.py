@@ -14,12 +14,12 @@ from megatron_lite.config.errors import StorageError
 from megatron_lite.data.indexed import IndexedDataset
 from megatron_lite.data.preparing import pair_writer
 from megatron_lite.data.preparing.pair_writer import PairWriter, TokenBatch
-from megatron_lite.data.provenance import Counts
+from megatron_lite.data.provenance import KeyCounts
 from megatron_lite.storage.disk import Disk, Operation
 
 U16 = np.dtype(np.uint16)
 LARGE = pair_writer.LARGE_BYTES // U16.itemsize
-Result = TypeVar("Result")
+Result = TypeVar("_Result")
 
 
 def batch(size: int, seed: int) -> TokenBatch:
@@ -56,7 +56,7 @@ def test_batches_of_all_sizes_are_in_order_and_hashed(
     for number, one in enumerate(batches):
         writer.add(one)
         if number == stop_after:  # go on as --resume does
-            counts = Counts(**writer.mark())
+            counts = KeyCounts(**writer.mark())
             writer.add(batch(9, 99))
             writer.close()
             writer = PairWriter(tmp_path, "0", U16, Disk(), counts=counts)

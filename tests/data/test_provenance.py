@@ -181,7 +181,7 @@ def test_tools_refuse_what_training_refuses(
         assert "NOTE: --allow-tokenizer-mismatch: " in capsys.readouterr().err
     assert read_facts(out) is None  # nobody made it as a whole
     with pytest.raises(DataError, match="made with"):
-        ngrams.measure(
+        ngrams.measure_ngrams(
             ["1", corpus.a, "1", corpus.b], split="80,20,0", held_out="valid", vocab_size=None
         )
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from megatron_lite.config.errors import ConfigError, DataError
-from megatron_lite.data.preparing.parts import Batch, Place
+from megatron_lite.data.preparing.parts import InputPlace, RecordBatch
 from megatron_lite.data.preparing.records import Reader
 
 TEMPLATES: list[tuple[str, dict[str, Any], str]] = [
@@ -33,7 +33,7 @@ TEMPLATES: list[tuple[str, dict[str, Any], str]] = [
 
 
 def parse(reader: Reader, data: bytes) -> Any:
-    return reader.parse(Batch("a.json", 1, Place(), len(data), data))
+    return reader.parse(RecordBatch("a.json", 1, InputPlace(), len(data), data))
 
 
 @pytest.mark.parametrize("template, record, text", TEMPLATES)

@@ -13,7 +13,7 @@ from megatron_lite.config.exit import run_tool
 from megatron_lite.config.sections.data import DataConfig
 from megatron_lite.data.provenance import read_facts
 from megatron_lite.data.tokenizers.build import build_tokenizer
-from megatron_lite.data.tokenizers.kept import from_kept, tokenizer_files
+from megatron_lite.data.tokenizers.kept import files_to_keep, from_kept
 from tests.support.tokenizers import hugging_face
 
 Capture = pytest.CaptureFixture[str]
@@ -59,7 +59,7 @@ def test_the_map_of_special_tokens_ends_documents_and_is_kept(tmp_path: Path) ->
     data = name_eos(tmp_path / "a", special_tokens_map={"content": "th"}, tokenizer_config=None)
     assert build_tokenizer(data).eod == 3
     (tmp_path / "kept").mkdir()
-    for name, content in tokenizer_files(data).items():
+    for name, content in files_to_keep(data).items():
         (tmp_path / "kept" / name).write_bytes(content)
     assert build_tokenizer(from_kept(data, tmp_path / "kept")).eod == 3
 

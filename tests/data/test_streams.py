@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 
 from megatron_lite.config.errors import DataError
-from megatron_lite.data.preparing.inputs import plan, read_batches
-from megatron_lite.data.preparing.parts import Batch, TextUnit
+from megatron_lite.data.preparing.inputs import plan_inputs, read_batches
+from megatron_lite.data.preparing.parts import RecordBatch, TextUnit
 from megatron_lite.data.preparing.records import Reader
 
 TEXTS = [f"text {n} " + random.Random(n).randbytes(40).hex() for n in range(300)]
@@ -46,7 +46,7 @@ def parquet() -> bytes:
 
 
 def texts_of(path: Path, unit: TextUnit | None = None) -> list[str]:
-    batches = read_batches(plan([str(path)], unit=unit), 2000, columns=["text"])
+    batches = read_batches(plan_inputs([str(path)], unit=unit), 2000, columns=["text"])
     return [text for batch in batches for text in Reader().parse(batch).keys[0].texts]
 
 
@@ -97,7 +97,7 @@ def test_first_bytes_decide_whatever_the_name(tmp_path: Path, kind: str) -> None
     for name in ("a.jsonl", "a", "a.json.gz", "a.zst"):
         (tmp_path / name).write_bytes(content)
         assert texts_of(tmp_path / name) == TEXTS
-        (part,) = plan([str(tmp_path / name)], (1, 1))
+        (part,) = plan_inputs([str(tmp_path / name)], (1, 1))
         assert part.end is None  # is not cut as plain lines are
 
 
@@ -132,7 +132,7 @@ def test_what_is_no_text_is_refused_by_its_name(tmp_path: Path, content: bytes, 
     for name, data in (("a.jsonl", content), ("a.jsonl.gz", gzip.compress(content))):
         (tmp_path / name).write_bytes(data)
         with pytest.raises(DataError, match=what):
-            plan([str(tmp_path / name)])
+            plan_inputs([str(tmp_path / name)])
 
 
 LONG = b"x" * (12 << 20)
@@ -156,7 +156,7 @@ def test_what_is_longer_than_allowed_is_told_in_bounded_memory(tmp_path: Path, c
     path.write_bytes(content)
 
     def read(reader: Reader) -> tuple[list[str], int]:
-        parts = plan([str(path)], unit=unit)
+        parts = plan_inputs([str(path)], unit=unit)
         texts, skipped = [], 0
         for batch in read_batches(parts, 1 << 16, longest=LIMIT):
             parsed = reader.parse(batch)
@@ -180,7 +180,7 @@ def test_an_element_of_an_array_is_bounded_too(tmp_path: Path) -> None:
     tracemalloc.start()
     try:
         with pytest.raises(DataError, match=r"a\.json:2: longer than 262144 bytes"):
-            list(read_batches(plan([str(path)]), 1 << 16, longest=LIMIT))
+            list(read_batches(plan_inputs([str(path)]), 1 << 16, longest=LIMIT))
         assert tracemalloc.get_traced_memory()[1] < 24 * LIMIT
     finally:
         tracemalloc.stop()
@@ -194,8 +194,10 @@ def test_a_line_of_exactly_the_limit_is_no_longer(tmp_path: Path, over: int) -> 
         path.write_bytes(content)
         for batch_bytes in (1, 500, 1 << 16):
             reader = Reader(on_bad_line="skip", longest=len(line) + 1 - over * 2)
-            batches: list[Batch] = list(
-                read_batches(plan([str(path)]), batch_bytes, longest=len(line) + 1 - over * 2)
+            batches: list[RecordBatch] = list(
+                read_batches(
+                    plan_inputs([str(path)]), batch_bytes, longest=len(line) + 1 - over * 2
+                )
             )
             parsed = [reader.parse(batch) for batch in batches]
             count = content.count(b"x" * 1000)
@@ -226,7 +228,7 @@ def test_texts_and_tables_become_documents(
 ) -> None:
     path = tmp_path / name
     path.write_bytes(content)
-    parts = plan([str(path)] * 2, unit=unit)
+    parts = plan_inputs([str(path)] * 2, unit=unit)
     for batch_bytes in (1, 1 << 16):
         before: list[str] = []
         for batch in read_batches(parts, batch_bytes):

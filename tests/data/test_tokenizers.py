@@ -24,7 +24,7 @@ from megatron_lite.data.tokenizers.build import (
     read_vocab_size,
 )
 from megatron_lite.data.tokenizers.gpt2_bpe import (
-    EOD,
+    GPT2_EOD,
     GPT2BPETokenizer,
     byte_characters,
     read_merges,
@@ -72,7 +72,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
         ("1", "2"),
         ("ł", "å"),
     ]
-    tokens = [*byte_characters(), *dict.fromkeys(a + b for a, b in merges), EOD]
+    tokens = [*byte_characters(), *dict.fromkeys(a + b for a, b in merges), GPT2_EOD]
     vocab = {token: number for number, token in enumerate(tokens)}
     (folder / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False), encoding="utf-8")
     lines = "".join(f"{a} {b}\n" for a, b in merges)
@@ -89,7 +89,7 @@ def test_plain_fast_and_transformers_give_equal_ids_and_the_text_comes_back(
     ids = plain.encode(text)
     assert fast.encode(text) == ids
     assert plain.decode(ids) == fast.decode(ids) == text
-    assert EOD not in text or plain.eod not in ids
+    assert GPT2_EOD not in text or plain.eod not in ids
 
 
 @settings(max_examples=100, deadline=None)
@@ -127,7 +127,7 @@ def test_vocabulary_size_and_eod(files: tuple[str, str]) -> None:
     data = DataConfig(vocab_file=files[0], merge_file=files[1])
     tokenizer = build_tokenizer(data)
     assert tokenizer.vocab_size == read_vocab_size(data) == tokenizer.eod + 1
-    assert tokenizer.decode([tokenizer.eod]) == EOD
+    assert tokenizer.decode([tokenizer.eod]) == GPT2_EOD
     again = GPT2BPETokenizer(*files, engine="plain")
     assert again.fingerprint() == tokenizer.fingerprint()
 
@@ -183,8 +183,8 @@ def test_wrong_files_are_named_with_flag_and_path(files: tuple[str, str], tmp_pa
         GPT2BPETokenizer(vocab_with(missing_byte), written(b""))
     marked = written(b"\xef\xbb\xbf" + Path(files[1]).read_bytes())  # as some editors begin a file
     assert read_merges(marked) == read_merges(files[1])
-    del vocab[EOD]
-    with pytest.raises(DataError, match=re.escape(f"has no {EOD!r}")):
+    del vocab[GPT2_EOD]
+    with pytest.raises(DataError, match=re.escape(f"has no {GPT2_EOD!r}")):
         _ = GPT2BPETokenizer(vocab_with(vocab), files[1]).eod
     with pytest.raises(ConfigError, match="--tokenizer-type Nope.*GPT2BPETokenizer"):
         build_tokenizer(DataConfig(tokenizer_type="Nope"))  # type: ignore[arg-type]
@@ -195,7 +195,7 @@ def test_huggingface_files_load_from_file_or_folder(files: tuple[str, str], tmp_
     fast = tokenizers.Tokenizer(tokenizers.models.BPE.from_file(*files))
     fast.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     fast.decoder = tokenizers.decoders.ByteLevel()
-    fast.add_special_tokens([EOD, "<|user|>"])
+    fast.add_special_tokens([GPT2_EOD, "<|user|>"])
     fast.enable_truncation(3)
     fast.save(str(tmp_path / "tokenizer.json"))
     reference = GPT2BPETokenizer(*files)

@@ -11,7 +11,7 @@ from megatron_lite.cli.flags import DOCUMENT, INTRODUCTION, document, readers
 from megatron_lite.config.flags.explain import usage
 from megatron_lite.config.flags.legacy import LEGACY
 from megatron_lite.config.flags.parser import parse, spellings
-from megatron_lite.config.flags.settings import Setting, settings
+from megatron_lite.config.flags.settings import FlagSetting, settings
 from megatron_lite.config.rules.table import notices, problems
 
 GOOD = (
@@ -44,7 +44,7 @@ def test_the_twenty_to_begin_with_exist() -> None:
     assert all(re.search(r"[\u4e00-\u9fff]", line.split("|")[3]) for line in table)
 
 
-def other_value(setting: Setting) -> object:
+def other_value(setting: FlagSetting) -> object:
     """A value that is not the default."""
     if setting.many:
         return ["mlp"]
@@ -56,7 +56,7 @@ def other_value(setting: Setting) -> object:
 
 
 @pytest.mark.parametrize("setting", UNREAD, ids=lambda setting: setting.flag)
-def test_what_nothing_reads_is_refused_or_noticed(setting: Setting) -> None:
+def test_what_nothing_reads_is_refused_or_noticed(setting: FlagSetting) -> None:
     config = parse(GOOD.split()).config
     assert problems(config, 2) == [] and notices(config, 2) == ()
     section = getattr(config, setting.section)

@@ -14,7 +14,7 @@ from megatron_lite.engines.base import Update
 from megatron_lite.engines.table import ENGINES
 from megatron_lite.parallel.collectives import all_gather
 from megatron_lite.parallel.context import ParallelContext
-from megatron_lite.parallel.shard import MASTER, LocalParameter, NamedSlice, stands_for
+from megatron_lite.parallel.shard import MASTER, LocalParameter, NamedSlice, is_primary_copy
 
 ZERO = ENGINES["zero"]
 
@@ -93,7 +93,7 @@ class Apart:
         """ZeRO's update, of which this rank keeps its rows."""
         with self._all_whole():
             update = self.zero.apply(norm, **rates)
-            self.zero.settle()
+            self.zero.wait_for_param_gather()
             for parameter, shard in self.shards.items():
                 shard.copy_(self._own(parameter))
         return update
@@ -101,7 +101,7 @@ class Apart:
     def weights(self, *, owned: bool) -> Iterator[NamedSlice]:
         """The rows of each piece that lie here."""
         for local in self.locals:
-            if owned and not stands_for(local, self.ctx):
+            if owned and not is_primary_copy(local, self.ctx):
                 continue
             here, shard = self._rows(local.parameter), self.shards[local.parameter]
             for piece in local.pieces:

@@ -12,7 +12,7 @@ from torch import nn
 from megatron_lite.blueprint.figure.parts import Tensor
 from megatron_lite.engines.buckets import GradientBuckets
 from megatron_lite.parallel.context import Axis, ParallelContext
-from megatron_lite.parallel.shard import LocalParameter, Piece
+from megatron_lite.parallel.shard import LocalParameter, ParameterPiece
 from tests.support.spawn import spawn
 
 SHAPES = [(5, 3), (4,), (7, 2), (6, 3), (3,), (8, 2)]
@@ -34,7 +34,7 @@ def made():
     parameters = []
     for index, shape in enumerate(SHAPES):
         spec = Tensor(f"{index}.weight", shape, "weight")
-        piece = Piece(spec, 0, shape[0], shape, (0,) * len(shape))
+        piece = ParameterPiece(spec, 0, shape[0], shape, (0,) * len(shape))
         over = "cp" if index % 2 else "replicas"
         parameters.append(LocalParameter(nn.Parameter(torch.zeros(shape)), (piece,), over=over))
     return parameters
@@ -50,7 +50,7 @@ def sums(rank, ranks, sharded):
     kinds = [{local.over for local in bucket.locals} for bucket in buckets.buckets]
     assert all(len(kind) == 1 for kind in kinds)
     assert max(len(bucket.locals) for bucket in buckets.buckets) > 1, "nothing lies between others"
-    buckets.arm()
+    buckets.begin_last_backward()
     for local in reversed(parameters):
         buckets.view(local).fill_(float(rank + 1))
         buckets.ready(local.parameter)
@@ -62,7 +62,7 @@ def sums(rank, ranks, sharded):
             local.parameter.detach()[rows.start : rows.stop] = float(rank + 1)
     if sharded:
         buckets.start_gather(all_at_once=False)
-        buckets.settle()
+        buckets.wait_for_param_gather()
     for local in parameters:
         weights.append(local.parameter.detach().unique().tolist())
     return reduced, weights

@@ -104,7 +104,7 @@ def test_a_kernel_that_cannot_leave_fp32_says_so():
     config = tiny_config(model__attention_softmax_in_fp32=False)
     blueprint = draw(config, 1)
     run = assemble(config, blueprint, context(blueprint, 0))
-    choice = choose_attention(run.setting, training=True)
+    choice = choose_attention(run.context, training=True)
     assert choice.implementation.name == "torch-sdpa"
     assert "--no-attention-softmax-in-fp32: its softmax is in fp32 in any case" in choice.why
 

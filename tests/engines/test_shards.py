@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from megatron_lite.blueprint.figure.parts import Tensor
 from megatron_lite.blueprint.ownership import balance, cut_rows, whole_owners
 from megatron_lite.engines.shards import ShardLayout
-from megatron_lite.parallel.shard import LocalParameter, Piece
+from megatron_lite.parallel.shard import LocalParameter, ParameterPiece
 from megatron_lite.train.assemble import assemble
 from tests.support.spawn import spawn
 from tests.support.tiny import context, draw, tiny_config
@@ -41,7 +41,7 @@ def test_seven_billion_parameters_balance_as_whole_tensors():
 
 def piece(name, start, stop, shape):
     shape = (stop - start, *shape[1:])
-    return Piece(Tensor(name, shape, "weight"), start, stop, shape, (0,) * len(shape))
+    return ParameterPiece(Tensor(name, shape, "weight"), start, stop, shape, (0,) * len(shape))
 
 
 def parameters(shapes):

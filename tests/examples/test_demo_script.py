@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_lite.telemetry.record import EvaluationRecord, to_json
+from megatron_lite.telemetry.record import EvaluationRecord, record_json
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / "examples/demo/run.sh"
@@ -60,7 +60,7 @@ def test_the_verdict_is_whether_the_bigram_is_beaten(
     loss: float, code: int, tmp_path: Path
 ) -> None:
     record = EvaluationRecord(iteration=9, split="test", samples=9, loss=loss, seconds=1.0)
-    (tmp_path / "metrics.jsonl").write_text(to_json(record) + "\n", encoding="utf-8")
+    (tmp_path / "metrics.jsonl").write_text(record_json(record) + "\n", encoding="utf-8")
     models = {"unigram": 6.4, "bigram": 4.3, "trigram": 3.4}
     scores = {
         name: {"loss": loss, "perplexity": 2.718281828**loss} for name, loss in models.items()

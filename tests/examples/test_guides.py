@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from megatron_lite.data.indexed import IndexedDataset
-from megatron_lite.data.tokenizers.gpt2_bpe import EOD, byte_characters
+from megatron_lite.data.tokenizers.gpt2_bpe import GPT2_EOD, byte_characters
 
 ROOT = Path(__file__).resolve().parents[2]
 GUIDES = ROOT / "docs/guides"
@@ -153,7 +153,7 @@ def test_the_quickstart_goes_as_printed(tmp_path: Path) -> None:
 
 def vocabulary(folder: Path) -> int:
     """GPT-2's two files in small; the number of ids."""
-    names = [*byte_characters(), *(a + b for a, b in MERGES), EOD]
+    names = [*byte_characters(), *(a + b for a, b in MERGES), GPT2_EOD]
     folder.mkdir(exist_ok=True)
     (folder / "vocab.json").write_text(json.dumps({name: at for at, name in enumerate(names)}))
     lines = "".join(f"{a} {b}\n" for a, b in MERGES)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from megatron_lite.checkpoint.manifest import NAME, _hash, hash_of
+from megatron_lite.checkpoint.manifest import NAME, _hash, hash_file
 from megatron_lite.checkpoint.store import Store
 from megatron_lite.config.errors import CheckpointError
 from megatron_lite.parallel.context import ParallelContext
@@ -24,7 +24,7 @@ def reseal(folder: Path, body: dict[str, Any]) -> None:
     for name in list(body["files"]):
         path = folder / name
         if path.is_file() and not path.is_symlink():
-            written = hash_of(path)
+            written = hash_file(path)
             body["files"][name] = written.to_json()
     text = json.dumps({"sha256": _hash(body), "body": body})
     (folder / NAME).write_text(text)

@@ -8,7 +8,7 @@ from megatron_lite.cli import launch as launcher
 from megatron_lite.cli import pretrain_gpt
 from megatron_lite.config.errors import ConfigError
 from megatron_lite.config.exit import run_tool
-from megatron_lite.rendezvous.copies import NUMBERS, TASKS, one_of_many
+from megatron_lite.rendezvous.copies import RANK_VARIABLES, TASKS, one_of_many
 from megatron_lite.rendezvous.launch import read_launch
 from tests.support.launch import TINY, TOOL, set_environment, with_flags
 
@@ -55,7 +55,7 @@ def test_a_dry_run_says_what_a_start_would_refuse(monkeypatch, capsys):
 @pytest.mark.parametrize("name", LAUNCHERS)
 def test_copies_that_know_nothing_of_each_other_are_refused(monkeypatch, name):
     values, message = LAUNCHERS[name]
-    for variable, _ in (*TASKS, *NUMBERS):
+    for variable, _ in (*TASKS, *RANK_VARIABLES):
         monkeypatch.delenv(variable, raising=False)
     set_environment(monkeypatch, values)
     if message is None:

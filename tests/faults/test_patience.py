@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from megatron_lite.checkpoint.manifest import Manifest, hash_of, verify_files
+from megatron_lite.checkpoint.manifest import Manifest, hash_file, verify_files
 from megatron_lite.checkpoint.progress import Progress
 from megatron_lite.train import patience
 from tests.support.launch import TINY, launch, start, with_flags
@@ -41,7 +41,7 @@ def test_verification_counts_as_work_and_says_how_far_it_is(tmp_path):
     content = {"weights-00000.safetensors": b"a" * 3_000_000, "weights-00001.safetensors": b"b"}
     for name, data in content.items():
         (tmp_path / name).write_bytes(data)
-    files = {name: hash_of(tmp_path / name) for name in content}
+    files = {name: hash_file(tmp_path / name) for name in content}
     ticks: list[str] = []
     verified = patience.Verified(lambda: ticks.append(verified.how_far()))
     assert verified.how_far() == ""

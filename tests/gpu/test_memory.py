@@ -6,7 +6,7 @@ import torch
 from megatron_lite.blueprint.draw_up import draw_up
 from megatron_lite.config.flags.parser import parse
 from megatron_lite.parallel.context import ParallelContext
-from megatron_lite.planner.memory import Asked, memory
+from megatron_lite.planner.memory import PlanInputs, memory
 from megatron_lite.train.assemble import assemble
 from megatron_lite.train.step import train_step
 from tests.support.tiny import make_batches
@@ -45,6 +45,6 @@ def test_the_plan_is_within_a_tenth_of_what_a_gpu_allocates(flags):
     torch.cuda.reset_peak_memory_stats()
     train_step(run, batches, lr=1e-4, weight_decay=0.01)
     measured = torch.cuda.max_memory_allocated() - before
-    asked = Asked(config.parallel, config.precision, config.train.micro_batch_size)
+    asked = PlanInputs(config.parallel, config.precision, config.train.micro_batch_size)
     (planned,) = memory(blueprint, asked)
     assert planned.allocated == pytest.approx(measured, rel=0.10)

@@ -12,8 +12,8 @@ from megatron_lite.config.sections.model import ModelConfig
 from megatron_lite.kernels import reference
 from megatron_lite.kernels.attention import AttentionCall
 from megatron_lite.layers.attention import SelfAttention
+from megatron_lite.layers.contexts import ForwardContext, StageContext
 from megatron_lite.layers.dropout import hidden_dropout
-from megatron_lite.layers.setting import Positions, Setting
 from megatron_lite.parallel.context import Axis, ParallelContext
 
 S, B, H, HEADS = 16, 6, 48, 4
@@ -25,7 +25,7 @@ def setting_of(rate=0.25, seed=1, tp=1, rank=0, sequence_parallel=False):
         hidden_dropout=rate, attention_dropout=rate,
     )  # fmt: skip
     ctx = ParallelContext(torch.device("cpu"), tp=Axis("tp", rank, tp, tuple(range(tp))))
-    return Setting(
+    return StageContext(
         model, ctx, padded_vocab_size=8, vocab_size=8, seed=seed,
         sequence_parallel=sequence_parallel,
     )  # fmt: skip
@@ -33,7 +33,7 @@ def setting_of(rate=0.25, seed=1, tp=1, rank=0, sequence_parallel=False):
 
 def at(step=0, samples=None, training=True):
     samples = torch.arange(B) if samples is None else samples
-    return Positions(samples=samples, index=torch.arange(S), step=step, training=training)
+    return ForwardContext(samples=samples, index=torch.arange(S), step=step, training=training)
 
 
 def drawn(*shape, seed=0):
@@ -83,8 +83,8 @@ def test_with_sequence_parallelism_a_rank_has_its_tokens_of_the_whole_mask(tp):
     x = drawn(S, B, H)
     whole = hidden_dropout(x, at(), setting_of(), 0, "site")
     for rank in range(tp):
-        setting = setting_of(tp=tp, rank=rank, sequence_parallel=True)
-        part = hidden_dropout(x.chunk(tp)[rank], at(), setting, 0, "site")
+        context = setting_of(tp=tp, rank=rank, sequence_parallel=True)
+        part = hidden_dropout(x.chunk(tp)[rank], at(), context, 0, "site")
         assert torch.equal(part, whole.chunk(tp)[rank])
 
 
@@ -104,8 +104,8 @@ def test_attention_with_dropout_is_the_spelled_out_formula():
 
 def test_attention_masks_differ_by_head_query_key_sample_and_step():
     def mask(step=0, layer=0, tp=1, rank=0, first=0):
-        setting = setting_of(0.5, tp=tp, rank=rank)
-        attention = SelfAttention(setting, layer)
+        context = setting_of(0.5, tp=tp, rank=rank)
+        attention = SelfAttention(context, layer)
         where = at(step=step, samples=torch.arange(first, first + 2))
         keep = attention._call(where, S, S).keep
         assert keep is not None

@@ -16,13 +16,13 @@ import torch.nn.functional as F
 
 from megatron_lite.blueprint.figure.parts import Matrix, Table
 from megatron_lite.config.sections.model import ModelConfig
+from megatron_lite.layers.contexts import StageContext
 from megatron_lite.layers.embedding import PositionEmbedding, VocabParallelEmbedding
 from megatron_lite.layers.linear import (
     ColumnParallelLinear,
     RowParallelLinear,
     project_to_vocabulary,
 )
-from megatron_lite.layers.setting import Setting
 from megatron_lite.parallel.context import Axis, ParallelContext
 from tests.support.spawn import spawn
 
@@ -36,7 +36,7 @@ def setting_of(rank, ranks, sequence_parallel):
     tp = Axis("tp", rank, ranks, tuple(range(ranks)), dist.group.WORLD if ranks > 1 else None)
     model = ModelConfig(hidden_size=FAN_IN, num_attention_heads=4, num_layers=1, seq_length=S,
                         max_position_embeddings=S)  # fmt: skip
-    return Setting(
+    return StageContext(
         model, ParallelContext(torch.device("cpu"), tp=tp),
         padded_vocab_size=PADDED, vocab_size=VOCAB, sequence_parallel=sequence_parallel,
     )  # fmt: skip
@@ -74,18 +74,18 @@ def close(ours, theirs, what):
 class Gradients:
     """Two micro batches backward in one of three ways; then the sums, and what was reported ready."""
 
-    def __init__(self, setting, module, how):
-        self.setting, self.module, self.how = setting, module, how
-        self.sink = setting.gradients
+    def __init__(self, context, module, how):
+        self.context, self.module, self.how = context, module, how
+        self.sink = context.gradients
         self.reported = []
         if how != "autograd":
             self.sums = {p: torch.zeros_like(p) for p in module.parameters()}
             self.sink.attach(self.sums.items(), self.reported.append)
 
     def backward(self, microbatch, y, dy):
-        self.sink.postpone(microbatch if self.how == "postponed" else None)
+        self.sink.defer_to(microbatch if self.how == "postponed" else None)
         y.backward(dy)
-        self.sink.postpone(None)
+        self.sink.defer_to(None)
 
     def finish(self, *matrices):
         """Gradients by name; matrices are the weights whose products wait for run()."""
@@ -95,10 +95,10 @@ class Gradients:
             for weight in matrices:
                 assert not self.sums[weight].any(), "a postponed product was carried out at once"
                 assert weight not in self.reported
-            assert self.sink.num_postponed == 2
+            assert self.sink.num_deferred == 2
             for m in range(2):
                 self.sink.run(m)
-        assert self.sink.num_postponed == 0
+        assert self.sink.num_deferred == 0
         found = {}
         for name, p in self.module.named_parameters():
             # a bias comes through autograd whatever was attached: its gradient is no product
@@ -110,27 +110,27 @@ class Gradients:
 
 
 def check_column(rank, ranks, sequence_parallel, bias, how):
-    setting = setting_of(rank, ranks, sequence_parallel)
+    context = setting_of(rank, ranks, sequence_parallel)
     module = ColumnParallelLinear(
-        setting, Matrix("qkv", tuple(PARTS.items()), FAN_IN, "rows", bias)
+        context, Matrix("qkv", tuple(PARTS.items()), FAN_IN, "rows", bias)
     )
     rows = sum(PARTS.values())
     weight, b = draw(1, rows, FAN_IN).requires_grad_(True), draw(2, rows).requires_grad_(True)
     fill(module, weight=rows_of_parts(weight.detach(), rank, ranks))
     if bias:
         fill(module, bias=rows_of_parts(b.detach(), rank, ranks))
-    gradients = Gradients(setting, module, how)
+    gradients = Gradients(context, module, how)
     for m in range(2):
         x, dy = draw(10 + m, S, B, FAN_IN), draw(20 + m, S, B, rows)
         theirs = x.clone().requires_grad_(True)
         expected = F.linear(theirs, weight, b if bias else None)
         expected.backward(dy)
-        local = share(x, rank, ranks) if setting.sequence_parallel else x.clone()
+        local = share(x, rank, ranks) if context.sequence_parallel else x.clone()
         local.requires_grad_(True)
         y = module(local)
         close(y, columns_of_parts(expected.detach(), rank, ranks), "output")
         gradients.backward(m, y, columns_of_parts(dy, rank, ranks))
-        dx = share(theirs.grad, rank, ranks) if setting.sequence_parallel else theirs.grad
+        dx = share(theirs.grad, rank, ranks) if context.sequence_parallel else theirs.grad
         close(local.grad, dx, "input gradient")
     found = gradients.finish(module.weight)
     close(found["weight"], rows_of_parts(weight.grad, rank, ranks), "weight gradient")
@@ -139,16 +139,16 @@ def check_column(rank, ranks, sequence_parallel, bias, how):
 
 
 def check_row(rank, ranks, sequence_parallel, bias, how):
-    setting = setting_of(rank, ranks, sequence_parallel)
+    context = setting_of(rank, ranks, sequence_parallel)
     fan_out = 10
     module = RowParallelLinear(
-        setting, Matrix("output", (("output", fan_out),), FAN_IN, "columns", bias)
+        context, Matrix("output", (("output", fan_out),), FAN_IN, "columns", bias)
     )
     weight, b = draw(1, fan_out, FAN_IN).requires_grad_(True), draw(2, fan_out).requires_grad_(True)
     fill(module, weight=share(weight.detach(), rank, ranks, dim=1))
     if bias:
         fill(module, bias=b.detach())
-    gradients = Gradients(setting, module, how)
+    gradients = Gradients(context, module, how)
     for m in range(2):
         x, dy = draw(10 + m, S, B, FAN_IN), draw(20 + m, S, B, fan_out)
         theirs = x.clone().requires_grad_(True)
@@ -156,7 +156,7 @@ def check_row(rank, ranks, sequence_parallel, bias, how):
         expected.backward(dy)
         local = share(x, rank, ranks, dim=2).requires_grad_(True)
         y = module(local)
-        split = setting.sequence_parallel
+        split = context.sequence_parallel
         close(y, share(expected.detach(), rank, ranks) if split else expected.detach(), "output")
         gradients.backward(m, y, share(dy, rank, ranks) if split else dy)
         close(local.grad, share(theirs.grad, rank, ranks, dim=2), "input gradient")
@@ -165,17 +165,17 @@ def check_row(rank, ranks, sequence_parallel, bias, how):
     if bias:
         # with sequence parallelism each rank has its tokens' share, and says so
         summed = found["bias"].clone()
-        if setting.sequence_parallel and ranks > 1:
+        if context.sequence_parallel and ranks > 1:
             dist.all_reduce(summed)
         close(summed, b.grad, "bias gradient")
 
 
 def check_embedding(rank, ranks, sequence_parallel, how):
-    setting = setting_of(rank, ranks, sequence_parallel)
-    module = VocabParallelEmbedding(setting, Table("tokens", PADDED, FAN_IN, vocabulary=True))
+    context = setting_of(rank, ranks, sequence_parallel)
+    module = VocabParallelEmbedding(context, Table("tokens", PADDED, FAN_IN, vocabulary=True))
     weight = draw(1, PADDED, FAN_IN).requires_grad_(True)
     fill(module, weight=share(weight.detach(), rank, ranks))
-    gradients = Gradients(setting, module, how)
+    gradients = Gradients(context, module, how)
     for m in range(2):
         # every id once, so that the borders of all shards are among them; and some repeated
         ids = torch.arange(S * B).roll(m).remainder(VOCAB).view(S, B)
@@ -183,7 +183,7 @@ def check_embedding(rank, ranks, sequence_parallel, how):
         expected = F.embedding(ids, weight)
         expected.backward(dy)
         y = module(ids)
-        split = setting.sequence_parallel
+        split = context.sequence_parallel
         close(y, share(expected.detach(), rank, ranks) if split else expected.detach(), "output")
         gradients.backward(m, y, share(dy, rank, ranks) if split else dy)
     found = gradients.finish()
@@ -191,42 +191,42 @@ def check_embedding(rank, ranks, sequence_parallel, how):
 
 
 def check_positions(rank, ranks, sequence_parallel, how):
-    setting = setting_of(rank, ranks, sequence_parallel)
-    module = PositionEmbedding(setting, Table("positions", S, FAN_IN, vocabulary=False))
+    context = setting_of(rank, ranks, sequence_parallel)
+    module = PositionEmbedding(context, Table("positions", S, FAN_IN, vocabulary=False))
     weight = draw(1, S, FAN_IN).requires_grad_(True)
     fill(module, weight=weight.detach())
-    gradients = Gradients(setting, module, how)
+    gradients = Gradients(context, module, how)
     for m, index in enumerate([torch.arange(S), torch.arange(S * B).view(S, B) % 5]):
         expected = F.embedding(index, weight)
         expected = expected[:, None] if index.dim() == 1 else expected
         dy = draw(20 + m, *expected.shape)
         expected.backward(dy)
         y = module(index)
-        split = setting.sequence_parallel
+        split = context.sequence_parallel
         close(y, share(expected.detach(), rank, ranks) if split else expected.detach(), "output")
         gradients.backward(m, y, share(dy, rank, ranks) if split else dy)
     found = gradients.finish()["weight"].clone()
-    if setting.sequence_parallel and ranks > 1:
+    if context.sequence_parallel and ranks > 1:
         dist.all_reduce(found)
     close(found, weight.grad, "table gradient")
 
 
 def check_head(rank, ranks, sequence_parallel, how):
-    setting = setting_of(rank, ranks, sequence_parallel)
+    context = setting_of(rank, ranks, sequence_parallel)
     module = VocabParallelEmbedding(
-        setting, Table("tokens", PADDED, FAN_IN, vocabulary=True)
+        context, Table("tokens", PADDED, FAN_IN, vocabulary=True)
     )  # the tied table as output matrix
     weight = draw(1, PADDED, FAN_IN).requires_grad_(True)
     fill(module, weight=share(weight.detach(), rank, ranks))
-    gradients = Gradients(setting, module, how)
+    gradients = Gradients(context, module, how)
     for m in range(2):
         x, dy = draw(10 + m, S, B, FAN_IN), draw(20 + m, S, B, PADDED)
         theirs = x.clone().requires_grad_(True)
         expected = F.linear(theirs, weight)
         expected.backward(dy)
-        split = setting.sequence_parallel
+        split = context.sequence_parallel
         local = (share(x, rank, ranks) if split else x.clone()).requires_grad_(True)
-        y = project_to_vocabulary(local, module.weight, setting)
+        y = project_to_vocabulary(local, module.weight, context)
         close(y, share(expected.detach(), rank, ranks, dim=2), "logits")
         gradients.backward(m, y, share(dy, rank, ranks, dim=2))
         close(local.grad, share(theirs.grad, rank, ranks) if split else theirs.grad, "dx")
@@ -235,7 +235,7 @@ def check_head(rank, ranks, sequence_parallel, how):
 
 
 def check_all(rank, ranks, sequence_parallel):
-    # parameters are made in the setting's fp32 and get float64 data from fill()
+    # parameters are made in the context's fp32 and get float64 data from fill()
     for how, bias in itertools.product(HOW, (True, False)):
         check_column(rank, ranks, sequence_parallel, bias, how)
         check_row(rank, ranks, sequence_parallel, bias, how)

@@ -9,10 +9,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megatron_lite.config.flags.parser import Parsed, parse
+from megatron_lite.config.flags.parser import ParsedFlags, parse
 from megatron_lite.config.rules.table import notices
+from megatron_lite.layers.contexts import StageContext
 from megatron_lite.layers.mlp import MLP
-from megatron_lite.layers.setting import Setting
 from megatron_lite.parallel.context import ParallelContext
 
 MODEL = (
@@ -29,16 +29,16 @@ FORMS = [
 ]
 
 
-def read(flags: str) -> Parsed:
+def read(flags: str) -> ParsedFlags:
     return parse(f"{MODEL} {flags}".split())
 
 
-def mlp(parsed: Parsed) -> MLP:
-    setting = Setting(
+def mlp(parsed: ParsedFlags) -> MLP:
+    context = StageContext(
         model=parsed.config.model, ctx=ParallelContext.serial(), padded_vocab_size=128,
         vocab_size=100, precision=parsed.config.precision,
     )  # fmt: skip
-    layer = MLP(setting, 0)
+    layer = MLP(context, 0)
     torch.manual_seed(0)
     with torch.no_grad():
         for parameter in layer.parameters():

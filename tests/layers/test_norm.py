@@ -7,8 +7,8 @@ import torch
 
 from megatron_lite.config.sections.model import ModelConfig
 from megatron_lite.config.sections.precision import PrecisionConfig
-from megatron_lite.layers.norm import Norm
-from megatron_lite.layers.setting import Setting
+from megatron_lite.layers.contexts import StageContext
+from megatron_lite.layers.norm import NormLayer
 from megatron_lite.parallel.context import Axis, ParallelContext
 
 H, EPSILON = 24, 1e-3  # an epsilon large enough to show if it is added at another place
@@ -36,11 +36,11 @@ def norm_of(kind, precision=None):
         normalization=kind, norm_epsilon=EPSILON,
     )  # fmt: skip
     ctx = ParallelContext(torch.device("cpu"), tp=Axis("tp"))
-    setting = Setting(
+    context = StageContext(
         model, ctx, padded_vocab_size=8, vocab_size=8,
         precision=precision or PrecisionConfig(),
     )  # fmt: skip
-    return Norm(setting, setting.figure.final_norm)
+    return NormLayer(context, context.figure.final_norm)
 
 
 def drawn():

@@ -13,9 +13,9 @@ from megatron_lite.blueprint.figure.parts import Matrix
 from megatron_lite.config.sections.model import ModelConfig
 from megatron_lite.config.sections.precision import PrecisionConfig
 from megatron_lite.layers import gradients, linear
+from megatron_lite.layers.contexts import StageContext
 from megatron_lite.layers.gradients import WeightGradients
 from megatron_lite.layers.mlp import MLP
-from megatron_lite.layers.setting import Setting
 from megatron_lite.parallel.context import Axis, ParallelContext
 from tests.support.spawn import spawn
 
@@ -47,27 +47,27 @@ class Products(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def mlp_of(rank: int, ranks: int, sequence_parallel: bool) -> tuple[Setting, MLP]:
+def mlp_of(rank: int, ranks: int, sequence_parallel: bool) -> tuple[StageContext, MLP]:
     tp = Axis("tp", rank, ranks, tuple(range(ranks)), dist.group.WORLD)
     model = ModelConfig(hidden_size=H, num_attention_heads=2, num_layers=1, seq_length=S,
                         add_bias_linear=False)  # fmt: skip
-    setting = Setting(
+    context = StageContext(
         model, ParallelContext(torch.device("cpu"), tp=tp), padded_vocab_size=16, vocab_size=16,
         sequence_parallel=sequence_parallel,
     )  # fmt: skip
-    module = MLP(setting, 0)
+    module = MLP(context, 0)
     torch.manual_seed(rank)
     for parameter in module.parameters():
         parameter.data = torch.randn_like(parameter)
-    setting.gradients.attach(
+    context.gradients.attach(
         [(p, torch.zeros_like(p)) for p in module.parameters()], lambda p: None
     )
-    return setting, module
+    return context, module
 
 
 def order(rank: int, ranks: int, sequence_parallel: bool, postponed: bool) -> list[list[str]]:
     """What happens in the backward of an MLP, and what in its W."""
-    setting, module = mlp_of(rank, ranks, sequence_parallel)
+    context, module = mlp_of(rank, ranks, sequence_parallel)
     tokens = S // ranks if sequence_parallel else S
     y = module(torch.randn(tokens, B, H, requires_grad=True))
     events: list[str] = []
@@ -87,14 +87,14 @@ def order(rank: int, ranks: int, sequence_parallel: bool, postponed: bool) -> li
     linear.start_all_reduce = noting(linear.start_all_reduce, "reduce")
     linear.start_reduce_scatter = noting(linear.start_reduce_scatter, "scatter")
     seen = []
-    setting.gradients.postpone(0 if postponed else None)
+    context.gradients.defer_to(0 if postponed else None)
     with Products(events):
         y.backward(torch.randn_like(y))
     seen.append(events.copy())
     if postponed:
         events.clear()
         with Products(events):
-            setting.gradients.run(0)
+            context.gradients.run(0)
         seen.append(events.copy())
     return seen
 
@@ -152,17 +152,17 @@ class Seen(TorchDispatchMode):
 )
 def test_a_weight_gradient_is_added_straight_to_the_fp32_accumulator(precision, expected):
     model = ModelConfig(hidden_size=H, num_attention_heads=2, num_layers=1, seq_length=S)
-    setting = Setting(
+    context = StageContext(
         model, ParallelContext.serial(), padded_vocab_size=16, vocab_size=16, precision=precision
     )
     layer = linear.ColumnParallelLinear(
-        setting, Matrix("up", (("up", 5 * H),), H, "rows", bias=True)
+        context, Matrix("up", (("up", 5 * H),), H, "rows", bias=True)
     )
     torch.nn.init.normal_(layer.weight)
     total = torch.zeros(5 * H, H)
-    sink: WeightGradients = setting.gradients
+    sink: WeightGradients = context.gradients
     sink.attach([(layer.weight, total)], lambda p: None)
-    x = torch.randn(S, B, H, dtype=setting.dtype)
+    x = torch.randn(S, B, H, dtype=context.dtype)
     y = layer(x)
     with Seen(layer.weight.numel()) as seen:
         y.sum().backward()

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from megatron_lite.config.sections.model import ModelConfig
+from megatron_lite.layers.contexts import ForwardContext, StageContext
 from megatron_lite.layers.cross_entropy import cross_entropy
-from megatron_lite.layers.setting import Positions, Setting
 from megatron_lite.models.decoder import Decoder
 from megatron_lite.models.gpt import huggingface_source
 from megatron_lite.models.parameters import local_parameters
@@ -41,8 +41,8 @@ def their_tensor(name: str, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
 
 
 def ours(tensors):
-    setting = Setting(CONFIG, ParallelContext.serial(), padded_vocab_size=128, vocab_size=101)
-    model = Decoder(setting, range(2), has_embedding=True, has_head=True)
+    context = StageContext(CONFIG, ParallelContext.serial(), padded_vocab_size=128, vocab_size=101)
+    model = Decoder(context, range(2), has_embedding=True, has_head=True)
     fill(model)
     with torch.no_grad():
         for local in local_parameters(model):
@@ -58,7 +58,9 @@ def pair():
 
 
 def run_ours(model, tokens):
-    at = Positions(samples=torch.arange(tokens.shape[0]), index=torch.arange(tokens.shape[1] - 1))
+    at = ForwardContext(
+        samples=torch.arange(tokens.shape[0]), index=torch.arange(tokens.shape[1] - 1)
+    )
     logits = model(tokens[:, :-1].t(), at)
     return logits, cross_entropy(logits, tokens[:, 1:].t(), Axis("tp"), 101).mean()
 
@@ -130,8 +132,8 @@ def test_cached_decoding_equals_the_whole_forward(changes):
     from megatron_lite.inference.generate import generate
 
     config = dataclasses.replace(CONFIG, **changes)
-    setting = Setting(config, ParallelContext.serial(), padded_vocab_size=128, vocab_size=101)
-    model = Decoder(setting, range(2), has_embedding=True, has_head=True)
+    context = StageContext(config, ParallelContext.serial(), padded_vocab_size=128, vocab_size=101)
+    model = Decoder(context, range(2), has_embedding=True, has_head=True)
     fill(model)
     prompt = [5, 17, 3]
     answer = generate(
@@ -139,7 +141,9 @@ def test_cached_decoding_equals_the_whole_forward(changes):
     )
     tokens = list(prompt)
     for _ in range(8):
-        at = Positions(samples=torch.zeros(1, dtype=torch.int64), index=torch.arange(len(tokens)))
+        at = ForwardContext(
+            samples=torch.zeros(1, dtype=torch.int64), index=torch.arange(len(tokens))
+        )
         with torch.no_grad():
             logits = model(torch.tensor(tokens)[:, None], at)
         tokens.append(int(logits[-1, 0, :101].argmax()))
@@ -163,8 +167,8 @@ def test_llama_parts_equal_hugging_face_llama():
             max_position_embeddings=20, tie_word_embeddings=False,
         )
     )  # fmt: skip
-    setting = Setting(config, ParallelContext.serial(), padded_vocab_size=128, vocab_size=101)
-    model = Decoder(setting, range(2), has_embedding=True, has_head=True)
+    context = StageContext(config, ParallelContext.serial(), padded_vocab_size=128, vocab_size=101)
+    model = Decoder(context, range(2), has_embedding=True, has_head=True)
     fill(model)
     names = {
         "attention_norm": "input_layernorm", "attention.q": "self_attn.q_proj",

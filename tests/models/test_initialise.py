@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megatron_lite.config.sections.model import ModelConfig
-from megatron_lite.layers.setting import Setting
+from megatron_lite.layers.contexts import StageContext
 from megatron_lite.models.decoder import Decoder
 from megatron_lite.models.parameters import local_parameters
 from megatron_lite.parallel.context import Axis, ParallelContext
@@ -24,8 +24,8 @@ MODEL = ModelConfig(
 def made(tp=1, rank=0, seed=3):
     """name -> (this rank's piece of the tensor, its offset)."""
     ctx = ParallelContext(torch.device("cpu"), tp=Axis("tp", rank, tp, tuple(range(tp))))
-    setting = Setting(MODEL, ctx, padded_vocab_size=512, vocab_size=500, seed=seed)
-    model = Decoder(setting, range(LAYERS), has_embedding=True, has_head=True)
+    context = StageContext(MODEL, ctx, padded_vocab_size=512, vocab_size=500, seed=seed)
+    model = Decoder(context, range(LAYERS), has_embedding=True, has_head=True)
     fill(model)
     return {
         piece.name: (piece.of(local.parameter.detach()), piece.offset)

@@ -12,7 +12,7 @@ from megatron_lite.blueprint.parameters import table_of
 from megatron_lite.checkpoint.progress import Progress
 from megatron_lite.checkpoint.store import Store
 from megatron_lite.engines.base import EngineProgress
-from megatron_lite.planner.memory import Asked, memory
+from megatron_lite.planner.memory import PlanInputs, memory
 from megatron_lite.rehearsal.rehearse import stand_in
 from megatron_lite.train.assemble import assemble
 from megatron_lite.train.health.state_hash import state_hash
@@ -120,7 +120,9 @@ def test_a_checkpoint_of_it_resumes_bit_for_bit_and_loads_into_a_plain_run(tmp_p
 def test_the_plan_counts_what_is_stored():
     config = tiny_config(**SMALL)
     blueprint = stored(draw(config, 1), "fp16")
-    asked = Asked(config.parallel, config.precision, config.train.micro_batch_size, on_gpu=False)
+    asked = PlanInputs(
+        config.parallel, config.precision, config.train.micro_batch_size, on_gpu=False
+    )
     (planned,) = memory(blueprint, asked)
     with stand_in(config, blueprint, 0) as actor:
         measured = actor.perform().memory.kinds()

@@ -16,7 +16,7 @@ from megatron_lite.config.sections.checkpoint import CheckpointConfig
 from megatron_lite.config.sections.optim import LearningRateConfig, OptimConfig
 from megatron_lite.optim.rules import RULES
 from megatron_lite.parallel.shard import MASTER
-from megatron_lite.planner.memory import Asked, memory
+from megatron_lite.planner.memory import PlanInputs, memory
 from megatron_lite.rehearsal.rehearse import stand_in
 from megatron_lite.train.alike import plain
 from megatron_lite.train.assemble import assemble
@@ -137,7 +137,9 @@ def test_the_plan_counts_the_states_that_are_there(ranks, changes, toy):
     """Element by element, over the ranks that share them."""
     config = tiny_config(**TOY | changes)
     blueprint = draw(config, ranks)
-    asked = Asked(config.parallel, config.precision, config.train.micro_batch_size, on_gpu=False)
+    asked = PlanInputs(
+        config.parallel, config.precision, config.train.micro_batch_size, on_gpu=False
+    )
     planned = memory(blueprint, asked)
     grid = blueprint.grid
     for pp in range(grid.pp):

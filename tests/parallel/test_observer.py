@@ -16,7 +16,7 @@ from megatron_lite.parallel import collectives as c
 from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.parallel.observer import NOBODY, Observer, Request
 from megatron_lite.pipeline.mail import Mail
-from megatron_lite.rehearsal.process_group import SilentGroup, alone
+from megatron_lite.rehearsal.process_group import SilentGroup, simulated_rank
 from tests.support.tiny import draw, tiny_config
 
 PP = "parallel__pipeline_model_parallel_size"
@@ -65,7 +65,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
 @contextmanager
 def rank_0_of_two(*observers: Observer, **changes: Any) -> Iterator[ParallelContext]:
-    with alone(0, 2):
+    with simulated_rank(0, 2):
         grid = draw(tiny_config(**changes), 2).grid
         yield ParallelContext.from_grid(grid, 0, CPU).observed(*observers)
 

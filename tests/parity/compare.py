@@ -65,7 +65,7 @@ def train_layout(rank: int, ranks: int, engine: str, changes: dict[str, Any]) ->
 def _train(
     rank: int, ranks: int, engine: str, config: RunConfig, steps: int, curve: Curve, *, keep: bool
 ) -> None:
-    rules.check(config, ranks)
+    rules.check_config(config, ranks)
     blueprint = draw(config, ranks)
     run = assemble(config, blueprint, context(blueprint, rank), engine=engine)
     first_gradients: list[Part] = []

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 from megatron_lite.blueprint.schedules.actions import Action, Op
 from megatron_lite.blueprint.schedules.simulate import simulate
-from megatron_lite.layers.gradients import Factor, Product, WeightGradients
+from megatron_lite.layers.gradients import DeferredWgrad, WeightGradients, WgradOperand
 from megatron_lite.layers.mlp import MLP
 from megatron_lite.models.gpt import GPTBlock
 from megatron_lite.parallel.context import Axis
 from megatron_lite.pipeline.mail import Mail
 from megatron_lite.pipeline.stage import MicroBatch, Stage
-from megatron_lite.planner.memory import Asked, stage_waiting
+from megatron_lite.planner.memory import PlanInputs, stage_waiting
 from megatron_lite.train.assemble import assemble
 from megatron_lite.train.feed import to_device
 from megatron_lite.train.step import train_step
@@ -138,21 +138,23 @@ def test_what_was_postponed_is_added_by_its_own_weight_action() -> None:
     sink = WeightGradients()
     sink.attach([(weight, total)], lambda parameter: reported.append(parameter is weight))
     for m in (0, 1):
-        sink.postpone(m)
-        assert sink.postpones(weight)
+        sink.defer_to(m)
+        assert sink.defers(weight)
         dy = torch.full((4, 2), m + 1.0)
-        sink.leave(Product(weight, Factor(dy, ALONE), Factor(torch.ones(4, 3), ALONE)))
-    sink.postpone(None)
-    assert sink.num_postponed == 2
-    assert [waiting is weight for waiting in sink.awaited] == [True] * 2
+        sink.defer(
+            DeferredWgrad(weight, WgradOperand(dy, ALONE), WgradOperand(torch.ones(4, 3), ALONE))
+        )
+    sink.defer_to(None)
+    assert sink.num_deferred == 2
+    assert [waiting is weight for waiting in sink.pending_wgrads] == [True] * 2
     assert not total.any()
     sink.run(1)
     assert torch.equal(total, torch.full((2, 3), 8.0))
-    assert not sink.postpones(weight)
+    assert not sink.defers(weight)
     assert sink.matrix(weight, torch.ones(1, 2), torch.ones(1, 3)) is None
     sink.run(0)
     assert torch.equal(total, torch.full((2, 3), 13.0))
-    assert sink.num_postponed == 0
+    assert sink.num_deferred == 0
     assert reported == [True] * 3
 
 
@@ -168,7 +170,7 @@ def postponed(rank: int, ranks: int, changes: dict[str, Any]) -> tuple[int, floa
     carry_out = WeightGradients.run
 
     def weigh(sink: WeightGradients, microbatch: int) -> None:
-        (jobs,) = sink._postponed.values()
+        (jobs,) = sink._deferred.values()
         kept = [factor.kept.untyped_storage() for job in jobs for factor in (job.dy, job.x)]
         seen.append(sum({storage.data_ptr(): storage.nbytes() for storage in kept}.values()))
         carry_out(sink, microbatch)
@@ -177,7 +179,7 @@ def postponed(rank: int, ranks: int, changes: dict[str, Any]) -> tuple[int, floa
     train_step(run, make_batches(config, blueprint, 0, 0), lr=1e-3, weight_decay=0.0)
     WeightGradients.run = carry_out  # type: ignore[method-assign]
     (bytes_kept,) = seen
-    asked = Asked(config.parallel, config.precision, 2, on_gpu=False)
+    asked = PlanInputs(config.parallel, config.precision, 2, on_gpu=False)
     return bytes_kept, sum(stage_waiting(blueprint, asked, 0).values())
 
 

@@ -45,14 +45,14 @@ class Sleeper:
     is_last: bool
     forward_seconds: float
     num_live: int = 0
-    awaited: None = None
+    pending_wgrads: None = None
 
     def forward(self, microbatch, batch, received, scale):
         time.sleep(self.forward_seconds)
         return None if self.is_last else torch.full((1,), float(microbatch))
 
-    def backward(self, microbatch, received, *, postpone_weights=False):
-        time.sleep(self.forward_seconds * (1 if postpone_weights else 2))
+    def backward(self, microbatch, received, *, defer_wgrads=False):
+        time.sleep(self.forward_seconds * (1 if defer_wgrads else 2))
         return None if self.is_first else torch.full((1,), float(microbatch))
 
     def weight_gradients(self, microbatch):
@@ -89,7 +89,7 @@ def makespan(name: str, rank: int, ranks: int) -> float:
     }
     mail = Mail(axis, schedule.placement)
     mail.expect((1,), torch.float32, torch.device("cpu"))
-    executor = Executor(stages, mail, arm=lambda stage, awaited: None)  # type: ignore[arg-type]
+    executor = Executor(stages, mail, begin_last_backward=lambda stage, pending_wgrads: None)  # type: ignore[arg-type]
     actions = lower(schedule)[rank]
     dist.barrier()
     start = time.monotonic()

@@ -44,16 +44,20 @@ def order_of_events(rank: int, ranks: int, changes: dict[str, Any]) -> dict[int,
     products: dict[Any, list[int]] = {}
     started: dict[int, int] = {}
     armed: dict[GradientBuckets, int] = {}  # of one stage each
-    start, ready, arm = GradientBuckets._start, GradientBuckets.ready, GradientBuckets.arm
+    start, ready, arm = (
+        GradientBuckets._start,
+        GradientBuckets.ready,
+        GradientBuckets.begin_last_backward,
+    )
     accumulate = WeightGradients._accumulate
 
     def note_start(self, bucket):
         started[id(bucket)] = next(clock)
         start(self, bucket)
 
-    def note_arm(self, awaited):
+    def note_arm(self, pending_wgrads):
         armed[self] = next(clock)
-        arm(self, awaited)
+        arm(self, pending_wgrads)
 
     def note_ready(self, parameter):
         arrived[parameter] = next(clock)
@@ -64,7 +68,7 @@ def order_of_events(rank: int, ranks: int, changes: dict[str, Any]) -> dict[int,
         accumulate(self, weight, dy, x)
 
     GradientBuckets._start, GradientBuckets.ready = note_start, note_ready  # type: ignore
-    GradientBuckets.arm = note_arm  # type: ignore
+    GradientBuckets.begin_last_backward = note_arm  # type: ignore
     WeightGradients._accumulate = note_product  # type: ignore
     begun = []
     reduce = run.engine.reduce
@@ -74,7 +78,7 @@ def order_of_events(rank: int, ranks: int, changes: dict[str, Any]) -> dict[int,
                    weight_decay=0.0)  # fmt: skip
     finally:
         GradientBuckets._start, GradientBuckets.ready = start, ready  # type: ignore
-        GradientBuckets.arm = arm  # type: ignore
+        GradientBuckets.begin_last_backward = arm  # type: ignore
         WeightGradients._accumulate = accumulate  # type: ignore
     found = {}
     for number, held in enumerate(armed):

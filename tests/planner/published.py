@@ -18,7 +18,7 @@ from megatron_lite.blueprint.draw_up import Blueprint, draw_up
 from megatron_lite.config.flags.parser import parse
 from megatron_lite.planner.forecast import Forecast, forecast
 from megatron_lite.planner.hardware import Cluster, find_device
-from megatron_lite.planner.memory import Asked
+from megatron_lite.planner.memory import PlanInputs
 
 SC21 = "arXiv:2104.04473, table 1"
 SC21_2 = "arXiv:2104.04473, table 2 (PTD-P)"
@@ -63,9 +63,9 @@ def error(run: Run, **device: float) -> float:
 
 
 @cache
-def _drawn(run: Run) -> tuple[Blueprint, Asked]:
+def _drawn(run: Run) -> tuple[Blueprint, PlanInputs]:
     config = parse(f"{run.flags} --train-iters 1 --lr 1e-4 --dry-run".split()).config
-    asked = Asked(config.parallel, config.precision, config.train.micro_batch_size)
+    asked = PlanInputs(config.parallel, config.precision, config.train.micro_batch_size)
     return draw_up(config, run.gpus), asked
 
 

@@ -24,7 +24,7 @@ TRUE = dataclasses.replace(
 def timed(found: list[Trial], device: Device) -> list[Trial]:
     """The trials as if this device had run them."""
     return [
-        dataclasses.replace(trial, seconds=calibrate.plan(trial, device).rates.step_seconds)
+        dataclasses.replace(trial, seconds=calibrate.plan_trial(trial, device).rates.step_seconds)
         for trial in found
     ]
 
@@ -32,7 +32,7 @@ def timed(found: list[Trial], device: Device) -> list[Trial]:
 def test_a_fit_predicts_layouts_it_has_not_seen() -> None:
     """Times come from a device that the fit does not know: within 4 percent on others."""
     start = dataclasses.replace(DEVICES["cpu"], overlap=0.0)
-    fitted = calibrate.fit(start, timed(trials(gpu=False, devices=2), TRUE))
+    fitted = calibrate.fit_device(start, timed(trials(gpu=False, devices=2), TRUE))
     others = [
         Trial("deep", model(8, 384, seq=256, micro=2, batch=16), 1),
         Trial("tp", model(6, 512, seq=256, micro=4, batch=8) + " --tensor-model-parallel-size 2", 2),
@@ -56,14 +56,14 @@ def test_the_file_reads_back_as_the_same_device(tmp_path: Path) -> None:
 def test_a_trial_that_fails_says_why() -> None:
     wrong = Trial("wrong", model(2, 60, seq=16, micro=1, batch=1))
     with pytest.raises(ConfigError, match="the trial 'wrong' ended with 2: FATAL"):
-        calibrate.measure(wrong, tool=TOOL, steps=4, environment=os.environ)
+        calibrate.measure_trial(wrong, tool=TOOL, steps=4, environment=os.environ)
 
 
 @pytest.mark.ci
 def test_trials_are_real_runs_of_one_rank_and_of_two() -> None:
     small = model(1, 64, seq=32, micro=2, batch=4, vocab=128)
     for ranks in (1, 2):
-        done = calibrate.measure(
+        done = calibrate.measure_trial(
             Trial("small", small, ranks), tool=TOOL, steps=4, environment=os.environ
         )
         assert 0.0 < done.seconds < 60.0

@@ -21,7 +21,7 @@ from megatron_lite.planner.forecast import (
     simulate_step,
 )
 from megatron_lite.planner.hardware import Cluster, find_device
-from megatron_lite.planner.memory import Asked, static_bytes
+from megatron_lite.planner.memory import PlanInputs, static_bytes
 
 SMALL = "--num-layers 24 --hidden-size 2048 --num-attention-heads 16"
 BASE = (
@@ -34,8 +34,8 @@ def read(flags: str, model: str = SMALL) -> RunConfig:
     return parse(f"{BASE} {model} {flags}".split()).config
 
 
-def asked_of(config: RunConfig) -> Asked:
-    return Asked(config.parallel, config.precision, config.train.micro_batch_size)
+def asked_of(config: RunConfig) -> PlanInputs:
+    return PlanInputs(config.parallel, config.precision, config.train.micro_batch_size)
 
 
 def planned(flags: str, world: int = 16, hardware: str = "a100-80g", **how: bool) -> Forecast:
@@ -103,11 +103,11 @@ def test_more_recomputation_keeps_less_and_takes_longer() -> None:
     assert times == sorted(times)
 
 
-def variant_of(config: RunConfig, world: int) -> advice.Variant:
+def variant_of(config: RunConfig, world: int) -> advice.LayoutVariant:
     def variant(parallel: ParallelConfig, micro_batch_size: int) -> Blueprint:
         train = dataclasses.replace(config.train, micro_batch_size=micro_batch_size)
         changed = dataclasses.replace(config, parallel=parallel, train=train)
-        rules.check(changed, world)
+        rules.check_config(changed, world)
         return draw_up(changed, world)
 
     return variant

@@ -13,11 +13,11 @@ from megatron_lite.blueprint.draw_up import draw_up
 from megatron_lite.blueprint.figure.transformer import figure_of
 from megatron_lite.blueprint.recompute import RecomputePlan
 from megatron_lite.config.flags.parser import parse
-from megatron_lite.layers.setting import Positions, Setting
+from megatron_lite.layers.contexts import ForwardContext, StageContext
 from megatron_lite.models.decoder import Decoder
 from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.planner.activations import block_items, stage_bytes
-from megatron_lite.planner.memory import Asked, memory
+from megatron_lite.planner.memory import PlanInputs, memory
 from megatron_lite.train.assemble import assemble
 from megatron_lite.train.step import train_step
 from tests.support.memory import Alive, compare
@@ -63,16 +63,16 @@ LAYERS = [
 def kept_by(flags: str, num_layers: int) -> int:
     """Bytes alive between forward and backward of so many blocks."""
     config = parse(f"{SMALL} {flags}".split()).config
-    setting = Setting(
+    context = StageContext(
         model=config.model, ctx=ParallelContext.serial(), padded_vocab_size=1024, vocab_size=1000,
         precision=config.precision, recompute=RecomputePlan.from_config(config.parallel),
     )  # fmt: skip
-    blocks = Decoder(setting, range(num_layers), has_embedding=False, has_head=False)
+    blocks = Decoder(context, range(num_layers), has_embedding=False, has_head=False)
     fill(blocks)
     samples, tokens = config.train.micro_batch_size, config.model.seq_length
-    x = torch.randn(tokens, samples, config.model.hidden_size).to(setting.dtype)
+    x = torch.randn(tokens, samples, config.model.hidden_size).to(context.dtype)
     x.requires_grad_()
-    at = Positions(samples=torch.arange(samples), index=torch.arange(tokens), training=True)
+    at = ForwardContext(samples=torch.arange(samples), index=torch.arange(tokens), training=True)
     alive = Alive()
     for parameter in blocks.parameters():
         alive.see(parameter.data)
@@ -210,6 +210,6 @@ def test_torchs_own_memory_tracker_agrees() -> None:
     with tracker:
         train_step(run, make_batches(config, blueprint, 0, 0), lr=1e-4, weight_decay=0.01)
     peak = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
-    asked = Asked(config.parallel, config.precision, 2, on_gpu=False)
+    asked = PlanInputs(config.parallel, config.precision, 2, on_gpu=False)
     (planned,) = memory(blueprint, asked)
     assert planned.allocated == pytest.approx(peak, rel=0.10)

@@ -8,11 +8,11 @@ import pytest
 from megatron_lite.blueprint.draw_up import Blueprint
 from megatron_lite.blueprint.schedules.actions import Action
 from megatron_lite.config.errors import DistributedError
-from megatron_lite.parallel.calls.transcript import compare
+from megatron_lite.parallel.calls.transcript import compare_calls
 from megatron_lite.parallel.collectives import all_reduce
 from megatron_lite.parallel.context import Axis
-from megatron_lite.planner.memory import Asked
-from megatron_lite.planner.rehearsed import Measured, beside_plan
+from megatron_lite.planner.memory import PlanInputs
+from megatron_lite.planner.rehearsed import RehearsedRank, beside_plan
 from megatron_lite.rehearsal.footprint import Footprint
 from megatron_lite.rehearsal.rehearse import (
     one_of_each,
@@ -52,7 +52,7 @@ def rehearsed(config, world_size, ranks=None, *, on=None, tamper=None, changed=N
 
 def faults(*args, **kwargs):
     """What is wrong, in words; the same ranks without the fault must fit."""
-    return compare(rehearsed(*args, **kwargs))[1]
+    return compare_calls(rehearsed(*args, **kwargs))[1]
 
 
 PIPELINE = tiny_config(**{PP: 4, BATCH: 24})
@@ -78,7 +78,7 @@ TENSOR = tiny_config(**{TP: 2, PP: 2, BATCH: 8})
 )  # fmt: skip
 def test_all_ranks_of_a_sound_run_fit_together(world_size, changes):
     transcripts = rehearsed(tiny_config(**changes), world_size)
-    found, wrong = compare(transcripts)
+    found, wrong = compare_calls(transcripts)
     assert wrong == []
     assert found.ranks == world_size
     assert found.messages == sum(c.op == "send" for t in transcripts for c in t.calls) > 0
@@ -139,9 +139,9 @@ def test_volume_is_the_plans_to_the_byte_and_memory_within_a_tenth(changes):
     )  # fmt: skip
     blueprint = draw(config, 8)
     done = list(rehearse(config, 8, one_of_each(blueprint.grid), workers=1))
-    asked = Asked(config.parallel, config.precision, config.train.micro_batch_size)
+    asked = PlanInputs(config.parallel, config.precision, config.train.micro_batch_size)
     rows = beside_plan(
-        [Measured(d.transcript.rank, d.memory.kinds(), d.sent_bytes()) for d in done],
+        [RehearsedRank(d.transcript.rank, d.memory.kinds(), d.sent_bytes()) for d in done],
         blueprint, asked, num_microbatches=6,
     )  # fmt: skip
     for row in rows:
@@ -258,8 +258,8 @@ def test_a_skipped_tensor_parallel_sum_is_named_with_the_rank_and_the_layer():
     def skip(actor):
         (stage,) = actor.run.pipeline.stages.values()
         down = stage.module.blocks["3"].mlp.down
-        alone = dataclasses.replace(down.setting.ctx, tp=Axis("tp"))
-        down.setting = dataclasses.replace(down.setting, ctx=alone)
+        alone = dataclasses.replace(down.context.ctx, tp=Axis("tp"))
+        down.context = dataclasses.replace(down.context, ctx=alone)
 
     wrong = faults(TENSOR, 4, on=3, tamper=skip)
     line = next(line for line in wrong if "over tp of ranks 2, 3" in line)
@@ -269,7 +269,7 @@ def test_a_skipped_tensor_parallel_sum_is_named_with_the_rank_and_the_layer():
 def test_a_sum_at_the_end_that_one_rank_skips_is_named():
     def skip(actor):
         for local in actor.run.parameters:
-            object.__setattr__(local, "twin", False)
+            object.__setattr__(local, "tied_across_stages", False)
 
     (line,) = faults(TENSOR, 4, on=2, tamper=skip)
     assert line.startswith("rank 2 skips collective 1 over tied of ranks 0, 2")
@@ -281,8 +281,10 @@ def test_buckets_reduced_in_another_order_on_one_rank_are_named():
 
     def reverse(actor):
         """The bucket that is full first waits for the end, as if another were."""
-        first, arm = actor.run.parameters[-1].parameter, actor.run.pipeline.arm
-        actor.run.pipeline.arm = lambda stage, awaited: arm(stage, [first, first])
+        first, arm = actor.run.parameters[-1].parameter, actor.run.pipeline.begin_last_backward
+        actor.run.pipeline.begin_last_backward = lambda stage, pending_wgrads: arm(
+            stage, [first, first]
+        )
 
     assert faults(config, 2) == []
     (line,) = faults(config, 2, on=1, tamper=reverse)
@@ -295,7 +297,7 @@ def test_two_groups_in_another_order_are_a_deadlock_with_the_ranks_that_wait():
 
     def tied_first(actor):
         run, reached = actor.run, actor.run.pipeline.reached
-        twins = [local for local in run.parameters if local.twin]
+        twins = [local for local in run.parameters if local.tied_across_stages]
 
         def early(position, group):
             reached(position, group)
@@ -303,7 +305,7 @@ def test_two_groups_in_another_order_are_a_deadlock_with_the_ranks_that_wait():
                 local = twins.pop()
                 gradients = named(run.engine.gradients(owned=False))
                 all_reduce(gradients[local.spec.name], run.ctx.tied)
-                object.__setattr__(local, "twin", False)
+                object.__setattr__(local, "tied_across_stages", False)
 
         actor.run.pipeline.reached = early
 

@@ -10,7 +10,14 @@ from dataclasses import replace
 
 import pytest
 
-from megatron_lite.rendezvous.detector import MISSED_BEATS, Beat, Limits, Watch, place_of, work_of
+from megatron_lite.rendezvous.detector import (
+    MISSED_BEATS,
+    Beat,
+    FailureDetector,
+    Limits,
+    place_of,
+    work_of,
+)
 from megatron_lite.train.ending.faults import _sleep
 
 LIMITS = Limits.from_timeout(600.0)
@@ -23,7 +30,7 @@ class World:
     def __init__(self, ranks: int, me: int = 0) -> None:
         self.now = 0.0
         self.beats = {rank: Beat(0) for rank in range(ranks)}
-        self.watch = Watch(me, LIMITS)
+        self.watch = FailureDetector(me, LIMITS)
 
     def pass_time(self, seconds: int, *, silent: tuple[int, ...] = (), failed: bool = False) -> str:
         """What the watch says in these seconds, "" for nothing."""
@@ -180,7 +187,7 @@ def test_own_sleep_accuses_nobody():
     world.say(0, 1, step=4, phase="train")
     world.pass_time(5)
     world.now += 1000.0  # a suspended laptop
-    world.watch.forgive(world.now)
+    world.watch.reset_after_own_stall(world.now)
     assert world.pass_time(30) == ""
 
 

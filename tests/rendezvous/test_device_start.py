@@ -20,7 +20,7 @@ from megatron_lite.config.flags.parser import parse
 from megatron_lite.config.sections.parallel import ParallelConfig
 from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.rendezvous import launch
-from megatron_lite.rendezvous.launch import Launch, gather, set_device_environment
+from megatron_lite.rendezvous.launch import Launch, gather_ranks, set_device_environment
 from megatron_lite.train import program, session
 from megatron_lite.train.ending.failures import Failures
 from tests.support.launch import TINY, free_port, with_flags
@@ -144,7 +144,7 @@ def test_what_nccl_left_of_an_earlier_attempt_is_gone_before_anybody_goes_on() -
         here = Launch(
             rank, 2, rank, 2, host="127.0.0.1", port=port, agent_holds_store=True, attempt=1
         )
-        world = gather(here, parallel, end=lambda verdict: None)
+        world = gather_ranks(here, parallel, end=lambda verdict: None)
         gone = not store.check(["exception_dump"])
         world.presence.leave()
         return gone

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from megatron_lite.blueprint.draw_up import draw_up
 from megatron_lite.config.flags.parser import parse
-from megatron_lite.planner.memory import Asked, memory
+from megatron_lite.planner.memory import PlanInputs, memory
 from megatron_lite.train.assemble import assemble
 from megatron_lite.train.run import Run
 from megatron_lite.train.step import train_step
@@ -94,7 +94,9 @@ def compare(rank: int, ranks: int, flags: str) -> Compared:
     before = alive.now
     with alive:
         train_step(run, batches, lr=1e-4, weight_decay=0.01)
-    asked = Asked(config.parallel, config.precision, config.train.micro_batch_size, on_gpu=False)
+    asked = PlanInputs(
+        config.parallel, config.precision, config.train.micro_batch_size, on_gpu=False
+    )
     planned = memory(blueprint, asked)[at.pp]
     return Compared(
         pp_rank=at.pp,

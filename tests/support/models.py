@@ -9,11 +9,11 @@ from megatron_lite.parallel.shard import weight_slices
 
 
 def fill(model: Decoder) -> None:
-    """First values of every parameter, from the seed of the model's setting."""
-    held, setting = local_parameters(model), model.setting
+    """First values of every parameter, from the seed of the model's context."""
+    held, context = local_parameters(model), model.context
     initialise(
-        weight_slices(held, setting.ctx, owned=False),
+        weight_slices(held, context.ctx, owned=False),
         tensors=[piece.spec for local in held for piece in local.pieces],
-        model=setting.model,
-        seed=setting.seed,
+        model=context.model,
+        seed=context.seed,
     )

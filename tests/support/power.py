@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
-from megatron_lite.storage.disk import Operation, Result
+from megatron_lite.storage.disk import Operation, _Result
 from megatron_lite.storage.faults import FaultyDisk
 
 NAMES = ("create", "rename", "remove", "remove_tree")
@@ -62,7 +62,7 @@ class PowerCutDisk(FaultyDisk):
         self.synced: dict[Path, int] = {}
         self.pending: list[Pending] = []
 
-    def _operate(self, operation: Operation, action: Callable[[], Result]) -> Result:
+    def _operate(self, operation: Operation, action: Callable[[], _Result]) -> _Result:
         kept = self._keep(operation) if not self.failed else None
         result = super()._operate(operation, action)
         self._note(operation, kept)

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 
 from megatron_lite.config.sections.data import DataConfig
-from megatron_lite.data.tokenizers.gpt2_bpe import EOD, byte_characters
+from megatron_lite.data.tokenizers.gpt2_bpe import GPT2_EOD, byte_characters
 
 
 def write_gpt2(folder: Path, merges: list[tuple[str, str]]) -> DataConfig:
     """A vocabulary of all bytes, the merges and EOD."""
-    tokens = [*byte_characters(), *sorted(a + b for a, b in merges), EOD]
+    tokens = [*byte_characters(), *sorted(a + b for a, b in merges), GPT2_EOD]
     vocab = {token: number for number, token in enumerate(tokens)}
     (folder / "my vocab").write_text(json.dumps(vocab), encoding="utf-8")
     lines = "".join(f"{a} {b}\n" for a, b in merges)

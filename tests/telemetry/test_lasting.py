@@ -15,7 +15,7 @@ from megatron_lite.storage.disk import Disk
 from megatron_lite.storage.faults import FaultyDisk
 from megatron_lite.telemetry import lasting
 from megatron_lite.telemetry.lasting import Lasting
-from megatron_lite.telemetry.record import Record, read_metrics
+from megatron_lite.telemetry.record import TelemetryRecord, read_metrics
 from megatron_lite.telemetry.writers import JsonLines, TensorBoard, WeightsAndBiases
 from tests.telemetry.records import STEP
 from tests.telemetry.tensorboard import read_events
@@ -35,14 +35,14 @@ class Memory:
     name = "memory"
 
     def __init__(self) -> None:
-        self.broken, self.opened, self.kept = False, 0, list[Record]()
+        self.broken, self.opened, self.kept = False, 0, list[TelemetryRecord]()
 
     def open(self) -> None:
         self.opened += 1
         if self.broken:
             raise ConnectionError("the server is away")
 
-    def write(self, record: Record) -> None:
+    def write(self, record: TelemetryRecord) -> None:
         if self.broken:
             raise ConnectionError("the server is away")
         self.kept.append(record)
@@ -52,7 +52,7 @@ class Memory:
             raise ConnectionError("the server is away")
 
 
-def step(iteration: int) -> Record:
+def step(iteration: int) -> TelemetryRecord:
     return replace(STEP, iteration=iteration)
 
 

@@ -13,7 +13,7 @@ from megatron_lite.config.errors import DataError
 from megatron_lite.telemetry.record import (
     from_json,
     read_metrics,
-    to_json,
+    record_json,
 )
 from tests.telemetry.records import EVALUATION, SAVE, STEP, TIMING
 
@@ -24,25 +24,25 @@ def refuse(constant: str) -> float:
 
 @pytest.mark.parametrize("record", [STEP, EVALUATION, SAVE, TIMING])
 def test_json_round_trip(record):
-    assert from_json(to_json(record)) == record
+    assert from_json(record_json(record)) == record
 
 
 @pytest.mark.parametrize("value", [math.inf, -math.inf])
 def test_infinity_is_valid_json_and_comes_back(value):
-    line = to_json(replace(STEP, loss=value))
+    line = record_json(replace(STEP, loss=value))
     json.loads(line, parse_constant=refuse)
     assert from_json(line) == replace(STEP, loss=value)
 
 
 def test_nan_is_valid_json_and_comes_back():
-    line = to_json(replace(STEP, loss=math.nan, grad_norm=math.nan))
+    line = record_json(replace(STEP, loss=math.nan, grad_norm=math.nan))
     assert json.loads(line, parse_constant=refuse)["loss"] == "NaN"
     back = from_json(line)
     assert math.isnan(back.loss) and math.isnan(back.grad_norm)
 
 
 def test_a_whole_number_in_a_float_field_reads_as_float():
-    line = to_json(STEP).replace('"loss_scale": 65536.0', '"loss_scale": 65536')
+    line = record_json(STEP).replace('"loss_scale": 65536.0', '"loss_scale": 65536')
     assert isinstance(from_json(line).loss_scale, float)
 
 
@@ -54,7 +54,9 @@ def test_perplexity_is_capped_and_keeps_nan():
 
 def test_reader_leaves_out_only_a_torn_last_line(tmp_path: Path):
     file = tmp_path / "metrics.jsonl"
-    file.write_text(to_json(STEP) + "\n" + to_json(EVALUATION) + "\n" + to_json(SAVE)[:20])
+    file.write_text(
+        record_json(STEP) + "\n" + record_json(EVALUATION) + "\n" + record_json(SAVE)[:20]
+    )
     assert read_metrics(file) == [STEP, EVALUATION]
 
 
@@ -65,13 +67,13 @@ def test_reader_leaves_out_only_a_torn_last_line(tmp_path: Path):
         ("[1]", "an object"),
         ('{"kind": "trian"}', "'trian'"),
         ('{"kind": "save", "iteration": 1}', "bytes"),
-        (to_json(SAVE).replace("123", '"123"'), "int"),
-        (to_json(SAVE).replace('"bytes"', '"octets"'), "octets"),
+        (record_json(SAVE).replace("123", '"123"'), "int"),
+        (record_json(SAVE).replace('"bytes"', '"octets"'), "octets"),
     ],
 )
 def test_a_broken_line_is_named(tmp_path: Path, line: str, words: str):
     file = tmp_path / "metrics.jsonl"
-    file.write_text(to_json(STEP) + "\n" + line + "\n")
+    file.write_text(record_json(STEP) + "\n" + line + "\n")
     with pytest.raises(DataError, match="metrics.jsonl, line 2") as caught:
         read_metrics(file)
     assert words in str(caught.value)

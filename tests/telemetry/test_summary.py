@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from megatron_lite.config.errors import DataError
-from megatron_lite.telemetry.record import EvaluationRecord, to_json
+from megatron_lite.telemetry.record import EvaluationRecord, record_json
 from megatron_lite.telemetry.summary import describe_losses, measure_speed, never_ran, smoothed
 from tests.telemetry.records import STEP
 
@@ -88,7 +88,7 @@ def report(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture
 def run_folder(tmp_path: Path) -> Path:
-    (tmp_path / "metrics.jsonl").write_text("".join(to_json(record) + "\n" for record in RUN))
+    (tmp_path / "metrics.jsonl").write_text("".join(record_json(record) + "\n" for record in RUN))
     return tmp_path
 
 

@@ -13,7 +13,7 @@ import pytest
 from megatron_lite.config.errors import ConfigError, StorageError
 from megatron_lite.config.sections.telemetry import TelemetryConfig
 from megatron_lite.storage.disk import Disk
-from megatron_lite.telemetry.record import read_metrics, to_json
+from megatron_lite.telemetry.record import read_metrics, record_json
 from megatron_lite.telemetry.writers import (
     JsonLines,
     TensorBoard,
@@ -65,14 +65,14 @@ def test_resuming_drops_the_steps_that_are_made_again(tmp_path: Path):
 
 def test_resuming_survives_what_a_power_failure_left(tmp_path: Path):
     file = tmp_path / "metrics.jsonl"
-    file.write_bytes(to_json(step(1)).encode() + b"\n" + b"\0" * 50 + b"\n[]\n\xff\n")
+    file.write_bytes(record_json(step(1)).encode() + b"\n" + b"\0" * 50 + b"\n[]\n\xff\n")
     opened(JsonLines(file, resumed_iteration=9, disk=DISK)).close()
     assert read_metrics(file) == [step(1)]
 
 
 def test_a_fresh_run_begins_an_empty_file(tmp_path: Path):
     file = tmp_path / "metrics.jsonl"
-    file.write_text(to_json(step(1)) + "\n")
+    file.write_text(record_json(step(1)) + "\n")
     opened(JsonLines(file, resumed_iteration=0, disk=DISK)).close()
     assert read_metrics(file) == []
 

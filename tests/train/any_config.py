@@ -272,7 +272,7 @@ def refusal(case: Case) -> str | None:
     """Why the case is not started, as `parse`, the rules and the blueprint say; None: it is."""
     try:
         config = parse(case.words).config
-        rules.check(config, case.ranks)
+        rules.check_config(config, case.ranks)
         blueprint = draw_up(config, case.ranks)
         blueprint.actions(blueprint.microbatches())
     except ConfigError as error:

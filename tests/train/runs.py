@@ -12,7 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_lite.cli import pretrain_gpt
-from megatron_lite.telemetry.record import EvaluationRecord, Record, StepRecord, read_metrics
+from megatron_lite.telemetry.record import (
+    EvaluationRecord,
+    StepRecord,
+    TelemetryRecord,
+    read_metrics,
+)
 from megatron_lite.train.ending.stop import stop_signals
 from tests.support.launch import launch
 
@@ -99,7 +104,7 @@ def on_ranks(ranks: int, *words: str) -> Outcome:
     )
 
 
-def records(folder: Path) -> list[Record]:
+def records(folder: Path) -> list[TelemetryRecord]:
     """metrics.jsonl of a run folder."""
     return read_metrics(folder / "metrics.jsonl")
 

@@ -13,8 +13,8 @@ import torch
 from megatron_lite.config.errors import DataError
 from megatron_lite.data.batch import Batch, collate
 from megatron_lite.data.build import Datasets
+from megatron_lite.layers.contexts import ForwardContext
 from megatron_lite.layers.dropout import hidden_dropout
-from megatron_lite.layers.setting import Positions
 from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.rendezvous.heartbeat import Alone
 from megatron_lite.rendezvous.launch import Launch, World
@@ -116,10 +116,10 @@ def test_dropout_goes_by_the_place_in_the_sample() -> None:
     config = tiny_config(model__hidden_dropout=0.5)
     run = assemble(config, draw(config, 1), ParallelContext.serial())
     x = torch.ones(8, 1, 32)
-    at = Positions(samples=torch.tensor([3]), index=torch.arange(8), training=True)
+    at = ForwardContext(samples=torch.tensor([3]), index=torch.arange(8), training=True)
     restarted = dataclasses.replace(at, restarted=torch.zeros(8, 1, dtype=torch.int64))
-    plain = hidden_dropout(x, at, run.setting, 0, "site")
-    assert torch.equal(hidden_dropout(x, restarted, run.setting, 0, "site"), plain)
+    plain = hidden_dropout(x, at, run.context, 0, "site")
+    assert torch.equal(hidden_dropout(x, restarted, run.context, 0, "site"), plain)
     assert not torch.equal(plain[0], plain[1])
 
 

@@ -9,7 +9,7 @@ from megatron_lite.checkpoint.progress import Progress
 from megatron_lite.config.sections.guards import GuardsConfig
 from megatron_lite.engines.loss_scale import LossScale
 from megatron_lite.train.assemble import assemble
-from megatron_lite.train.health.guards import Act, Measured, guards_for
+from megatron_lite.train.health.guards import Act, StepNumbers, guards_for
 from megatron_lite.train.step import train_step
 from tests.support.spawn import spawn
 from tests.support.tiny import context, draw, make_batches, tiny_config
@@ -185,7 +185,7 @@ def judged(values, **changes):
     guards = guards_for(config, LossScale(1.0, False, 1.0, 1, 1, 1), fp16=False)
     progress, acts = Progress(), []
     for value in values:
-        seen = Measured(2.0, value, 0)
+        seen = StepNumbers(2.0, value, 0)
         verdict = guards.judge(seen, progress)
         guards.note(seen, progress)
         acts.append(verdict.act)

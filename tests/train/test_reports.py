@@ -14,7 +14,7 @@ from megatron_lite.config.sections.telemetry import TelemetryConfig
 from megatron_lite.parallel.context import Axis, ParallelContext
 from megatron_lite.telemetry.console import format_record
 from megatron_lite.telemetry.ranks import ranks_record
-from megatron_lite.telemetry.record import RanksRecord, from_json, to_json
+from megatron_lite.telemetry.record import RanksRecord, from_json, record_json
 from megatron_lite.train.measuring.reports import OwnTime, memory_report, peak_bytes
 from megatron_lite.train.measuring.waits import HostWaits, Waits
 from tests.support.launch import TINY, launch, start, with_flags
@@ -50,7 +50,7 @@ def test_the_rank_that_works_longest_is_the_straggler(layout, tmp_path):
 def test_the_straggler_line_to_the_byte():
     values = [0.0121, 0.0121, 0.25, 0.0119]
     record = ranks_record("own time", values, iteration=7, samples=28, count=2)
-    assert from_json(to_json(record)) == record
+    assert from_json(record_json(record)) == record
     assert format_record(record) == (
         " own time per iteration, without waiting for others, of 4 ranks (ms) | median: 12.10"
         " | most: rank 2 250.00, rank 0 12.10 | least: rank 3 11.90, rank 1 12.10 |\n"

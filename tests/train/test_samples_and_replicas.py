@@ -17,7 +17,7 @@ from megatron_lite.blueprint.grid import RankGrid
 from megatron_lite.checkpoint.snapshot import share
 from megatron_lite.config.errors import DistributedError
 from megatron_lite.parallel.context import ParallelContext
-from megatron_lite.rehearsal.process_group import alone
+from megatron_lite.rehearsal.process_group import simulated_rank
 from megatron_lite.train import step as step_module
 from megatron_lite.train.assemble import assemble
 from megatron_lite.train.feed import to_device
@@ -32,14 +32,14 @@ CPU = torch.device("cpu")
 
 def test_replicas_are_the_ranks_of_dp_and_cp_together() -> None:
     grid = RankGrid(tp=2, cp=2, dp=2)
-    with alone(6, 8):  # tp 0, cp 1, dp 1
+    with simulated_rank(6, 8):  # tp 0, cp 1, dp 1
         ctx = ParallelContext.from_grid(grid, 6, CPU)
         assert (ctx.dp.ranks, ctx.dp.rank) == ((2, 6), 1)
         assert (ctx.replicas.ranks, ctx.replicas.rank) == ((0, 2, 4, 6), 3)
 
 
 def test_without_cp_both_are_one_group() -> None:
-    with alone(1, 4):
+    with simulated_rank(1, 4):
         ctx = ParallelContext.from_grid(RankGrid(tp=2, dp=2), 1, CPU)
         assert ctx.replicas is ctx.dp and ctx.dp.ranks == (1, 3)
 

@@ -13,7 +13,7 @@ from megatron_lite.parallel.collectives import all_gather, all_reduce, start_red
 from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.parallel.observer import NOBODY, Request
 from megatron_lite.telemetry.recorder import Recorder
-from megatron_lite.train.measuring.timeline import CollectiveLanes, DeviceClock, Part, merge
+from megatron_lite.train.measuring.timeline import CollectiveLanes, DeviceClock, RankTimeline, merge
 from tests.support.launch import TINY, launch, with_flags
 from tests.support.spawn import spawn
 from tests.support.tiny import context, draw, tiny_config
@@ -94,8 +94,8 @@ def test_a_collective_lasts_until_it_is_done() -> None:
         assert all(event.end - event.start < 0.45 for event in lanes["dp"])  # not until take()
 
 
-def part(name: str, machine: str, aligned: float, *events: Event) -> Part:
-    return Part(name, machine, aligned, {"compute": list(events)})
+def part(name: str, machine: str, aligned: float, *events: Event) -> RankTimeline:
+    return RankTimeline(name, machine, aligned, {"compute": list(events)})
 
 
 def test_another_machines_clock_is_moved_to_the_barrier() -> None:
@@ -104,7 +104,7 @@ def test_another_machines_clock_is_moved_to_the_barrier() -> None:
         part("rank 1", "a", 100.1, Event(102.0, 103.0, "B", "0B0")),
         part("rank 2", "b", 7.05, Event(9.0, 10.0, "F", "1F0")),
     ]
-    merged = merge([Part.from_text(p.to_text()) for p in parts], "three")
+    merged = merge([RankTimeline.from_text(p.to_text()) for p in parts], "three")
     starts = [track.lanes[0].events[0].start for track in merged.tracks]
     assert starts == pytest.approx([0.0, 1.0, 9.0 + 93.0 - 101.0])  # medians: 100.05 and 7.05
     assert "2 machines aligned" in merged.title
@@ -120,7 +120,7 @@ def test_hidden_is_what_lies_under_computation() -> None:
         ],
         "dp": [Event(1.0, 3.5, "message", "x"), Event(1.5, 2.5, "message", "y")],
     }
-    merged = merge([Part("rank 0", "a", 0.0, lanes)], "one")
+    merged = merge([RankTimeline("rank 0", "a", 0.0, lanes)], "one")
     assert hidden(merged.tracks[0], "dp") == pytest.approx((2.5, 1.5))
     assert "dp collectives 60% under computation" in merged.title
 

@@ -218,7 +218,7 @@ class Table:
 
 
 Part = Norm | Matrix | Core | Activation | Table
-P = TypeVar("P", Norm, Matrix, Core, Activation, Table)
+PartT = TypeVar("PartT", Norm, Matrix, Core, Activation, Table)
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,11 +227,11 @@ class Parts:
 
     parts: tuple[Part, ...]
 
-    def of(self, kind: type[P]) -> tuple[P, ...]:
+    def of(self, kind: type[PartT]) -> tuple[PartT, ...]:
         """Those of one kind."""
         return tuple(part for part in self.parts if isinstance(part, kind))
 
-    def named(self, name: str, kind: type[P]) -> P:
+    def named(self, name: str, kind: type[PartT]) -> PartT:
         """The part of this name; KeyError where there is none of that kind."""
         for part in self.of(kind):
             if part.name == name:

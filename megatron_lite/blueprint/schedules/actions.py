@@ -75,8 +75,8 @@ class Schedule:
 Generator = Callable[[Placement, int], Schedule]
 """(placement, number of micro batches) -> Schedule; a pure function."""
 
-Group = tuple[Action, ...]
+ActionGroup = tuple[Action, ...]
 """One compute action, one REDUCE, or the sends and receives that meet at one point."""
 
-Lowered = tuple[tuple[Group, ...], ...]
+Lowered = tuple[tuple[ActionGroup, ...], ...]
 """lowered[r] is the list of groups of pp rank r."""

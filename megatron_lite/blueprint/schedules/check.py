@@ -9,7 +9,7 @@ from megatron_lite.blueprint.schedules.actions import (
     MESSAGES,
     SENDS,
     Action,
-    Group,
+    ActionGroup,
     Lowered,
     Op,
     ScheduleError,
@@ -24,13 +24,13 @@ _TWIN = {
 }
 
 
-def twin(action: Action) -> Action:
+def matching_end(action: Action) -> Action:
     """The other end of a message."""
     op, step = _TWIN[action.op]
     return Action(op, action.stage + step, action.microbatch)
 
 
-def check(lowered: Lowered, placement: Placement, num_microbatches: int) -> None:
+def check_schedule(lowered: Lowered, placement: Placement, num_microbatches: int) -> None:
     """Raise ScheduleError unless the lists can be carried out by ranks that know nothing else.
 
     Each stage runs each micro batch forward once and backward once (B, or I and W) or never; each
@@ -44,7 +44,7 @@ def check(lowered: Lowered, placement: Placement, num_microbatches: int) -> None
     _check_order(lowered, placement)
 
 
-def _actions(row: tuple[Group, ...]) -> Iterator[Action]:
+def _actions(row: tuple[ActionGroup, ...]) -> Iterator[Action]:
     return (action for group in row for action in group)
 
 
@@ -133,7 +133,7 @@ def _check_progress(lowered: Lowered) -> None:
             group = batches[rank][at[rank]]
             posted.update(group)
             awake.extend(sleeping.pop(action) for action in group if action in sleeping)
-            missing = next((twin(a) for a in group if twin(a) not in posted), None)
+            missing = next((matching_end(a) for a in group if matching_end(a) not in posted), None)
             if missing is not None:
                 sleeping[missing] = rank
                 break
@@ -149,9 +149,11 @@ def _check_order(lowered: Lowered, placement: Placement) -> None:
     for rank, row in enumerate(lowered):
         for action in _actions(row):
             if action.op in SENDS:
-                sent.setdefault((rank, placement[twin(action).stage]), []).append(action)
+                sent.setdefault((rank, placement[matching_end(action).stage]), []).append(action)
             elif action.op in MESSAGES:
-                received.setdefault((placement[twin(action).stage], rank), []).append(twin(action))
+                received.setdefault((placement[matching_end(action).stage], rank), []).append(
+                    matching_end(action)
+                )
     for pair in sent.keys() | received.keys():
         if sent.get(pair) != received.get(pair):
             raise ScheduleError(f"ranks {pair} disagree on the order of their messages")

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from operator import itemgetter
 
-from megatron_lite.blueprint.schedules.actions import Action, Group, Lowered, Op, Schedule
+from megatron_lite.blueprint.schedules.actions import Action, ActionGroup, Lowered, Op, Schedule
 from megatron_lite.blueprint.schedules.simulate import Cost, Span, simulate, unit_cost
 from megatron_lite.blueprint.stages import Placement
 
@@ -63,9 +63,9 @@ def _meeting(
     return meeting
 
 
-def _interleave(row: tuple[Span, ...], meeting: dict[int, list[Action]]) -> tuple[Group, ...]:
+def _interleave(row: tuple[Span, ...], meeting: dict[int, list[Action]]) -> tuple[ActionGroup, ...]:
     reduce_at = _last_backwards(row)
-    groups: list[Group] = []
+    groups: list[ActionGroup] = []
     for i, (_, _, action) in enumerate(row):
         if i in meeting:
             groups.append(tuple(meeting[i]))

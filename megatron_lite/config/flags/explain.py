@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 
 from megatron_lite.config.flags.legacy import LEGACY, MEGATRON_DEFAULTS, OURS_ONLY
-from megatron_lite.config.flags.settings import Setting, documentation, sections, settings
+from megatron_lite.config.flags.settings import FlagSetting, documentation, sections, settings
 
 _INTRODUCTION = """\
 Flags are Megatron's; --a_b and --a-b are the same, and --x=value is --x value.
@@ -20,7 +20,7 @@ the command line itself
 """
 
 
-def default_in_words(setting: Setting) -> str:
+def default_in_words(setting: FlagSetting) -> str:
     """A setting's default as --help and the docs write it."""
     if setting.required:
         return "required"
@@ -31,7 +31,7 @@ def default_in_words(setting: Setting) -> str:
     return "none" if setting.default in (None, "") else str(setting.default)
 
 
-def usage(setting: Setting) -> str:
+def usage(setting: FlagSetting) -> str:
     """The flag as it is written: `--lr FLOAT`, `--bf16`, `--no-load-optim`."""
     if setting.kind is not bool:
         shown = setting.type_name if setting.choices else setting.type_name.upper()
@@ -61,7 +61,7 @@ def help_text() -> str:
     return "\n".join(blocks)
 
 
-def explain(flag: str, setting: Setting | None) -> str:
+def explain(flag: str, setting: FlagSetting | None) -> str:
     """The whole answer to --explain: `setting` is None for a row of the legacy table."""
     if setting is None:
         row = LEGACY[flag]

@@ -1,7 +1,7 @@
 """A command line with Megatron's flags becomes a RunConfig.
 
 Flags are made from the sections (`settings()`), the rest of Megatron's from the table in
-legacy.py.  Precedence: default < preset < file < flag; `Parsed.origin` remembers which won.
+legacy.py.  Precedence: default < preset < file < flag; `ParsedFlags.origin` remembers which won.
 Nothing is ignored silently: what has no effect gives a notice, what is unknown an error.
 """
 
@@ -23,7 +23,7 @@ from megatron_lite.config.flags.implied import imply
 from megatron_lite.config.flags.legacy import LEGACY
 from megatron_lite.config.flags.legacy_flag import Legacy
 from megatron_lite.config.flags.presets import list_presets, preset
-from megatron_lite.config.flags.settings import Setting, sections, settings
+from megatron_lite.config.flags.settings import FlagSetting, sections, settings
 from megatron_lite.config.flags.values import from_text, whole_number
 from megatron_lite.config.sections.run import RunConfig
 
@@ -37,7 +37,7 @@ _COMMANDS: Mapping[str, str] = {
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Parsed:
+class ParsedFlags:
     """A command line, understood."""
 
     config: RunConfig
@@ -51,7 +51,7 @@ class Parsed:
 class Spelling:
     """One way to write a setting's flag; `value` is what a bool's spelling sets."""
 
-    setting: Setting
+    setting: FlagSetting
     value: bool | None = None
 
 
@@ -79,7 +79,7 @@ def spellings() -> Mapping[str, Spelling]:
     return MappingProxyType(found)
 
 
-def parse(argv: Sequence[str]) -> Parsed:
+def parse(argv: Sequence[str]) -> ParsedFlags:
     """Read the arguments after the program's name.
 
     Raises one ConfigError that lists everything wrong with the command line.  --help, --explain
@@ -262,7 +262,9 @@ class _Reading:
             )
         return value
 
-    def _give(self, setting: Setting, value: object, written: str, *, own: bool = False) -> None:
+    def _give(
+        self, setting: FlagSetting, value: object, written: str, *, own: bool = False
+    ) -> None:
         """Set a field; of its own flags the last one counts, any other must say the same.
 
         own: written is a spelling of the field itself.
@@ -278,7 +280,7 @@ class _Reading:
             self.notices.append(_repeated(str(earlier), str(new)))
         self.given[setting.key] = new
 
-    def finish(self) -> Parsed:
+    def finish(self) -> ParsedFlags:
         """Put preset, file and flags together."""
         values: dict[str, object] = {k: copy.copy(s.default) for k, s in settings().items()}
         origin = dict.fromkeys(values, "default")
@@ -294,7 +296,7 @@ class _Reading:
         if self.problems:
             raise all_together(self.problems, "on the command line")
         self.notices += imply(values, origin)
-        return Parsed(
+        return ParsedFlags(
             config=_build(values),
             notices=tuple(self.notices),
             origin=MappingProxyType(origin),

@@ -21,7 +21,7 @@ from megatron_lite.config.sections.run import RunConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Setting:
+class FlagSetting:
     """One field of one section."""
 
     section: str
@@ -44,7 +44,7 @@ class Setting:
 
     @property
     def key(self) -> str:
-        """section.field, as in files and in `Parsed.origin`."""
+        """section.field, as in files and in `ParsedFlags.origin`."""
         return f"{self.section}.{self.name}"
 
     @property
@@ -75,8 +75,8 @@ def sections() -> dict[str, type]:
 
 
 @functools.cache
-def settings() -> Mapping[str, Setting]:
-    """section.field -> Setting, in the sections' order."""
+def settings() -> Mapping[str, FlagSetting]:
+    """section.field -> FlagSetting, in the sections' order."""
     found = [
         _setting(section, field, hint)
         for section, cls in sections().items()
@@ -90,7 +90,7 @@ def _fields(cls: type) -> list[tuple[dataclasses.Field[object], object]]:
     return [(field, hints[field.name]) for field in dataclasses.fields(cls)]
 
 
-def _setting(section: str, field: dataclasses.Field[object], hint: object) -> Setting:
+def _setting(section: str, field: dataclasses.Field[object], hint: object) -> FlagSetting:
     optional = many = False
     choices: tuple[object, ...] = ()
     # Literal[...] | None is a typing.Union up to Python 3.13
@@ -115,7 +115,7 @@ def _setting(section: str, field: dataclasses.Field[object], hint: object) -> Se
     if hint is bool:
         off = (f"--no-{dashed}", *meta.get("aliases_off", ()))
         off = (meta["off"], *off) if "off" in meta else off
-    return Setting(
+    return FlagSetting(
         section=section,
         name=field.name,
         kind=typing.cast(type, hint),

@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Sequence
 
-from megatron_lite.config.flags.settings import Setting
+from megatron_lite.config.flags.settings import FlagSetting
 
 LARGEST_INT = 2**63 - 1
 """Counters live in int64 arrays and files."""
@@ -14,7 +14,7 @@ LARGEST_INT = 2**63 - 1
 _WHOLE = re.compile(r"[+-]?[0-9]+(_[0-9]+)*")
 
 
-def from_text(setting: Setting, texts: Sequence[str]) -> object:
+def from_text(setting: FlagSetting, texts: Sequence[str]) -> object:
     """The values after a flag as the setting's type.
 
     Raises ValueError with words that continue the flag's name: "takes one value, got 2: ...".
@@ -31,7 +31,7 @@ def from_text(setting: Setting, texts: Sequence[str]) -> object:
     return _one(setting, texts[0])
 
 
-def from_yaml(setting: Setting, value: object) -> object:
+def from_yaml(setting: FlagSetting, value: object) -> object:
     """A value read from YAML as the setting's type; ValueError as in `from_text`."""
     if value is None:
         if setting.optional:
@@ -44,7 +44,7 @@ def from_yaml(setting: Setting, value: object) -> object:
     return _one_yaml(setting, value)
 
 
-def _one_yaml(setting: Setting, value: object) -> object:
+def _one_yaml(setting: FlagSetting, value: object) -> object:
     if setting.kind is bool:
         if not isinstance(value, bool):
             raise ValueError(f"takes true or false, got {value!r}")
@@ -61,7 +61,7 @@ def _one_yaml(setting: Setting, value: object) -> object:
     return _one(setting, value if isinstance(value, str) else repr(value))
 
 
-def _one(setting: Setting, text: str) -> object:
+def _one(setting: FlagSetting, text: str) -> object:
     if setting.kind is int:
         return _chosen(setting, whole_number(text))
     if setting.kind is float:
@@ -73,7 +73,7 @@ def _one(setting: Setting, text: str) -> object:
     return _chosen(setting, text)
 
 
-def _chosen(setting: Setting, value: object) -> object:
+def _chosen(setting: FlagSetting, value: object) -> object:
     if not setting.choices or value in setting.choices:
         return value
     if setting.case_insensitive:

@@ -184,7 +184,7 @@ def split_backward(config: RunConfig, world_size: int) -> Iterator[str]:
     name = config.parallel.pipeline_schedule
     if name in SPLIT_BACKWARD and not config.precision.gradient_accumulation_fusion:
         yield (
-            f"--pipeline-schedule {name} postpones weight gradients, which "
+            f"--pipeline-schedule {name} defers weight gradients, which "
             "--no-gradient-accumulation-fusion leaves to autograd; drop one of them"
         )
 

@@ -217,7 +217,7 @@ class Difference:
         return f"{flag}: {_show(self.before)} -> {_show(self.now)}"
 
 
-def differences(before: ModelConfig, now: ModelConfig) -> list[Difference]:
+def model_differences(before: ModelConfig, now: ModelConfig) -> list[Difference]:
     """What makes weights of the one mean something else in the other."""
     found = []
     for trait in COMPARED:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from megatron_lite.config.flags.settings import Setting, settings
+from megatron_lite.config.flags.settings import FlagSetting, settings
 from megatron_lite.config.sections.run import RunConfig
 
 
 @dataclass(frozen=True, slots=True)
-class Range:
+class ValueRange:
     """Numbers from `low` to `high`, without the ends that are `open_low`, `open_high`."""
 
     low: float
@@ -35,17 +35,17 @@ def _number(value: float) -> str:
     return str(int(value)) if float(value).is_integer() and value < 1e15 else f"{value:g}"
 
 
-_SIZE = Range(1, 2**31 - 1)
-_COUNT = Range(0, 2**31 - 1)
-_SAMPLES = Range(1, 2**48)
-_SAMPLES_OR_NONE = Range(0, 2**48)
-_SHARE = Range(0.0, 1.0, open_high=True)
-_POSITIVE = Range(0.0, 1e38, open_low=True)
-_NOT_NEGATIVE = Range(0.0, 1e38)
-_BELOW_ONE = Range(0.0, 1.0, open_low=True, open_high=True)
+_SIZE = ValueRange(1, 2**31 - 1)
+_COUNT = ValueRange(0, 2**31 - 1)
+_SAMPLES = ValueRange(1, 2**48)
+_SAMPLES_OR_NONE = ValueRange(0, 2**48)
+_SHARE = ValueRange(0.0, 1.0, open_high=True)
+_POSITIVE = ValueRange(0.0, 1e38, open_low=True)
+_NOT_NEGATIVE = ValueRange(0.0, 1e38)
+_BELOW_ONE = ValueRange(0.0, 1.0, open_low=True, open_high=True)
 
-RANGES: Mapping[str, Range] = {
-    "model.num_layers": Range(1, 100_000),
+RANGES: Mapping[str, ValueRange] = {
+    "model.num_layers": ValueRange(1, 100_000),
     "model.hidden_size": _SIZE,
     "model.num_attention_heads": _SIZE,
     "model.seq_length": _SIZE,
@@ -56,7 +56,7 @@ RANGES: Mapping[str, Range] = {
     "model.vocab_size": _SIZE,
     "model.make_vocab_size_divisible_by": _SIZE,
     "model.rotary_base": _POSITIVE,
-    "model.rotary_percent": Range(0.0, 1.0, open_low=True),
+    "model.rotary_percent": ValueRange(0.0, 1.0, open_low=True),
     "model.norm_epsilon": _BELOW_ONE,
     "model.hidden_dropout": _SHARE,
     "model.attention_dropout": _SHARE,
@@ -70,7 +70,7 @@ RANGES: Mapping[str, Range] = {
     "parallel.decoder_last_pipeline_num_layers": _SIZE,
     "parallel.ddp_bucket_size": _SAMPLES,
     "parallel.recompute_num_layers": _SIZE,
-    "parallel.distributed_timeout_minutes": Range(0.0, 1e6, open_low=True),
+    "parallel.distributed_timeout_minutes": ValueRange(0.0, 1e6, open_low=True),
     "precision.loss_scale": _POSITIVE,
     "precision.initial_loss_scale": _POSITIVE,
     "precision.min_loss_scale": _POSITIVE,
@@ -97,9 +97,9 @@ RANGES: Mapping[str, Range] = {
     "learning_rate.lr_warmup_init": _NOT_NEGATIVE,
     "learning_rate.lr_wsd_decay_iters": _SIZE,
     "learning_rate.lr_wsd_decay_samples": _SAMPLES,
-    "data.mid_level_dataset_surplus": Range(0.0, 1.0),
-    "data.tiktoken_num_special_tokens": Range(7, 1 << 20),
-    "data.num_workers": Range(0, 1024),
+    "data.mid_level_dataset_surplus": ValueRange(0.0, 1.0),
+    "data.tiktoken_num_special_tokens": ValueRange(7, 1 << 20),
+    "data.num_workers": ValueRange(0, 1024),
     "train.micro_batch_size": _SIZE,
     "train.global_batch_size": _SIZE,
     "train.rampup_batch_size": _SAMPLES_OR_NONE,
@@ -110,11 +110,11 @@ RANGES: Mapping[str, Range] = {
     "train.eval_interval": _SIZE,
     "train.eval_iters": _COUNT,
     "train.exit_interval": _SIZE,
-    "train.exit_duration_in_mins": Range(0.0, 1e9, open_low=True),
+    "train.exit_duration_in_mins": ValueRange(0.0, 1e9, open_low=True),
     "train.manual_gc_interval": _COUNT,
     "guards.loss_spike_factor": _NOT_NEGATIVE,
     "guards.grad_norm_spike_factor": _NOT_NEGATIVE,
-    "guards.spike_window": Range(2, 100_000),
+    "guards.spike_window": ValueRange(2, 100_000),
     "guards.check_replicas": _COUNT,
     "checkpoint.save_interval": _COUNT,
     "checkpoint.ckpt_step": _COUNT,
@@ -145,7 +145,7 @@ def out_of_range(config: RunConfig) -> Iterator[tuple[str, str]]:
                 yield key, f"{setting.flag} {item} must be {allowed.words()}"
 
 
-def _fits(setting: Setting, value: object, allowed: Range) -> bool:
+def _fits(setting: FlagSetting, value: object, allowed: ValueRange) -> bool:
     """bool is an int in Python, and a config made in code may hold anything."""
     kinds = (int,) if setting.kind is int else (int, float)
     return isinstance(value, kinds) and not isinstance(value, bool) and allowed.holds(value)

@@ -63,7 +63,7 @@ OF_SIZES: tuple[Rule, ...] = (
 )
 """What a Blueprint needs to come out."""
 
-RULES: tuple[Rule, ...] = (
+CONFIG_RULES: tuple[Rule, ...] = (
     *OF_SIZES,
     Rule(layout.split_backward),
     Rule(training.precision),
@@ -125,7 +125,7 @@ def problems(config: RunConfig, world_size: int, *, built: bool = True) -> list[
     built=False: what is only not built yet is no problem (the planner's view).
     """
     ranges = dict(out_of_range(config))
-    found = [*ranges.values(), *_broken(RULES, config, world_size, ranges)]
+    found = [*ranges.values(), *_broken(CONFIG_RULES, config, world_size, ranges)]
     if built and ranges.keys().isdisjoint(_WORLD):
         found += not_yet(config, world_size)
     return found
@@ -164,7 +164,7 @@ def check_sizes(config: RunConfig, world_size: int) -> None:
     _refuse(size_problems(config, world_size), world_size)
 
 
-def check(config: RunConfig, world_size: int, *, built: bool = True) -> None:
+def check_config(config: RunConfig, world_size: int, *, built: bool = True) -> None:
     """Raise one ConfigError that lists every broken rule; pure, so it runs anywhere."""
     _require_ranks(world_size)
     _refuse(problems(config, world_size, built=built), world_size)

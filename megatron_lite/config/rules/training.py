@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Iterator
 
-from megatron_lite.config.blend import blends, sources
+from megatron_lite.config.blend import blends, data_sources
 from megatron_lite.config.errors import ConfigError
 from megatron_lite.config.rules.layout import nearest
 from megatron_lite.config.rules.model_identity import CHANGEABLE, named, not_changeable
@@ -246,7 +246,7 @@ def parameter_gather(config: RunConfig, world_size: int) -> Iterator[str]:
 def data_source(config: RunConfig, world_size: int) -> Iterator[str]:
     """Exactly one source of data, with a list and a split that can be read."""
     d = config.data
-    if config.train.needs_no_data and not sources(d):
+    if config.train.needs_no_data and not data_sources(d):
         return
     try:
         found = blends(d)

@@ -10,11 +10,13 @@ from contextlib import ExitStack
 from typing import IO
 
 from megatron_lite.config.errors import DataError
-from megatron_lite.data.preparing.parts import Batch, Part, Place, too_long
+from megatron_lite.data.preparing.parts import InputPart, InputPlace, RecordBatch, too_long
 from megatron_lite.data.preparing.streams import open_stream
 
 
-def read_array(part: Part, batch_bytes: int, place: Place, longest: int) -> Iterator[Batch]:
+def read_array(
+    part: InputPart, batch_bytes: int, place: InputPlace, longest: int
+) -> Iterator[RecordBatch]:
     """The elements of a JSON array, one line each; at most a few elements beyond a batch in memory.
 
     Newlines between the parts of a pretty-printed element become spaces: inside strings JSON
@@ -40,10 +42,10 @@ def read_array(part: Part, batch_bytes: int, place: Place, longest: int) -> Iter
                 return
             position += len(lines)
             read, done = raw.tell() - done, raw.tell()
-            yield Batch(
+            yield RecordBatch(
                 part.path,
                 numbers[0],
-                Place(place.part, position),
+                InputPlace(place.part, position),
                 read,
                 b"\n".join(lines),
                 numbers=tuple(numbers),

@@ -31,12 +31,12 @@ from megatron_lite.data.preparing.indexed_builder import IndexedDatasetBuilder
 from megatron_lite.data.provenance import facts_path, maker_of, read_facts
 from megatron_lite.storage.disk import Disk
 
-CHUNK = 1 << 22  # tokens looked at together
+_CHUNK = 1 << 22  # tokens looked at together
 DOCUMENTS = 1 << 16  # documents rewritten together
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
+class CheckReport:
     """What a complete reading of a pair found."""
 
     dtype: str
@@ -52,7 +52,7 @@ class Report:
 
 def verify(
     prefix: str | os.PathLike[str], *, vocab_size: int | None = None, eod: int | None = None
-) -> Report:
+) -> CheckReport:
     """Read every token; DataError for anything wrong, the first id outside the vocabulary included."""
     dataset = IndexedDataset(prefix)
     maker = maker_of(dataset)
@@ -60,8 +60,8 @@ def verify(
         vocab_size = min(maker.vocab_size, vocab_size or maker.vocab_size)
     tokens = _tokens(dataset)
     low, high = 0, -1
-    for start in range(0, len(tokens), CHUNK):
-        part = tokens[start : start + CHUNK]
+    for start in range(0, len(tokens), _CHUNK):
+        part = tokens[start : start + _CHUNK]
         least, most = int(part.min()), int(part.max())
         if least < 0 or (vocab_size is not None and most >= vocab_size):
             wrong = (part < 0) | (part >= (most + 1 if vocab_size is None else vocab_size))
@@ -71,7 +71,7 @@ def verify(
         high = max(high, most)
     bounds = dataset.document_indices
     empty = int(np.count_nonzero(_document_tokens(dataset) == 0))
-    return Report(
+    return CheckReport(
         dtype=str(dataset.dtype),
         documents=len(bounds) - 1,
         empty_documents=empty,

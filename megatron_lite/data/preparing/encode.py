@@ -26,8 +26,8 @@ from megatron_lite.config.errors import DataError
 from megatron_lite.config.sections.data import DataConfig
 from megatron_lite.data.indexed import token_dtype
 from megatron_lite.data.preparing.pair_writer import TokenBatch
-from megatron_lite.data.preparing.parts import LONGEST_LINE, Batch, TextUnit
-from megatron_lite.data.preparing.records import OnBadLine, Parsed, Reader, Texts, bad_line
+from megatron_lite.data.preparing.parts import LONGEST_LINE, RecordBatch, TextUnit
+from megatron_lite.data.preparing.records import OnBadLine, ParsedBatch, Reader, Texts, bad_line
 from megatron_lite.data.tokenizers.base import Tokenizer
 from megatron_lite.data.tokenizers.build import build_tokenizer
 from megatron_lite.data.tokenizers.engines import AUTO, Encoded
@@ -70,10 +70,10 @@ class Job:
 
 
 @dataclass(frozen=True, slots=True)
-class Result:
+class EncodedBatch:
     """A batch as tokens, one TokenBatch per key; the batch itself without its data."""
 
-    batch: Batch
+    batch: RecordBatch
     tokens: list[TokenBatch]
     input_bytes: int
     skipped: Counter[str]
@@ -90,11 +90,11 @@ class Encoder:
         self._eod = tokenizer.eod if job.append_eod else None
         self._batches = 0
 
-    def parse(self, batch: Batch) -> tuple[Batch, Parsed]:
+    def parse(self, batch: RecordBatch) -> tuple[RecordBatch, ParsedBatch]:
         """The texts of a batch; DataError names file and line."""
         return batch, self._reader.parse(batch)
 
-    def encode(self, item: tuple[Batch, Parsed]) -> Result:
+    def encode(self, item: tuple[RecordBatch, ParsedBatch]) -> EncodedBatch:
         """The tokens of a batch; DataError names file and line."""
         batch, parsed = item
         self._compare(parsed)
@@ -109,13 +109,13 @@ class Encoder:
         ]
         size = len(batch.data) if batch.records is None else sum(len(t.tokens) for t in tokens)
         bare = replace(batch, data=b"", records=None, numbers=None)
-        return Result(bare, tokens, size, parsed.skipped)
+        return EncodedBatch(bare, tokens, size, parsed.skipped)
 
-    def run(self, batch: Batch) -> Result:
+    def run(self, batch: RecordBatch) -> EncodedBatch:
         """Both steps."""
         return self.encode(self.parse(batch))
 
-    def _compare(self, parsed: Parsed) -> None:
+    def _compare(self, parsed: ParsedBatch) -> None:
         """Real text against the reference: many at the start, now and then one more."""
         choice, texts = self.tokenizer.choice, parsed.keys[0].texts
         if self._batches == 0:
@@ -130,9 +130,9 @@ class Encoder:
             choice.check_again(texts[self._batches % len(texts)][:CHECK_CHARACTERS])
         self._batches += 1
 
-    def _without_refused(self, batch: Batch, parsed: Parsed) -> Parsed:
+    def _without_refused(self, batch: RecordBatch, parsed: ParsedBatch) -> ParsedBatch:
         """A text the tokenizer refuses makes its record a bad one: an error, or skipped."""
-        kept = Parsed([Texts() for _ in parsed.keys], [], parsed.skipped)
+        kept = ParsedBatch([Texts() for _ in parsed.keys], [], parsed.skipped)
         starts = [np.cumsum([0, *key.counts]) for key in parsed.keys]
         for record, line in enumerate(parsed.lines):
             found = [
@@ -154,7 +154,9 @@ class Encoder:
                 key.counts.append(len(texts))
         return kept
 
-    def _arrange(self, batch: Batch, parsed: Parsed, texts: Texts, encoded: Encoded) -> TokenBatch:
+    def _arrange(
+        self, batch: RecordBatch, parsed: ParsedBatch, texts: Texts, encoded: Encoded
+    ) -> TokenBatch:
         """Lengths and document bounds, EODs in their places, the file's dtype."""
         self._check_range(batch, parsed, encoded.ids)
         tokens = encoded.ids.astype(self._dtype)
@@ -173,7 +175,9 @@ class Encoder:
             eods = len(last)
         return TokenBatch(tokens, lengths.astype(np.int32), sequences, eods)
 
-    def _check_range(self, batch: Batch, parsed: Parsed, ids: npt.NDArray[np.int32]) -> None:
+    def _check_range(
+        self, batch: RecordBatch, parsed: ParsedBatch, ids: npt.NDArray[np.int32]
+    ) -> None:
         size = self.tokenizer.vocab_size
         if len(ids) and (int(ids.min()) < 0 or int(ids.max()) >= size):
             first, last = batch.where(parsed.lines[0]), batch.where(parsed.lines[-1])
@@ -220,13 +224,13 @@ def _start_worker(job: Job) -> None:
     _encoders.append(Encoder(job, job.tokenizer()))
 
 
-def _run(batch: Batch) -> Result:
+def _run(batch: RecordBatch) -> EncodedBatch:
     return _encoders[0].run(batch)
 
 
 def encoded_batches(
-    job: Job, tokenizer: Tokenizer, batches: Iterator[Batch], workers: int
-) -> Generator[Result, None, None]:
+    job: Job, tokenizer: Tokenizer, batches: Iterator[RecordBatch], workers: int
+) -> Generator[EncodedBatch, None, None]:
     """Every batch as tokens, in order; a worker that dies ends the run with a DataError at once."""
     encoder = Encoder(job, tokenizer)
     if tokenizer.choice.engine.threaded and workers > 1:
@@ -238,12 +242,12 @@ def encoded_batches(
         yield from in_processes(job, batches, workers)
 
 
-def in_processes(job: Job, batches: Iterator[Batch], workers: int) -> Iterator[Result]:
+def in_processes(job: Job, batches: Iterator[RecordBatch], workers: int) -> Iterator[EncodedBatch]:
     """The same by worker processes."""
     pool = ProcessPoolExecutor(
         workers, multiprocessing.get_context("spawn"), initializer=_start_worker, initargs=(job,)
     )
-    waiting: deque[Future[Result]] = deque()
+    waiting: deque[Future[EncodedBatch]] = deque()
     try:
         for batch in batches:
             waiting.append(pool.submit(_run, batch))

@@ -18,8 +18,8 @@ from megatron_lite.data.preparing.flat_header import Header, header_of
 from megatron_lite.data.preparing.indexed_builder import IndexedDatasetBuilder, write_index
 from megatron_lite.storage.disk import Disk
 
-CHUNK = 1 << 24  # tokens looked at together
-MOST = np.iinfo(np.int32).max
+_CHUNK = 1 << 24  # tokens looked at together
+_MOST = np.iinfo(np.int32).max
 
 
 class Flat(NamedTuple):
@@ -58,16 +58,16 @@ def read_flat(path: str | os.PathLike[str], dtype: npt.DTypeLike | None = None) 
 def document_lengths(tokens: npt.NDArray[np.integer[Any]], eod: int) -> npt.NDArray[np.int64]:
     """Tokens of every document, each with its EOD."""
     ends = [
-        np.flatnonzero(tokens[start : start + CHUNK] == eod) + (start + 1)
-        for start in range(0, len(tokens), CHUNK)
+        np.flatnonzero(tokens[start : start + _CHUNK] == eod) + (start + 1)
+        for start in range(0, len(tokens), _CHUNK)
     ]
     bounds = np.concatenate([np.zeros(1, np.int64), *ends]).astype(np.int64)
     if bounds[-1] != len(tokens):
         bounds = np.append(bounds, len(tokens))
     lengths = np.diff(bounds)
-    if len(lengths) and lengths.max() > MOST:
+    if len(lengths) and lengths.max() > _MOST:
         raise DataError(
-            f"a document of {lengths.max()} tokens, at most {MOST} - is {eod} the right --eod?"
+            f"a document of {lengths.max()} tokens, at most {_MOST} - is {eod} the right --eod?"
         )
     return lengths
 
@@ -113,7 +113,7 @@ def convert_flat(
     with IndexedDatasetBuilder(f"{os.fspath(prefix)}.bin", tokens.dtype, disk) as builder:
         first, begin = 0, 0
         while first < len(lengths):
-            last = max(first + 1, int(np.searchsorted(stops, begin + CHUNK, side="right")))
+            last = max(first + 1, int(np.searchsorted(stops, begin + _CHUNK, side="right")))
             part = lengths[first:last]
             stop = int(stops[last - 1])
             builder.add_documents(tokens[begin:stop], part, np.ones(len(part), np.int64))

@@ -26,7 +26,7 @@ LLM_C_OTHERS = {
     20240527: "a state",
 }
 PICKLES = (b"\x80\x04\x95", b"\x80\x05\x95", b"\x80\x02\x8a\x0a", b"\x80\x02}q", b"\x80\x02]q")
-LONGEST = 1 << 14  # bytes looked at
+LONGEST_HEADER = 1 << 14  # bytes looked at
 SHORTEST_TEXT = 64
 
 
@@ -42,7 +42,7 @@ def header_of(path: str | os.PathLike[str]) -> Header | None:
     """None where the file begins with its tokens; DataError for a file of another kind."""
     size = Path(path).stat().st_size
     with open(path, "rb") as file:
-        begin = file.read(LONGEST)
+        begin = file.read(LONGEST_HEADER)
     found = _llm_c(path, begin, size) or _numpy(path, begin, size)
     if found is None:
         _refuse_foreign(path, begin, size)

@@ -19,13 +19,13 @@ from megatron_lite.data.indexed import (
     MAGIC,
     VERSION,
     IndexedDataset,
-    Tokens,
+    TokenArray,
     bin_path,
     idx_path,
 )
 from megatron_lite.storage.disk import Disk, temporary_name
 
-WRITE_BYTES = 4 << 20  # small documents are gathered into writes of this size
+_WRITE_BYTES = 4 << 20  # small documents are gathered into writes of this size
 
 
 def write_index(
@@ -46,7 +46,7 @@ def write_index(
 
 
 def _write_index(
-    path: Path, dtype: np.dtype[Any], lengths: Tokens, bounds: Tokens, disk: Disk
+    path: Path, dtype: np.dtype[Any], lengths: TokenArray, bounds: TokenArray, disk: Disk
 ) -> None:
     with disk.create(path) as file:
         file.write(HEADER.pack(MAGIC, VERSION, CODES[dtype], len(lengths), len(bounds)))
@@ -127,7 +127,7 @@ class IndexedDatasetBuilder:
             )
         before = len(self._lengths)
         with open(bin_path(prefix), "rb") as file:
-            while chunk := file.read(4 * WRITE_BYTES):
+            while chunk := file.read(4 * _WRITE_BYTES):
                 self._append_bytes(chunk)
         self._append_lengths(other.sequence_lengths)
         self._bounds.frombytes((other.document_indices[1:] + before).tobytes())
@@ -187,7 +187,7 @@ class IndexedDatasetBuilder:
     def __exit__(self, *_: object) -> None:
         self.abort()
 
-    def _append_tokens(self, tokens: Tokens) -> None:
+    def _append_tokens(self, tokens: TokenArray) -> None:
         if tokens.size == 0:
             return
         if tokens.dtype.kind not in "iu":
@@ -206,7 +206,7 @@ class IndexedDatasetBuilder:
     def _append_bytes(self, data: bytes) -> None:
         self._pending.append(data)
         self._pending_bytes += len(data)
-        if self._pending_bytes >= WRITE_BYTES:
+        if self._pending_bytes >= _WRITE_BYTES:
             self._flush()
 
     def _flush(self) -> None:
@@ -214,7 +214,7 @@ class IndexedDatasetBuilder:
         self._pending.clear()
         self._pending_bytes = 0
 
-    def _append_lengths(self, lengths: Tokens) -> None:
+    def _append_lengths(self, lengths: TokenArray) -> None:
         if lengths.size and lengths.max() > np.iinfo(np.int32).max:
             raise DataError(f"{self.path}: a sequence of {lengths.max()} tokens; at most 2^31 - 1")
         if lengths.size and lengths.min() < 0:

@@ -23,12 +23,12 @@ from megatron_lite.data.preparing.arrays import read_array
 from megatron_lite.data.preparing.parts import (
     BOM,
     LONGEST_LINE,
-    Batch,
-    Kind,
-    Part,
-    Place,
+    InputKind,
+    InputPart,
+    InputPlace,
+    RecordBatch,
     TextUnit,
-    lines_of,
+    count_newlines,
 )
 from megatron_lite.data.preparing.streams import (
     drop_line,
@@ -41,12 +41,12 @@ from megatron_lite.data.preparing.streams import (
 from megatron_lite.data.preparing.tables import read_parquet, read_table
 from megatron_lite.data.preparing.texts import read_texts
 
-RECORDS = (".json", ".jsonl", ".parquet")
+RECORD_READERS = (".json", ".jsonl", ".parquet")
 TABLES = (".csv", ".tsv")
 TEXT = (".txt",)
 RECORD = re.compile(rb'\{\s*"')  # how a JSON object begins
 
-log = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
 
 def find_inputs(patterns: Sequence[str]) -> list[str]:
@@ -77,11 +77,11 @@ def _inside(folder: str) -> list[str]:
         str(Path(where) / name)
         for where, _, inside in os.walk(folder)
         for name in inside
-        if stem(name).endswith(RECORDS + TABLES + TEXT) and not name.startswith(".")
+        if stem(name).endswith(RECORD_READERS + TABLES + TEXT) and not name.startswith(".")
     )
-    records = [name for name in names if stem(name).endswith(RECORDS)]
+    records = [name for name in names if stem(name).endswith(RECORD_READERS)]
     if records and len(records) < len(names):
-        log.warning(
+        _log.warning(
             "note: --input %s: %d .txt, .csv and .tsv files beside %d of records are left out - "
             "name them by a glob to have them",
             folder,
@@ -90,18 +90,18 @@ def _inside(folder: str) -> list[str]:
         )
     if not names:
         raise DataError(
-            f"--input {folder} is a folder without {', '.join(RECORDS + TABLES + TEXT)} files "
+            f"--input {folder} is a folder without {', '.join(RECORD_READERS + TABLES + TEXT)} files "
             f"(or these with {', '.join(streams.SUFFIXES)}) - name files of other suffixes by a glob"
         )
     return records or names
 
 
-def plan(
+def plan_inputs(
     paths: Sequence[str],
     shard: tuple[int, int] | None = None,
     *,
     unit: TextUnit | None = None,
-) -> list[Part]:
+) -> list[InputPart]:
     """What to read of every file; shard (i, n), i from 1, is the i-th of n equal cuts of all bytes.
 
     A line belongs to the shard in which it begins; a packed file, an array, a table, a Parquet
@@ -127,7 +127,7 @@ def plan(
     return chosen
 
 
-def part_of(path: str, unit: TextUnit | None = None) -> Part:
+def part_of(path: str, unit: TextUnit | None = None) -> InputPart:
     """What a file is; DataError where it is none that can be read.
 
     unit: what --text-unit says; None: a .txt file is one text, unless JSON lines are in it.
@@ -136,44 +136,44 @@ def part_of(path: str, unit: TextUnit | None = None) -> Part:
     streams.refuse_foreign(path, content)
     packed, name = disk[:64] != content[:64], stem(path)
     if disk.startswith(streams.PARQUET):
-        return Part(path, "parquet")
+        return InputPart(path, "parquet")
     if content.startswith(streams.PARQUET):
         raise DataError(f"--input {path} is packed Parquet - unpack it; Parquet packs its pages")
     if name.endswith(".parquet"):
         raise streams.not_what_it_says(path, "Parquet", disk)
     if name.endswith(TABLES):
-        return Part(path, "table", packed=packed)
+        return InputPart(path, "table", packed=packed)
     text = content.removeprefix(BOM).lstrip()
     if name.endswith(TEXT) and unit is None and RECORD.match(text):
-        log.warning("note: --input %s holds JSON lines and is read as such; --text-unit line would "
+        _log.warning("note: --input %s holds JSON lines and is read as such; --text-unit line would "
                     "take them as text", path)  # fmt: skip
-    elif name.endswith(TEXT) or (unit is not None and not name.endswith(RECORDS)):
-        kind: Kind = "lines" if unit == "line" else "text"
-        return Part(path, kind, packed=packed, unit=unit or "file")
-    elif text and text[:1] not in (b"{", b"[") and not name.endswith(RECORDS):
+    elif name.endswith(TEXT) or (unit is not None and not name.endswith(RECORD_READERS)):
+        kind: InputKind = "lines" if unit == "line" else "text"
+        return InputPart(path, kind, packed=packed, unit=unit or "file")
+    elif text and text[:1] not in (b"{", b"[") and not name.endswith(RECORD_READERS):
         raise DataError(
             f"--input {path} holds no JSON and its name tells nothing else - give --text-unit file, line or "
             "paragraph to read it as text, or call it .csv, .tsv, .json or .jsonl"
         )
-    return Part(path, "array" if text[:1] == b"[" else "lines", packed=packed)
+    return InputPart(path, "array" if text[:1] == b"[" else "lines", packed=packed)
 
 
 def read_batches(
-    parts: Sequence[Part],
+    parts: Sequence[InputPart],
     batch_bytes: int,
     *,
-    start: Place | None = None,
+    start: InputPlace | None = None,
     columns: Sequence[str] | None = None,
     longest: int = LONGEST_LINE,
-) -> Iterator[Batch]:
+) -> Iterator[RecordBatch]:
     """The batches of all parts from `start` on; columns are what Parquet files are read for.
 
     longest: bytes of a line, element, cell or text; of what is longer no more is kept in memory.
     """
-    start = start or Place()
+    start = start or InputPlace()
     for number in range(start.part, len(parts)):
         part = parts[number]
-        place = start if number == start.part else Place(number)
+        place = start if number == start.part else InputPlace(number)
         try:
             if part.kind == "parquet":
                 yield from read_parquet(part, batch_bytes, place, columns, longest)
@@ -189,7 +189,9 @@ def read_batches(
             raise unreadable(part.path, error) from error
 
 
-def read_lines(part: Part, batch_bytes: int, place: Place, longest: int) -> Iterator[Batch]:
+def read_lines(
+    part: InputPart, batch_bytes: int, place: InputPlace, longest: int
+) -> Iterator[RecordBatch]:
     """Batches of whole lines; a byte order mark at the beginning of the file is cut.
 
     Of a line that is too long as much is kept as shows that it is.
@@ -217,9 +219,11 @@ def read_lines(part: Part, batch_bytes: int, place: Place, longest: int) -> Iter
                     size += drop_line(stream)
                     data += b"\n" * (size > len(data))
             position += size
-            count, read, done = lines_of(data), raw.tell() - done, raw.tell()
-            after = Place(place.part, position, line + count)
+            count, read, done = count_newlines(data), raw.tell() - done, raw.tell()
+            after = InputPlace(place.part, position, line + count)
             if beginning:
                 data = data.removeprefix(BOM)
-            yield Batch(part.path, line, after, read, data, origin, plain=part.unit is not None)
+            yield RecordBatch(
+                part.path, line, after, read, data, origin, plain=part.unit is not None
+            )
             line += count

@@ -18,12 +18,12 @@ import numpy.typing as npt
 
 from megatron_lite.config.errors import DataError, StorageError
 from megatron_lite.data.indexed import CODES, HEADER, MAGIC, VERSION, IndexedDataset
-from megatron_lite.data.provenance import Counts
+from megatron_lite.data.provenance import KeyCounts
 from megatron_lite.storage.disk import Bytes, Disk, DiskFile
 
-WRITE_BYTES = 4 << 20  # small batches are gathered into writes of this size
+_WRITE_BYTES = 4 << 20  # small batches are gathered into writes of this size
 LARGE_BYTES = 1 << 18  # what is no smaller is written as it is: gathering would copy it
-BLOCK = 1 << 20  # lengths turned into pointers at a time
+_BLOCK = 1 << 20  # lengths turned into pointers at a time
 READ_BYTES = 1 << 18  # read back at a time: stays in the processor's cache
 
 
@@ -73,7 +73,7 @@ class Appender:
             return
         self._pending.append(data)
         self._pending_bytes += len(data)
-        if self._pending_bytes >= WRITE_BYTES:
+        if self._pending_bytes >= _WRITE_BYTES:
             self.flush()
 
     def flush(self) -> None:
@@ -102,7 +102,7 @@ class PairWriter:
         dtype: np.dtype[Any],
         disk: Disk,
         *,
-        counts: Counts | None = None,
+        counts: KeyCounts | None = None,
         complete: bool = False,
     ) -> None:
         """counts: of a run to be continued; what was written after them is cut off.
@@ -110,7 +110,7 @@ class PairWriter:
         complete: both files are finished, only their names are missing.
         """
         self.dtype = dtype
-        self.counts = counts or Counts()
+        self.counts = counts or KeyCounts()
         self.bin, self.idx = folder / f"{name}.bin", folder / f"{name}.idx"
         self.meta = folder / f"{name}.meta.json"
         self._lengths, self._bounds = folder / f"{name}.lengths", folder / f"{name}.bounds"
@@ -167,16 +167,16 @@ class PairWriter:
         with self._disk.create(self.idx) as file:
             header = (MAGIC, VERSION, CODES[self.dtype], counts.sequences, counts.documents + 1)
             _write(file, content, HEADER.pack(*header))
-            for begin in range(0, len(lengths), BLOCK):
-                _write(file, content, lengths[begin : begin + BLOCK].tobytes())
+            for begin in range(0, len(lengths), _BLOCK):
+                _write(file, content, lengths[begin : begin + _BLOCK].tobytes())
             offset = 0
-            for begin in range(0, len(lengths), BLOCK):
-                sizes = lengths[begin : begin + BLOCK].astype("<i8") * self.dtype.itemsize
+            for begin in range(0, len(lengths), _BLOCK):
+                sizes = lengths[begin : begin + _BLOCK].astype("<i8") * self.dtype.itemsize
                 _write(file, content, (offset + np.cumsum(sizes) - sizes).astype("<i8").tobytes())
                 offset += int(sizes.sum())
             _write(file, content, bytes(8))  # the first document begins at sequence 0
             with open(self._bounds, "rb") as bounds:
-                while data := bounds.read(8 * BLOCK):
+                while data := bounds.read(8 * _BLOCK):
                     _write(file, content, data)
             file.fsync()
         return {
@@ -265,7 +265,7 @@ def _verified(path: Path, written: Content) -> str:
     return written.sha256()
 
 
-def verify_written(prefix: str, counts: Counts) -> None:
+def verify_written(prefix: str, counts: KeyCounts) -> None:
     """Open what was written as a trainer would: a count that differs is the disk's doing."""
     written = IndexedDataset(prefix)
     tokens = int(written.sequence_lengths.sum(dtype=np.int64))

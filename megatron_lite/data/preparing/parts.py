@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-Kind = Literal["lines", "array", "parquet", "table", "text"]
+InputKind = Literal["lines", "array", "parquet", "table", "text"]
 TextUnit = Literal["file", "line", "paragraph"]
 
 BOM = b"\xef\xbb\xbf"
@@ -15,14 +15,14 @@ LONGEST_LINE = 256 << 20  # bytes; what --max-line-mb changes
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class InputPart:
     """A file to be read: all of it, or of plain lines those that begin in [begin, end).
 
     unit: what of a text file is a document; None: the file holds records.
     """
 
     path: str
-    kind: Kind
+    kind: InputKind
     begin: int = 0
     end: int | None = None
     packed: bool = False
@@ -30,7 +30,7 @@ class Part:
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class InputPlace:
     """Where reading goes on: input number; byte, element or row; line number counted so far."""
 
     part: int = 0
@@ -46,11 +46,11 @@ class NoRecord:
     story: str
 
 
-Record = dict[str, Any] | NoRecord
+InputRecord = dict[str, Any] | NoRecord
 
 
 @dataclass(frozen=True, slots=True)
-class Batch:
+class RecordBatch:
     """Whole records of one file, as lines or as dicts, and where the next batch begins.
 
     `line` is the number of the first line (element's line, row) counted from byte `origin`.
@@ -59,12 +59,12 @@ class Batch:
 
     path: str
     line: int
-    next: Place
+    next: InputPlace
     read: int  # bytes on disk since the last batch: for the progress bar
     data: bytes = b""
     origin: int = 0
     numbers: tuple[int, ...] | None = None
-    records: tuple[Record, ...] | None = None
+    records: tuple[InputRecord, ...] | None = None
     plain: bool = False
 
     def where(self, index: int) -> str:
@@ -75,7 +75,7 @@ class Batch:
         return f"{self.path}:{before + self.line + index}"
 
 
-def lines_of(data: bytes) -> int:
+def count_newlines(data: bytes) -> int:
     """Newlines; numpy finds many of them in a third of the time that `bytes.count` takes."""
     return int(np.count_nonzero(np.frombuffer(data, np.uint8) == ord("\n")))
 
@@ -85,7 +85,7 @@ def count_lines(path: str, end: int) -> int:
     count = 0
     with open(path, "rb") as file:
         while end > 0 and (data := file.read(min(end, 1 << 24))):
-            count += lines_of(data)
+            count += count_newlines(data)
             end -= len(data)
     return count
 

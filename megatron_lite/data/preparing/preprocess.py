@@ -26,20 +26,20 @@ import numpy as np
 from megatron_lite.config.errors import ConfigError, DataError, StorageError
 from megatron_lite.data.indexed import IndexedDataset, bin_path, idx_path, token_dtype
 from megatron_lite.data.preparing.encode import (
+    EncodedBatch,
     Job,
-    Result,
     WorkerDied,
     batch_bytes_for,
     encoded_batches,
 )
-from megatron_lite.data.preparing.inputs import plan, read_batches
+from megatron_lite.data.preparing.inputs import plan_inputs, read_batches
 from megatron_lite.data.preparing.pair_writer import PairWriter, verify_written
-from megatron_lite.data.preparing.parts import LONGEST_LINE, Part, Place
+from megatron_lite.data.preparing.parts import LONGEST_LINE, InputPart, InputPlace
 from megatron_lite.data.preparing.room import require_room_for_rest
 from megatron_lite.data.preparing.streams import size_of
 from megatron_lite.data.preparing.summary import Summary
 from megatron_lite.data.provenance import (
-    Counts,
+    KeyCounts,
     end_of_document,
     made_with,
     tokenizer_facts,
@@ -51,14 +51,14 @@ from megatron_lite.storage.disk import Disk, write_atomically
 MARK_SECONDS = 15.0  # what a killed run loses at most, besides the batches under way
 JOURNAL = "journal.json"
 
-log = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
 
 class ResumeRefused(ConfigError):
     """--resume with other settings; what the interrupted run left stays."""
 
 
-Progress = Callable[[Summary], None]
+ReportProgress = Callable[[Summary], None]
 
 
 def preprocess(
@@ -73,7 +73,7 @@ def preprocess(
     shard: tuple[int, int] | None = None,
     batch_bytes: int | None = None,
     mark_seconds: float = MARK_SECONDS,
-    progress: Progress = lambda summary: None,
+    progress: ReportProgress = lambda summary: None,
 ) -> Summary:
     """Write `{output_prefix}_{key}_document.{bin,idx,meta.json}` for every key, whole or not at all.
 
@@ -84,7 +84,7 @@ def preprocess(
     """
     began = time.perf_counter()
     prefix = output_prefix if shard is None else shard_prefix(output_prefix, shard)
-    run = Run(job, inputs, prefix, disk, shard)
+    run = PreprocessRun(job, inputs, prefix, disk, shard)
     if resume and run.is_finished():
         return run.summary
     run.refuse_to_replace(overwrite=overwrite, resume=resume)
@@ -125,7 +125,7 @@ def shard_prefix(prefix: str, shard: tuple[int, int]) -> str:
     return f"{prefix}_{index:0{digits}}-of-{count}"
 
 
-class Run:
+class PreprocessRun:
     """One run's files, counts and place in the input."""
 
     def __init__(
@@ -137,19 +137,19 @@ class Run:
         shard: tuple[int, int] | None,
     ) -> None:
         self.job, self.inputs, self.disk, self.shard = job, inputs, disk, shard
-        self.parts: list[Part] = plan(inputs, shard, unit=job.text_unit)
+        self.parts: list[InputPart] = plan_inputs(inputs, shard, unit=job.text_unit)
         # a broken tokenizer is found here, before anything is written
         self.tokenizer: Tokenizer = job.tokenizer()
         if job.append_eod:
             assert self.tokenizer.eod >= 0
         self.made_with = made_with(self.tokenizer, job.data)
         if self.tokenizer.loses_text:
-            log.warning(
+            _log.warning(
                 "note: %s leaves out characters that its vocabulary lacks, and has no unknown token to "
                 "count them by", self.made_with,
             )  # fmt: skip
         self.dtype = token_dtype(self.tokenizer.vocab_size)
-        self.place = Place()
+        self.place = InputPlace()
         self.published = False
         path = Path(prefix).absolute()
         self.folder = path.with_name(f".{path.name}.partial")
@@ -187,12 +187,12 @@ class Run:
                 return False
         summary = self.summary
         summary.resumed = True
-        summary.keys = [Counts.of(fact) for fact in facts]
+        summary.keys = [KeyCounts.of(fact) for fact in facts]
         summary.hashes = [fact["sha256"] for fact in facts]
         summary.skipped = Counter(facts[0]["skipped"])
         summary.input_bytes = facts[0]["input_bytes"]
         summary.read_bytes = summary.read_before = summary.total_bytes
-        log.warning("note: --resume: the files of this run are complete; nothing to do")
+        _log.warning("note: --resume: the files of this run are complete; nothing to do")
         self.disk.remove_tree(self.folder)
         return True
 
@@ -242,7 +242,7 @@ class Run:
                 "choose another --output-prefix"
             ) from error
         except OSError:  # a network file system without locks
-            log.info("%s cannot be locked; do not start two runs with one prefix", self.folder)
+            _log.info("%s cannot be locked; do not start two runs with one prefix", self.folder)
 
     def _open(self, resume: bool) -> None:
         journal = self._journal()
@@ -250,13 +250,13 @@ class Run:
             self._continue(journal)
             return
         if journal:
-            log.warning(
+            _log.warning(
                 "note: an interrupted run had written %d documents; starting anew, --resume would "
                 "have gone on",
                 journal["keys"][0]["documents"],
             )
         elif resume:
-            log.warning("note: --resume: no interrupted run is there; starting from the beginning")
+            _log.warning("note: --resume: no interrupted run is there; starting from the beginning")
         for path in self.folder.iterdir():
             self.disk.remove(path)
         for number in range(len(self.prefixes)):
@@ -277,8 +277,8 @@ class Run:
                 + " - run without --resume to start anew"
             )
         self.published = journal["stage"] == "publish"
-        self.place = Place(**journal["place"])
-        counts = [Counts(**key) for key in journal["keys"]]
+        self.place = InputPlace(**journal["place"])
+        counts = [KeyCounts(**key) for key in journal["keys"]]
         summary = self.summary
         summary.resumed = True
         summary.skipped.update(journal["skipped"])
@@ -321,7 +321,7 @@ class Run:
             "dtype": str(self.dtype),
         }
 
-    def add(self, result: Result) -> None:
+    def add(self, result: EncodedBatch) -> None:
         """Write a batch; the place moves behind it."""
         unknown = self.tokenizer.unknown
         for writer, tokens in zip(self.writers, result.tokens, strict=True):

@@ -27,13 +27,13 @@ from megatron_lite.data.preparing.facts import joined, write_facts
 from megatron_lite.data.preparing.indexed_builder import IndexedDatasetBuilder
 from megatron_lite.data.preparing.preprocess import ResumeRefused, preprocess, shard_prefix
 from megatron_lite.data.preparing.summary import Summary
-from megatron_lite.data.provenance import Counts, end_of_document, read_facts, unknown_token
+from megatron_lite.data.provenance import KeyCounts, end_of_document, read_facts, unknown_token
 from megatron_lite.storage.disk import Disk
 
 ERRORS = {kind.exit_code: kind for kind in (ConfigError, DataError, StorageError)}
-ROOT = str(Path(__file__).resolve().parents[2])
+_ROOT = str(Path(__file__).resolve().parents[2])
 
-Report = Callable[[int, int, float], None]
+ReportRays = Callable[[int, int, float], None]
 
 
 def run_shard(
@@ -77,7 +77,7 @@ def preprocess_on_ray(
     address: str,
     disk: Disk,
     overwrite: bool = False,
-    report: Report = lambda done, all, seconds: None,
+    report: ReportRays = lambda done, all, seconds: None,
 ) -> Summary:
     """Like preprocess, by tasks of `workers` CPUs each; address: "auto", a host:port or "local".
 
@@ -111,7 +111,7 @@ def preprocess_on_ray(
 
 
 def _connect(ray: Any, address: str, workers: int) -> None:
-    runtime = {"env_vars": {"PYTHONPATH": ROOT}}
+    runtime = {"env_vars": {"PYTHONPATH": _ROOT}}
     options: dict[str, Any] = {"runtime_env": runtime, "log_to_driver": False}
     if address == "local":
         cores = max(len(os.sched_getaffinity(0)), workers)
@@ -136,7 +136,7 @@ def _run_all(
     prefix: str,
     count: int,
     workers: int,
-    report: Report,
+    report: ReportRays,
 ) -> None:
     began = time.perf_counter()
     task = ray.remote(num_cpus=workers, max_retries=3)(run_shard)
@@ -168,7 +168,7 @@ def join(job: Job, prefix: str, count: int, disk: Disk) -> Summary:
         sources = [f"{piece}_{key}_document" for piece in pieces]
         facts = [read_facts(source) or {} for source in sources]
         whole = joined(facts)
-        total = Counts.of(whole)
+        total = KeyCounts.of(whole)
         if total.tokens == 0:
             raise DataError(f"{final}: {total.documents} documents without tokens")
         with IndexedDatasetBuilder(bin_path(final), facts[0]["dtype"], disk) as builder:

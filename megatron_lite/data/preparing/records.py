@@ -15,11 +15,11 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from megatron_lite.config.errors import ConfigError, DataError
-from megatron_lite.data.preparing.parts import LONGEST_LINE, Batch, NoRecord, too_long
+from megatron_lite.data.preparing.parts import LONGEST_LINE, NoRecord, RecordBatch, too_long
 from megatron_lite.data.preparing.texts import text_record
 
 OnBadLine = Literal["error", "skip"]
-SHOWN = 80  # characters of a bad line
+_SHOWN = 80  # characters of a bad line
 
 FIELD = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")
 
@@ -41,7 +41,7 @@ class Texts:
 
 
 @dataclass(slots=True)
-class Parsed:
+class ParsedBatch:
     """A batch as texts: per key; which line each record is; what was skipped, by reason."""
 
     keys: list[Texts]
@@ -90,9 +90,9 @@ class Reader:
         """The top-level keys of a record that are looked at."""
         return self._template.columns if self._template else list(self._keys)
 
-    def parse(self, batch: Batch) -> Parsed:
+    def parse(self, batch: RecordBatch) -> ParsedBatch:
         """DataError names file and line of the first bad record, unless they are skipped."""
-        parsed = Parsed([Texts() for _ in self._keys], [], Counter())
+        parsed = ParsedBatch([Texts() for _ in self._keys], [], Counter())
         if batch.records is None:
             # line by line: to split all at once would copy the batch to fresh memory
             records: Iterator[tuple[int, Any]] = enumerate(io.BytesIO(batch.data))
@@ -145,7 +145,7 @@ class Reader:
             what = f"a JSON {type(record).__name__}, not an object"
             raise BadRecord("no object", what)
         if self._template is not None:
-            text = check(self._template.fill(record), "the template's text")
+            text = check_text(self._template.fill(record), "the template's text")
             into[0].texts.append(text)
             into[0].counts.append(1)
             return
@@ -166,16 +166,16 @@ def texts_of(record: dict[str, Any], key: str, sure: bool) -> list[str]:
     """The text of a key: a string, or a list of strings that become sequences of their own."""
     text = record.get(key)
     if type(text) is str:
-        return [text] if sure else [check(text, f"key {key!r}")]
+        return [text] if sure else [check_text(text, f"key {key!r}")]
     if key not in record:
         raise BadRecord("key missing", f"no key {key!r}, it has {sorted(record)}")
     if not isinstance(text, list) or not all(isinstance(part, str) for part in text):
         story = f"key {key!r} is {type(text).__name__}, not text or a list of texts"
         raise BadRecord("no text", story)
-    return text if sure else [check(part, f"key {key!r}") for part in text]
+    return text if sure else [check_text(part, f"key {key!r}") for part in text]
 
 
-def check(text: str, what: str) -> str:
+def check_text(text: str, what: str) -> str:
     """The text itself, unless it holds half of a UTF-16 pair, which no encoding can write."""
     if text.isascii():
         return text
@@ -186,12 +186,12 @@ def check(text: str, what: str) -> str:
     return text
 
 
-def bad_line(batch: Batch, index: int, raw: Any, what: str) -> DataError:
+def bad_line(batch: RecordBatch, index: int, raw: Any, what: str) -> DataError:
     """The error for one line of the input: where, what, and how it begins."""
     if isinstance(raw, bytes):
-        start = raw[: 4 * SHOWN].decode("utf-8", errors="replace")[:SHOWN]
+        start = raw[: 4 * _SHOWN].decode("utf-8", errors="replace")[:_SHOWN]
     else:
-        start = "" if isinstance(raw, NoRecord) else repr(raw)[:SHOWN]
+        start = "" if isinstance(raw, NoRecord) else repr(raw)[:_SHOWN]
     return DataError(
         f"{batch.where(index)}: {what} - mend or remove the line, or give --on-bad-line skip: "
         f"{start}"

@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_lite.config.errors import ConfigError, StorageError
-from megatron_lite.data.preparing.encode import Result
+from megatron_lite.data.preparing.encode import EncodedBatch
 from megatron_lite.storage.disk import Disk
 from megatron_lite.storage.outputs import check_outputs, check_prefix, pair_paths
 
 SURELY = 1.25  # the first batch may be denser than the rest: beyond this times the room is an error
 PER_SEQUENCE, PER_DOCUMENT = 16, 16  # bytes in the index and what it is made from
 
-log = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
 
 def check_pairs(prefix: str, keys: Sequence[str], disk: Disk) -> None:
@@ -30,7 +30,7 @@ def check_pairs(prefix: str, keys: Sequence[str], disk: Disk) -> None:
     check_outputs("--output-prefix", paths, disk)
 
 
-def require_room_for_rest(first: Result, left: int, folder: Path, disk: Disk) -> None:
+def require_room_for_rest(first: EncodedBatch, left: int, folder: Path, disk: Disk) -> None:
     """StorageError where `left` more bytes of input, dense as the first, will surely not fit."""
     read = first.batch.read
     if not read:
@@ -49,4 +49,4 @@ def require_room_for_rest(first: Result, left: int, folder: Path, disk: Disk) ->
             "free some space or choose another folder"
         )
     if needed > free:
-        log.warning("note: %s has %d bytes free, about %d will be needed", folder, free, needed)
+        _log.warning("note: %s has %d bytes free, about %d will be needed", folder, free, needed)

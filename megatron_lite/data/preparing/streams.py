@@ -24,7 +24,7 @@ from megatron_lite.config.extras import how_to_install
 PARQUET = b"PAR1"  # begins and ends such a file
 SNIFFED_BYTES = 1 << 16
 # A block of three bytes can unpack to 128 KiB (zstd): so little at a time keeps memory bounded.
-PIECE = 1 << 12
+_PIECE = 1 << 12
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,7 +173,7 @@ class Unpacked(io.RawIOBase):
 
     def _unpack(self) -> bool:
         """One piece more; False at the end of the file."""
-        data = self._left or self._raw.read(PIECE)
+        data = self._left or self._raw.read(_PIECE)
         at, self._left = self._raw.tell() - len(data), b""
         if self._decoder is None:
             if not data:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
-from megatron_lite.data.provenance import Counts
+from megatron_lite.data.provenance import KeyCounts
 
 
 @dataclass(slots=True)
@@ -16,7 +16,7 @@ class Summary:
     dtype: str
     tokenizer: str
     fingerprint: str
-    keys: list[Counts]
+    keys: list[KeyCounts]
     end_of_document: str = ""
     unknown: str = ""  # the token for what the vocabulary lacks; empty where there is none
     skipped: Counter[str] = field(default_factory=Counter)

@@ -9,7 +9,15 @@ from typing import IO, Any
 
 from megatron_lite.config.errors import ConfigError, DataError
 from megatron_lite.config.extras import how_to_install
-from megatron_lite.data.preparing.parts import BOM, Batch, NoRecord, Part, Place, Record, too_long
+from megatron_lite.data.preparing.parts import (
+    BOM,
+    InputPart,
+    InputPlace,
+    InputRecord,
+    NoRecord,
+    RecordBatch,
+    too_long,
+)
 from megatron_lite.data.preparing.streams import (
     PARQUET,
     damaged,
@@ -21,8 +29,12 @@ from megatron_lite.data.preparing.streams import (
 
 
 def read_parquet(
-    part: Part, batch_bytes: int, place: Place, columns: Sequence[str] | None, longest: int
-) -> Iterator[Batch]:
+    part: InputPart,
+    batch_bytes: int,
+    place: InputPlace,
+    columns: Sequence[str] | None,
+    longest: int,
+) -> Iterator[RecordBatch]:
     """Rows as dicts, row group by row group."""
     try:
         import pyarrow  # noqa: PLC0415  an optional extra
@@ -55,10 +67,10 @@ def read_parquet(
                     begin = row + table.num_rows - len(found)
                     row += table.num_rows
                     if found:
-                        after = Place(place.part, row)
+                        after = InputPlace(place.part, row)
                         read = size * row // total - size * begin // total
                         records = tuple(_bounded(record, longest) for record in found)
-                        yield Batch(part.path, begin + 1, after, read, records=records)
+                        yield RecordBatch(part.path, begin + 1, after, read, records=records)
                 if row != expected:
                     what = f"Parquet's row group {group} ends at row {row} of {expected}"
                     raise damaged(part.path, offset, what)
@@ -89,7 +101,7 @@ def _offset(facts: Any, wanted: Sequence[str]) -> int:
     return min(found, default=0)
 
 
-def _bounded(record: dict[str, Any], longest: int) -> Record:
+def _bounded(record: dict[str, Any], longest: int) -> InputRecord:
     """The record, unless one of its cells is too long."""
     for value in record.values():
         if isinstance(value, str | bytes) and len(value) > longest:
@@ -97,14 +109,16 @@ def _bounded(record: dict[str, Any], longest: int) -> Record:
     return record
 
 
-def read_table(part: Part, batch_bytes: int, place: Place, longest: int) -> Iterator[Batch]:
+def read_table(
+    part: InputPart, batch_bytes: int, place: InputPlace, longest: int
+) -> Iterator[RecordBatch]:
     """Rows of comma- or tab-separated values as dicts by the names of the first row."""
     with ExitStack() as stack:
         stream, raw = open_stream(part.path, stack)
         done, position = 0, 0
         rows = table_rows(part.path, stream, longest)
         while True:
-            records: list[Record] = []
+            records: list[InputRecord] = []
             numbers: list[int] = []
             size = 0
             for number, length, record in rows:
@@ -119,8 +133,8 @@ def read_table(part: Part, batch_bytes: int, place: Place, longest: int) -> Iter
             if not records:
                 return
             read, done = raw.tell() - done, raw.tell()
-            after = Place(place.part, position)
-            yield Batch(part.path, numbers[0], after, read,
+            after = InputPlace(place.part, position)
+            yield RecordBatch(part.path, numbers[0], after, read,
                         numbers=tuple(numbers), records=tuple(records))  # fmt: skip
 
 
@@ -163,7 +177,9 @@ class RowReader:
         return row
 
 
-def table_rows(path: str, stream: IO[bytes], longest: int) -> Iterator[tuple[int, int, Record]]:
+def table_rows(
+    path: str, stream: IO[bytes], longest: int
+) -> Iterator[tuple[int, int, InputRecord]]:
     """(line, bytes, record) of every row behind the header; what is no row says why."""
     rows = RowReader(path, stream, longest)
     header = rows.row()
@@ -176,7 +192,7 @@ def table_rows(path: str, stream: IO[bytes], longest: int) -> Iterator[tuple[int
         row = rows.row()
         if row is None:
             return
-        record: Record
+        record: InputRecord
         if isinstance(row, NoRecord):
             record = row
         elif not row:

@@ -10,11 +10,19 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import IO
 
-from megatron_lite.data.preparing.parts import BOM, Batch, NoRecord, Part, Place, Record, too_long
+from megatron_lite.data.preparing.parts import (
+    BOM,
+    InputPart,
+    InputPlace,
+    InputRecord,
+    NoRecord,
+    RecordBatch,
+    too_long,
+)
 from megatron_lite.data.preparing.streams import drop_line, open_stream, skip
 
 
-def text_record(data: bytes, longest: int) -> Record:
+def text_record(data: bytes, longest: int) -> InputRecord:
     """The bytes of a text as the record {"text": ...}; what is too long or no UTF-8 says so."""
     if len(data) > longest:
         return too_long(longest)
@@ -24,15 +32,19 @@ def text_record(data: bytes, longest: int) -> Record:
         return NoRecord("no UTF-8", f"no UTF-8 ({error.reason} at its byte {error.start})")
 
 
-def read_texts(part: Part, batch_bytes: int, place: Place, longest: int) -> Iterator[Batch]:
+def read_texts(
+    part: InputPart, batch_bytes: int, place: InputPlace, longest: int
+) -> Iterator[RecordBatch]:
     """Batches of whole texts."""
     with ExitStack() as stack:
         stream, raw = open_stream(part.path, stack)
         skip(stream, place.position)
         done, position, line = raw.tell(), place.position, place.line
-        texts = paragraphs(stream, longest) if part.unit == "paragraph" else whole(stream, longest)
+        texts = (
+            paragraphs(stream, longest) if part.unit == "paragraph" else whole_text(stream, longest)
+        )
         while True:
-            records: list[Record] = []
+            records: list[InputRecord] = []
             numbers: list[int] = []
             size = 0
             for offset, read_lines, read_bytes, data in texts:
@@ -47,15 +59,15 @@ def read_texts(part: Part, batch_bytes: int, place: Place, longest: int) -> Iter
             if not records:
                 return
             read, done = raw.tell() - done, raw.tell()
-            after = Place(place.part, position, line)
-            yield Batch(part.path, numbers[0], after, read,
+            after = InputPlace(place.part, position, line)
+            yield RecordBatch(part.path, numbers[0], after, read,
                         numbers=tuple(numbers), records=tuple(records))  # fmt: skip
 
 
-Piece = tuple[int, int, int, bytes]
+TextPiece = tuple[int, int, int, bytes]
 
 
-def whole(stream: IO[bytes], longest: int) -> Iterator[Piece]:
+def whole_text(stream: IO[bytes], longest: int) -> Iterator[TextPiece]:
     """The rest of the file as one text, of which no more is kept than shows that it is too long."""
     data, dropped = stream.read(longest + 1), 0
     while len(data) > longest and (more := stream.read(1 << 20)):
@@ -64,7 +76,7 @@ def whole(stream: IO[bytes], longest: int) -> Iterator[Piece]:
         yield 0, data.count(b"\n"), len(data) + dropped, data
 
 
-def paragraphs(stream: IO[bytes], longest: int) -> Iterator[Piece]:
+def paragraphs(stream: IO[bytes], longest: int) -> Iterator[TextPiece]:
     """(blank lines before, lines, bytes read, text) of every paragraph; of the end without one, too."""
     held: list[bytes] = []
     kept = size = lines = blank = 0

@@ -95,7 +95,7 @@ def read_vocab(path: str | None, flag: str = "--vocab-file") -> dict[str, int]:
     return vocab
 
 
-def hash_of(*parts: bytes) -> str:
+def short_hash(*parts: bytes) -> str:
     """A short hash of some files' bytes."""
     digest = hashlib.sha256()
     for part in parts:

@@ -21,7 +21,7 @@ from megatron_lite.data.tokenizers.tiktoken import TikTokenizer
 
 
 @dataclass(frozen=True, slots=True)
-class Kind:
+class TokenizerKind:
     """How one tokenizer is made and how its ids are counted; the integer is --vocab-size."""
 
     build: Callable[[DataConfig, int | None, str], Tokenizer]
@@ -47,39 +47,39 @@ def tiktoken(data: DataConfig, vocab_size: int | None, engine: str = AUTO) -> Ti
     )
 
 
-TOKENIZERS: dict[str, Kind] = {
-    "GPT2BPETokenizer": Kind(
+TOKENIZERS: dict[str, TokenizerKind] = {
+    "GPT2BPETokenizer": TokenizerKind(
         lambda data, _, engine: GPT2BPETokenizer(data.vocab_file, data.merge_file, engine=engine),
         lambda data, _: len(read_vocab(data.vocab_file)),
     ),
-    "HuggingFaceTokenizer": Kind(
+    "HuggingFaceTokenizer": TokenizerKind(
         lambda data, _, engine: HuggingFaceTokenizer(data.tokenizer_model, engine=engine),
         lambda data, _: count_ids(data.tokenizer_model),
     ),
-    "SentencePieceTokenizer": Kind(
+    "SentencePieceTokenizer": TokenizerKind(
         lambda data, _, engine: SentencePieceTokenizer(data.tokenizer_model, engine=engine),
         lambda data, _: SentencePieceTokenizer(data.tokenizer_model).vocab_size,
     ),
-    "GPTSentencePieceTokenizer": Kind(
+    "GPTSentencePieceTokenizer": TokenizerKind(
         lambda data, _, engine: gpt_sentencepiece(data, engine),
         lambda data, _: gpt_sentencepiece(data).vocab_size,
     ),
-    "Llama2Tokenizer": Kind(
+    "Llama2Tokenizer": TokenizerKind(
         lambda data, _, engine: Llama2Tokenizer(data.tokenizer_model, engine=engine),
         lambda data, _: Llama2Tokenizer(data.tokenizer_model).vocab_size,
     ),
-    "TikTokenizer": Kind(
+    "TikTokenizer": TokenizerKind(
         lambda data, size, engine: tiktoken(data, size, engine),
         lambda data, size: tiktoken(data, size).vocab_size,
     ),
-    "NullTokenizer": Kind(
+    "NullTokenizer": TokenizerKind(
         lambda _, size, engine: NullTokenizer(size, engine=engine),
         lambda _, size: NullTokenizer(size).vocab_size,
     ),
 }
 
 
-def kind_of(name: str) -> Kind:
+def kind_of(name: str) -> TokenizerKind:
     """The tokenizer of a --tokenizer-type; ConfigError lists the known ones."""
     if name not in TOKENIZERS:
         known = ", ".join(TOKENIZERS)

@@ -23,7 +23,7 @@ from megatron_lite.config.errors import ConfigError, DataError
 from megatron_lite.config.extras import how_to_install
 
 AUTO = "auto"
-ENGINES = (AUTO, "gigatoken", "tiktoken", "tokenizers", "sentencepiece", "plain")
+TOKENIZER_ENGINES = (AUTO, "gigatoken", "tiktoken", "tokenizers", "sentencepiece", "plain")
 CACHE_BYTES = 256 << 20  # gigatoken remembers every word it met; beyond this it starts anew
 
 HARD = (
@@ -56,14 +56,14 @@ class Encoded(NamedTuple):
     lengths: npt.NDArray[np.int64]
 
 
-def gather(ids: Sequence[Sequence[int]]) -> Encoded:
+def joined_ids(ids: Sequence[Sequence[int]]) -> Encoded:
     """Lists of ids as one array."""
     lengths = np.fromiter((len(part) for part in ids), np.int64, len(ids))
     flat = np.fromiter((token for part in ids for token in part), np.int32, int(lengths.sum()))
     return Encoded(flat, lengths)
 
 
-class Engine(Protocol):
+class TokenizerEngine(Protocol):
     """One library (or our own code) that turns texts into ids."""
 
     name: str
@@ -85,7 +85,7 @@ class Candidate(NamedTuple):
     """An engine by name, and how it is made (Unavailable where it cannot be)."""
 
     name: str
-    make: Callable[[], Engine]
+    make: Callable[[], TokenizerEngine]
 
 
 def version_of(package: str) -> str:
@@ -111,7 +111,7 @@ class FunctionEngine:
         """Ids of many texts."""
         for text in texts:
             text.encode("utf-8")
-        return gather([self._encode(text) for text in texts])
+        return joined_ids([self._encode(text) for text in texts])
 
 
 class TokenizersEngine:
@@ -210,7 +210,9 @@ def resident_bytes() -> int:
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
-def first_difference(engine: Engine, reference: Engine, texts: Sequence[str]) -> str | None:
+def first_difference(
+    engine: TokenizerEngine, reference: TokenizerEngine, texts: Sequence[str]
+) -> str | None:
     """None where both give equal ids, else the text and where its ids part."""
     ours, theirs = engine.encode_batch(texts), reference.encode_batch(texts)
     if np.array_equal(ours.lengths, theirs.lengths) and np.array_equal(ours.ids, theirs.ids):
@@ -238,7 +240,7 @@ class EngineChoice:
         asked: one name, or "auto".  ConfigError where what was asked cannot be had.
         """
         self.notes: list[str] = []
-        self._made: dict[str, Engine] = {}
+        self._made: dict[str, TokenizerEngine] = {}
         self._candidates = {candidate.name: candidate for candidate in candidates}
         if asked != AUTO and asked not in self._candidates:
             raise ConfigError(
@@ -247,11 +249,11 @@ class EngineChoice:
             )
         self._asked = asked
         self._order = list(self._candidates) if asked == AUTO else [asked]
-        self._engine: Engine | None = None
+        self._engine: TokenizerEngine | None = None
         names = [asked] if asked in reference else reference
         self.reference = next(filter(None, map(self._try, names)), None)
 
-    def _try(self, name: str) -> Engine | None:
+    def _try(self, name: str) -> TokenizerEngine | None:
         if name not in self._made and name in self._candidates:
             try:
                 self._made[name] = self._candidates[name].make()
@@ -261,18 +263,18 @@ class EngineChoice:
         return self._made.get(name)
 
     @property
-    def engine(self) -> Engine:
+    def engine(self) -> TokenizerEngine:
         """The fastest engine that may be used; chosen when first needed."""
         if self._engine is None:
             self._engine = self._first()
         return self._engine
 
     @property
-    def exact(self) -> Engine:
+    def exact(self) -> TokenizerEngine:
         """The reference, where there is one: for single texts, without choosing a fast engine."""
         return self.reference or self.engine
 
-    def _first(self) -> Engine:
+    def _first(self) -> TokenizerEngine:
         for name in self._order:
             engine = self._try(name)
             if engine is None:

@@ -10,7 +10,7 @@ from typing import Any
 from megatron_lite.config.errors import DataError
 from megatron_lite.config.sections.data import DataConfig
 from megatron_lite.data.tokenizers.base import LARGEST_FILE, read_bytes, read_vocab
-from megatron_lite.data.tokenizers.gpt2_bpe import EOD, read_merges, tokenizer_json
+from megatron_lite.data.tokenizers.gpt2_bpe import GPT2_EOD, gpt2_tokenizer_json, read_merges
 from megatron_lite.storage.reading import read_plain
 
 FILES = (
@@ -20,7 +20,7 @@ FILES = (
 """What Hugging Face may keep beside a model."""
 
 
-def tokenizer_files(folder: Path) -> dict[str, bytes]:
+def files_beside_model(folder: Path) -> dict[str, bytes]:
     """Those of FILES that the folder has."""
     found = {}
     for name in FILES:
@@ -38,7 +38,7 @@ def section_for(names: Collection[str], folder: Path, *, eos: str | None = None)
 
     eos: the token that the files say ends a document; GPT2BPETokenizer knows only its own.
     """
-    if {"vocab.json", "merges.txt"} <= set(names) and eos in (None, EOD):
+    if {"vocab.json", "merges.txt"} <= set(names) and eos in (None, GPT2_EOD):
         return {
             "tokenizer_type": "GPT2BPETokenizer",
             "vocab_file": str(folder / "vocab.json"),
@@ -48,8 +48,9 @@ def section_for(names: Collection[str], folder: Path, *, eos: str | None = None)
         return {"tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": str(folder)}
     if {"vocab.json", "merges.txt"} <= set(names):
         raise DataError(
-            f"the files name the eos_token {eos!r}, GPT2BPETokenizer ends documents with {EOD!r}, and there "
-            "is no tokenizer.json: let transformers write one (save_pretrained), or add --no-tokenizer"
+            f"the files name the eos_token {eos!r}, GPT2BPETokenizer ends documents with {GPT2_EOD!r}, "
+            "and there is no tokenizer.json: let transformers write one (save_pretrained), "
+            "or add --no-tokenizer"
         )
     return {}
 
@@ -62,7 +63,7 @@ def files_for_huggingface(data: DataConfig, *, positions: int) -> dict[str, byte
     """
     if data.tokenizer_type == "HuggingFaceTokenizer" and data.tokenizer_model is not None:
         given = Path(data.tokenizer_model)
-        return tokenizer_files(given if given.is_dir() else given.parent)
+        return files_beside_model(given if given.is_dir() else given.parent)
     if data.tokenizer_type != "GPT2BPETokenizer":
         raise DataError(
             f"--tokenizer-type {data.tokenizer_type} has no form in a GPT-2 folder: add "
@@ -72,18 +73,20 @@ def files_for_huggingface(data: DataConfig, *, positions: int) -> dict[str, byte
     merge_bytes = read_bytes(data.merge_file, "--merge-file")
     beside = Path(data.vocab_file or "").parent
     if Path(data.vocab_file or "").name == "vocab.json" and (beside / "tokenizer.json").is_file():
-        return tokenizer_files(beside)
+        return files_beside_model(beside)
     vocab = read_vocab(data.vocab_file)
-    special = {"content": EOD, "lstrip": False, "normalized": True, "rstrip": False,
+    special = {"content": GPT2_EOD, "lstrip": False, "normalized": True, "rstrip": False,
                "single_word": False}  # fmt: skip
-    whole = json.loads(tokenizer_json(vocab, read_merges(data.merge_file)))
+    whole = json.loads(gpt2_tokenizer_json(vocab, read_merges(data.merge_file)))
     bytes_back = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True,
                   "use_regex": True}  # fmt: skip
-    if EOD in vocab:
-        whole["added_tokens"] = [{"id": vocab[EOD], **special, "special": True}]
+    if GPT2_EOD in vocab:
+        whole["added_tokens"] = [{"id": vocab[GPT2_EOD], **special, "special": True}]
     whole["decoder"] = bytes_back
     whole["post_processor"] = bytes_back | {"trim_offsets": False}
-    names = {f"{kind}_token": EOD for kind in ("bos", "eos", "unk")} if EOD in vocab else {}
+    names = (
+        {f"{kind}_token": GPT2_EOD for kind in ("bos", "eos", "unk")} if GPT2_EOD in vocab else {}
+    )
     config = {"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": False,
               "model_max_length": positions, **names}  # fmt: skip
     return {

@@ -12,7 +12,7 @@ from typing import Any
 
 from megatron_lite.config.errors import DataError
 
-MOST = 0.05  # of the merged tokens of a vocabulary that is not byte-level: some have pieces of old
+_MOST = 0.05  # of the merged tokens of a vocabulary that is not byte-level: some have pieces of old
 _CONTRACTIONS = ("'s", "'t", "'re", "'ve", "'m", "'ll", "'d")
 
 Spell = Callable[[str], "str | None"]
@@ -75,7 +75,7 @@ def check_json(found: dict[str, Any], where: str) -> None:
 
     orphans = unmade(vocab, pairs, spell, join=begin)  # type: ignore[arg-type]
     several = sum(len(token) > 1 for token in vocab)
-    if len(orphans) > (0 if by_bytes else MOST * several):
+    if len(orphans) > (0 if by_bytes else _MOST * several):
         raise DataError(
             f"{where}: no merge makes {len(orphans)} of the {several} tokens of several characters, "
             f"e.g. {orphans[0]!r} (id {vocab[orphans[0]]}): of {len(pairs)} merges some are missing "

@@ -12,23 +12,23 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 from megatron_lite.config.errors import DataError
-from megatron_lite.data.tokenizers.base import hash_of, read_bytes, read_vocab
+from megatron_lite.data.tokenizers.base import read_bytes, read_vocab, short_hash
 from megatron_lite.data.tokenizers.engines import (
     AUTO,
     Candidate,
-    Engine,
     EngineChoice,
     EngineTokenizer,
     FunctionEngine,
     GigatokenEngine,
     TiktokenEngine,
+    TokenizerEngine,
     TokenizersEngine,
     Unavailable,
     missing,
 )
 from megatron_lite.data.tokenizers.fit import unmade
 
-EOD = "<|endoftext|>"
+GPT2_EOD = "<|endoftext|>"
 WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 Merge = tuple[str, str]
@@ -107,7 +107,7 @@ def library_bpe(vocab: dict[str, int], merges: Sequence[Merge]) -> TokenizersEng
     return TokenizersEngine(fast)
 
 
-def tokenizer_json(vocab: dict[str, int], merges: Sequence[Merge]) -> bytes:
+def gpt2_tokenizer_json(vocab: dict[str, int], merges: Sequence[Merge]) -> bytes:
     """Vocabulary and merges as a tokenizer.json, which gigatoken reads."""
     words = {
         "type": "ByteLevel",
@@ -137,7 +137,7 @@ def ranks_of(vocab: dict[str, int], merges: Sequence[Merge]) -> dict[bytes, int]
     return {bytes(number[character] for character in name): vocab[name] for name in names}
 
 
-def plain_bpe(vocab: dict[str, int], merges: Sequence[Merge]) -> Engine:
+def plain_bpe(vocab: dict[str, int], merges: Sequence[Merge]) -> TokenizerEngine:
     """Our own version."""
     try:
         return FunctionEngine("plain", PlainBPE(vocab, merges).encode)
@@ -157,14 +157,16 @@ class GPT2BPETokenizer(EngineTokenizer):
         self._names = [name for name, _ in sorted(vocab.items(), key=lambda item: item[1])]
         self._bytes = {character: byte for byte, character in enumerate(byte_characters())}
         self._check(merges, merge_file)
-        self._hash = hash_of(
+        self._hash = short_hash(
             read_bytes(vocab_file, "--vocab-file"), read_bytes(merge_file, "--merge-file")
         )
         self.choice = EngineChoice(
             [
                 Candidate(
                     "gigatoken",
-                    lambda: GigatokenEngine(lambda t: t.from_json(tokenizer_json(vocab, merges))),
+                    lambda: GigatokenEngine(
+                        lambda t: t.from_json(gpt2_tokenizer_json(vocab, merges))
+                    ),
                 ),
                 Candidate("tiktoken", lambda: TiktokenEngine(ranks_of(vocab, merges), WORDS)),
                 Candidate("tokenizers", lambda: library_bpe(vocab, merges)),
@@ -215,11 +217,11 @@ class GPT2BPETokenizer(EngineTokenizer):
     @property
     def eod(self) -> int:
         """The id of <|endoftext|>."""
-        if EOD not in self._vocab:
+        if GPT2_EOD not in self._vocab:
             raise DataError(
-                f"--vocab-file {self._vocab_file} has no {EOD!r}, the end-of-document token"
+                f"--vocab-file {self._vocab_file} has no {GPT2_EOD!r}, the end-of-document token"
             )
-        return self._vocab[EOD]
+        return self._vocab[GPT2_EOD]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of the ids; <|endoftext|> is written out, broken UTF-8 becomes U+FFFD."""

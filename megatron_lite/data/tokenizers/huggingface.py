@@ -9,7 +9,7 @@ from typing import Any
 
 from megatron_lite.config.errors import ConfigError, DataError
 from megatron_lite.config.extras import how_to_install
-from megatron_lite.data.tokenizers.base import hash_of, read_bytes, read_json
+from megatron_lite.data.tokenizers.base import read_bytes, read_json, short_hash
 from megatron_lite.data.tokenizers.engines import (
     AUTO,
     Candidate,
@@ -20,7 +20,7 @@ from megatron_lite.data.tokenizers.engines import (
 )
 from megatron_lite.data.tokenizers.fit import check_json
 
-FLAG = "--tokenizer-model"
+_FLAG = "--tokenizer-model"
 EOD_NAMES = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>", "[SEP]")
 BESIDE = ("tokenizer_config.json", "special_tokens_map.json")
 """Files that may name special tokens."""
@@ -42,16 +42,16 @@ def token_name(config: Any, key: str, path: Path) -> str | None:
     return name if isinstance(name, str) else None
 
 
-def tokenizer_json(path: str | None) -> Path:
+def find_tokenizer_json(path: str | None) -> Path:
     """The tokenizer.json a file or folder name means."""
     if path is None:
-        raise DataError(f"HuggingFaceTokenizer needs {FLAG}: a folder or tokenizer.json on disk")
+        raise DataError(f"HuggingFaceTokenizer needs {_FLAG}: a folder or tokenizer.json on disk")
     file = Path(path)
     if file.is_dir():
         file = file / "tokenizer.json"
     if not file.is_file():
         raise DataError(
-            f"{FLAG} {path}: {file} does not exist - give a local folder or file, "
+            f"{_FLAG} {path}: {file} does not exist - give a local folder or file, "
             "names on a hub are not downloaded"
         )
     return file
@@ -59,14 +59,14 @@ def tokenizer_json(path: str | None) -> Path:
 
 def count_ids(path: str | None) -> int:
     """Ids of a tokenizer.json, added tokens included, without the library."""
-    found = read_json(str(tokenizer_json(path)), FLAG)
+    found = read_json(str(find_tokenizer_json(path)), _FLAG)
     try:
         vocab = found["model"]["vocab"]
         ids = vocab.values() if isinstance(vocab, dict) else range(len(vocab))
         added = (token["id"] for token in found.get("added_tokens") or [])
         return 1 + max(int(number) for number in [*ids, *added])
     except (KeyError, TypeError, ValueError) as error:
-        raise DataError(f"{FLAG} {path} is no tokenizer.json: it has no model.vocab") from error
+        raise DataError(f"{_FLAG} {path} is no tokenizer.json: it has no model.vocab") from error
 
 
 def without_specials(content: bytes) -> str:
@@ -81,7 +81,7 @@ class HuggingFaceTokenizer(EngineTokenizer):
     """Encodes without adding special tokens; the end of a document is the configured eos token."""
 
     def __init__(self, path: str | None, *, engine: str = AUTO) -> None:
-        self._file = tokenizer_json(path)
+        self._file = find_tokenizer_json(path)
         try:
             import tokenizers  # noqa: PLC0415  an optional extra
         except ImportError as error:
@@ -90,13 +90,13 @@ class HuggingFaceTokenizer(EngineTokenizer):
                 f"{how_to_install('tokenizers')}"
             ) from error
         self._size = count_ids(path)
-        self._content = read_bytes(str(self._file), FLAG)
+        self._content = read_bytes(str(self._file), _FLAG)
         try:
             self._fast: Any = tokenizers.Tokenizer.from_str(self._content.decode("utf-8"))
         except Exception as error:  # the library raises bare Exception for a broken file
-            raise DataError(f"{FLAG} {self._file} cannot be loaded: {error}") from error
+            raise DataError(f"{_FLAG} {self._file} cannot be loaded: {error}") from error
         found = json.loads(self._content)
-        check_json(found, f"{FLAG} {self._file}")
+        check_json(found, f"{_FLAG} {self._file}")
         self._model: dict[str, Any] = found.get("model") or {}
         self._bytewise = "ByteLevel" in json.dumps(
             [found.get("pre_tokenizer"), found.get("decoder")]
@@ -133,7 +133,7 @@ class HuggingFaceTokenizer(EngineTokenizer):
             if number is not None:
                 return int(number)
         raise DataError(
-            f"{FLAG} {self._file} has no end-of-document token: neither eos_token in "
+            f"{_FLAG} {self._file} has no end-of-document token: neither eos_token in "
             f"tokenizer_config.json nor one of {', '.join(EOD_NAMES)}"
         )
 
@@ -143,7 +143,7 @@ class HuggingFaceTokenizer(EngineTokenizer):
         for beside in BESIDE:
             path = self._file.with_name(beside)
             if path.is_file():
-                name = token_name(read_json(str(path), FLAG), "eos_token", path)
+                name = token_name(read_json(str(path), _FLAG), "eos_token", path)
                 if name is not None:
                     names[beside] = name
         if not names:
@@ -183,4 +183,4 @@ class HuggingFaceTokenizer(EngineTokenizer):
 
     def fingerprint(self) -> str:
         """A hash of tokenizer.json."""
-        return hash_of(self._content)
+        return short_hash(self._content)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from megatron_lite.config.sections.data import DataConfig
 from megatron_lite.data.tokenizers.base import read_bytes
-from megatron_lite.data.tokenizers.huggingface import BESIDE, tokenizer_json
+from megatron_lite.data.tokenizers.huggingface import BESIDE, find_tokenizer_json
 
 
 class KeptFile(NamedTuple):
@@ -29,7 +29,7 @@ def _gpt2(data: DataConfig) -> list[KeptFile]:
 
 
 def _hugging_face(data: DataConfig) -> list[KeptFile]:
-    main = tokenizer_json(data.tokenizer_model)
+    main = find_tokenizer_json(data.tokenizer_model)
     beside = (main.with_name(name) for name in BESIDE)  # they name the end of a document
     return [
         KeptFile("tokenizer.json", str(main), "tokenizer_model"),
@@ -54,7 +54,7 @@ _FILES: dict[str, Callable[[DataConfig], list[KeptFile]]] = {
 }
 
 
-def tokenizer_files(data: DataConfig) -> dict[str, bytes]:
+def files_to_keep(data: DataConfig) -> dict[str, bytes]:
     """Name and content of every file the tokenizer needs; raises DataError naming flag and path."""
     return {
         kept.name: read_bytes(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from megatron_lite.config.errors import DataError
-from megatron_lite.data.tokenizers.base import hash_of
+from megatron_lite.data.tokenizers.base import short_hash
 from megatron_lite.data.tokenizers.engines import (
     AUTO,
     Candidate,
@@ -51,4 +51,4 @@ class NullTokenizer(EngineTokenizer):
 
     def fingerprint(self) -> str:
         """A hash of the size."""
-        return hash_of(str(self._words).encode())
+        return short_hash(str(self._words).encode())

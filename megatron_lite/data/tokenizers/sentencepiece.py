@@ -15,7 +15,7 @@ import numpy as np
 
 from megatron_lite.config.errors import ConfigError, DataError
 from megatron_lite.config.extras import how_to_install
-from megatron_lite.data.tokenizers.base import hash_of, read_bytes
+from megatron_lite.data.tokenizers.base import read_bytes, short_hash
 from megatron_lite.data.tokenizers.engines import (
     AUTO,
     Candidate,
@@ -29,10 +29,10 @@ from megatron_lite.data.tokenizers.engines import (
 )
 from megatron_lite.data.tokenizers.fit import check_whole_model
 
-FLAG = "--tokenizer-model"
+_FLAG = "--tokenizer-model"
 CHATGLM_SPECIALS = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop")
 MEGATRON_SPECIALS = ("<CLS>", "<SEP>", "<EOD>", "<MASK>")
-EOD = "<EOD>"
+_EOD = "<EOD>"
 
 
 def gigatoken_json(content: bytes) -> str:
@@ -55,7 +55,7 @@ class GPTSentencePieceTokenizer(EngineTokenizer):
         self, path: str | None, *, chatglm_specials: bool = False, engine: str = AUTO
     ) -> None:
         self._path = path
-        self._content = read_bytes(path, FLAG)
+        self._content = read_bytes(path, _FLAG)
         try:
             import sentencepiece  # noqa: PLC0415  an optional extra
         except ImportError as error:
@@ -63,11 +63,11 @@ class GPTSentencePieceTokenizer(EngineTokenizer):
                 "SentencePiece tokenizers need the package `sentencepiece`: "
                 f"{how_to_install('sentencepiece')}"
             ) from error
-        check_whole_model(self._content, f"{FLAG} {path}")
+        check_whole_model(self._content, f"{_FLAG} {path}")
         try:
             self._model: Any = sentencepiece.SentencePieceProcessor(model_proto=self._content)
         except (RuntimeError, OSError) as error:
-            raise DataError(f"{FLAG} {path} is no SentencePiece model: {error}") from error
+            raise DataError(f"{_FLAG} {path} is no SentencePiece model: {error}") from error
         self._specials = self._appended(CHATGLM_SPECIALS if chatglm_specials else ())
         self.choice = EngineChoice(
             [
@@ -107,7 +107,7 @@ class GPTSentencePieceTokenizer(EngineTokenizer):
         number = int(self._model.eos_id())
         if number < 0:
             raise DataError(
-                f"{FLAG} {self._path} has no end-of-sentence piece, which would end documents - "
+                f"{_FLAG} {self._path} has no end-of-sentence piece, which would end documents - "
                 "train it with eos_id, or use SentencePieceTokenizer, which appends <EOD>"
             )
         return number
@@ -134,7 +134,7 @@ class GPTSentencePieceTokenizer(EngineTokenizer):
 
     def fingerprint(self) -> str:
         """A hash of the model and the appended tokens."""
-        return hash_of(self._content, json.dumps(self._specials).encode())
+        return short_hash(self._content, json.dumps(self._specials).encode())
 
 
 class SentencePieceTokenizer(GPTSentencePieceTokenizer):
@@ -150,7 +150,7 @@ class SentencePieceTokenizer(GPTSentencePieceTokenizer):
     @property
     def eod(self) -> int:
         """The id of <EOD>, appended or a piece of the model."""
-        return self._specials.get(EOD, int(self._model.piece_to_id(EOD)))
+        return self._specials.get(_EOD, int(self._model.piece_to_id(_EOD)))
 
 
 class Llama2Tokenizer(GPTSentencePieceTokenizer):
@@ -161,7 +161,7 @@ class Llama2Tokenizer(GPTSentencePieceTokenizer):
         self._begin = int(self._model.bos_id())
         if self._begin < 0:
             raise DataError(
-                f"{FLAG} {path} has no begin-of-sentence piece, which Llama2Tokenizer puts before "
+                f"{_FLAG} {path} has no begin-of-sentence piece, which Llama2Tokenizer puts before "
                 "every text - use GPTSentencePieceTokenizer"
             )
 
@@ -177,4 +177,4 @@ class Llama2Tokenizer(GPTSentencePieceTokenizer):
 
     def fingerprint(self) -> str:
         """A hash of the model, and that texts have a begin."""
-        return hash_of(self._content, b"begin before every text")
+        return short_hash(self._content, b"begin before every text")

@@ -16,13 +16,13 @@ from typing import Any
 from megatron_lite.config.errors import DataError
 from megatron_lite.data.tokenizers.huggingface import BESIDE, token_name
 
-KINDS = ("eos", "bos", "unk", "pad", "sep", "cls", "mask")
+SPECIAL_KINDS = ("eos", "bos", "unk", "pad", "sep", "cls", "mask")
 ENDLESS = 1 << 40  # transformers writes 1e30 where no length is known
 DEFAULT_EOS = 50256  # what a GPT2Config says that nobody told anything else
 
 
 @dataclass(frozen=True, slots=True)
-class Vocabulary:
+class StatedVocabulary:
     """Every token's id, and who said so first; special: kind -> (token, file that names it)."""
 
     ids: Mapping[str, int]
@@ -40,7 +40,7 @@ class Vocabulary:
         return self.ids.get(self.special["eos"][0]) if "eos" in self.special else None
 
 
-def read_vocabulary(files: Mapping[str, bytes], where: str) -> Vocabulary:
+def read_vocabulary(files: Mapping[str, bytes], where: str) -> StatedVocabulary:
     """DataError where two files give a token different ids, or name two ends of a document."""
     ids: dict[str, int] = {}
     said: dict[str, str] = {}
@@ -55,7 +55,7 @@ def read_vocabulary(files: Mapping[str, bytes], where: str) -> Vocabulary:
     longest = None
     for name in (name for name in BESIDE if name in files):
         found = _json(files[name], f"{where}/{name}")
-        for kind in KINDS:
+        for kind in SPECIAL_KINDS:
             named = token_name(found, f"{kind}_token", Path(where) / name)
             if named is None:
                 continue
@@ -71,7 +71,7 @@ def read_vocabulary(files: Mapping[str, bytes], where: str) -> Vocabulary:
             f"{where}/{name} names the eos_token {token!r}, which none of its {len(ids)} tokens is: no "
             "id would end a document - correct eos_token, or add the token to the tokenizer"
         )
-    return Vocabulary(ids, special, longest)
+    return StatedVocabulary(ids, special, longest)
 
 
 def _statements(files: Mapping[str, bytes], where: str) -> Iterator[tuple[str, str, int]]:
@@ -110,8 +110,8 @@ def _json(content: bytes, path: str) -> dict[str, Any]:
     return found
 
 
-def compare(
-    vocabulary: Vocabulary,
+def compare_statements(
+    vocabulary: StatedVocabulary,
     config: Mapping[str, Any],
     *,
     eod: int | None,

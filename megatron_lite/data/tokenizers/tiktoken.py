@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_lite.config.errors import ConfigError, DataError
-from megatron_lite.data.tokenizers.base import hash_of, read_bytes, read_json
+from megatron_lite.data.tokenizers.base import read_bytes, read_json, short_hash
 from megatron_lite.data.tokenizers.engines import (
     AUTO,
     Candidate,
@@ -27,10 +27,10 @@ from megatron_lite.data.tokenizers.engines import (
     Unavailable,
 )
 
-FLAG = "--tokenizer-model"
+_FLAG = "--tokenizer-model"
 JSON_SPECIALS = ("<unk>", "<s>", "</s>", "<mask>", "<pad>", "<cls>", "<sep>")
 JSON_IDS = 1 << 17  # ids of a .json file in all, unless --vocab-size says otherwise
-EOD = "<|endoftext|>"
+_EOD = "<|endoftext|>"
 
 _UPPER = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]"
 _LOWER = r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
@@ -54,21 +54,21 @@ GIGATOKEN_NAMES = {"gpt2": "gpt2", "cl100k": "gpt4", "o200k": "o200k"}
 
 _FIM = ("<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>")
 PUBLISHED: dict[str, tuple[str, dict[str, int]]] = {
-    "r50k_base": ("gpt2", {EOD: 50256}),
-    "p50k_base": ("gpt2", {EOD: 50256}),
+    "r50k_base": ("gpt2", {_EOD: 50256}),
+    "p50k_base": ("gpt2", {_EOD: 50256}),
     "cl100k_base": (
         "cl100k",
-        {EOD: 100257, **dict(zip(_FIM, range(100258, 100261), strict=True)),
+        {_EOD: 100257, **dict(zip(_FIM, range(100258, 100261), strict=True)),
          "<|endofprompt|>": 100276},
     ),
-    "o200k_base": ("o200k", {EOD: 199999, "<|endofprompt|>": 200018}),
+    "o200k_base": ("o200k", {_EOD: 199999, "<|endofprompt|>": 200018}),
 }  # fmt: skip
 """File name -> pattern and special tokens, which a .tiktoken file does not hold."""
 RANKS = {"r50k_base": 50256, "cl100k_base": 100256, "o200k_base": 199998}
 
 
 @dataclass(frozen=True, slots=True)
-class Vocabulary:
+class RankedVocabulary:
     """What a file means: ranks, the pattern, special tokens by id, and the shift of the ranks."""
 
     ranks: dict[bytes, int]
@@ -82,7 +82,7 @@ class Vocabulary:
 def parse_ranks(path: str) -> dict[bytes, int]:
     """The lines of a .tiktoken file."""
     ranks: dict[bytes, int] = {}
-    for number, line in enumerate(read_bytes(path, FLAG).splitlines(), start=1):
+    for number, line in enumerate(read_bytes(path, _FLAG).splitlines(), start=1):
         if not line.strip():
             continue
         try:
@@ -90,7 +90,7 @@ def parse_ranks(path: str) -> dict[bytes, int]:
             ranks[base64.b64decode(token, validate=True)] = int(rank)
         except (ValueError, binascii.Error) as error:
             raise DataError(
-                f"{FLAG} {path}:{number}: {line[:40]!r} is not `base64 rank`"
+                f"{_FLAG} {path}:{number}: {line[:40]!r} is not `base64 rank`"
             ) from error
     return ranks
 
@@ -98,22 +98,22 @@ def parse_ranks(path: str) -> dict[bytes, int]:
 def check_ranks(path: str, ranks: dict[bytes, int]) -> None:
     """Ranks are 0 .. n - 1, each once, and all 256 bytes are tokens."""
     if sorted(ranks.values()) != list(range(len(ranks))):
-        raise DataError(f"{FLAG} {path}: the ranks are not 0 to {len(ranks) - 1}, each once")
+        raise DataError(f"{_FLAG} {path}: the ranks are not 0 to {len(ranks) - 1}, each once")
     missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
     if missing:
-        raise DataError(f"{FLAG} {path} lacks {len(missing)} of the 256 bytes, e.g. {missing[0]}")
+        raise DataError(f"{_FLAG} {path} lacks {len(missing)} of the 256 bytes, e.g. {missing[0]}")
 
 
-def read_text_file(path: str, pattern: str | None) -> Vocabulary:
+def read_text_file(path: str, pattern: str | None) -> RankedVocabulary:
     """A .tiktoken file; its name tells the pattern where --tiktoken-pattern does not."""
     ranks = parse_ranks(path)
     check_ranks(path, ranks)
     name = Path(path).name.removesuffix(".tiktoken")
-    known, specials = PUBLISHED.get(name, (None, {EOD: len(ranks)}))
+    known, specials = PUBLISHED.get(name, (None, {_EOD: len(ranks)}))
     whole = RANKS.get(name)
     if whole is not None and len(ranks) != whole:
         raise DataError(
-            f"{FLAG} {path} has {len(ranks)} ranks, {name} has {whole}: it is cut off - copy it again, or "
+            f"{_FLAG} {path} has {len(ranks)} ranks, {name} has {whole}: it is cut off - copy it again, or "
             "give a file of your own another name and --tiktoken-pattern"
         )
     chosen = pattern or known
@@ -123,19 +123,19 @@ def read_text_file(path: str, pattern: str | None) -> Vocabulary:
             f"{', '.join(PATTERNS)}"
         )
     size = 1 + max(len(ranks) - 1, *specials.values())
-    return Vocabulary(ranks, chosen, specials, EOD, size=size)
+    return RankedVocabulary(ranks, chosen, specials, _EOD, size=size)
 
 
 def read_json_file(
     path: str, pattern: str | None, num_special: int, names: Sequence[str], vocab_size: int | None
-) -> Vocabulary:
+) -> RankedVocabulary:
     """Megatron's list of ranks (or an object with it under "vocab"), cut to the vocabulary's size."""
-    found = read_json(path, FLAG)
+    found = read_json(path, _FLAG)
     listed: Any = found.get("vocab") if isinstance(found, dict) else found
     try:
         entries = [(base64.b64decode(entry["token_bytes"]), entry["rank"]) for entry in listed]
     except (TypeError, KeyError, ValueError) as error:
-        raise DataError(f"{FLAG} {path}: not a list of rank, token_bytes, token_str") from error
+        raise DataError(f"{_FLAG} {path}: not a list of rank, token_bytes, token_str") from error
     specials = list(names) or list(JSON_SPECIALS)
     lacking = set(JSON_SPECIALS) - set(specials)
     if lacking or len(set(specials)) != len(specials) or len(specials) > num_special:
@@ -155,7 +155,7 @@ def read_json_file(
     ranks = dict(entries[: size - num_special])
     check_ranks(path, ranks)
     by_name = {name: number for number, name in enumerate(specials)}
-    return Vocabulary(ranks, pattern or "v2", by_name, "</s>", shift=num_special, size=size)
+    return RankedVocabulary(ranks, pattern or "v2", by_name, "</s>", shift=num_special, size=size)
 
 
 class TikTokenizer(EngineTokenizer):
@@ -171,7 +171,7 @@ class TikTokenizer(EngineTokenizer):
         vocab_size: int | None = None,
         engine: str = AUTO,
     ) -> None:
-        content = read_bytes(path, FLAG)
+        content = read_bytes(path, _FLAG)
         assert path is not None
         if pattern is not None and pattern not in PATTERNS:
             raise ConfigError(f"--tiktoken-pattern {pattern}: choose from {', '.join(PATTERNS)}")
@@ -180,7 +180,7 @@ class TikTokenizer(EngineTokenizer):
         else:
             found = read_text_file(path, pattern)
         self._vocabulary = found
-        self._hash = hash_of(content, json.dumps([found.pattern, found.specials]).encode())
+        self._hash = short_hash(content, json.dumps([found.pattern, found.specials]).encode())
         self._names = {rank + found.shift: token for token, rank in found.ranks.items()}
         self._names |= {number: name.encode() for name, number in found.specials.items()}
         words = PATTERNS[found.pattern]

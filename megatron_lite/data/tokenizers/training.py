@@ -15,11 +15,11 @@ from typing import Any, Literal
 from megatron_lite.config.errors import ConfigError, DataError
 from megatron_lite.config.extras import how_to_install
 from megatron_lite.data.tokenizers.base import Tokenizer
-from megatron_lite.data.tokenizers.gpt2_bpe import EOD, WORDS
+from megatron_lite.data.tokenizers.gpt2_bpe import GPT2_EOD, WORDS
 from megatron_lite.data.tokenizers.sentencepiece import CHATGLM_SPECIALS
 
 SAMPLE_CHARACTERS = 1 << 20
-LONGEST = 10
+_LONGEST = 10
 LINE_BYTES = 16384  # SentencePiece leaves out longer lines; ours are cut before
 REPLACEMENT = "\ufffd"
 
@@ -75,9 +75,9 @@ def train_bpe(texts: Iterable[str], vocab_size: int, max_token_chars: int) -> di
     bpe.train_from_iterator(texts, trainer)
     model = json.loads(bpe.to_str())["model"]
     vocab = dict(sorted(model["vocab"].items(), key=lambda item: item[1]))
-    if EOD in vocab:
-        raise DataError(f"the text made {EOD} a word of its own; remove it from the input")
-    vocab[EOD] = len(vocab)
+    if GPT2_EOD in vocab:
+        raise DataError(f"the text made {GPT2_EOD} a word of its own; remove it from the input")
+    vocab[GPT2_EOD] = len(vocab)
     merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
     lines = "".join(f"{a} {b}\n" for a, b in merges)
     return {
@@ -99,7 +99,7 @@ class SentencePieceSettings:
     sample: int = 0
 
 
-def lines_of(texts: Iterable[str]) -> Iterator[str]:
+def training_lines(texts: Iterable[str]) -> Iterator[str]:
     """Lines of at most LINE_BYTES bytes, which is what SentencePiece learns from."""
     for text in texts:
         for line in text.split("\n"):
@@ -140,7 +140,7 @@ def train_sentencepiece(texts: Iterable[str], settings: SentencePieceSettings) -
         options |= {"input_sentence_size": settings.sample, "shuffle_input_sentence": True}
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=lines_of(texts), model_writer=model, **options
+            sentence_iterator=training_lines(texts), model_writer=model, **options
         )
     except RuntimeError as error:
         raise DataError(
@@ -165,7 +165,7 @@ def report_lines(tokenizer: Tokenizer, texts: Sequence[str]) -> list[str]:
     characters, tokens = sum(map(len, texts)), max(len(encoded.ids), 1)
     unknown = tokenizer.unknown
     lost = 0 if unknown is None else int((encoded.ids == unknown).sum())
-    longest = sorted(token_names(tokenizer), key=lambda name: (-len(name), name))[:LONGEST]
+    longest = sorted(token_names(tokenizer), key=lambda name: (-len(name), name))[:_LONGEST]
     return [
         f"characters per token: {characters / tokens:.3f} ({characters} characters of "
         f"{len(texts)} texts)",

@@ -20,13 +20,13 @@ from torch.distributed import Store  # type: ignore[attr-defined]
 
 from megatron_lite.blueprint.schedules.actions import Action
 from megatron_lite.config.errors import DistributedError
-from megatron_lite.parallel.calls.tape import Tape
-from megatron_lite.parallel.calls.transcript import Call, Transcript, shown_ranks
+from megatron_lite.parallel.calls.tape import CallRecorder
+from megatron_lite.parallel.calls.transcript import Call, CallLog, shown_ranks
 
 _GO = "go"
 
 
-class Checker(Tape):
+class Checker(CallRecorder):
     """Compares each call of this rank with those of its partners, before it is made.
 
     pp: this rank's place in the pipeline: ranks of one place must call from the same line.
@@ -36,7 +36,7 @@ class Checker(Tape):
     def __init__(
         self, store: Store, *, rank: int, pp: int, step: Callable[[], int], seconds: float
     ) -> None:
-        super().__init__(Transcript(rank, pp=pp))
+        super().__init__(CallLog(rank, pp=pp))
         self._store, self._step, self._seconds = store, step, seconds
         self._numbers: Counter[tuple[str, tuple[int, ...], str]] = Counter()
         self._expected: dict[str, tuple[str, Call]] = {}

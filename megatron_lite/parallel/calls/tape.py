@@ -8,17 +8,17 @@ from pathlib import Path
 from types import FrameType
 
 from megatron_lite.blueprint.schedules.actions import Action
-from megatron_lite.parallel.calls.transcript import Call, Transcript
+from megatron_lite.parallel.calls.transcript import Call, CallLog
 from megatron_lite.parallel.observer import Observer, Request
 
 _PACKAGE = f"{Path(__file__).parents[2]}/"
 _TALKING = ("parallel/calls/tape.py", "parallel/collectives.py", "parallel/observer.py")
 
 
-class Tape(Observer):
+class CallRecorder(Observer):
     """Writes a rank's calls down, each with its place in the step and the line that made it."""
 
-    def __init__(self, transcript: Transcript) -> None:
+    def __init__(self, transcript: CallLog) -> None:
         self.transcript = transcript
         self.place = "before its list"
         self.part = "step"

@@ -56,12 +56,12 @@ class Call(NamedTuple):
         return f"{self.op}{what} {list(self.shape)} {self.dtype} in {self.line}"
 
 
-MESSAGES = ("send", "receive")
+MESSAGE_OPS = ("send", "receive")
 
 
 @dataclass(slots=True)
-class Transcript:
-    """All calls of a rank in order; broke_off: what ended it early, None where it came to its end.
+class CallLog:
+    """All calls of a rank in order; failed_at: what ended it early, None where it came to its end.
 
     pp: the rank's place in the pipeline; ranks of one place have the same list of actions.
     """
@@ -69,7 +69,7 @@ class Transcript:
     rank: int
     pp: int = 0
     calls: list[Call] = field(default_factory=list)
-    broke_off: str | None = None
+    failed_at: str | None = None
 
     def sent_bytes(self, part: str) -> dict[str, float]:
         """Axis -> bytes this rank sends over it with ring algorithms, in one part of the run."""
@@ -81,7 +81,7 @@ class Transcript:
 
 
 @dataclass(frozen=True, slots=True)
-class Agreement:
+class MatchedCalls:
     """What fits: collectives (each counted once), groups, messages and pairs of ranks."""
 
     ranks: int
@@ -91,7 +91,7 @@ class Agreement:
     pairs: int
 
 
-def compare(transcripts: Sequence[Transcript]) -> tuple[Agreement, list[str]]:
+def compare_calls(transcripts: Sequence[CallLog]) -> tuple[MatchedCalls, list[str]]:
     """What fits and, in words, what does not: empty if these ranks can talk to each other.
 
     Every group's members make the same calls in the same order with the same shapes; between two
@@ -100,7 +100,7 @@ def compare(transcripts: Sequence[Transcript]) -> tuple[Agreement, list[str]]:
     those that broke off from there on.
     """
     by_rank = {transcript.rank: transcript for transcript in transcripts}
-    wrong = [f"rank {t.rank} breaks off: {t.broke_off}" for t in transcripts if t.broke_off]
+    wrong = [f"rank {t.rank} breaks off: {t.failed_at}" for t in transcripts if t.failed_at]
     groups = _by_group(transcripts)
     for (axis, ranks), calls in groups.items():
         wrong += _compare_group(axis, ranks, calls, by_rank)
@@ -112,7 +112,7 @@ def compare(transcripts: Sequence[Transcript]) -> tuple[Agreement, list[str]]:
         wrong = _stuck(transcripts)
     both = [sends for (a, b), (sends, _) in messages.items() if a in by_rank and b in by_rank]
     return (
-        Agreement(
+        MatchedCalls(
             ranks=len(by_rank),
             collectives=sum(max(map(len, calls.values())) for calls in groups.values()),
             groups=len(groups),
@@ -123,16 +123,16 @@ def compare(transcripts: Sequence[Transcript]) -> tuple[Agreement, list[str]]:
     )
 
 
-Group = tuple[str, tuple[int, ...]]
-_Groups = dict[Group, dict[int, list[Call]]]
+_Group = tuple[str, tuple[int, ...]]
+_Groups = dict[_Group, dict[int, list[Call]]]
 
 
-def _by_group(transcripts: Sequence[Transcript]) -> _Groups:
+def _by_group(transcripts: Sequence[CallLog]) -> _Groups:
     """Group -> member with a transcript -> its collectives there, none for one that never calls."""
     groups: _Groups = {}
     for transcript in transcripts:
         for call in transcript.calls:
-            if call.op not in MESSAGES:
+            if call.op not in MESSAGE_OPS:
                 members = groups.setdefault((call.axis, call.ranks), {})
                 members.setdefault(transcript.rank, []).append(call)
     for (_, ranks), members in groups.items():
@@ -144,10 +144,10 @@ def _by_group(transcripts: Sequence[Transcript]) -> _Groups:
 
 def _compare_group(
     axis: str, ranks: tuple[int, ...], calls: Mapping[int, list[Call]],
-    by_rank: Mapping[int, Transcript],
+    by_rank: Mapping[int, CallLog],
 ) -> Iterator[str]:  # fmt: skip
     """The first difference of the members to most of them, one line for each that differs."""
-    whole = [rank for rank in calls if not by_rank[rank].broke_off] or list(calls)
+    whole = [rank for rank in calls if not by_rank[rank].failed_at] or list(calls)
     forms = {rank: tuple(call.form for call in calls[rank]) for rank in whole}
     usual = Counter(forms.values()).most_common(1)[0][0]
     model = next(rank for rank, form in forms.items() if form == usual)
@@ -156,7 +156,7 @@ def _compare_group(
             continue
         same_list = by_rank[rank].pp == by_rank[model].pp
         at = _first_difference(calls[model], made, places_too=same_list)
-        if at is not None and not (at == len(made) and by_rank[rank].broke_off):
+        if at is not None and not (at == len(made) and by_rank[rank].failed_at):
             yield _group_difference(axis, ranks, at, (model, calls[model]), (rank, made))
 
 
@@ -191,19 +191,19 @@ def _group_difference(
 _Ends = tuple[list[Call], list[Call]]
 
 
-def _by_pair(transcripts: Sequence[Transcript]) -> dict[tuple[int, ...], _Ends]:
+def _by_pair(transcripts: Sequence[CallLog]) -> dict[tuple[int, ...], _Ends]:
     """(sender, receiver) -> the sends and the receives, each in its rank's order."""
     pairs: dict[tuple[int, ...], _Ends] = {}
     for transcript in transcripts:
         for call in transcript.calls:
-            if call.op in MESSAGES:
+            if call.op in MESSAGE_OPS:
                 ends = pairs.setdefault(call.ranks, ([], []))
-                ends[MESSAGES.index(call.op)].append(call)
+                ends[MESSAGE_OPS.index(call.op)].append(call)
     return pairs
 
 
 def _compare_pair(
-    sender: Transcript, receiver: Transcript, sends: list[Call], receives: list[Call]
+    sender: CallLog, receiver: CallLog, sends: list[Call], receives: list[Call]
 ) -> list[str]:
     source, target = sender.rank, receiver.rank
     for at, (sent, got) in enumerate(zip(sends, receives, strict=False)):
@@ -213,10 +213,10 @@ def _compare_pair(
                 f"rank {source}, {sent.place}: {sent}; rank {target}, {got.place}: {got}"
             ]
     at = min(len(sends), len(receives))
-    if len(sends) > at and not receiver.broke_off:
+    if len(sends) > at and not receiver.failed_at:
         return [f"rank {source} sends rank {target} a message that is never received - "
                 f"{sends[at].place}: {sends[at]}"]  # fmt: skip
-    if len(receives) > at and not sender.broke_off:
+    if len(receives) > at and not sender.failed_at:
         return [f"rank {target} waits for a message that rank {source} never sends - "
                 f"{receives[at].place}: {receives[at]}"]  # fmt: skip
     return []
@@ -226,7 +226,7 @@ _Meeting = tuple[bool, str, tuple[int, ...], int]
 """(whether it is a message, axis, ranks, its number there): the same for all who take part."""
 
 
-def _stuck(transcripts: Sequence[Transcript]) -> list[str]:
+def _stuck(transcripts: Sequence[CallLog]) -> list[str]:
     """Walk all transcripts with calls that block until their partners have come; who never ends."""
     present = {transcript.rank for transcript in transcripts}
     calls = {t.rank: list(_batches(t.calls)) for t in transcripts}
@@ -290,7 +290,7 @@ def _meetings(batches: Sequence[Sequence[Call]]) -> list[list[_Meeting]]:
     for batch in batches:
         row = []
         for call in batch:
-            where = (call.op in MESSAGES, call.axis, call.ranks)
+            where = (call.op in MESSAGE_OPS, call.axis, call.ranks)
             numbers[where] += 1
             row.append((*where, numbers[where]))
         rows.append(row)
@@ -303,8 +303,8 @@ def _batches(calls: Sequence[Call]) -> Iterator[list[Call]]:
     for call in calls:
         together = (
             batch
-            and call.op in MESSAGES
-            and batch[-1].op in MESSAGES
+            and call.op in MESSAGE_OPS
+            and batch[-1].op in MESSAGE_OPS
             and call.place == batch[-1].place
         )
         if batch and not together:

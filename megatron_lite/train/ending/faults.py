@@ -65,7 +65,7 @@ from megatron_lite.pipeline.stage import MicroBatch, Objective, Scored
 from megatron_lite.train.run import Run
 
 IN_STEP = ("step", "forward", "loss", "backward", "gradient", "reduce")
-NUMBERS = ("loss", "gradient", "reduce")
+_NUMBERS = ("loss", "gradient", "reduce")
 """Points at which loss or gradients can be spoiled."""
 OUTSIDE = (
     "tokenizer", "init", "load", "data", "start", "evaluate",
@@ -119,7 +119,9 @@ class Fault:
             for stage in run.pipeline.stages.values():
                 stage.module.register_full_backward_pre_hook(self._hook("backward"))
         elif self.point == "gradient":
-            run.pipeline.arm = self._before(run.pipeline.arm, "gradient")
+            run.pipeline.begin_last_backward = self._before(
+                run.pipeline.begin_last_backward, "gradient"
+            )
         elif self.point == "reduce":
             run.before_reduce = self._hook("reduce")
 
@@ -245,8 +247,8 @@ def read_fault(text: str | None, rank: int, world_size: int, attempt: int = 0) -
         raise _wrong(text, f"{action!r} is no action; choose {', '.join(SIGNALS)}, exit, hang, "
                      "sleep<seconds>, slow<seconds>, busy<seconds>, error<2 to 7>, bug, nan, spike, "
                      "flip=<name>")  # fmt: skip
-    if verb in FACTORS and name not in NUMBERS:
-        raise _wrong(text, f"{verb} is for {_listed(NUMBERS)}")
+    if verb in FACTORS and name not in _NUMBERS:
+        raise _wrong(text, f"{verb} is for {_listed(_NUMBERS)}")
     if (verb == "flip") > bool(target) or target and verb not in ("flip", *FACTORS):
         raise _wrong(text, f"{verb} names {'a' if verb == 'flip' else 'no'} tensor after =")
     if int(number) != rank or (attempt and text.endswith(":once")):

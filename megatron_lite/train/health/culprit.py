@@ -29,7 +29,7 @@ HEAD = 1 << 20
 
 
 @dataclass(frozen=True, slots=True, order=True)
-class Suspect:
+class NonFiniteOrigin:
     """Something bad: order tells which of two came first, text names it, its rank and its samples."""
 
     order: tuple[int, ...]
@@ -49,7 +49,9 @@ def deepest(names: Sequence[str]) -> str:
     return max(enumerate(names), key=lambda entry: (position(entry[1]), entry[0]))[1]
 
 
-def first_of_all(found: Suspect | None, ctx: ParallelContext) -> tuple[Suspect | None, list[int]]:
+def earliest_over_ranks(
+    found: NonFiniteOrigin | None, ctx: ParallelContext
+) -> tuple[NonFiniteOrigin | None, list[int]]:
     """The first suspect of any rank, and the ranks that have one.  Collective over the world."""
     row = torch.zeros(1 + _NUMBERS + _BYTES // 8, dtype=torch.int64)
     if found is not None:
@@ -62,9 +64,9 @@ def first_of_all(found: Suspect | None, ctx: ParallelContext) -> tuple[Suspect |
     return min(suspects.values(), default=None), sorted(suspects)
 
 
-def _read(row: torch.Tensor) -> Suspect:
+def _read(row: torch.Tensor) -> NonFiniteOrigin:
     text = row[1 + _NUMBERS :].numpy().tobytes().rstrip(b"\0")
-    return Suspect(tuple(row[1 : 1 + _NUMBERS].tolist()), text.decode(errors="replace"))
+    return NonFiniteOrigin(tuple(row[1 : 1 + _NUMBERS].tolist()), text.decode(errors="replace"))
 
 
 def bad_tensors(slices: Iterable[NamedSlice]) -> list[str]:

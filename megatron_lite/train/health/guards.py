@@ -1,6 +1,6 @@
 """What looks at a step before its update: each guard says go on, warn, skip or stop, all ranks alike.
 
-    forward, backward, reduce ──▶ Measured ──▶ guards, in order ──▶ Verdict ──▶ apply or discard
+    forward, backward, reduce ──▶ StepNumbers ──▶ guards, in order ──▶ Verdict ──▶ apply or discard
                                   (summed over the world, so every rank judges the same numbers)
 
 A new guard is a class with look() and note(), and one line in `guards_for`.
@@ -21,7 +21,7 @@ from megatron_lite.engines.loss_scale import LossScale
 
 
 @dataclass(frozen=True, slots=True)
-class Measured:
+class StepNumbers:
     """One step's numbers, equal on all ranks: mean loss, gradient norm, ranks with non-finite gradients.
 
     empty: no token counts in the loss.  Zeros are a good step: a rehearsal has no other numbers.
@@ -71,11 +71,11 @@ class Finding:
 class Guard(Protocol):
     """Looks at a step; note() is called once per step, when its fate is settled."""
 
-    def look(self, seen: Measured, progress: Progress) -> Finding | None:
+    def look(self, seen: StepNumbers, progress: Progress) -> Finding | None:
         """A finding, or None; changes nothing, for a step may be looked at twice."""
         ...
 
-    def note(self, seen: Measured, progress: Progress) -> None:
+    def note(self, seen: StepNumbers, progress: Progress) -> None:
         """Remember what the next look needs."""
         ...
 
@@ -87,7 +87,7 @@ class Overflow:
     scaler: LossScale
     replay: bool
 
-    def look(self, seen: Measured, progress: Progress) -> Finding | None:
+    def look(self, seen: StepNumbers, progress: Progress) -> Finding | None:
         """Skip silently, for it is normal; stop where it does not end."""
         if seen.finite:
             return None
@@ -104,7 +104,7 @@ class Overflow:
             self.replay,
         )
 
-    def note(self, seen: Measured, progress: Progress) -> None:
+    def note(self, seen: StepNumbers, progress: Progress) -> None:
         """Move the scale."""
         self.scaler.update(overflow=not seen.finite)
 
@@ -116,7 +116,7 @@ class NonFinite:
     act: Act
     replay: bool
 
-    def look(self, seen: Measured, progress: Progress) -> Finding | None:
+    def look(self, seen: StepNumbers, progress: Progress) -> Finding | None:
         """Name which of the two it is; both belong to one step."""
         if seen.finite:
             return None
@@ -128,7 +128,7 @@ class NonFinite:
             self.replay,
         )
 
-    def note(self, seen: Measured, progress: Progress) -> None:
+    def note(self, seen: StepNumbers, progress: Progress) -> None:
         """Nothing is remembered."""
 
 
@@ -141,14 +141,14 @@ class Spike:
     """
 
     name: str
-    value_of: Callable[[Measured], float]
+    value_of: Callable[[StepNumbers], float]
     flag: str
     factor: float
     window: int
     act: Act
     replay: bool
 
-    def look(self, seen: Measured, progress: Progress) -> Finding | None:
+    def look(self, seen: StepNumbers, progress: Progress) -> Finding | None:
         """Hold the value against the median, once the window is full."""
         value, recent = self.value_of(seen), progress.recent.get(self.name, [])
         if not math.isfinite(value) or len(recent) < self.window:
@@ -164,7 +164,7 @@ class Spike:
             self.replay,
         )
 
-    def note(self, seen: Measured, progress: Progress) -> None:
+    def note(self, seen: StepNumbers, progress: Progress) -> None:
         """Add the value to the window."""
         value = self.value_of(seen)
         if math.isfinite(value):
@@ -202,13 +202,13 @@ class Guards:
 
     guards: Sequence[Guard] = ()
 
-    def judge(self, seen: Measured, progress: Progress) -> Verdict:
+    def judge(self, seen: StepNumbers, progress: Progress) -> Verdict:
         """What to do with the step; equal on all ranks."""
         looks = [guard.look(seen, progress) for guard in self.guards]
         found = tuple(finding for finding in looks if finding is not None)
         return Verdict(max((finding.act for finding in found), default=Act.GO_ON), found)
 
-    def note(self, seen: Measured, progress: Progress) -> None:
+    def note(self, seen: StepNumbers, progress: Progress) -> None:
         """The step is settled."""
         for guard in self.guards:
             guard.note(seen, progress)
@@ -233,9 +233,9 @@ def guards_for(config: GuardsConfig, scaler: LossScale, *, fp16: bool) -> Guards
     return Guards(guards)
 
 
-def _loss(seen: Measured) -> float:
+def _loss(seen: StepNumbers) -> float:
     return seen.loss
 
 
-def _norm(seen: Measured) -> float:
+def _norm(seen: StepNumbers) -> float:
     return seen.grad_norm

@@ -24,7 +24,7 @@ from megatron_lite.train.health.culprit import (
     OUTPUT,
     SUMMED,
     WEIGHT,
-    Suspect,
+    NonFiniteOrigin,
     bad_tensors,
     deepest,
     name_ranks,
@@ -39,7 +39,7 @@ class Watched:
     """What this rank saw during a replay: its first suspect."""
 
     run: Run
-    first: Suspect | None = None
+    first: NonFiniteOrigin | None = None
     samples: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
     microbatch: int = 0
     _hooks_fired: int = 0
@@ -47,7 +47,7 @@ class Watched:
 
     def note(self, order: tuple[int, ...], text: str) -> None:
         """Keep it if nothing came before it."""
-        suspect = Suspect(order, text)
+        suspect = NonFiniteOrigin(order, text)
         if self.first is None or suspect < self.first:
             self.first = suspect
 
@@ -144,11 +144,11 @@ class WatchedStage(Stage):
         return y
 
     def backward(
-        self, microbatch: int, received: Tensor | None, *, postpone_weights: bool = False
+        self, microbatch: int, received: Tensor | None, *, defer_wgrads: bool = False
     ) -> Tensor | None:
         """As Stage.backward."""
         self._begin(microbatch)
-        dx = Stage.backward(self, microbatch, received, postpone_weights=postpone_weights)
+        dx = Stage.backward(self, microbatch, received, defer_wgrads=defer_wgrads)
         self.watched.look_at_gradients()
         return dx
 
@@ -166,7 +166,7 @@ class WatchedStage(Stage):
 def watched_pipeline(run: Run) -> Iterator[tuple[Executor, Watched]]:
     """An executor over the same stages that finds this rank's first suspect and reduces nothing."""
     watched = Watched(run)
-    run.engine.settle()
+    run.engine.wait_for_param_gather()
     watched.look_at_weights()
     stages: dict[int, Stage] = {
         n: WatchedStage.of(stage, watched) for n, stage in run.pipeline.stages.items()
@@ -175,14 +175,14 @@ def watched_pipeline(run: Run) -> Iterator[tuple[Executor, Watched]]:
         yield replace(run.pipeline, stages=stages), watched
 
 
-def summed_suspect(run: Run) -> Suspect | None:
+def summed_suspect(run: Run) -> NonFiniteOrigin | None:
     """Of a first run, whose gradients are summed already: the parameter, and the ranks of the sum."""
     bad = bad_tensors(run.engine.gradients(owned=False))
     if not bad:
         return None
     name = deepest(bad)
     ranks = run.ctx.replicas.ranks if run.ctx.replicas.size > 1 else (run.ctx.rank,)
-    return Suspect(
+    return NonFiniteOrigin(
         (SUMMED, -position(name)),
         f"the gradient of {name}, summed over {name_ranks(ranks)}, is not finite "
         f"(of {len(bad)} such)",
@@ -191,12 +191,12 @@ def summed_suspect(run: Run) -> Suspect | None:
 
 def changed_suspect(
     run: Run, first: Sequence[Scored], second: Sequence[Scored], micro: Sequence[Any]
-) -> Suspect | None:
+) -> NonFiniteOrigin | None:
     """The first micro batch whose loss came out otherwise the second time, on the last stage's ranks."""
     for number, (a, b, batch) in enumerate(zip(first, second, micro, strict=False)):
         before, after = ((s.total / s.count.clamp(min=1)).item() for s in (a, b))
         if repr(before) != repr(after):
-            return Suspect(
+            return NonFiniteOrigin(
                 (OUTPUT, number),
                 f"the loss of {name_samples(batch.positions.samples)} on rank {run.ctx.rank} was "
                 f"{before:g} and then {after:g}",

@@ -20,7 +20,12 @@ from megatron_lite.config.errors import DistributedError
 from megatron_lite.parallel.collectives import MAX, MIN, all_gather, all_reduce
 from megatron_lite.parallel.context import Axis
 from megatron_lite.parallel.shard import NamedSlice
-from megatron_lite.train.health.culprit import Suspect, first_of_all, name_ranks, position
+from megatron_lite.train.health.culprit import (
+    NonFiniteOrigin,
+    earliest_over_ranks,
+    name_ranks,
+    position,
+)
 from megatron_lite.train.run import Run
 
 _ODD = 0x9E3779B97F4A7C16 - (1 << 64)
@@ -32,11 +37,11 @@ _CHUNK = 1 << 22
 
 def check_replicas(run: Run) -> None:
     """Raise DistributedError on all ranks alike where two copies of a tensor differ.  Collective."""
-    found: Suspect | None = None
+    found: NonFiniteOrigin | None = None
     for number, (axis, copies) in enumerate(_copies(run)):
         suspect = _differing(axis, copies, number) if axis.size > 1 and copies else None
         found = found or suspect
-    first, ranks = first_of_all(found, run.ctx)
+    first, ranks = earliest_over_ranks(found, run.ctx)
     if first is not None:
         raise DistributedError(
             f"iteration {run.progress.step}: {first.text} ({len(ranks)} ranks see a difference) - "
@@ -67,14 +72,14 @@ def _copies(run: Run) -> Iterator[tuple[Axis, list[NamedSlice]]]:
     yield run.ctx.replicas, [s for s in (*weights, *state) if s.replicated]
     for axis, held in (
         (run.ctx.tp, [local for local in run.parameters if local.tp_dim is None]),
-        (run.ctx.tied, [local for local in run.parameters if local.twin]),
+        (run.ctx.tied, [local for local in run.parameters if local.tied_across_stages]),
     ):
         names = {piece.name for local in held for piece in local.pieces}
         theirs = [s for s in state if s.name.partition(".")[2] in names]
         yield axis, [s for s in weights if s.name in names] + theirs
 
 
-def _differing(axis: Axis, copies: Sequence[NamedSlice], number: int) -> Suspect | None:
+def _differing(axis: Axis, copies: Sequence[NamedSlice], number: int) -> NonFiniteOrigin | None:
     """The first tensor whose copies differ along the axis, and on which ranks."""
     mine = torch.stack([bits_hash(piece.data) for piece in copies])
     low, high = all_reduce(mine.clone(), axis, MIN), all_reduce(mine.clone(), axis, MAX)
@@ -92,7 +97,7 @@ def _differing(axis: Axis, copies: Sequence[NamedSlice], number: int) -> Suspect
         who = f"{name_ranks(others)} of {axis.name} differ from {name_ranks(alike)}"
     else:
         who = f"{name_ranks(axis.ranks)} of {axis.name} differ, and no majority tells who is right"
-    return Suspect(
+    return NonFiniteOrigin(
         (number, position(name), index),
         f"the copies of {name} have drifted apart: {who} (of {len(wrong)} such tensors)",
     )

@@ -43,9 +43,9 @@ def _tensors(run: Run) -> list[tuple[str, tuple[int, ...], torch.dtype]]:
     found = {}
     for spec in run.blueprint.parameters:
         vocabulary = spec.tensor.vocabulary
-        shape = (run.setting.vocab_size, *spec.shape[1:]) if vocabulary else spec.shape
+        shape = (run.context.vocab_size, *spec.shape[1:]) if vocabulary else spec.shape
         storage = spec.tensor.storage
-        dtype = run.setting.dtype if storage is None else DTYPES[storage]
+        dtype = run.context.dtype if storage is None else DTYPES[storage]
         found[spec.name] = shape, dtype
         if dtype != torch.float32:
             found[MASTER + spec.name] = shape, torch.float32

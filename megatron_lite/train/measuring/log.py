@@ -13,8 +13,8 @@ from megatron_lite.config.streams import outlets
 from megatron_lite.parallel.collectives import gather_text
 from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.storage.disk import Disk, write_atomically
-from megatron_lite.telemetry.console import Form, format_record
-from megatron_lite.telemetry.record import Record
+from megatron_lite.telemetry.console import LineForm, format_record
+from megatron_lite.telemetry.record import TelemetryRecord
 from megatron_lite.telemetry.writers import Writers
 
 
@@ -23,7 +23,7 @@ class Log:
     """Rank 0 says notices and writes records; the last rank prints the training line, as Megatron does."""
 
     ctx: ParallelContext
-    form: Form = "megatron"
+    form: LineForm = "megatron"
     writers: Writers = field(default_factory=lambda: Writers(()))
 
     def say(self, *lines: str) -> None:
@@ -38,11 +38,11 @@ class Log:
             for line in lines:
                 print(f"WARNING: {line}", file=sys.stderr, flush=True)
 
-    def write(self, record: Record) -> None:
+    def write(self, record: TelemetryRecord) -> None:
         """Into metrics.jsonl, TensorBoard and W&B (rank 0)."""
         self.writers.write(record)
 
-    def print(self, record: Record | str) -> None:
+    def print(self, record: TelemetryRecord | str) -> None:
         """On the console of the last rank."""
         if self.ctx.rank == self.ctx.world_size - 1:
             text = record if isinstance(record, str) else format_record(record, self.form)
@@ -63,7 +63,7 @@ class Log:
         self.writers.close()
 
 
-def form_of(config: TelemetryConfig) -> Form:
+def form_of(config: TelemetryConfig) -> LineForm:
     """What --log-format auto means here: a person at a terminal, or a file, a pipe, a parser."""
     if config.log_format != "auto":
         return config.log_format

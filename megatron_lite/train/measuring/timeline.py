@@ -90,7 +90,7 @@ class CollectiveLanes(Observer):
         return None
 
 
-class Part(NamedTuple):
+class RankTimeline(NamedTuple):
     """One rank's share of a timeline.
 
     machine: the same for the ranks of one machine; aligned: when this rank left the barrier.
@@ -106,13 +106,13 @@ class Part(NamedTuple):
         return json.dumps(self)
 
     @classmethod
-    def from_text(cls, text: str) -> Part:
+    def from_text(cls, text: str) -> RankTimeline:
         """What to_text gave."""
         name, machine, aligned, lanes = json.loads(text)
         return cls(name, machine, aligned, {k: [Event(*e) for e in v] for k, v in lanes.items()})
 
 
-def merge(parts: Sequence[Part], title: str) -> Timeline:
+def merge(parts: Sequence[RankTimeline], title: str) -> Timeline:
     """All ranks on one clock that begins with the first event; the title says how much was hidden."""
     shift = _shifts(parts)
     begin = min(
@@ -135,7 +135,7 @@ def merge(parts: Sequence[Part], title: str) -> Timeline:
     return merged._replace(title="; ".join(words))
 
 
-def _shifts(parts: Sequence[Part]) -> dict[str, float]:
+def _shifts(parts: Sequence[RankTimeline]) -> dict[str, float]:
     """Machine -> seconds to add to its clock."""
     left: dict[str, list[float]] = {}
     for part in parts:
@@ -188,14 +188,14 @@ class StepRecording:
         if not self.recorder.recording or not (last or step + 1 >= self.telemetry.profile_step_end):
             return ()
         lanes = self.recorder.take()
-        mine = Part(_name(self.ctx), _machine(), self._aligned, lanes)
+        mine = RankTimeline(_name(self.ctx), _machine(), self._aligned, lanes)
         texts = gather_text(mine.to_text(), self.ctx.world, self.ctx.device)
         if self.ctx.rank != 0:
             return ()
         steps = (
             f"iteration {step}" if step == self._first else f"iterations {self._first} to {step}"
         )
-        merged = merge([Part.from_text(text) for text in texts], f"{self.title}, {steps}")
+        merged = merge([RankTimeline.from_text(text) for text in texts], f"{self.title}, {steps}")
         disk, path = Disk(), self.folder / FILE
         try:
             disk.make_folder(self.folder)

@@ -41,7 +41,7 @@ LEVELS: Mapping[str, int] = MappingProxyType(
 Sends are posted early and hardly waited for.  Likewise all-grads-sync is only the wait for what the
 overlap with the backward has left.  Level 3 is nobody's: such spans are only seen on a timeline."""
 
-KINDS: Mapping[str, str] = MappingProxyType(
+SPAN_KINDS: Mapping[str, str] = MappingProxyType(
     {
         "batch-generator": WAIT,
         "forward-recv": WAIT,
@@ -82,7 +82,7 @@ class RunTimers:
     @contextmanager
     def _recorded(self, name: str, action: Action | None) -> Iterator[None]:
         computes = name.endswith("-compute") and action is not None
-        kind = action.op.value if computes and action is not None else KINDS.get(name)
+        kind = action.op.value if computes and action is not None else SPAN_KINDS.get(name)
         with self._timers.span(name, level=LEVELS[name]):
             if kind is None:
                 yield

@@ -12,7 +12,12 @@ import pytest
 import torch
 
 from megatron_lite.config.sections.parallel import ParallelConfig
-from megatron_lite.rendezvous.launch import choose_device, gather, read_launch, start_process_group
+from megatron_lite.rendezvous.launch import (
+    choose_device,
+    gather_ranks,
+    read_launch,
+    start_process_group,
+)
 
 NCCL, GLOO = "nccl", "gloo"
 
@@ -34,7 +39,7 @@ def join(place: str) -> torch.device:
     torch.backends.cuda.matmul.allow_tf32 = False
     launch = read_launch()
     device = choose_device(launch, use_cpu=place == GLOO, backend=place)
-    world = gather(launch, ParallelConfig(), end=print)
+    world = gather_ranks(launch, ParallelConfig(), end=print)
     start_process_group(launch, ParallelConfig(distributed_backend=place), device, world)
     return device
 

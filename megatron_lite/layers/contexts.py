@@ -1,4 +1,4 @@
-"""What every layer of a stage is told: its ranks, number format, kernels and gradient sink; and Positions."""
+"""What every layer of a stage is built with, and what one forward of it needs besides activations."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from megatron_lite.parallel.shard import DTYPES
 
 
 @dataclass(frozen=True, slots=True)
-class Setting:
-    """Shared by the layers of one stage; made by train/assemble.py or by a test.
+class StageContext:
+    """What every layer of a stage is built with: model sizes, ranks, number format, gradient sink.
 
     gradients: where linear layers leave their weight gradients.
     seed: of weights and dropout.
@@ -67,8 +67,8 @@ class Setting:
 
 
 @dataclass(frozen=True, slots=True)
-class Positions:
-    """Where the tokens of one micro batch stand; every stage has it.
+class ForwardContext:
+    """What a forward of one micro batch needs besides activations; every stage has it.
 
     samples: int64 [b], numbers in the global training stream; index: int64 [s] or [s, b], positions
     in the sample; step: the optimizer step, for dropout; training: whether dropout is on;
@@ -86,5 +86,8 @@ class Positions:
 
     @property
     def encoded(self) -> Tensor:
-        """int64 [s] or [s, b]: the positions that embeddings and rotations show; dropout goes by `index`."""
+        """int64 [s] or [s, b]: positions for RoPE and learned embeddings, which restart in every document.
+
+        Dropout masks use `index`.
+        """
         return self.index if self.restarted is None else self.restarted
