@@ -7,6 +7,7 @@ from typing import Any
 
 from megatron_lite.config.sections.model import ModelConfig
 from megatron_lite.config.sections.run import RunConfig
+from tests.support.axes import PP, TP
 
 GPT3_175B = ModelConfig(
     num_layers=96, hidden_size=12288, num_attention_heads=96, seq_length=2048, vocab_size=50257
@@ -26,8 +27,8 @@ def config(model: ModelConfig = GPT3_175B, **changes: Any) -> RunConfig:
 def users_run(**changes: Any) -> RunConfig:
     """The 175B run on 64 GPUs: tp 8 x pp 8, micro batch 1, global batch 1536."""
     wanted = {
-        "parallel__tensor_model_parallel_size": 8,
-        "parallel__pipeline_model_parallel_size": 8,
+        TP: 8,
+        PP: 8,
         "train__global_batch_size": 1536,
         "train__train_iters": 500000,
     }

@@ -14,6 +14,7 @@ from megatron_lite.config.errors import ConfigError
 from megatron_lite.config.rules.table import size_problems
 from megatron_lite.config.sections.model import ModelConfig
 from tests.blueprint.configs import config, users_run
+from tests.support.axes import CHUNKS, PP, SCHEDULE, TP
 
 TINY = ModelConfig(
     num_layers=4, hidden_size=32, num_attention_heads=4, seq_length=16, vocab_size=61
@@ -103,11 +104,11 @@ def test_no_length_is_none() -> None:
     [
         ({}, 60, "= 64 does not divide 60 ranks; start 64 ranks"),
         ({"train__global_batch_size": 3}, 128, "3 is not divisible by .* 1 x .* 2 = 2"),
-        ({"parallel__pipeline_model_parallel_size": 7}, 56, "96 cannot be dealt to .* 7 stages"),
-        ({"parallel__tensor_model_parallel_size": 5}, 40, "96 cannot be split over .* 5"),
-        ({"parallel__pipeline_schedule": "interleaved"}, 64, "interleaved needs 2 or more stages"),
+        ({PP: 7}, 56, "96 cannot be dealt to .* 7 stages"),
+        ({TP: 5}, 40, "96 cannot be split over .* 5"),
+        ({SCHEDULE: "interleaved"}, 64, "interleaved needs 2 or more stages"),
         (
-            {"parallel__num_virtual_stages_per_pipeline_rank": 5},
+            {CHUNKS: 5},
             64,
             "8 x 5 stages per rank; use 80",
         ),

@@ -7,20 +7,10 @@ from typing import Any
 
 import pytest
 
-from tests.checkpoint.test_store import (
-    CHUNKS,
-    PP,
-    SCHEDULE,
-    SP,
-    TP,
-    ZERO,
-    load_and_save_again,
-    train_and_save,
-    whole,
-)
+from tests.support.axes import BF16, CHUNKS, PP, SCHEDULE, SP, TP, UNTIED, ZERO
+from tests.support.checkpoints import load_and_save_again, train_and_save, whole
 from tests.support.spawn import spawn
 
-BF16 = {"precision__bf16": True}
 MICRO, FIRST = "train__micro_batch_size", "parallel__decoder_first_pipeline_num_layers"
 
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
@@ -43,9 +33,9 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "pp2-dp2-zero": (4, {PP: 2, ZERO: True}),
     "pp2-dp2-zero-zb-v": (4, {PP: 2, ZERO: True, SCHEDULE: "zb-v"}),
     "pp2-dp2-zero-interleaved": (4, {PP: 2, ZERO: True, CHUNKS: 2}),
-    "bf16": (1, BF16),
-    "bf16-tp2-pp2": (4, {TP: 2, PP: 2, **BF16}),
-    "bf16-dp2-zero": (2, {ZERO: True, **BF16}),
+    "bf16": (1, {BF16: True}),
+    "bf16-tp2-pp2": (4, {TP: 2, PP: 2, BF16: True}),
+    "bf16-dp2-zero": (2, {ZERO: True, BF16: True}),
 }
 NAMES = list(LAYOUTS)
 
@@ -124,9 +114,6 @@ def test_still_more_layouts_load_others_bit_by_bit(source, saved, loaded, tmp_pa
     check(source, saved, loaded, tmp_path, {})
 
 
-UNTIED = {"model__untie_embeddings_and_output_weights": True}
-
-
 @pytest.mark.ci
 @pytest.mark.parametrize(
     ("saved", "loaded"),
@@ -137,7 +124,7 @@ UNTIED = {"model__untie_embeddings_and_output_weights": True}
     ],
 )
 def test_with_an_output_matrix_of_its_own(source, saved, loaded, tmp_path) -> None:
-    check(source, saved, loaded, tmp_path, UNTIED)
+    check(source, saved, loaded, tmp_path, {UNTIED: True})
 
 
 def test_the_table_saves_and_loads_every_layout() -> None:

@@ -1,6 +1,5 @@
 """Checkpoints: any layout loads any other bit by bit; broken ones are found and passed over."""
 
-import hashlib
 import os
 from pathlib import Path
 
@@ -12,84 +11,18 @@ from megatron_lite.checkpoint.progress import Progress
 from megatron_lite.checkpoint.snapshot import Snapshot
 from megatron_lite.checkpoint.store import POINTER, Store
 from megatron_lite.config.errors import CheckpointError
-from megatron_lite.engines.base import EngineProgress
 from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.parallel.shard import NamedSlice
-from megatron_lite.train.assemble import assemble
-from megatron_lite.train.resume import fill_run
-from megatron_lite.train.step import train_step
+from tests.support.axes import BF16, CHUNKS, PP, SCHEDULE, SP, TP, ZERO
+from tests.support.checkpoints import (
+    assembled,
+    load_and_save_again,
+    save,
+    train,
+    train_and_save,
+    whole,
+)
 from tests.support.spawn import spawn
-from tests.support.tiny import context, draw, make_batches, tiny_config
-
-
-def _run(rank, ranks, changes):
-    config = tiny_config(**changes)
-    blueprint = draw(config, ranks)
-    return config, blueprint, assemble(config, blueprint, context(blueprint, rank))
-
-
-def _train(config, blueprint, run, steps):
-    losses = []
-    for _ in range(steps):
-        batches = make_batches(config, blueprint, run.ctx.dp.rank, run.progress.step)
-        result = train_step(run, batches, lr=1e-2, weight_decay=0.1)
-        run.progress.step += 1
-        losses.append(result.loss.item())
-    return losses
-
-
-def _save(run, folder, progress):
-    store = Store(folder, run.ctx)
-    store.save(
-        store.snapshot(
-            progress.step,
-            weights=run.engine.weights(owned=True),
-            optimizer=run.engine.state(owned=True),
-            progress=progress,
-        )
-    )
-
-
-def train_and_save(rank, ranks, changes, folder, steps, more):
-    config, blueprint, run = _run(rank, ranks, changes)
-    _train(config, blueprint, run, steps)
-    _save(
-        run,
-        Path(folder),
-        Progress(steps, steps, lr_samples=steps, optimizer_steps=run.engine.progress().steps),
-    )
-    return _train(config, blueprint, run, more)
-
-
-def load_and_save_again(rank, ranks, changes, folder, again, more):
-    config, blueprint, run = _run(rank, ranks, changes)
-    store = Store(Path(folder), run.ctx)
-    manifest, _ = store.newest_intact()
-    fill_run(run, store, manifest, optimizer=True)
-    run.engine.resume(EngineProgress(manifest.progress.optimizer_steps))
-    run.progress.step = manifest.progress.step
-    _save(run, Path(again), manifest.progress)
-    return _train(config, blueprint, run, more)
-
-
-def whole(folder: Path) -> dict[str, str]:
-    """Hash of every global tensor of a checkpoint, put together in one process."""
-    store = Store(folder, ParallelContext.serial())
-    manifest, _ = store.newest_intact()
-    hashes = {}
-    for name, stored in manifest.tensors.items():
-        dtype = {"F32": torch.float32, "BF16": torch.bfloat16}[stored.dtype]
-        data = torch.empty(stored.shape, dtype=dtype)
-        store.load(manifest, [NamedSlice(name, stored.shape, (0,) * len(stored.shape), data)])
-        flat = data.flatten().view(torch.uint8)
-        hashes[name] = hashlib.sha256(flat.numpy().tobytes()).hexdigest()
-    return hashes
-
-
-TP, PP = "parallel__tensor_model_parallel_size", "parallel__pipeline_model_parallel_size"
-SP, ZERO = "parallel__sequence_parallel", "parallel__use_distributed_optimizer"
-SCHEDULE = "parallel__pipeline_schedule"
-CHUNKS = "parallel__num_virtual_stages_per_pipeline_rank"
 
 
 @pytest.mark.parametrize(
@@ -100,12 +33,12 @@ CHUNKS = "parallel__num_virtual_stages_per_pipeline_rank"
         ({TP: 2, PP: 2, SP: True}, 4, {TP: 2}, 4),
         ({TP: 4}, 4, {PP: 4}, 4),
         ({PP: 2}, 4, {TP: 2, PP: 2}, 4),
-        ({TP: 2, PP: 2, "precision__bf16": True}, 4, {PP: 2, "precision__bf16": True}, 2),
+        ({TP: 2, PP: 2, BF16: True}, 4, {PP: 2, BF16: True}, 2),
         ({TP: 2, ZERO: True}, 4, {PP: 2}, 2),
         ({PP: 2, SCHEDULE: "zb-v"}, 2, {PP: 2, CHUNKS: 2}, 2),
         ({PP: 2, SCHEDULE: "zb-h1", ZERO: True}, 4, {TP: 2, PP: 2, SCHEDULE: "zb-v"}, 4),
         ({PP: 2}, 2, {ZERO: True}, 4),
-        ({ZERO: True, "precision__bf16": True}, 4, {TP: 2, ZERO: True, "precision__bf16": True}, 4),
+        ({ZERO: True, BF16: True}, 4, {TP: 2, ZERO: True, BF16: True}, 4),
     ],
 )
 def test_any_layout_loads_any_other_bit_by_bit(tmp_path, saved, saved_ranks, loaded, loaded_ranks):
@@ -113,7 +46,7 @@ def test_any_layout_loads_any_other_bit_by_bit(tmp_path, saved, saved_ranks, loa
     went_on = spawn(train_and_save, saved_ranks, saved, str(first), 2, 2)[0]
     resumed = spawn(load_and_save_again, loaded_ranks, loaded, str(first), str(second), 2)[0]
     assert whole(first) == whole(second)
-    tolerance = 2e-3 if "precision__bf16" in saved else 1e-6
+    tolerance = 2e-3 if BF16 in saved else 1e-6
     assert resumed == pytest.approx(went_on, rel=tolerance)
 
 
@@ -133,10 +66,10 @@ def test_vocabulary_is_stored_without_padding(tmp_path):
 @pytest.fixture
 def two_checkpoints(tmp_path):
     """A folder with iterations 1 and 2, and the store of one process over it."""
-    config, blueprint, run = _run(0, 1, {})
+    config, blueprint, run = assembled(0, 1, {})
     for step in (1, 2):
-        _train(config, blueprint, run, 1)
-        _save(run, tmp_path, Progress(step, step, lr_samples=step))
+        train(config, blueprint, run, 1)
+        save(run, tmp_path, Progress(step, step, lr_samples=step))
     return Store(tmp_path, run.ctx)
 
 
@@ -260,7 +193,7 @@ def test_a_renamed_folder_is_no_checkpoint_of_that_iteration(two_checkpoints):
 
 
 def damaged_on_rank_1(rank, ranks, folder):
-    _, _, run = _run(rank, ranks, {})
+    _, _, run = assembled(rank, ranks, {})
     store = Store(Path(folder), run.ctx)
     with pytest.raises(CheckpointError) as refused:
         store.newest_intact()
@@ -276,7 +209,7 @@ def test_damage_that_one_rank_finds_is_named_by_all(two_checkpoints):
 
 
 def test_another_shape_is_refused_with_all_names(two_checkpoints):
-    _, _, wider = _run(0, 1, {"model__ffn_hidden_size": 64})
+    _, _, wider = assembled(0, 1, {"model__ffn_hidden_size": 64})
     manifest, _ = two_checkpoints.newest_intact()
     with pytest.raises(CheckpointError, match="mlp.up.weight: .*128, 32.* there, .*64, 32.* here"):
         two_checkpoints.load(manifest, list(wider.engine.weights(owned=False)))

@@ -14,12 +14,11 @@ from megatron_lite.engines.table import ENGINES
 from megatron_lite.parallel.context import Axis
 from megatron_lite.train.assemble import assemble
 from megatron_lite.train.step import train_step
+from tests.support.axes import PP, SP, TP, ZERO
 from tests.support.engines import counted
 from tests.support.spawn import spawn
 from tests.support.tiny import context, draw, make_batches, tiny_config
 
-TP, PP = "parallel__tensor_model_parallel_size", "parallel__pipeline_model_parallel_size"
-SP, ZERO = "parallel__sequence_parallel", "parallel__use_distributed_optimizer"
 ALONE, CPU = Axis("none"), torch.device("cpu")
 
 

@@ -18,14 +18,10 @@ from megatron_lite.train.resume import fill_run
 from megatron_lite.train.step import evaluation_step, train_step
 from tests.engines.apart import Apart, Poisoned, calls_of
 from tests.parity.layouts import SELECTIVE, recompute
+from tests.support.axes import BF16, PP, SCHEDULE, SP, TP, UNTIED, ZERO
 from tests.support.engines import exact_weights, named
 from tests.support.spawn import spawn
 from tests.support.tiny import context, draw, make_batches, tiny_config
-
-TP, PP = "parallel__tensor_model_parallel_size", "parallel__pipeline_model_parallel_size"
-SP, SHARDED = "parallel__sequence_parallel", "parallel__use_distributed_optimizer"
-SCHEDULE = "parallel__pipeline_schedule"
-UNTIED = "model__untie_embeddings_and_output_weights"
 
 
 @pytest.fixture(autouse=True)
@@ -62,13 +58,13 @@ ALONE = {
     "groups of two recomputed": recompute("full", "uniform", 2),
     "one block recomputed": recompute("full", "block", 1),
     "parts recomputed": SELECTIVE,
-    "bf16": {"precision__bf16": True},
+    "bf16": {BF16: True},
     "gradients through autograd": {"precision__gradient_accumulation_fusion": False},
 }
 WITHOUT_MEMORY = ("everything kept", "groups of two recomputed")
 LAYOUTS = {
     "dp2": (2, {}),
-    "dp2, sharded, recomputed": (2, {SHARDED: True, **recompute("full", "uniform", 1)}),
+    "dp2, sharded, recomputed": (2, {ZERO: True, **recompute("full", "uniform", 1)}),
     "tp2 with sequence parallelism": (2, {TP: 2, SP: True}),
     "pp2 x dp2, zb-v": (4, {PP: 2, SCHEDULE: "zb-v"}),
 }
@@ -101,7 +97,7 @@ def test_weights_in_shards_train_alike(name):
 @pytest.mark.parametrize("optimizer", [True, False], ids=["whole state", "weights, as imported"])
 def test_weights_that_lie_apart_are_filled_from_a_checkpoint_and_saved(tmp_path, optimizer):
     """Of bf16 weights the masters are filled, too; what is saved again is the same."""
-    _, _, whole = made(0, 1, "zero", {"precision__bf16": True, "train__seed": 5})
+    _, _, whole = made(0, 1, "zero", {BF16: True, "train__seed": 5})
     for held in whole.engine.state(owned=False):
         held.data.add_(1e-4)  # masters that are not rounded, moments that are not zero
     for name, weight in named(whole.engine.weights(owned=False)).items():
@@ -119,7 +115,7 @@ def test_weights_that_lie_apart_are_filled_from_a_checkpoint_and_saved(tmp_path,
                 progress=Progress(1, 1, lr_samples=1, optimizer_steps=1),
             )
         )
-        runs.append(made(0, 1, engine, {"precision__bf16": True})[2])
+        runs.append(made(0, 1, engine, {BF16: True})[2])
         fill_run(runs[-1], store, store.newest_intact()[0], optimizer=optimizer)
         hashes.append(state_hash(runs[-1]))
     assert (hashes[1] == hashes[0]) == optimizer and hashes[2] == hashes[1]

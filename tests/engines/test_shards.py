@@ -10,6 +10,7 @@ from megatron_lite.blueprint.ownership import balance, cut_rows, whole_owners
 from megatron_lite.engines.shards import ShardLayout
 from megatron_lite.parallel.shard import LocalParameter, ParameterPiece
 from megatron_lite.train.assemble import assemble
+from tests.support.axes import BF16, ZERO
 from tests.support.spawn import spawn
 from tests.support.tiny import context, draw, tiny_config
 
@@ -97,11 +98,11 @@ def bytes_per_parameter(rank, ranks, changes):
 @pytest.mark.parametrize(
     ("ranks", "changes", "expected"),
     [
-        (1, {"precision__bf16": True}, 18.0),
-        (2, {"precision__bf16": True}, 18.0),
-        (2, {"precision__bf16": True, "parallel__use_distributed_optimizer": True}, 12.0),
-        (4, {"precision__bf16": True, "parallel__use_distributed_optimizer": True}, 9.0),
-        (4, {"parallel__use_distributed_optimizer": True}, 10.0),
+        (1, {BF16: True}, 18.0),
+        (2, {BF16: True}, 18.0),
+        (2, {BF16: True, ZERO: True}, 12.0),
+        (4, {BF16: True, ZERO: True}, 9.0),
+        (4, {ZERO: True}, 10.0),
     ],
 )
 def test_bytes_per_parameter_are_6_plus_12_over_d(ranks, changes, expected):

@@ -7,11 +7,10 @@ from megatron_lite.engines.loss_scale import LossScale
 from megatron_lite.engines.table import ENGINES
 from megatron_lite.train.assemble import assemble
 from megatron_lite.train.step import train_step
+from tests.support.axes import PP, TP, ZERO
 from tests.support.spawn import spawn
 from tests.support.tiny import context, draw, make_batches, tiny_config
 
-TP, PP = "parallel__tensor_model_parallel_size", "parallel__pipeline_model_parallel_size"
-ZERO = "parallel__use_distributed_optimizer"
 FP16 = {"precision__fp16": True, "precision__loss_scale_window": 3, "model__num_layers": 2}
 
 

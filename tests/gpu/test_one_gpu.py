@@ -11,6 +11,7 @@ from megatron_lite.train.measuring.device import be_deterministic
 from megatron_lite.train.measuring.waits import DeviceWaits
 from megatron_lite.train.step import train_step
 from tests.kernels.test_table import arguments
+from tests.support.axes import BF16
 from tests.support.tiny import draw, make_batches, tiny_config
 
 pytestmark = [
@@ -85,7 +86,7 @@ def test_every_kernel_equals_its_reference(op, dtype):
 
 
 def test_attention_dropout_of_a_vendor_kernel_is_reproducible():
-    changes = {"model__attention_dropout": 0.1, "precision__bf16": True}
+    changes = {"model__attention_dropout": 0.1, BF16: True}
     assert losses("cuda", **changes) == losses("cuda", **changes)
 
 
@@ -100,7 +101,7 @@ def deterministic(monkeypatch):
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_two_deterministic_runs_are_equal_to_the_last_bit(deterministic, precision):
-    changes = {"precision__bf16": precision == "bf16", "model__attention_dropout": 0.1}
+    changes = {BF16: precision == "bf16", "model__attention_dropout": 0.1}
     first = losses("cuda", **changes)
     assert [loss.hex() for loss in losses("cuda", **changes)] == [loss.hex() for loss in first]
 

@@ -18,6 +18,7 @@ from megatron_lite.train.assemble import assemble
 from megatron_lite.train.health.state_hash import state_hash
 from megatron_lite.train.resume import fill_run
 from megatron_lite.train.step import train_step
+from tests.support.axes import ZERO
 from tests.support.spawn import spawn
 from tests.support.tiny import context, draw, make_batches, tiny_config
 
@@ -143,7 +144,7 @@ def shared(rank, ranks, changes):
 def test_two_ranks_that_share_the_state_train_it_alike():
     """Buckets of one number format each, gathered in it."""
     ((alone, _),) = spawn(shared, 1, {})
-    zero = {"parallel__use_distributed_optimizer": True, "parallel__ddp_bucket_size": 3000}
+    zero = {ZERO: True, "parallel__ddp_bucket_size": 3000}
     results = spawn(shared, 2, zero)
     assert results[0] == results[1]
     assert results[0][0] == pytest.approx(alone, rel=1e-6)

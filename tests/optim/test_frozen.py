@@ -12,19 +12,15 @@ from megatron_lite.blueprint.optimizers import ADAM, OPTIMIZERS
 from megatron_lite.engines.buckets import GradientBuckets
 from megatron_lite.train.assemble import assemble
 from megatron_lite.train.step import train_step
-from tests.checkpoint.test_store import load_and_save_again, train_and_save, whole
+from tests.support.axes import FULL, PP, ZERO
+from tests.support.checkpoints import load_and_save_again, train_and_save, whole
 from tests.support.spawn import spawn
 from tests.support.tiny import context, draw, make_batches, tiny_config
 
-PP, ZERO = "parallel__pipeline_model_parallel_size", "parallel__use_distributed_optimizer"
 TABLE, KEY = "embedding.tokens.weight", "blocks.1.attention.k.weight"
 BEGINS = {TABLE: 2, KEY: 3}
 """The first update of each."""
 LATE = {"optim__optimizer": "late", "model__vocab_size": 64}
-FULL = {
-    "parallel__recompute_granularity": "full", "parallel__recompute_method": "uniform",
-    "parallel__recompute_num_layers": 1,
-}  # fmt: skip
 
 
 def late(optim, tensor):

@@ -23,13 +23,12 @@ from megatron_lite.train.assemble import assemble
 from megatron_lite.train.health.state_hash import state_hash
 from megatron_lite.train.resume import resume
 from megatron_lite.train.step import train_step
-from tests.checkpoint.test_store import load_and_save_again, train_and_save, whole
 from tests.optim import toys
+from tests.support.axes import BF16, PP, TP, ZERO
+from tests.support.checkpoints import load_and_save_again, train_and_save, whole
 from tests.support.spawn import spawn
 from tests.support.tiny import context, draw, make_batches, tiny_config
 
-TP, PP = "parallel__tensor_model_parallel_size", "parallel__pipeline_model_parallel_size"
-ZERO, BF16 = "parallel__use_distributed_optimizer", "precision__bf16"
 TOY = {"optim__optimizer": "toy", "model__vocab_size": 64}
 
 

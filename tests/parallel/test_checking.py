@@ -13,11 +13,10 @@ from megatron_lite.parallel.collectives import all_reduce, barrier, gather_text
 from megatron_lite.parallel.context import Axis
 from megatron_lite.train.assemble import assemble
 from megatron_lite.train.step import train_step
+from tests.support.axes import PP, TP
 from tests.support.launch import TINY, launch, with_flags
 from tests.support.spawn import RankFailed, spawn
 from tests.support.tiny import context, draw, make_batches, tiny_config
-
-TP, PP = "parallel__tensor_model_parallel_size", "parallel__pipeline_model_parallel_size"
 
 
 def without_the_sum(run):

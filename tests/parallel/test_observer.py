@@ -17,9 +17,9 @@ from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.parallel.observer import NOBODY, Observer, Request
 from megatron_lite.pipeline.mail import Mail
 from megatron_lite.rehearsal.process_group import SilentGroup, simulated_rank
+from tests.support.axes import PP
 from tests.support.tiny import draw, tiny_config
 
-PP = "parallel__pipeline_model_parallel_size"
 CPU = torch.device("cpu")
 
 

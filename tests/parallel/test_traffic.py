@@ -9,69 +9,19 @@ Embedding, head, loss and one collective for the sums of loss and gradient norm 
 from collections import Counter
 
 import pytest
-import torch.distributed as dist
 
-from megatron_lite.parallel import collectives
-from megatron_lite.train.assemble import assemble
 from megatron_lite.train.ending.stop import StopVote
-from megatron_lite.train.step import train_step
+from tests.support.axes import FULL, PP, SCHEDULE, SP, TP, ZERO
 from tests.support.spawn import spawn
-from tests.support.tiny import context, draw, make_batches, tiny_config
+from tests.support.traffic import LAYERS, B, H, S, traffic
 
-S, B, H, LAYERS = 16, 2, 32, 4
 ACTIVATION = S * B * H * 4  # bytes of one fp32 activation
 TOKENS = S * B * 4
-
-
-def traffic(rank, ranks, changes, device="cpu"):
-    """(collective, bytes of the whole tensor) -> how often, on this rank in one step."""
-    batch = {"train__global_batch_size": B * ranks_dp(changes, ranks)}
-    config = tiny_config(**{"train__micro_batch_size": B} | batch | changes)
-    blueprint = draw(config, ranks)
-    run = assemble(config, blueprint, context(blueprint, rank, device))
-    batches = make_batches(config, blueprint, run.ctx.dp.rank, 0)
-    seen = Counter()
-    reduce, gather, scatter = dist.all_reduce, collectives._gather_into, collectives._scatter_into
-    send = dist.isend
-
-    def count(name, call, whole):
-        def counted(*arguments, **keywords):
-            seen[name, arguments[whole].numel() * arguments[whole].element_size()] += 1
-            return call(*arguments, **keywords)
-
-        return counted
-
-    dist.all_reduce = count("all-reduce", reduce, 0)
-    collectives._gather_into = count("all-gather", gather, 0)
-    collectives._scatter_into = count("reduce-scatter", scatter, 1)
-    batch = dist.batch_isend_irecv
-
-    def counted_batch(operations):
-        for operation in operations:
-            if operation.op is send:
-                seen["send", operation.tensor.numel() * operation.tensor.element_size()] += 1
-        return batch(operations)
-
-    dist.batch_isend_irecv = counted_batch
-    try:
-        train_step(run, batches, lr=1e-3, weight_decay=0.0)
-    finally:
-        dist.all_reduce, dist.batch_isend_irecv = reduce, batch
-        collectives._gather_into, collectives._scatter_into = gather, scatter
-    return seen, sum(local.parameter.numel() for local in run.parameters)
-
-
-def ranks_dp(changes, ranks):
-    """Data-parallel size of a layout."""
-    tp = changes.get("parallel__tensor_model_parallel_size", 1)
-    return ranks // tp // changes.get("parallel__pipeline_model_parallel_size", 1)
 
 
 # over the world: loss, count, squared norm, ranks with bad gradients, and the stop votes
 ALWAYS = Counter({("all-reduce", (4 + len(StopVote._fields)) * 8): 1})
 LOSS = Counter({("all-reduce", TOKENS): 3})  # largest, sum of exponentials, the label's
-TP, PP = "parallel__tensor_model_parallel_size", "parallel__pipeline_model_parallel_size"
-SP, ZERO = "parallel__sequence_parallel", "parallel__use_distributed_optimizer"
 
 
 def test_tensor_parallel_reduces_four_activations_a_layer():
@@ -94,11 +44,7 @@ def test_sequence_parallel_moves_ten_slices_a_layer():
         assert rest == partial + LOSS + ALWAYS
 
 
-ZB_H1 = {"parallel__pipeline_schedule": "zb-h1"}
-FULL = {
-    "parallel__recompute_granularity": "full", "parallel__recompute_method": "uniform",
-    "parallel__recompute_num_layers": 1,
-}  # fmt: skip
+ZB_H1 = {SCHEDULE: "zb-h1"}
 SPLIT = {"parallel__distribute_saved_activations": True}
 MLP = {"parallel__recompute_granularity": "selective", "parallel__recompute_modules": ["mlp"]}
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from tests.support import axes
+
 
 @dataclass(frozen=True)
 class Tolerance:
@@ -44,8 +46,8 @@ def layout(
 ) -> Layout:
     """A layout of tp x pp x dp ranks."""
     sizes = {
-        "parallel__tensor_model_parallel_size": tp,
-        "parallel__pipeline_model_parallel_size": pp,
+        axes.TP: tp,
+        axes.PP: pp,
     }
     return Layout(name, tp * pp * dp, sizes | changes, shared or {}, tolerance)
 
@@ -68,22 +70,22 @@ def recompute(
     return flags | ({"parallel__recompute_modules": modules} if modules else {})
 
 
-SP = {"parallel__sequence_parallel": True}
-ZERO = {"parallel__use_distributed_optimizer": True}
+SP = {axes.SP: True}
+ZERO = {axes.ZERO: True}
 OVERLAP_GATHER = {"parallel__overlap_param_gather": True}
 EVERY_LAYER = recompute("full", "uniform", 1)
 SELECTIVE = recompute("selective", modules=["core_attn", "mlp", "layernorm"])
 DROP_ATTENTION = {"model__attention_dropout": 0.1, "precision__attention_backend": "local"}
-CHUNKS2 = {"parallel__num_virtual_stages_per_pipeline_rank": 2}
-GPIPE, ZB_H1, ZB_V = ({"parallel__pipeline_schedule": name} for name in ("gpipe", "zb-h1", "zb-v"))
+CHUNKS2 = {axes.CHUNKS: 2}
+GPIPE, ZB_H1, ZB_V = ({axes.SCHEDULE: name} for name in ("gpipe", "zb-h1", "zb-v"))
 LAYERS6, LAYERS8, LAYERS16 = ({"model__num_layers": n} for n in (6, 8, 16))
 HEADS8 = {"model__num_attention_heads": 8}
 BATCH16 = {"train__global_batch_size": 16}
 SMALL_BUCKETS = {"parallel__ddp_bucket_size": 1000}
-UNTIED = {"model__untie_embeddings_and_output_weights": True}
+UNTIED = {axes.UNTIED: True}
 ROPE = {"model__position_embedding_type": "rope", "model__add_bias_linear": False}
 FP16 = {"precision__fp16": True, "precision__initial_loss_scale": 1024.0, "model__num_layers": 2}
-BF16 = {"precision__bf16": True}
+BF16 = {axes.BF16: True}
 LLAMA = {
     "model__normalization": "RMSNorm", "model__swiglu": True, "model__group_query_attention": True,
     "model__num_query_groups": 2,

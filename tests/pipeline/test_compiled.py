@@ -15,23 +15,20 @@ import torch
 from megatron_lite.kernels import compiled
 from megatron_lite.train.assemble import assemble
 from megatron_lite.train.step import train_step
+from tests.support.axes import FULL, PP, SCHEDULE
 from tests.support.spawn import spawn
 from tests.support.tiny import context, draw, make_batches, tiny_config
 
-PP2 = {"parallel__pipeline_model_parallel_size": 2}
-FULL = {
-    "parallel__recompute_granularity": "full", "parallel__recompute_method": "uniform",
-    "parallel__recompute_num_layers": 1,
-}  # fmt: skip
+PP2 = {PP: 2}
 SELECTIVE = {
     "parallel__recompute_granularity": "selective",
     "parallel__recompute_modules": ["mlp", "layernorm"],
 }
 WAYS: dict[str, dict[str, Any]] = {
     "1f1b": PP2,
-    "zb-h1": PP2 | {"parallel__pipeline_schedule": "zb-h1"},
-    "zb-v, all computed again": PP2 | FULL | {"parallel__pipeline_schedule": "zb-v"},
-    "zb-v, parts computed again": PP2 | SELECTIVE | {"parallel__pipeline_schedule": "zb-v"},
+    "zb-h1": PP2 | {SCHEDULE: "zb-h1"},
+    "zb-v, all computed again": PP2 | FULL | {SCHEDULE: "zb-v"},
+    "zb-v, parts computed again": PP2 | SELECTIVE | {SCHEDULE: "zb-v"},
 }
 
 

@@ -23,6 +23,7 @@ from megatron_lite.planner.memory import PlanInputs, stage_waiting
 from megatron_lite.train.assemble import assemble
 from megatron_lite.train.feed import to_device
 from megatron_lite.train.step import train_step
+from tests.support.axes import BF16, CHUNKS, SCHEDULE, SP
 from tests.support.spawn import spawn
 from tests.support.tiny import context, draw, make_batches, tiny_config
 
@@ -30,10 +31,10 @@ PP, MICROBATCHES = 4, 8
 ALONE = Axis("none")
 SCHEDULES: dict[str, dict[str, Any]] = {
     "1f1b": {},
-    "gpipe": {"parallel__pipeline_schedule": "gpipe"},
-    "interleaved": {"parallel__num_virtual_stages_per_pipeline_rank": 2},
-    "zb-h1": {"parallel__pipeline_schedule": "zb-h1"},
-    "zb-v": {"parallel__pipeline_schedule": "zb-v"},
+    "gpipe": {SCHEDULE: "gpipe"},
+    "interleaved": {CHUNKS: 2},
+    "zb-h1": {SCHEDULE: "zb-h1"},
+    "zb-v": {SCHEDULE: "zb-v"},
 }
 
 
@@ -188,9 +189,9 @@ def postponed(rank: int, ranks: int, changes: dict[str, Any]) -> tuple[int, floa
     [
         (1, {}),
         (2, {}),
-        (2, {"parallel__sequence_parallel": True}),
-        (4, {"parallel__sequence_parallel": True, "precision__bf16": True}),
-        (2, {"parallel__sequence_parallel": True, "model__swiglu": True,
+        (2, {SP: True}),
+        (4, {SP: True, BF16: True}),
+        (2, {SP: True, "model__swiglu": True,
              "parallel__recompute_granularity": "full", "parallel__recompute_method": "uniform",
              "parallel__recompute_num_layers": 2}),
     ],

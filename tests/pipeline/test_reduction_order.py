@@ -14,6 +14,7 @@ from megatron_lite.engines.buckets import GradientBuckets
 from megatron_lite.layers.gradients import WeightGradients
 from megatron_lite.train.assemble import assemble
 from megatron_lite.train.step import train_step
+from tests.support.axes import SCHEDULE, ZERO
 from tests.support.spawn import spawn
 from tests.support.tiny import context, draw, make_batches, tiny_config
 
@@ -97,7 +98,7 @@ def order_of_events(rank: int, ranks: int, changes: dict[str, Any]) -> dict[int,
 @pytest.mark.parametrize("schedule", ["zb-h1", "zb-v"])
 def test_buckets_reduce_during_the_last_weight_gradients(schedule, sharded):
     changes = {
-        "parallel__pipeline_schedule": schedule, "parallel__use_distributed_optimizer": sharded
+        SCHEDULE: schedule, ZERO: sharded
     }  # fmt: skip
     for ranks_view in spawn(order_of_events, 4, changes):
         for stage, seen in ranks_view.items():

@@ -23,13 +23,12 @@ from megatron_lite.rehearsal.rehearse import (
 )
 from megatron_lite.train.assemble import assemble
 from megatron_lite.train.step import train_step
-from tests.parallel.test_traffic import traffic
+from tests.support.axes import BF16, PP, SCHEDULE, SP, TP, ZERO
 from tests.support.engines import named
 from tests.support.spawn import spawn
 from tests.support.tiny import context, draw, make_batches, tiny_config
+from tests.support.traffic import traffic
 
-TP, PP = "parallel__tensor_model_parallel_size", "parallel__pipeline_model_parallel_size"
-SP, ZERO = "parallel__sequence_parallel", "parallel__use_distributed_optimizer"
 BATCH = "train__global_batch_size"
 
 FORMS: dict = {}
@@ -66,8 +65,8 @@ TENSOR = tiny_config(**{TP: 2, PP: 2, BATCH: 8})
     ("world_size", "changes"),
     [
         (8, {TP: 2, PP: 2, BATCH: 16}),
-        (8, {TP: 2, PP: 2, SP: True, ZERO: True, "precision__bf16": True, BATCH: 16}),
-        (4, {PP: 4, "parallel__pipeline_schedule": "zb-h1", BATCH: 24}),
+        (8, {TP: 2, PP: 2, SP: True, ZERO: True, BF16: True, BATCH: 16}),
+        (4, {PP: 4, SCHEDULE: "zb-h1", BATCH: 24}),
         (4, {PP: 2, "parallel__num_layers_per_virtual_pipeline_stage": 1, ZERO: True, BATCH: 16,
              "parallel__overlap_param_gather": True, "precision__fp16": True}),
         (2, {PP: 2, BATCH: 12, "parallel__recompute_granularity": "full",
@@ -96,7 +95,7 @@ def test_a_rehearsed_rank_makes_the_calls_of_a_real_one():
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_a_rehearsed_rank_allocates_what_a_real_one_does(dtype):
-    changes = {"precision__bf16": True} if dtype == "bf16" else {}
+    changes = {BF16: True} if dtype == "bf16" else {}
     config = tiny_config(
         model__hidden_size=64, model__seq_length=128, model__vocab_size=256,
         train__micro_batch_size=1, **changes, **{BATCH: 3},
@@ -124,9 +123,9 @@ def test_one_rank_per_kind_stands_for_every_stage_and_every_end():
 @pytest.mark.parametrize(
     "changes",
     [
-        {TP: 2, PP: 2, SP: True, "precision__bf16": True},
-        {TP: 2, PP: 2, SP: True, ZERO: True, "parallel__pipeline_schedule": "zb-h1"},
-        {TP: 2, PP: 2, "parallel__pipeline_schedule": "gpipe", "precision__fp16": True,
+        {TP: 2, PP: 2, SP: True, BF16: True},
+        {TP: 2, PP: 2, SP: True, ZERO: True, SCHEDULE: "zb-h1"},
+        {TP: 2, PP: 2, SCHEDULE: "gpipe", "precision__fp16": True,
          "parallel__recompute_granularity": "full", "parallel__recompute_method": "block",
          "parallel__recompute_num_layers": 1, "parallel__distribute_saved_activations": True},
     ],

@@ -22,6 +22,7 @@ from megatron_lite.train.assemble import assemble
 from megatron_lite.train.feed import to_device
 from megatron_lite.train.reading import _in_turn
 from megatron_lite.train.step import train_step
+from tests.support.axes import PP, SP, TP
 from tests.support.spawn import RankFailed, spawn
 from tests.support.tiny import SEQ, VOCAB, context, draw, tiny_config
 from tests.train.runs import alone as train_alone
@@ -32,12 +33,12 @@ LEARNED: dict[str, Any] = {"train__micro_batch_size": 1, "train__global_batch_si
 ROPE = LEARNED | {"model__position_embedding_type": "rope"}
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "serial": (1, {}),
-    "tp2": (2, {"parallel__tensor_model_parallel_size": 2}),
+    "tp2": (2, {TP: 2}),
     "tp2-sp": (
         2,
-        {"parallel__tensor_model_parallel_size": 2, "parallel__sequence_parallel": True},
+        {TP: 2, SP: True},
     ),
-    "pp2": (2, {"parallel__pipeline_model_parallel_size": 2}),
+    "pp2": (2, {PP: 2}),
 }
 
 

@@ -9,14 +9,15 @@ import torch
 
 from megatron_lite.train.assemble import assemble
 from megatron_lite.train.step import evaluation_step, train_step
+from tests.support.axes import PP, TP
 from tests.support.spawn import spawn
 from tests.support.tiny import context, draw, make_batches, tiny_config
 from tests.train.runs import alone, steps
 
 LAYOUTS = {
     "serial": (1, {}),
-    "tp2": (2, {"parallel__tensor_model_parallel_size": 2}),
-    "pp2": (2, {"parallel__pipeline_model_parallel_size": 2}),
+    "tp2": (2, {TP: 2}),
+    "pp2": (2, {PP: 2}),
     "dp2": (2, {}),
 }
 

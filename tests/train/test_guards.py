@@ -11,11 +11,10 @@ from megatron_lite.engines.loss_scale import LossScale
 from megatron_lite.train.assemble import assemble
 from megatron_lite.train.health.guards import Act, StepNumbers, guards_for
 from megatron_lite.train.step import train_step
+from tests.support.axes import PP, SCHEDULE, SP, TP, ZERO
 from tests.support.spawn import spawn
 from tests.support.tiny import context, draw, make_batches, tiny_config
 
-TP, PP = "parallel__tensor_model_parallel_size", "parallel__pipeline_model_parallel_size"
-SP, ZERO = "parallel__sequence_parallel", "parallel__use_distributed_optimizer"
 SKIP = {"guards__on_non_finite": "skip"}
 
 
@@ -105,7 +104,7 @@ CASES = {
                             "the gradient of blocks.1.mlp_norm.bias on rank 1, from samples "),
     "an output, interleaved": (
         2, {PP: 2, "parallel__num_layers_per_virtual_pipeline_stage": 1,
-            "parallel__pipeline_schedule": "interleaved"}, "output", 1,
+            SCHEDULE: "interleaved"}, "output", 1,
         "the output of blocks.1.attention.qkv on rank 1 for samples 8, 9 is the first",
     ),
     "an output, recomputed": (1, {"parallel__recompute_granularity": "full",
@@ -116,7 +115,7 @@ CASES = {
         2, {ZERO: True, "parallel__overlap_grad_reduce": True}, "gradient", 1,
         "the gradient of blocks.1.mlp_norm.bias on rank 1, from samples ",
     ),
-    "a gradient, zero bubble": (2, {PP: 2, "parallel__pipeline_schedule": "zb-h1"}, "gradient", 0,
+    "a gradient, zero bubble": (2, {PP: 2, SCHEDULE: "zb-h1"}, "gradient", 0,
                                 "the gradient of blocks.1.mlp_norm.bias on rank 0, from samples "),
 }  # fmt: skip
 

@@ -10,12 +10,11 @@ from megatron_lite.train.assemble import assemble
 from megatron_lite.train.ending.faults import Fault
 from megatron_lite.train.health.replicas import bits_hash, check_replicas
 from megatron_lite.train.step import train_step
+from tests.support.axes import BF16, PP, SP, TP, ZERO
 from tests.support.spawn import spawn
 from tests.support.tiny import context, draw, make_batches, tiny_config
 
-TP, PP = "parallel__tensor_model_parallel_size", "parallel__pipeline_model_parallel_size"
-SP, ZERO = "parallel__sequence_parallel", "parallel__use_distributed_optimizer"
-BF16, GATHER = {"precision__bf16": True}, {
+GATHER = {
     ZERO: True, "parallel__overlap_param_gather": True, "parallel__overlap_grad_reduce": True,
 }  # fmt: skip
 
@@ -46,7 +45,7 @@ CASES = {
     "a weight over dp": (2, {}, 1, "blocks.1.attention.k.weight", NO_MAJORITY.format("0, 1", "dp")),
     "one of three": (3, {"train__global_batch_size": 6}, 1, "blocks.1.attention.k.weight",
                      "rank 1 of dp differ from ranks 0, 2"),
-    "a master": (3, BF16 | {"train__global_batch_size": 6}, 2, "master.final_norm.bias",
+    "a master": (3, {BF16: True, "train__global_batch_size": 6}, 2, "master.final_norm.bias",
                  "rank 2 of dp differ from ranks 0, 1"),
     "a moment": (2, {PP: 1}, 0, "exp_avg_sq.blocks.0.mlp.up.weight",
                  NO_MAJORITY.format("0, 1", "dp")),
@@ -60,7 +59,7 @@ CASES = {
         4, {PP: 2} | GATHER, 3, "exp_avg.embedding.tokens.weight",
         NO_MAJORITY.format("1, 3", "tied"),
     ),
-    "a sharded run's weight": (2, GATHER | BF16, 1, "blocks.0.mlp.up.weight",
+    "a sharded run's weight": (2, GATHER | {BF16: True}, 1, "blocks.0.mlp.up.weight",
                                NO_MAJORITY.format("0, 1", "dp")),
 }  # fmt: skip
 

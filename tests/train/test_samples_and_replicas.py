@@ -23,6 +23,7 @@ from megatron_lite.train.assemble import assemble
 from megatron_lite.train.feed import to_device
 from megatron_lite.train.health.replicas import check_replicas
 from megatron_lite.train.health.state_hash import state_hash
+from tests.support.axes import ZERO
 from tests.support.engines import exact_weights
 from tests.support.spawn import spawn
 from tests.support.tiny import context, make_batches, tiny_config
@@ -86,11 +87,11 @@ def elements(written) -> int:
     return sum(torch.Size(shape).numel() for _, _, shape in written)
 
 
-ZERO = {"parallel__use_distributed_optimizer": True, "parallel__overlap_param_gather": True}
+OVERLAP = {ZERO: True, "parallel__overlap_param_gather": True}
 
 
 @pytest.mark.ci
-@pytest.mark.parametrize("layout", [{}, ZERO], ids=["whole state", "sharded state"])
+@pytest.mark.parametrize("layout", [{}, OVERLAP], ids=["whole state", "sharded state"])
 def test_each_caller_uses_the_right_ranks_where_they_differ(layout) -> None:
     ((serial, weights, alone_written, _, _),) = spawn(trained, 1, layout, 1)
     ranks = spawn(trained, 4, layout, 2)

@@ -17,7 +17,6 @@ from megatron_lite.telemetry.record import StepRecord, read_metrics
 from megatron_lite.train.assemble import assemble
 from megatron_lite.train.step import train_step
 from tests.gpu.multi.place import GLOO, join, places, tool_flags
-from tests.parallel.test_traffic import traffic
 from tests.parity.layouts import (
     BF16,
     CHUNKS2,
@@ -32,6 +31,7 @@ from tests.parity.layouts import (
 from tests.support.launch import TINY, Ended, launch, start, with_flags
 from tests.support.spawn import spawn
 from tests.support.tiny import context, draw, make_batches, tiny_config
+from tests.support.traffic import traffic
 
 LAYOUTS = [
     layout("tp2", tp=2),

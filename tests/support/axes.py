@@ -1,0 +1,15 @@
+"""Short names of what many tests change in tiny_config: `{TP: 2, SP: True}`."""
+
+from __future__ import annotations
+
+TP, PP = "parallel__tensor_model_parallel_size", "parallel__pipeline_model_parallel_size"
+SP, ZERO = "parallel__sequence_parallel", "parallel__use_distributed_optimizer"
+SCHEDULE = "parallel__pipeline_schedule"
+CHUNKS = "parallel__num_virtual_stages_per_pipeline_rank"
+BF16 = "precision__bf16"
+UNTIED = "model__untie_embeddings_and_output_weights"
+FULL = {
+    "parallel__recompute_granularity": "full", "parallel__recompute_method": "uniform",
+    "parallel__recompute_num_layers": 1,
+}  # fmt: skip
+"""Every block computed again."""

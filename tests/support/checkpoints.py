@@ -1,0 +1,85 @@
+"""Runs of any layout that are saved, loaded at another and saved again."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import torch
+
+from megatron_lite.checkpoint.progress import Progress
+from megatron_lite.checkpoint.store import Store
+from megatron_lite.engines.base import EngineProgress
+from megatron_lite.parallel.context import ParallelContext
+from megatron_lite.parallel.shard import NamedSlice
+from megatron_lite.train.assemble import assemble
+from megatron_lite.train.resume import fill_run
+from megatron_lite.train.step import train_step
+from tests.support.tiny import context, draw, make_batches, tiny_config
+
+
+def assembled(rank, ranks, changes):
+    """(config, blueprint, run) of a rank."""
+    config = tiny_config(**changes)
+    blueprint = draw(config, ranks)
+    return config, blueprint, assemble(config, blueprint, context(blueprint, rank))
+
+
+def train(config, blueprint, run, steps):
+    """Losses of the steps that follow."""
+    losses = []
+    for _ in range(steps):
+        batches = make_batches(config, blueprint, run.ctx.dp.rank, run.progress.step)
+        result = train_step(run, batches, lr=1e-2, weight_decay=0.1)
+        run.progress.step += 1
+        losses.append(result.loss.item())
+    return losses
+
+
+def save(run, folder, progress):
+    """All that the engine holds."""
+    store = Store(folder, run.ctx)
+    store.save(
+        store.snapshot(
+            progress.step,
+            weights=run.engine.weights(owned=True),
+            optimizer=run.engine.state(owned=True),
+            progress=progress,
+        )
+    )
+
+
+def train_and_save(rank, ranks, changes, folder, steps, more):
+    config, blueprint, run = assembled(rank, ranks, changes)
+    train(config, blueprint, run, steps)
+    save(
+        run,
+        Path(folder),
+        Progress(steps, steps, lr_samples=steps, optimizer_steps=run.engine.progress().steps),
+    )
+    return train(config, blueprint, run, more)
+
+
+def load_and_save_again(rank, ranks, changes, folder, again, more):
+    config, blueprint, run = assembled(rank, ranks, changes)
+    store = Store(Path(folder), run.ctx)
+    manifest, _ = store.newest_intact()
+    fill_run(run, store, manifest, optimizer=True)
+    run.engine.resume(EngineProgress(manifest.progress.optimizer_steps))
+    run.progress.step = manifest.progress.step
+    save(run, Path(again), manifest.progress)
+    return train(config, blueprint, run, more)
+
+
+def whole(folder: Path) -> dict[str, str]:
+    """Hash of every global tensor of a checkpoint, put together in one process."""
+    store = Store(folder, ParallelContext.serial())
+    manifest, _ = store.newest_intact()
+    hashes = {}
+    for name, stored in manifest.tensors.items():
+        dtype = {"F32": torch.float32, "BF16": torch.bfloat16}[stored.dtype]
+        data = torch.empty(stored.shape, dtype=dtype)
+        store.load(manifest, [NamedSlice(name, stored.shape, (0,) * len(stored.shape), data)])
+        flat = data.flatten().view(torch.uint8)
+        hashes[name] = hashlib.sha256(flat.numpy().tobytes()).hexdigest()
+    return hashes
