@@ -38,8 +38,8 @@ class BatchSchedule:
 
     thresholds[i] is the first number of consumed samples at which sizes[i] holds; the first is 0.
     Everything given in iterations becomes samples here (`samples_after`), and back
-    (`iterations_within`).  past: the steps of a training taken up, which other flags may have set;
-    the schedule goes on at (iteration, samples) `done`.
+    (`iterations_within`).  past: the steps of a resumed training, which other flags may have set;
+    the schedule resumes at (iteration, samples) `done`.
     """
 
     thresholds: tuple[int, ...]

@@ -1,11 +1,11 @@
-"""How large a gradient bucket is, and how many of them are under way at once."""
+"""How large a gradient bucket is, and how many of them are in flight at once."""
 
 from __future__ import annotations
 
 from megatron_lite.config.sections.parallel import ParallelConfig
 
-UNDER_WAY = 2
-"""Sharded buckets that are under way in a packed copy; one more waits for the oldest.
+IN_FLIGHT = 2
+"""Sharded buckets in flight, each as a packed copy; one more waits for the oldest.
 
 Without a limit the last backward would end with a second copy of all gradients.
 """

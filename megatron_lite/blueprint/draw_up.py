@@ -41,7 +41,7 @@ class Blueprint:
     """Everything that follows from a RunConfig and a world size, the same on every rank.
 
     placement[stage] is the pp rank of a stage.  flops_per_token_*: forward and backward in the two
-    conventions of flops.py, without recompute.  length is None where nobody has given it.
+    conventions of flops.py, without recompute.  length is None where it was not given.
     notes: assumptions the reader of a plan should know.
     """
 
@@ -63,7 +63,7 @@ class Blueprint:
 
     @property
     def train_iters(self) -> int | None:
-        """Steps of the whole run; None where nobody has said."""
+        """Steps of the whole run; None where it was not given."""
         return None if self.length is None else self.length.iterations
 
     @property
@@ -192,7 +192,7 @@ def draw_up(config: RunConfig, world_size: int) -> Blueprint:
 
 
 def taken_up(blueprint: Blueprint, train: TrainConfig, batches: BatchSchedule) -> Blueprint:
-    """The blueprint of a run that goes on from a checkpoint; batches: see Progress.goes_on."""
+    """The blueprint of a run that resumes from a checkpoint; batches: see Progress.goes_on."""
     return replace(blueprint, batch_schedule=batches, length=run_length(train, batches))
 
 

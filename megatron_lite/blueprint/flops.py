@@ -52,7 +52,7 @@ def flops_per_token(
 ) -> int:
     """FLOPs of forward and backward per token; with recompute, of what the hardware really does.
 
-    full recompute runs every block's forward once more, selective only the core of attention.
+    full recompute runs every block's forward a second time, selective only the core of attention.
     """
     figure, s = figure_of(model, padded_vocab_size), model.seq_length
     layers = int(figure.total(lambda layer: layer_forward(layer, s, attention)))

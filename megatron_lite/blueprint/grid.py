@@ -1,4 +1,4 @@
-"""Who sits where: rank numbers, coordinates on the axes, and the groups that talk together."""
+"""The rank grid: rank numbers, coordinates on the axes, and the groups that communicate."""
 
 from __future__ import annotations
 

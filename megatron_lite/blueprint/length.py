@@ -29,7 +29,7 @@ class SampleCounts(TypedDict):
 
 
 def run_length(train: TrainConfig, batches: BatchSchedule) -> Length | None:
-    """Where the run ends; None where nobody has said."""
+    """Where the run ends; None where it was not given."""
     if train.train_iters is not None:
         return Length(train.train_iters, batches.samples_after(train.train_iters))
     if train.train_samples is None:

@@ -1,4 +1,4 @@
-"""Which of the ranks with the same weights keeps which rows of which optimizer state.
+"""Which replica keeps which rows of the optimizer state.
 
 Rows of every canonical tensor are cut into equal blocks, one per rank, so that each shard is a
 named slice of a named tensor and any layout can read it.  Rules that need whole matrices own whole

@@ -1,4 +1,4 @@
-"""Which layers, and which parts of a layer, are computed again in backward: read once from the flags.
+"""Which layers, and which parts of a layer, are recomputed in backward: read once from the flags.
 
 full uniform N   groups of N layers; only each group's input is kept
 full block N     the first N layers of a stage, one by one; the others keep everything
@@ -14,7 +14,7 @@ from megatron_lite.config.sections.parallel import ParallelConfig
 
 @dataclass(frozen=True, slots=True)
 class RecomputePlan:
-    """What a stage computes again; the default keeps everything."""
+    """What a stage recomputes; the default keeps everything."""
 
     modules: frozenset[str] = frozenset()
     group: int = 0

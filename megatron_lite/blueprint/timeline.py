@@ -1,4 +1,4 @@
-"""A timeline: who did what from when to when; simulated by the planner, recorded by the trainer.
+"""A timeline: what ran on which rank from when to when; simulated by the planner, recorded by the trainer.
 
 One form for both, so that plan and truth lie side by side: planner/draw.py draws either, and
 either is kept as a Chrome trace (chrome://tracing, Perfetto), which parse_trace reads back.
@@ -30,7 +30,7 @@ class Event(NamedTuple):
 
 
 class Lane(NamedTuple):
-    """Events of one rank that share a line: what it computes, or what is under way on an axis."""
+    """Events of one rank that share a line: what it computes, or what is in flight on an axis."""
 
     name: str
     events: tuple[Event, ...]
@@ -58,7 +58,7 @@ class Timeline(NamedTuple):
 
 
 class Hidden(NamedTuple):
-    """Seconds that events of a lane were under way, and those of them in which the rank computed."""
+    """Seconds that events of a lane were in flight, and those of them in which the rank computed."""
 
     seconds: float
     under: float

@@ -1,4 +1,4 @@
-"""What the ranks of a save agree on: sums, and that all give up where one has failed."""
+"""How the ranks of a save agree: sums, and giving up together when one has failed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which checkpoint of a folder to load and which to keep: what rank 0 sees there, whatever lies beside."""
+"""Which checkpoint of a folder to load and which to keep, as rank 0 sees the folder."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def _named(root: Path) -> list[tuple[int, Path]]:
 
 
 def names_in(root: Path) -> list[str]:
-    """What lies in the folder; nothing where there is none, StorageError where nobody can tell."""
+    """What lies in the folder; nothing where there is none, StorageError where it cannot be read."""
     try:
         return os.listdir(root)
     except (FileNotFoundError, NotADirectoryError):

@@ -1,7 +1,7 @@
 """The config that a manifest keeps, read as strictly as a command line: types, ranges, rules, tensors.
 
-A manifest may be true to its hash and still say what cannot be.  Whoever builds something from what
-it says asks here first: nothing is allocated before the stored tensors bear it out.
+A manifest may match its hash and still describe what cannot exist.  Code that builds something from
+it checks here first: nothing is allocated before the stored tensors confirm it.
 """
 
 from __future__ import annotations

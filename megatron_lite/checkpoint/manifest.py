@@ -150,7 +150,7 @@ def _named(body: dict[str, Any], part: str) -> list[tuple[str, Any]]:
 
 def _file(name: str) -> str:
     if not _FILE_NAME.fullmatch(name):
-        raise ValueError(f"it names the file {name!r}, which is none of ours: refused")
+        raise ValueError(f"it names the file {name!r}, which this version does not know: refused")
     return name
 
 

@@ -1,4 +1,4 @@
-"""Progress: what resuming needs besides tensors; no random state, for randomness is counters."""
+"""Progress: what resuming needs besides tensors; no RNG state: the random generator is counter-based."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Progress:
     def count(self, batch: int, seq_length: int, *, skipped: bool) -> None:
         """One more step, of so many samples."""
         if not self.batches or self.batches[-1][2] != batch:
-            # a new list: a save under way may hold the old one
+            # a new list: a save in flight may hold the old one
             self.batches = [*self.batches, [self.step, self.samples, batch]]
         self.step += 1
         self.samples += batch

@@ -1,4 +1,4 @@
-"""When a snapshot is written: at once, or by a thread while the training goes on.
+"""When a snapshot is written: at once, or by a thread while training continues.
 
     step ── copy to host memory ──▶ step ── step ── step ── ...      the main thread
                      └── hash, write, fsync, agree, rename ──▶ Saved     the writer
@@ -70,7 +70,7 @@ class Foreground:
         return saved
 
     def wait(self) -> None:
-        """Nothing is ever under way."""
+        """No save is ever in flight."""
 
 
 @dataclass(slots=True)

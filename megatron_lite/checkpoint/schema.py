@@ -1,6 +1,6 @@
 """What may stand in a manifest, value by value: whole numbers, numbers, words, lists, mappings.
 
-Each function gives the value back as its type or raises ValueError in words that name it.
+Each function returns the value as its type or raises a ValueError that names it.
 """
 
 from __future__ import annotations

@@ -73,11 +73,11 @@ class Saved:
 
 
 def _go_on(point: str) -> None:
-    """What happens at the named points of a save, unless a test wants something to."""
+    """Default: no callback at the named points of a save."""
 
 
 def _nobody_else() -> None:
-    """Nobody else writes into the folder."""
+    """Default: the folder has no lock to check."""
 
 
 @dataclass(slots=True)
@@ -197,7 +197,7 @@ class Store:
             undo()
             raise NumericsError(
                 f"iteration {snapshot.iteration} is not kept: {bad} - the older checkpoints in "
-                f"{self.root} are untouched: go on from one of them, with a lower --lr if it comes again"
+                f"{self.root} are untouched: resume from one of them, with a lower --lr if it happens again"
             )
         with self.ranks.together(writing, undo):
             if self.ctx.rank == 0:
@@ -291,11 +291,11 @@ class Store:
         write_bytes(partial / NAME, manifest.to_bytes(), self.disk)
         for folder in {(partial / name).parent for name in (*files, NAME)}:
             self.disk.sync_folder(folder)
-        self.still_ours()
-        if os.path.lexists(final):  # the same iteration once more: the new one takes its place
+        self.still_ours()  # again: a large save takes long enough to lose the folder meanwhile
+        if os.path.lexists(final):  # the same iteration again: the new one takes its place
             replaced = self.root / f".{final.name}{_REPLACED}"
             self.disk.remove_tree(replaced)
-            self.disk.rename(final, replaced)
+            self.disk.rename(final, replaced)  # a rename cannot replace a folder that holds files
             self.disk.rename(partial, final)
             self.disk.remove_tree(replaced)
         else:
@@ -306,7 +306,7 @@ class Store:
     def _retain(self, keep: Keep, newest: int) -> list[str]:
         """Remove what `keep` does not keep, once the newest reads back as written; what went wrong.
 
-        A checkpoint that cannot be removed is no failure of the save: the run goes on.
+        A checkpoint that cannot be removed is no failure of the save: the run continues.
         """
         removable = keep.removable(self.iterations(), newest) if self.ctx.rank == 0 else []
         if not self.ranks.any(bool(removable)):
@@ -367,7 +367,8 @@ class Store:
             if self.ctx.rank == 0:
                 self._finish_replacement()
                 found = to_try(self.root, step, notices)
-        limit = 64  # older ones than that are not tried
+        # by all_reduce, which needs one shape on all ranks: 64 at most, older ones are not tried
+        limit = 64
         listed = torch.full((limit,), -1, dtype=torch.int64, device=self.ctx.device)
         if self.ctx.rank == 0:
             listed[: len(found[:limit])] = torch.tensor(found[:limit], dtype=torch.int64)

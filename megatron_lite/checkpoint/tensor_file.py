@@ -1,4 +1,4 @@
-"""Writing the safetensors format through a Disk, hashed on the way; reading goes through the library.
+"""Writes the safetensors format through a Disk, hashing on the way; reading uses the library.
 
 Layout (huggingface/safetensors, format description): u64 header length, JSON header
 {name: {dtype, shape, data_offsets}}, then the tensors' bytes, little-endian, without gaps.

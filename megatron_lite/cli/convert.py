@@ -1,4 +1,4 @@
-"""Convert a GPT-2 of Hugging Face into a checkpoint to go on from, and a checkpoint into one of theirs.
+"""Convert a Hugging Face GPT-2 into a checkpoint to resume from, and a checkpoint into a Hugging Face folder.
 
 python tools/convert.py FROM TO              which way follows from what FROM holds
 python tools/convert.py FROM TO --dry-run    every tensor, its shapes and the bytes; writes nothing

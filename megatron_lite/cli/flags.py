@@ -103,7 +103,10 @@ def _cell(text: str) -> str:
 
 def _other_flags() -> Iterator[str]:
     titles = {
-        "mapped": ("Other flags of Megatron, mapped", "They set flags of ours, and say so."),
+        "mapped": (
+            "Other flags of Megatron, mapped",
+            "They set flags of this project, and say so.",
+        ),
         "no-op": ("Accepted, changing nothing", "They say so when the run starts."),
         "refused": ("Refused", "The error says what is written here."),
     }

@@ -68,7 +68,7 @@ def main() -> int:
         _require_a_launcher_of_its_own(asked)
         hosts = _hosts(asked)
         if config is not None and not config.train.needs_no_data:
-            require_local_files(config.data)  # before anybody is waited for
+            require_local_files(config.data)  # before waiting for other hosts
         store = gather_hosts(hosts, seconds) if hosts is not None else None
         _run(asked)
         del store  # until here the other hosts need it
@@ -232,7 +232,7 @@ def script_config(asked: argparse.Namespace) -> RunConfig | None:
 def quieten() -> None:
     """Let torchrun say of a rank only what the rank cannot: that a signal killed it.
 
-    A rank of ours that fails has said why; that the others are then ended is no news.
+    A rank of this project that fails has said why; that the others are then ended is no news.
     """
 
     def speaks(record: logging.LogRecord) -> bool:

@@ -1,4 +1,4 @@
-"""The perplexity of a held-out split under models that only count: what a trained one must beat.
+"""The perplexity of a held-out split under n-gram models: what a trained model must beat.
 
 Unigram, bigram and trigram with interpolated Kneser-Ney smoothing, of the training split's tokens,
 each counted once; in the result a blend's datasets count with their weights.

@@ -67,7 +67,7 @@ def parse_arguments() -> argparse.Namespace:
     add = parser.add_argument_group("output").add_argument
     add("--output-prefix", required=True, help="folder and first part of the files' names")
     add("--overwrite", action="store_true", help="replace files that are there")
-    add("--resume", action="store_true", help="go on with an interrupted run")
+    add("--resume", action="store_true", help="resume an interrupted run")
     add = parser.add_argument_group("work").add_argument
     add("--workers", type=int, help="processes or threads that tokenize; the cores there are")
     add("--engine", choices=["local", "ray"], default="local", help="where the work is done")
@@ -100,7 +100,7 @@ def check_arguments(arguments: argparse.Namespace) -> None:
     if arguments.template is not None and len(arguments.json_keys) > 1:
         raise ConfigError("--template makes one text; give one --json-keys, which names the files")
     if arguments.resume and arguments.overwrite:
-        raise ConfigError("--resume and --overwrite: go on with a run, or replace it?")
+        raise ConfigError("--resume and --overwrite: resume a run, or replace it?")
     if arguments.engine == "ray" and arguments.shard is not None:
         raise ConfigError("--shard is for your own scheduler; with --engine ray give --shards N")
     if arguments.engine == "local" and arguments.shards is not None:
@@ -255,7 +255,7 @@ def here(arguments: argparse.Namespace, job: Job, workers: int) -> Summary:
 
 
 def by_ray(arguments: argparse.Namespace, job: Job, workers: int) -> Summary:
-    """The work is done by tasks on a Ray cluster; finished shards are always gone on with."""
+    """The work is done by tasks on a Ray cluster; finished shards are always kept."""
 
     def report(done: int, count: int, seconds: float) -> None:
         left = seconds / done * (count - done)
@@ -311,7 +311,7 @@ def main() -> int:
 
 def start() -> NoReturn:
     """Run it, and end the process with its exit code."""
-    sys.exit(run_tool(main, go_on="the same command with --resume goes on from here"))
+    sys.exit(run_tool(main, go_on="the same command with --resume continues from here"))
 
 
 if __name__ == "__main__":

@@ -210,7 +210,7 @@ def _beside_the_plan(
 def start() -> NoReturn:
     """Run it, and end the process with its exit code, without tearing Python down.
 
-    Everything of ours is closed and written then.  gloo's worker threads outlive
+    Everything is closed and written by then.  gloo's worker threads outlive
     destroy_process_group() while a context still names a group; one that frees its last collective
     during interpreter shutdown aborts the process.
     """

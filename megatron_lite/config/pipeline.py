@@ -4,7 +4,7 @@
     ... --num-virtual-stages-per-pipeline-rank 2  interleaved   2 | 2 | 2 | 2   stage s on rank s % 2
     ... --pipeline-schedule zb-v                zb-v          2 | 2 | 2 | 2   on ranks 0 1 1 0
 
-Rules ask here whether it comes out even, the blueprint what comes out.
+Rules ask here whether layers divide evenly; the blueprint asks for the result.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ ONE_CHUNK = ("1f1b", "gpipe", "zb-h1")
 """Schedules with one stage per rank; zb-v has two, interleaved two or more."""
 
 SPLIT_BACKWARD = ("zb-h1", "zb-v")
-"""Schedules that postpone weight gradients."""
+"""Schedules that defer wgrads."""
 
 _PP = "--pipeline-model-parallel-size"
 _PER_CHUNK = "--num-layers-per-virtual-pipeline-stage"

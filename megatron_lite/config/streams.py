@@ -1,10 +1,10 @@
-"""stdout and stderr that neither end nor hold up the work: what they do not take waits and is tried again.
+"""stdout and stderr that never end or block the work: text they do not accept waits and is retried.
 
     print ─▶ Outlet ─▶ the descriptor            full disk, broken pipe, closed, a reader that stands still:
                │                                 the text waits here (1 MiB of it), the next print tries again
                └─▶ told on the other stream, else `elsewhere`
 
-A training, or a preprocessing of hours, is about its files; losing sight of it is a warning.  A tool whose
+A training, or a preprocessing of hours, is about its files; losing its output is a warning.  A tool whose
 result is what it prints (exit.run_tool, results=True) has a strict Outlet, which raises.
 """
 
@@ -93,7 +93,7 @@ class Outlet(io.TextIOBase):
         return True
 
     def write(self, text: str) -> int:
-        """Take the text; whole lines go on their way."""
+        """Take the text; whole lines are written."""
         with self.lock:
             self._waiting += text.encode(self._encoding, self._errors)
             if "\n" in text or len(self._waiting) > 8192:
@@ -170,7 +170,7 @@ class Outlet(io.TextIOBase):
         if first and time.monotonic() - self._told >= TELL_AGAIN_SECONDS:
             self._told = time.monotonic()
             self.notify(
-                f"WARNING: {self._name} takes no more text ({self._reason}); the work goes on, lines "
+                f"WARNING: {self._name} takes no more text ({self._reason}); the work continues, lines "
                 "wait and are tried again"
             )
 

@@ -146,7 +146,7 @@ class _Walks:
         self._best, self._further = np.empty_like(self._position), np.empty(len(self._rows), bool)
 
     def keep(self, which: npt.NDArray[np.bool_]) -> None:
-        """Only these walks go on."""
+        """Only these walks continue."""
         self._taken = np.array(self._taken[which], order="F" if self._few else "C")
         self._position = self._position[which]
         self._begin()

@@ -1,4 +1,4 @@
-"""Index arrays kept between runs: keyed by content, whole or absent, mapped when read.
+"""Index arrays cached between runs: keyed by content, whole or absent, memory-mapped when read.
 
     <asked>-<data>.arrays    all arrays of a split, one after the other, each at a whole 64 bytes
     <asked>-<data>.json      where each begins, the key, their digest, and a hash of all this; written last

@@ -1,4 +1,4 @@
-"""What a run reads, in words that a checkpoint keeps: on resume it must still be the same.
+"""The identity of a run's data, kept in its checkpoints: a resume must read the same.
 
 Two runs of equal identity read the same samples in the same order, whatever their layout, batch
 size and the place of their files.

@@ -224,7 +224,7 @@ class IndexedDataset:
 
     @property
     def _index(self) -> Index:
-        """The arrays; a large index is mapped for as long as somebody uses it."""
+        """The arrays; a large index stays mapped as long as it is referenced."""
         if self._small is not None:
             return self._small
         return self._layout.arrays(self._maps.get(self._idx, self._layout.size))

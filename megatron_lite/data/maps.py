@@ -1,4 +1,4 @@
-"""Read-only maps of files, few of them open at a time: a blend may have a thousand."""
+"""Read-only memory maps of files, few open at a time: a blend may have a thousand."""
 
 from __future__ import annotations
 

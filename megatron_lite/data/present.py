@@ -1,4 +1,4 @@
-"""Whether the files that a run names are on this machine: asked before anybody is waited for."""
+"""Whether the files that a run names are on this machine: checked before waiting for other ranks."""
 
 from __future__ import annotations
 

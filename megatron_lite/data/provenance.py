@@ -1,7 +1,7 @@
 """With which tokenizer a token pair was made, by its `.meta.json`, and whether that is the one at hand.
 
-An id means a word only in the tokenizer that gave it.  Whoever puts token files beside each other,
-beside a tokenizer or beside a model asks here first.
+An id means a word only in the tokenizer that gave it.  Code that combines token files with each
+other, with a tokenizer or with a model checks here first.
 """
 
 from __future__ import annotations
@@ -22,7 +22,10 @@ from megatron_lite.data.tokenizers.base import Tokenizer
 from megatron_lite.storage.reading import read_plain
 
 ALLOW_MISMATCH = "--allow-tokenizer-mismatch"
-PIECES, PIECE = 8, 4096  # of a file whose tokenizer nobody recorded: pieces looked at, their tokens
+PIECES, PIECE = (
+    8,
+    4096,
+)  # of a file whose tokenizer was not recorded: pieces looked at, their tokens
 MOST_BYTES = 1 << 28  # of a .meta.json, which names every input file
 _SHOWN = 3
 
@@ -84,7 +87,7 @@ def made_with(tokenizer: Tokenizer, data: DataConfig) -> MadeWith:
     """The tokenizer that a DataConfig names."""
     try:
         eod: int | None = tokenizer.eod
-    except DataError:  # it ends no documents, and nobody may need it to
+    except DataError:  # it ends no documents, and may not have to
         eod = None
     source = data.vocab_file if data.tokenizer_type == "GPT2BPETokenizer" else data.tokenizer_model
     return MadeWith(

@@ -22,7 +22,7 @@ def sample_numbers(
     """[num_microbatches, micro]: positions in the training stream this rank reads in one step.
 
     All ranks together read the global batch that begins at `consumed`, whatever micro and dp_size
-    are; microbatch m of all ranks is the m-th run of micro * dp_size samples.
+    are; micro batch m of all ranks is the m-th run of micro * dp_size samples.
     """
     assert 0 <= dp_rank < dp_size, (dp_rank, dp_size)
     first = consumed + np.arange(num_microbatches, dtype=np.int64) * (micro * dp_size)

@@ -1,4 +1,4 @@
-"""The tokenizer that a checkpoint was trained with beside the one at hand, for whoever uses a model."""
+"""Whether the tokenizer at hand is the one that a checkpoint was trained with."""
 
 from __future__ import annotations
 

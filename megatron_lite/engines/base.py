@@ -1,4 +1,4 @@
-"""The Engine protocol: what the training step asks of whoever holds gradients and optimizer state."""
+"""The Engine protocol: what the training step needs from the owner of gradients and optimizer state."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class EngineProgress:
 class Engine(Protocol):
     """Accumulates, reduces and applies gradients; owns weights, masters and optimizer state.
 
-    Nobody outside engines/ uses more of an engine than these names.
+    Code outside engines/ uses no more of an engine than these names.
     """
 
     scaler: LossScale
@@ -127,7 +127,7 @@ class Engine(Protocol):
         ...
 
     def wait_for(self, parameters: Iterable[Tensor]) -> None:
-        """Return when these parameters are whole: what a layer asks before its forward."""
+        """Wait until these parameters are all-gathered: called before a layer's forward."""
         ...
 
     def weights(self, *, owned: bool) -> Iterator[NamedSlice]:
@@ -150,7 +150,7 @@ class Engine(Protocol):
         ...
 
     def resume(self, progress: EngineProgress) -> None:
-        """Go on where a checkpoint was; a loss scale that it does not say stays."""
+        """Resume a checkpoint's state; a loss scale that it does not say stays."""
         ...
 
 

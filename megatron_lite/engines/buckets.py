@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from megatron_lite.blueprint.buckets import UNDER_WAY
+from megatron_lite.blueprint.buckets import IN_FLIGHT
 from megatron_lite.blueprint.ownership import Rows
 from megatron_lite.engines.shards import ShardLayout
 from megatron_lite.parallel.collectives import (
@@ -26,7 +26,7 @@ _ALIGN = 16  # elements: every parameter starts on a cache line
 
 @dataclass(slots=True, eq=False)
 class Bucket:
-    """A contiguous part of the gradient buffer, the parameters in it, and what is under way.
+    """A contiguous part of the gradient buffer, the parameters in it, and its collective in flight.
 
     axis: over which their gradients are summed.
     layout is None where every replica keeps the whole state: gradients are then all-reduced in
@@ -103,6 +103,7 @@ class GradientBuckets:
         bucket = self._bucket_of[local.parameter]
         if bucket.layout is None:
             for piece in local.pieces:
+                # a tp rank whose part of the vocabulary is all padding has no row of it
                 if piece.stop > piece.start:
                     yield piece, Rows(0, piece.stop - piece.start)
             return
@@ -127,7 +128,9 @@ class GradientBuckets:
                 _reports(local) if coming is None else coming[local.parameter]
                 for local in bucket.locals
             )
-        # the same on all replicas, whose queues hold the same products
+        # Complete buckets start now and may not queue behind one that waits for a deferred wgrad.
+        # Replicas must issue equal collectives in equal order: the sort is stable, and `missing` is
+        # the same on all of them, because their queues hold the same products.
         self._coming = deque(sorted(self.buckets, key=lambda bucket: bucket.missing > 0))
         self._start_full()
 
@@ -143,6 +146,8 @@ class GradientBuckets:
 
     def _start_full(self) -> None:
         """Start the buckets that wait for nothing, up to the first that does."""
+        # in order, though a later bucket may be full: collectives of a group are matched by their
+        # order, and nothing promises that the replicas' backwards report in the same one
         while self._coming and self._coming[0].missing <= 0:
             self._start(self._coming.popleft())
 
@@ -151,6 +156,8 @@ class GradientBuckets:
 
         Afterwards the accumulators hold the sum: all of it, or this rank's rows where sharded.
         """
+        # without overlap all of them; with it the table that another stage of this rank uses as
+        # well, which counts as never complete before all backwards are done
         for bucket in self.buckets:
             if bucket.reducing is None and not bucket.reduced:
                 self._start(bucket)
@@ -163,9 +170,9 @@ class GradientBuckets:
     def _start(self, bucket: Bucket) -> None:
         if bucket.layout is None:
             bucket.reducing = start_all_reduce(bucket.buffer, bucket.axis)
-            return
+            return  # in place: any number may be in flight at no cost in memory
         under_way = [other for other in self.buckets if other.reducing is not None]
-        if len(under_way) >= UNDER_WAY:
+        if len(under_way) >= IN_FLIGHT:
             self._take(under_way[0])
         packed = bucket.layout.pack(self.view, self.buffer)
         bucket.reducing = start_reduce_scatter(packed.view(-1), bucket.axis)
@@ -183,12 +190,13 @@ class GradientBuckets:
     def start_gather(self, *, all_at_once: bool) -> None:
         """Begin sending every rank its missing parameter rows, in the order forward needs them.
 
-        all_at_once: forward will wait for each where it needs it; else few are under way together.
+        all_at_once: forward will wait for each where it needs it; else few are in flight together.
         """
-        order = self.buckets[::-1]
+        order = self.buckets[::-1]  # they lie in the order of backward, the reverse of forward's
         for position, bucket in enumerate(order):
-            if position >= UNDER_WAY and not all_at_once:
-                self._complete(order[position - UNDER_WAY])
+            # each holds a gathered copy of its parameters until it is unpacked
+            if position >= IN_FLIGHT and not all_at_once:
+                self._complete(order[position - IN_FLIGHT])
             assert bucket.layout is not None and bucket.gathering is None
             like = bucket.locals[0].parameter.detach()
             own = like.new_zeros(bucket.layout.columns)
@@ -198,12 +206,12 @@ class GradientBuckets:
             bucket.gathering = start_all_gather(own, bucket.axis)
 
     def wait_for(self, parameter: Tensor) -> None:
-        """Return when the parameter is whole again (its bucket with it); at once where no gather runs."""
+        """Wait until the parameter's bucket is all-gathered; returns at once where no gather is in flight."""
         self._complete(self._bucket_of[parameter])
 
     def wait_for_param_gather(self) -> None:
-        """Return when every parameter is whole again."""
-        for bucket in reversed(self.buckets):
+        """Wait until every bucket is all-gathered."""
+        for bucket in reversed(self.buckets):  # as they were started, so that none holds up another
             self._complete(bucket)
 
     def _complete(self, bucket: Bucket) -> None:

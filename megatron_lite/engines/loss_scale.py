@@ -81,7 +81,7 @@ class LossScale:
         }
 
     def load(self, state: dict[str, float]) -> None:
-        """Take up a checkpoint's state; a fixed scale of this command line stays."""
+        """Resume a checkpoint's state; a fixed scale of this command line stays."""
         if self.dynamic:
             self.scale = float(state.get("scale", self.scale))
             self.tolerance = int(state.get("tolerance", self.tolerance))

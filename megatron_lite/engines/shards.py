@@ -60,6 +60,7 @@ class ShardPlace:
         end = self.column + self.block * width
         if self.owner is not None:
             return [(buffer[self.owner, self.column : end].view(rows, width), matrix)]
+        # two copies for any number of ranks, not one for each
         full = rows // self.block if self.block else 0
         pairs = []
         if full:
@@ -98,6 +99,8 @@ class ShardLayout:
         places, shared = [], 0
         for local, piece in pieces:
             if not whole(piece):
+                # a full block of columns for every rank, also where its rows are fewer: all shares
+                # of a reduce-scatter are equally long
                 rows = piece.stop - piece.start
                 block = rows_per_rank(rows, ranks)
                 places.append(ShardPlace(local, piece, block, shared))

@@ -1,4 +1,4 @@
-"""ENGINES: name -> how that engine is made; nobody else names an engine's class."""
+"""ENGINES: name -> how that engine is made; no other file names an engine's class."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Our engine: data parallel with bucketed, overlapped reduction, fp32 accumulators and fp32 masters."""
+"""The default engine: data parallel with bucketed, overlapped reduction; fp32 accumulators and masters."""
 
 from __future__ import annotations
 
@@ -96,6 +96,7 @@ class ZeroEngine:
         self._unreduced = False
         self.sharded = parallel.use_distributed_optimizer and ctx.replicas.size > 1
         self._overlap_gather = parallel.overlap_param_gather
+        # where sharded, each replica has other rows; else the sum over tp x pp is whole on each
         self._sums = ctx.world if self.sharded else ctx.model
         self._stage_of = {p.parameter: stage for stage, held in stages.items() for p in held}
         self._locals = [local for held in stages.values() for local in held]
@@ -214,6 +215,8 @@ class ZeroEngine:
     def squared_norm(self) -> SquaredNorm:
         """This rank's share of the gradient's squared norm; the sum over the world is the whole."""
         squares = squared_norms([held.gradient for held in self._held], self.ctx.device)
+        # where, not a product: 0 x inf is nan.  Copies that do not count must be finite, too: the
+        # rank that holds a bad one would otherwise update with it.
         return SquaredNorm(squares.where(self._counted, 0.0).sum(), squares.isfinite().all())
 
     def _counts(self, held: _Held) -> bool:
@@ -234,9 +237,9 @@ class ZeroEngine:
         if self.optim.clip_grad > 0.0:
             with self.span("optimizer-clip-main-grad"):
                 coefficient = clip_coefficient(norm, self.optim.clip_grad)
-                if self.sharded:
+                if self.sharded:  # the other rows of the buffers are not read again
                     torch._foreach_mul_([held.gradient for held in self._held], coefficient)
-                else:
+                else:  # one kernel per stage instead of one per tensor
                     for buckets in self._buckets.values():
                         buckets.buffer.mul_(coefficient)
         with self.span("optimizer-inner-step"):
@@ -254,8 +257,11 @@ class ZeroEngine:
         """Sum gradients over replicas, over tp where a rank saw its share of the sequence, over twins."""
         for buckets in self._buckets.values():
             buckets.finish()
+        # sorted: the order of a set of strings differs from process to process, that of collectives
+        # may not
         for axis in sorted({axis for held in self._held for axis in held.local.grad_summed_over}):
             partial = [held.gradient for held in self._held if axis in held.local.grad_summed_over]
+            # norms and biases: many and small, so that one call for all costs one latency
             flat = torch.cat([gradient.reshape(-1) for gradient in partial])
             all_reduce(flat, self.ctx.named(axis))
             sizes = [gradient.numel() for gradient in partial]
@@ -263,6 +269,7 @@ class ZeroEngine:
                 gradient.copy_(summed.view_as(gradient))
         if self._frozen:  # some of them may be a piece of a parameter that is trained otherwise
             torch._foreach_zero_([held.gradient for held in self._frozen])
+        # after the sum over replicas, so that where sharded only the rows this rank keeps travel
         for held in self._held:
             if held.local.tied_across_stages:
                 all_reduce(held.gradient, self.ctx.tied)
@@ -285,13 +292,13 @@ class ZeroEngine:
 
     @torch.no_grad()
     def wait_for_param_gather(self) -> None:
-        """Return when every parameter is whole: before anybody reads them outside a forward."""
+        """Wait until every parameter is all-gathered: before they are read outside a forward."""
         for buckets in self._buckets.values():
             buckets.wait_for_param_gather()
 
     @torch.no_grad()
     def wait_for(self, parameters: Iterable[Tensor]) -> None:
-        """Return when these parameters are whole: what a layer asks before its forward."""
+        """Wait until these parameters are all-gathered: called before a layer's forward."""
         for parameter in parameters:
             self._buckets[self._stage_of[parameter]].wait_for(parameter)  # type: ignore[index]
 
@@ -350,7 +357,7 @@ class ZeroEngine:
         return EngineProgress(self._steps, self.scaler.state())
 
     def resume(self, progress: EngineProgress) -> None:
-        """Go on where a checkpoint was; a loss scale that it does not say stays."""
+        """Resume a checkpoint's state; a loss scale that it does not say stays."""
         self._steps = progress.steps
         self._choose_trained()
         if progress.loss_scale:

@@ -1,4 +1,4 @@
-"""Using a model: sampling, KV cache and generation.
+"""Using a trained model: sampling, KV cache and generation.
 
 Imports all above but engines, optim and planner; train and tools may import it.
 Begin with generate.py (prefill and decode), then sampling.py (pure functions of logits).

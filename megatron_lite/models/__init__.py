@@ -1,4 +1,4 @@
-"""The figures: which parts make a model and how they are wired, without collectives or ranks.
+"""Models: which parts they consist of and how those are wired, without collectives or ranks.
 
 Imports config, parallel and layers; train, inference, checkpoint and tests may import it.
 Begin with gpt.py (the block, as in the paper's figure), then decoder.py (a stage).

@@ -34,7 +34,7 @@ def _asked(axis: Axis, op: str, whole: Tensor, what: str = "") -> Request:
 
 
 class Pending:
-    """A collective under way; wait() returns its result."""
+    """A collective in flight; wait() returns its result."""
 
     def __init__(
         self,

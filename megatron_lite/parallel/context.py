@@ -1,4 +1,4 @@
-"""Axis and ParallelContext: who this rank is and with whom it talks; frozen, passed, never global."""
+"""Axis and ParallelContext: this rank's place in the grid and its groups; frozen, passed, never global."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def connect_neighbours(pp: Axis, device: torch.device) -> None:
 
     NCCL connects two ranks, for each direction, when their first message is launched, and the host
     waits there for the partner.  A partner whose posted receive still occupies its device may be
-    waiting in turn, to load a kernel that it runs for the first time: neither would go on.
+    waiting in turn, to load a kernel that it runs for the first time: a deadlock.
     """
     # NCCL: messages between two ranks of a group come after a collective of the whole group
     dist.all_reduce(torch.zeros(1, device=device), group=pp.group)

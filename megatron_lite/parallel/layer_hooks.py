@@ -6,10 +6,10 @@ from typing import Protocol
 
 
 class LayerHooks(Protocol):
-    """Outside of before and after nobody reads the layer's weights: they may be shards, or freed.
+    """The layer's weights are only read between before and after: elsewhere they may be shards, or freed.
 
     The calls of a rank's layers never overlap.  A layer that is recomputed in backward calls those
-    of its forward once more.  A postponed weight gradient (the W of a split backward) reads no
+    of its recomputed forward.  A deferred wgrad (the W of a split backward) reads no
     weight and comes later; which gradients are complete is told to Engine.ready, not here.
     """
 

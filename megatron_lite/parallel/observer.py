@@ -1,7 +1,7 @@
-"""The one tap on what a rank asks of others: an axis tells its observer before a call, once it has begun,
-and around every wait.
+"""Observers of communication: an axis calls its observer before each call, once it is in flight, and
+around every wait for other ranks.
 
-    checking calls before they are made, writing them down, timing them, timing the waits for others
+Checking calls before they are made, recording them, timing them and timing the waits are observers.
 """
 
 from __future__ import annotations
@@ -34,20 +34,20 @@ class Request(NamedTuple):
         return self.tensor.nbytes // (len(self.ranks) if self.op == "all-gather" else 1)
 
 
-_NOTHING = nullcontext()
+_NOTHING = nullcontext()  # stateless, so that one serves every wait of a step
 
 
 class Observer:
-    """Looks at nothing; whoever looks overrides what it wants to be told."""
+    """Base class and default: observes nothing; subclasses override what they want to see."""
 
     follows: bool = False
-    """Whether collectives are to run beside the host, so that `started` can see them end."""
+    """Whether all collectives must be asynchronous: a blocking call returns no work to follow."""
 
     def before(self, request: Request) -> None:
         """The call comes next; may raise DistributedError instead."""
 
     def started(self, request: Request, work: Any) -> Callable[[], None] | None:
-        """The collective is in flight; what is returned is called when somebody has waited for it."""
+        """The collective is in flight; the returned callback is called once it has been waited for."""
         return None
 
     def waiting(self, what: str = "") -> AbstractContextManager[object]:
@@ -59,7 +59,7 @@ NOBODY = Observer()
 
 
 class _Several(Observer):
-    """All are told, in their order."""
+    """Calls all of them, in order."""
 
     def __init__(self, observers: tuple[Observer, ...]) -> None:
         self._observers = observers
@@ -88,7 +88,7 @@ class _Several(Observer):
 
 
 def together(*observers: Observer) -> Observer:
-    """One that tells all of these."""
+    """One observer that calls all of these."""
     if len(observers) > 1:
         return _Several(observers)
     return observers[0] if observers else NOBODY

@@ -14,17 +14,17 @@ from megatron_lite.pipeline.stage import MicroBatch, Scored, Stage
 
 
 def unmeasured(name: str, action: Action | None = None) -> AbstractContextManager[object]:
-    """A span that nobody measures."""
+    """Default: no span is measured."""
     return nullcontext()
 
 
 def _unheard(position: int, group: Sequence[Action]) -> None:
-    """Nobody follows."""
+    """Default: no callback."""
 
 
 @dataclass(slots=True)
 class Executor:
-    """Stages of this rank, its mail, and whom to tell that a stage's last backward comes next.
+    """Carries actions out on this rank's stages, with its mail, and arms the engine before a last backward.
 
     begin_last_backward: (stage, what its last W will still report or None where a whole backward comes).
 
@@ -62,10 +62,10 @@ class Executor:
                 case Op.W:
                     with self.span("backward-compute", action):
                         self.stages[action.stage].weight_gradients(action.microbatch)
-                case Op.REDUCE:
+                case Op.REDUCE:  # before the last backward: full buckets are reduced under its rest
                     self.begin_last_backward(action.stage, self._pending_wgrads(action.stage))
                 case _:
-                    with self.span("send-wait"):
+                    with self.span("send-wait"):  # posting waits, too: sent memory is freed there
                         self.mail.post(group)
         self.reached(len(actions), ())
         with self.span("send-wait"):
@@ -89,6 +89,7 @@ class Executor:
                 x = self.mail.take(forward=True, stage=n, microbatch=m)
         with self.span("forward-compute", action):
             y = stage.forward(m, batch, x, scale)
+        # only a forward adds to what is held, so this is where the maximum lies
         self.peak_live = max(self.peak_live, sum(s.num_live for s in self.stages.values()))
         if y is not None:
             self.mail.put(y, forward=True, stage=n + 1, microbatch=m)

@@ -18,8 +18,11 @@ from megatron_lite.parallel.observer import Request
 _SENDS = (Op.SEND_F, Op.SEND_B)
 
 _IN_FLIGHT = 2
-"""Batches of sends that may be under way.  Gloo does not tell before one waits that a send is done;
-lists that end even with blocking sends may wait for any of them."""
+"""Batches of sends in flight whose memory is kept; for an older one post() waits.
+
+Gloo does not say that a send is done before wait(), so without a limit every message of a step would
+stay in memory.  Waiting in post() cannot deadlock: schedules are proved for sends that block.
+"""
 
 
 def message_name(forward: bool, stage: int, microbatch: int) -> str:
@@ -33,7 +36,7 @@ class Mail:
     """Messages of this pp rank.
 
     placement: stage -> pp rank.  A message between two stages of one rank is handed over without
-    communication.  Keys are (is_forward, receiving stage, microbatch).
+    communication.  Keys are (is_forward, receiving stage, micro batch).
     """
 
     pp: Axis
@@ -56,7 +59,7 @@ class Mail:
         if self.placement[stage] == self.pp.rank:
             self._incoming[key] = x
         else:
-            self._outgoing[key] = x.contiguous()
+            self._outgoing[key] = x.contiguous()  # a send takes one stretch of memory
 
     def take(self, *, forward: bool, stage: int, microbatch: int) -> Tensor:
         """Wait for what `stage` is to get and hand it over."""
@@ -75,6 +78,8 @@ class Mail:
         with (
             self.pp.observer.waiting()
         ):  # the first message of a pair waits until both have connected
+            # one batch: NCCL runs its members together, while of two ranks that each begin with
+            # their send, one after the other, neither would come to its receive
             works = dist.batch_isend_irecv(operations)
         together = len(works) < len(operations)  # NCCL answers with one work for the batch
         leaving: list[Any] = []
@@ -86,6 +91,7 @@ class Mail:
                 key = (action.op is Op.RECV_F, action.stage, action.microbatch)
                 self._works[key] = mine
         if leaving:
+            # the stage has dropped its output: until it is sent this list alone keeps its memory
             sent = [op.tensor for op, a in zip(operations, group, strict=True) if a.op in _SENDS]
             self._sent.append((leaving, sent))
             self._free_sent(but=_IN_FLIGHT)
@@ -93,7 +99,7 @@ class Mail:
     def _operation(self, action: Action) -> dist.P2POp:
         """The message of a send or the empty box of a receive, with its peer."""
         op, n, m = action
-        stage = n + (1 if op in (Op.SEND_F, Op.RECV_B) else -1)
+        stage = n + (1 if op in (Op.SEND_F, Op.RECV_B) else -1)  # at the other end
         if op in _SENDS:
             call: Any = dist.isend
             key = (op is Op.SEND_F, stage, m)

@@ -37,24 +37,24 @@ Objective = Callable[[Tensor, MicroBatch], Scored]
 
 
 class PostponedGradients(Protocol):
-    """The queue on which a split backward leaves weight gradients."""
+    """The queue on which a split backward defers wgrads."""
 
     def defer_to(self, microbatch: int | None) -> None:
-        """Leave coming weight gradients to run(microbatch); None: compute them at once again."""
+        """Defer coming wgrads to `run(microbatch)`; None: compute them at once again."""
         ...
 
     def run(self, microbatch: int) -> None:
-        """Compute what was postponed."""
+        """Compute the deferred wgrads."""
         ...
 
     @property
     def num_deferred(self) -> int:
-        """Micro batches that still hold inputs for their weight gradients."""
+        """Micro batches that still hold operands of deferred wgrads."""
         ...
 
     @property
     def pending_wgrads(self) -> list[Tensor]:
-        """The weights whose gradients wait, each as often as a product waits."""
+        """The weights of all deferred wgrads, each as often as one is deferred."""
         ...
 
 
@@ -121,17 +121,17 @@ class Stage:
         return None if entered is None else entered.grad
 
     def weight_gradients(self, microbatch: int) -> None:
-        """Compute the weight gradients that backward postponed."""
+        """Compute the wgrads that backward deferred."""
         self.gradients.run(microbatch)
 
     @property
     def pending_wgrads(self) -> list[Tensor] | None:
-        """The weights of all postponed products; None where nothing is postponed."""
+        """The weights of all deferred wgrads; None where nothing is deferred."""
         return self.gradients.pending_wgrads if self.gradients.num_deferred else None
 
     @property
     def num_live(self) -> int:
-        """Micro batches that hold memory here until their backward, or its postponed half, has run."""
+        """Micro batches that hold memory here until their backward, or its deferred half, has run."""
         return len(self._kept) + self.gradients.num_deferred
 
     def take_totals(self) -> list[Scored]:

@@ -158,7 +158,7 @@ def deferred_wgrad_bytes(
     *,
     micro_batch_size: int,
 ) -> float:
-    """What one block keeps for a micro batch between I and W: both factors of its weight gradients.
+    """What one block keeps for a micro batch between I and W: both operands of its deferred wgrads.
 
     Inputs and output gradients of its matrices; what a column-parallel one gathers and a
     row-parallel one reduces is kept as it is split (layers/gradients.py).  Recomputing saves nothing
@@ -241,7 +241,7 @@ def stage_bytes(
             shared = layer_input if plan.layers is None and split == 1 and items[0].stream else 0.0
             again = max(again, whole - shared)
     if not groups[-1][1]:
-        # where some layers keep everything, theirs is free before the first is computed again
+        # where some layers keep everything, their memory is free before the first is recomputed
         again = 0.0
     return StageBytes(
         kept, again, max(max(i.mlp_gradients, i.core_gradients) + i.gathered for i in layers)

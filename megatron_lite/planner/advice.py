@@ -1,4 +1,4 @@
-"""The cheapest change that makes a run fit, and what a reader should be warned of."""
+"""The cheapest change that makes a run fit, and warnings."""
 
 from __future__ import annotations
 
@@ -29,16 +29,18 @@ def cheapest(plan: Forecast, variant: LayoutVariant) -> Change | None:
     """Of the changes that make it fit on the same devices, the one that costs the least time."""
     fitting = []
     seen = set()
-    for parallel, micro_batch in _changes(plan):
-        flags = _flags(plan, parallel, micro_batch)
+    for parallel, micro_batch_size in _changes(plan):
+        flags = _flags(plan, parallel, micro_batch_size)
         if not flags or flags in seen:
             continue
         seen.add(flags)
         try:
-            blueprint = variant(parallel, micro_batch)
+            blueprint = variant(parallel, micro_batch_size)
         except ConfigError:
             continue
-        asked = dataclasses.replace(plan.asked, parallel=parallel, micro_batch_size=micro_batch)
+        asked = dataclasses.replace(
+            plan.asked, parallel=parallel, micro_batch_size=micro_batch_size
+        )
         tried = forecast(blueprint, asked, plan.cluster, simulated=False)
         if tried.fits:
             fitting.append(Change(flags, tried))
@@ -52,8 +54,8 @@ def cheapest(plan: Forecast, variant: LayoutVariant) -> Change | None:
 
 def _changes(plan: Forecast) -> Iterator[tuple[ParallelConfig, int]]:
     """Single changes and their combinations, on the same number of devices."""
-    start, micro_batch = plan.asked.parallel, plan.asked.micro_batch_size
-    for sized in (micro_batch, *(b for b in (1, 2, 4) if b < micro_batch)):
+    start, micro_batch_size = plan.asked.parallel, plan.asked.micro_batch_size
+    for sized in (micro_batch_size, *(b for b in (1, 2, 4) if b < micro_batch_size)):
         for layout in _layouts(plan, start):
             for recomputed in _recomputed(layout):
                 yield recomputed, sized
@@ -127,10 +129,10 @@ def layout_flags(parallel: ParallelConfig, micro_batch_size: int) -> str:
     return " ".join(flags)
 
 
-def _flags(plan: Forecast, parallel: ParallelConfig, micro_batch: int) -> str:
+def _flags(plan: Forecast, parallel: ParallelConfig, micro_batch_size: int) -> str:
     """What changes against the plan; empty where nothing does."""
     before = layout_flags(plan.asked.parallel, plan.asked.micro_batch_size).split(" --")
-    after = layout_flags(parallel, micro_batch).split(" --")
+    after = layout_flags(parallel, micro_batch_size).split(" --")
     had = {part.removeprefix("--") for part in before}
     return " ".join(f"--{p}" for p in (x.removeprefix("--") for x in after) if p not in had)
 

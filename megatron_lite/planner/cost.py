@@ -71,7 +71,7 @@ class Passes:
     gathered: float = 0.0
 
     def split(self) -> tuple[Work, Work]:
-        """I and W as actions of their own."""
+        """I (dgrad) and W (wgrad) as actions of their own."""
         hidden = min(self.gathered, self.weights.products)
         return (
             replace(self.inputs, tp=self.exposed, tp_hidden=0.0),

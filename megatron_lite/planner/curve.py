@@ -1,4 +1,4 @@
-"""The learning rate and the batch size along a run, at the points where something changes."""
+"""The learning rate and the batch size along a run, at the points where they change."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ _COLORS = {
 _LEGEND = {
     Op.F.value: "forward", Op.B.value: "backward", Op.I.value: "I, input gradient",
     Op.W.value: "W, weight gradients", WEIGHTS: "one weight gradient", OPTIMIZER: "optimizer",
-    MESSAGE: "under way to other ranks", WAIT: "waits",
+    MESSAGE: "in flight to other ranks", WAIT: "waits",
 }  # fmt: skip
 _WIDTH = 120
 _LEFT, _TRACK, _LANE = 150, 22, 9
@@ -55,7 +55,7 @@ def timeline(plan: Forecast, num_microbatches: int) -> Timeline:
 
 
 def timeline_text(drawn: Sequence[Timeline], *, width: int = _WIDTH) -> str:
-    """A line per lane, a column per equal piece of time: F forward, B backward, I, W, . idle, = under way."""
+    """A line per lane, a column per equal piece of time: F forward, B backward, I, W, . idle, = in flight."""
     return "\n".join(line for each in drawn for line in _text(each, width))
 
 

@@ -25,7 +25,7 @@ class Throughput:
     """What a step time means: per device, FLOPs in 1e12 per second, shares of the dense peak.
 
     mfu counts attention's full square and no recomputation (SC21, PaLM); mfu_causal its causal half
-    (Megatron-LM since 2025).  hfu adds what is computed again; hfu_published counts selective
+    (Megatron-LM since 2025).  hfu adds what is recomputed; hfu_published counts selective
     recomputation as arXiv:2205.05198 does, attention's core three times more.
     """
 
@@ -45,7 +45,7 @@ class Throughput:
 
 
 def hardware_flops_per_token(blueprint: Blueprint, parallel: ParallelConfig) -> int:
-    """FLOPs of forward, backward and what is computed again, attention's full square."""
+    """FLOPs of forward, backward and recomputation, attention as a full square."""
     figure, s = blueprint.figure, blueprint.model.seq_length
     full, plan = blueprint.flops_per_token_full, RecomputePlan.from_config(parallel)
     if plan.modules:

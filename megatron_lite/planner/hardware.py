@@ -281,7 +281,7 @@ ALIASES: Mapping[str, str] = {
 
 
 def find_device(name: str) -> Device:
-    """The device of a name, ours or its driver's, or of a YAML file (.yaml or .yml)."""
+    """The device of a name, this project's or its driver's, or of a YAML file (.yaml or .yml)."""
     if name.endswith((".yaml", ".yml")):
         return read_device(name)
     key = name.lower().replace("_", "-")

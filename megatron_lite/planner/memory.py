@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
-from megatron_lite.blueprint.buckets import UNDER_WAY, bucket_elements
+from megatron_lite.blueprint.buckets import IN_FLIGHT, bucket_elements
 from megatron_lite.blueprint.draw_up import Blueprint
 from megatron_lite.blueprint.figure.parts import Format, Matrix, Parts
 from megatron_lite.blueprint.schedules import SCHEDULES
@@ -207,7 +207,7 @@ class _Moment:
 
 @dataclass(frozen=True, slots=True)
 class _Held:
-    """One stage and micro batch: kept, postponed, and what the moments of its actions add.
+    """One stage and micro batch: kept, deferred, and what the moments of its actions add.
 
     A moment's activations are what is kept by other actions, so below zero where some are free.
     """
@@ -285,7 +285,7 @@ def stage_waiting(blueprint: Blueprint, asked: PlanInputs, pp_rank: int) -> dict
 
 
 def _logits_gradient_bytes(blueprint: Blueprint, asked: PlanInputs) -> float:
-    """The factor that a postponed product of the head keeps beside its input."""
+    """The operand that a deferred wgrad of the head keeps beside its input."""
     tokens = blueprint.model.seq_length * asked.micro_batch_size / asked.parallel.cp
     columns = blueprint.padded_vocab_size / asked.parallel.tp
     return tokens * columns * element_bytes(asked.precision)
@@ -313,7 +313,7 @@ def _data_parallel_buffers(
     low = element_bytes(asked.precision)
     wide = 4 if parallel.accumulate_allreduce_grads_in_fp32 else low
     bucket = bucket_elements(parallel, replicas)
-    packed = float(min(UNDER_WAY * bucket, parameters))
+    packed = float(min(IN_FLIGHT * bucket, parameters))
     copied = 0 if asked.on_gpu else min(bucket, parameters)  # gloo reduces a copy, one at a time
     gathered = float(parameters if parallel.overlap_param_gather else packed)
     once_more = 1 + 1 / replicas

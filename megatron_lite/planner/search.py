@@ -50,18 +50,18 @@ def search(
     too_large = forbidden = 0
     least, closest = math.inf, None
     drawn: dict[tuple[object, ...], Blueprint] = {}
-    for layout, micro_batch in _layouts(asked.parallel, cluster, model):
+    for layout, micro_batch_size in _layouts(asked.parallel, cluster, model):
         # what is split along the sequence or sharded over dp changes no stage and no schedule
         key = (layout.tp, layout.pp, layout.pipeline_schedule,
-               layout.num_virtual_stages_per_pipeline_rank, micro_batch)  # fmt: skip
+               layout.num_virtual_stages_per_pipeline_rank, micro_batch_size)  # fmt: skip
         try:
-            blueprint = drawn[key] if key in drawn else variant(layout, micro_batch)
+            blueprint = drawn[key] if key in drawn else variant(layout, micro_batch_size)
         except ConfigError:
             forbidden += 1
             continue
         drawn[key] = blueprint
         for parallel in _memory_choices(layout, model.num_layers):
-            tried = dataclasses.replace(asked, parallel=parallel, micro_batch_size=micro_batch)
+            tried = dataclasses.replace(asked, parallel=parallel, micro_batch_size=micro_batch_size)
             # the ends need most, nearly always; where they fit, the forecast asks all
             ends = memory(blueprint, tried, pp_ranks={0, blueprint.grid.pp - 1})
             needed = max(rank.total for rank in ends)
@@ -98,7 +98,7 @@ def _layouts(
             if pp > model.num_layers:
                 continue
             dp = world // (tp * pp * start.cp)
-            for (schedule, chunks), split, sharded, micro_batch in product(
+            for (schedule, chunks), split, sharded, micro_batch_size in product(
                 _schedules(pp, model.num_layers),
                 (True, False) if tp > 1 else (False,),
                 (True, False) if dp > 1 else (False,),
@@ -120,7 +120,7 @@ def _layouts(
                             use_distributed_optimizer=sharded,
                             overlap_param_gather=sharded,
                         ),
-                        micro_batch,
+                        micro_batch_size,
                     )
 
 

@@ -1,4 +1,4 @@
-"""What to say where a rank's memory was too small: its plan, and the cheapest change that frees enough."""
+"""What to say when a rank is out of memory: its plan, and the cheapest change that frees enough."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ def beside_the_plan(
     listed = ", ".join(f"{name} {_gib(size)}" for name, size in largest)
     said = f" - planned {_gib(now.total)} ({listed})"
     most = room if 0 < room < now.total else now.total
-    for flags, layout, micro_batch in _changes(parallel, micro_batch_size):
+    for flags, layout, size in _changes(parallel, micro_batch_size):
         try:
-            then = planned(layout, micro_batch).total
+            then = planned(layout, size).total
         except ConfigError:
             continue
         freed = now.total - then

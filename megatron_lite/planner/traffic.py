@@ -96,7 +96,7 @@ def training_passes(layer: Parts, *, split: bool) -> int:
 
 
 def _postponed_passes(blueprint: Blueprint, pp_rank: int, num_microbatches: int) -> float:
-    """A W of its own keeps slices: what row-parallel layers were given is gathered once more for it."""
+    """A W of its own keeps slices: the inputs of row-parallel layers are gathered a second time for it."""
 
     def reduced(layer: Parts) -> int:
         return sum(matrix.cut == "columns" for matrix in layer.of(Matrix))

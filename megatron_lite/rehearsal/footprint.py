@@ -1,4 +1,4 @@
-"""Bytes of all tensors that live, counted as they come and go, on any device or on none."""
+"""Bytes of all live tensors, counted as they are made and freed, on any device or on meta."""
 
 from __future__ import annotations
 

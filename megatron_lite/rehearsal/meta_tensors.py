@@ -1,4 +1,4 @@
-"""Tensors without memory: the meta device, counted, and its shapes remembered instead of derived again."""
+"""Runs ops on the meta device, counting bytes; inferred shapes are cached."""
 
 from __future__ import annotations
 

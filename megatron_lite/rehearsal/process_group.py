@@ -1,4 +1,4 @@
-"""A process group that talks to nobody: any rank of a world runs alone.
+"""A process group without peers: any rank of a world runs alone.
 
 with alone(rank, world_size):
     ctx = ParallelContext.from_grid(grid, rank, device)     the real groups of the real grid
@@ -20,7 +20,7 @@ BACKEND = "rehearsal"
 
 
 class _Done:
-    """A call that nobody answers; as with gloo it is not known to have ended before one waits."""
+    """A call without peers; as with gloo it is not known to have ended before wait()."""
 
     def wait(self, timeout: object = None) -> bool:
         """At once."""
@@ -59,7 +59,7 @@ class SilentGroup(dist.ProcessGroup):
         return _Done()
 
     def send(self, tensors: Sequence[Tensor], peer: int, tag: int) -> Any:
-        """Nobody gets it."""
+        """Sends nothing."""
         return _Done()
 
     def recv(self, tensors: Sequence[Tensor], peer: int, tag: int) -> Any:

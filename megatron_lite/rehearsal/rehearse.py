@@ -1,4 +1,4 @@
-"""The rehearsal: the trainer's own code as any rank of a world, alone, with tensors without memory.
+"""The rehearsal: the trainer's own code as any rank of a world, in one process, on the meta device.
 
 stand_in(config, blueprint, rank)   real groups, stages, engine, on the meta device
   .perform()                        one training step of 3 pp micro batches and one evaluation
@@ -58,7 +58,7 @@ TRAINING, EVALUATION = "training step", "evaluation"
 class Memory:
     """Bytes on the device at the worst moment of a training step, by kind.
 
-    activations: the most that lives between two actions, messages under way included; work: what
+    activations: the most that lives between two actions, messages in flight included; work: what
     the worst action takes on top, logits and the reduction's buffers included.
     """
 

@@ -1,4 +1,4 @@
-"""Which rank is lost or hangs, judged from the beats seen; no store, no thread, its own clock."""
+"""Which rank is lost or hangs, judged from the heartbeats seen; no store, no thread, its own clock."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from types import FrameType
 _IO = Path("/proc/self/io")
 
 MISSED_BEATS = 5
-"""Own beats without one of another rank, after a collective failed, before that rank is named."""
+"""Own heartbeats without one of another rank, after a failed collective, before that rank is named."""
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Seconds: between beats, until a silent rank is lost (before its first step: start), until a hang.
+    """Seconds: between heartbeats, until a silent rank is lost (before its first step: start), until a hang.
 
     stall: own pause after which the others' silence proves nothing.
     """
@@ -40,7 +40,7 @@ class Limits:
 
     @property
     def stall(self) -> float:
-        """A loop of beats that paused this long was asleep itself."""
+        """A heartbeat loop that paused this long was asleep itself."""
         return max(4 * self.interval, 2.0)
 
 
@@ -108,7 +108,7 @@ def _file(frame: FrameType) -> str:
 
 @dataclass(slots=True)
 class _Seen:
-    """The last beat of a rank, when it came, since when it says the same, own beats since."""
+    """A rank's last heartbeat, when it came, since when it is unchanged, own heartbeats since."""
 
     beat: Beat
     came: float
@@ -118,9 +118,9 @@ class _Seen:
 
 @dataclass(slots=True)
 class FailureDetector:
-    """Beats as one rank sees them.
+    """Heartbeats as one rank sees them.
 
-    A rank is *lost* when no beat of it came for too long, and *hangs* when it beats, does not move
+    A rank is *lost* when no heartbeat of it came for too long, and *hangs* when it sends them, does not move
     and does not wait for others while others wait for it.
     """
 
@@ -130,7 +130,7 @@ class FailureDetector:
     _failing_beats: int = 0
 
     def see(self, rank: int, beat: Beat, now: float) -> None:
-        """Take note of what the store holds of a rank; call it once per own beat."""
+        """Take note of what the store holds of a rank; call it once per own heartbeat."""
         old = self._seen.get(rank)
         if old is None:
             self._seen[rank] = _Seen(beat, now, now)
@@ -145,7 +145,7 @@ class FailureDetector:
         )
 
     def reset_after_own_stall(self, now: float) -> None:
-        """Count all silences from now: this process slept itself.  Missed beats count own ones: kept."""
+        """Count all silences from now: this process slept itself.  Missed heartbeats count own ones: kept."""
         for seen in self._seen.values():
             seen.came = seen.same_since = now
 
@@ -160,7 +160,7 @@ class FailureDetector:
         return self._lost(lost, now) or self._hanging(now)
 
     def blame(self, now: float) -> str | None:
-        """Who is to blame for a failed collective; None until the beats say so."""
+        """Who is to blame for a failed collective; None until the heartbeats say so."""
         self._failing_beats += 1
         lost = [rank for rank, seen in self._others() if seen.missed >= MISSED_BEATS]
         if lost:
@@ -189,7 +189,7 @@ class FailureDetector:
         )
 
     def all_gone(self, now: float, *, silence: float) -> bool:
-        """Whether nobody needs the store any more: all others said goodbye or are silent that long."""
+        """Whether no rank needs the store any more: all others said goodbye or are silent that long."""
         return all(
             seen.beat.phase == "ended" or now - seen.came > silence
             for rank, seen in self._seen.items()
@@ -233,7 +233,7 @@ class FailureDetector:
         )
 
     def _step(self) -> str:
-        """The last step anybody finished: a step is collective, so all have or nearly have."""
+        """The last step any rank finished: a step is collective, so all have or nearly have."""
         steps = [s.beat.step for s in self._seen.values() if s.beat.step is not None]
         return str(max(steps)) if steps else "none"
 

@@ -1,9 +1,9 @@
-"""Who is still there: every rank beats into the rendezvous store, and one that stops is named.
+"""Heartbeats: every rank writes one to the rendezvous store, and a rank whose heartbeats stop is named.
 
-    rank r   ── beat: count, step, ticks, where ──▶  store  ◀── rank 0 reads all beats, the others
-    (thread)                                           │        rank 0's; whoever sees a rank lost
-                                                    verdict     writes the verdict, once
-                                                       │
+    rank r   ── heartbeat: count, step, where ──▶  store  ◀── rank 0 reads all heartbeats, the others
+    (thread)                                         │        rank 0's; the first to see a rank lost
+                                                  verdict     writes the verdict, once
+                                                     │
     every rank reads the verdict: FATAL[6] names the lost rank, also where the main thread is stuck
 
 No collective, no device work: two sleeping threads and a few hundred bytes per rank and second.
@@ -30,7 +30,7 @@ ANSWER_SECONDS = 2.0
 
 
 class Presence(Protocol):
-    """What a run tells about itself while it lives; Alone where there is nobody to tell."""
+    """A run's heartbeat and last words; Alone in a world of one process."""
 
     step: int | None
 
@@ -39,7 +39,7 @@ class Presence(Protocol):
         ...
 
     def tick(self) -> None:
-        """Something else than a step went on: an evaluation batch, a part of a save."""
+        """Progress other than a step: an evaluation batch, a part of a save."""
         ...
 
     def explain(self, what: str) -> str:
@@ -66,22 +66,22 @@ class Alone:
         self.step = step
 
     def tick(self) -> None:
-        """Nobody watches."""
+        """Default: no heartbeats."""
 
     def explain(self, what: str) -> str:
         """There is no other rank to name."""
         return what
 
     def says_first(self, text: str) -> bool:
-        """Nobody else speaks."""
+        """Default: no verdict of another rank."""
         return True
 
     def leave(self, last_words: str | None = None) -> None:
-        """Nobody listens."""
+        """Default: no one to tell."""
 
 
 class Liveness:
-    """Beats for this rank and listens to the others, in two daemon threads.
+    """Sends this rank's heartbeats and reads those of the others, in two daemon threads.
 
     store: a connection of its own, because a call may block as long as the store is silent.
     hosts_store: this process holds the store, so it leaves last.  beside_store: a launcher on this
@@ -119,12 +119,12 @@ class Liveness:
         self._judge = threading.Thread(target=self._listen, name="liveness-judge", daemon=True)
 
     def announce(self) -> None:
-        """The first beat; every rank must have made it before any starts."""
+        """The first heartbeat; every rank must have sent it before any starts."""
         self._store.set(self._key("beat", self._rank), self._beat().to_bytes())
         self._store.compare_set(self._key("verdict"), "", NO_VERDICT.decode())
 
     def start(self) -> None:
-        """Begin to beat and to listen."""
+        """Start the two threads."""
         self._answered = time.monotonic()
         self._talker.start()
         self._judge.start()
@@ -135,13 +135,13 @@ class Liveness:
         self._phase = "train"
 
     def tick(self) -> None:
-        """Something else than a step went on: an evaluation batch, a part of a save."""
+        """Progress other than a step: an evaluation batch, a part of a save."""
         self._ticks += 1
 
     def explain(self, what: str) -> str:
         """Which rank was lost, after a collective failed with the text `what`; waits for the answer.
 
-        At most a few beats: a living rank keeps beating while it waits here itself.
+        At most a few heartbeats: a living rank keeps sending them while it waits here itself.
         """
         self._phase = "failed"
         self._wake.set()
@@ -162,7 +162,7 @@ class Liveness:
 
         asking = threading.Thread(target=ask, name="liveness-words", daemon=True)
         asking.start()
-        asking.join(ANSWER_SECONDS)  # whoever fails must not hang over how to say it
+        asking.join(ANSWER_SECONDS)  # a rank that fails must not hang while it says so
         return told in ([], [1])
 
     def leave(self, last_words: str | None = None) -> None:

@@ -188,7 +188,7 @@ def gather_ranks(launch: Launch, parallel: ParallelConfig, *, end: Callable[[str
         liveness.announce()
         if (
             launch.rank == 0
-        ):  # before anybody can go on: NCCL's watchdog of an attempt before left it,
+        ):  # before anybody proceeds: NCCL's watchdog of an attempt before left it,
             store.delete_key(_NCCL_FAILED)  # and would end this one after its heartbeat timeout
         missing = roll_call(
             store,

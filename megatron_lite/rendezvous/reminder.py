@@ -1,4 +1,4 @@
-"""What a start waits for, said while it waits."""
+"""Says what a start is waiting for, while it waits."""
 
 from __future__ import annotations
 

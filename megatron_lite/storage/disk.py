@@ -1,4 +1,4 @@
-"""Every write of data tools and checkpoints, one primitive at a time; a test can stand between.
+"""Every write of data tools and checkpoints, one primitive at a time, so that a test can intercept it.
 
     caller ─▶ Disk.rename ─▶ Disk._run (OSError becomes StorageError) ─▶ Disk._operate ─▶ os
                                                                        (overridable)
@@ -114,7 +114,7 @@ class DiskFile:
         """Let the system begin to move to the device what it holds of this file, without waiting.
 
         For long files: the device then works while the next bytes are made, fsync finds little
-        left to do, and the cache is not filled with what nobody reads.  Advice: it cannot fail.
+        left to do, and the cache is not filled with what is never read.  Advice: it cannot fail.
         """
         start, self._advised = self._advised, self.size
         if self._descriptor is not None and hasattr(os, "posix_fadvise"):
@@ -274,7 +274,7 @@ class Disk:
 
 
 def temporary_name(path: str | os.PathLike[str]) -> Path:
-    """A name beside the path that no reader looks for and nobody can guess."""
+    """A name beside the path that no reader looks for and that cannot be guessed."""
     final = Path(path)
     return final.with_name(f".{final.name}.{secrets.token_hex(6)}.partial")
 

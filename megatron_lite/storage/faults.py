@@ -1,4 +1,4 @@
-"""Disks for tests: one writes down every operation, one fails or crashes at the k-th."""
+"""Disks for tests: one records every operation, one fails or crashes at the k-th."""
 
 from __future__ import annotations
 

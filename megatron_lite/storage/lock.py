@@ -1,8 +1,8 @@
-"""One run in a folder: a file that says whose it is, and whether its owner still lives.
+"""One run per folder: a lock file that names its owner, and tells whether the owner is alive.
 
-    take ──▶ run.lock ◀── every RENEW_SECONDS the owner counts on in it
+    take ──▶ run.lock ◀── every RENEW_SECONDS the owner's heartbeat: a counter
                │   ▲
-               │   └───── before each checkpoint appears: is it still mine?
+               │   └───── before each checkpoint appears: is it still ours?
                └─ another start reads it: an owner of its own machine and PID namespace is looked
                   up in /proc; any other is watched by the reader's own clock, and who does not
                   count for STALE_SECONDS is dead
@@ -83,7 +83,7 @@ class Owner:
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Owner | None:
-        """None for what no run of ours has written."""
+        """None for what no run of this project has written."""
         try:
             values = json.loads(data)
             del values["count"]
@@ -110,7 +110,7 @@ class Owner:
         except ProcessLookupError:
             return "dead"
         except OSError:
-            pass  # somebody else's process
+            pass  # another user's process
         start, state = _start_of(str(self.pid))
         if not start:  # hidden from us
             return "unknown"
@@ -129,7 +129,7 @@ class FolderLock:
     problem: StorageError | None = None
     """What the thread saw last: the folder or the lock is not what it was."""
     told: bool = False
-    """Whether somebody has heard of the problem."""
+    """Whether the problem has been reported."""
     _file: DiskFile | None = None
     _count: int = 0
     _ended: threading.Event = field(default_factory=threading.Event)
@@ -141,7 +141,7 @@ class FolderLock:
     ) -> FolderLock:
         """Hold the folder, which is made; waits up to STALE_SECONDS where the owner may be dead.
 
-        Raises FolderTaken where somebody has it, StorageError where no file can be made.  say: is
+        Raises FolderTaken where another run has it, StorageError where no file can be made.  say: is
         told what is waited for.
         """
         folder = folder.absolute()
@@ -202,7 +202,7 @@ class FolderLock:
         try:
             file.write(self.owner.to_bytes(self._count))
             file.fsync()
-        except StorageError:  # an empty lock is nobody's, and holds others up
+        except StorageError:  # an empty lock has no owner and would hold others up
             self.disk.remove(path)
             raise
         self._file = file
@@ -227,7 +227,7 @@ class FolderLock:
             "runs in one folder spoil each other: stop it and start again, or give another --save"
         )
 
-    # -- while the run goes on ----------------------------------------------------------------
+    # -- while the run lasts -------------------------------------------------------------------
 
     def check(self) -> None:
         """Raise FolderTaken where another run has the folder, StorageError where it is not there."""
@@ -237,7 +237,7 @@ class FolderLock:
                     f"this run has left --save {self.folder}: nothing is written there"
                 )
             found = self._own_or_none()
-            if found is None and not self._create():  # somebody removed it; nobody has the folder
+            if found is None and not self._create():  # it was removed: no run has the folder
                 found = self._own_or_none()
 
     def _own_or_none(self) -> Owner | None:
@@ -325,7 +325,7 @@ def _one_at_a_time(folder: Path) -> Iterator[None]:
 
 
 def _read(path: Path) -> bytes | None:
-    """None where there is no such file; StorageError for what no run of ours has put there."""
+    """None where there is no such file; StorageError for what no run of this project has put there."""
     try:
         return read_plain(path, _LARGEST, links=False)
     except FileNotFoundError:

@@ -1,8 +1,8 @@
-"""What a tool will write, looked at before its work begins: names, folders, permissions, room.
+"""A tool's outputs, checked before its work begins: names, folders, permissions, free space.
 
     check_outputs("--output-prefix", ["out/a.bin", "out/a.idx"], disk, needed=2_000_000)
 
-Nothing stays behind.  What can be known only later (a disk that fills up meanwhile) is the disk's.
+The check leaves nothing behind.  What only shows later (a disk that fills up) Disk reports.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def _check_length(flag: str, name: str) -> None:
 
 
 def _nearest(flag: str, path: Path) -> Path:
-    """The closest parent that exists; StorageError where nobody lets us look for it."""
+    """The closest parent that exists; StorageError where it may not be looked for."""
     try:
         return nearest_folder(path)
     except OSError as error:

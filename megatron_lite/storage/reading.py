@@ -1,4 +1,4 @@
-"""Reading small files that anything may lie in place of: a pipe, a device, a folder, a terabyte of zeros."""
+"""Reads small files defensively: a pipe, a device, a folder or a terabyte of zeros may lie in their place."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A log that may fail and come back: its records wait, are tried again, and are counted where lost."""
+"""A log that may fail and come back: its records wait, are retried, and are counted where lost."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Writer(Protocol):
     name: str
 
     def open(self) -> None:
-        """Open, or open again after a failure, going on behind what is written."""
+        """Open, or open again after a failure, appending to what is written."""
         ...
 
     def write(self, record: TelemetryRecord) -> None:
@@ -117,7 +117,7 @@ class Lasting:
     def _failed(self, error: Exception) -> None:
         if not self._reason:
             self._warn(
-                f"{self.writer.name} takes no more records, training goes on and tries again: "
+                f"{self.writer.name} takes no more records, training continues and tries again: "
                 f"{_text(error)}"
             )
         self._reason = _text(error)

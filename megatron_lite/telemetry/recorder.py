@@ -88,7 +88,7 @@ class Recorder:
     def take(self) -> dict[str, list[Event]]:
         """Lane -> events in order of their begin, in the clock's seconds; keeps nothing from now on.
 
-        What is still under way ends now.
+        What is still in flight ends now.
         """
         self.recording = False
         clock, now = self._clock, self._clock.mark()

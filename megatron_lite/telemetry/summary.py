@@ -1,4 +1,4 @@
-"""What a run's records say in a few numbers: how fast it was, where the loss ended."""
+"""A run's records in a few numbers: how fast it was, where the loss ended."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Where records go: metrics.jsonl, TensorBoard, Weights & Biases, all behind one `write(record)`.
 
-One rank writes; the others hold an empty `Writers`, so that nobody asks who they are.
+One rank writes; the others hold an empty `Writers`, so that no caller has to ask for its rank.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class JsonLines:
 
     On resume the lines after the resumed iteration belong to steps that will be made again and are
     dropped, and so is what a crash left unreadable.  A failed write may leave half a line: opened
-    again, the file goes on behind its last whole one.  Raises StorageError (exit 5).
+    again, the file continues behind its last whole one.  Raises StorageError (exit 5).
     """
 
     def __init__(self, path: Path, *, resumed_iteration: int, disk: Disk) -> None:
@@ -71,7 +71,7 @@ class JsonLines:
         self._whole: int | None = None
 
     def open(self) -> None:
-        """Begin the file with what is kept of an earlier run, or go on with it."""
+        """Begin the file with what is kept of an earlier run, or append to it."""
         if self._file is not None:
             with contextlib.suppress(StorageError):
                 self._file.close()
@@ -173,7 +173,7 @@ class WeightsAndBiases:
         self._run: Any = None
 
     def open(self) -> None:
-        """Begin a run, or go on with it after a failure."""
+        """Begin a run, or resume it after a failure."""
         config = self._config
         known = getattr(self._run, "id", None)
         self._run = self._wandb.init(
@@ -245,7 +245,7 @@ def _package(module: str, flag: str, extra: str) -> types.ModuleType:
 def scalars(record: TelemetryRecord, config: TelemetryConfig) -> dict[str, float]:
     """Megatron-LM's scalar names of a record, as the switches of the configuration choose.
 
-    Ours beside Megatron's, with `--log-throughput`: `tgs`, and `mfu` where the peak is known.
+    Names beyond Megatron's, with `--log-throughput`: `tgs`, and `mfu` where the peak is known.
     """
     if isinstance(record, SaveRecord):
         return {}

@@ -2,5 +2,5 @@
 
 Imports everything below; only rehearsal, cli and tests may import it.
 Begin with step.py (one optimizer step on one screen), then assemble.py (where everything meets),
-session.py (a Run and what is around it, opened) and loop.py.
+session.py (opens a Run and everything around it) and loop.py.
 """

@@ -1,4 +1,4 @@
-"""What every rank of a run must have alike: flags, tokenizer, code, version of PyTorch."""
+"""What must be the same on every rank: flags, tokenizer, code, version of PyTorch."""
 
 from __future__ import annotations
 

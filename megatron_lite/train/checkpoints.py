@@ -1,4 +1,4 @@
-"""What a run saves, and what it says about it."""
+"""Saves a run's checkpoints and reports on them."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ class Checkpoints:
         self.report_completed()
 
     def wait(self, *, last: bool = False) -> None:
-        """Wait for the save under way, if there is one; its failure is raised or told."""
+        """Wait for the save in flight, if there is one; its failure is raised or told."""
         if self.saver is None:
             return
         try:
@@ -156,7 +156,7 @@ class Checkpoints:
         if last or self.config.save_failure == "stop" or isinstance(error, FolderTaken):
             raise error
         step = self.run.progress.step
-        self.log.warn(f"iteration {step}: no checkpoint, training goes on: {error}")
+        self.log.warn(f"iteration {step}: no checkpoint, training continues: {error}")
 
     def _snapshot(self, store: Store) -> Snapshot:
         run = self.run

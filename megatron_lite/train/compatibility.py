@@ -1,4 +1,4 @@
-"""What a run reads, beside what the checkpoint it takes up was trained with."""
+"""Whether a resumed run reads the same data and the same code as the checkpoint was trained with."""
 
 from __future__ import annotations
 
@@ -91,9 +91,9 @@ def check_data(
         lines = "".join(f"\n  {line}" for line in differ[:_SHOWN])
         more = f"\n  and {len(differ) - _SHOWN} more" if differ[_SHOWN:] else ""
         raise DataError(
-            f"the samples would not go on where checkpoint {manifest.iteration} stopped, because "
+            f"the samples would not continue where checkpoint {manifest.iteration} stopped, because "
             f"the data are others (checkpoint -> this command line):{lines}{more}\nadd {ALLOW_DIFFERENCES} to "
-            f"go on with sample {manifest.progress.samples} of the new order, which repeats and "
+            f"resume at sample {manifest.progress.samples} of the new order, which repeats and "
             "leaves out samples, or give the old data"
         )
     return [f"{ALLOW_DIFFERENCES}: {line}" for line in differ], warnings

@@ -1,8 +1,8 @@
-"""The run folder: whose it is, what of another run lies there, what describes the run.
+"""The run folder: who owns it, what another run left there, and what describes the run.
 
     enter ──▶ chosen, locked, looked at ──▶ setup ──▶ begin ──▶ training ──▶ leave
 
-<run folder>/run.lock       while somebody trains (storage/lock.py)
+<run folder>/run.lock       while a run trains (storage/lock.py)
 <run folder>/config.yaml    the run: what every start of it has in common
 <run folder>/starts.jsonl   each start: when, from where, and what was asked of it alone
 """
@@ -60,7 +60,7 @@ class RunFolder:
 
     @property
     def lost(self) -> StorageError | None:
-        """What befell the folder while the run went on, and nobody was told of."""
+        """What happened to the folder during the run and was not reported yet."""
         return self.lock.problem if self.lock is not None and not self.lock.told else None
 
     def leave(self) -> None:
@@ -191,7 +191,7 @@ def require_own(asked: CheckpointConfig, found: list[int], *, attempt: int = 0) 
         return  # one of its checkpoints, which resume() refuses in words of its own
     if loads and asked.overwrite_run:
         raise ConfigError(
-            f"--overwrite-run removes the run in --save {asked.save}, and --load goes on from it: leave "
+            f"--overwrite-run removes the run in --save {asked.save}, and --load resumes it: leave "
             "one of them out"
         )
     if not found or (loads and not asked.finetune):
@@ -200,7 +200,7 @@ def require_own(asked: CheckpointConfig, found: list[int], *, attempt: int = 0) 
         raise ConfigError(
             f"--finetune starts a new run from --load {asked.load}, and --save is the same folder: its "
             "checkpoints would replace those it starts from - give another --save, or leave out "
-            "--finetune to go on"
+            "--finetune to resume"
         )
     holds = f"--save {asked.save} holds checkpoints, the newest of iteration {found[0]}"
     if asked.overwrite_run and attempt:
@@ -210,8 +210,8 @@ def require_own(asked: CheckpointConfig, found: list[int], *, attempt: int = 0) 
         )
     if not asked.overwrite_run:
         raise ConfigError(
-            f"{holds}, that this run does not go on from - give --load {asked.save} (without "
-            "--finetune) to go on, another --save, or --overwrite-run to remove that run"
+            f"{holds}, that this run does not resume - give --load {asked.save} (without "
+            "--finetune) to resume, another --save, or --overwrite-run to remove that run"
         )
 
 
@@ -236,7 +236,7 @@ def remove_run(folder: Path, disk: Disk) -> list[str]:
 
 
 def of_the_run(config: RunConfig) -> RunConfig:
-    """What every start of the run has in common; a run that began elsewhere goes on from itself."""
+    """What every start of the run has in common; a run that began elsewhere resumes from its own folder."""
     for setting in settings().values():
         if setting.one_start:
             section = getattr(config, setting.section)

@@ -21,13 +21,13 @@ from megatron_lite.train.step import StepResult, evaluation_step, train_step
 
 
 def fit(session: Session) -> Reason:
-    """Train until the end or until somebody asks for a stop; returns why it ended."""
+    """Train until the end or until a stop is requested; returns why it ended."""
     if session.train.manual_gc:
         gc.disable()
         gc.collect()
     try:
         reason = _train(session)
-    except NumericsError:  # every rank raises it, so all can finish the save under way
+    except NumericsError:  # every rank raises it, so all can finish the save in flight
         with contextlib.suppress(StorageError):
             session.checkpoints.wait()
         raise
@@ -204,7 +204,7 @@ def evaluate(session: Session, split: str, *, final: bool) -> None:
     began = time.perf_counter()
     progress, run, micro = session.progress, session.run, session.train.micro_batch_size
     size, count = run.blueprint.batch_schedule.final_batch_size, run.blueprint.microbatches()
-    # as Megatron: validation goes on where the last one stopped, unless nothing is trained
+    # as Megatron: validation resumes where the last one stopped, unless nothing is trained
     goes_on = split == "validation" and not session.train.skip_train
     start = progress.validation_samples if goes_on else 0
     total, tokens = 0.0, 0.0

@@ -1,4 +1,4 @@
-"""Work of one rank for which the others wait: told while it lasts, never cut short by a time-out."""
+"""Work of one rank that the others wait for: reported while it lasts, never cut short by a timeout."""
 
 from __future__ import annotations
 

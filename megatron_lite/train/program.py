@@ -89,7 +89,7 @@ def _carry_out(session: Session) -> int:
             session.log.say(
                 f"nothing left to do: the checkpoint has {session.first_step} of "
                 f"{length.iterations} iterations ({session.progress.samples} of {length.samples} "
-                f"samples); raise {flag} to go on"
+                f"samples); raise {flag} to continue"
             )
         session.stop.listen()
         session.log.say("training ...")
@@ -137,7 +137,7 @@ def _farewell(session: Session, reason: Reason) -> str:
     store = session.checkpoints.store
     kept = "" if store is None else f"; checkpoint in {store.root}"
     if store is not None and reason != "finished":
-        kept += f", --load {store.root} goes on"
+        kept += f", --load {store.root} resumes"
     why = {
         "finished": "after training is done",
         "signal": "stopped by a signal: the step was finished",

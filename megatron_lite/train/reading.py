@@ -1,4 +1,4 @@
-"""What a run reads: datasets opened alike on all ranks, from where the checkpoint stands.
+"""What a run reads: datasets opened the same way on all ranks, from the checkpoint's position on.
 
 A run ends where its flags say (blueprint/length.py), or where data that are read once do.
 """
@@ -257,7 +257,7 @@ def loaders_of(
 def settle_data(
     config: RunConfig, datasets: Datasets, manifest: Manifest | None, log: Log
 ) -> Identity:
-    """What is read, if it may go on where the checkpoint stopped; every rank finds the same."""
+    """What is read, if it may resume where the checkpoint stopped; every rank finds the same."""
     identity = identity_of(
         datasets,
         seed=config.train.seed,

@@ -1,4 +1,4 @@
-"""Taking up a checkpoint: the newest intact one, a loud fresh start, or a clear refusal."""
+"""Resuming from a checkpoint: the newest intact one, a loud fresh start, or a clear refusal."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from megatron_lite.train.schedules import Schedules
 class Resumed:
     """What was loaded: its iteration (None where training starts at 0), what to say, the curves to use.
 
-    warnings: what went wrong on the way; notices: what was done; manifest: of what is gone on with.
+    warnings: what went wrong on the way; notices: what was done; manifest: of the checkpoint it resumes.
     """
 
     iteration: int | None
@@ -141,7 +141,7 @@ def _require_optimizer(run: Run, manifest: Manifest, folder: str) -> None:
         raise CheckpointError(
             f"checkpoint {manifest.iteration} in {folder} holds no state of this optimizer"
             f"{some if len(missing) < len(names) else ''} (it was "
-            "saved with --no-save-optim or another --optimizer): add --no-load-optim to go on with "
+            "saved with --no-save-optim or another --optimizer): add --no-load-optim to resume with "
             "a fresh one, or --finetune to start at iteration 0 with its weights"
         )
 
@@ -173,7 +173,7 @@ def _require_finite(run: Run, manifest: Manifest, folder: str) -> None:
 def _settle_schedules(
     manifest: Manifest, flags: LearningRateConfig, asked: Schedules, folder: str
 ) -> tuple[Schedules, list[str]]:
-    """The curves to go on with, and what to say: equal ones, or whichever a flag chose."""
+    """The curves to resume with, and what to say: equal ones, or whichever a flag chose."""
     try:
         saved = Schedules.from_json(manifest.config["schedules"])
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""Learning rate and weight decay of a run, as a checkpoint keeps them and a resume compares them."""
+"""A run's learning rate and weight decay schedules: kept in checkpoints, compared on resume."""
 
 from __future__ import annotations
 

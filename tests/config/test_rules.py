@@ -364,7 +364,7 @@ def test_a_switch_that_nothing_fuses_gives_a_notice() -> None:
     assert notices(parse(words.split()).config, 1) == (
         "--no-bias-dropout-fusion: changes nothing; bias, dropout and addition are separate in any "
         "case",
-        "--no-load-rng: changes nothing; randomness is counters: a checkpoint holds no random state",
+        "--no-load-rng: changes nothing; the random generator is counter-based: there is no RNG state",
     )
     assert notices(parse(f"{ITERS} --overlap-grad-reduce".split()).config, 1) == ()
 

@@ -23,7 +23,7 @@ S, B, H = 8, 2, 12
 
 
 class Noted:
-    """A collective under way whose end is noted; see parallel.collectives.Pending."""
+    """A collective in flight whose end is noted; see parallel.collectives.Pending."""
 
     def __init__(self, pending: Any, name: str, events: list[str]) -> None:
         self.pending, self.name, self.events = pending, name, events

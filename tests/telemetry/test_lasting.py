@@ -71,7 +71,7 @@ def test_records_wait_for_a_writer_that_comes_back() -> None:
     log.close()
     assert memory.kept == STEPS
     assert said == [
-        "memory takes no more records, training goes on and tries again: the server is away",
+        "memory takes no more records, training continues and tries again: the server is away",
         "memory works again",
     ]
 

@@ -172,7 +172,7 @@ def test_a_folder_lost_in_mid_run_is_noticed_before_the_next_checkpoint(
     assert not run.exists()
     goes_on = "warn" in POLICIES[policy]
     assert ("iteration        5/" in done.out) == goes_on
-    assert done.err.count("training goes on") == goes_on
+    assert done.err.count("training continues") == goes_on
 
 
 # -- another run's checkpoints ----------------------------------------------------------------

@@ -305,7 +305,7 @@ def test_a_failing_save_stops_the_run_or_is_passed_over(
         warned = alone(*words, str(tmp_path / "warn"), "--save-failure", "warn")
     assert stopped.rc == StorageError.exit_code and "on purpose" in stopped.err
     assert not list((tmp_path / "stop").glob("iter_*")) and len(steps(tmp_path / "stop")) < 4
-    assert warned.rc == 0 and "training goes on" in warned.err
+    assert warned.rc == 0 and "training continues" in warned.err
     kept = sorted(p.name for p in (tmp_path / "warn").glob("iter_*"))
     assert kept == ["iter_0000002", "iter_0000003", "iter_0000004"]
     assert not list((tmp_path / "warn").glob(".iter*"))

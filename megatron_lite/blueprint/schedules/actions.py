@@ -23,9 +23,9 @@ class Op(str, Enum):
     B = "B"
     """Whole backward."""
     I = "I"  # noqa: E741 - torch's name
-    """Backward for the input only (zero bubble)."""
+    """Backward for the input only: dgrad (zero bubble)."""
     W = "W"
-    """Backward for the weights only (zero bubble)."""
+    """Backward for the weights only: wgrad (zero bubble)."""
     SEND_F = "SEND_F"
     """Activation to stage + 1."""
     RECV_F = "RECV_F"

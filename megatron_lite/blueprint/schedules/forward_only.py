@@ -9,7 +9,7 @@ from megatron_lite.blueprint.stages import Placement
 def forward_only_schedule(placement: Placement, num_microbatches: int) -> Schedule:
     """Every stage on every micro batch, in the order of a wave through the pipeline.
 
-    Each rank sorts its work by stage + microbatch; an input is always earlier in that order than
+    Each rank sorts its work by `stage + microbatch`; an input is always earlier in that order than
     what needs it, so no placement can deadlock.
     """
     lists = []

@@ -24,8 +24,10 @@ from megatron_lite.blueprint.stages import Placement
 def lower(schedule: Schedule, cost: Cost = unit_cost) -> Lowered:
     """Each rank's list as groups: one compute action, one REDUCE, or one batch of messages.
 
-    Neighbouring stages on one rank hand over locally and exchange no messages.  Time is linear in
-    the number of actions but for sorting the messages of a rank, which come almost in order.
+    Neighbouring stages on one rank hand over locally and exchange no messages.  Every rank must
+    lower with the same costs: they decide the order in which two ranks exchange their messages.
+    Time is linear in the number of actions but for sorting the messages of a rank, which come
+    almost in order.
     """
     spans = simulate(schedule, cost).spans
     meeting = _meeting(schedule.placement, spans)
@@ -47,7 +49,7 @@ def _meeting(
                     continue
                 after[i] = [Action(Op.SEND_F, stage, m)]
                 arrivals[placement[stage + 1]].append((end, Action(Op.RECV_F, stage + 1, m)))
-            elif op is not Op.W:
+            elif op is not Op.W:  # B and I make the gradient of the input; what W makes stays here
                 if stage == 0 or placement[stage - 1] == rank:
                     continue
                 after[i] = [Action(Op.SEND_B, stage, m)]
@@ -57,6 +59,8 @@ def _meeting(
         arriving.sort(key=itemgetter(0))
         before, starts, i = meeting[rank], [span.start for span in spans[rank]], 0
         for end, action in arriving:
+            # the first compute that starts no earlier than the value exists: all before it start
+            # earlier than the sender's batch, which the proof above needs
             while i < len(starts) and starts[i] < end:
                 i += 1
             before.setdefault(i, []).append(action)
@@ -81,6 +85,6 @@ def _last_backwards(row: tuple[Span, ...]) -> set[int]:
     """Where each stage completes its weight gradients for the last time."""
     last: dict[int, int] = {}
     for i, (_, _, (op, stage, _)) in enumerate(row):
-        if op is Op.B or op is Op.W:
+        if op is Op.B or op is Op.W:  # an I leaves the products of its weights to a later W
             last[stage] = i
     return set(last.values())

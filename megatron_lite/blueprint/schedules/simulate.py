@@ -98,7 +98,7 @@ class _Run:
 def simulate(schedule: Schedule, cost: Cost = unit_cost, *, latency: float = 0.0) -> Simulation:
     """Run every rank's list in virtual time; a message arrives `latency` after what it carries.
 
-    Raises ScheduleError if some rank can never go on.
+    Raises ScheduleError if the schedule deadlocks.
     """
     run = _Run(schedule, cost, latency)
     while run.awake:

@@ -1,7 +1,7 @@
-"""ZB-H1 and ZB-V (arXiv:2401.10241): the backward is split, weight gradients fill the bubble.
+"""ZB-H1 and ZB-V (arXiv:2401.10241): the backward is split into dgrad and wgrad, and wgrads fill the bubble.
 
-I computes the gradient of the input, for which the rank before is waiting; W those of the weights,
-for which nobody waits.
+I (dgrad) computes the gradient of the input, which the previous stage waits for; W (wgrad) those of
+the weights, which no other stage needs, so that they can fill the bubble.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from megatron_lite.blueprint.stages import Placement, folded
 
 
 def zb_h1(placement: Placement, num_microbatches: int) -> Schedule:
-    """1F1B's order with I for B; rank r keeps r weight gradients in hand for the drain.
+    """1F1B's order with I for B; rank r keeps r wgrads in hand for the drain.
 
     A third of 1F1B's bubble where F, I and W take equally long: (pp - 1)(F + I - W) in all.  Every
     rank keeps pp micro batches, as many as 1F1B's first.  placement: one stage per rank, in order.

@@ -164,8 +164,10 @@ NO_OPS: tuple[Legacy, ...] = (
         "--no-barrier-with-level-1-timing", "timers put no barrier between the parts they measure"
     ),
     no_op("--init-model-with-meta-device", "weights do not depend on where they are drawn"),
-    no_op("--te-rng-tracker", "randomness is counters, which need no tracker"),
-    no_op("--inference-rng-tracker", "randomness is counters, which need no tracker"),
+    no_op("--te-rng-tracker", "random numbers are functions of counters and need no tracker"),
+    no_op(
+        "--inference-rng-tracker", "random numbers are functions of counters and need no tracker"
+    ),
     no_op("--enable-experimental", "there is no hidden feature to switch on"),
     no_op("--test-mode", "metrics.jsonl holds all numbers of every step"),
     no_op("--log-progress", "metrics.jsonl holds the progress of every step"),

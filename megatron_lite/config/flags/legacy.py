@@ -1,4 +1,4 @@
-"""Flags of Megatron-LM and Megatron-DeepSpeed that are no field of ours, as one table.
+"""Flags of Megatron-LM and Megatron-DeepSpeed that are no config field here, as one table.
 
 Each is mapped to fields, accepted with a notice because it changes nothing here, or refused with
 the way out.  docs/FLAGS.md is generated from this table and from the sections.
@@ -163,7 +163,7 @@ MEGATRON_DEFAULTS: Mapping[str, str] = MappingProxyType(
         "telemetry.use_pytorch_profiler": "off",
     }
 )
-"""section.field -> Megatron-LM's default, where it is not ours."""
+"""section.field -> Megatron-LM's default, where it differs from this project's."""
 
 OURS_ONLY = frozenset(
     {

@@ -1,4 +1,4 @@
-"""One flag of the Megatron family that is no field of ours: what happens to it."""
+"""One flag of the Megatron family that is no config field here: what happens to it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Literal
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Legacy:
-    """What happens to one flag of the Megatron family that is not ours."""
+    """What happens to one flag of the Megatron family."""
 
     flag: str
     kind: Literal["mapped", "no-op", "refused"]

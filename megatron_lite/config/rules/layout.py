@@ -1,4 +1,4 @@
-"""Rules about sizes: the model over the ranks, and the batch over the data-parallel ranks.
+"""Rules about sizes: whether model and batch divide over the ranks.
 
 Each function yields the problems of one rule; table.py lists them and runs them all.
 """
@@ -180,7 +180,7 @@ def _batch_sizes(config: RunConfig, dp: int) -> Iterator[tuple[str, int]]:
 
 
 def split_backward(config: RunConfig, world_size: int) -> Iterator[str]:
-    """Only gradients that layers add up themselves can be postponed."""
+    """Only wgrads that layers add to the accumulators themselves can be deferred."""
     name = config.parallel.pipeline_schedule
     if name in SPLIT_BACKWARD and not config.precision.gradient_accumulation_fusion:
         yield (
@@ -210,10 +210,10 @@ def global_batch(config: RunConfig, world_size: int) -> Iterator[str]:
     if t.global_batch_size is None or dp is None:
         return
     what = f"--global-batch-size {t.global_batch_size}"
-    yield from _whole_micro_batches(what, t.global_batch_size, t, dp)
+    yield from _whole_microbatches(what, t.global_batch_size, t, dp)
 
 
-def _whole_micro_batches(what: str, size: int, train: TrainConfig, dp: int) -> Iterator[str]:
+def _whole_microbatches(what: str, size: int, train: TrainConfig, dp: int) -> Iterator[str]:
     unit = train.samples_at_once(dp)
     if size % unit:
         yield (
@@ -253,7 +253,7 @@ def ramp_up(config: RunConfig, world_size: int) -> Iterator[str]:
     dp = data_parallel_size(config, world_size)
     if dp is not None:
         for name, size in (("start", start), ("increment", increment)):
-            yield from _whole_micro_batches(f"{flag}: {name} {size}", size, t, dp)
+            yield from _whole_microbatches(f"{flag}: {name} {size}", size, t, dp)
 
 
 def one_length(config: RunConfig, world_size: int) -> Iterator[str]:
@@ -308,4 +308,4 @@ def step_schedule(config: RunConfig, world_size: int) -> Iterator[str]:
     dp = data_parallel_size(config, world_size)
     if dp is not None:
         for size in dict.fromkeys(step.size for step in steps):
-            yield from _whole_micro_batches(f"{flag}: {size}", size, t, dp)
+            yield from _whole_microbatches(f"{flag}: {size}", size, t, dp)

@@ -109,7 +109,7 @@ _HOW = {"group_query_attention": False}  # how num_query_groups counts
 """Further fields the compared ones are derived from, with their value where a checkpoint has none."""
 
 _FOLLOWING = ("kv_channels", "num_query_groups", "ffn_hidden_size")
-"""Those that follow from the others where nobody asked for a value."""
+"""Those that follow from the others unless given."""
 
 CHANGEABLE: Mapping[str, str] = MappingProxyType({t.name: t.then for t in COMPARED if t.then})
 """What --allow-model-change takes, and what then holds."""

@@ -111,7 +111,7 @@ NOT_YET: tuple[NotYet, ...] = (
 
 
 def not_yet(config: RunConfig, world_size: int) -> list[str]:
-    """What the config asks for and nobody has built, in words; a plan can be made all the same."""
+    """What the config asks for that is not implemented, in words; a plan can be made all the same."""
     return [
         f"{row.flag} is not built yet; {row.instead}"
         for row in NOT_YET
@@ -184,8 +184,8 @@ OFF_CHANGES_NOTHING: Mapping[str, str] = MappingProxyType(
     {
         "precision.bias_swiglu_fusion": "bias and SwiGLU are separate kernels in any case",
         "precision.bias_dropout_fusion": "bias, dropout and addition are separate in any case",
-        "checkpoint.load_rng": "randomness is counters: a checkpoint holds no random state",
-        "checkpoint.save_rng": "randomness is counters: a checkpoint holds no random state",
+        "checkpoint.load_rng": "the random generator is counter-based: there is no RNG state",
+        "checkpoint.save_rng": "the random generator is counter-based: there is no RNG state",
     }
 )
 """section.field of a bool -> why switching it off changes nothing; nothing else reads the field."""

@@ -190,7 +190,7 @@ def per_token_loss(config: RunConfig, world_size: int) -> Iterator[str]:
     """Each token weighs alike; anything else makes the loss depend on the layout."""
     if not config.train.calculate_per_token_loss:
         yield (
-            "--no-calculate-per-token-loss is not supported: a mean of micro-batch means depends "
+            "--no-calculate-per-token-loss is not supported: a mean of micro batch means depends "
             "on how the batch is cut; drop it"
         )
 
@@ -313,7 +313,7 @@ def loading(config: RunConfig, world_size: int) -> Iterator[str]:
                 yield f"{flag} needs --load, the folder of the checkpoints"
     for name in not_changeable(named(c.allow_model_change)):
         yield (
-            f"--allow-model-change {name}: trained weights can only go on with another "
+            f"--allow-model-change {name}: training can only resume with another "
             f"{', '.join(CHANGEABLE)}"
         )
 

@@ -37,13 +37,13 @@ class CheckpointConfig:
     """Load the optimizer's state."""
 
     load_rng: bool = field(default=True, metadata=ONE_START)
-    """Kept for Megatron's --no-load-rng; our randomness is counters and needs no state."""
+    """Kept for Megatron's --no-load-rng; the random generator is counter-based and has no state."""
 
     save_optim: bool = True
     """Save the optimizer's state."""
 
     save_rng: bool = True
-    """Kept for Megatron's --no-save-rng; our randomness is counters and needs no state."""
+    """Kept for Megatron's --no-save-rng; the random generator is counter-based and has no state."""
 
     exit_on_missing_checkpoint: bool = False
     """Exit with code 4 where --load holds no checkpoint."""
@@ -64,4 +64,4 @@ class CheckpointConfig:
     """Training stands still only while a checkpoint is copied to host memory; a thread writes it."""
 
     save_failure: Literal["stop", "warn"] = "stop"
-    """warn goes on where a checkpoint cannot be written, to try again at the next; not at the end."""
+    """warn continues where a checkpoint cannot be written and tries again at the next; not at the end."""

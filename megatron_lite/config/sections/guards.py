@@ -1,4 +1,4 @@
-"""What a run looks at to tell good numbers from bad ones, and what it does about bad ones."""
+"""What tells good numbers from bad ones in a run, and what happens on bad ones."""
 
 from __future__ import annotations
 

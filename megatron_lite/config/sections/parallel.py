@@ -65,7 +65,7 @@ class ParallelConfig:
     """Accumulate and reduce gradients in fp32, for fp16 and bf16 too."""
 
     recompute_granularity: Literal["full", "selective"] | None = None
-    """What is computed again in backward instead of being kept."""
+    """What is recomputed in backward instead of being kept."""
 
     recompute_method: Literal["uniform", "block"] | None = None
     """With full: uniform groups of layers, or the first layers of each stage one by one."""
@@ -74,7 +74,7 @@ class ParallelConfig:
     """Layers per uniform group, or layers recomputed per stage with block."""
 
     recompute_modules: list[str] = field(default_factory=lambda: ["core_attn"])
-    """With selective: which parts of a block are computed again."""
+    """With selective: which parts of a block are recomputed."""
 
     distribute_saved_activations: bool = False
     """Split the kept inputs of recomputed layers over tp."""

@@ -43,7 +43,7 @@ Item = TypeVar("Item")
 
 
 class WorkerDied(DataError):
-    """A worker process is gone; what was marked before can be gone on with."""
+    """A worker process is gone; --resume continues from the last mark."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""The `.meta.json` beside a token pair: what is known of it, kept by whoever makes or joins pairs."""
+"""The `.meta.json` beside a token pair: what is known of it, written by every tool that makes pairs."""
 
 from __future__ import annotations
 

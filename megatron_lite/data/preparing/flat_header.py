@@ -1,4 +1,4 @@
-"""What stands before the tokens of a flat file, or shows that it is none.
+"""Headers of flat token files, and the signs that a file is not one.
 
 Most flat files have no header; llm.c's (and whoever took its format over) have 256 int32, numpy's
 have a few words.  Taken for tokens a header is a short document of noise in front of the first.

@@ -199,7 +199,7 @@ def read_lines(
     with ExitStack() as stack:
         stream, raw = open_stream(part.path, stack)
         origin = 0
-        if part.begin:  # the line under way belongs to the shard before
+        if part.begin:  # a line already begun belongs to the shard before
             stream.seek(part.begin - 1)
             origin = part.begin - 1 + drop_line(stream)
         position = place.position or origin

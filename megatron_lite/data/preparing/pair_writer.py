@@ -1,4 +1,4 @@
-"""Writes a `.bin`/`.idx` pair that a killed run can go on with; memory does not grow with it.
+"""Writes a `.bin`/`.idx` pair that a killed run can resume; memory does not grow with it.
 
 <folder>/0.bin  0.lengths  0.bounds      appended to, cut back to the last mark on --resume
 <folder>/0.idx                           made from the last two at the end
@@ -60,7 +60,7 @@ class Appender:
     """A file that is appended to in large writes."""
 
     def __init__(self, path: Path, disk: Disk, size: int | None) -> None:
-        """size: go on after so many bytes of the file; None: make it."""
+        """size: continue after so many bytes of the file; None: make it."""
         self._file: DiskFile = disk.create(path) if size is None else disk.reopen(path, size)
         self._pending: list[Bytes] = []
         self._pending_bytes = 0
@@ -149,7 +149,7 @@ class PairWriter:
         counts.eods += batch.num_eods
 
     def mark(self) -> dict[str, int]:
-        """Everything so far is on the device; its counts, with which a run can go on."""
+        """Everything so far is on the device; its counts, from which a run can resume."""
         for file in self._files:
             file.sync()
         return asdict(self.counts)
@@ -194,7 +194,7 @@ class PairWriter:
     def publish(self, prefix: str) -> None:
         """Give the files their names; the index, last, says that all are whole.
 
-        Goes on where a killed run left off.
+        Resumes where a killed run left off.
         """
         disk = self._disk
         bin_path, idx_path = Path(f"{prefix}.bin"), Path(f"{prefix}.idx")

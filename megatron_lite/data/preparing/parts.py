@@ -1,4 +1,4 @@
-"""What is read of a corpus: parts of files, batches of whole records, and where reading goes on."""
+"""What is read of a corpus: parts of files, batches of whole records, and where reading resumes."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class InputPart:
 
 @dataclass(frozen=True, slots=True)
 class InputPlace:
-    """Where reading goes on: input number; byte, element or row; line number counted so far."""
+    """Where reading resumes: input number; byte, element or row; line number counted so far."""
 
     part: int = 0
     position: int = 0

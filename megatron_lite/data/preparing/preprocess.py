@@ -48,7 +48,7 @@ from megatron_lite.data.provenance import (
 from megatron_lite.data.tokenizers.base import Tokenizer
 from megatron_lite.storage.disk import Disk, write_atomically
 
-MARK_SECONDS = 15.0  # what a killed run loses at most, besides the batches under way
+MARK_SECONDS = 15.0  # what a killed run loses at most, besides the batches in flight
 JOURNAL = "journal.json"
 
 _log = logging.getLogger(__name__)
@@ -252,7 +252,7 @@ class PreprocessRun:
         if journal:
             _log.warning(
                 "note: an interrupted run had written %d documents; starting anew, --resume would "
-                "have gone on",
+                "have kept them",
                 journal["keys"][0]["documents"],
             )
         elif resume:
@@ -272,7 +272,7 @@ class PreprocessRun:
         ]
         if different:
             raise ResumeRefused(
-                "--resume goes on only with the same settings and input: "
+                "--resume needs the same settings and input: "
                 + "; ".join(different)
                 + " - run without --resume to start anew"
             )
@@ -336,7 +336,7 @@ class PreprocessRun:
         self.place = result.batch.next
 
     def mark(self, stage: str = "tokens") -> None:
-        """From here a killed run goes on."""
+        """From here a killed run resumes."""
         summary = self.summary
         journal = {
             "stage": stage,

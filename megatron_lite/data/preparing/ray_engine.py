@@ -41,7 +41,7 @@ def run_shard(
 ) -> tuple[int, str]:
     """One task: (0, "") or the exit code and the text of the failure.
 
-    A task that Ray starts again goes on where the lost one was.
+    A task that Ray starts again resumes where the lost one was.
     """
     os.environ["RAYON_NUM_THREADS"] = str(workers)
 
@@ -81,7 +81,7 @@ def preprocess_on_ray(
 ) -> Summary:
     """Like preprocess, by tasks of `workers` CPUs each; address: "auto", a host:port or "local".
 
-    Finished shards stay where the run is interrupted, and the same command goes on with them.
+    Finished shards stay where the run is interrupted, and the same command resumes with them.
     """
     try:
         import ray  # noqa: PLC0415  an optional extra

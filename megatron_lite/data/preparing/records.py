@@ -1,4 +1,4 @@
-"""Records become texts: keys or a template; what is no record is an error or is counted.
+"""Records become texts, by keys or a template; what is not a record is an error or is counted.
 
 {"title": "A", "text": "B"}  --json-keys text              ─▶ "B"
                              --template '{title}\\n\\n{text}'  ─▶ "A\\n\\nB"

@@ -1,4 +1,4 @@
-"""Whether token files can be written: their names at the start, their room after the first batch."""
+"""Whether token files can be written: their names at the start, the free space after the first batch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A corpus file's bytes: packed or not is told by its first bytes, and its end is proved.
+"""A corpus file's bytes: its first bytes tell whether it is packed, and its end is verified.
 
     file ─▶ first bytes ─▶ plain                                        ─▶ bytes
                         └▶ a packing, frame after frame to the last one ─▶ bytes
@@ -154,7 +154,7 @@ class Unpacked(io.RawIOBase):
         self._module = packing.load(path)
         raised = getattr(self._module, packing.error) if packing.error else OSError
         self._raised = (raised, OSError, EOFError, ValueError, MemoryError)
-        self._decoder: Any = None  # of the frame under way
+        self._decoder: Any = None  # of the current frame
         self._left = b""  # read, not yet unpacked
         self._ready = memoryview(b"")
 
@@ -228,7 +228,7 @@ def skip(stream: IO[bytes], size: int) -> None:
 
 
 def drop_line(stream: IO[bytes]) -> int:
-    """Read to the end of the line under way; returns how many bytes that were."""
+    """Read to the end of the current line; returns how many bytes that were."""
     dropped = 0
     while data := stream.readline(1 << 20):
         dropped += len(data)

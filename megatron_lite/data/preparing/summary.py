@@ -1,4 +1,4 @@
-"""What a preprocessing run gave, for the progress bar, the last lines and the facts file."""
+"""Results of a preprocessing run, for the progress bar, the last lines and the facts file."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Summary:
     skipped: Counter[str] = field(default_factory=Counter)
     input_bytes: int = 0  # of texts and keys, decompressed
     read_bytes: int = 0  # of files on disk
-    read_before: int = 0  # of these by the run that --resume goes on with
+    read_before: int = 0  # of these by the run that --resume continues
     total_bytes: int = 0  # of files on disk there are to read
     seconds: float = 0.0
     resumed: bool = False

@@ -1,4 +1,4 @@
-"""A DataConfig becomes a tokenizer, or only its vocabulary size, which costs next to nothing."""
+"""A DataConfig becomes a tokenizer, or only its vocabulary size, which is cheap."""
 
 from __future__ import annotations
 

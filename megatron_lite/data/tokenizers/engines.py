@@ -1,4 +1,4 @@
-"""Libraries that carry a tokenizer out, fastest first, each checked against the one that defines it.
+"""Libraries that implement a tokenizer, fastest first, each checked against the one that defines it.
 
     candidates: gigatoken ─▶ tiktoken ─▶ tokenizers ─▶ plain
     the first that is installed, loads the vocabulary and gives the reference's ids on HARD runs
@@ -298,7 +298,7 @@ class EngineChoice:
             self._engine = None
 
     def check_again(self, text: str) -> None:
-        """The same in the middle of a run, where going on would mix two engines: DataError."""
+        """The same in the middle of a run, where continuing would mix two engines: DataError."""
         if self.reference is None or self.engine is self.reference:
             return
         difference = first_difference(self.engine, self.reference, [text])

@@ -1,4 +1,4 @@
-"""Whether the parts of a tokenizer belong together: half of one still gives ids, only other ones.
+"""Whether the files of a tokenizer belong together: mismatched ones still give ids, but wrong ones.
 
 A byte-pair vocabulary is the bytes, what merges make of them, and special tokens.  A word of text
 that no merge makes is never given: the merges were cut, or are another vocabulary's.

@@ -1,4 +1,4 @@
-"""What the files of one folder say of the same vocabulary, beside each other and beside a model.
+"""What the files of one folder say about its vocabulary, compared with each other and with a model.
 
 vocab.json, tokenizer.json, added_tokens.json ─▶ ids, and the id of every token
 tokenizer_config.json, special_tokens_map.json ─▶ special tokens by name, the longest text
@@ -18,7 +18,7 @@ from megatron_lite.data.tokenizers.huggingface import BESIDE, token_name
 
 SPECIAL_KINDS = ("eos", "bos", "unk", "pad", "sep", "cls", "mask")
 ENDLESS = 1 << 40  # transformers writes 1e30 where no length is known
-DEFAULT_EOS = 50256  # what a GPT2Config says that nobody told anything else
+DEFAULT_EOS = 50256  # GPT2Config's default
 
 
 @dataclass(frozen=True, slots=True)

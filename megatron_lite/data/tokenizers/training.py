@@ -26,7 +26,7 @@ REPLACEMENT = "\ufffd"
 
 @dataclass(slots=True)
 class Sample:
-    """Some texts of a stream, evenly spread: every k-th, k doubling as the stream goes on."""
+    """Some texts of a stream, evenly spread: every k-th, k doubling as the stream gets longer."""
 
     texts: list[str] = field(default_factory=list)
     limit: int = SAMPLE_CHARACTERS

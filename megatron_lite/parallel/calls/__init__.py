@@ -1,5 +1,5 @@
-"""What the ranks ask of one another: each call written down, compared after the fact or before it is made.
+"""The ranks' calls to each other: recorded, and compared afterwards or before they are made.
 
 Imports blueprint and the rest of parallel; sessions and the rehearsal use it.
-Begin with transcript.py (a rank's calls, and whether the ranks' fit together), then tape.py and checking.py.
+Begin with transcript.py (a call log, and whether those of all ranks match), then tape.py and checking.py.
 """

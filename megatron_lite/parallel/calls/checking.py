@@ -1,7 +1,7 @@
-"""--check-collectives: before each call the ranks compare, through the store, what they are about to do.
+"""--check-collectives: before each call the ranks compare it through the store.
 
     each member  ── its call ──▶  store  ◀── reads all: the group's first rank
-                 ◀── verdict: go on, or what does not fit, with every rank's call and line
+                 ◀── verdict: proceed, or what does not fit, with every rank's call and line
 
 A mismatch otherwise hangs until the timeout, or sums the wrong numbers.  Each call then waits for
 its partners, so it costs one round trip to the store: for finding a fault, not for training.
@@ -42,7 +42,7 @@ class Checker(CallRecorder):
         self._expected: dict[str, tuple[str, Call]] = {}
 
     def reached(self, position: int, group: Sequence[Action]) -> None:
-        """As on a tape, named by the iteration under way."""
+        """As CallRecorder does, named by the current iteration."""
         self.part = f"iteration {self._step() + 1}"
         super().reached(position, group)
 
@@ -78,7 +78,7 @@ class Checker(CallRecorder):
             )
         if verdict != _GO:
             raise DistributedError(verdict)
-        # everybody has read the verdict before this one
+        # every rank has read the verdict before this one
         self._forget(f"{name.rpartition('/')[0]}/{number - 1}", first_too=me == first)
 
     def _judge(self, name: str, call: Call, number: int) -> str | None:

@@ -1,4 +1,4 @@
-"""What a rank asks of others, written down call by call: with its place in the step and the line that asked."""
+"""Records a rank's communication calls, each with its place in the step and the line that made it."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class CallRecorder(Observer):
         self.transcript.calls.append(call)
 
     def _line(self) -> str:
-        """file:line of ours that made the call under way: a layer's or the engine's if there is one."""
+        """file:line in this package that made the current call: a layer's or the engine's if there is one."""
         frame: FrameType | None = sys._getframe(2)
         innermost = None
         while frame is not None:

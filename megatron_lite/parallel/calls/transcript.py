@@ -1,4 +1,4 @@
-"""What a rank said to others, call by call, and whether the ranks' transcripts fit together."""
+"""A rank's communication calls in order, and whether the call logs of all ranks match."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Call(NamedTuple):
     shape: of the whole tensor: what an all-gather makes, what a reduce-scatter is given.
     what: the reduction (sum, max), or which message it is.
     place: where in the step; step: position in the rank's list of actions, None outside it.
-    line: the line of ours that asked for it.
+    line: the line of this package that made it.
     """
 
     op: str

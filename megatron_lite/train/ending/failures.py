@@ -179,7 +179,7 @@ DEVICE_SIGNS = (
 
 
 def stacks_on_signal() -> None:
-    """SIGUSR2 prints where every thread is, on stderr, and the run goes on.
+    """SIGUSR2 prints every thread's stack on stderr; the run continues.
 
     In C, so that it answers where the main thread is stuck in a collective or in a kernel.
     """
@@ -269,7 +269,7 @@ def _line_and_code(error: BaseException, rank: int, step: int | None) -> tuple[s
         where = f"rank={rank} step={'-' if step is None else step}"
         return (
             f"FATAL[{128 + number}] {where}: stopped by {name} {done} - no checkpoint was written "
-            "for this - start again; --load of the --save folder goes on from the last one",
+            "for this - start again; --load of the --save folder resumes from the last one",
             128 + number,
         )
     if isinstance(error, MegatronLiteError):

@@ -1,4 +1,4 @@
-"""Rank faults on purpose: MLITE_FAULT="<point>:<rank>:<action>", for tests and fire drills.
+"""Fault injection: MLITE_FAULT="<point>:<rank>:<action>", for tests and fire drills.
 
     MLITE_FAULT=step3.forward:1:sigkill     rank 1 is killed in the first forward of iteration 3
     MLITE_FAULT=step2:1:sleep120            rank 1 sleeps two minutes at the begin of iteration 2
@@ -26,7 +26,7 @@ actions  sigkill sigstop sigterm sigint    that signal to the rank itself
          sleep<seconds> hang    stay in Python
          busy<seconds>          compute so long
          error<code>            raise the failure of that exit code (2 to 7)
-         bug                    raise a RuntimeError nobody foresaw
+         bug                    raise an unexpected RuntimeError
          nan spike              at step<N>.loss the loss becomes nan or grows a thousandfold; at
                                 step<N>.gradient the gradients do, of all ranks, because they are
                                 summed; at step<N>.reduce perhaps only this rank's copy
@@ -88,7 +88,7 @@ class NoFaults:
         """There is nothing to install."""
 
     def at(self, point: str) -> None:
-        """Go on."""
+        """Default: no fault."""
 
 
 @dataclass(slots=True)

@@ -1,4 +1,4 @@
-"""Whether a run may start again by itself: torchrun --max-restarts, or a scheduler that requeues.
+"""Whether a run may restart by itself: torchrun --max-restarts, or a scheduler that requeues.
 
 <run folder>/ended.json            how the last run ended: exit code, reason, iteration
 <run folder>/errors/rank<r>.json   how its ranks failed (failures.py)
@@ -116,7 +116,7 @@ def _hopeless(folder: Path) -> Refused | None:
     if ended.get("exit_code") == PREEMPTED:
         return Refused(
             f"{GAVE_UP}the run was asked to stop ({ended.get('reason')}) and has saved iteration "
-            f"{ended.get('iteration')} - start it again yourself to go on",
+            f"{ended.get('iteration')} - start it again yourself to resume",
             PREEMPTED,
         )
     if crash is None:

@@ -13,7 +13,7 @@ from megatron_lite.config.sections.train import TrainConfig
 
 Reason = Literal["finished", "signal", "kill-switch", "exit-interval", "exit-duration"]
 PREEMPTIONS: tuple[Reason, ...] = ("signal", "kill-switch")
-"""Stops nobody asked for on the command line: there is no time for an evaluation, and code 75."""
+"""Stops that the command line did not ask for: there is no time for an evaluation, and code 75."""
 
 
 def stop_signals() -> tuple[signal.Signals, ...]:

@@ -1,8 +1,8 @@
-"""Where a bad value was first: each rank's own suspect, and the one that all ranks then name.
+"""Where a bad value came first: each rank's own suspect, and the first of all ranks.
 
     weights ──▶ outputs of layers, in order of forward ──▶ gradients, from the head down
 
-The earlier in this order, the closer to the cause; whatever follows is infected.
+The earlier in this order, the closer to the cause; everything after it is a consequence.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What looks at a step before its update: each guard says go on, warn, skip or stop, all ranks alike.
+"""What looks at a step before its update: each guard says go on, warn, skip or stop, the same on all ranks.
 
     forward, backward, reduce ──▶ StepNumbers ──▶ guards, in order ──▶ Verdict ──▶ apply or discard
                                   (summed over the world, so every rank judges the same numbers)
@@ -57,7 +57,7 @@ ACTS = {"warn": Act.WARN, "skip": Act.SKIP, "stop": Act.STOP}
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """What a guard says of a step.  what: "" where nothing need be printed; advice: what to do then.
+    """What a guard finds in a step.  what: "" where nothing need be printed; advice: what to do then.
 
     replay: whether the step should run again before the verdict stands.
     """
@@ -124,7 +124,7 @@ class NonFinite:
             self.act,
             f"the loss is {seen.loss:g} and the gradient norm is {seen.grad_norm:g}"
             + (f" ({seen.bad_ranks} ranks hold such gradients)" if seen.bad_ranks else ""),
-            "lower --lr, look at these samples, or go on without such steps (--on-non-finite skip)",
+            "lower --lr, look at these samples, or skip such steps (--on-non-finite skip)",
             self.replay,
         )
 
@@ -174,7 +174,7 @@ class Spike:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """The gravest of what the guards found, and every text of theirs."""
+    """The gravest act any guard asks for, and all their findings."""
 
     act: Act = Act.GO_ON
     findings: tuple[Finding, ...] = ()

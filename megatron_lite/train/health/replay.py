@@ -1,6 +1,6 @@
-"""A step run again from the same weights: finds the first bad value, tells a fault from a bug.
+"""Replay: a step run again from the same weights finds the first bad value and tells a fault from a bug.
 
-Nothing has been updated when a guard asks for it, and randomness is counters, so the second run
+Nothing has been updated when a guard asks for it, and the random generator is counter-based, so the second run
 computes what the first did.  If it does not, the machine is to blame; if it does, the data or the
 code.  While it runs, every layer's output and every micro batch's gradient are looked at, and no
 gradient is summed over ranks, so that the rank is known, too.
@@ -81,7 +81,7 @@ class Watched:
         """After the objective."""
         if not torch.isfinite(scored.total):
             self.note(
-                (OUTPUT, self.microbatch, HEAD, 1 << 40),
+                (OUTPUT, self.microbatch, HEAD, 1 << 40),  # behind every hook's number
                 f"the loss of {name_samples(self.samples)} on rank {self.run.ctx.rank} is the first "
                 "value that is not finite, the last layer's output still is",
             )
@@ -108,6 +108,7 @@ class Watched:
         handles = []
         for stage in stages:
             for name, module in stage.module.named_modules():
+                # the stage itself has no name, and its output is its last layer's
                 if name and not isinstance(module, nn.ModuleDict):
                     handles.append(module.register_forward_hook(self._hook(name)))
         try:
@@ -136,6 +137,7 @@ class WatchedStage(Stage):
         self, microbatch: int, batch: MicroBatch, received: Tensor | None, scale: Tensor | None
     ) -> Tensor | None:
         """As Stage.forward."""
+        # kept by micro batch: a pipeline runs others between a forward and its backward
         self._samples[microbatch] = batch.positions.samples
         self._begin(microbatch)
         y = Stage.forward(self, microbatch, batch, received, scale)
@@ -171,6 +173,7 @@ def watched_pipeline(run: Run) -> Iterator[tuple[Executor, Watched]]:
     stages: dict[int, Stage] = {
         n: WatchedStage.of(stage, watched) for n, stage in run.pipeline.stages.items()
     }
+    # unreduced: a sum over replicas would spread a nan to all of them and hide whose it was
     with watched.hooks(list(stages.values())), run.engine.unreduced():
         yield replace(run.pipeline, stages=stages), watched
 
@@ -195,7 +198,7 @@ def changed_suspect(
     """The first micro batch whose loss came out otherwise the second time, on the last stage's ranks."""
     for number, (a, b, batch) in enumerate(zip(first, second, micro, strict=False)):
         before, after = ((s.total / s.count.clamp(min=1)).item() for s in (a, b))
-        if repr(before) != repr(after):
+        if repr(before) != repr(after):  # two nan are the same answer, but nan != nan
             return NonFiniteOrigin(
                 (OUTPUT, number),
                 f"the loss of {name_samples(batch.positions.samples)} on rank {run.ctx.rank} was "

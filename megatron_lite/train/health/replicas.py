@@ -1,4 +1,4 @@
-"""--check-replicas: everything that several ranks hold a copy of must be the same to the last bit.
+"""--check-replicas: all replicas of a tensor must be equal to the last bit.
 
     dp     all weights; without the distributed optimizer their masters and moments, too
     tp     what is not cut over it: norms, row biases, positions; with masters and moments

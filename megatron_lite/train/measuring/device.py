@@ -1,4 +1,4 @@
-"""What is asked of the device itself: its name, its peak, its memory."""
+"""Facts of the device itself: its name, its peak, its memory."""
 
 from __future__ import annotations
 

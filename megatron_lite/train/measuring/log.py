@@ -1,4 +1,4 @@
-"""What a run says: lines on the console of one rank, records in the run folder by another."""
+"""What a run logs: lines on one rank's console, records that another rank writes to the run folder."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ class LastResort:
             outlet.confide(resort.keep)
 
     def keep(self, line: str) -> None:
-        """Write the line; if that fails too, there is nobody left to tell."""
+        """Write the line; if that fails too, there is nowhere left to report it."""
         self.lines.append(line)
         disk = Disk()
         with contextlib.suppress(StorageError):

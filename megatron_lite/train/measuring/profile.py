@@ -57,7 +57,8 @@ class Profiler:
                 profile.export_chrome_trace(str(path))
             except (OSError, RuntimeError) as error:  # RuntimeError: torch's own writer of files
                 print(
-                    f"WARNING: the trace {path} is lost, training goes on: {error}", file=sys.stderr
+                    f"WARNING: the trace {path} is lost, training continues: {error}",
+                    file=sys.stderr,
                 )
         if self._marking:
             torch.cuda.synchronize()

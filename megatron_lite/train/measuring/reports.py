@@ -1,4 +1,4 @@
-"""What every rank measures of itself, brought together: own time per step, most memory held."""
+"""Measurements of all ranks, gathered: own time per step, peak memory."""
 
 from __future__ import annotations
 

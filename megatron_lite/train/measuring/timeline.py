@@ -1,6 +1,6 @@
 """--profile-timeline: the steps of --profile-step-start to --profile-step-end as one timeline of all ranks.
 
-Every rank records what it does (actions, waits, optimizer) and what it has under way (collectives,
+Every rank records what it does (actions, waits, optimizer) and what it has in flight (collectives,
 by axis, from being issued to being done); rank 0 puts them together and writes the file, which
 `tools/plan.py --draw ... --beside FILE` draws below the plan of the same run.
 

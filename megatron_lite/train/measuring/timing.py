@@ -39,7 +39,7 @@ LEVELS: Mapping[str, int] = MappingProxyType(
 """Span -> the --timing-log-level that measures it, in the order of printing; Megatron's names.
 
 Sends are posted early and hardly waited for.  Likewise all-grads-sync is only the wait for what the
-overlap with the backward has left.  Level 3 is nobody's: such spans are only seen on a timeline."""
+overlap with the backward has left.  No --timing-log-level shows level 3: only a timeline has it."""
 
 SPAN_KINDS: Mapping[str, str] = MappingProxyType(
     {

@@ -1,4 +1,4 @@
-"""How long this rank stands still for others: what is left of a step is its own time.
+"""How long this rank waits for others: the rest of a step is its own time.
 
 A collective ends when the last rank has come, so the slowest rank is the one that waits least.
 Several ranks have an observer that measures, unless --no-log-straggler.
@@ -52,7 +52,7 @@ class HostWaits(Waits):
 
 
 class DeviceWaits(Waits):
-    """For a GPU, where the host goes on and the stream waits: pairs of events around the wait."""
+    """For a GPU, where the host runs ahead and the stream waits: pairs of events around the wait."""
 
     def __init__(self) -> None:
         self._pairs: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
