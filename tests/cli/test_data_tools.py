@@ -150,7 +150,7 @@ def _has_matplotlib() -> bool:
 def test_frequencies_of_a_part_are_read_from_all_over(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(dataset_stats, "PIECE", 10)
+    monkeypatch.setattr(dataset_stats, "_PIECE", 10)
     ds = IndexedDataset(write(tmp_path / "a", [[k // 10] * 10 for k in range(0, 100, 10)]))
     counts, read = dataset_stats.frequencies(ds, 1000)
     assert read == 100 and counts.tolist() == [10] * 10

@@ -63,7 +63,7 @@ def test_each_order_equals_the_plain_definition(
     seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A blend of two files; pieces of a few tokens, so that n-grams cross from one to the next."""
-    monkeypatch.setattr(ngrams, "PIECE", 7)
+    monkeypatch.setattr(ngrams, "_PIECE", 7)
     draw = random.Random(seed)
     files = [
         [[draw.choice([0, 0, 0, 1, 1, 2, 3, 4]) for _ in range(draw.randint(0, 9))]

@@ -50,7 +50,7 @@ def test_a_full_disk_is_told_once_and_counted(tmp_path: Path) -> None:
 
 def test_what_waited_comes_when_the_reader_goes_on(pipe: list[int], monkeypatch) -> None:
     """A reader that stands still (Ctrl-S, a stopped pager) costs a moment once; nothing is lost."""
-    monkeypatch.setattr(streams, "PATIENCE_SECONDS", 0.3)
+    monkeypatch.setattr(streams, "READER_PATIENCE_SECONDS", 0.3)
     outlet = Outlet("stdout", pipe[1], None)
     lines = [f"line {number} {'x' * 90}" for number in range(2000)]
     began = time.monotonic()
@@ -66,7 +66,7 @@ def test_what_waited_comes_when_the_reader_goes_on(pipe: list[int], monkeypatch)
 
 
 def test_what_no_longer_fits_is_marked_where_it_is_missing(pipe: list[int], monkeypatch) -> None:
-    monkeypatch.setattr(streams, "PATIENCE_SECONDS", 0.1)
+    monkeypatch.setattr(streams, "READER_PATIENCE_SECONDS", 0.1)
     monkeypatch.setattr(streams, "WAITING_BYTES", 1000)
     outlet = Outlet("stdout", pipe[1], None)
     for number in range(2000):

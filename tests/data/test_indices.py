@@ -260,7 +260,7 @@ def test_numpys_blend_is_the_one_walk_whatever_was_guessed(
     limits = [data.draw(st.integers(0, size)) for _ in weights] if data.draw(st.booleans()) else []
     limits = limits or [size] * len(weights)
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in (("BLOCK", block), ("TOGETHER", together), ("SHORTEST", shortest)):
+        for name, value in (("_BLOCK", block), ("TOGETHER", together), ("_SHORTEST", shortest)):
             patch.setattr(blending, name, value)
         if data.draw(st.booleans()):  # as wrong as can be
             patch.setattr(

@@ -90,7 +90,7 @@ def test_the_environment_is_set_before_cuda_starts(monkeypatch: pytest.MonkeyPat
     def stop(*_: object, **__: object) -> None:
         raise Stop
 
-    monkeypatch.setattr(program, "gather", stop)
+    monkeypatch.setattr(program, "gather_ranks", stop)
     monkeypatch.setattr(program, "cpu_notices", lambda *_: [])
     monkeypatch.setattr(program, "peak_notices", lambda *_: [])
     notices: list[str] = []

@@ -159,7 +159,7 @@ def test_a_folder_lost_in_mid_run_is_noticed_before_the_next_checkpoint(
 ) -> None:
     run = tmp_path / "run"
     monkeypatch.setattr(lock_file, "RENEW_SECONDS", 0.05)
-    monkeypatch.setattr(lock_file, "PATIENCE_SECONDS", 0.05)
+    monkeypatch.setattr(lock_file, "LOCK_PATIENCE_SECONDS", 0.05)
 
     def lose() -> None:
         befall(run)
