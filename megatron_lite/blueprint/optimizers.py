@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from megatron_lite.blueprint.figure.parts import Tensor
 from megatron_lite.config.errors import ConfigError
+from megatron_lite.config.registry import Registry
 from megatron_lite.config.sections.optim import OptimConfig
 
 
@@ -60,10 +61,13 @@ ADAM = Treatment("adam", (State("exp_avg"), State("exp_avg_sq")))
 PLAIN_SGD = Treatment("sgd")
 MOMENTUM = Treatment("sgd", (State("momentum"),))
 
-OPTIMIZERS: dict[str, Callable[[OptimConfig, Tensor], Treatment]] = {
-    "adam": lambda optim, tensor: ADAM,
-    "sgd": lambda optim, tensor: MOMENTUM if optim.sgd_momentum else PLAIN_SGD,
-}
+OPTIMIZERS: Registry[Callable[[OptimConfig, Tensor], Treatment]] = Registry(
+    "optim.optimizer",
+    {
+        "adam": lambda optim, tensor: ADAM,
+        "sgd": lambda optim, tensor: MOMENTUM if optim.sgd_momentum else PLAIN_SGD,
+    },
+)
 """A row may look at the tensor's kind and shape: several rules in one run."""
 
 

@@ -66,6 +66,9 @@ def main() -> int:
     config, notes = _completed(parsed.config, own, cluster.world_size)
     world = cluster.world_size
     notes += rules.not_yet(config, world)
+    if config.parallel.engine != "zero":
+        notes.append(f"--engine {config.parallel.engine}: planned as zero, whose memory and messages "
+                     "the planner knows")  # fmt: skip
     if own.hardware is None:
         notes.append(f"--hardware is not given: {_DEVICE}, {world} of them (--list-hardware)")
 

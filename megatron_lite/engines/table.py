@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
+from megatron_lite.config.registry import Registry
 from megatron_lite.engines.base import MakeEngine
 from megatron_lite.engines.zero import ZeroEngine
 
-ENGINES: dict[str, MakeEngine] = {"zero": ZeroEngine}
+ENGINES: Registry[MakeEngine] = Registry("parallel.engine", {"zero": ZeroEngine})

@@ -27,6 +27,7 @@ from megatron_lite.blueprint.draw_up import Blueprint, draw_up
 from megatron_lite.blueprint.grid import RankGrid
 from megatron_lite.blueprint.schedules.actions import Action
 from megatron_lite.config.errors import DistributedError
+from megatron_lite.config.flags.extensions import extend, extensions
 from megatron_lite.config.sections.data import DataConfig
 from megatron_lite.config.sections.run import RunConfig
 from megatron_lite.data.batch import Batch
@@ -223,7 +224,8 @@ def rehearse(
             yield rehearse_rank(config, blueprint, rank, forms)
         return
     try:
-        with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+        context = get_context("spawn")
+        with ProcessPoolExecutor(workers, context, extend, (extensions(),)) as pool:
             yield from pool.map(_rehearse_there, ((config, world_size, rank) for rank in ranks))
     except BrokenProcessPool as error:
         raise DistributedError(

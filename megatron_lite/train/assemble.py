@@ -39,7 +39,6 @@ def assemble(
     ctx: ParallelContext,
     *,
     objective: str = "language_model",
-    engine: str = "zero",
     timers: RunTimers | None = None,
 ) -> Run:
     """Build this rank's stages, engine and executor; weights are filled from seed and names.
@@ -50,7 +49,7 @@ def assemble(
     timers = timers or RunTimers(level=0)
     decoders = _decoders(config, blueprint, ctx, timers)
     parameters = {stage: local_parameters(decoder) for stage, decoder in decoders.items()}
-    held = ENGINES[engine](
+    held = ENGINES[config.parallel.engine](
         parameters,
         ctx,
         optim=config.optim,

@@ -70,9 +70,9 @@ LR = 4096.0
 def one_step(rank, ranks, engine, changes, clip):
     """(norm, the gradients before and after clipping that this rank stands for)."""
     changes = changes | {"optim__clip_grad": clip, "optim__optimizer": "sgd"}
-    config = tiny_config(**changes)
+    config = tiny_config(**changes, parallel__engine=engine)
     blueprint = draw(config, ranks)
-    run = assemble(config, blueprint, context(blueprint, rank), engine=engine)
+    run = assemble(config, blueprint, context(blueprint, rank))
     apply, found = run.engine.apply, {}
 
     def parts(slices):

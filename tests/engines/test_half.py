@@ -26,9 +26,9 @@ def engine(request):
 
 def made(engine, **changes):
     """(config, blueprint, run) of one rank."""
-    config = tiny_config(**SMALL, **changes)
+    config = tiny_config(**SMALL, **changes, parallel__engine=engine)
     blueprint = draw(config, 1)
-    return config, blueprint, assemble(config, blueprint, context(blueprint, 0), engine=engine)
+    return config, blueprint, assemble(config, blueprint, context(blueprint, 0))
 
 
 def one_step(engine, lr=0.5, steps=1, **changes):

@@ -33,10 +33,11 @@ def engines(monkeypatch):
 def made(rank, ranks, engine, changes):
     """(config, blueprint, run) with dropout, so that what is recomputed must draw the same."""
     ENGINES.update(apart=Apart, poisoned=Poisoned)  # a process that was started knows them not
-    config = tiny_config(**{"model__hidden_dropout": 0.1, "train__global_batch_size": 4} | changes)
+    always = {"model__hidden_dropout": 0.1, "train__global_batch_size": 4}
+    config = tiny_config(**always | changes, parallel__engine=engine)
     blueprint = draw(config, ranks)
     ctx = context(blueprint, rank)
-    return config, blueprint, assemble(config, blueprint, ctx, engine=engine)
+    return config, blueprint, assemble(config, blueprint, ctx)
 
 
 def trained(rank, ranks, engine, changes):

@@ -15,9 +15,9 @@ FP16 = {"precision__fp16": True, "precision__loss_scale_window": 3, "model__num_
 
 
 def fp16_steps(rank, ranks, engine, changes, overflow_at):
-    config = tiny_config(**changes)
+    config = tiny_config(**changes, parallel__engine=engine)
     blueprint = draw(config, ranks)
-    run = assemble(config, blueprint, context(blueprint, rank), engine=engine)
+    run = assemble(config, blueprint, context(blueprint, rank))
     seen = []
     for step in range(6):
         if step == overflow_at and rank == ranks - 1:

@@ -56,18 +56,18 @@ def train_layout(rank: int, ranks: int, engine: str, changes: dict[str, Any]) ->
     """The curve of one rank: SGD, then Adam."""
     torch.set_num_threads(1)
     curve = Curve()
-    config = tiny_config(**changes | SGD)
-    _train(rank, ranks, engine, config, SGD_STEPS, curve, keep=True)
-    _train(rank, ranks, engine, tiny_config(**changes), ADAM_STEPS, curve, keep=False)
+    changes = changes | {"parallel__engine": engine}
+    _train(rank, ranks, tiny_config(**changes | SGD), SGD_STEPS, curve, keep=True)
+    _train(rank, ranks, tiny_config(**changes), ADAM_STEPS, curve, keep=False)
     return curve
 
 
 def _train(
-    rank: int, ranks: int, engine: str, config: RunConfig, steps: int, curve: Curve, *, keep: bool
+    rank: int, ranks: int, config: RunConfig, steps: int, curve: Curve, *, keep: bool
 ) -> None:
     rules.check_config(config, ranks)
     blueprint = draw(config, ranks)
-    run = assemble(config, blueprint, context(blueprint, rank), engine=engine)
+    run = assemble(config, blueprint, context(blueprint, rank))
     first_gradients: list[Part] = []
     if keep:
         _record_gradients(run, first_gradients)

@@ -16,6 +16,7 @@ the command line itself
   --list-presets           show the presets
   --explain FLAG           what a flag means, its default, and where it is defined
   --debug                  a traceback for every failure
+  --extend FILE ...        run Python files first, which add rows of your own to the tables
   --help                   this text
 """
 

@@ -18,6 +18,7 @@ from typing import Any
 
 from megatron_lite.config.errors import ConfigError, all_together
 from megatron_lite.config.flags.explain import explain, help_text
+from megatron_lite.config.flags.extensions import extend
 from megatron_lite.config.flags.files import load
 from megatron_lite.config.flags.implied import imply
 from megatron_lite.config.flags.legacy import LEGACY
@@ -32,6 +33,7 @@ _COMMANDS: Mapping[str, str] = {
     "--yaml-cfg": "config",
     "--preset": "preset",
     "--debug": "debug",
+    "--extend": "extend",
 }
 """Flags of the command line itself."""
 
@@ -87,7 +89,11 @@ def parse(argv: Sequence[str]) -> ParsedFlags:
     """
     _answer_questions(argv)
     reading = _Reading()
-    for use in _uses(argv, reading.problems):
+    uses = [*_uses(argv, reading.problems)]
+    for use in uses:
+        if use.name == "--extend":
+            extend(use.values)
+    for use in uses:
         reading.take(use)
     return reading.finish()
 
@@ -188,6 +194,10 @@ class _Reading:
         if command == "debug":
             _no_values(use)
             return
+        if command == "extend":
+            if not use.values:
+                raise ValueError("takes one or more Python files, got none")
+            return  # they have been run
         if len(use.values) != 1 or not use.values[0]:
             raise ValueError(f"takes one value, got {list(use.values)}")
         earlier = self.commands.get(command)

@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from megatron_lite.config.registry import added
 from megatron_lite.config.sections.run import RunConfig
 
 
@@ -29,7 +30,7 @@ class FlagSetting:
     kind: type
     """int, float, str or bool; of one item where `many`."""
     choices: tuple[object, ...]
-    """The allowed values of a Literal; empty for anything."""
+    """The values of a Literal, or the rows of the setting's table; empty for anything."""
     optional: bool
     many: bool
     default: object
@@ -41,6 +42,13 @@ class FlagSetting:
     """Spellings that set it; the first is the flag."""
     off: tuple[str, ...]
     """Spellings that switch a bool off; the first is the flag."""
+    open: bool = False
+    """Its values are rows of a table, to which a program may have added some."""
+
+    @property
+    def allowed(self) -> tuple[object, ...]:
+        """The choices, and the rows that were added to their table; empty for anything."""
+        return (*self.choices, *added(self.key, self.choices)) if self.open else self.choices
 
     @property
     def key(self) -> str:
@@ -55,7 +63,7 @@ class FlagSetting:
     @property
     def type_name(self) -> str:
         """The type in words, for --help and docs."""
-        name = "|".join(map(str, self.choices)) if self.choices else self.kind.__name__
+        name = "|".join(map(str, self.allowed)) if self.choices else self.kind.__name__
         return f"{name} ..." if self.many else name
 
 
@@ -109,6 +117,7 @@ def _setting(section: str, field: dataclasses.Field[object], hint: object) -> Fl
     else:
         default = field.default
     meta = field.metadata
+    choices = meta.get("rows", choices)
     dashed = field.name.replace("_", "-")
     on = (meta.get("flag", f"--{dashed}"), *meta.get("aliases", ()))
     off: tuple[str, ...] = ()
@@ -126,6 +135,7 @@ def _setting(section: str, field: dataclasses.Field[object], hint: object) -> Fl
         case_insensitive=bool(meta.get("case_insensitive", False)),
         required=bool(meta.get("required", False)),
         one_start=bool(meta.get("one_start", False)),
+        open="rows" in meta,
         on=on,
         off=off,
     )

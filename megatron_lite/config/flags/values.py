@@ -74,13 +74,15 @@ def _one(setting: FlagSetting, text: str) -> object:
 
 
 def _chosen(setting: FlagSetting, value: object) -> object:
-    if not setting.choices or value in setting.choices:
+    allowed = setting.allowed
+    if not allowed or value in allowed:
         return value
     if setting.case_insensitive:
-        for choice in setting.choices:
+        for choice in allowed:
             if str(choice).lower() == str(value).lower():
                 return choice
-    raise ValueError(f"takes one of {', '.join(map(str, setting.choices))}; got {value!r}")
+    own = "; a row of your own comes with --extend FILE" if setting.open else ""
+    raise ValueError(f"takes one of {', '.join(map(str, allowed))}; got {value!r}{own}")
 
 
 def whole_number(text: str) -> int:

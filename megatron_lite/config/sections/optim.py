@@ -10,7 +10,7 @@ from typing import Literal
 class OptimConfig:
     """Update rule, weight decay and clipping."""
 
-    optimizer: Literal["adam", "sgd"] = "adam"
+    optimizer: str = field(default="adam", metadata={"rows": ("adam", "sgd")})
     """Update rule; adam is AdamW (decoupled weight decay)."""
 
     weight_decay: float = 0.01

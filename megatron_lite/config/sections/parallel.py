@@ -49,6 +49,9 @@ class ParallelConfig:
     use_tp_pp_dp_mapping: bool = False
     """Number the ranks tp-cp-pp-dp instead of tp-cp-dp-pp."""
 
+    engine: str = field(default="zero", metadata={"rows": ("zero",)})
+    """Who holds weights, gradients and optimizer state, and makes the update."""
+
     use_distributed_optimizer: bool = False
     """Share masters and optimizer state between the data-parallel ranks."""
 

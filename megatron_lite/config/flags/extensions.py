@@ -1,0 +1,49 @@
+"""--extend: Python files of a user, run before the flags are read, that add rows to the tables."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+import traceback
+from collections.abc import Iterable
+from pathlib import Path
+
+from megatron_lite.config.errors import ConfigError
+
+_PREFIX = "megatron_lite_extension:"
+"""In front of a file's path: its name among the modules of this process."""
+
+
+def extend(paths: Iterable[str]) -> None:
+    """Run each file, once per process.
+
+    Raises ConfigError for one that is not there or fails.  They are programs of whoever typed the
+    command line: neither a file nor a checkpoint can name one.
+    """
+    for path in paths:
+        file = Path(path).resolve()
+        name = f"{_PREFIX}{file}"
+        if name in sys.modules:
+            continue
+        spec = importlib.util.spec_from_file_location(name, file)
+        if not file.is_file() or spec is None or spec.loader is None:
+            raise ConfigError(f"--extend {path}: is no Python file (name it with its .py)")
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module  # before it runs: dataclasses look their module up
+        try:
+            spec.loader.exec_module(module)
+        except Exception as error:  # whatever it is, it is the file's
+            del sys.modules[name]
+            raise ConfigError(f"--extend {path}: {_where(error, file)}") from error
+
+
+def extensions() -> list[str]:
+    """The files that were run here: what a process started by this one must run, too."""
+    return [name.removeprefix(_PREFIX) for name in sys.modules if name.startswith(_PREFIX)]
+
+
+def _where(error: Exception, file: Path) -> str:
+    """`line 3: KeyError: 'adamm'`: the last line of the file that was being run."""
+    own = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(file)]
+    line = own[-1] if own else getattr(error, "lineno", None)
+    return f"line {line}: {type(error).__name__}: {error}"
