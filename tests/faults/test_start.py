@@ -142,14 +142,14 @@ def test_ranks_with_other_tokenizer_files_are_told_so(tmp_path):
 
 def test_another_version_of_the_code_is_another_fact(tmp_path, monkeypatch):
     """A node with an older checkout: the hash of the package is compared like every flag."""
-    own = alike.facts(RunConfig(), alike.Tokens(61, None))
+    own = alike.facts(RunConfig(), alike.TokenizerFacts(61, None))
     package = Path(alike.__file__).parents[1]
     copied = shutil.copytree(package, tmp_path / "package", ignore=shutil.ignore_patterns("*.pyc"))
     monkeypatch.setattr(alike, "__file__", str(copied / "train" / "alike.py"))
-    assert alike.facts(RunConfig(), alike.Tokens(61, None)) == own
+    assert alike.facts(RunConfig(), alike.TokenizerFacts(61, None)) == own
     with (copied / "optim" / "adam.py").open("a") as file:
         file.write("# one line more\n")
-    changed = alike.facts(RunConfig(), alike.Tokens(61, None))
+    changed = alike.facts(RunConfig(), alike.TokenizerFacts(61, None))
     assert [key for key in own if own[key] != changed[key]] == ["megatron_lite (hash of its code)"]
 
 

@@ -67,7 +67,7 @@ def test_a_run_hands_its_timeout_to_its_groups(monkeypatch: pytest.MonkeyPatch) 
     failures = Failures(0, folder=None, debug=False)
     with pytest.raises(Stop):
         session.open_session(
-            session.Start(config, Launch(0, 2), session.Tokens(61, None), torch.device("cpu"), [],
+            session.Start(config, Launch(0, 2), session.TokenizerFacts(61, None), torch.device("cpu"), [],
                           failures, session.NoFaults(), None, None)  # type: ignore[arg-type]
         )  # fmt: skip
     assert asked == [timedelta(minutes=3)]
