@@ -50,7 +50,7 @@ class Agreement:
         return int(all_reduce(count, self.world, SUM).item())  # waits for the device
 
     def any(self, own: bool) -> bool:
-        """Whether it is so on any rank."""
+        """Whether the flag is set on any rank."""
         return bool(self.most(int(own)))
 
     def most(self, own: int) -> int:
@@ -59,7 +59,7 @@ class Agreement:
         return int(all_reduce(value, self.world, MAX).item())  # waits for the device
 
     def told(self, own: str | None) -> str | None:
-        """The words of the first rank that has any, on all ranks; None where none has."""
+        """The message of the first rank that has one, on all ranks; None where none has."""
         turn = self.world.size - self.world.rank if own is not None else 0
         first = torch.tensor([turn], dtype=torch.int32, device=self.device)
         first = all_reduce(first, self.world, MAX)

@@ -36,7 +36,7 @@ class Saver(Protocol):
         ...
 
     def finished(self) -> Saved | None:
-        """A save that is complete and was not told of before; does not wait."""
+        """A save that is complete and was not reported before; does not wait."""
         ...
 
     def wait(self) -> None:

@@ -156,8 +156,8 @@ class Store:
     ) -> Snapshot:
         """This rank's part of a checkpoint, its tensors where they lie.
 
-        weights, optimizer: the slices this rank stands for; they are dealt out over dp, whose
-        ranks hold the same.  origin: what the run reads.
+        weights, optimizer: this rank's primary copies; they are dealt out over dp, whose ranks
+        hold the same.  origin: what the run reads.
         """
         return Snapshot(
             iteration=iteration,

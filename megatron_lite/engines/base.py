@@ -49,7 +49,7 @@ class Statistics:
 
 @dataclass(frozen=True, slots=True)
 class EngineProgress:
-    """What a checkpoint must remember of an engine besides tensors."""
+    """An engine's state in a checkpoint besides tensors."""
 
     steps: int
     loss_scale: dict[str, float] = field(default_factory=dict)
@@ -131,7 +131,7 @@ class Engine(Protocol):
         ...
 
     def weights(self, *, owned: bool) -> Iterator[NamedSlice]:
-        """The model's tensors as named slices (views): those this rank stands for, or all it holds.
+        """The model's tensors as named slices (views): this rank's primary copies, or all it holds.
 
         Waits for the parameter gather first.
         """
@@ -155,7 +155,7 @@ class Engine(Protocol):
 
 
 class MakeEngine(Protocol):
-    """How every engine is made; communicates nothing."""
+    """How every engine is made; makes no collective call."""
 
     def __call__(
         self,

@@ -188,7 +188,7 @@ class GradientBuckets:
         bucket.reducing, bucket.reduced = None, True
 
     def start_gather(self, *, all_at_once: bool) -> None:
-        """Begin sending every rank its missing parameter rows, in the order forward needs them.
+        """Start the all-gathers of updated parameters, in the order forward needs them.
 
         all_at_once: forward will wait for each where it needs it; else few are in flight together.
         """
@@ -224,9 +224,9 @@ class GradientBuckets:
 
 
 def _grouped(parameters: Sequence[LocalParameter], bucket_size: int) -> list[list[LocalParameter]]:
-    """Parameters of about bucket_size elements together, in reverse order.
+    """Groups of about bucket_size elements, in reverse order of the parameters.
 
-    Of one bucket are those whose gradients are summed over one axis, stored in one number format.
+    The gradients of a group are summed over one axis and stored in one number format.
     """
     groups: list[list[LocalParameter]] = []
     open_groups: dict[tuple[str, torch.dtype], list[LocalParameter]] = {}
@@ -242,7 +242,7 @@ def _grouped(parameters: Sequence[LocalParameter], bucket_size: int) -> list[lis
 
 
 def _reports(local: LocalParameter) -> int:
-    """How often a backward reports a gradient of it: never of one that is frozen."""
+    """How often one backward reports a gradient for it; 0 where it is frozen."""
     return local.grads_per_backward if local.parameter.requires_grad else 0
 
 

@@ -12,7 +12,7 @@ _LARGEST = 2.0**32
 
 @dataclass(slots=True)
 class LossScale:
-    """The factor on the loss, and what moves it.  State: scale, quiet steps, tolerance, skips in a row.
+    """The factor on the loss, and how it changes.  State: scale, quiet steps, tolerance, skips in a row.
 
     Megatron's quirk is kept: an overflow lowers the tolerance by one; while it is used up every
     overflow halves the scale, and only a growth restores it.

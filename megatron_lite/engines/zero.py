@@ -189,7 +189,7 @@ class ZeroEngine:
     def begin_last_backward(
         self, stage: int, pending_wgrads: Sequence[Tensor] | None = None
     ) -> None:
-        """The stage's last backward comes next: full buckets may be reduced from now on.
+        """From here gradients of this stage are final: a full bucket may be reduced.
 
         pending_wgrads: what its last W will still report, see base.Engine; None: a whole backward comes.
         """
@@ -225,7 +225,7 @@ class ZeroEngine:
         return is_primary_copy(held.local, self.ctx) and (self.sharded or first)
 
     def _mine(self, held: Iterable[_Held]) -> list[_Held]:
-        """Those this rank stands for, in sums over all ranks."""
+        """Those whose primary copy this rank holds, for sums over all ranks."""
         return [one for one in held if is_primary_copy(one.local, self.ctx)]
 
     @torch.no_grad()
@@ -254,7 +254,7 @@ class ZeroEngine:
         return Update(norm, skipped=True)
 
     def _reduce(self) -> None:
-        """Sum gradients over replicas, over tp where a rank saw its share of the sequence, over twins."""
+        """Sum gradients over replicas, over tp where a rank saw its share of the sequence, over tied stages."""
         for buckets in self._buckets.values():
             buckets.finish()
         # sorted: the order of a set of strings differs from process to process, that of collectives
@@ -303,7 +303,7 @@ class ZeroEngine:
             self._buckets[self._stage_of[parameter]].wait_for(parameter)  # type: ignore[index]
 
     def layer_hooks(self, parameters: Sequence[Tensor]) -> None:
-        """Parameters are whole at all times but while they are gathered, for which wait_for() waits."""
+        """None needed: parameters are always whole except during an all-gather, which wait_for() ends."""
 
     def copy_masters(self) -> None:
         """Round the masters into the parameters the model computes with."""
@@ -327,7 +327,7 @@ class ZeroEngine:
         return global_norm(masters, self._sums, self.ctx.device).item()  # waits
 
     def weights(self, *, owned: bool) -> Iterator[NamedSlice]:
-        """The model's tensors as named slices (views): those this rank stands for, or all it holds."""
+        """The model's tensors as named slices (views): this rank's primary copies, or all it holds."""
         self.wait_for_param_gather()
         yield from weight_slices(self._locals, self.ctx, owned=owned)
 
@@ -340,7 +340,7 @@ class ZeroEngine:
     def state(self, *, owned: bool) -> Iterator[NamedSlice]:
         """Masters (`master.<name>`) and optimizer tensors (`<state>.<name>`) as named slices (views).
 
-        owned: only what this rank stands for (to save), or all it holds (to load).
+        owned: only primary copies (to save), or all this rank holds (to load).
         """
         for held in self._held:
             if owned and not is_primary_copy(held.local, self.ctx):

@@ -27,7 +27,7 @@ _REDUCTIONS = {SUM: "sum", MAX: "max", MIN: "min"}
 
 
 def _asked(axis: Axis, op: str, whole: Tensor, what: str = "") -> Request:
-    """What is asked of the axis next; its observer has been told."""
+    """The next call on the axis; its observer has seen it."""
     request = Request(op, axis.name, axis.ranks, whole, what)
     axis.observer.before(request)
     return request

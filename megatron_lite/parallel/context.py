@@ -17,7 +17,7 @@ class Axis:
     """One axis of the rank grid, seen from this rank: its place, the ranks on it, their process group.
 
     group is None when size == 1; collectives then return their input, so that a single process
-    needs no process group at all.  observer: told of everything that is asked of these ranks.
+    needs no process group at all.  observer: called around every call to these ranks.
     """
 
     name: str
@@ -59,7 +59,7 @@ class ParallelContext:
     def from_grid(
         cls, grid: RankGrid, rank: int, device: torch.device, *, timeout: timedelta | None = None
     ) -> ParallelContext:
-        """Make every group of the grid.  Collective over the world: all ranks call it alike.
+        """Make every group of the grid.  Collective over the world: every rank calls it.
 
         timeout: of every group's collectives; torch would give a new group its own default,
         whatever the world has.
@@ -80,7 +80,7 @@ class ParallelContext:
         )
 
     def observed(self, *observers: Observer) -> ParallelContext:
-        """The same, its axes telling these, in this order, of everything that is asked of other ranks."""
+        """The same context whose axes call these observers, in this order."""
         one = together(*observers)
         return replace(self, **{name: replace(getattr(self, name), observer=one) for name in _AXES})
 

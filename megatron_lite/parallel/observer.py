@@ -30,7 +30,7 @@ class Request(NamedTuple):
 
     @property
     def own_bytes(self) -> int:
-        """Bytes of what this rank brings."""
+        """Bytes that this rank contributes."""
         return self.tensor.nbytes // (len(self.ranks) if self.op == "all-gather" else 1)
 
 

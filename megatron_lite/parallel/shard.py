@@ -103,14 +103,14 @@ class LocalParameter:
 
 
 def is_primary_copy(local: LocalParameter, ctx: ParallelContext) -> bool:
-    """Whether this rank's copy stands for the parameter in sums over tp x pp and in checkpoints."""
+    """Whether this rank's copy is the one that counts in sums over tp x pp and is saved in checkpoints."""
     return not local.replica and (local.tp_dim is not None or ctx.tp.rank == 0)
 
 
 def weight_slices(
     parameters: Iterable[LocalParameter], ctx: ParallelContext, *, owned: bool
 ) -> Iterator[NamedSlice]:
-    """The model's tensors as named slices (views): those this rank stands for, or all it holds."""
+    """The model's tensors as named slices (views): this rank's primary copies, or all it holds."""
     for local in parameters:
         if is_primary_copy(local, ctx) or not owned:
             for piece in local.pieces:

@@ -73,9 +73,9 @@ class Executor:
         return [scored for stage in self.stages.values() for scored in stage.take_totals()]
 
     def _pending_wgrads(self, stage: int) -> list[Tensor] | None:
-        """Before the stage's last W, all that is still to come: no other part of a backward is.
+        """The weights of all deferred wgrads, before the stage's last W; None where a whole backward comes.
 
-        Another stage of this rank may hold a product for it: of a table that it lends.
+        Those of this rank's other stages included: one may hold a wgrad of a table that this stage lends it.
         """
         if self.stages[stage].pending_wgrads is None:
             return None

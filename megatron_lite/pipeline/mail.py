@@ -26,7 +26,7 @@ stay in memory.  Waiting in post() cannot deadlock: schedules are proved for sen
 
 
 def message_name(forward: bool, stage: int, microbatch: int) -> str:
-    """What a message is, alike on both ends; stage: the one that gets it."""
+    """Names a message, the same on both ends; stage: the receiving one."""
     kind = "activation" if forward else "gradient"
     return f"{kind} into stage {stage}, micro batch {microbatch}"
 
@@ -50,11 +50,11 @@ class Mail:
     _sent: deque[tuple[list[Any], list[Tensor]]] = field(default_factory=deque)
 
     def expect(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
-        """The form of all messages of the coming step: [s/tp, b, h]."""
+        """The shape of all messages of the coming step: [s/tp, b, h]."""
         self.shape, self.dtype, self.device = shape, dtype, device
 
     def put(self, x: Tensor, *, forward: bool, stage: int, microbatch: int) -> None:
-        """Leave what `stage` must get: for a later send, or in its own hands if it is on this rank."""
+        """Hand in a tensor for `stage`: kept for a later send, or delivered at once if it is on this rank."""
         key = (forward, stage, microbatch)
         if self.placement[stage] == self.pp.rank:
             self._incoming[key] = x
@@ -62,7 +62,7 @@ class Mail:
             self._outgoing[key] = x.contiguous()  # a send takes one stretch of memory
 
     def take(self, *, forward: bool, stage: int, microbatch: int) -> Tensor:
-        """Wait for what `stage` is to get and hand it over."""
+        """Wait for the tensor for `stage` and return it."""
         key = (forward, stage, microbatch)
         assert key in self._incoming, f"the {message_name(*key)} was never received"
         works = self._works.pop(key, ())
@@ -97,7 +97,7 @@ class Mail:
             self._free_sent(but=_IN_FLIGHT)
 
     def _operation(self, action: Action) -> dist.P2POp:
-        """The message of a send or the empty box of a receive, with its peer."""
+        """The send of a message, or the receive into an empty buffer, with its peer."""
         op, n, m = action
         stage = n + (1 if op in (Op.SEND_F, Op.RECV_B) else -1)  # at the other end
         if op in _SENDS:
@@ -118,7 +118,7 @@ class Mail:
         return dist.P2POp(call, message, peer, self.pp.group)
 
     def _free_sent(self, *, but: int) -> None:
-        """Let go of sent messages, oldest first: all that have left, and wait for them but the last."""
+        """Free sent messages, oldest first: all that are done; wait for all but the last `but`."""
         while self._sent:
             works = [work for work in self._sent[0][0] if not work.is_completed()]
             if works and len(self._sent) <= but:
@@ -129,7 +129,7 @@ class Mail:
             self._sent.popleft()
 
     def finish(self) -> None:
-        """Wait until everything sent has left; nothing may be in the box."""
+        """Wait until every send is done; no message may be left over."""
         self._free_sent(but=0)
         left = [f"the {message_name(*key)} was never taken" for key in self._incoming]
         left += [f"the {message_name(*key)} was never sent" for key in self._outgoing]

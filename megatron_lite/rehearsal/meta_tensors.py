@@ -63,12 +63,12 @@ class MetaTensorMode(Footprint):
         self._known = forms
 
     def step_begins(self) -> None:
-        """What lives now is static; the peak is counted anew."""
+        """What is alive now is static; the peak starts again from it."""
         self.static = self.peak = self.now
         self.most_kept = self.allocations = 0
 
     def between_actions(self) -> None:
-        """What lives now beside the static is kept for later actions."""
+        """What is alive now and not static is kept for later actions."""
         self.most_kept = max(self.most_kept, self.now - self.static)
 
     def __torch_dispatch__(

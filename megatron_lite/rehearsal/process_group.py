@@ -32,7 +32,7 @@ class _Done:
 
 
 class SilentGroup(dist.ProcessGroup):
-    """Stands where gloo or NCCL would; leaves every tensor as it is."""
+    """Stands in for gloo or NCCL; leaves every tensor as it is."""
 
     def getBackendName(self) -> str:
         """As registered."""
@@ -76,7 +76,7 @@ def _create(options: Any, _: Any) -> SilentGroup:
 
 @contextmanager
 def simulated_rank(rank: int, world_size: int) -> Iterator[None]:
-    """This process as one rank of a world whose other ranks do not exist."""
+    """Run this process as one rank of a world whose other ranks do not exist."""
     if not hasattr(dist.Backend, BACKEND.upper()):
         dist.Backend.register_backend(BACKEND, _create, extended_api=True, devices=["cpu"])
     hook = sys.excepthook

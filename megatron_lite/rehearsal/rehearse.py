@@ -86,7 +86,7 @@ class Memory:
 
 @dataclass(frozen=True, slots=True)
 class Rehearsed:
-    """What one rank said and needed; memory is None where it broke off.
+    """One rank's calls and memory; memory is None where it failed.
 
     place: its coordinates in words.  process_bytes: memory of the process that rehearsed it.
     """
@@ -173,7 +173,7 @@ class StandIn:
         evaluation_step(self.run, self.batches[: self.blueprint.grid.pp])
 
     def _static(self) -> dict[str, int]:
-        """Bytes of what lives all the time."""
+        """Bytes that are alive all the time."""
         engine = self.run.engine
         weights = {w.data.untyped_storage()._cdata: w.data for w in engine.weights(owned=False)}
         state = {(part.name.startswith(MASTER), id(part.data)): part.data
@@ -212,7 +212,7 @@ def rehearse_rank(
 def rehearse(
     config: RunConfig, world_size: int, ranks: Sequence[int], *, workers: int | None = None
 ) -> Iterator[Rehearsed]:
-    """The ranks in order, one after the other or, where it is much, by a worker process per core.
+    """The ranks in order: one after the other or, if there are many, by a worker process per core.
 
     Raises DistributedError where a worker process dies.
     """

@@ -46,7 +46,7 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Beat:
-    """What a rank says of itself: phase is start, train, failed (a collective) or ended.
+    """One heartbeat: phase is start, train, failed (a collective) or ended.
 
     work: grows with the processor time and the bytes read or written of a rank that prepares
     something while others wait: one call that builds an index for minutes is no hang.
@@ -79,7 +79,7 @@ WAITING_IN = (
 
 
 def place_of(thread: int | None) -> tuple[str, bool]:
-    """(our innermost line of the thread, whether it waits for others there)."""
+    """(the thread's innermost line in this package, whether it waits for others there)."""
     frame: FrameType | None = sys._current_frames().get(thread or -1)
     innermost = frame
     while frame is not None and "megatron_lite/" not in _file(frame):

@@ -66,18 +66,18 @@ class Alone:
         self.step = step
 
     def tick(self) -> None:
-        """Default: no heartbeats."""
+        """No other rank waits for a heartbeat."""
 
     def explain(self, what: str) -> str:
         """There is no other rank to name."""
         return what
 
     def says_first(self, text: str) -> bool:
-        """Default: no verdict of another rank."""
+        """There is no other rank on this host."""
         return True
 
     def leave(self, last_words: str | None = None) -> None:
-        """Default: no one to tell."""
+        """There is no other rank to tell."""
 
 
 class Liveness:

@@ -32,7 +32,7 @@ _NCCL_FAILED = "exception_dump"
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """Who this process is, as torchrun says it; alone without torchrun.
+    """This process's rank and world as torchrun sets them; a world of one without torchrun.
 
     host, port: of the rendezvous store, which torchrun's agent holds (agent_holds_store) or rank 0.
     attempt: how often torchrun has restarted the ranks.  fault: MLITE_FAULT, see train/ending/faults.py.
@@ -152,7 +152,7 @@ def set_device_environment(
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """All ranks have come: the store they share (None for one process), and who is still there."""
+    """All ranks have joined: the store they share (None for one process), and their heartbeats."""
 
     presence: Presence
     store: Store | None = None
@@ -160,7 +160,7 @@ class World:
 
 
 def gather_ranks(launch: Launch, parallel: ParallelConfig, *, end: Callable[[str], None]) -> World:
-    """Wait for all ranks and begin to watch over them; `end` ends this process with a verdict.
+    """Wait for all ranks and start heartbeats; `end` ends this process with a verdict.
 
     Raises DistributedError naming the ranks that did not come within the timeout, ConfigError
     where two processes have the same rank.
@@ -342,7 +342,7 @@ def _connect(launch: Launch, seconds: float) -> Store:
 
 
 def _reminder(launch: Launch, seconds: float) -> Reminder:
-    """Hosts are started one by one, ranks together: those are waited for in silence at first."""
+    """Hosts are started one by one, ranks together: ranks are waited for silently at first."""
     return Reminder(
         launch.noun,
         launch.rank,

@@ -25,7 +25,7 @@ OpenTokens = Callable[[], tuple[RunConfig, TokenizerFacts]]
 def open_alike(
     open_tokens: OpenTokens, launch: Launch, world: World, faults: Fault | NoFaults
 ) -> tuple[RunConfig, TokenizerFacts]:
-    """Build the tokenizer on ranks that have met: one that needs long for it is not taken for lost.
+    """Build the tokenizer on ranks that have met: a rank that takes long for it is not taken for lost.
 
     Raises ConfigError, on every rank alike, where the ranks were not started alike.
     """

@@ -22,7 +22,7 @@ from megatron_lite.train.run import Run
 
 @dataclass(slots=True)
 class Checkpoints:
-    """The checkpoints of a run, of which it has none without --save.
+    """The checkpoints of a run; without --save there are none.
 
     saved_at: the step of the newest that is complete or being written.
     """
@@ -104,7 +104,7 @@ class Checkpoints:
         self.report_completed()
 
     def wait(self, *, last: bool = False) -> None:
-        """Wait for the save in flight, if there is one; its failure is raised or told."""
+        """Wait for the save in flight, if there is one; its failure is raised or logged."""
         if self.saver is None:
             return
         try:
@@ -115,7 +115,7 @@ class Checkpoints:
         self.report_completed()
 
     def confirm(self) -> None:
-        """Hear what befell the run folder, if anything; told once.  Collective over the world."""
+        """Report what happened to the run folder, if anything; once.  Collective over the world."""
         if self.store is None:
             return
         lost = self.folder.lost

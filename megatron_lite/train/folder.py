@@ -64,7 +64,7 @@ class RunFolder:
         return self.lock.problem if self.lock is not None and not self.lock.told else None
 
     def leave(self) -> None:
-        """Let others have it; a folder made for this start where nothing came to lie goes away."""
+        """Release it; a folder made for this start in which nothing was written is removed."""
         if self.lock is not None:
             self.lock.release()
             if self.temporary:
@@ -264,7 +264,7 @@ def of_this_start(config: RunConfig) -> dict[str, Any]:
 
 
 def begin(folder: Path, config: RunConfig, *, iteration: int, world_size: int) -> None:
-    """Write down what describes the run and what was asked of this start.  On rank 0.
+    """Record what describes the run and what was asked of this start.  On rank 0.
 
     A start that only evaluates describes no run.
     """

@@ -39,7 +39,7 @@ def train(
     notices: list[str],
     failures: Failures,
 ) -> int:
-    """Train as asked and return the exit code.  Every rank of the world calls it alike.
+    """Train as asked and return the exit code.  Every rank of the world calls it.
 
     After an exception the process group is left as it is: report it and end the process.
     """

@@ -158,7 +158,7 @@ def fill_run(run: Run, store: Store, manifest: Manifest, *, optimizer: bool) -> 
 
 
 def _require_finite(run: Run, manifest: Manifest, folder: str) -> None:
-    """Training on from a value that is not finite is time lost.  Collective over the world."""
+    """Training from a value that is not finite would be time lost.  Collective over the world."""
     watched = Watched(run)
     watched.look_at_weights()
     watched.look_at_state()

@@ -127,7 +127,7 @@ class Start:
 
 @dataclass(frozen=True, slots=True)
 class Talk:
-    """How this rank talks to the others and says what it does; who looks while it does so."""
+    """How this rank communicates and logs, and the observers of both."""
 
     ctx: ParallelContext
     log: Log
@@ -159,7 +159,7 @@ def open_session(start: Start) -> Session:
 
 
 def _open_talk(start: Start, blueprint: Blueprint) -> Talk:
-    """The groups of the grid, who looks at what is asked of them, the log."""
+    """The groups of the grid, their observers, the log."""
     config, launch, device = start.config, start.launch, start.device
     ctx = (
         ParallelContext.from_grid(
@@ -195,7 +195,7 @@ def _build(start: Start, blueprint: Blueprint, talk: Talk) -> Run:
 
 
 def _open_checkpoints(start: Start, run: Run, log: Log) -> Checkpoints:
-    """Where checkpoints will go, tried out; what neither stream takes goes beside them."""
+    """Where checkpoints will go, tested for writing; output that neither stream takes goes beside them."""
     config, folder = start.config, start.folder
     kept, trains = config.checkpoint, not config.train.skip_train
     saves = kept.save is not None and kept.save_checkpoints and trains
@@ -254,7 +254,7 @@ def _open_data(start: Start, run: Run, resumed: Resumed, log: Log) -> OpenedData
 def _begin_records(
     start: Start, run: Run, checkpoints: Checkpoints, resumed: Resumed, found: OpenedData, log: Log
 ) -> None:
-    """The run folder says what is run, checkpoints say of what they are, writers are open on rank 0."""
+    """Describe the run in its folder and in checkpoints; open the writers on rank 0."""
     config, ctx, tokens = start.config, run.ctx, start.tokens
     if ctx.rank == 0:  # not before: a start that is refused leaves the run that is there
         log.say(*_begin_run(start.folder, config, tokens, run.progress.step, ctx.world_size))
@@ -332,7 +332,7 @@ def _tokenizer(start: Start, run: Run) -> dict[str, Any]:
 def _checker(
     config: RunConfig, blueprint: Blueprint, launch: Launch, world: World
 ) -> Checker | None:
-    """Who compares the ranks' calls before they are made, where that was asked for."""
+    """The observer that compares the ranks' calls before they are made, where asked for."""
     if world.store is None or not config.parallel.check_collectives:
         return None
     presence = world.presence

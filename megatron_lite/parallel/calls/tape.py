@@ -16,7 +16,7 @@ _TALKING = ("parallel/calls/tape.py", "parallel/collectives.py", "parallel/obser
 
 
 class CallRecorder(Observer):
-    """Writes a rank's calls down, each with its place in the step and the line that made it."""
+    """Records a rank's calls, each with its place in the step and the line that made it."""
 
     def __init__(self, transcript: CallLog) -> None:
         self.transcript = transcript
@@ -39,7 +39,7 @@ class CallRecorder(Observer):
         self.place = f"{self.part}, action {position + 1} ({names})"
 
     def before(self, request: Request) -> None:
-        """Write it down."""
+        """Record the call."""
         tensor = request.tensor
         self.take(
             Call(
@@ -57,7 +57,7 @@ class CallRecorder(Observer):
         )
 
     def take(self, call: Call) -> None:
-        """Keep it."""
+        """Append it to the log."""
         self.transcript.calls.append(call)
 
     def _line(self) -> str:

@@ -82,7 +82,7 @@ class CallLog:
 
 @dataclass(frozen=True, slots=True)
 class MatchedCalls:
-    """What fits: collectives (each counted once), groups, messages and pairs of ranks."""
+    """What matches: collectives (each counted once), groups, messages and pairs of ranks."""
 
     ranks: int
     collectives: int
@@ -92,7 +92,7 @@ class MatchedCalls:
 
 
 def compare_calls(transcripts: Sequence[CallLog]) -> tuple[MatchedCalls, list[str]]:
-    """What fits and, in words, what does not: empty if these ranks can talk to each other.
+    """What matches and, in words, what does not: empty if the calls of these ranks match.
 
     Every group's members make the same calls in the same order with the same shapes; between two
     ranks the k-th send meets the k-th receive; all come to their end even if each call blocks until
@@ -128,7 +128,7 @@ _Groups = dict[_Group, dict[int, list[Call]]]
 
 
 def _by_group(transcripts: Sequence[CallLog]) -> _Groups:
-    """Group -> member with a transcript -> its collectives there, none for one that never calls."""
+    """Group -> member with a call log -> its collectives there, none for one that never calls."""
     groups: _Groups = {}
     for transcript in transcripts:
         for call in transcript.calls:
@@ -227,7 +227,7 @@ _Meeting = tuple[bool, str, tuple[int, ...], int]
 
 
 def _stuck(transcripts: Sequence[CallLog]) -> list[str]:
-    """Walk all transcripts with calls that block until their partners have come; who never ends."""
+    """Walk all call logs with calls that block until their partners have come; which ranks never end."""
     present = {transcript.rank for transcript in transcripts}
     calls = {t.rank: list(_batches(t.calls)) for t in transcripts}
     meetings = {rank: _meetings(batches) for rank, batches in calls.items()}

@@ -55,7 +55,7 @@ def stop_at_once() -> None:
 
 
 class Failures:
-    """Reports the failure that ends this process, once; the main thread or the watch over the ranks.
+    """Reports the failure that ends this process, once; the main thread or the failure detector.
 
     folder: the run folder, as soon as there is one; entered: whether it is this run's, so that
     nothing is written into another's.  torchrun hides a worker's exit code, so errors/rank<r>.json
@@ -95,7 +95,7 @@ class Failures:
         time.sleep(FIRST_SPEAKS_SECONDS)
 
     def refuse(self, refused: MegatronLiteError) -> None:
-        """Say, on one rank for all, why nothing is started; the others end with its code in silence."""
+        """Report, on one rank for all, why nothing is started; the others end with its code silently."""
         self._say(refused)
 
     def lost(self, verdict: str) -> None:
@@ -194,7 +194,7 @@ def failed_collective(error: RuntimeError) -> bool:
 
 
 def end_process(code: int) -> None:
-    """Leave without destructors: those of a process group wait for ranks that are gone."""
+    """End without destructors: those of a process group wait for ranks that are gone."""
     settle_output()
     os._exit(code)
 

@@ -82,7 +82,7 @@ FACTORS: Mapping[str, float] = MappingProxyType({"nan": math.nan, "spike": 1e3})
 
 
 class NoFaults:
-    """Nothing goes wrong."""
+    """Default: no fault is injected."""
 
     def attach(self, run: Run) -> None:
         """There is nothing to install."""

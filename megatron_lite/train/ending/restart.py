@@ -148,7 +148,7 @@ def begin_attempt(folder: Path, disk: Disk, *, attempt: int) -> None:
 
 
 def write_ended(folder: Path, ended: Ended, disk: Disk) -> None:
-    """Leave word of how the run ended, for a launcher, a scheduler, a person."""
+    """Record how the run ended, for a launcher, a scheduler, a person."""
     write_atomically(folder / ENDED, (json.dumps(asdict(ended)) + "\n").encode(), disk)
 
 

@@ -65,7 +65,7 @@ class StopRequests:
     _looked: float = float("-inf")
 
     def listen(self) -> None:
-        """Note the signals that ask for a stop instead of dying of them."""
+        """Turn the signals that ask for a stop into requests instead of dying of them."""
         if not self.train.exit_signal_handler:
             return
         for number in stop_signals():

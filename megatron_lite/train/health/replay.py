@@ -123,7 +123,7 @@ class Watched:
 
 @dataclass(slots=True)
 class WatchedStage(Stage):
-    """A stage, with its own module and objective, that tells what it computes."""
+    """A stage, with its own module and objective, whose results are watched."""
 
     watched: Watched = field(kw_only=True)
     _samples: dict[int, Tensor] = field(default_factory=dict, kw_only=True)
@@ -179,7 +179,7 @@ def watched_pipeline(run: Run) -> Iterator[tuple[Executor, Watched]]:
 
 
 def summed_suspect(run: Run) -> NonFiniteOrigin | None:
-    """Of a first run, whose gradients are summed already: the parameter, and the ranks of the sum."""
+    """Of the first attempt, whose gradients are already summed: the parameter, and the ranks of the sum."""
     bad = bad_tensors(run.engine.gradients(owned=False))
     if not bad:
         return None
@@ -195,7 +195,7 @@ def summed_suspect(run: Run) -> NonFiniteOrigin | None:
 def changed_suspect(
     run: Run, first: Sequence[Scored], second: Sequence[Scored], micro: Sequence[Any]
 ) -> NonFiniteOrigin | None:
-    """The first micro batch whose loss came out otherwise the second time, on the last stage's ranks."""
+    """The first micro batch whose loss differed the second time, on the last stage's ranks."""
     for number, (a, b, batch) in enumerate(zip(first, second, micro, strict=False)):
         before, after = ((s.total / s.count.clamp(min=1)).item() for s in (a, b))
         if repr(before) != repr(after):  # two nan are the same answer, but nan != nan

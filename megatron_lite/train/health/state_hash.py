@@ -57,7 +57,7 @@ def _tensors(run: Run) -> list[tuple[str, tuple[int, ...], torch.dtype]]:
 def _whole(
     pieces: list[NamedSlice], shape: tuple[int, ...], dtype: torch.dtype, run: Run
 ) -> Tensor:
-    """The bits of a whole tensor as integers, put together from what each rank stands for.
+    """The bits of a whole tensor as integers, put together from the ranks' primary copies.
 
     Integers, because a sum of floats would lose the sign of zero; int32, because gloo has no int16.
     """

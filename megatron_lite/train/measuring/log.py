@@ -20,7 +20,7 @@ from megatron_lite.telemetry.writers import Writers
 
 @dataclass(slots=True)
 class Log:
-    """Rank 0 says notices and writes records; the last rank prints the training line, as Megatron does."""
+    """Rank 0 prints notices and writes records; the last rank prints the training line, as Megatron does."""
 
     ctx: ParallelContext
     form: LineForm = "megatron"

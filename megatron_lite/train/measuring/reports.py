@@ -32,7 +32,7 @@ class OwnTime:
     _told: frozenset[str] = frozenset()
 
     def begin(self) -> None:
-        """What was waited for until now belongs to no step."""
+        """Waits until now belong to no step."""
         self.waits.take()
 
     def end(self, wall_seconds: float) -> None:
@@ -58,7 +58,7 @@ class OwnTime:
         )
 
     def stays_slow(self, record: RanksRecord | None) -> bool:
-        """Whether a rank stands out in this report as in the one before, and was not told of yet."""
+        """Whether a rank stands out in this report as in the one before, and was not reported yet."""
         if record is None:
             return False
         slow = frozenset(slow_ranks(record))
