@@ -5,6 +5,7 @@ SHELL := bash
 MAKEFLAGS += --no-print-directory
 
 VENV ?= .venv
+export VENV_ORACLES ?= $(VENV)-oracles
 # make splits words, and so do the first lines of the scripts that pip installs
 ifneq ($(words $(CURDIR) $(VENV)),2)
 $(error "$(CURDIR)", VENV=$(VENV): make cannot work in a path with a space; move the checkout to one without)
@@ -12,9 +13,10 @@ endif
 PY := $(abspath $(VENV))/bin/python
 export OMP_NUM_THREADS ?= 1
 PYTEST_ARGS ?=
+PARTS ?=
 AGAINST ?=
 
-.PHONY: help setup demo test test-ci test-all test-cluster test-gpu check parity parity-all bench bench-parallel bench-gpu bench-checkpoint bench-data flags format clean distclean timeline
+.PHONY: help setup setup-oracles demo test test-ci test-all nightly test-cluster test-gpu check parity parity-all bench bench-parallel bench-gpu bench-checkpoint bench-data flags format clean distclean timeline
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -22,17 +24,22 @@ help: ## this list
 setup: ## .venv with everything the demo and the tests need; instant when nothing changed
 	@VENV="$(VENV)" tools/setup.sh
 
+setup-oracles: ## .venv-oracles: also what nightly tests compare with (deepspeed, lm-eval, peft, ray, trl)
+	@tools/setup.sh oracles
+
 demo: setup ## real text, trained on 4 CPU ranks, continued at another layout, sampled, plotted
 	@PYTHON="$(PY)" examples/demo/run.sh
 
 test: setup ## all tests of a machine without an accelerator but the slow ones
-	$(PY) -m pytest -m "not slow and not ci and not gpu and not cluster" $(PYTEST_ARGS)
+	$(PY) -m pytest -m "not slow and not ci and not gpu and not cluster and not oracles" $(PYTEST_ARGS)
 
 test-ci: setup ## what CI runs beside `make test`: more layouts, more faults, more configurations
-	$(PY) -m pytest -m "ci and not slow and not gpu and not cluster" $(PYTEST_ARGS)
+	$(PY) -m pytest -m "ci and not slow and not gpu and not cluster and not oracles" $(PYTEST_ARGS)
 
-test-all: setup ## every test; those that need a GPU or root skip themselves with a reason
-	$(PY) -m pytest $(PYTEST_ARGS)
+nightly: setup ## all that CI has no time for, in parts, within 3 hours; PARTS="slow parity" for some of them
+	$(PY) -m tests.nightly $(PARTS)
+
+test-all: test-ci test nightly ## every test, the fault suite and the parity of all layouts
 
 test-cluster: setup ## several hosts as network namespaces, trained across and cut off; needs root
 	$(PY) -m pytest -m cluster tests/cluster $(PYTEST_ARGS)
@@ -44,8 +51,8 @@ check: setup ## lint, format, types, shell scripts, import directions, documents
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy megatron_lite tools
-	@if command -v shellcheck >/dev/null; then \
-	    shellcheck .ci/run tools/*.sh examples/*/*.sh; \
+	@PATH="$(dir $(PY)):$$PATH"; if command -v shellcheck >/dev/null; then \
+	    shellcheck -x .ci/* tools/*.sh examples/*.sh examples/*/*.sh; \
 	else echo "shellcheck is not installed: shell scripts not linted"; fi
 	$(PY) -m pytest -q tests/architecture tests/docs tests/examples/test_docs.py
 
@@ -99,5 +106,5 @@ clean: ## remove the demo's files, caches and built extensions
 	rm -rf demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find megatron_lite tools tests examples -name __pycache__ -type d -prune -exec rm -rf {} +
 
-distclean: clean ## clean, and remove .venv
-	rm -rf $(VENV) $(VENV).setup-*
+distclean: clean ## clean, and remove .venv and .venv-oracles
+	rm -rf $(VENV) $(VENV).setup-* $(VENV_ORACLES) $(VENV_ORACLES).setup-*

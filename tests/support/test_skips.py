@@ -1,0 +1,69 @@
+"""`--no-skips-but`: a skip without one of the marks fails the run and gives its reason."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+pytest_plugins = ["pytester"]
+CONFTEST = (Path(__file__).parents[1] / "conftest.py").read_text(encoding="utf-8")
+TESTS = """
+import pytest
+
+pytestmark = pytest.mark.browser
+
+def test_runs(): pass
+
+@pytest.mark.gpu
+@pytest.mark.skipif(True, reason="no accelerator")
+def test_marked(): pass
+
+@pytest.mark.xfail
+def test_expected_to_fail(): assert False
+
+def test_of_a_marked_file(): pytest.skip("no browser")
+"""
+UNMARKED = """
+import pytest
+
+@pytest.mark.slow
+def test_unmarked(): pytest.skip("no luck")
+
+@pytest.fixture
+def machine(): pytest.skip("no machine")
+
+def test_in_a_fixture(machine): pass
+"""
+WHOLE = 'import pytest\npytest.skip("no library", allow_module_level=True)\ndef test_one(): pass'
+
+
+@pytest.fixture
+def toy(pytester: pytest.Pytester) -> pytest.Pytester:
+    pytester.makeconftest(CONFTEST)
+    marks = "".join(f"\n    {name}: of a toy" for name in ("gpu", "root", "browser", "slow"))
+    pytester.makeini(f"[pytest]\nmarkers ={marks}\n")
+    return pytester
+
+
+def test_marked_skips_are_skips(toy: pytest.Pytester) -> None:
+    toy.makepyfile(TESTS)
+    for marks in ("gpu,root,browser", "browser"):
+        done = toy.runpytest_inprocess("--no-skips-but", marks, "--strict-markers")
+        done.assert_outcomes(passed=1, skipped=2, xfailed=1)
+        assert done.ret == 0
+
+
+def test_any_other_skip_fails_with_its_reason(toy: pytest.Pytester) -> None:
+    toy.makepyfile(test_marked=TESTS, test_unmarked=UNMARKED, test_whole=WHOLE)
+    words = ["--no-skips-but", "gpu,root", "--continue-on-collection-errors", "-rA"]
+    done = toy.runpytest_inprocess(*words)
+    done.assert_outcomes(passed=1, skipped=1, xfailed=1, failed=2, errors=2)
+    assert done.ret == 1
+    for what in ("luck", "machine", "library", "browser"):
+        assert f"no {what} (and --no-skips-but gpu,root)" in done.stdout.str()
+
+
+def test_without_the_option_a_skip_is_a_skip(toy: pytest.Pytester) -> None:
+    toy.makepyfile(test_unmarked=UNMARKED, test_whole=WHOLE)
+    toy.runpytest_inprocess().assert_outcomes(skipped=3)
