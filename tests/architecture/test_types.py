@@ -7,12 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 from tests.architecture.floors import NEVER
+from tests.support.extras import needs
 from tests.support.places import ROOT
 
-pytest.importorskip("mypy", reason="extra dev")
+needs("mypy")
 
 STRICT = {
     folder for folder, libraries in NEVER.items() if libraries & {"torch", "torch.distributed"}

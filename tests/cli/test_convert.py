@@ -24,9 +24,10 @@ from megatron_lite.layers.contexts import ForwardContext
 from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.storage.disk import Disk
 from megatron_lite.storage.faults import FaultyDisk, RecordingDisk, SimulatedCrash
+from tests.support.extras import needs
 from tests.train.runs import alone, on_ranks, run_main, steps
 
-transformers = pytest.importorskip("transformers", reason="the reference; extra huggingface")
+transformers = needs("transformers")
 
 MERGES = [("t", "h"), ("th", "e"), ("Ġ", "the"), ("i", "n"), ("e", "r")]
 ROOT = Path(__file__).parents[2]

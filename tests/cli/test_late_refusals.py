@@ -16,6 +16,7 @@ from megatron_lite.config.exit import run_tool
 from megatron_lite.storage.disk import Disk
 from megatron_lite.storage.faults import FaultyDisk
 from megatron_lite.storage.outputs import check_folder, check_outputs, check_prefix, write_output
+from tests.support.extras import needs
 
 MODEL = ["--num-layers", "1", "--hidden-size", "8", "--num-attention-heads", "1", "--seq-length",
          "8", "--max-position-embeddings", "8", "--micro-batch-size", "1", "--global-batch-size",
@@ -54,7 +55,7 @@ def test_a_place_that_cannot_be_written_is_refused_first(
     case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     if case in ("dataset_stats", "report"):
-        pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+        needs("matplotlib")
     (tmp_path / "file").touch()
     wrong: list[tuple[str, int, str]] = [
         (str(tmp_path / "file" / "x"), 5, "is a file"),
@@ -80,7 +81,7 @@ def test_a_disk_that_takes_nothing_is_found_first(
     case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     if case in ("dataset_stats", "report"):
-        pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+        needs("matplotlib")
     module = importlib.import_module(f"megatron_lite.cli.{case.split()[0]}")
     monkeypatch.setattr(module, "Disk", lambda: FaultyDisk(fail_at=0, error=28, lasting=True))
     assert call(monkeypatch, case, str(tmp_path / "new" / "x")) == 5

@@ -28,6 +28,7 @@ from megatron_lite.data.preparing.preprocess import preprocess
 from megatron_lite.data.tokenizers.training import train_bpe
 from megatron_lite.storage.disk import Disk
 from megatron_lite.storage.faults import FaultyDisk, RecordingDisk
+from tests.support.extras import needs
 from tests.support.preprocess import NULL, TOOL, call, hashes, job, write_lines
 
 
@@ -266,7 +267,7 @@ def test_a_template_and_every_input_kind_go_through_the_tool(
 
 @pytest.fixture(scope="module")
 def vocabulary(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    pytest.importorskip("tokenizers", reason="training needs tokenizers")
+    needs("tokenizers")
     folder = tmp_path_factory.mktemp("vocabulary")
     texts = ["the quick brown fox, 你好世界 42 times;"] * 5
     for name, content in train_bpe(texts, 400, 8).items():
@@ -285,7 +286,7 @@ def test_every_engine_and_number_of_workers_writes_the_same_bytes(
         ("gigatoken", 1), ("gigatoken", 2), ("tiktoken", 1), ("tokenizers", 2), ("plain", 1),
     ]:  # fmt: skip
         if engine != "plain":
-            pytest.importorskip(engine, reason=f"{engine} is not installed")
+            needs(engine)
         folder = tmp_path / f"{engine}{workers}"
         assert call(
             monkeypatch, "--input", source, "--output-prefix", folder / "x", *vocabulary,
@@ -299,7 +300,7 @@ def test_every_engine_and_number_of_workers_writes_the_same_bytes(
 def test_a_local_ray_cluster_writes_the_same_bytes_and_names_a_bad_line(
     tmp_path: Path, vocabulary: list[str]
 ) -> None:
-    pytest.importorskip("ray", reason="ray is not installed")
+    needs("ray")
     records = [{"text": f"the {n} foxes 你好 " * (n % 9)} for n in range(500)]
     source = write_lines(tmp_path / "a.json", *records)
     common = [sys.executable, str(TOOL), "--input", str(source), *vocabulary, "--append-eod"]

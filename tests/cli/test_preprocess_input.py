@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from megatron_lite.data.indexed import IndexedDataset
+from tests.support.extras import needs
 from tests.support.preprocess import NULL, TOOL, call
 
 
@@ -115,7 +116,7 @@ def test_input_that_is_damaged_or_too_long_is_a_data_error(
     message: str,
 ) -> None:
     if name.endswith(".zst"):
-        pytest.importorskip("zstandard", reason="zstandard is not installed")
+        needs("zstandard")
     (tmp_path / name).write_bytes(content)
     arguments = ("--input", tmp_path / name, "--output-prefix", tmp_path / "x", *NULL, *extra)
     assert call(monkeypatch, *arguments) == 3

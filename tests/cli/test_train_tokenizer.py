@@ -15,8 +15,9 @@ from megatron_lite.data.indexed import IndexedDataset
 from megatron_lite.data.tokenizers.gpt2_bpe import GPT2BPETokenizer
 from megatron_lite.data.tokenizers.sentencepiece import GPTSentencePieceTokenizer
 from megatron_lite.data.tokenizers.training import Sample, token_names
+from tests.support.extras import needs
 
-pytest.importorskip("tokenizers", reason="training needs the tokenizers library")
+needs("tokenizers")
 
 
 def call(monkeypatch: pytest.MonkeyPatch, tool: object, *arguments: object) -> int:
@@ -106,7 +107,7 @@ def test_training_does_not_see_how_the_input_is_cut_and_chinese_survives(
     kind: str,
 ) -> None:
     if kind != "bpe":
-        pytest.importorskip("sentencepiece", reason="sentencepiece is not installed")
+        needs("sentencepiece")
     records = [{"text": f"{CHINESE[n % 4]}\n{n % 5}"} for n in range(400)]
     lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
     whole = tmp_path / "whole.jsonl"
@@ -145,7 +146,7 @@ def test_training_does_not_see_how_the_input_is_cut_and_chinese_survives(
 def test_unknown_characters_are_counted_without_byte_fallback(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pytest.importorskip("sentencepiece", reason="sentencepiece is not installed")
+    needs("sentencepiece")
     texts = ["common words are common, and words are words " * 5] * 99 + ["䶮"]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
     arguments = ("--input", tmp_path / "a.jsonl", "--vocab-size", 300, "--output-dir", tmp_path)

@@ -11,6 +11,7 @@ import pytest
 from megatron_lite.data.tokenizers.training import train_bpe
 from tests.data.texts import SENTENCES
 from tests.support.corpora import write_pair
+from tests.support.extras import needs
 
 WriteDocuments = Callable[..., Path]
 
@@ -31,7 +32,7 @@ def write_documents(tmp_path: Path) -> WriteDocuments:
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     """A vocabulary of 600 tokens and its merges, trained on SENTENCES."""
-    pytest.importorskip("tokenizers", reason="training needs tokenizers")
+    needs("tokenizers")
     folder = tmp_path_factory.mktemp("trained")
     for name, content in train_bpe(SENTENCES * 5, 600, 8).items():
         (folder / name).write_bytes(content)

@@ -16,6 +16,7 @@ from megatron_lite.data.build import Datasets, build_datasets
 from megatron_lite.data.pretrain import DocumentRange, GPTDataset, split_ranges
 from tests.data.conftest import WriteDocuments
 from tests.support.corpora import write_pair
+from tests.support.extras import needs
 
 SEQ_LENGTH = 16
 
@@ -36,7 +37,7 @@ def samples(dataset: Any) -> list[list[int]]:
 
 
 def oracle(sizes: tuple[int | None, int | None, int | None], **config: Any) -> list[Any]:
-    pytest.importorskip("megatron.core.datasets", reason="megatron-core is not installed")
+    needs("megatron.core.datasets")
     from megatron.core.datasets.blended_megatron_dataset_builder import (
         BlendedMegatronDatasetBuilder,
     )
@@ -130,7 +131,7 @@ def test_every_way_to_name_a_blend_gives_the_same(
 
 
 def test_mock_data_equals_megatron_cores() -> None:
-    pytest.importorskip("megatron.core.datasets", reason="megatron-core is not installed")
+    needs("megatron.core.datasets")
     from megatron.core.datasets.gpt_dataset import MockGPTLowLevelDataset
 
     from megatron_lite.data.mock import MockTokens

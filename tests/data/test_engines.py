@@ -28,6 +28,7 @@ from megatron_lite.data.tokenizers.gpt2_bpe import (
     read_merges,
 )
 from tests.data.texts import SENTENCES, hard_texts
+from tests.support.extras import needs
 
 LIBRARIES = ("gigatoken", "tiktoken", "tokenizers")
 
@@ -41,8 +42,8 @@ def installed() -> list[str]:
 def test_every_engine_gives_the_ids_of_the_plain_one(
     files: tuple[str, str], engine: str, step: int
 ) -> None:
-    pytest.importorskip("regex", reason="the plain engine needs regex")
-    pytest.importorskip(engine, reason=f"{engine} is not installed")
+    needs("regex")
+    needs(engine)
     texts = hard_texts(step)
     expected = GPT2BPETokenizer(*files, engine="plain").encode_batch(texts)
     found = GPT2BPETokenizer(*files, engine=engine).encode_batch(texts)
@@ -51,7 +52,7 @@ def test_every_engine_gives_the_ids_of_the_plain_one(
 
 
 def test_the_fastest_installed_engine_is_chosen_and_said(files: tuple[str, str]) -> None:
-    pytest.importorskip("gigatoken", reason="gigatoken is not installed")
+    needs("gigatoken")
     text = GPT2BPETokenizer(*files).choice
     assert text.engine.name.startswith("gigatoken ") and text.engine.threaded
     assert "ids equal tokenizers " in text.describe()
@@ -61,7 +62,7 @@ def test_the_fastest_installed_engine_is_chosen_and_said(files: tuple[str, str])
 def test_what_is_not_installed_is_named_with_its_extra(
     files: tuple[str, str], monkeypatch: pytest.MonkeyPatch, absent: Sequence[str]
 ) -> None:
-    pytest.importorskip("regex", reason="the plain engine needs regex")
+    needs("regex")
     rest = [name for name in installed() if name not in absent] or ["plain"]
     for name in absent:
         monkeypatch.setitem(sys.modules, name, None)
@@ -141,7 +142,7 @@ def test_an_engine_that_cannot_do_it_is_refused_by_name(files: tuple[str, str]) 
 def test_ids_in_another_order_than_the_merges_are_not_left_to_tiktoken(
     files: tuple[str, str], tmp_path: Path
 ) -> None:
-    pytest.importorskip("tiktoken", reason="tiktoken is not installed")
+    needs("tiktoken")
     vocab = json.loads(Path(files[0]).read_text(encoding="utf-8"))
     top = len(vocab) - 1
     swapped = {name: top - number for name, number in vocab.items()}
@@ -156,7 +157,7 @@ def test_ids_in_another_order_than_the_merges_are_not_left_to_tiktoken(
 def test_gigatoken_starts_anew_when_its_cache_has_grown_and_gives_the_same(
     files: tuple[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip("gigatoken", reason="gigatoken is not installed")
+    needs("gigatoken")
     vocab = json.loads(Path(files[0]).read_text(encoding="utf-8"))
     del vocab[GPT2_EOD]
     merges = [

@@ -12,6 +12,7 @@ from megatron_lite.config.sections.data import DataConfig
 from megatron_lite.data.tokenizers.build import build_tokenizer
 from megatron_lite.data.tokenizers.fit import is_one_word
 from megatron_lite.data.tokenizers.gpt2_bpe import GPT2_EOD, GPT2BPETokenizer, byte_characters
+from tests.support.extras import needs
 
 MERGES = [("t", "h"), ("Ġ", "th"), ("Ġth", "e"), ("Ã", "©"), ("Ġ", "Ġ"), ("1", "2")]
 SPECIALS = [GPT2_EOD, "<pad>", "[MASK]", "madeupword0000", "<fim_prefix>", "<|im_start|>", "▁pad"]
@@ -62,7 +63,7 @@ def test_a_word_is_what_merges_could_make() -> None:
 
 def hugging_face(folder: Path, *, by_bytes: bool, keep: int, ignore: bool = False) -> DataConfig:
     """A tokenizer.json of which `keep` of four merges are left."""
-    tokenizers = pytest.importorskip("tokenizers")
+    tokenizers = needs("tokenizers")
     merges = [("t", "h"), ("th", "e"), ("a", "n"), ("an", "d")]
     singles = byte_characters() if by_bytes else list("thean d")
     tokens = [*singles, *(a + b for a, b in merges), "<s>"]
@@ -91,7 +92,7 @@ def test_a_tokenizer_json_without_half_its_merges_is_refused(
 
 
 def test_a_sentencepiece_model_cut_behind_a_piece_is_refused(tmp_path: Path) -> None:
-    library = pytest.importorskip("sentencepiece")
+    library = needs("sentencepiece")
     path = tmp_path / "words.model"
     library.SentencePieceTrainer.train(
         sentence_iterator=iter(["the other thing they think"] * 20), minloglevel=2,

@@ -19,6 +19,7 @@ from megatron_lite.config.errors import DataError, StorageError
 from megatron_lite.data.indexed import HEADER, IndexedDataset, token_dtype
 from megatron_lite.data.preparing.indexed_builder import IndexedDatasetBuilder
 from megatron_lite.storage.faults import FaultyDisk, RecordingDisk, SimulatedCrash
+from tests.support.extras import needs
 
 DOCUMENTS = [[11, 12, 13, 50256], [21, 22, 50256], [31, 32, 33, 34, 50256]]
 GOLDEN_BIN = "0b000c000d0050c41500160050c41f0020002100220050c4"
@@ -242,10 +243,8 @@ def test_header_has_34_bytes() -> None:
 
 
 def test_megatron_core_reads_ours_and_writes_the_same(tmp_path: Path) -> None:
-    oracle = pytest.importorskip(
-        "megatron.core.datasets.indexed_dataset", reason="megatron-core is not installed"
-    )
-    torch = pytest.importorskip("torch")
+    oracle = needs("megatron.core.datasets.indexed_dataset")
+    torch = needs("torch")
     documents = [[[1, 2, 3], [4]], [], [[65535], [7, 8]]]
     theirs = oracle.IndexedDatasetBuilder(str(tmp_path / "theirs.bin"), dtype=np.uint16)
     with IndexedDatasetBuilder(tmp_path / "ours.bin", np.uint16) as ours:

@@ -24,6 +24,7 @@ from megatron_lite.data.indices import (
     shuffle_index,
     shuffled,
 )
+from tests.support.extras import needs
 
 needs_compiled = pytest.mark.skipif(
     COMPILED is None, reason="the C++ helpers are not built (python setup.py build_ext --inplace)"
@@ -166,7 +167,7 @@ def test_a_short_last_epoch_is_shuffled_apart() -> None:
 
 @pytest.mark.parametrize("seed", range(4))
 def test_arrays_equal_megatron_cores(seed: int) -> None:
-    pytest.importorskip("megatron.core.datasets", reason="megatron-core is not installed")
+    needs("megatron.core.datasets")
     from megatron.core.datasets import gpt_dataset, helpers
 
     generator = np.random.default_rng(seed)
@@ -194,7 +195,7 @@ def test_arrays_equal_megatron_cores(seed: int) -> None:
 
 @pytest.mark.parametrize("number", [1, 2, 3, 10, 100])
 def test_blends_equal_megatron_cores(number: int) -> None:
-    pytest.importorskip("megatron.core.datasets", reason="megatron-core is not installed")
+    needs("megatron.core.datasets")
     from megatron.core.datasets import helpers
 
     weights = np.random.default_rng(number).random(number) + 1e-3

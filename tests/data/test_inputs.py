@@ -15,6 +15,7 @@ from megatron_lite.config.errors import ConfigError, DataError
 from megatron_lite.data.preparing.inputs import find_inputs, part_of, plan_inputs, read_batches
 from megatron_lite.data.preparing.parts import InputPlace
 from megatron_lite.data.preparing.records import Reader
+from tests.support.extras import needs
 
 RECORDS: list[dict[str, Any]] = [
     {"text": f'text {n} 你好 😀 \n\t"quoted" \\ [x, {{y}}]\u2028' * (n % 5), "n": n}
@@ -39,8 +40,8 @@ def lines(records: list[dict[str, Any]], ascii_only: bool = False) -> bytes:
 def write(path: Path, kind: str) -> Path:
     """The records as a file of the kind."""
     if kind == "parquet":
-        arrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
-        parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed")
+        arrow = needs("pyarrow")
+        parquet = needs("pyarrow.parquet")
         parquet.write_table(arrow.Table.from_pylist(RECORDS), path, row_group_size=17)
         return path
     content = {
@@ -55,7 +56,7 @@ def write(path: Path, kind: str) -> Path:
         "array.json.gz": lambda: gzip.compress(json.dumps(RECORDS, indent=1).encode()),
     }
     if kind == "jsonl.zst":
-        zstandard = pytest.importorskip("zstandard", reason="zstandard is not installed")
+        zstandard = needs("zstandard")
         pack = zstandard.ZstdCompressor().compress
         path.write_bytes(pack(lines(RECORDS[:9])) + pack(lines(RECORDS[9:])))
     else:

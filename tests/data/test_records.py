@@ -11,6 +11,7 @@ import pytest
 from megatron_lite.config.errors import ConfigError, DataError
 from megatron_lite.data.preparing.parts import InputPlace, RecordBatch
 from megatron_lite.data.preparing.records import Reader
+from tests.support.extras import needs
 
 TEMPLATES: list[tuple[str, dict[str, Any], str]] = [
     ("{text}", {"text": "a"}, "a"),
@@ -86,7 +87,7 @@ def test_skipped_lines_are_counted_by_reason_with_and_without_orjson(
     monkeypatch: pytest.MonkeyPatch, fast: bool
 ) -> None:
     if fast:
-        pytest.importorskip("orjson", reason="orjson is not installed")
+        needs("orjson")
     else:
         monkeypatch.setitem(sys.modules, "orjson", None)
     good = [

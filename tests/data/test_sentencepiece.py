@@ -19,8 +19,9 @@ from megatron_lite.data.tokenizers.sentencepiece import (
 )
 from megatron_lite.data.tokenizers.training import SentencePieceSettings, train_sentencepiece
 from tests.data.texts import SENTENCES, hard_texts
+from tests.support.extras import needs
 
-sentencepiece = pytest.importorskip("sentencepiece", reason="sentencepiece is not installed")
+sentencepiece = needs("sentencepiece")
 
 
 @pytest.fixture(scope="module", params=["bpe", "unigram"])

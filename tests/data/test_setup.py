@@ -8,13 +8,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
+from tests.support.extras import needs
 
 ROOT = Path(__file__).parents[2]
 
 
 def test_a_missing_compiler_is_a_warning(tmp_path: Path) -> None:
-    pytest.importorskip("setuptools", reason="setuptools is not installed")
+    needs("setuptools")
     shutil.copy(ROOT / "setup.py", tmp_path)
     shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
     shutil.copytree(

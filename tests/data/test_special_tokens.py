@@ -14,6 +14,7 @@ from megatron_lite.config.sections.data import DataConfig
 from megatron_lite.data.provenance import read_facts
 from megatron_lite.data.tokenizers.build import build_tokenizer
 from megatron_lite.data.tokenizers.kept import files_to_keep, from_kept
+from tests.support.extras import needs
 from tests.support.tokenizers import hugging_face
 
 Capture = pytest.CaptureFixture[str]
@@ -124,7 +125,7 @@ def test_a_tokenizer_that_loses_text_is_told(
 
 
 def test_sentencepiece_counts_its_unknown_piece(tmp_path: Path, capsys: Capture) -> None:
-    library = pytest.importorskip("sentencepiece")
+    library = needs("sentencepiece")
     library.SentencePieceTrainer.train(
         sentence_iterator=iter(["the other thing they think"] * 20), minloglevel=2,
         model_prefix=str(tmp_path / "w"), vocab_size=30, hard_vocab_limit=False,

@@ -19,13 +19,14 @@ from megatron_lite.config.errors import DataError
 from megatron_lite.data.preparing.inputs import plan_inputs, read_batches
 from megatron_lite.data.preparing.parts import RecordBatch, TextUnit
 from megatron_lite.data.preparing.records import Reader
+from tests.support.extras import needs
 
 TEXTS = [f"text {n} " + random.Random(n).randbytes(40).hex() for n in range(300)]
 LINES = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS).encode()
 
 
 def zstandard(data: bytes) -> bytes:
-    package = pytest.importorskip("zstandard", reason="zstandard is not installed")
+    package = needs("zstandard")
     # with its checksum, as the zst command writes
     packed: bytes = package.ZstdCompressor(write_checksum=True).compress(data)
     return packed
@@ -37,8 +38,8 @@ PACK: dict[str, Callable[[bytes], bytes]] = {
 
 
 def parquet() -> bytes:
-    arrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
-    pages = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed")
+    arrow = needs("pyarrow")
+    pages = needs("pyarrow.parquet")
     file = io.BytesIO()
     pages.write_table(arrow.table({"text": TEXTS, "n": list(range(len(TEXTS)))}), file,
                       row_group_size=100, write_page_checksum=True)  # fmt: skip

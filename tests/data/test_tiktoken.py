@@ -15,8 +15,9 @@ from megatron_lite.data.tokenizers.build import build_tokenizer, read_vocab_size
 from megatron_lite.data.tokenizers.gpt2_bpe import GPT2BPETokenizer, ranks_of, read_merges
 from megatron_lite.data.tokenizers.tiktoken import PATTERNS, PUBLISHED, RANKS, TikTokenizer
 from tests.data.texts import SENTENCES, hard_texts
+from tests.support.extras import needs
 
-tiktoken = pytest.importorskip("tiktoken", reason="tiktoken is not installed")
+tiktoken = needs("tiktoken")
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +65,7 @@ def test_ids_equal_tiktoken(ranks: dict[bytes, int], tmp_path: Path, pattern: st
 
 
 def test_patterns_are_those_tiktoken_publishes() -> None:
-    public = pytest.importorskip("tiktoken_ext.openai_public", reason="another tiktoken")
+    public = needs("tiktoken_ext.openai_public")
     assert PATTERNS["gpt2"] == public.r50k_pat_str
 
     def constants(function: object) -> list[object]:
@@ -78,10 +79,7 @@ def test_patterns_are_those_tiktoken_publishes() -> None:
 
 @pytest.mark.slow  # importing megatron-core takes seconds
 def test_megatrons_patterns_are_its_own() -> None:
-    library = pytest.importorskip(
-        "megatron.core.tokenizers.text.libraries.tiktoken_tokenizer",
-        reason="no megatron-core with tokenizers",
-    )
+    library = needs("megatron.core.tokenizers.text.libraries.tiktoken_tokenizer")
     assert PATTERNS["v1"] == library._PATTERN_TIKTOKEN_V1
     assert PATTERNS["v2"] == library._PATTERN_TIKTOKEN_V2
 
@@ -90,10 +88,7 @@ def test_megatrons_patterns_are_its_own() -> None:
 def test_a_json_file_gives_the_ids_of_megatron_core(
     ranks: dict[bytes, int], tmp_path: Path
 ) -> None:
-    library = pytest.importorskip(
-        "megatron.core.tokenizers.text.libraries.tiktoken_tokenizer",
-        reason="no megatron-core with tokenizers",
-    )
+    library = needs("megatron.core.tokenizers.text.libraries.tiktoken_tokenizer")
     bytewise = {bytes([b]): b for b in range(256)}
     longer = (token for token in ranks if len(token) > 1)
     ordered = bytewise | {token: 256 + n for n, token in enumerate(longer)}

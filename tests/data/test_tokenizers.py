@@ -31,8 +31,9 @@ from megatron_lite.data.tokenizers.gpt2_bpe import (
 )
 from megatron_lite.data.tokenizers.huggingface import HuggingFaceTokenizer
 from megatron_lite.data.tokenizers.null import NullTokenizer
+from tests.support.extras import needs
 
-pytest.importorskip("regex", reason="the plain tokenizer needs regex")
+needs("regex")
 
 HARD = [
     "",
@@ -84,7 +85,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
 def test_plain_fast_and_transformers_give_equal_ids_and_the_text_comes_back(
     files: tuple[str, str], text: str
 ) -> None:
-    pytest.importorskip("tokenizers", reason="the library is not installed")
+    needs("tokenizers")
     plain, fast = GPT2BPETokenizer(*files, engine="plain"), GPT2BPETokenizer(*files)
     ids = plain.encode(text)
     assert fast.encode(text) == ids
@@ -95,13 +96,13 @@ def test_plain_fast_and_transformers_give_equal_ids_and_the_text_comes_back(
 @settings(max_examples=100, deadline=None)
 @given(text=st.text(max_size=60))
 def test_plain_equals_fast_on_any_text(files: tuple[str, str], text: str) -> None:
-    pytest.importorskip("tokenizers", reason="the library is not installed")
+    needs("tokenizers")
     plain, fast = GPT2BPETokenizer(*files, engine="plain"), GPT2BPETokenizer(*files)
     assert plain.encode(text) == fast.encode(text)
 
 
 def test_ids_equal_transformers_gpt2(files: tuple[str, str]) -> None:
-    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    transformers = needs("transformers")
     reference = transformers.GPT2Tokenizer(vocab=files[0], merges=files[1])
     plain = GPT2BPETokenizer(*files, engine="plain")
     for text in HARD[:-1]:  # the last spells a special token, which stays text here
@@ -111,7 +112,7 @@ def test_ids_equal_transformers_gpt2(files: tuple[str, str]) -> None:
 @pytest.mark.parametrize("engine", ["plain", "tokenizers", "tiktoken", "gigatoken"])
 def test_a_batch_equals_its_texts(files: tuple[str, str], engine: str) -> None:
     if engine != "plain":
-        pytest.importorskip(engine, reason=f"{engine} is not installed")
+        needs(engine)
     tokenizer = GPT2BPETokenizer(*files, engine=engine)
     batch = tokenizer.encode_batch(HARD)
     expected = [tokenizer.encode(text) for text in HARD]
@@ -191,7 +192,7 @@ def test_wrong_files_are_named_with_flag_and_path(files: tuple[str, str], tmp_pa
 
 
 def test_huggingface_files_load_from_file_or_folder(files: tuple[str, str], tmp_path: Path) -> None:
-    tokenizers = pytest.importorskip("tokenizers", reason="the library is not installed")
+    tokenizers = needs("tokenizers")
     fast = tokenizers.Tokenizer(tokenizers.models.BPE.from_file(*files))
     fast.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     fast.decoder = tokenizers.decoders.ByteLevel()

@@ -16,6 +16,7 @@ import pytest
 
 from megatron_lite.data.indexed import IndexedDataset
 from megatron_lite.data.tokenizers.gpt2_bpe import GPT2_EOD, byte_characters
+from tests.support.extras import needs
 
 ROOT = Path(__file__).resolve().parents[2]
 GUIDES = ROOT / "docs/guides"
@@ -164,9 +165,9 @@ def vocabulary(folder: Path) -> int:
 @pytest.mark.ci
 def test_the_data_guide_goes_as_printed(tmp_path: Path) -> None:
     """The Slurm array's tasks are two rounds of its block."""
-    parquet = pytest.importorskip("pyarrow.parquet", reason="the guide's corpora; extra parquet")
-    pyarrow = pytest.importorskip("pyarrow")
-    pytest.importorskip("sentencepiece", reason="one of the guide's tokenizers")
+    parquet = needs("pyarrow.parquet")
+    pyarrow = needs("pyarrow")
+    needs("sentencepiece")
     folder = checkout(tmp_path)
     small_text(folder / "corpus.jsonl")
     texts = [json.loads(line)["text"] for line in (folder / "corpus.jsonl").open()]
@@ -191,7 +192,7 @@ def test_the_data_guide_goes_as_printed(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_fine_tune_guide_goes_as_printed(tmp_path: Path) -> None:
-    transformers = pytest.importorskip("transformers", reason="makes the GPT-2; extra huggingface")
+    transformers = needs("transformers")
     folder = checkout(tmp_path)
     small_text(folder / "corpus.jsonl")
     size = vocabulary(folder / "gpt2")

@@ -14,6 +14,7 @@ from megatron_lite.config.rules.table import notices
 from megatron_lite.layers.contexts import StageContext
 from megatron_lite.layers.mlp import MLP
 from megatron_lite.parallel.context import ParallelContext
+from tests.support.extras import needs
 
 MODEL = (
     "--num-layers 1 --hidden-size 24 --num-attention-heads 2 --seq-length 8 --train-iters 1 "
@@ -68,7 +69,7 @@ def test_gelu_has_the_form_of_the_flags(flags: str, form: str) -> None:
 @pytest.mark.parametrize("flags", ["", "--no-bias-gelu-fusion", "--disable-bias-linear"])
 def test_gelu_equals_megatron_cores(flags: str) -> None:
     """Its arguments turn the fused kernel off where there is no bias or the flag says so."""
-    core = pytest.importorskip("megatron.core", reason="megatron-core is not installed")
+    core = needs("megatron.core")
     fused = importlib.import_module("megatron.core.fusions.fused_bias_gelu")
     layer, x = mlp(read(flags)), torch.randn(8, 2, 24)
     inner, outer = halves(layer, x)

@@ -10,9 +10,10 @@ from megatron_lite.models.decoder import Decoder
 from megatron_lite.models.gpt import huggingface_source
 from megatron_lite.models.parameters import local_parameters
 from megatron_lite.parallel.context import Axis, ParallelContext
+from tests.support.extras import needs
 from tests.support.models import fill
 
-transformers = pytest.importorskip("transformers", reason="the reference; extra huggingface")
+transformers = needs("transformers")
 
 CONFIG = ModelConfig(
     num_layers=2, hidden_size=48, num_attention_heads=3, seq_length=20, vocab_size=101,

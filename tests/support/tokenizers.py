@@ -7,10 +7,9 @@ import dataclasses
 import json
 from pathlib import Path
 
-import pytest
-
 from megatron_lite.config.sections.data import DataConfig
 from megatron_lite.data.tokenizers.gpt2_bpe import GPT2_EOD, byte_characters
+from tests.support.extras import needs
 
 
 def write_gpt2(folder: Path, merges: list[tuple[str, str]]) -> DataConfig:
@@ -30,7 +29,7 @@ def gpt2(folder: Path) -> DataConfig:
 
 
 def hugging_face(folder: Path) -> DataConfig:
-    tokenizers = pytest.importorskip("tokenizers")
+    tokenizers = needs("tokenizers")
     vocab = {"t": 0, "h": 1, "e": 2, "th": 3, "<end>": 4}
     model = tokenizers.models.BPE(vocab=vocab, merges=[("t", "h")])
     tokenizers.Tokenizer(model).save(str(folder / "tokenizer.json"))
@@ -47,7 +46,7 @@ def tiktoken(folder: Path) -> DataConfig:
 
 
 def sentencepiece(folder: Path) -> DataConfig:
-    library = pytest.importorskip("sentencepiece")
+    library = needs("sentencepiece")
     library.SentencePieceTrainer.train(
         sentence_iterator=iter(["the other thing they think"] * 20),
         model_prefix=str(folder / "a model"),

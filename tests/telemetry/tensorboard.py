@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
+from tests.support.extras import needs
 
 
 def read_events(folder: Path) -> dict[str, list[tuple[int, float]]]:
     """tag -> (step, value) as TensorBoard's own reader sees them."""
-    module = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    module = needs("tensorboard.backend.event_processing.event_accumulator")
     accumulator = module.EventAccumulator(str(folder))
     accumulator.Reload()
     return {

@@ -14,6 +14,7 @@ import pytest
 from megatron_lite.config.errors import DataError
 from megatron_lite.telemetry.record import EvaluationRecord, record_json
 from megatron_lite.telemetry.summary import describe_losses, measure_speed, never_ran, smoothed
+from tests.support.extras import needs
 from tests.telemetry.records import STEP
 
 REPORT = Path(__file__).resolve().parents[2] / "tools" / "report.py"
@@ -102,7 +103,7 @@ def test_report_prints_the_speed_and_writes_nothing(run_folder: Path):
 
 
 def test_report_draws_a_png(run_folder: Path):
-    pytest.importorskip("matplotlib")
+    needs("matplotlib")
     done = report(str(run_folder))
     assert done.returncode == 0, done.stderr
     png = run_folder / "loss.png"
