@@ -45,7 +45,7 @@ def main() -> int:
 def document() -> str:
     """The whole text of docs/FLAGS.md."""
     introduction = INTRODUCTION.read_text(encoding="utf-8")
-    return "\n".join([introduction, *_own_flags(), *_other_flags()]) + "\n"
+    return "\n".join([introduction, *_own_flags(), *_other_flags()]).rstrip("\n") + "\n"
 
 
 def _own_flags() -> Iterator[str]:

@@ -6,7 +6,6 @@ import gzip
 import hashlib
 import io
 import json
-import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -25,6 +24,7 @@ from megatron_lite.config.exit import run_tool
 from megatron_lite.data.indexed import IndexedDataset
 from megatron_lite.data.preparing.flat import document_lengths
 from tests.support.corpora import write_pair
+from tests.support.extras import needs
 
 
 def write(prefix: Path, documents: list[list[int]], dtype: type = np.uint16) -> Path:
@@ -130,21 +130,13 @@ def test_statistics_count_and_draw(tmp_path: Path, capsys: pytest.CaptureFixture
     prefix = write(tmp_path / "a", [[4] * 10, [4, 4, 5], [], [6]])
     png = tmp_path / "lengths.png"
     words = [str(prefix), "--top", "2", "--samples", "4"]
-    plot = ["--plot", str(png)] if "matplotlib" in sys.modules or _has_matplotlib() else []
-    assert run(dataset_stats, *words, *plot) == 0
+    assert run(dataset_stats, *words) == 0
     said = capsys.readouterr().out
     assert "4 documents (1 empty), 4 sequences, 14 tokens of uint16" in said
     assert "85.714%" in said and "document 1 (3 tokens): 4 4 5" in said
-    if plot:
-        assert png.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-
-
-def _has_matplotlib() -> bool:
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        return False
-    return True
+    needs("matplotlib")
+    assert run(dataset_stats, *words, "--plot", str(png)) == 0
+    assert png.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 
 def test_frequencies_of_a_part_are_read_from_all_over(

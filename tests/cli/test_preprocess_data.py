@@ -296,7 +296,7 @@ def test_every_engine_and_number_of_workers_writes_the_same_bytes(
     assert len({json.dumps(digests) for digests in found.values()}) == 1
 
 
-@pytest.mark.slow
+@pytest.mark.oracles
 def test_a_local_ray_cluster_writes_the_same_bytes_and_names_a_bad_line(
     tmp_path: Path, vocabulary: list[str]
 ) -> None:

@@ -20,6 +20,7 @@ from tests.support.hosts import CABLE, Command, Hosts, no_hosts_here, wait_until
 
 pytestmark = [
     pytest.mark.cluster,
+    pytest.mark.root,
     pytest.mark.skipif(no_hosts_here() is not None, reason=str(no_hosts_here())),
 ]
 

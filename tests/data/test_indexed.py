@@ -244,7 +244,8 @@ def test_header_has_34_bytes() -> None:
 
 def test_megatron_core_reads_ours_and_writes_the_same(tmp_path: Path) -> None:
     oracle = needs("megatron.core.datasets.indexed_dataset")
-    torch = needs("torch")
+    import torch
+
     documents = [[[1, 2, 3], [4]], [], [[65535], [7, 8]]]
     theirs = oracle.IndexedDatasetBuilder(str(tmp_path / "theirs.bin"), dtype=np.uint16)
     with IndexedDatasetBuilder(tmp_path / "ours.bin", np.uint16) as ours:

@@ -17,6 +17,7 @@ from megatron_lite.storage.faults import FaultyDisk
 from megatron_lite.train import program
 from megatron_lite.train.measuring import timeline
 from tests.support.launch import LAUNCHER_NAMES, TINY, TOOL, start, with_flags
+from tests.support.rights import needs_namespaces
 from tests.train.runs import alone, records, steps
 
 LAUNCHER = TOOL.with_name("launch.py")
@@ -125,9 +126,9 @@ shift
 
 
 @pytest.mark.slow
+@pytest.mark.root
 def test_a_full_tensorboard_disk_is_a_warning(tmp_path: Path) -> None:
-    if subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode:
-        pytest.skip("this machine does not allow user namespaces")
+    needs_namespaces()
     logs = tmp_path / "tb"
     flags = with_flags(TINY, "--save", str(tmp_path / "run"), "--tensorboard-dir", str(logs),
                        "--train-iters", "300", "--log-interval", "100")  # fmt: skip

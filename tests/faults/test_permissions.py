@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -14,6 +13,9 @@ import pytest
 
 from tests.faults.pairs import NULL, pair
 from tests.support.launch import LAUNCHER_NAMES, TINY, TOOL, with_flags
+from tests.support.rights import needs_right
+
+pytestmark = pytest.mark.root  # from whom its powers must be taken first
 
 ROOT = Path(__file__).parents[2]
 POWERS = "-dac_override,-dac_read_search"
@@ -25,8 +27,7 @@ def run(folder: Path, tool: Path, words: Sequence[str]) -> subprocess.CompletedP
     command = [sys.executable, str(tool), *words]
     if os.geteuid() == 0:
         drop = ["setpriv", "--bounding-set", POWERS, "--inh-caps", POWERS]
-        if shutil.which("setpriv") is None or subprocess.run([*drop, "true"]).returncode:
-            pytest.skip("running as root, and setpriv (util-linux) cannot take its powers away")
+        needs_right(drop, "to take root's powers away")
         command = [*drop, *command]
     clean = {name: v for name, v in os.environ.items() if name not in LAUNCHER_NAMES}
     return subprocess.run(

@@ -39,6 +39,7 @@ from tests.support.launch import (
     start,
     with_flags,
 )
+from tests.support.rights import needs_namespaces
 
 QUICK = [*TINY, "--distributed-timeout-minutes", "0.05"]
 
@@ -315,10 +316,7 @@ exec "$@"
 
 def in_a_mount(folder: Path, size: str, *, read_only: bool) -> subprocess.CompletedProcess[str]:
     """The tool with --save on a file system of its own, in a namespace of its own."""
-    if shutil.which("unshare") is None:
-        pytest.skip("needs unshare (util-linux)")
-    if subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode:
-        pytest.skip("this machine does not allow user namespaces")
+    needs_namespaces()
     folder.mkdir()
     script = MOUNTED.format(size=size, options=",ro" if read_only else "")
     flags = [*TINY, "--save", str(folder), "--save-interval", "2"]
@@ -329,6 +327,7 @@ def in_a_mount(folder: Path, size: str, *, read_only: bool) -> subprocess.Comple
     )  # fmt: skip
 
 
+@pytest.mark.root
 def test_a_full_file_system_is_found_at_the_start(tmp_path):
     done = in_a_mount(tmp_path / "small", "1m", read_only=False)
     assert done.returncode == 5, done.stderr
@@ -338,6 +337,7 @@ def test_a_full_file_system_is_found_at_the_start(tmp_path):
     assert int(needed[2]) <= 1 << 20 < int(needed[3]) and "iteration        1/" not in done.stdout
 
 
+@pytest.mark.root
 def test_a_read_only_file_system_is_found_at_the_start(tmp_path):
     done = in_a_mount(tmp_path / "fixed", "1m", read_only=True)
     assert done.returncode == 5, done.stderr

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,17 +10,18 @@ from pathlib import Path
 import pytest
 
 from tests.support.launch import LAUNCHER_NAMES, TINY, TOOL, launch, with_flags
+from tests.support.rights import needs_namespaces
 
 BARE = 'mount -t tmpfs -o ro none /dev/shm && mount -t tmpfs -o ro none "$1" && cd "$1" && shift && exec "$@"'
 
 
 @pytest.mark.ci
+@pytest.mark.root
 @pytest.mark.parametrize("saves", [True, False])
 def test_no_locale_no_home_no_shared_memory_and_a_folder_that_cannot_be_written(
     tmp_path: Path, saves: bool
 ) -> None:
-    if shutil.which("unshare") is None or subprocess.run(["unshare", "-rm", "true"]).returncode:
-        pytest.skip("needs unshare and the right to make namespaces")
+    needs_namespaces()
     (tmp_path / "here").mkdir()
     run = tmp_path / "l\u00e4uft \u8bad\u7ec3"
     kept = ["--save", str(run), "--save-interval", "3"] if saves else []

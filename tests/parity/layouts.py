@@ -382,7 +382,7 @@ WIDE = [
     layout("pp8-zb-h1", pp=8, shared=LAYERS8, **ZB_H1),
     layout("pp8-zb-v", pp=8, shared=LAYERS16, **ZB_V),
 ]
-"""Products of kinds on up to eight ranks: `make parity-all` and `make test-all`."""
+"""Products of kinds on up to eight ranks: `make parity-all` and `make nightly`."""
 
 LAYOUTS = [*QUICK, *MORE, *WIDE]
 

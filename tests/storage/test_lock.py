@@ -21,6 +21,7 @@ from megatron_lite.storage import lock as lock_file
 from megatron_lite.storage.disk import Disk
 from megatron_lite.storage.faults import FaultyDisk
 from megatron_lite.storage.lock import LOCK, FolderLock, FolderTaken, Owner
+from tests.support.rights import needs_namespaces
 
 ROOT = Path(__file__).parents[2]
 HOLDER = """
@@ -140,14 +141,11 @@ def test_who_counts_on_lives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         start.result(10).release()
 
 
-@pytest.mark.skipif(
-    shutil.which("unshare") is None
-    or subprocess.run([*NAMESPACES, "true"], capture_output=True).returncode != 0,
-    reason="needs unshare and the right to make namespaces",
-)
+@pytest.mark.root
 def test_a_start_in_other_namespaces_is_seen_to_live_and_to_die(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    needs_namespaces(NAMESPACES)
     with holder(tmp_path, *NAMESPACES) as process:
         assert Owner.from_bytes((tmp_path / LOCK).read_bytes()).pid < 10
         said: list[str] = []

@@ -14,6 +14,8 @@ from typing import NoReturn
 
 import pytest
 
+from megatron_lite.config.extras import how_to_install
+
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENTS = {"test": "setup", "oracles": "setup-oracles"}
 """Extra -> the make target of the environment that has it."""
@@ -65,8 +67,7 @@ def needs(module: str) -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name != module and not module.startswith(f"{error.name}."):
             raise  # it is there, and something that it needs is not
-    how = f"pip install -e '.[{extra}]', or make {ENVIRONMENTS[extra]}"
-    _skip(distribution_of(module), how)
+    _skip(distribution_of(module), f"{how_to_install(extra)}, or make {ENVIRONMENTS[extra]}")
 
 
 def needs_program(name: str, package: str) -> str:

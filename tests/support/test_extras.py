@@ -46,12 +46,29 @@ def test_every_library_that_tests_import_is_in_an_extra() -> None:
     unknown = []
     seen = set()
     for path in (ROOT / "tests").rglob("*.py"):
+        if path == Path(__file__):
+            continue
         for line, name in third_parties(ast.parse(path.read_text(encoding="utf-8"))):
             try:
                 seen.add(extra_of(name))
             except LookupError as error:
                 unknown.append(f"{path.relative_to(ROOT)}:{line}: {name}: {error}")
     assert unknown == [] and seen == {"", "test", "oracles"}
+
+
+def test_who_lacks_a_library_says_so_in_one_way() -> None:
+    ways = [
+        f"{path.relative_to(ROOT)}:{node.lineno}"
+        for path in (ROOT / "tests").rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if (isinstance(node, ast.Attribute) and node.attr == "importorskip")
+        or (
+            isinstance(node, ast.ExceptHandler)
+            and node.type
+            and "ImportError" in ast.dump(node.type)
+        )
+    ]
+    assert ways == []
 
 
 def test_an_unknown_library_is_found() -> None:
@@ -72,10 +89,11 @@ def test_setup_installs_the_extra_test_and_nothing_else() -> None:
 
 def test_what_is_absent_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     assert needs("tokenizers").__name__ == "tokenizers"
+    here = "pip install -e '.[{}]' in the checkout, or make {}".format
     for module, words in {
-        "tokenizers": "needs tokenizers: pip install -e '.[test]', or make setup",
-        "megatron.core.datasets": "needs megatron-core: pip install -e '.[test]', or make setup",
-        "ray": "needs ray: pip install -e '.[oracles]', or make setup-oracles",
+        "tokenizers": f"needs tokenizers: {here('test', 'setup')}",
+        "megatron.core.datasets": f"needs megatron-core: {here('test', 'setup')}",
+        "ray": f"needs ray: {here('oracles', 'setup-oracles')}",
     }.items():
         with monkeypatch.context() as without:
             without.setitem(sys.modules, module.partition(".")[0], None)

@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.extras import needs_program
+
 ROOT = Path(__file__).resolve().parents[2]
 SITE = Path(f"lib/python{sys.version_info[0]}.{sys.version_info[1]}/site-packages")
 PIP = r'''"""A stand-in for pip."""
@@ -245,8 +247,7 @@ def test_two_setups_at_once_install_once(checkout: Checkout) -> None:
 def test_a_checkout_in_a_path_with_a_space_is_refused_in_a_line(
     tmp_path: Path, command: list[str]
 ) -> None:
-    if shutil.which("make") is None:
-        pytest.skip("make is not installed")
+    needs_program("make", "apt-get install make")
     folder = tmp_path / "my checkout"
     shutil.copytree(ROOT / ".ci", folder / ".ci")
     shutil.copy(ROOT / "Makefile", folder)
