@@ -42,8 +42,7 @@ def tokenizer_files(folder: Path, vocab: str, merges: str) -> tuple[Path, Path]:
     names = [*byte_characters(), *(a + b for a, b in MERGES), GPT2_EOD]
     folder.mkdir(parents=True, exist_ok=True)
     (folder / vocab).write_text(json.dumps({name: n for n, name in enumerate(names)}))
-    lines = "".join(f"{a} {b}\n" for a, b in MERGES)
-    (folder / merges).write_text("#version: 0.2\n" + lines)
+    (folder / merges).write_text("\n".join(["#version: 0.2", *map(" ".join, MERGES), ""]))
     return folder / vocab, folder / merges
 
 
