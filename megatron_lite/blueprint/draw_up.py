@@ -15,8 +15,8 @@ from megatron_lite.blueprint.optimizers import State, check_states, state_size, 
 from megatron_lite.blueprint.parameters import (
     ParamSpec,
     held_by,
-    parameter_table,
     rank_size,
+    table_of,
     total_size,
 )
 from megatron_lite.blueprint.schedules import SCHEDULES
@@ -25,6 +25,7 @@ from megatron_lite.blueprint.schedules.check import check_schedule
 from megatron_lite.blueprint.schedules.forward_only import forward_only_schedule
 from megatron_lite.blueprint.schedules.lower import lower
 from megatron_lite.blueprint.stages import Placement, StageLayers, cut_stages
+from megatron_lite.config.objectives import OBJECTIVES
 from megatron_lite.config.pipeline import pipeline
 from megatron_lite.config.rules.table import check_sizes
 from megatron_lite.config.sections.model import ModelConfig
@@ -170,7 +171,9 @@ def draw_up(config: RunConfig, world_size: int) -> Blueprint:
     stages = cut_stages(asked.layers)
     batches = batch_schedule(train, seq_length=model.seq_length, dp=grid.dp)
     length = run_length(train, batches)
-    parameters = parameter_table(model, stages, padded_vocab_size=padded)
+    head = OBJECTIVES[train.objective].head
+    figure = figure_of(model, padded, head)
+    parameters = table_of(figure, stages)
     check_states(config.optim, (spec.tensor for spec in parameters), grid.tp)
     return Blueprint(
         model=model,
@@ -180,13 +183,13 @@ def draw_up(config: RunConfig, world_size: int) -> Blueprint:
         placement=placement,
         vocab_size=vocab_size,
         padded_vocab_size=padded,
-        figure=figure_of(model, padded),
+        figure=figure,
         batch_schedule=batches,
         length=length,
         parameters=parameters,
         optim=config.optim,
-        flops_per_token_full=flops_per_token(model, padded, attention="full"),
-        flops_per_token_causal=flops_per_token(model, padded, attention="causal"),
+        flops_per_token_full=flops_per_token(model, padded, attention="full", head=head),
+        flops_per_token_causal=flops_per_token(model, padded, attention="causal", head=head),
         notes=tuple(notes),
     )
 

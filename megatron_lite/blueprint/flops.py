@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+from megatron_lite.blueprint.figure.heads import VOCABULARY
 from megatron_lite.blueprint.figure.parts import Core, Figure, Matrix, Parts
 from megatron_lite.blueprint.figure.transformer import figure_of
 from megatron_lite.config.sections.model import ModelConfig
@@ -49,12 +50,13 @@ def flops_per_token(
     *,
     attention: Attention = "full",
     recompute: Recompute | None = None,
+    head: str = VOCABULARY,
 ) -> int:
     """FLOPs of forward and backward per token; with recompute, of what the hardware really does.
 
     full recompute runs every block's forward a second time, selective only the core of attention.
     """
-    figure, s = figure_of(model, padded_vocab_size), model.seq_length
+    figure, s = figure_of(model, padded_vocab_size, head), model.seq_length
     layers = int(figure.total(lambda layer: layer_forward(layer, s, attention)))
     again = {None: 0, "selective": cores_forward(figure, s, attention), "full": layers}
     return 3 * (layers + head_forward(figure)) + again[recompute]

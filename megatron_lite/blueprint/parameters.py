@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+from megatron_lite.blueprint.figure.heads import VOCABULARY
 from megatron_lite.blueprint.figure.parts import Figure, Tensor
 from megatron_lite.blueprint.figure.transformer import figure_of
 from megatron_lite.blueprint.stages import StageLayers
@@ -53,10 +54,14 @@ class ParamSpec:
 
 
 def parameter_table(
-    model: ModelConfig, stages: Sequence[StageLayers], *, padded_vocab_size: int
+    model: ModelConfig,
+    stages: Sequence[StageLayers],
+    *,
+    padded_vocab_size: int,
+    head: str = VOCABULARY,
 ) -> tuple[ParamSpec, ...]:
-    """All parameters, stage by stage in the modules' order."""
-    return table_of(figure_of(model, padded_vocab_size), stages)
+    """All parameters, stage by stage in the modules' order; head: a row of HEADS."""
+    return table_of(figure_of(model, padded_vocab_size, head), stages)
 
 
 def table_of(figure: Figure, stages: Sequence[StageLayers]) -> tuple[ParamSpec, ...]:

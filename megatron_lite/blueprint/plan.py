@@ -110,7 +110,7 @@ def _schedule(blueprint: Blueprint) -> Iterator[str]:
         f"micro batches{each} kept at once per pp rank: {live}"
     )
     if blueprint.grid.pp > 1:
-        cost = flops_cost(blueprint.model, blueprint.stages, blueprint.padded_vocab_size)
+        cost = flops_cost(blueprint.figure, blueprint.stages, blueprint.model.seq_length)
         yield f"bubble {simulate(schedule, cost).bubble:.2%} if stages take the time of their FLOPs"
 
 

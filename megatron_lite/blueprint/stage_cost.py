@@ -4,29 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from megatron_lite.blueprint.figure.parts import Parts
-from megatron_lite.blueprint.figure.transformer import figure_of
+from megatron_lite.blueprint.figure.parts import Figure, Parts
 from megatron_lite.blueprint.flops import core_forward, head_forward, layer_forward
 from megatron_lite.blueprint.schedules.actions import Action, Op
 from megatron_lite.blueprint.schedules.simulate import Cost
 from megatron_lite.blueprint.stages import StageLayers
-from megatron_lite.config.sections.model import ModelConfig
 
 
-def flops_cost(model: ModelConfig, stages: Sequence[StageLayers], padded_vocab_size: int) -> Cost:
+def flops_cost(figure: Figure, stages: Sequence[StageLayers], seq_length: int) -> Cost:
     """Matrix products of each action, causal attention; the lookup of an embedding costs none.
 
     The gradient of the input repeats forward's products and adds attention's core a second time
     (both its factors are activations); that of the weights has the projections alone
     (arXiv:2401.10241, table 1).
     """
-    figure = figure_of(model, padded_vocab_size)
 
     def whole(layer: Parts) -> int:
-        return layer_forward(layer, model.seq_length, "causal")
+        return layer_forward(layer, seq_length, "causal")
 
     def core(layer: Parts) -> int:
-        return core_forward(layer, model.seq_length, "causal")
+        return core_forward(layer, seq_length, "causal")
 
     def of_stage(stage: StageLayers) -> dict[Op, float]:
         layers, cores = (figure.total(value, stage.layers) for value in (whole, core))

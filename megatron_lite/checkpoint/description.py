@@ -11,6 +11,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
 
+from megatron_lite.blueprint.figure.heads import VOCABULARY
 from megatron_lite.blueprint.parameters import parameter_table
 from megatron_lite.blueprint.stages import cut_stages
 from megatron_lite.checkpoint.manifest import NAME, Manifest
@@ -18,6 +19,7 @@ from megatron_lite.checkpoint.schema import mapping
 from megatron_lite.config.errors import CheckpointError
 from megatron_lite.config.flags.settings import settings
 from megatron_lite.config.flags.values import from_yaml
+from megatron_lite.config.objectives import LANGUAGE_MODEL, OBJECTIVES
 from megatron_lite.config.rules.model_identity import COMPARED, defaults_before
 from megatron_lite.config.rules.table import model_problems
 from megatron_lite.config.sections.model import ModelConfig
@@ -35,13 +37,36 @@ def saved_section(manifest: Manifest, kind: type[Section], name: str, folder: Pa
     return kind(**_values(manifest, kind, name, folder / NAME))
 
 
-def saved_model(manifest: Manifest, folder: Path) -> ModelConfig:
+def saved_objective(manifest: Manifest, folder: Path) -> str:
+    """What the weights were trained on; a language model where the manifest is older than the choice.
+
+    Raises CheckpointError where this program has no such objective.
+    """
+    path = folder / NAME
+    name = _stored(manifest, "train", path).get("objective", LANGUAGE_MODEL)
+    if name not in OBJECTIVES:
+        raise CheckpointError(
+            f"{path}: the weights were trained on --objective {name}, which this program does not know "
+            f"(it has {', '.join(OBJECTIVES)}): use the program that trained them"
+        )
+    return str(name)
+
+
+def saved_model(manifest: Manifest, folder: Path, *, head: str | None = VOCABULARY) -> ModelConfig:
     """The model whose weights these are, vocab_size included.
 
+    head: a row of HEADS, the only one of use to whoever asks; None: any.
     Raises CheckpointError, naming the manifest in folder, where it leaves out what every version
     says, names something that this program would not compute, or describes no model or another one
-    than that of the stored tensors.
+    than that of the stored tensors, or one with another head.
     """
+    objective = saved_objective(manifest, folder)
+    saved_head = OBJECTIVES[objective].head
+    if head not in (None, saved_head):
+        raise CheckpointError(
+            f"{folder / NAME}: these weights, trained on --objective {objective}, have a {saved_head} "
+            f"head; what is asked for needs a {head} head: take a checkpoint that has one"
+        )
     path, stored = folder / NAME, _stored(manifest, "model", folder / NAME)
     values: dict[str, Any] = defaults_before() | _values(manifest, ModelConfig, "model", path)
     strange = {k: v for k, v in stored.items() if k not in values and v not in (None, False)}
@@ -57,7 +82,7 @@ def saved_model(manifest: Manifest, folder: Path) -> ModelConfig:
     model = ModelConfig(**values)
     if model.vocab_size is None:
         raise CheckpointError(f"{path} does not say its model's vocab_size")
-    problems = model_problems(model) or list(_misfits(model, manifest))
+    problems = model_problems(model) or list(_misfits(model, manifest, saved_head))
     if problems:
         more = f"; and {len(problems) - _SHOWN} more" if problems[_SHOWN:] else ""
         raise CheckpointError(
@@ -88,14 +113,14 @@ def _stored(manifest: Manifest, name: str, path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is damaged: {error}") from None
 
 
-def _misfits(model: ModelConfig, manifest: Manifest) -> Iterator[str]:
+def _misfits(model: ModelConfig, manifest: Manifest, head: str) -> Iterator[str]:
     """Weights that are missing, too many, or of another shape than the model's."""
     if model.num_layers > len(manifest.tensors):  # before a table is made of what it claims
         yield f"num_layers {model.num_layers}, but {len(manifest.tensors)} tensors are stored"
         return
     assert model.vocab_size is not None
     table = parameter_table(
-        model, cut_stages([model.num_layers]), padded_vocab_size=model.vocab_size
+        model, cut_stages([model.num_layers]), padded_vocab_size=model.vocab_size, head=head
     )
     shapes = {spec.name: spec.shape for spec in table}
     for name, shape in shapes.items():

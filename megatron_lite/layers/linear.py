@@ -19,7 +19,7 @@ from megatron_lite.parallel.collectives import (
     start_reduce_scatter,
 )
 from megatron_lite.parallel.context import Axis
-from megatron_lite.parallel.regions import reduce_from_tp
+from megatron_lite.parallel.regions import join_sequence, reduce_from_tp
 
 _NO_AXIS = Axis("none")
 
@@ -148,3 +148,13 @@ def project_to_vocabulary(x: Tensor, weight: Tensor, context: StageContext) -> T
     The logits of this rank's part of the vocabulary, padding included; cross_entropy masks it.
     """
     return _Linear.apply(x, weight, None, context.gradients, _column_comm(context))
+
+
+def project_whole(x: Tensor, weight: Tensor, context: StageContext) -> Tensor:
+    """x: [s/tp, b, h] with sequence parallelism, else [s, b, h]; weight [n, h], whole on every tp rank,
+    -> [s, b, n], equal on all of them.
+
+    With the sequence split a rank computes its tokens alone, and its gradient is their share.
+    """
+    y = _Linear.apply(x, weight, None, context.gradients, _TPComm())
+    return join_sequence(y, context.tp) if context.sequence_parallel else y

@@ -12,7 +12,7 @@ from megatron_lite.layers.around import around
 from megatron_lite.layers.contexts import ForwardContext, StageContext
 from megatron_lite.layers.dropout import hidden_dropout
 from megatron_lite.layers.embedding import PositionEmbedding, VocabParallelEmbedding
-from megatron_lite.layers.linear import project_to_vocabulary
+from megatron_lite.layers.linear import project_to_vocabulary, project_whole
 from megatron_lite.layers.norm import NormLayer
 from megatron_lite.layers.recompute import recomputed
 from megatron_lite.models.gpt import GPTBlock
@@ -42,12 +42,13 @@ class Embedding(nn.Module):
 
 
 class Head(nn.Module):
-    """Output matrix of its own, [v/tp, h], where the embedding is not tied."""
+    """Output matrix of its own, [v/tp, h] of a vocabulary, else [n, h] on every tp rank."""
 
     def __init__(self, context: StageContext) -> None:
         super().__init__()
         self.part = context.figure.output
-        self.weight = context.parameter(self.part.rows // context.tp.size, self.part.columns)
+        (tensor,) = self.part.tensors()
+        self.weight = context.parameter(*tensor.local(context.tp.size))
 
 
 class Decoder(nn.Module):
@@ -83,7 +84,7 @@ class Decoder(nn.Module):
 
     @property
     def output_weight(self) -> nn.Parameter:
-        """The matrix of the head, [v/tp, h]: its own, or the token table."""
+        """The matrix of the head, [v/tp, h] or [n, h]: its own, or the token table."""
         return self.embedding.tokens.weight if self.tied else self.head.weight
 
     def hook_layers(self, hooks_of: Callable[[Sequence[nn.Parameter]], LayerHooks | None]) -> None:
@@ -97,7 +98,8 @@ class Decoder(nn.Module):
         self.hooks = {name: hooks for name, hooks in made.items() if hooks is not None}
 
     def forward(self, x: Tensor, at: ForwardContext) -> Tensor:
-        """x: tokens int64 [s, b] on the first stage, else [s/tp, b, h] -> hidden, or logits [s, b, v/tp]."""
+        """x: tokens int64 [s, b] on the first stage, else [s/tp, b, h] -> hidden, or the head's
+        outputs: logits [s, b, v/tp], or [s, b, n]."""
         if self.has_embedding:
             x = around(self.hooks.get("embedding"), self._embed, x, at)
             if torch.is_grad_enabled() and not x.requires_grad:
@@ -110,7 +112,9 @@ class Decoder(nn.Module):
         return hidden_dropout(x, at, self.context, EMBEDDING_LAYER, "embedding")
 
     def _project(self, x: Tensor) -> Tensor:
-        return project_to_vocabulary(self.final_norm(x), self.output_weight, self.context)
+        x = self.final_norm(x)
+        project = project_to_vocabulary if self.context.figure.output.vocabulary else project_whole
+        return project(x, self.output_weight, self.context)
 
     def _run_blocks(self, x: Tensor, at: ForwardContext) -> Tensor:
         """All blocks in order, in recomputed groups where that was asked for."""

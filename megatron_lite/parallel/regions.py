@@ -4,6 +4,7 @@ name                    forward            backward
 copy_to_tp (f)          identity           all-reduce
 reduce_from_tp (g)      all-reduce         identity
 gather_sequence         all-gather dim 0   reduce-scatter dim 0
+join_sequence           all-gather dim 0   split dim 0
 scatter_sequence        split dim 0        all-gather dim 0
 reduce_to_sequence      reduce-scatter     all-gather dim 0
 """
@@ -53,6 +54,17 @@ class _GatherSequence(torch.autograd.Function):
         return reduce_scatter(dy, ctx.axis), None
 
 
+class _JoinSequence(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
+        ctx.axis = axis
+        return all_gather(x, axis)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
+        return local_slice(dy, ctx.axis).contiguous(), None
+
+
 class _ScatterSequence(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
@@ -88,6 +100,11 @@ def reduce_from_tp(x: Tensor, axis: Axis) -> Tensor:
 def gather_sequence(x: Tensor, axis: Axis) -> Tensor:
     """x: [s/tp, b, h] -> [s, b, h] in front of a region that computes differently on each rank."""
     return x if axis.size == 1 else _GatherSequence.apply(x, axis)
+
+
+def join_sequence(x: Tensor, axis: Axis) -> Tensor:
+    """x: [s/tp, b, n] -> [s, b, n] in front of a region that computes the same on each rank."""
+    return x if axis.size == 1 else _JoinSequence.apply(x, axis)
 
 
 def scatter_sequence(x: Tensor, axis: Axis) -> Tensor:

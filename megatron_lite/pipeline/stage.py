@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -26,14 +26,23 @@ class MicroBatch:
 
 @dataclass(frozen=True, slots=True)
 class Scored:
-    """An objective's answer for one micro batch: loss sum, token count and metrics (device scalars)."""
+    """An objective's answer for one micro batch, in device scalars that add up over a step.
+
+    total: the loss; count: the weight it is divided by; metrics: what is told beside it, by name.
+    """
 
     total: Tensor
     count: Tensor
-    metrics: dict[str, Tensor]
+    metrics: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def detached(self) -> Scored:
+        """The numbers, without the graph that made them."""
+        metrics = {name: value.detach() for name, value in self.metrics.items()}
+        return Scored(self.total.detach(), self.count, metrics)
 
 
-Objective = Callable[[Tensor, MicroBatch], Scored]
+Score = Callable[[Tensor, MicroBatch], Scored]
+"""An objective's loss."""
 
 
 class PostponedGradients(Protocol):
@@ -71,13 +80,13 @@ class _Kept(NamedTuple):
 
 @dataclass(slots=True)
 class Stage:
-    """Layers of one stage, carried by `module(x, positions)`; the last one ends in the objective."""
+    """Layers of one stage, carried by `module(x, positions)`; the last one ends in the objective's loss."""
 
     index: int
     module: nn.Module
     is_first: bool
     is_last: bool
-    objective: Objective
+    score: Score
     gradients: PostponedGradients
     totals: list[Scored] = field(default_factory=list)
     _kept: dict[int, _Kept] = field(default_factory=dict)
@@ -97,8 +106,8 @@ class Stage:
         with torch.set_grad_enabled(training):
             left = self.module(x, batch.positions)
             if self.is_last:
-                scored = self.objective(left, batch)
-                self.totals.append(Scored(scored.total.detach(), scored.count, scored.metrics))
+                scored = self.score(left, batch)
+                self.totals.append(scored.detached())
                 if scale is not None:
                     left = scored.total * scale
         if training:

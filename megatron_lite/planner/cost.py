@@ -286,10 +286,12 @@ class Costs:
 
     def _head(self) -> Passes:
         model, tp = self.model, self.blueprint.grid.tp
-        columns = self.blueprint.padded_vocab_size / tp
+        output = self.blueprint.figure.output
+        columns = output.local_rows(tp)
         forward_product, inputs, weights = self._product(model.hidden_size, columns)
         logits = self.tokens * columns
-        ring = self._all_reduce()
+        # a head that each tp rank has whole says nothing to the others
+        ring = self._all_reduce() if output.vocabulary else 0.0
         half = ring / 2 if self.asked.parallel.splits_sequence else 0.0
         # fp32 log probabilities: 16-bit read, written, read again for the sum; back the same way
         forward = self.device.moving_seconds(logits * (self.width + 4 + 4))

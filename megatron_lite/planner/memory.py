@@ -240,9 +240,10 @@ def _held(
         return _Held(kept, postponed, _Moment(), (_Moment(0.0, blocks.again, 0.0, workspace),))
     in_fp32 = blueprint.figure.final_norm.function == "RMSNorm"
     norm = stream + 8 * stream / low if in_fp32 else 2 * stream
-    logits = blueprint.padded_vocab_size / tp * _tokens(model, asked)
+    columns = blueprint.figure.output.local_rows(tp)
+    logits = columns * _tokens(model, asked)
     forward, grown = _logits_moments(blueprint, asked, logits)
-    head = blueprint.padded_vocab_size / tp * model.hidden_size * passing
+    head = columns * model.hidden_size * passing
     # the loss keeps the log probabilities; they are part of what the logits cost
     probabilities = 4 * logits
     return _Held(
@@ -287,7 +288,7 @@ def stage_waiting(blueprint: Blueprint, asked: PlanInputs, pp_rank: int) -> dict
 def _logits_gradient_bytes(blueprint: Blueprint, asked: PlanInputs) -> float:
     """The operand that a deferred wgrad of the head keeps beside its input."""
     tokens = blueprint.model.seq_length * asked.micro_batch_size / asked.parallel.cp
-    columns = blueprint.padded_vocab_size / asked.parallel.tp
+    columns = blueprint.figure.output.local_rows(asked.parallel.tp)
     return tokens * columns * element_bytes(asked.precision)
 
 
@@ -298,7 +299,8 @@ def _logits_moments(blueprint: Blueprint, asked: PlanInputs, logits: float) -> t
     before their softmax.  Backward: the probabilities and the gradient.
     """
     low = element_bytes(asked.precision)
-    masked = low if blueprint.padded_vocab_size > blueprint.vocab_size else 0
+    padded = blueprint.padded_vocab_size > blueprint.vocab_size
+    masked = low if padded and blueprint.figure.output.vocabulary else 0
     widened = 4 if low == 2 and not asked.on_gpu else 0
     return logits * (low + masked + 4 + widened), logits * (4 + (low if low == 2 else 0))
 

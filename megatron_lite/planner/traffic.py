@@ -41,7 +41,7 @@ def sent_bytes(
     tied = _tied_elements(blueprint, stages, at.tp) / shared
     split = sum(_split_sequence_elements(blueprint, asked, stage) for stage in stages) / shared
     tokens = blueprint.model.seq_length * asked.micro_batch_size / parallel.cp
-    scored = 3 * 2 * tokens * 4 * any(stage.has_head for stage in stages)  # of each token, fp32
+    scored = _scored_bytes(blueprint, asked, tokens) * any(stage.has_head for stage in stages)
     return {
         "tp": _ring(grid.tp)
         * (passes * whole + num_microbatches * scored + 2 * split * wide),
@@ -53,6 +53,15 @@ def sent_bytes(
         ),
         "tied": tied * wide,  # both ends hold it: two passes of a half
     }  # fmt: skip
+
+
+def _scored_bytes(blueprint: Blueprint, asked: PlanInputs, tokens: float) -> float:
+    """What the tp ranks say of their outputs: three fp32 numbers per token are summed over a
+    vocabulary; outputs that are whole are gathered where the sequence is split."""
+    output = blueprint.figure.output
+    if output.vocabulary:
+        return 3 * 2 * tokens * 4
+    return tokens * output.rows * element_bytes(asked.precision) * asked.parallel.splits_sequence
 
 
 def _ring(ranks: int) -> float:
@@ -67,7 +76,7 @@ def _tp_passes(blueprint: Blueprint, asked: PlanInputs, stage: StageLayers) -> f
     # the lookup is summed forward; with the sequence split it is scattered, and gathered back
     passes += 2 * stage.has_embedding
     # the head sums its input's gradient; split, it gathers, gathers again and scatters
-    passes += (3 if split else 2) * stage.has_head
+    passes += (3 if split else 2) * (stage.has_head and figure.output.vocabulary)
     plan, count = RecomputePlan.from_config(parallel), len(stage.layers)
     again = [stage.layers[position] for position in plan.recomputed(count)]
     passes += figure.total(lambda layer: forward_passes(layer, split=split), again)
@@ -123,7 +132,7 @@ def _tied_elements(blueprint: Blueprint, stages: tuple[StageLayers, ...], tp_ran
     """Elements of the token table that two ranks hold a copy of, padding left out."""
     model, grid = blueprint.model, blueprint.grid
     ends = any(stage.has_embedding or stage.has_head for stage in stages)
-    if model.untie_embeddings_and_output_weights or grid.pp == 1 or grid.folded or not ends:
+    if not blueprint.figure.tied or grid.pp == 1 or grid.folded or not ends:
         return 0.0
     rows = blueprint.padded_vocab_size // grid.tp
     return float(min(max(blueprint.vocab_size - tp_rank * rows, 0), rows) * model.hidden_size)

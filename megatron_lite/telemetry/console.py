@@ -39,6 +39,7 @@ def format_line(record: StepRecord) -> str:
     parts += [
         f" global batch size: {record.global_batch_size:5d}",
         f" lm loss: {_scientific(record.loss)}",
+        *(f" {name}: {_scientific(value)}" for name, value in record.metrics.items()),
         f" loss scale: {record.loss_scale:.1f}",
     ]
     if record.grad_norm is not None:
@@ -68,6 +69,7 @@ def format_evaluation(record: EvaluationRecord) -> str:
         f" validation loss at {where} | lm loss value: {_scientific(record.loss)}"
         f" | lm loss PPL: {_scientific(record.perplexity)} | "
     )
+    line += "".join(f"{name} value: {_scientific(v)} | " for name, v in record.metrics.items())
     dashes = "-" * (len(line) + 1)
     return f"{dashes}\n{line}\n{dashes}"
 
@@ -91,6 +93,7 @@ def short_line(record: StepRecord) -> str:
     parts = [
         f" {record.iteration:{width}d}/{record.train_iters}",
         f"loss {record.loss:.4f}",
+        *(f"{name} {value:.4f}" for name, value in record.metrics.items()),
         f"lr {record.learning_rate:.3E}",
     ]
     if record.decoupled_learning_rate is not None:
@@ -131,9 +134,10 @@ def duration(seconds: float) -> str:
 def short_evaluation(record: EvaluationRecord) -> str:
     """` final test at iteration 100 | loss 3.2142 | PPL 24.88 | 12.3 s`."""
     which = f"final {record.split}" if record.final else record.split
+    metrics = "".join(f"| {name} {value:.4f} " for name, value in record.metrics.items())
     return (
         f" {which} at iteration {record.iteration} | loss {record.loss:.4f} "
-        f"| PPL {record.perplexity:.2f} | {record.seconds:.1f} s"
+        f"| PPL {record.perplexity:.2f} {metrics}| {record.seconds:.1f} s"
     )
 
 

@@ -61,7 +61,10 @@ class StepRecord:
     """Samples of the last step."""
 
     loss: float
-    """Mean language-model loss of the steps that advanced; NaN stays NaN."""
+    """Mean loss of the steps that advanced; NaN stays NaN."""
+
+    metrics: dict[str, float] = field(default_factory=dict)
+    """The objective's numbers beside the loss, likewise; no entry in the file where it has none."""
 
     loss_scale: float
     """fp16 loss scale; 1.0 otherwise."""
@@ -130,6 +133,9 @@ class EvaluationRecord:
     """Training samples consumed so far (the x axis of " vs samples")."""
 
     loss: float
+    metrics: dict[str, float] = field(default_factory=dict)
+    """The objective's numbers beside the loss over the same batches."""
+
     perplexity: float = field(init=False)
     """exp(min(20, loss))."""
 
@@ -221,7 +227,9 @@ def record_json(record: TelemetryRecord) -> str:
     """One line of metrics.jsonl without its newline; strict JSON even for NaN and infinity."""
     values: dict[str, Any] = {"kind": record.kind}
     for entry in fields(record):
-        values[entry.name] = _encode(getattr(record, entry.name))
+        value = getattr(record, entry.name)
+        if entry.name != "metrics" or value:
+            values[entry.name] = _encode(value)
     return json.dumps(values, allow_nan=False)
 
 

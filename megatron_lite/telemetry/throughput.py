@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from megatron_lite.telemetry.record import StepRecord
@@ -50,6 +50,7 @@ class Step:
     params_norm: float | None = None
     skipped: bool = False
     memory_bytes: int | None = None
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -116,6 +117,7 @@ class IntervalMeter:
             weight_decay=last.weight_decay,
             global_batch_size=last.global_batch_size,
             loss=_mean_loss(steps),
+            metrics=_mean_metrics(steps),
             loss_scale=last.loss_scale,
             grad_norm=last.grad_norm,
             num_zeros=last.num_zeros,
@@ -139,8 +141,21 @@ class IntervalMeter:
 
 def _mean_loss(steps: Sequence[Step]) -> float:
     """Mean over the steps that advanced; where all were skipped, over those: a loss they had."""
-    losses = [step.loss for step in steps if not step.skipped] or [step.loss for step in steps]
+    losses = [step.loss for step in _advanced(steps)]
     return sum(losses) / len(losses)
+
+
+def _mean_metrics(steps: Sequence[Step]) -> dict[str, float]:
+    """Of the same steps; one that was not measured in each is the mean over those that have it."""
+    found: dict[str, list[float]] = {}
+    for step in _advanced(steps):
+        for name, value in step.metrics.items():
+            found.setdefault(name, []).append(value)
+    return {name: sum(values) / len(values) for name, values in found.items()}
+
+
+def _advanced(steps: Sequence[Step]) -> Sequence[Step]:
+    return [step for step in steps if not step.skipped] or steps
 
 
 def _rate(count: int, seconds: float) -> float:

@@ -255,7 +255,7 @@ def scalars(record: TelemetryRecord, config: TelemetryConfig) -> dict[str, float
         points = {f"lm loss {record.split}": record.loss}
         if config.log_validation_ppl_to_tensorboard:
             points[f"lm loss {record.split} ppl"] = record.perplexity
-        return points
+        return points | {f"{n} {record.split}": value for n, value in record.metrics.items()}
     if isinstance(record, RanksRecord):
         name = record.what.replace(" ", "-")
         return {f"{name}-median": record.median, f"{name}-max": max(record.most.values())}
@@ -272,6 +272,7 @@ def _step_scalars(record: StepRecord, config: TelemetryConfig) -> dict[str, floa
         ("decoupled-learning-rate", record.decoupled_learning_rate, rates),
         ("batch-size", record.global_batch_size, config.log_batch_size_to_tensorboard),
         ("lm loss", record.loss, True),
+        *((name, value, True) for name, value in record.metrics.items()),
         ("loss-scale", record.loss_scale, config.log_loss_scale_to_tensorboard),
         ("world-size", record.world_size, config.log_world_size_to_tensorboard),
         ("grad-norm", record.grad_norm, True),

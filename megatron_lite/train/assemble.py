@@ -20,17 +20,11 @@ from megatron_lite.models.parameters import local_parameters
 from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.pipeline.executor import Executor
 from megatron_lite.pipeline.mail import Mail
-from megatron_lite.pipeline.stage import Objective, Stage
+from megatron_lite.pipeline.stage import Stage
 from megatron_lite.train.health.guards import guards_for
 from megatron_lite.train.measuring.timing import RunTimers
-from megatron_lite.train.objectives.language_model import LanguageModel
+from megatron_lite.train.objectives.table import LOSSES
 from megatron_lite.train.run import Run
-
-ObjectiveOf = Callable[[StageContext], Objective]
-
-OBJECTIVES: dict[str, ObjectiveOf] = {
-    "language_model": lambda context: LanguageModel(context.tp, context.vocab_size)
-}
 
 
 def assemble(
@@ -38,7 +32,6 @@ def assemble(
     blueprint: Blueprint,
     ctx: ParallelContext,
     *,
-    objective: str = "language_model",
     timers: RunTimers | None = None,
 ) -> Run:
     """Build this rank's stages, engine and executor; weights are filled from seed and names.
@@ -69,13 +62,15 @@ def assemble(
             decoder.context.gradients.attach(held.accumulators(), held.ready)
         if config.parallel.overlap_param_gather:
             _wait_before_use(decoder, held)
+    context = list(decoders.values())[-1].context
+    objective = LOSSES[config.train.objective](context)
     stages = {
         index: Stage(
             index=index,
             module=decoder,
             is_first=decoder.has_embedding,
             is_last=decoder.has_head,
-            objective=OBJECTIVES[objective](decoder.context),
+            score=objective.loss,
             gradients=decoder.context.gradients,
         )
         for index, decoder in decoders.items()
@@ -83,7 +78,8 @@ def assemble(
     return Run(
         blueprint=blueprint,
         ctx=ctx,
-        context=list(decoders.values())[-1].context,
+        context=context,
+        objective=objective,
         pipeline=Executor(
             stages, Mail(ctx.pp, blueprint.placement), held.begin_last_backward, timers.span
         ),

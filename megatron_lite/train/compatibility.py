@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_lite.checkpoint.description import saved_model
+from megatron_lite.checkpoint.description import saved_model, saved_objective
 from megatron_lite.checkpoint.manifest import Manifest
 from megatron_lite.config.errors import CheckpointError, DataError
+from megatron_lite.config.objectives import OBJECTIVES
 from megatron_lite.config.rules.model_identity import model_differences
 from megatron_lite.config.sections.model import ModelConfig
 from megatron_lite.data.identity import Identity, changes
@@ -24,7 +25,7 @@ def check_model(
 
     allowed: fields of the model that may differ.  Tensors are compared elsewhere, by shape.
     """
-    differ = model_differences(saved_model(manifest, folder), now)
+    differ = model_differences(saved_model(manifest, folder, head=None), now)
     refused = [found for found in differ if found.trait.name not in allowed]
     if refused:
         names = ",".join(found.trait.name for found in refused if found.trait.then)
@@ -39,6 +40,29 @@ def check_model(
             f"{folder} holds another model's weights (checkpoint -> this command line):{lines}\n{ways}"
         )
     return [f"--allow-model-change: {found}: {found.trait.then}" for found in differ]
+
+
+def check_objective(
+    manifest: Manifest, now: str, folder: Path, *, goes_on: bool
+) -> tuple[list[str], bool]:
+    """(notices, whether the head starts anew); now: this run's row of OBJECTIVES.
+
+    Raises CheckpointError where a run would go on (goes_on) with another objective: its optimizer
+    state and its curve are those of the old one.
+    """
+    before = saved_objective(manifest, folder)
+    if before == now:
+        return [], False
+    change = f"--objective: {before} -> {now}"
+    if goes_on:
+        raise CheckpointError(
+            f"{folder} was trained on another objective (checkpoint -> this command line): {change}; "
+            f"give --objective {before} to go on, or --finetune to start a run from its weights"
+        )
+    had, has = OBJECTIVES[before].head, OBJECTIVES[now].head
+    if had == has:
+        return [change], False
+    return [f"{change}: the {had} head is left out, the {has} head starts from --seed"], True
 
 
 def check_tokenizer(manifest: Manifest, now: dict[str, Any], *, allowed: bool) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -49,9 +48,3 @@ def _same_document(documents: np.ndarray[Any, Any], device: torch.device) -> tor
     """[b, s] numbers of documents -> bool [b, 1, s, s]: both tokens are of one document."""
     number = torch.from_numpy(documents).to(device, non_blocking=True)
     return (number[:, :, None] == number[:, None, :])[:, None]
-
-
-def loss_tokens(batches: Sequence[Batch], device: torch.device) -> torch.Tensor:
-    """How many tokens count in this rank's micro batches: fp64 scalar on the device."""
-    count = sum(float(batch.loss_mask.sum(dtype="float64")) for batch in batches)
-    return torch.tensor(count, dtype=torch.float64, device=device)

@@ -16,6 +16,7 @@ from megatron_lite.train.ending.stop import PREEMPTIONS, Reason, StopVote
 from megatron_lite.train.health.replicas import check_replicas
 from megatron_lite.train.measuring.device import memory_line, peak_memory_bytes
 from megatron_lite.train.measuring.reports import memory_report
+from megatron_lite.train.objectives.base import finished
 from megatron_lite.train.session import Session
 from megatron_lite.train.step import StepResult, evaluation_step, train_step
 
@@ -115,6 +116,7 @@ def _step(session: Session) -> StopVote:
             seconds=time.perf_counter() - began,
             data_seconds=loader.seconds_waited - waited,
             loss=loss,
+            metrics=result.metrics,
             learning_rate=session.schedules.learning_rate.at(progress.lr_samples),
             decoupled_learning_rate=session.schedules.decoupled_at(progress.lr_samples),
             weight_decay=session.schedules.weight_decay.at(progress.lr_samples),
@@ -207,21 +209,23 @@ def evaluate(session: Session, split: str, *, final: bool) -> None:
     # as Megatron: validation resumes where the last one stopped, unless nothing is trained
     goes_on = split == "validation" and not session.train.skip_train
     start = progress.validation_samples if goes_on else 0
-    total, tokens = 0.0, 0.0
+    sums = [0.0, 0.0, *(0.0 for _ in run.objective.metrics)]
     for index in range(session.train.eval_iters):
         session.presence.tick()
         session.faults.at("evaluate")
         batches = loader.next_batches(start + index * size, micro, count)
         with run.timers.paused():
-            batch_total, batch_count = evaluation_step(run, batches)
-        total, tokens = total + batch_total.item(), tokens + batch_count.item()  # waits
+            found = evaluation_step(run, batches).tolist()  # waits for the device
+        sums = [have + new for have, new in zip(sums, found, strict=True)]
+    total, weight = sums[:2]
     if goes_on:
         progress.validation_samples += session.train.eval_iters * size
     record = EvaluationRecord(
         iteration=progress.step,
         split="validation" if split == "validation" else "test",
         samples=progress.samples,
-        loss=total / tokens if tokens else math.nan,
+        loss=total / weight if weight else math.nan,
+        metrics=finished(run.objective, sums[2:], weight),
         seconds=time.perf_counter() - began,
         final=final,
         alone=session.train.skip_train,

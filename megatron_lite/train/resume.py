@@ -11,20 +11,25 @@ from pathlib import Path
 from typing import Any
 
 from megatron_lite.blueprint.batches import BatchSchedule
+from megatron_lite.blueprint.figure.parts import HEAD
 from megatron_lite.checkpoint.manifest import NAME, Manifest
 from megatron_lite.checkpoint.store import Store
 from megatron_lite.config.errors import CheckpointError, NumericsError
+from megatron_lite.config.objectives import LANGUAGE_MODEL
 from megatron_lite.config.rules.model_identity import named
 from megatron_lite.config.sections.checkpoint import CheckpointConfig
 from megatron_lite.config.sections.optim import LearningRateConfig
 from megatron_lite.engines.base import EngineProgress
 from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.parallel.shard import MASTER, NamedSlice, exact_slices
-from megatron_lite.train.compatibility import check_model, check_tokenizer
+from megatron_lite.train.compatibility import check_model, check_objective, check_tokenizer
 from megatron_lite.train.health.culprit import earliest_over_ranks
 from megatron_lite.train.health.replay import Watched
 from megatron_lite.train.run import Run
 from megatron_lite.train.schedules import Schedules
+
+_OWN = f"{HEAD}."
+"""Begin of the names that belong to a head alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,15 +54,16 @@ def resume(
     tokenizer: dict[str, Any],
     open_store: Callable[[Path, ParallelContext], Store] = Store,
     *,
+    objective: str = LANGUAGE_MODEL,
     trains: bool = True,
 ) -> Resumed:
     """Fill the run from --load.  Collective over the world.
 
     curves: those of this command line, under a batch schedule; tokenizer: see check_tokenizer.
-    trains: whether steps follow, for which curves matter.
+    objective: what this run optimises; trains: whether steps follow, for which curves matter.
     Raises CheckpointError where there are checkpoints but none usable, or weights of other
-    programs; where they are of another model or were trained with another tokenizer; where the
-    curves differ from the checkpoint's and no flag says which to take.
+    programs; where they are of another model, or were trained with another tokenizer or objective;
+    where the curves differ from the checkpoint's and no flag says which to take.
     """
     fresh = run.blueprint.batch_schedule
     if checkpoint.load is None:
@@ -83,13 +89,18 @@ def resume(
     schedules = curves(fresh if checkpoint.finetune else manifest.progress.goes_on(fresh))
     changes = check_model(manifest, run.context.model, store.folder(manifest.iteration),
                           allowed=named(checkpoint.allow_model_change))  # fmt: skip
-    notices = changes + check_tokenizer(manifest, tokenizer, allowed=checkpoint.allow_data_change)
+    told, fresh_head = check_objective(
+        manifest, objective, store.folder(manifest.iteration), goes_on=not checkpoint.finetune
+    )
+    notices = (
+        told + changes + check_tokenizer(manifest, tokenizer, allowed=checkpoint.allow_data_change)
+    )
     if with_optimizer:
         _require_optimizer(run, manifest, checkpoint.load)
     if with_optimizer and trains:
         schedules, said = _settle_schedules(manifest, learning_rate, schedules, checkpoint.load)
         notices += said
-    fill_run(run, store, manifest, optimizer=with_optimizer)
+    fill_run(run, store, manifest, optimizer=with_optimizer, head=not fresh_head)
     _require_finite(run, manifest, checkpoint.load)
     loaded = (
         f"  successfully loaded checkpoint from {checkpoint.load} at iteration {manifest.iteration}"
@@ -146,13 +157,19 @@ def _require_optimizer(run: Run, manifest: Manifest, folder: str) -> None:
         )
 
 
-def fill_run(run: Run, store: Store, manifest: Manifest, *, optimizer: bool) -> None:
-    """Weights, masters and, where asked for, moments from whatever layout and precision was saved."""
+def fill_run(
+    run: Run, store: Store, manifest: Manifest, *, optimizer: bool, head: bool = True
+) -> None:
+    """Weights, masters and, where asked for, moments from whatever layout and precision was saved.
+
+    head: whether the head's matrix is among them; else it keeps its first values.
+    """
     state = run.engine.state(owned=False)
     moments = [s for s in state if not s.name.startswith(MASTER)] if optimizer else []
 
     def load(weights: list[NamedSlice]) -> None:
-        store.load(manifest, [*exact_slices(weights, manifest.tensors), *moments])
+        stored = [w for w in weights if head or not w.name.removeprefix(MASTER).startswith(_OWN)]
+        store.load(manifest, [*exact_slices(stored, manifest.tensors), *moments])
 
     run.engine.fill(load, masters=True)
 

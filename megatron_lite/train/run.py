@@ -16,6 +16,7 @@ from megatron_lite.parallel.shard import LocalParameter
 from megatron_lite.pipeline.executor import Executor
 from megatron_lite.train.health.guards import Guards
 from megatron_lite.train.measuring.timing import RunTimers
+from megatron_lite.train.objectives.base import Objective
 
 
 def _nothing() -> None:
@@ -33,6 +34,7 @@ class Run:
     blueprint: Blueprint
     ctx: ParallelContext
     context: StageContext
+    objective: Objective
     pipeline: Executor
     engine: Engine
     parameters: list[LocalParameter]

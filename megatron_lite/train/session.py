@@ -222,7 +222,7 @@ def _take_up(start: Start, run: Run, log: Log) -> Resumed:
         with told("verifying and loading the checkpoint", log.say, verified.how_far):
             resumed = resume(
                 run, config.checkpoint, config.learning_rate, curves, _tokenizer(start, run),
-                open_store, trains=not config.train.skip_train,
+                open_store, objective=config.train.objective, trains=not config.train.skip_train,
             )  # fmt: skip
     run.blueprint = taken_up(
         blueprint, config.train, run.progress.goes_on(blueprint.batch_schedule)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -14,18 +14,20 @@ from megatron_lite.parallel.collectives import all_reduce
 from megatron_lite.pipeline.executor import Executor
 from megatron_lite.pipeline.stage import MicroBatch, Scored
 from megatron_lite.train.ending.stop import NO_VOTE, StopVote
-from megatron_lite.train.feed import loss_tokens, to_device
+from megatron_lite.train.feed import to_device
 from megatron_lite.train.health.culprit import earliest_over_ranks
 from megatron_lite.train.health.guards import Act, Finding, StepNumbers, Verdict
 from megatron_lite.train.health.replay import changed_suspect, summed_suspect, watched_pipeline
+from megatron_lite.train.objectives.base import Objective, finished
 from megatron_lite.train.run import Run
 
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """loss: mean per token over the global batch; votes: ranks that ask for a stop, by StopVote's fields.
+    """loss: mean over the global batch; votes: ranks that ask for a stop, by StopVote's fields.
 
     warnings: what the guards found; stop: why the run must end (the step was not applied then).
+    metrics: the objective's numbers beside the loss.
     """
 
     loss: Tensor
@@ -33,6 +35,7 @@ class StepResult:
     votes: Tensor
     warnings: tuple[str, ...] = ()
     stop: str | None = None
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,22 +47,42 @@ class Attempt:
     norm: Tensor
     votes: Tensor
     measured: StepNumbers
+    metrics: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Sums:
+    """Over all micro batches and ranks: loss, weight, metrics [n] in the objective's order, fp64.
+
+    others: what else was summed with them.
+    """
+
+    total: Tensor
+    count: Tensor
+    metrics: Tensor
+    others: Tensor
+
+    def tolist(self) -> list[float]:
+        """Loss, weight and metrics, one after the other.  Waits for the device."""
+        whole = torch.stack([self.total, self.count, *self.metrics])
+        return [float(value) for value in whole.tolist()]
 
 
 def train_step(run: Run, batches: Sequence[Batch], *, lr: float, weight_decay: float,
                decoupled_lr: float | None = None, vote: StopVote = NO_VOTE) -> StepResult:  # fmt: skip
     """Forward and backward over this rank's micro batches, then the update.  Collective over the world.
 
-    The gradient is that of the mean loss per token over the whole global batch: each micro batch's
-    loss sum is scaled by 1 / global tokens, which is known before the first forward.  The guards
-    judge loss and gradient before the update; where they ask for it, the step runs again first.
+    The gradient is that of the mean loss over the whole global batch: each micro batch's loss sum
+    is scaled by 1 / the objective's weight of them all (a language model's tokens), which is known
+    before the first forward.  The guards judge loss and gradient before the update; where they ask
+    for it, the step runs again first.
     Waits for the device once before the update.
     """
     device = run.ctx.device
-    tokens = all_reduce(loss_tokens(batches, device), run.ctx.dp)
+    weight = _weight(run, run.objective, batches)
     micro = [to_device(b, device, step=run.progress.step, training=True) for b in batches]
     run.expect_messages(batches[0])
-    attempt = _attempt(run, run.pipeline, micro, tokens, vote)
+    attempt = _attempt(run, run.pipeline, micro, weight, vote)
     if attempt.measured.empty:
         first, size = (
             run.progress.samples,
@@ -73,7 +96,7 @@ def train_step(run: Run, batches: Sequence[Batch], *, lr: float, weight_decay: f
     verdict = run.guards.judge(attempt.measured, run.progress)
     told = verdict.what
     if verdict.replay:
-        attempt, verdict, told = _again(run, attempt, verdict, micro, tokens, vote)
+        attempt, verdict, told = _again(run, attempt, verdict, micro, weight, vote)
     elif told and not attempt.measured.finite:
         culprit, _ = earliest_over_ranks(summed_suspect(run), run.ctx)
         told += f"; {culprit.text}" if culprit else ""
@@ -86,16 +109,25 @@ def train_step(run: Run, batches: Sequence[Batch], *, lr: float, weight_decay: f
                 attempt.norm, lr=lr, weight_decay=weight_decay, decoupled_lr=decoupled_lr
             )
     said = f"iteration {run.progress.step + 1}: {told}"
+    result = StepResult(attempt.loss, update, attempt.votes, metrics=attempt.metrics)
     if verdict.act is Act.STOP:
-        return StepResult(attempt.loss, update, attempt.votes, stop=f"{said} - {verdict.advice}")
-    return StepResult(attempt.loss, update, attempt.votes, warnings=(said,) if told else ())
+        return replace(result, stop=f"{said} - {verdict.advice}")
+    return replace(result, warnings=(said,) if told else ())
+
+
+def _weight(run: Run, objective: Objective, batches: Sequence[Batch]) -> Tensor:
+    """Of all ranks' micro batches, 1 where nothing counts; fp64 scalar.  Collective over dp."""
+    own = sum(objective.weight(batch) for batch in batches)
+    whole = torch.tensor(own, dtype=torch.float64, device=run.ctx.device)
+    whole = all_reduce(whole, run.ctx.dp)
+    return whole.where(whole != 0.0, 1.0)
 
 
 def _attempt(
-    run: Run, pipeline: Executor, micro: Sequence[MicroBatch], tokens: Tensor, vote: StopVote
+    run: Run, pipeline: Executor, micro: Sequence[MicroBatch], weight: Tensor, vote: StopVote
 ) -> Attempt:
     """Forward, backward, reduce; one collective then tells every rank what all have measured."""
-    scale = (run.engine.loss_scale / tokens.clamp(min=1.0)).float()
+    scale = (run.engine.loss_scale / weight).float()
     with run.timers.span("forward-backward"):
         scored = pipeline.run(run.actions(len(micro)), micro, scale)
     with run.timers.span("optimizer"):
@@ -104,12 +136,14 @@ def _attempt(
     own = run.engine.squared_norm()
     extra = torch.stack([own.share, (~own.finite).double()])
     sums = _sum_over_world(run, scored, (*map(float, vote),), extra)
-    loss, norm = sums[0] / tokens.clamp(min=1.0), sums[2].sqrt()
+    squares, wrong, votes = sums.others[0], sums.others[1], sums.others[2:]
+    loss, norm = sums.total / weight, squares.sqrt()
     measured = torch.stack(
-        [loss, norm, sums[3], (sums[1] == 0).double()]
+        [loss, norm, wrong, (sums.count == 0).double(), weight, *sums.metrics]
     ).tolist()  # waits for the device
     seen = StepNumbers(measured[0], measured[1], int(measured[2]), bool(measured[3]))
-    return Attempt(scored, loss, norm.float(), sums[4:], seen)
+    metrics = finished(run.objective, measured[5:], measured[4])
+    return Attempt(scored, loss, norm.float(), votes, seen, metrics)
 
 
 def _again(
@@ -117,7 +151,7 @@ def _again(
     first: Attempt,
     verdict: Verdict,
     micro: Sequence[MicroBatch],
-    tokens: Tensor,
+    weight: Tensor,
     vote: StopVote,
 ) -> tuple[Attempt, Verdict, str]:
     """Run the step again from the same weights; returns what counts now, and the words for both.
@@ -127,7 +161,7 @@ def _again(
     summed = summed_suspect(run)
     run.engine.discard(first.norm)
     with watched_pipeline(run) as (pipeline, watched):
-        second = _attempt(run, pipeline, micro, tokens, vote)
+        second = _attempt(run, pipeline, micro, weight, vote)
     now = run.guards.judge(second.measured, run.progress)
     if now.replay:
         culprit, ranks = earliest_over_ranks(watched.first, run.ctx)
@@ -152,14 +186,13 @@ def _again(
 
 
 @torch.no_grad()
-def evaluation_step(run: Run, batches: Sequence[Batch]) -> tuple[Tensor, Tensor]:
-    """Loss sum and token count of one global batch over the world, fp64 scalars."""
+def evaluation_step(run: Run, batches: Sequence[Batch]) -> Sums:
+    """Loss, weight and metrics of one global batch, summed over the world."""
     device = run.ctx.device
     micro = [to_device(b, device, step=run.progress.step, training=False) for b in batches]
     run.expect_messages(batches[0])
     scored = run.pipeline.run(run.forward_actions(len(batches)), micro, None)
-    sums = _sum_over_world(run, scored)
-    return sums[0], sums[1]
+    return _sum_over_world(run, scored)
 
 
 def _sum_over_world(
@@ -167,13 +200,18 @@ def _sum_over_world(
     scored: Sequence[Scored],
     votes: Sequence[float] = (),
     measured: Tensor | None = None,
-) -> Tensor:
-    """fp64 [2 + ...]: loss sum and token count, contributed by tp rank 0 only, then what is given."""
-    sums = torch.zeros(2, dtype=torch.float64, device=run.ctx.device)
+) -> Sums:
+    """In one collective: the objective's answers, contributed by tp rank 0 only, and what is given."""
+    names = [metric.name for metric in run.objective.metrics]
+    end = 2 + len(names)
+    sums = torch.zeros(end, dtype=torch.float64, device=run.ctx.device)
     if scored and run.ctx.tp.rank == 0:
         sums[0] = torch.stack([s.total for s in scored]).double().sum()
         sums[1] = torch.stack([s.count for s in scored]).double().sum()
+        for place, name in enumerate(names, start=2):
+            sums[place] = torch.stack([s.metrics[name] for s in scored]).double().sum()
     if measured is not None:
         asked = torch.tensor(votes, dtype=torch.float64, device=run.ctx.device)
         sums = torch.cat([sums, measured, asked])
-    return all_reduce(sums, run.ctx.world)
+    sums = all_reduce(sums, run.ctx.world)
+    return Sums(sums[0], sums[1], sums[2:end], sums[end:])

@@ -49,7 +49,7 @@ def trained(rank, ranks, engine, changes):
         batches = make_batches(config, blueprint, run.ctx.dp.rank, step, ragged=True)
         result = train_step(run, batches, lr=1e-2, weight_decay=0.1)
         seen += [result.loss.item(), result.update.grad_norm.item()]
-        seen += [loss.item() for loss in evaluation_step(run, batches)]
+        seen += evaluation_step(run, batches).tolist()
     return [*seen, state_hash(run)]
 
 

@@ -110,7 +110,7 @@ class Doubled(nn.Module):
 
 
 def test_an_output_is_freed_once_it_is_sent_and_backward_still_works() -> None:
-    stage = Stage(1, Doubled(), False, False, objective=None, gradients=WeightGradients())  # type: ignore[arg-type]
+    stage = Stage(1, Doubled(), False, False, score=None, gradients=WeightGradients())  # type: ignore[arg-type]
     batch = MicroBatch(torch.zeros(1), torch.zeros(1), torch.zeros(1), None)
     freed: list[int] = []
     outputs = []

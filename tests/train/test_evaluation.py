@@ -29,10 +29,10 @@ def evaluated(rank, ranks, changes, dropout):
     blueprint = draw(config, ranks)
     run = assemble(config, blueprint, context(blueprint, rank))
     batches = make_batches(config, blueprint, run.ctx.dp.rank, 0, ragged=True)
-    total, count = evaluation_step(run, batches)
+    sums = evaluation_step(run, batches)
     untouched = not any(gradient.any() for _, gradient in run.engine.accumulators())
     live = sum(stage.num_live for stage in run.pipeline.stages.values())
-    return total.item(), count.item(), untouched, live
+    return sums.total.item(), sums.count.item(), untouched, live
 
 
 @pytest.fixture(scope="module")
@@ -54,10 +54,10 @@ def test_the_sum_over_the_count_is_the_training_loss_where_nothing_is_random():
     blueprint = draw(config, 1)
     run = assemble(config, blueprint, context(blueprint, 0))
     batches = make_batches(config, blueprint, 0, 0, ragged=True)
-    total, count = evaluation_step(run, batches)
-    assert count.item() == sum(float(batch.loss_mask.sum()) for batch in batches)
+    sums = evaluation_step(run, batches)
+    assert sums.count.item() == sum(float(batch.loss_mask.sum()) for batch in batches)
     trained = train_step(run, batches, lr=0.0, weight_decay=0.0).loss
-    torch.testing.assert_close(total / count, trained, rtol=1e-6, atol=0.0)
+    torch.testing.assert_close(sums.total / sums.count, trained, rtol=1e-6, atol=0.0)
 
 
 def test_training_is_the_same_with_and_without_evaluations(data: list[str], tmp_path: Path) -> None:

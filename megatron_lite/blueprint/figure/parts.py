@@ -195,7 +195,10 @@ class Activation:
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """Rows that are looked up; a vocabulary's are padded and cut over tp, others are whole on each rank."""
+    """Rows that are looked up, or outputs of a head.
+
+    A vocabulary's are padded and cut over tp, others are whole on each rank.
+    """
 
     name: str
     rows: int
@@ -207,6 +210,10 @@ class Table:
     def size(self) -> int:
         """Elements."""
         return self.rows * self.columns
+
+    def local_rows(self, tp: int) -> float:
+        """Rows on one of so many tp ranks."""
+        return self.rows / tp if self.vocabulary else self.rows
 
     def tensors(self) -> Iterator[Tensor]:
         """Its weight."""
@@ -256,7 +263,7 @@ TOKENS, POSITIONS, HEAD, FINAL_NORM = (
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """A model from its tokens to its logits.
+    """A model from its tokens to its outputs: logits, or what another head makes.
 
     tied: the head multiplies with the token table; `head` then holds the final norm alone.
     """
@@ -289,7 +296,7 @@ class Figure:
 
     @property
     def output(self) -> Table:
-        """The matrix that makes logits: a table of its own, or the token table."""
+        """The matrix of the head: a table of its own, or the token table."""
         return self.tokens if self.tied else self.head.named(HEAD, Table)
 
     @property

@@ -5,9 +5,9 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Literal
 
+from megatron_lite.blueprint.figure.heads import HEADS, VOCABULARY
 from megatron_lite.blueprint.figure.parts import (
     FINAL_NORM,
-    HEAD,
     POSITIONS,
     TOKENS,
     Activation,
@@ -22,20 +22,19 @@ from megatron_lite.config.sections.model import ModelConfig
 
 
 @lru_cache(maxsize=64)  # a search asks for the same model thousands of times
-def figure_of(model: ModelConfig, padded_vocab_size: int) -> Figure:
-    """The model's parts with a vocabulary of so many rows, padding included."""
+def figure_of(model: ModelConfig, padded_vocab_size: int, head: str = VOCABULARY) -> Figure:
+    """The model's parts with a vocabulary of so many rows, padding included; head: a row of HEADS."""
     h = model.hidden_size
     embedding: list[Table] = [Table(TOKENS, padded_vocab_size, h, vocabulary=True)]
     if model.position_embedding_type == "learned_absolute":
         embedding.append(Table(POSITIONS, model.num_positions, h, vocabulary=False))
-    head: list[Norm | Table] = [_norm(model, FINAL_NORM)]
-    if model.untie_embeddings_and_output_weights:
-        head.append(Table(HEAD, padded_vocab_size, h, vocabulary=True, kind="weight"))
+    output = HEADS[head](model, padded_vocab_size)
+    end = (_norm(model, FINAL_NORM), *(() if output is None else (output,)))
     return Figure(
         embedding=Parts(tuple(embedding)),
         layers=(_layer(model),) * model.num_layers,
-        head=Parts(tuple(head)),
-        tied=not model.untie_embeddings_and_output_weights,
+        head=Parts(end),
+        tied=output is None,
     )
 
 

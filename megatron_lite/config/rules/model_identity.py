@@ -124,6 +124,7 @@ ELSEWHERE: Mapping[str, str] = MappingProxyType(
         "model.group_query_attention": "with num_query_groups",
         "model.vocab_size": "train/compatibility.py: the tokenizer's ids",
         "optim.optimizer": "train/resume.py: the state that is there",
+        "train.objective": "train/compatibility.py: what was optimised, and the head it needs",
         **dict.fromkeys(
             (
                 "optim.weight_decay",

@@ -59,6 +59,7 @@ OF_SIZES: tuple[Rule, ...] = (
     Rule(layout.ramp_up, (*_BATCH, "train.rampup_batch_size")),
     Rule(layout.step_schedule, (*_BATCH, _SEQ)),
     Rule(layout.one_length),
+    Rule(training.objective),
     Rule(layout.one_batch, (*_BATCH, "train.rampup_batch_size", "train.train_samples")),
 )
 """What a Blueprint needs to come out."""

@@ -10,9 +10,17 @@ from collections.abc import Iterator
 
 from megatron_lite.config.blend import blends, data_sources
 from megatron_lite.config.errors import ConfigError
+from megatron_lite.config.objectives import OBJECTIVES
 from megatron_lite.config.rules.layout import nearest
 from megatron_lite.config.rules.model_identity import CHANGEABLE, named, not_changeable
 from megatron_lite.config.sections.run import RunConfig
+
+
+def objective(config: RunConfig, world_size: int) -> Iterator[str]:
+    """What is optimised is known."""
+    name = config.train.objective
+    if name not in OBJECTIVES:
+        yield f"--objective {name} is not known; choose from {', '.join(OBJECTIVES)}"
 
 
 def precision(config: RunConfig, world_size: int) -> Iterator[str]:

@@ -61,7 +61,7 @@ from torch import Tensor
 
 from megatron_lite.config import errors
 from megatron_lite.config.errors import ConfigError
-from megatron_lite.pipeline.stage import MicroBatch, Objective, Scored
+from megatron_lite.pipeline.stage import MicroBatch, Score, Scored
 from megatron_lite.train.run import Run
 
 IN_STEP = ("step", "forward", "loss", "backward", "gradient", "reduce")
@@ -114,7 +114,7 @@ class Fault:
                 stage.module.register_forward_pre_hook(self._hook("forward"))
         elif self.point == "loss":
             for stage in run.pipeline.stages.values():
-                stage.objective = self._spoiling(stage.objective)
+                stage.score = self._spoiling(stage.score)
         elif self.point == "backward":
             for stage in run.pipeline.stages.values():
                 stage.module.register_full_backward_pre_hook(self._hook("backward"))
@@ -135,9 +135,9 @@ class Fault:
 
         return both
 
-    def _spoiling(self, objective: Objective) -> Objective:
+    def _spoiling(self, score: Score) -> Score:
         def spoiled(output: Tensor, batch: MicroBatch) -> Scored:
-            scored = objective(output, batch)
+            scored = score(output, batch)
             if not self._is_due("loss"):
                 return scored
             if self.action not in FACTORS:

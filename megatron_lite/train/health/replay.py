@@ -123,7 +123,7 @@ class Watched:
 
 @dataclass(slots=True)
 class WatchedStage(Stage):
-    """A stage, with its own module and objective, whose results are watched."""
+    """A stage, with its own module and loss, whose results are watched."""
 
     watched: Watched = field(kw_only=True)
     _samples: dict[int, Tensor] = field(default_factory=dict, kw_only=True)

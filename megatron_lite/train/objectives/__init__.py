@@ -1,5 +1,5 @@
-"""What is optimised: loss(outputs, batch) -> sum, count, metrics on vocabulary-parallel logits.
+"""What is optimised: weight(batch) before a step, loss(outputs, batch) at the end of a forward.
 
-Imports layers, parallel and pipeline; train/assemble.py chooses one by name.
-Begin with language_model.py.
+Imports data, layers, parallel and pipeline; train/assemble.py builds the one that --objective names.
+Begin with base.py, then language_model.py; table.py names them all.
 """

@@ -6,9 +6,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from megatron_lite.data.batch import Batch
 from megatron_lite.layers.cross_entropy import cross_entropy
 from megatron_lite.parallel.context import Axis
 from megatron_lite.pipeline.stage import MicroBatch, Scored
+from megatron_lite.train.objectives.base import Metric
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,8 +19,13 @@ class LanguageModel:
 
     tp: Axis
     vocab_size: int
+    metrics: tuple[Metric, ...] = ()
 
-    def __call__(self, logits: Tensor, batch: MicroBatch) -> Scored:
-        """logits: [s, b, v/tp] -> loss sum and token count, fp32 scalars."""
-        losses = cross_entropy(logits, batch.labels, self.tp, self.vocab_size)
-        return Scored((losses * batch.loss_mask).sum(), batch.loss_mask.sum(), {})
+    def weight(self, batch: Batch) -> float:
+        """Tokens that count."""
+        return float(batch.loss_mask.sum(dtype="float64"))
+
+    def loss(self, outputs: Tensor, batch: MicroBatch) -> Scored:
+        """outputs: logits [s, b, v/tp] -> loss sum and token count, fp32 scalars."""
+        losses = cross_entropy(outputs, batch.labels, self.tp, self.vocab_size)
+        return Scored((losses * batch.loss_mask).sum(), batch.loss_mask.sum())

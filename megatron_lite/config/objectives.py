@@ -1,0 +1,25 @@
+"""OBJECTIVES: --objective -> what it needs of data and model.
+
+Known before any tensor exists, so that a plan counts the right head and the data are opened as they
+are read.  How its loss is computed: train/objectives/table.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectiveNeeds:
+    """dataset: a row of DATASETS (data/sources.py); head: one of HEADS (blueprint/figure/heads.py)."""
+
+    dataset: str
+    head: str
+
+
+LANGUAGE_MODEL = "language-model"
+"""What runs were trained on before there was a choice."""
+
+OBJECTIVES: dict[str, ObjectiveNeeds] = {
+    LANGUAGE_MODEL: ObjectiveNeeds(dataset="pretrain", head="vocabulary"),
+}

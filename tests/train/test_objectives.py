@@ -1,0 +1,141 @@
+"""What is optimised is chosen from a table; its numbers are the same in every layout, and are told."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron_lite.config.errors import ConfigError
+from megatron_lite.config.objectives import OBJECTIVES
+from megatron_lite.config.rules.table import check_config
+from megatron_lite.train.assemble import assemble
+from megatron_lite.train.objectives.base import Metric, finished
+from megatron_lite.train.objectives.table import LOSSES
+from megatron_lite.train.step import evaluation_step, train_step
+from tests.support.spawn import spawn
+from tests.support.tiny import context, draw, make_batches, tiny_config
+from tests.train import toys
+from tests.train.runs import alone, evaluations, steps
+
+TP, PP = "parallel__tensor_model_parallel_size", "parallel__pipeline_model_parallel_size"
+STEPS = 3
+SP = "parallel__sequence_parallel"
+LAYOUTS = {
+    "dp2": (2, {}),
+    "tp2": (2, {TP: 2}),
+    "tp2 x pp2": (4, {TP: 2, PP: 2, SP: True, "parallel__pipeline_schedule": "zb-h1"}),
+}
+
+
+@pytest.fixture(autouse=True)
+def tables(monkeypatch):
+    for name, (needs, make) in toys.ROWS.items():
+        monkeypatch.setitem(OBJECTIVES, name, needs)
+        monkeypatch.setitem(LOSSES, name, make)
+
+
+def measured(rank, ranks, changes, objective):
+    """Per step: the loss, then the metrics; at the end what an evaluation summed."""
+    toys.register()
+    sgd = {"optim__optimizer": "sgd"}  # Adam makes whole steps of rounding noise
+    config = tiny_config(train__objective=objective, **sgd, **changes)
+    blueprint = draw(config, ranks)
+    run = assemble(config, blueprint, context(blueprint, rank))
+    seen = []
+    for step in range(STEPS):
+        run.progress.step = step
+        batches = make_batches(config, blueprint, run.ctx.dp.rank, step, ragged=True)
+        result = train_step(run, batches, lr=0.1, weight_decay=0.0)
+        seen.append((result.loss.item(), dict(result.metrics), result.update.grad_norm.item()))
+    return seen, evaluation_step(run, batches).tolist()
+
+
+def check_alike(found, serial):
+    """Losses, metrics, gradient norms and an evaluation's sums; every step rests on the updates before."""
+    for (loss, metrics, norm), (its_loss, its_metrics, its_norm) in zip(
+        found[0], serial[0], strict=True
+    ):
+        assert (loss, norm) == (
+            pytest.approx(its_loss, rel=1e-5),
+            pytest.approx(its_norm, rel=1e-4),
+        )
+        assert metrics == pytest.approx(its_metrics, rel=1e-4)
+    assert found[1] == pytest.approx(serial[1], rel=1e-4)
+
+
+@pytest.fixture(scope="module")
+def serial():
+    (found,) = spawn(measured, 1, {}, "accuracy")
+    return found
+
+
+@pytest.mark.parametrize("name", ["dp2", pytest.param("tp2 x pp2", marks=pytest.mark.ci)])
+def test_metrics_are_the_same_in_every_layout_and_on_every_rank(serial, name):
+    for found in spawn(measured, *LAYOUTS[name], "accuracy"):
+        check_alike(found, serial)
+
+
+@pytest.fixture(scope="module")
+def serial_value():
+    (found,) = spawn(measured, 1, {}, "value")
+    return found
+
+
+@pytest.mark.parametrize("name", ["tp2", pytest.param("tp2 x pp2", marks=pytest.mark.ci)])
+def test_a_scalar_head_is_trained_the_same_in_every_layout(serial_value, name):
+    assert len({loss for loss, _, _ in serial_value[0]}) == STEPS
+    for found in spawn(measured, *LAYOUTS[name], "value"):
+        check_alike(found, serial_value)
+
+
+def test_metrics_are_sums_and_means_over_the_weight_and_leave_the_loss_alone(serial):
+    seen, (_, count, share, hits) = serial
+    (plain,) = spawn(measured, 1, {}, "language-model")
+    assert [(loss, norm) for loss, _, norm in seen] == [(loss, norm) for loss, _, norm in plain[0]]
+    assert [metrics for _, metrics, _ in plain[0]] == [{}] * STEPS
+    assert share == hits > 0
+    told = [metrics for _, metrics, _ in seen]
+    weights = {metrics["hits"] / metrics["accuracy"] for metrics in told if metrics["hits"]}
+    assert weights and all(weight == pytest.approx(round(weight)) for weight in weights)
+    assert count == pytest.approx(round(count))
+
+
+def test_metrics_are_in_the_records_and_on_the_console(tmp_path: Path) -> None:
+    run = alone("--mock-data", "--save", str(tmp_path), "--objective", "accuracy", "--log-interval",
+                "2", "--eval-iters", "2", "--eval-interval", "4", "--split", "8,1,1")  # fmt: skip
+    assert run.rc == 0, run.err
+    records = steps(tmp_path)
+    assert all(record.metrics.keys() == {"accuracy", "hits"} for record in records)
+    for record in (*records, *evaluations(tmp_path)):
+        assert 0.0 <= record.metrics["accuracy"] <= 1.0
+    for record in records:  # 4 samples of 16 tokens
+        assert record.metrics["hits"] == pytest.approx(64 * record.metrics["accuracy"])
+    mean = sum(record.metrics["accuracy"] for record in records[2:]) / 2
+    (line,) = [line for line in run.out.splitlines() if " iteration        4/" in line]
+    assert f"| accuracy: {mean:.6E} | hits: {64 * mean:.6E} | loss scale:" in line
+    assert run.out.count("| accuracy value: ") == len(evaluations(tmp_path)) > 0
+
+
+def test_a_run_without_metrics_writes_no_field_for_them(tmp_path: Path) -> None:
+    assert alone("--mock-data", "--save", str(tmp_path)).rc == 0
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert lines and all("metrics" not in json.loads(line) for line in lines)
+
+
+def test_an_unknown_objective_is_refused_with_the_list() -> None:
+    names = ", ".join(OBJECTIVES)
+    with pytest.raises(ConfigError, match=f"--objective reward is not known; choose from {names}"):
+        check_config(tiny_config(train__objective="reward"), 1)
+
+
+def test_every_objective_can_be_made() -> None:
+    assert set(OBJECTIVES) == set(LOSSES)
+
+
+def test_where_nothing_counts_a_mean_is_no_number() -> None:
+    class Two:
+        metrics = (Metric("share"), Metric("sum", mean=False))
+
+    assert str(finished(Two(), [0.0, 3.0], 0.0)) == "{'share': nan, 'sum': 3.0}"  # type: ignore[arg-type]
