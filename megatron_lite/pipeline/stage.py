@@ -41,7 +41,7 @@ class Scored:
         return Scored(self.total.detach(), self.count, metrics)
 
 
-Score = Callable[[Tensor, MicroBatch], Scored]
+LossFunction = Callable[[Tensor, MicroBatch], Scored]
 """An objective's loss."""
 
 
@@ -86,7 +86,7 @@ class Stage:
     module: nn.Module
     is_first: bool
     is_last: bool
-    score: Score
+    score: LossFunction
     gradients: PostponedGradients
     totals: list[Scored] = field(default_factory=list)
     _kept: dict[int, _Kept] = field(default_factory=dict)
@@ -145,5 +145,6 @@ class Stage:
 
     def take_totals(self) -> list[Scored]:
         """The objective's answers since the last call, in order of micro batches."""
-        totals, self.totals = self.totals, []
-        return totals
+        taken = list(self.totals)
+        self.totals.clear()  # of every stage that was made of this one, too
+        return taken

@@ -17,6 +17,7 @@ from megatron_lite.pipeline.executor import Executor
 from megatron_lite.train.health.guards import Guards
 from megatron_lite.train.measuring.timing import RunTimers
 from megatron_lite.train.objectives.base import Objective
+from megatron_lite.train.second_pass import SecondPass
 
 
 def _nothing() -> None:
@@ -28,7 +29,8 @@ class Run:
     """The Blueprint made real on this rank: what one training step needs.
 
     parameters: this rank's, stage by stage; progress: the only part that changes by itself.
-    before_reduce: called when all backwards of a step are done.
+    before_reduce: called when all backwards of a step are done.  second_passes: through the same
+    schedule with other objectives, in some steps.
     """
 
     blueprint: Blueprint
@@ -42,6 +44,7 @@ class Run:
     timers: RunTimers = field(default_factory=lambda: RunTimers(level=0))
     guards: Guards = field(default_factory=Guards)
     before_reduce: Callable[[], None] = _nothing
+    second_passes: list[SecondPass] = field(default_factory=list)
 
     def actions(self, num_microbatches: int) -> Sequence[Sequence[Action]]:
         """This rank's lowered actions of a training step."""

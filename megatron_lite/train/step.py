@@ -18,7 +18,7 @@ from megatron_lite.train.feed import to_device
 from megatron_lite.train.health.culprit import earliest_over_ranks
 from megatron_lite.train.health.guards import Act, Finding, StepNumbers, Verdict
 from megatron_lite.train.health.replay import changed_suspect, summed_suspect, watched_pipeline
-from megatron_lite.train.objectives.base import Objective, finished
+from megatron_lite.train.objectives.base import finished
 from megatron_lite.train.run import Run
 
 
@@ -79,9 +79,10 @@ def train_step(run: Run, batches: Sequence[Batch], *, lr: float, weight_decay: f
     Waits for the device once before the update.
     """
     device = run.ctx.device
-    weight = _weight(run, run.objective, batches)
+    weight = _weight(run, batches)
     micro = [to_device(b, device, step=run.progress.step, training=True) for b in batches]
     run.expect_messages(batches[0])
+    beside = _second_passes(run, batches, micro)
     attempt = _attempt(run, run.pipeline, micro, weight, vote)
     if attempt.measured.empty:
         first, size = (
@@ -109,18 +110,39 @@ def train_step(run: Run, batches: Sequence[Batch], *, lr: float, weight_decay: f
                 attempt.norm, lr=lr, weight_decay=weight_decay, decoupled_lr=decoupled_lr
             )
     said = f"iteration {run.progress.step + 1}: {told}"
-    result = StepResult(attempt.loss, update, attempt.votes, metrics=attempt.metrics)
+    metrics = {**attempt.metrics, **beside}
+    result = StepResult(attempt.loss, update, attempt.votes, metrics=metrics)
     if verdict.act is Act.STOP:
         return replace(result, stop=f"{said} - {verdict.advice}")
     return replace(result, warnings=(said,) if told else ())
 
 
-def _weight(run: Run, objective: Objective, batches: Sequence[Batch]) -> Tensor:
+def _weight(run: Run, batches: Sequence[Batch]) -> Tensor:
     """Of all ranks' micro batches, 1 where nothing counts; fp64 scalar.  Collective over dp."""
-    own = sum(objective.weight(batch) for batch in batches)
+    own = sum(run.objective.weight(batch) for batch in batches)
     whole = torch.tensor(own, dtype=torch.float64, device=run.ctx.device)
     whole = all_reduce(whole, run.ctx.dp)
     return whole.where(whole != 0.0, 1.0)
+
+
+def _second_passes(
+    run: Run, batches: Sequence[Batch], micro: Sequence[MicroBatch]
+) -> dict[str, float]:
+    """Those that are due, one after the other, from the weights the step begins with; what they tell."""
+    told: dict[str, float] = {}
+    for second in run.second_passes:
+        if not second.is_due(run.progress.step):
+            continue
+        score = second.objective.loss
+        stages = {n: replace(stage, score=score) for n, stage in run.pipeline.stages.items()}
+        pipeline = replace(run.pipeline, stages=stages)
+        other = replace(run, objective=second.objective)
+        attempt = _attempt(other, pipeline, micro, _weight(other, batches), NO_VOTE)
+        used = second.use(run.engine, attempt.measured)
+        run.engine.discard(attempt.norm)
+        numbers = {"loss": attempt.measured.loss, **attempt.metrics, **used}
+        told |= {f"{second.name}/{name}": value for name, value in numbers.items()}
+    return told
 
 
 def _attempt(

@@ -224,3 +224,18 @@ def test_the_median_is_pythons():
     for n in range(4, 50):
         expected = values[n] > 3.0 * statistics.median(values[n - 4 : n])
         assert (acts[n] is Act.WARN) == expected, n
+
+
+def test_the_step_after_one_that_ran_again_tells_its_own_loss():
+    losses = []
+    for spoil in (spoil_output_once, lambda run: None):
+        config = tiny_config()
+        blueprint = draw(config, 1)
+        run = assemble(config, blueprint, context(blueprint, 0))
+        spoil(run)
+        for step in range(2):
+            run.progress.step = step
+            batches = make_batches(config, blueprint, 0, step)
+            result = train_step(run, batches, lr=1e-2, weight_decay=0.1)
+        losses.append(result.loss.item())
+    assert losses[0] == losses[1]

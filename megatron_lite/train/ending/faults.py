@@ -61,7 +61,7 @@ from torch import Tensor
 
 from megatron_lite.config import errors
 from megatron_lite.config.errors import ConfigError
-from megatron_lite.pipeline.stage import MicroBatch, Score, Scored
+from megatron_lite.pipeline.stage import LossFunction, MicroBatch, Scored
 from megatron_lite.train.run import Run
 
 IN_STEP = ("step", "forward", "loss", "backward", "gradient", "reduce")
@@ -135,7 +135,7 @@ class Fault:
 
         return both
 
-    def _spoiling(self, score: Score) -> Score:
+    def _spoiling(self, score: LossFunction) -> LossFunction:
         def spoiled(output: Tensor, batch: MicroBatch) -> Scored:
             scored = score(output, batch)
             if not self._is_due("loss"):
