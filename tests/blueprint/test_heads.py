@@ -9,10 +9,8 @@ from megatron_lite.blueprint.figure.heads import HEADS, projection
 from megatron_lite.blueprint.figure.transformer import figure_of
 from megatron_lite.blueprint.flops import head_forward
 from megatron_lite.config.objectives import OBJECTIVES, ObjectiveNeeds
+from tests.support.axes import PP, TP, UNTIED
 from tests.support.tiny import tiny_config
-
-TP, PP = "parallel__tensor_model_parallel_size", "parallel__pipeline_model_parallel_size"
-UNTIED = "model__untie_embeddings_and_output_weights"
 
 
 @pytest.fixture(autouse=True)

@@ -229,7 +229,7 @@ def test_the_median_is_pythons():
 def test_the_step_after_one_that_ran_again_tells_its_own_loss():
     losses = []
     for spoil in (spoil_output_once, lambda run: None):
-        config = tiny_config()
+        config = tiny_config(**SKIP)
         blueprint = draw(config, 1)
         run = assemble(config, blueprint, context(blueprint, 0))
         spoil(run)

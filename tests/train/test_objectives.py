@@ -14,18 +14,17 @@ from megatron_lite.train.assemble import assemble
 from megatron_lite.train.objectives.base import Metric, finished
 from megatron_lite.train.objectives.table import LOSSES
 from megatron_lite.train.step import evaluation_step, train_step
+from tests.support.axes import PP, SCHEDULE, SP, TP
 from tests.support.spawn import spawn
 from tests.support.tiny import context, draw, make_batches, tiny_config
 from tests.train import toys
 from tests.train.runs import alone, evaluations, steps
 
-TP, PP = "parallel__tensor_model_parallel_size", "parallel__pipeline_model_parallel_size"
 STEPS = 3
-SP = "parallel__sequence_parallel"
 LAYOUTS = {
     "dp2": (2, {}),
     "tp2": (2, {TP: 2}),
-    "tp2 x pp2": (4, {TP: 2, PP: 2, SP: True, "parallel__pipeline_schedule": "zb-h1"}),
+    "tp2 x pp2": (4, {TP: 2, PP: 2, SP: True, SCHEDULE: "zb-h1"}),
 }
 
 

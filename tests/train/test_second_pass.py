@@ -16,12 +16,11 @@ from megatron_lite.train.objectives.language_model import LanguageModel
 from megatron_lite.train.run import Run
 from megatron_lite.train.second_pass import SecondPass
 from megatron_lite.train.step import train_step
+from tests.support.axes import PP, SP, TP, ZERO
 from tests.support.engines import counted
 from tests.support.spawn import spawn
 from tests.support.tiny import context, draw, make_batches, tiny_config
 
-TP, PP = "parallel__tensor_model_parallel_size", "parallel__pipeline_model_parallel_size"
-SP, SHARDED = "parallel__sequence_parallel", "parallel__use_distributed_optimizer"
 STEPS, EVERY = 5, 2
 
 
@@ -98,7 +97,7 @@ def test_it_is_carried_out_in_every_other_step_and_changes_no_bit_of_the_trainin
     [
         pytest.param({PP: 2}, id="pp2"),
         pytest.param({TP: 2, SP: True}, id="tp2", marks=pytest.mark.ci),
-        pytest.param({SHARDED: True}, id="dp2, sharded", marks=pytest.mark.ci),
+        pytest.param({ZERO: True}, id="dp2, sharded", marks=pytest.mark.ci),
     ],
 )
 def test_in_a_layout_it_sees_the_same_micro_batches_and_leaves_the_same_numbers(serial, changes):
