@@ -18,7 +18,7 @@ from megatron_lite.data.tokenizers.base import Tokenizer
 from megatron_lite.data.tokenizers.gpt2_bpe import GPT2BPETokenizer
 from megatron_lite.data.tokenizers.sentencepiece import GPTSentencePieceTokenizer
 from megatron_lite.data.tokenizers.training import (
-    Sample,
+    TextSample,
     SentencePieceSettings,
     report_lines,
     train_bpe,
@@ -78,7 +78,7 @@ def texts(arguments: argparse.Namespace) -> Iterator[str]:
 def main() -> int:
     """Train, write the files whole, and print the report."""
     arguments = parse_arguments()
-    folder, disk, sample = Path(arguments.output_dir), Disk(), Sample()
+    folder, disk, sample = Path(arguments.output_dir), Disk(), TextSample()
     names = ["gpt2-vocab.json", "gpt2-merges.txt"] if arguments.type == "bpe" else [MODEL]
     check_outputs("--output-dir", [folder / name for name in names], disk)
     disk.make_folder(folder)

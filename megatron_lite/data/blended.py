@@ -13,7 +13,7 @@ import numpy.typing as npt
 from megatron_lite.config.errors import DataError
 from megatron_lite.data.cache import Arrays
 from megatron_lite.data.indices import blend_index, exhaustive_blend_index
-from megatron_lite.data.pretrain import Samples
+from megatron_lite.data.samples import Sample, Samples
 
 
 def normalized(weights: Sequence[float]) -> list[float]:
@@ -84,7 +84,11 @@ class BlendedDataset:
     def __len__(self) -> int:
         return len(self.dataset_index)
 
-    def __getitem__(self, sample: int) -> npt.NDArray[np.int64]:
+    def content(self) -> str:
+        """What all of them hold."""
+        return "".join(dataset.content() for dataset in self.datasets)
+
+    def __getitem__(self, sample: int) -> Sample:
         if not 0 <= sample < len(self):
             raise IndexError(f"{self.name}: no sample {sample}, it has {len(self)}")
         dataset = self.datasets[int(self.dataset_index[sample])]

@@ -25,7 +25,6 @@ from megatron_lite.data.pretrain import (
     DocumentRange,
     GPTDataset,
     GPTPlan,
-    Samples,
     TokenSource,
     shortage,
     split_ranges,
@@ -37,6 +36,7 @@ from megatron_lite.data.provenance import (
     require_same,
     told_of_unknown,
 )
+from megatron_lite.data.samples import Samples
 from megatron_lite.storage.disk import Disk
 
 _Array = npt.NDArray[Any]

@@ -12,7 +12,8 @@ from typing import Any
 
 from megatron_lite.data.blended import BlendedDataset
 from megatron_lite.data.build import Datasets
-from megatron_lite.data.pretrain import GPTDataset, Samples
+from megatron_lite.data.pretrain import GPTDataset
+from megatron_lite.data.samples import Samples
 
 _SPLITS = ("train", "valid", "test")
 Identity = dict[str, Any]
@@ -34,17 +35,20 @@ def _parts(dataset: Samples) -> list[dict[str, Any]]:
         pairs = list(zip(dataset.datasets, dataset.weights, strict=True))
     else:
         pairs = [(dataset, 1.0)]
-    return [_part(part, weight) for part, weight in pairs if isinstance(part, GPTDataset)]
+    return [_part(part, weight) for part, weight in pairs]
 
 
-def _part(dataset: GPTDataset, weight: float) -> dict[str, Any]:
-    plan = dataset.plan
+def _part(dataset: Samples, weight: float) -> dict[str, Any]:
+    documents, epochs = [0, len(dataset)], [1, False]  # its samples, each of them once
+    if isinstance(dataset, GPTDataset):
+        plan = dataset.plan
+        documents, epochs = list(plan.documents), [plan.epochs.epochs, plan.epochs.separate_last]
     return {
-        "prefix": plan.name,
-        "content": plan.source.content(),
-        "documents": list(plan.documents),
+        "prefix": dataset.name,
+        "content": dataset.content(),
+        "documents": documents,
         "weight": weight,
-        "epochs": [plan.epochs.epochs, plan.epochs.separate_last],
+        "epochs": epochs,
     }
 
 

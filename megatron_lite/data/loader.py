@@ -8,8 +8,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
 from megatron_lite.data.batch import Batch, collate
-from megatron_lite.data.pretrain import Samples
+from megatron_lite.data.documents import WITHOUT_ENDS, DocumentEnds
 from megatron_lite.data.sampler import Order, OrderKind, Permute, _Int64, sample_numbers
+from megatron_lite.data.samples import Samples
 
 STEPS_AHEAD = 2
 
@@ -37,10 +38,7 @@ class Loader:
         dp_rank: int,
         dp_size: int,
         num_workers: int = 2,
-        eod: int | None = None,
-        eod_mask_loss: bool = False,
-        reset_position_ids: bool = False,
-        reset_attention_mask: bool = False,
+        documents: DocumentEnds = WITHOUT_ENDS,
         order: OrderKind = "single",
         sharding: bool = True,
         permute: Permute | None = None,
@@ -48,10 +46,7 @@ class Loader:
         self.dataset = dataset
         self.dp_rank = dp_rank
         self.dp_size = dp_size
-        self.eod = eod
-        self.eod_mask_loss = eod_mask_loss
-        self.reset_position_ids = reset_position_ids
-        self.reset_attention_mask = reset_attention_mask
+        self.documents = documents
         self.seconds_waited = 0.0
         self._order = Order(
             order, len(dataset), dataset.name, dp_size=dp_size, sharding=sharding, permute=permute
@@ -88,14 +83,7 @@ class Loader:
 
     def _read(self, positions: _Int64) -> Batch:
         samples = [self.dataset[int(number)] for number in self._order(positions, len(positions))]
-        return collate(
-            samples,
-            positions,
-            eod=self.eod,
-            eod_mask_loss=self.eod_mask_loss,
-            reset_position_ids=self.reset_position_ids,
-            reset_attention_mask=self.reset_attention_mask,
-        )
+        return collate(samples, positions, self.documents)
 
     def _submit(self, request: BatchRequest) -> list[Future[Batch]]:
         assert self._threads is not None

@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 from megatron_lite.data.blended import BlendedDataset
 from megatron_lite.data.build import Datasets
-from megatron_lite.data.pretrain import GPTDataset, Samples
+from megatron_lite.data.pretrain import GPTDataset
+from megatron_lite.data.samples import Samples
 
 MOST_ROWS = 40  # of a split; a blend may have thousands of datasets
 _NAME_WIDTH = 48
@@ -27,22 +28,22 @@ class Share(NamedTuple):
 
 def shares(dataset: Samples, asked: int | None = None) -> list[Share]:
     """The parts of a split, in the order of --data-path; asked: samples the run takes."""
-    if isinstance(dataset, GPTDataset):
-        return [_share(dataset, 1.0, 1.0, len(dataset) if asked is None else asked)]
     if not isinstance(dataset, BlendedDataset):
-        return []
+        return [_share(dataset, 1.0, 1.0, len(dataset) if asked is None else asked)]
     return [
         _share(part, weight, taken / len(dataset), taken)
         for part, weight, taken in zip(
             dataset.datasets, dataset.weights, dataset.counts, strict=True
         )
-        if isinstance(part, GPTDataset)
     ]
 
 
-def _share(dataset: GPTDataset, asked: float, achieved: float, samples: int) -> Share:
-    tokens = samples * dataset.seq_length
-    epochs = tokens / dataset.plan.tokens_per_epoch
+def _share(dataset: Samples, asked: float, achieved: float, samples: int) -> Share:
+    if isinstance(dataset, GPTDataset):
+        tokens = samples * dataset.seq_length
+        epochs = tokens / dataset.plan.tokens_per_epoch
+    else:
+        tokens, epochs = samples * (len(dataset[0].tokens) - 1), samples / len(dataset)
     return Share(dataset.name, asked, achieved, samples, tokens, epochs)
 
 

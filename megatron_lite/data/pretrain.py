@@ -18,18 +18,9 @@ from megatron_lite.data.indices import (
     sample_index,
     shuffle_index,
 )
+from megatron_lite.data.samples import Sample
 
 _Tokens = npt.NDArray[np.int64]
-
-
-class Samples(Protocol):
-    """What a loader reads: a number of samples of seq_length + 1 tokens each."""
-
-    name: str
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, sample: int, /) -> _Tokens: ...
 
 
 class TokenSource(Protocol):
@@ -170,8 +161,8 @@ class GPTPlan:
 class GPTDataset:
     """Samples of seq_length + 1 tokens across document borders, in Megatron's order.
 
-    `dataset[i]` is int64 [s + 1]; its last token is the first of the sample that follows in the
-    stream.  Token ids are checked against vocab_size when they are read.
+    The last token of `dataset[i]` is the first of the sample that follows in the stream.  Token ids
+    are checked against vocab_size when they are read.
     arrays: what plan.build() gives, from a cache perhaps.
     """
 
@@ -194,7 +185,11 @@ class GPTDataset:
     def __len__(self) -> int:
         return len(self.plan)
 
-    def __getitem__(self, sample: int) -> _Tokens:
+    def content(self) -> str:
+        """What the file holds."""
+        return self.source.content()
+
+    def __getitem__(self, sample: int) -> Sample:
         if not 0 <= sample < len(self):
             raise IndexError(f"{self.name}: no sample {sample}, it has {len(self)}")
         row = int(self.shuffle_index[sample])
@@ -213,7 +208,7 @@ class GPTDataset:
                 f"{self.seq_length + 1} - the files changed under an index made before; start anew"
             )
         self._check_range(sample, tokens)
-        return tokens
+        return Sample(tokens)
 
     def _check_range(self, sample: int, tokens: _Tokens) -> None:
         low, high = int(tokens.min()), int(tokens.max())

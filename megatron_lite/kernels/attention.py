@@ -7,14 +7,16 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from megatron_lite.kernels.segments import Segments
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionCall:
-    """One causal attention: scale, dropout and masks.
+    """One causal attention: scale, dropout and what may be seen.
 
     keep: makes the dropout mask [b, n, s, t] (bool) from global coordinates; the reference kernel uses it.
     seed: one generator state for the kernels that draw their own mask.
-    mask: bool [b, 1, s, t], True where a query may look, on top of the causal mask.
+    segments: tokens of one segment alone see one another, on top of the causal mask; s = t then.
     layer_scale: query-key layer scaling: scores are divided by it before and multiplied after.
     """
 
@@ -24,4 +26,4 @@ class AttentionCall:
     scale: float | None = None
     layer_scale: float = 1.0
     softmax_in_fp32: bool = True
-    mask: Tensor | None = None
+    segments: Segments | None = None

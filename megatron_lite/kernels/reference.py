@@ -56,10 +56,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Tensor:
     if call.layer_scale != 1.0:
         scores = scores * call.layer_scale
     s, t = scores.shape[-2:]
-    future = torch.ones(s, t, dtype=torch.bool, device=q.device).triu(t - s + 1)
-    scores = scores.masked_fill(future, float("-inf"))
-    if call.mask is not None:
-        scores = scores.masked_fill(~call.mask, float("-inf"))
+    if call.segments is not None:
+        scores = torch.where(call.segments.allowed, scores, float("-inf"))
+    else:
+        future = torch.ones(s, t, dtype=torch.bool, device=q.device).triu(t - s + 1)
+        scores = scores.masked_fill(future, float("-inf"))
     weights = torch.softmax(scores, dim=-1).to(q.dtype)
     if call.dropout > 0.0:
         if call.keep is None:

@@ -21,7 +21,7 @@ class Need:
     dtype: torch.dtype
     dropout: float = 0.0
     layer_scaling: bool = False
-    masked: bool = False
+    segments: bool = False
     compile: bool = False
 
 
@@ -56,8 +56,8 @@ def _flash(need: Need) -> str | None:
         return "needs a GPU"
     if need.dtype not in (torch.float16, torch.bfloat16):
         return f"needs fp16 or bf16, not {need.dtype}"
-    if need.layer_scaling or need.masked:
-        return "has no layer scaling and no document mask"
+    if need.layer_scaling or need.segments:
+        return "has no layer scaling and no segments"
     try:
         importlib.import_module("flash_attn")
     except (ImportError, OSError, RuntimeError) as error:

@@ -25,11 +25,11 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Tensor:
     _seed(call, q.device)
     s, t = q.shape[-2], k.shape[-2]
     mask, causal = None, s == t
-    if call.mask is not None or (s != t and s > 1):
+    if call.segments is not None:
+        mask, causal = call.segments.allowed, False
+    elif s != t and s > 1:
         # torch aligns is_causal top left; a cached prefix needs bottom right
         mask = torch.ones(s, t, dtype=torch.bool, device=q.device).tril(t - s)
-        mask = mask if call.mask is None else mask & call.mask
-        causal = False
     grouped = q.shape[1] != k.shape[1]
     if q.device.type == "meta" and not (grouped and mask is not None):
         return _fused_on_a_gpu(q, k, v, mask, call)

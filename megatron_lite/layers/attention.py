@@ -17,7 +17,7 @@ from megatron_lite.layers.rotary import rotary_tables, rotate
 from megatron_lite.parallel.random import keep_mask, key, token_numbers
 
 
-def choose_attention(context: StageContext, *, training: bool, masked: bool = False) -> Choice:
+def choose_attention(context: StageContext, *, training: bool, segments: bool = False) -> Choice:
     """The attention kernel for this context; with dropout only while training."""
     model, precision = context.model, context.precision
     backend = "unfused" if not precision.masked_softmax_fusion else precision.attention_backend
@@ -26,7 +26,7 @@ def choose_attention(context: StageContext, *, training: bool, masked: bool = Fa
         dtype=context.dtype,
         dropout=model.attention_dropout if training else 0.0,
         layer_scaling=model.apply_query_key_layer_scaling,
-        masked=masked,
+        segments=segments,
     )
     choice = choose("attention", need, PREFERENCES[backend])
     if model.attention_softmax_in_fp32 or choice.implementation.name == "reference":
@@ -66,7 +66,9 @@ class SelfAttention(nn.Module):
         q, k, v = (y.permute(1, 2, 0, 3) for y in (q, k, v))  # [b, n/tp, s, d]
         if at.cache is not None:
             k, v = at.cache.extend(self.layer, k, v)  # type: ignore[attr-defined]
-        choice = choose_attention(self.context, training=at.training, masked=at.mask is not None)
+        choice = choose_attention(
+            self.context, training=at.training, segments=at.segments is not None
+        )
         call = self._call(at, q.shape[2], k.shape[2])
         y = recomputed_part(self.context.recompute, "core_attn", choice.run, q, k, v, call)
         return self.output(y.permute(2, 0, 1, 3).reshape(s, b, -1))
@@ -94,7 +96,7 @@ class SelfAttention(nn.Module):
             seed=_vendor_seed(where, at, first_head) if rate > 0.0 else 0,
             layer_scale=float(self.layer + 1) if model.apply_query_key_layer_scaling else 1.0,
             softmax_in_fp32=model.attention_softmax_in_fp32,
-            mask=at.mask,
+            segments=at.segments,
         )
 
 

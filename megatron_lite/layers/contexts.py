@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from megatron_lite.blueprint.figure.transformer import figure_of
 from megatron_lite.blueprint.recompute import RecomputePlan
 from megatron_lite.config.sections.model import ModelConfig
 from megatron_lite.config.sections.precision import PrecisionConfig
+from megatron_lite.kernels.segments import Segments
 from megatron_lite.kernels.table import Need
 from megatron_lite.layers.gradients import WeightGradients
 from megatron_lite.parallel.context import Axis, ParallelContext
@@ -72,15 +73,15 @@ class ForwardContext:
 
     samples: int64 [b], numbers in the global training stream; index: int64 [s] or [s, b], positions
     in the sample; step: the optimizer step, for dropout; training: whether dropout is on;
-    mask: bool [b, 1, s, s] of allowed attention, None for plain causal.
-    restarted: int64 [s, b], positions in the document; None: those in the sample.
+    segments: documents that do not see one another, None where all of a row sees all before it.
+    restarted: int64 [s, b], positions in the segment; None: those in the sample.
     """
 
     samples: Tensor
     index: Tensor
     step: int = 0
     training: bool = False
-    mask: Tensor | None = None
+    segments: Segments | None = None
     cache: object | None = None
     restarted: Tensor | None = None
 
@@ -91,3 +92,7 @@ class ForwardContext:
         Dropout masks use `index`.
         """
         return self.index if self.restarted is None else self.restarted
+
+    def unmasked(self) -> ForwardContext:
+        """The same without a dense mask of its segments: what is made of it lives as long as it does."""
+        return self if self.segments is None else replace(self, segments=self.segments.unmasked())

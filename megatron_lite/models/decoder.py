@@ -122,9 +122,11 @@ class Decoder(nn.Module):
         axis = self.context.tp if plan.split else Axis("none")
 
         def run(positions: range, x: Tensor) -> Tensor:
+            # a dense mask is made once for these layers and lives as long as their graph
+            own = at.unmasked()
             for index in positions:
                 name, block = blocks[index]
-                x = around(self.hooks.get(name), block, x, at)
+                x = around(self.hooks.get(name), block, x, own)
             return x
 
         for positions, again in plan.groups(len(blocks)):

@@ -16,12 +16,14 @@ class MicroBatch:
     """What every stage gets of one micro batch.
 
     tokens, labels: int64 [s, b]; loss_mask: fp32 [s, b]; positions: handed to the module as it is.
+    extras: [b, ...] each, what the dataset gives the objective beside them.
     """
 
     tokens: Tensor
     labels: Tensor
     loss_mask: Tensor
     positions: Any
+    extras: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,9 +28,10 @@ from megatron_lite.blueprint.grid import RankGrid
 from megatron_lite.blueprint.schedules.actions import Action
 from megatron_lite.config.errors import DistributedError
 from megatron_lite.config.flags.extensions import extend, extensions
-from megatron_lite.config.sections.data import DataConfig
 from megatron_lite.config.sections.run import RunConfig
-from megatron_lite.data.batch import Batch
+from megatron_lite.data.batch import Batch, collate
+from megatron_lite.data.documents import DocumentEnds
+from megatron_lite.data.sources import DATASETS
 from megatron_lite.parallel.calls.tape import CallRecorder
 from megatron_lite.parallel.calls.transcript import CallLog, compare_calls
 from megatron_lite.parallel.context import ParallelContext
@@ -282,19 +283,11 @@ def _process_bytes() -> int:
 
 
 def make_batches(config: RunConfig, count: int) -> list[Batch]:
-    """Micro batches of the run's shapes; their tokens are all 0."""
-    b, s = config.train.micro_batch_size, config.model.seq_length
-    return [_batch(b, s, config.data) for _ in range(count)]
-
-
-def _batch(b: int, s: int, data: DataConfig) -> Batch:
-    return Batch(
-        tokens=np.zeros((b, s + 1), dtype=np.int64),
-        sample_numbers=np.arange(b, dtype=np.int64),
-        loss_mask=np.ones((b, s), dtype=np.float32),
-        positions=np.zeros((b, s), dtype=np.int64) if data.reset_position_ids else None,
-        documents=np.zeros((b, s), dtype=np.int32) if data.reset_attention_mask else None,
-    )
+    """Micro batches of the run's shapes; their values mean nothing."""
+    sample = DATASETS["pretrain"].example(config.model.seq_length)
+    samples = [sample] * config.train.micro_batch_size
+    ends = DocumentEnds.from_config(config.data, eod=-1)  # an id that no token has
+    return [collate(samples, np.arange(len(samples)), ends) for _ in range(count)]
 
 
 def _without_device(config: RunConfig) -> RunConfig:

@@ -9,6 +9,7 @@ import numpy.typing as npt
 import torch
 
 from megatron_lite.data.batch import Batch
+from megatron_lite.kernels.segments import Segments
 from megatron_lite.layers.contexts import ForwardContext
 from megatron_lite.pipeline.stage import MicroBatch
 
@@ -22,29 +23,35 @@ def permutation(size: int, seed: int) -> npt.NDArray[np.int64]:
 
 
 def to_device(batch: Batch, device: torch.device, *, step: int, training: bool) -> MicroBatch:
-    """[b, s+1] tokens on the host -> tokens and labels [s, b] on the device."""
+    """[b, s+1] tokens on the host -> tokens and labels [s, b] on the device, and all that goes with them."""
     host = torch.from_numpy(batch.tokens)
     if device.type == "cuda":
         host = host.pin_memory()
     tokens = host.to(device, non_blocking=True).t().contiguous()  # [s + 1, b]
     mask = _columns(batch.loss_mask, device)
     positions = ForwardContext(
-        samples=torch.from_numpy(batch.sample_numbers).to(device, non_blocking=True),
+        samples=_sent(batch.sample_numbers, device),
         index=torch.arange(tokens.shape[0] - 1, device=device),
         step=step,
         training=training,
-        mask=None if batch.documents is None else _same_document(batch.documents, device),
+        segments=_segments(batch, device),
         restarted=None if batch.positions is None else _columns(batch.positions, device),
     )
-    return MicroBatch(tokens[:-1], tokens[1:], mask, positions)
+    extras = {name: _sent(values, device) for name, values in batch.extras.items()}
+    return MicroBatch(tokens[:-1], tokens[1:], mask, positions, extras)
+
+
+def _sent(values: np.ndarray[Any, Any], device: torch.device) -> torch.Tensor:
+    return torch.from_numpy(values).to(device, non_blocking=True)
 
 
 def _columns(rows: np.ndarray[Any, Any], device: torch.device) -> torch.Tensor:
     """[b, s] on the host -> [s, b] on the device."""
-    return torch.from_numpy(rows).to(device, non_blocking=True).t().contiguous()
+    return _sent(rows, device).t().contiguous()
 
 
-def _same_document(documents: np.ndarray[Any, Any], device: torch.device) -> torch.Tensor:
-    """[b, s] numbers of documents -> bool [b, 1, s, s]: both tokens are of one document."""
-    number = torch.from_numpy(documents).to(device, non_blocking=True)
-    return (number[:, :, None] == number[:, None, :])[:, None]
+def _segments(batch: Batch, device: torch.device) -> Segments | None:
+    if batch.segments is None:
+        return None
+    rows, length = batch.loss_mask.shape
+    return Segments(_sent(batch.segments, device), batch.longest_segment, rows, length)

@@ -15,17 +15,19 @@ from megatron_lite.blueprint.batches import BatchSchedule
 from megatron_lite.blueprint.length import Length, SampleCounts, sample_counts
 from megatron_lite.checkpoint.manifest import Manifest
 from megatron_lite.checkpoint.progress import Progress
-from megatron_lite.config.errors import ConfigError, DataError, MegatronLiteError
+from megatron_lite.config.errors import DataError, MegatronLiteError
 from megatron_lite.config.sections.data import DataConfig
 from megatron_lite.config.sections.run import RunConfig
-from megatron_lite.data.build import Datasets, build_datasets
+from megatron_lite.data.build import Datasets
+from megatron_lite.data.documents import DocumentEnds
 from megatron_lite.data.identity import Identity, identity_of
 from megatron_lite.data.loader import Loader
 from megatron_lite.data.overview import overview
 from megatron_lite.data.preparing.check import verify_blends
-from megatron_lite.data.pretrain import Samples
 from megatron_lite.data.provenance import MadeWith
 from megatron_lite.data.sampler import OrderKind
+from megatron_lite.data.samples import Samples
+from megatron_lite.data.sources import DATASETS
 from megatron_lite.parallel.collectives import MAX, all_reduce
 from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.rendezvous.launch import Launch, World, wait_for_all
@@ -94,7 +96,7 @@ def open_datasets(
         faults.at("data")
         if config.data.verify_data and launch.local_rank == 0:  # once per node
             log.say(*verify_blends(config.data, vocab_size=tokens.vocab_size))
-        return build_datasets(
+        return DATASETS["pretrain"].build(
             config.data,
             seq_length=config.model.seq_length,
             seed=config.train.seed,
@@ -216,17 +218,7 @@ def loaders_of(
 ) -> Loaders:
     """This rank's readers, in the order of --dataloader-type; evaluations never run out of data."""
     data = config.data
-    needing = {
-        "--eod-mask-loss": data.eod_mask_loss,
-        "--reset-position-ids": data.reset_position_ids,
-        "--reset-attention-mask": data.reset_attention_mask,
-    }
-    asked = [flag for flag, given in needing.items() if given]
-    if asked and tokens.eod is None:
-        raise ConfigError(
-            f"{', '.join(asked)}: the tokenizer ({data.tokenizer_type}) names no end-of-document "
-            "token - use one that does, or drop the flag"
-        )
+    documents = DocumentEnds.from_config(data, tokens.eod)
 
     def loader(dataset: Samples | None, order: OrderKind) -> Loader | None:
         if dataset is None:
@@ -236,10 +228,7 @@ def loaders_of(
             dp_rank=ctx.dp.rank,
             dp_size=ctx.dp.size,
             num_workers=data.num_workers,
-            eod=tokens.eod,
-            eod_mask_loss=data.eod_mask_loss,
-            reset_position_ids=data.reset_position_ids,
-            reset_attention_mask=data.reset_attention_mask,
+            documents=documents,
             order=order,
             sharding=data.data_sharding,
             permute=permutation,

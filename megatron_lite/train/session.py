@@ -188,7 +188,8 @@ def _build(start: Start, blueprint: Blueprint, talk: Talk) -> Run:
         run = assemble(start.config, blueprint, talk.ctx, timers=talk.timers)
     if talk.checker is not None:
         run.pipeline.reached = talk.checker.reached
-    talk.log.say(*_description(run, blueprint), *_tokenizer_lines(start.tokens))
+    segments = start.config.data.reset_attention_mask
+    talk.log.say(*_description(run, blueprint, segments), *_tokenizer_lines(start.tokens))
     talk.log.say_of_shard(_shard_size(run))
     start.faults.attach(run)
     return run
@@ -389,12 +390,12 @@ def _tokenizer_lines(tokens: TokenizerFacts) -> list[str]:
     ]
 
 
-def _description(run: Run, blueprint: Blueprint) -> list[str]:
+def _description(run: Run, blueprint: Blueprint, segments: bool) -> list[str]:
     grid, ctx = blueprint.grid, run.ctx
     return [
         f"using world size: {grid.world_size}, tensor-parallel {grid.tp} x pipeline-parallel {grid.pp} "
         f"x data-parallel {grid.dp} on {ctx.device.type}, {run.context.precision.name}",
         f"setting training iterations to {blueprint.train_iters}",
-        choose_attention(run.context, training=True).why,
+        choose_attention(run.context, training=True, segments=segments).why,
         f" > padded vocab (size: {run.context.vocab_size}) to {run.context.padded_vocab_size}",
     ]

@@ -14,7 +14,7 @@ from megatron_lite.config.exit import run_tool
 from megatron_lite.data.indexed import IndexedDataset
 from megatron_lite.data.tokenizers.gpt2_bpe import GPT2BPETokenizer
 from megatron_lite.data.tokenizers.sentencepiece import GPTSentencePieceTokenizer
-from megatron_lite.data.tokenizers.training import Sample, token_names
+from megatron_lite.data.tokenizers.training import TextSample, token_names
 from tests.support.extras import needs
 
 needs("tokenizers")
@@ -156,7 +156,7 @@ def test_unknown_characters_are_counted_without_byte_fallback(
 
 
 def test_a_sample_is_spread_over_the_stream_and_bounded() -> None:
-    sample = Sample(limit=100)
+    sample = TextSample(limit=100)
     assert len(list(sample.watch(f"{n:010}" for n in range(1000)))) == 1000
     numbers = [int(text) for text in sample.texts]
     steps = {b - a for a, b in zip(numbers, numbers[1:], strict=False)}

@@ -33,7 +33,7 @@ def build(
 
 
 def samples(dataset: Any) -> list[list[int]]:
-    return [dataset[i].tolist() for i in range(len(dataset))]
+    return [dataset[i].tokens.tolist() for i in range(len(dataset))]
 
 
 def oracle(sizes: tuple[int | None, int | None, int | None], **config: Any) -> list[Any]:
@@ -70,8 +70,8 @@ def assert_equal(ours: Datasets, theirs: list[Any]) -> None:
         assert len(mine) == len(other)
         for i in range(len(mine)):
             expected = other[i]
-            assert mine[i][:-1].tolist() == expected["tokens"].tolist()
-            assert mine[i][1:].tolist() == expected["labels"].tolist()
+            assert mine[i].tokens[:-1].tolist() == expected["tokens"].tolist()
+            assert mine[i].tokens[1:].tolist() == expected["labels"].tolist()
 
 
 @pytest.mark.parametrize("split", ["949,50,1", "8,1,1", "100,0,0", "60 40"])
@@ -155,13 +155,13 @@ def test_mock_data_are_dealt_evenly_whatever_the_split_says() -> None:
         other = build(DataConfig(mock_data=True, split=split), (10, 5, 3))
         for name in ("train", "valid", "test"):
             one, same = getattr(plain, name), getattr(other, name)
-            assert [one[n].tolist() for n in range(3)] == [same[n].tolist() for n in range(3)]
+            assert samples(one)[:3] == samples(same)[:3]
 
 
 def test_mock_data_needs_no_files() -> None:
     built = build(DataConfig(mock_data=True), (10, 5, 0))
     assert built.test is None and built.train is not None and built.valid is not None
-    assert built.train[3].shape == (SEQ_LENGTH + 1,)
+    assert built.train[3].tokens.shape == (SEQ_LENGTH + 1,)
     with pytest.raises(ConfigError, match="--mock-data"):
         build(DataConfig(mock_data=True), (10, 5, 0), vocab_size=None)
 
@@ -196,7 +196,7 @@ def test_data_shorter_than_a_sample_repeats_or_is_refused(write_documents: Write
     data = DataConfig(data_path=[prefix], split="1")
     train = build(data, (4, 0, 0)).train
     assert isinstance(train, GPTDataset) and train.epochs > 1 and len(train) >= 4
-    assert train[3].shape == (SEQ_LENGTH + 1,)
+    assert train[3].tokens.shape == (SEQ_LENGTH + 1,)
     with pytest.raises(DataError, match="one sample needs 17"):
         build(data, (None, 0, 0))
 

@@ -125,7 +125,7 @@ def test_data_that_changed_is_not_read_through_an_old_index(
             cache_folder=tmp_path / "cache",
         )
         assert datasets.train is not None
-        return [int(token) for i in range(20) for token in datasets.train[i]]
+        return [int(token) for i in range(20) for token in datasets.train[i].tokens]
 
     write_documents("a", 30, seed=1)
     first = read()

@@ -174,16 +174,16 @@ def test_few_files_are_open_however_many_there_are(write_documents: WriteDocumen
     maps = FileMaps(limit=3)
     datasets = [IndexedDataset(write_documents(f"d{k}", 5, seed=k), maps=maps) for k in range(10)]
     before = len(os.listdir("/proc/self/fd"))
-    kept = [dataset[0].tolist() for dataset in datasets]
+    kept = [dataset[0].tokens.tolist() for dataset in datasets]
     assert len(maps) == 3 and len(os.listdir("/proc/self/fd")) == before + 3
-    held = [dataset[0] for dataset in datasets]  # an array outlives its place among the maps
+    held = [dataset[0].tokens for dataset in datasets]  # an array outlives its place among the maps
     assert [array.tolist() for array in held] == kept
 
 
 def test_threads_share_few_maps(write_documents: WriteDocuments) -> None:
     maps = FileMaps(limit=2)
     datasets = [IndexedDataset(write_documents(f"d{k}", 20, seed=k), maps=maps) for k in range(6)]
-    expected = [[dataset[i].tolist() for i in range(20)] for dataset in datasets]
+    expected = [[dataset[i].tokens.tolist() for i in range(20)] for dataset in datasets]
     wrong: list[int] = []
 
     def read(seed: int) -> None:
@@ -208,7 +208,7 @@ def _start_together(rank: int, ranks: int, folder: str) -> list[int]:
         cache = Path(folder) / f"cache{repeat}"
         made = build(["0.3", f"{folder}/a", "0.7", f"{folder}/b"], cache)
         assert made.train is not None
-        total = sum(int(made.train[i].sum()) for i in range(len(made.train)))
+        total = sum(int(made.train[i].tokens.sum()) for i in range(len(made.train)))
         digests += [made.digest, total]
     return digests
 

@@ -13,8 +13,10 @@ from hypothesis import strategies as st
 
 from megatron_lite.config.errors import DataError
 from megatron_lite.data.batch import collate
+from megatron_lite.data.documents import DocumentEnds
 from megatron_lite.data.loader import Loader
 from megatron_lite.data.sampler import Order, sample_numbers
+from megatron_lite.data.samples import Sample
 from megatron_lite.train.feed import permutation
 
 
@@ -34,7 +36,7 @@ class Counting:
         self.threads.add(threading.get_ident())
         if sample == self.bad:
             raise DataError(f"counting: sample {sample} is bad")
-        return np.arange(sample, sample + 5, dtype=np.int64)
+        return Sample(np.arange(sample, sample + 5, dtype=np.int64))
 
 
 @given(
@@ -153,9 +155,9 @@ def test_cyclic_needs_one_whole_round() -> None:
 
 
 def test_eod_mask_loss_masks_where_the_input_is_eod() -> None:
-    samples = [np.array([1, 9, 2, 9]), np.array([9, 9, 3, 4])]
+    samples = [Sample(np.array(tokens)) for tokens in ([1, 9, 2, 9], [9, 9, 3, 4])]
     numbers = np.array([5, 6])
-    batch = collate(samples, numbers, eod=9, eod_mask_loss=True)
+    batch = collate(samples, numbers, DocumentEnds(eod=9, eod_mask_loss=True))
     assert batch.loss_mask.tolist() == [[1, 0, 1], [0, 0, 1]]
     assert batch.loss_mask.dtype == np.float32 and batch.tokens.dtype == np.int64
     assert collate(samples, numbers).loss_mask.tolist() == [[1, 1, 1], [1, 1, 1]]

@@ -5,6 +5,7 @@ import torch
 
 from megatron_lite.kernels import reference
 from megatron_lite.kernels.attention import AttentionCall
+from megatron_lite.kernels.segments import Segments
 from megatron_lite.kernels.table import PREFERENCES, TABLE, Need, choose
 
 CPU = torch.device("cpu")
@@ -70,13 +71,12 @@ def test_layer_scaling_changes_only_the_range():
     torch.testing.assert_close(plain, scaled)
 
 
-def test_a_document_mask_keeps_documents_apart():
+def test_segments_keep_documents_apart():
     q, k, v, _ = arguments("attention")
-    documents = torch.tensor([0] * 4 + [1] * 5)
-    mask = (documents[:, None] == documents[None, :])[None, None]
+    segments = Segments(torch.tensor([0, 4, 9, 13, 18], dtype=torch.int32), 5, rows=2, length=9)
     alone = reference.attention(q[:, :, 4:], k[:, :, 4:], v[:, :, 4:], AttentionCall())
     for row in TABLE["attention"][1:]:
-        together = row.run(q, k, v, AttentionCall(mask=mask.expand(2, 1, 9, 9)))
+        together = row.run(q, k, v, AttentionCall(segments=segments))
         torch.testing.assert_close(together[:, :, 4:], alone)
 
 

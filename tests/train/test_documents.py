@@ -13,6 +13,8 @@ import torch
 from megatron_lite.config.errors import DataError
 from megatron_lite.data.batch import Batch, collate
 from megatron_lite.data.build import Datasets
+from megatron_lite.data.documents import DocumentEnds
+from megatron_lite.data.samples import Sample
 from megatron_lite.layers.contexts import ForwardContext
 from megatron_lite.layers.dropout import hidden_dropout
 from megatron_lite.parallel.context import ParallelContext
@@ -28,7 +30,7 @@ from tests.support.tiny import SEQ, VOCAB, context, draw, tiny_config
 from tests.train.runs import alone as train_alone
 
 EOD = VOCAB - 1
-FLAGS = {"eod": EOD, "eod_mask_loss": True, "reset_position_ids": True}
+ENDS = DocumentEnds(eod=EOD, eod_mask_loss=True, reset_position_ids=True, reset_attention_mask=True)
 LEARNED: dict[str, Any] = {"train__micro_batch_size": 1, "train__global_batch_size": 1}
 ROPE = LEARNED | {"model__position_embedding_type": "rope"}
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
@@ -52,7 +54,8 @@ def documents() -> tuple[np.ndarray, np.ndarray]:
 def packed(*, reset_attention_mask: bool = True) -> list[Batch]:
     tokens = np.concatenate([*documents(), [3]]).astype(np.int64)
     assert len(tokens) == SEQ + 1
-    return [collate([tokens], np.array([0]), reset_attention_mask=reset_attention_mask, **FLAGS)]
+    ends = dataclasses.replace(ENDS, reset_attention_mask=reset_attention_mask)
+    return [collate([Sample(tokens)], np.array([0]), ends)]
 
 
 def alone() -> list[Batch]:
@@ -101,16 +104,17 @@ def test_without_the_mask_the_second_document_sees_the_first() -> None:
 
 
 def test_a_document_ends_with_its_eod() -> None:
-    tokens = [np.array([5, 9, 9, 6, 7, 9]), np.array([9, 1, 2, 3, 4, 5])]
-    batch = collate(tokens, np.arange(2), eod=9, reset_position_ids=True, reset_attention_mask=True)
-    assert batch.positions is not None and batch.documents is not None
+    samples = [Sample(np.array(row)) for row in ([5, 9, 9, 6, 7, 9], [9, 1, 2, 3, 4, 5])]
+    ends = DocumentEnds(eod=9, reset_position_ids=True, reset_attention_mask=True)
+    batch = collate(samples, np.arange(2), ends)
+    assert batch.positions is not None and batch.segments is not None
     assert batch.positions.tolist() == [[0, 1, 0, 0, 1], [0, 0, 1, 2, 3]]
-    assert batch.documents.tolist() == [[0, 0, 1, 2, 2], [0, 1, 1, 1, 1]]
+    assert batch.segments.tolist() == [0, 2, 3, 5, 6, 10] and batch.longest_segment == 4
     assert batch.loss_mask.min() == 1.0
     fed = to_device(batch, torch.device("cpu"), step=0, training=True).positions
     assert fed.encoded[:, 0].tolist() == [0, 1, 0, 0, 1] and fed.index.tolist() == [0, 1, 2, 3, 4]
-    seen = fed.mask[0, 0] & torch.ones(5, 5, dtype=torch.bool).tril()
-    assert seen.sum(dim=1).tolist() == [1, 2, 1, 1, 2]
+    assert fed.segments.cu_seqlens.dtype == torch.int32
+    assert fed.segments.allowed.sum(dim=-1)[:, 0].tolist() == [[1, 2, 1, 1, 2], [1, 1, 2, 3, 4]]
 
 
 def test_dropout_goes_by_the_place_in_the_sample() -> None:

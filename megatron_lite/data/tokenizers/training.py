@@ -25,7 +25,7 @@ REPLACEMENT = "\ufffd"
 
 
 @dataclass(slots=True)
-class Sample:
+class TextSample:
     """Some texts of a stream, evenly spread: every k-th, k doubling as the stream gets longer."""
 
     texts: list[str] = field(default_factory=list)
