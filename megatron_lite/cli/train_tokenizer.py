@@ -18,8 +18,8 @@ from megatron_lite.data.tokenizers.base import Tokenizer
 from megatron_lite.data.tokenizers.gpt2_bpe import GPT2BPETokenizer
 from megatron_lite.data.tokenizers.sentencepiece import GPTSentencePieceTokenizer
 from megatron_lite.data.tokenizers.training import (
-    TextSample,
     SentencePieceSettings,
+    TextSample,
     report_lines,
     train_bpe,
     train_sentencepiece,
