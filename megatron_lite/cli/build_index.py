@@ -25,7 +25,7 @@ from megatron_lite.config.rules import table as rules
 from megatron_lite.config.sections.run import RunConfig
 from megatron_lite.data.overview import overview
 from megatron_lite.data.provenance import made_with
-from megatron_lite.data.sources import DATASETS
+from megatron_lite.data.sources import kind_for
 from megatron_lite.data.tokenizers.build import build_tokenizer, model_vocab_size
 from megatron_lite.storage.disk import Disk
 from megatron_lite.storage.outputs import check_folder
@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=size))
     blueprint = draw_up(config, world_size)
     began = time.perf_counter()
-    datasets = DATASETS["pretrain"].build(
+    datasets = kind_for(config.train.objective).build(
         config.data,
         seq_length=config.model.seq_length,
         seed=config.train.seed,

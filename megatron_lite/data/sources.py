@@ -9,6 +9,8 @@ from typing import Protocol
 
 import numpy as np
 
+from megatron_lite.config.errors import ConfigError
+from megatron_lite.config.objectives import OBJECTIVES
 from megatron_lite.config.sections.data import DataConfig
 from megatron_lite.data.build import Datasets, build_datasets
 from megatron_lite.data.provenance import MadeWith
@@ -57,4 +59,15 @@ DATASETS: dict[str, DatasetKind] = {
     # token files by the Megatron flags, or --mock-data
     "pretrain": DatasetKind(build_datasets, _zeros),
 }
-"""By the name that an objective asks for."""
+"""By the name that an objective asks for (config/objectives.py)."""
+
+
+def kind_for(objective: str) -> DatasetKind:
+    """What an objective is trained on; raises ConfigError where it names no row of DATASETS."""
+    name = OBJECTIVES[objective].dataset
+    if name not in DATASETS:
+        raise ConfigError(
+            f"--objective {objective} is trained on the dataset {name!r}, which is no row of DATASETS "
+            f"(it has {', '.join(DATASETS)}) - add one where the objective is added"
+        )
+    return DATASETS[name]

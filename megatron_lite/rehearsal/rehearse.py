@@ -31,7 +31,7 @@ from megatron_lite.config.flags.extensions import extend, extensions
 from megatron_lite.config.sections.run import RunConfig
 from megatron_lite.data.batch import Batch, collate
 from megatron_lite.data.documents import DocumentEnds
-from megatron_lite.data.sources import DATASETS
+from megatron_lite.data.sources import kind_for
 from megatron_lite.parallel.calls.tape import CallRecorder
 from megatron_lite.parallel.calls.transcript import CallLog, compare_calls
 from megatron_lite.parallel.context import ParallelContext
@@ -284,7 +284,7 @@ def _process_bytes() -> int:
 
 def make_batches(config: RunConfig, count: int) -> list[Batch]:
     """Micro batches of the run's shapes; their values mean nothing."""
-    sample = DATASETS["pretrain"].example(config.model.seq_length)
+    sample = kind_for(config.train.objective).example(config.model.seq_length)
     samples = [sample] * config.train.micro_batch_size
     ends = DocumentEnds.from_config(config.data, eod=-1)  # an id that no token has
     return [collate(samples, np.arange(len(samples)), ends) for _ in range(count)]

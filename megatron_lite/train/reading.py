@@ -27,7 +27,7 @@ from megatron_lite.data.preparing.check import verify_blends
 from megatron_lite.data.provenance import MadeWith
 from megatron_lite.data.sampler import OrderKind
 from megatron_lite.data.samples import Samples
-from megatron_lite.data.sources import DATASETS
+from megatron_lite.data.sources import kind_for
 from megatron_lite.parallel.collectives import MAX, all_reduce
 from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.rendezvous.launch import Launch, World, wait_for_all
@@ -92,11 +92,13 @@ def open_datasets(
         f"    test:       {counts['test_samples']}",
     )
 
+    kind = kind_for(config.train.objective)
+
     def build() -> Datasets:
         faults.at("data")
         if config.data.verify_data and launch.local_rank == 0:  # once per node
             log.say(*verify_blends(config.data, vocab_size=tokens.vocab_size))
-        return DATASETS["pretrain"].build(
+        return kind.build(
             config.data,
             seq_length=config.model.seq_length,
             seed=config.train.seed,

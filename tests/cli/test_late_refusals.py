@@ -93,7 +93,7 @@ def test_tools_that_write_look_first() -> None:
     """A new tool is asked, too: who writes, checks."""
     folder = Path(__file__).parents[2] / "megatron_lite" / "cli"
     writers = ("write_atomically", "write_output", "folder_at_once", "IndexedDatasetBuilder",
-               "convert_flat(", "preprocess(", "DATASETS[")  # fmt: skip
+               "convert_flat(", "preprocess(", "kind_for(")  # fmt: skip
     for path in folder.glob("*.py"):
         text = path.read_text(encoding="utf-8")
         if (
