@@ -17,7 +17,7 @@ from megatron_lite.data.provenance import MadeWith
 from megatron_lite.data.samples import Sample
 
 
-class Build(Protocol):
+class BuildDatasets(Protocol):
     """Opens what each split reads; a split of which 0 samples are asked for is None.
 
     Called on one rank per node first; it reads no device and asks no other rank.
@@ -47,7 +47,7 @@ class DatasetKind:
     example: --seq-length -> a sample of any values; a rehearsal takes it for all of a run's.
     """
 
-    build: Build
+    build: BuildDatasets
     example: Callable[[int], Sample]
 
 
