@@ -1,114 +1,66 @@
-"""`make bench-gpu`: gpt2-124m in bf16 on one GPU, with and without torch.compile.
+"""`make bench-gpu`: our trainer beside compiled GPT-2 and Hugging Face's Llama on one GPU.
 
-    batch 64 x 1024 tokens per step (--micro-batch-size 64), vocabulary 50257, dropout 0
+    make bench-gpu                       the table: 124m and 8b, under five minutes
+    make bench-gpu ONLY=124m|8b|fp16|all
+    python benchmarks/bench_gpu.py       with the torch that is there; what is missing is a row that says so
 
-Prints tokens/s, TFLOP/s, MFU, memory and a kernel breakdown; the ratio is against our own eager run.
+All contestants run in this process, in turns of some steps without a wait inside, from the same
+first weights on the same tokens; ratios are medians over the rounds.  --rehearse runs the same
+program at toy sizes on a CPU.  The exit code is 1 where something asked was missed.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
+import json
 import sys
-import time
+from dataclasses import asdict
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import numpy as np
 import torch
 
-from megatron_lite.blueprint.draw_up import draw_up
-from megatron_lite.config.flags.parser import parse
-from megatron_lite.data.batch import Batch
-from megatron_lite.layers.attention import choose_attention
-from megatron_lite.parallel.context import ParallelContext
-from megatron_lite.train.assemble import assemble
-from megatron_lite.train.measuring.device import device_peak
-from megatron_lite.train.run import Run
-from megatron_lite.train.step import train_step
-
-SEQUENCE, VOCABULARY = 1024, 50257
+from benchmarks.gpu.cases import CASES, chosen
+from benchmarks.gpu.report import report
+from benchmarks.gpu.turns import measure
 
 
-def build(micro: int, *extra: str) -> Run:
-    """Our trainer of gpt2-124m on the first GPU."""
-    flags = (
-        f"--preset gpt2-124m --seq-length {SEQUENCE} --vocab-size {VOCABULARY} --mock-data "
-        f"--tokenizer-type NullTokenizer --hidden-dropout 0 --attention-dropout 0 --bf16 "
-        f"--micro-batch-size {micro} --global-batch-size {micro} --train-iters 1000 --lr 6e-4"
+def main(argv: list[str] | None = None) -> int:
+    """All chosen cases; 1 where something asked was missed on a GPU."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    config = parse([*flags.split(), *extra]).config
-    return assemble(config, draw_up(config, 1), ParallelContext.serial("cuda"))
-
-
-def batch_of(micro: int, seed: int) -> Batch:
-    """Random tokens: int64 [micro, s + 1]."""
-    tokens = np.random.default_rng(seed).integers(0, VOCABULARY, (micro, SEQUENCE + 1))
-    return Batch(tokens, np.arange(micro), np.ones((micro, SEQUENCE), dtype=np.float32))
-
-
-def measure(name: str, run: Run, micro: int, steps: int) -> float:
-    """Print the rates of some steps after warm-up; returns tokens per second (median)."""
-    batches = [batch_of(micro, seed) for seed in range(4)]
-    torch.cuda.reset_peak_memory_stats()
-
-    def step(index: int) -> None:
-        train_step(run, [batches[index % 4]], lr=1e-5, weight_decay=0.1)
-
-    for index in range(5):
-        step(index)
-    torch.cuda.synchronize()
-    times = []
-    for index in range(steps):
-        began = time.perf_counter()
-        step(index)
-        torch.cuda.synchronize()
-        times.append(time.perf_counter() - began)
-    rate = micro * SEQUENCE / statistics.median(times)
-    tflops = rate * run.blueprint.flops_per_token_full / 1e12
-    peak = device_peak(run.ctx.device)
-    mfu = f"{tflops / peak:.1%}" if peak else "-"
-    memory = torch.cuda.max_memory_allocated() / 2**30
-    print(f"{name:14s} {rate:10.0f} tokens/s  {tflops:6.1f} TFLOP/s (full attention)  MFU {mfu}  "
-          f"{1e3 * statistics.median(times):.1f} ms/step  {memory:.1f} GiB")  # fmt: skip
-    return rate
-
-
-def kernels(run: Run, micro: int) -> None:
-    """The kernels of one step that take the most time."""
-    batch = batch_of(micro, 0)
-    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=activities) as profile:
-        train_step(run, [batch], lr=1e-5, weight_decay=0.1)
-        torch.cuda.synchronize()
-    rows = sorted(profile.key_averages(), key=lambda r: -r.self_device_time_total)[:14]
-    total = sum(r.self_device_time_total for r in profile.key_averages()) or 1
-    for row in rows:
-        print(f"    {row.self_device_time_total / total:6.1%}  {row.key[:90]}")
-
-
-def main() -> int:
-    """Eager, then compiled."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--micro-batch-size", type=int, default=64)
-    parser.add_argument("--steps", type=int, default=30)
-    asked = parser.parse_args()
-    if not torch.cuda.is_available():
-        print("bench-gpu: no GPU here; nothing was measured")
+    parser.add_argument("--only", metavar="CASE", help=f"{', '.join(CASES)} or all")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--json", type=Path, help="write rows and verdicts there")
+    parser.add_argument(
+        "--rehearse", action="store_true", help="toy sizes on a CPU: proves nothing"
+    )
+    asked = parser.parse_args(argv)
+    cases = chosen(asked.only, tiny=asked.rehearse)
+    if not asked.rehearse and not torch.cuda.is_available():
+        print(
+            "bench-gpu: no GPU here; nothing was measured (--rehearse tries the program on a CPU)"
+        )
         return 0
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
-    rates = {}
-    for name, extra in (("eager", ()), ("torch.compile", ("--torch-compile",))):
-        run = build(asked.micro_batch_size, *extra)
-        if name == "eager":
-            print(choose_attention(run.context, training=True).why)
-        rates[name] = measure(name, run, asked.micro_batch_size, asked.steps)
-        kernels(run, asked.micro_batch_size)
-        del run
-        torch.cuda.empty_cache()
-    print(f"ratio torch.compile/eager {rates['torch.compile'] / rates['eager']:.3f}")
-    return 0
+    device = torch.device("cpu" if asked.rehearse else "cuda:0")
+    card = "CPU, toy sizes" if asked.rehearse else torch.cuda.get_device_name()
+    print(f"{card}, torch {torch.__version__}")
+    results, missed = [], False
+    for case in cases:
+        found = measure(case, device, rounds=asked.rounds, steps=asked.steps)
+        made, judged = report(case, found, device)
+        missed |= not all(met for _, met in judged)
+        results.append({"case": case.key, "rows": [asdict(line) for line in made],
+                        "asked": [{"what": text, "met": met} for text, met in judged]})  # fmt: skip
+    if asked.json:
+        asked.json.write_text(
+            json.dumps({"card": card, "torch": torch.__version__, "cases": results}, indent=1)
+        )
+        print(f"\nwritten: {asked.json}")
+    return int(missed and not asked.rehearse)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,1 @@
+"""What `make bench-gpu` measures: contestants.py (who runs), cases.py (what), turns.py (how)."""
