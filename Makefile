@@ -15,6 +15,7 @@ export OMP_NUM_THREADS ?= 1
 PYTEST_ARGS ?=
 PARTS ?=
 AGAINST ?=
+ONLY ?=
 
 .PHONY: help setup setup-oracles demo test test-ci test-all nightly test-cluster test-gpu check parity parity-all bench bench-parallel bench-gpu bench-checkpoint bench-data flags format clean distclean timeline
 
@@ -78,8 +79,8 @@ bench-parallel: setup ## tp2, pp2, dp2 beside DDP, FSDP2, DTensor, torch's pipel
 timeline: setup ## real steps of 2 and 4 processes beside their plan: docs/images
 	$(PY) benchmarks/trace_overlap.py
 
-bench-gpu: setup ## gpt2-124m in bf16 on one GPU: tokens/s, TFLOP/s, MFU, memory, kernels
-	$(PY) benchmarks/bench_gpu.py
+bench-gpu: setup ## on one GPU, beside compiled GPT-2 and Hugging Face; ONLY=124m|8b|fp16|documents|all
+	$(PY) benchmarks/bench_gpu.py $(if $(ONLY),--only $(ONLY))
 
 bench-checkpoint: setup ## 300M parameters with Adam saved and loaded: stall and GB/s beside torch.save and DCP
 	OMP_NUM_THREADS= $(PY) -W ignore benchmarks/bench_checkpoint.py

@@ -1,7 +1,7 @@
 """`make bench-gpu`: our trainer beside compiled GPT-2 and Hugging Face's Llama on one GPU.
 
     make bench-gpu                       the table: 124m and 8b, under five minutes
-    make bench-gpu ONLY=124m|8b|fp16|all
+    make bench-gpu ONLY=124m|8b|fp16|documents|all
     python benchmarks/bench_gpu.py       with the torch that is there; what is missing is a row that says so
 
 All contestants run in this process, in turns of some steps without a wait inside, from the same

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -50,8 +50,6 @@ class Case:
     most_gib: float | None = None
     least_mfu: float | None = None
     together: bool = True
-    document: int | None = None
-    """Tokens of a document, where the batch has documents."""
 
     @property
     def tokens(self) -> int:
@@ -68,9 +66,9 @@ class Case:
         return Batch(tokens, np.arange(b), np.ones((b, s), dtype=np.float32))
 
 
-def _ours(*extra: str) -> Make:
+def _ours(*extra: str, document: int | None = None) -> Make:
     def make(case: Case, weights: Weights, device: torch.device) -> Ours:
-        return Ours([*case.flags.split(), *extra], device)
+        return Ours([*case.flags.split(), *extra], device, document)
 
     return make
 
@@ -84,6 +82,7 @@ def _flags(sizes: Mapping[str, int], micro: int, batch: int) -> str:
     )
 
 
+COMPILE = "--torch-compile"
 _NO_DROPOUT = "--hidden-dropout 0 --attention-dropout 0 "
 _COMPILED, _DROPPED = "ours, compiled", "ours, compiled, default dropout"
 
@@ -102,9 +101,9 @@ def _gpt2(tiny: bool) -> Case:
         flags=_flags(sizes, batch, batch) + "--bf16 " + _NO_DROPOUT, sizes=sizes, batch=batch,
         rows={
             "ours, eager": _ours(),
-            _COMPILED: _ours("--torch-compile"),
+            _COMPILED: _ours(COMPILE),
             "plain GPT-2, compiled": plain,
-            _DROPPED: _ours("--torch-compile", "--hidden-dropout", "0.1", "--attention-dropout", "0.1"),
+            _DROPPED: _ours(COMPILE, "--hidden-dropout", "0.1", "--attention-dropout", "0.1"),
         },
         asked=(Asked(_COMPILED, "plain GPT-2, compiled", 1.12), Asked(_DROPPED, _COMPILED, 0.92)),
         baseline="plain GPT-2, compiled", reference=475e3, most_gib=28.0,
@@ -131,7 +130,7 @@ def _llama(tiny: bool) -> Case:
         key="8b", title="eight layers of Llama-8B's shapes, bf16, 2 x 4096 tokens",
         flags=flags + _NO_DROPOUT, sizes=sizes, batch=2,
         rows={
-            "ours, eager": _ours(), _COMPILED: _ours("--torch-compile"),
+            "ours, eager": _ours(), _COMPILED: _ours(COMPILE),
             "Hugging Face, compiled": theirs,
         },
         asked=(Asked(_COMPILED, "Hugging Face, compiled", 1.08),),
@@ -147,12 +146,32 @@ def _fp16(tiny: bool) -> Case:
     return Case(
         key="fp16", title="GPT-3 1.3B, fp16, default dropout, 32 x 2048 tokens", flags=flags,
         sizes=sizes, batch=8 if tiny else 32,
-        rows={"ours, eager": _ours(), _COMPILED: _ours("--torch-compile")},
+        rows={"ours, eager": _ours(), _COMPILED: _ours(COMPILE)},
         asked=(Asked(_COMPILED, "ours, eager", 1.0),), together=False,
     )  # fmt: skip
 
 
-CASES: Mapping[str, Callable[[bool], Case]] = {"124m": _gpt2, "8b": _llama, "fp16": _fp16}
+def _documents(tiny: bool) -> Case:
+    sizes = {"layers": 12, "hidden": 768, "heads": 12, "sequence": 8192, "vocabulary": 50257}
+    if tiny:
+        sizes = {"layers": 2, "hidden": 32, "heads": 2, "sequence": 32, "vocabulary": 128}
+    batch, document = (2, 8) if tiny else (8, 1024)
+    apart, whole = "ours, compiled", "ours, compiled, all see all"
+    return Case(
+        key="documents", title=f"GPT-2 125M, bf16, 8 x 8192 tokens, documents of {document}",
+        flags=_flags(sizes, batch, batch) + "--bf16 --reset-attention-mask " + _NO_DROPOUT,
+        sizes=sizes, batch=batch,
+        rows={
+            whole: _ours(COMPILE),
+            apart: _ours(COMPILE, document=document),
+        },
+        asked=(Asked(apart, whole, 0.9),),
+    )  # fmt: skip
+
+
+CASES: Mapping[str, Callable[[bool], Case]] = {
+    "124m": _gpt2, "8b": _llama, "fp16": _fp16, "documents": _documents,
+}  # fmt: skip
 """Key of ONLY= -> the case; True: at sizes that a CPU steps in a moment, to try the program."""
 
 TABLE = ("124m", "8b")
@@ -166,10 +185,3 @@ def chosen(only: str | None, *, tiny: bool) -> list[Case]:
     if unknown:
         raise SystemExit(f"ONLY={only}: no case {unknown[0]!r}; there are {', '.join(CASES)}, all")
     return [CASES[key](tiny) for key in keys]
-
-
-def without(case: Case, names: set[str]) -> Case:
-    """The same without some rows, and without what was asked of them."""
-    rows = {name: make for name, make in case.rows.items() if name not in names}
-    asked = tuple(one for one in case.asked if not {one.row, one.against} & names)
-    return replace(case, rows=rows, asked=asked)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -43,6 +44,8 @@ class Ours:
 
     flags: list[str]
     device: torch.device
+    document: int | None = None
+    """Tokens of each document of a row, which do not see those of another; None: all see all."""
     run: Run = field(init=False)
     last: Update | None = None
 
@@ -55,7 +58,7 @@ class Ours:
     def step(self, batch: Batch) -> Tensor:
         """See Contestant."""
         starts = range(0, len(batch.tokens), self.micro)
-        parts = [_rows(batch, start, start + self.micro) for start in starts]
+        parts = [_rows(batch, start, start + self.micro, self.document) for start in starts]
         result = train_step(self.run, parts, lr=LR, weight_decay=WEIGHT_DECAY)
         self.last = result.update
         return result.loss
@@ -66,10 +69,17 @@ class Ours:
         return {one.name: one.data.detach().cpu().clone() for one in slices}
 
 
-def _rows(batch: Batch, start: int, stop: int) -> Batch:
-    """Samples [start, stop) of a batch without documents."""
+def _rows(batch: Batch, start: int, stop: int, document: int | None) -> Batch:
+    """Samples [start, stop), every so many tokens a document."""
+    loss_mask = batch.loss_mask[start:stop]
+    segments = None
+    if document is not None:
+        rows, length = loss_mask.shape
+        begins = np.arange(0, length, document)
+        ends = [*(row * length + begins for row in range(rows)), [rows * length]]
+        segments = np.concatenate(ends).astype(np.int32)
     return Batch(
-        batch.tokens[start:stop], batch.sample_numbers[start:stop], batch.loss_mask[start:stop]
+        batch.tokens[start:stop], batch.sample_numbers[start:stop], loss_mask, segments=segments
     )
 
 

@@ -17,9 +17,15 @@ from benchmarks.gpu.turns import Found, Seen
 CPU = torch.device("cpu")
 
 
+@pytest.fixture(autouse=True)
+def not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same arithmetic, sooner; what our kernels compile is kept for the whole process."""
+    monkeypatch.setattr(torch, "compile", lambda what, **_: what)
+    monkeypatch.setattr("benchmarks.gpu.cases.COMPILE", "--no-torch-compile")
+
+
 @pytest.mark.parametrize("key", TABLE)
 def test_all_contestants_of_a_case_learn_alike(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch, "compile", lambda what, **_: what)  # the same arithmetic, sooner
     (case,) = chosen(key, tiny=True)
     weights: Weights = {}
     losses: dict[str, list[float]] = {}
@@ -69,7 +75,6 @@ def test_what_is_not_installed_is_a_row(
     def absent(*_: object) -> object:
         raise NotInstalled("transformers is not installed")
 
-    monkeypatch.setattr(torch, "compile", lambda what, **_: what)
     monkeypatch.setattr("benchmarks.gpu.cases.hugging_face_llama", absent)
     file = tmp_path / "found.json"
     words = ["--rehearse", "--only", "8b", "--rounds", "1", "--steps", "1", "--json", str(file)]
@@ -80,6 +85,16 @@ def test_what_is_not_installed_is_a_row(
     assert case["rows"][0]["tokens_per_second"] > 0
 
 
+def test_documents_see_themselves_alone() -> None:
+    (case,) = chosen("documents", tiny=True)
+    (batch,) = case.batches(1)
+    whole, apart = (make(case, {}, CPU) for make in case.rows.values())
+    assert isinstance(apart, Ours) and apart.document is not None
+    assert float(whole.step(batch)) != float(apart.step(batch))
+
+
 def test_a_case_that_is_not_there() -> None:
-    with pytest.raises(SystemExit, match="no case '125m'; there are 124m, 8b, fp16, all"):
+    with pytest.raises(
+        SystemExit, match="no case '125m'; there are 124m, 8b, fp16, documents, all"
+    ):
         chosen("124m,125m", tiny=True)
