@@ -13,6 +13,7 @@ from benchmarks.gpu.cases import CASES, TABLE, chosen
 from benchmarks.gpu.contestants import LR, NotInstalled, Ours, Plain, Weights
 from benchmarks.gpu.report import lines, verdicts
 from benchmarks.gpu.turns import Found, Seen
+from tests.support.extras import needs
 
 CPU = torch.device("cpu")
 
@@ -24,8 +25,11 @@ def not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("benchmarks.gpu.cases.COMPILE", "--no-torch-compile")
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("key", TABLE)
 def test_all_contestants_of_a_case_learn_alike(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if key == "8b":
+        needs("transformers")
     (case,) = chosen(key, tiny=True)
     weights: Weights = {}
     losses: dict[str, list[float]] = {}
