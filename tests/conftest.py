@@ -8,6 +8,8 @@ from collections.abc import Generator
 import pytest
 from hypothesis import settings
 
+from tests.support.case_ids import CASE, shortened, too_long
+
 # no deadline for an example: a busy machine is no failure; the suite has time limits of its own
 settings.register_profile("megatron_lite", deadline=None)
 settings.load_profile("megatron_lite")
@@ -60,3 +62,15 @@ def pytest_make_collect_report(
     if marks and report.skipped:  # a whole file, before its marks are known
         forbid(report, marks)
     return report
+
+
+def pytest_make_parametrize_id(config: pytest.Config, val: object, argname: str) -> str | None:
+    return shortened(val, argname)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if found := too_long(item.name for item in items):
+        raise pytest.UsageError(
+            f"{len(found)} cases have names of more than {CASE} characters; "
+            "give them an id: " + ", ".join(found)
+        )

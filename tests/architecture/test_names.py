@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
-from tests.architecture.test_floors import PACKAGE
+from tests.support.places import PACKAGE
 
 CONTRACT = {"main", "start", "parse_arguments"}
 """What every command in cli/ has, because tools/*.py and its tests call it by these names."""

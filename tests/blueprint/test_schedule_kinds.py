@@ -8,15 +8,11 @@ import pytest
 from torch.distributed.pipelining import schedules as torchs
 
 from megatron_lite.blueprint.schedules import SCHEDULES
-from megatron_lite.blueprint.schedules.actions import Op, Schedule, ScheduleError
+from megatron_lite.blueprint.schedules.actions import Op, ScheduleError
 from megatron_lite.blueprint.schedules.simulate import Cost, simulate
+from tests.support.schedules import scheduled
 
 SIZES = [(pp, factor * pp) for pp in (2, 3, 4, 8) for factor in (1, 2, 3, 5)]
-
-
-def drawn(name: str, pp: int, num_microbatches: int, chunks: int = 1) -> Schedule:
-    kind = SCHEDULES[name]
-    return kind.generate(kind.place(pp, chunks), num_microbatches)
 
 
 def text(row: Any) -> list[str]:
@@ -34,7 +30,9 @@ def made(kind: type, **fields: Any) -> Any:
 @pytest.mark.parametrize(("pp", "m"), SIZES)
 def test_gpipe_is_torchs(pp: int, m: int) -> None:
     order = made(torchs.ScheduleGPipe, _num_stages=pp, _n_microbatches=m)._get_pipeline_order()
-    assert [text(row) for row in drawn("gpipe", pp, m).lists] == [text(order[r]) for r in range(pp)]
+    assert [text(row) for row in scheduled("gpipe", pp, m).lists] == [
+        text(order[r]) for r in range(pp)
+    ]
 
 
 @pytest.mark.parametrize("chunks", [2, 3, 4])
@@ -44,7 +42,7 @@ def test_interleaved_is_torchs(pp: int, m: int, chunks: int) -> None:
         torchs.ScheduleInterleaved1F1B,
         n_local_stages=chunks, pp_group_size=pp, _n_microbatches=m, microbatches_per_round=pp,
     )  # fmt: skip
-    for rank, row in enumerate(drawn("interleaved", pp, m, chunks).lists):
+    for rank, row in enumerate(scheduled("interleaved", pp, m, chunks).lists):
         assert text(row) == text(theirs._calculate_single_rank_operations(rank))
 
 
@@ -54,7 +52,7 @@ def test_zb_h1_is_torchs_interleaved_zero_bubble_with_one_stage(pp: int, m: int)
         torchs.ScheduleInterleavedZeroBubble,
         n_local_stages=1, pp_group_size=pp, _n_microbatches=m, microbatches_per_round=m,
     )  # fmt: skip
-    for rank, row in enumerate(drawn("zb-h1", pp, m).lists):
+    for rank, row in enumerate(scheduled("zb-h1", pp, m).lists):
         assert text(row) == text(theirs._calculate_single_rank_operations(rank))
 
 
@@ -63,14 +61,14 @@ def test_zb_v_is_torchs(pp: int, m: int) -> None:
     theirs = made(
         torchs.ScheduleZBVZeroBubble, pp_group_size=pp, num_stages=2 * pp, _n_microbatches=m
     )
-    for rank, row in enumerate(drawn("zb-v", pp, m, 2).lists):
+    for rank, row in enumerate(scheduled("zb-v", pp, m, 2).lists):
         assert text(row) == text(theirs._calculate_single_rank_operations(rank))
 
 
 @pytest.mark.parametrize("chunks", [2, 3, 4])
 @pytest.mark.parametrize(("pp", "m"), SIZES)
 def test_interleaved_bubble_and_memory_are_the_papers(pp: int, m: int, chunks: int) -> None:
-    result = simulate(drawn("interleaved", pp, m, chunks))
+    result = simulate(scheduled("interleaved", pp, m, chunks))
     assert result.bubble == pytest.approx((pp - 1) / (chunks * m + pp - 1), abs=1e-12)
     assert result.peak_live == tuple(
         min(chunks * pp + pp - 1 - 2 * rank, chunks * m) for rank in range(pp)
@@ -82,7 +80,7 @@ def test_interleaved_bubble_and_memory_are_the_papers(pp: int, m: int, chunks: i
 
 @pytest.mark.parametrize(("pp", "m"), SIZES)
 def test_gpipe_idles_like_1f1b_and_keeps_everything(pp: int, m: int) -> None:
-    result = simulate(drawn("gpipe", pp, m))
+    result = simulate(scheduled("gpipe", pp, m))
     assert result.bubble == pytest.approx((pp - 1) / (m + pp - 1), abs=1e-12)
     assert result.peak_live == (m,) * pp
 
@@ -97,7 +95,7 @@ def test_zb_h1_bubble_is_the_papers_and_memory_that_of_1f1bs_first_rank(
     pp: int, m: int, times: tuple[float, float, float]
 ) -> None:
     f, i, w = times
-    result = simulate(drawn("zb-h1", pp, m), timed(f, i, w))
+    result = simulate(scheduled("zb-h1", pp, m), timed(f, i, w))
     assert result.makespan == pytest.approx(m * (f + i + w) + (pp - 1) * (f + i - w), abs=1e-9)
     assert result.peak_live == (pp,) * pp
 
@@ -105,7 +103,7 @@ def test_zb_h1_bubble_is_the_papers_and_memory_that_of_1f1bs_first_rank(
 @pytest.mark.parametrize(("pp", "factor"), [(2, 2), (2, 5), (4, 2), (4, 6), (8, 2), (8, 4)])
 def test_a_zb_v_rank_never_waits_once_it_has_begun(pp: int, factor: int) -> None:
     m = factor * pp
-    result = simulate(drawn("zb-v", pp, m, 2))
+    result = simulate(scheduled("zb-v", pp, m, 2))
     for rank, row in enumerate(result.spans):
         assert row[0].start == rank
         assert row[-1].end - row[0].start == sum(span.end - span.start for span in row) == 6 * m
@@ -119,7 +117,7 @@ def test_each_schedule_beats_the_one_before(pp: int, times: tuple[float, float, 
     m = 4 * pp
     names = [("1f1b", 1), ("interleaved", 2), ("zb-h1", 1), ("zb-v", 2)]
     spans = [
-        simulate(drawn(name, pp, m, chunks), timed(*times, chunks=chunks)).makespan
+        simulate(scheduled(name, pp, m, chunks), timed(*times, chunks=chunks)).makespan
         for name, chunks in names
     ]
     assert spans == sorted(spans, reverse=True)
@@ -146,14 +144,14 @@ def test_the_simulation_reproduces_published_bubble_rates(
     name: str, model: str, rate: float
 ) -> None:
     pp, m, f, i, w, message = PAPER[model]
-    result = simulate(drawn(name, pp, m), timed(f, i, w), latency=message)
+    result = simulate(scheduled(name, pp, m), timed(f, i, w), latency=message)
     assert 1 - m * (f + i + w) / result.makespan == pytest.approx(rate, abs=2e-4)
 
 
 def test_zb_v_is_at_least_as_good_as_the_papers() -> None:
     """Published: 0.0697 for 6.2B on 16 ranks, by a search over orders; ours is one fixed order."""
     f, i, w = 29.718, 29.444, 19.927
-    result = simulate(drawn("zb-v", 16, 48, 2), timed(f, i, w, chunks=2), latency=0.527)
+    result = simulate(scheduled("zb-v", 16, 48, 2), timed(f, i, w, chunks=2), latency=0.527)
     assert 0.05 < 1 - 48 * (f + i + w) / result.makespan <= 0.0697
 
 
@@ -182,4 +180,4 @@ def test_a_schedule_refuses_a_placement_it_does_not_know(
 
 def test_interleaved_refuses_part_of_a_group() -> None:
     with pytest.raises(ScheduleError, match="6 micro batches are no multiple of 4"):
-        drawn("interleaved", 4, 6, 2)
+        scheduled("interleaved", 4, 6, 2)

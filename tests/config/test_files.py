@@ -104,7 +104,7 @@ def test_numbers_are_read_as_people_write_them() -> None:
             "not valid YAML: could not determine",
         ),
         ("\x07", "run.yaml: not valid YAML: "),
-        ("[" * 5000, "run.yaml: nested far too deep"),
+        pytest.param("[" * 5000, "run.yaml: nested far too deep", id="5,000 brackets"),
     ],
 )
 def test_what_is_wrong_has_a_line_and_a_way_out(text: str, message: str) -> None:

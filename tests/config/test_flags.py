@@ -168,6 +168,7 @@ def test_auto_contradicts_nothing(words: str) -> None:
          "--preset gpt2-124m and --preset gpt2-355m"),
         ("--seq-length 8 --train-tokens 80 --train-tokens 160", "train.train_samples", 20, ""),
     ],
+    ids=["lr", "back again", "two names", "off", "several words", "alias", "preset", "derived"],
 )  # fmt: skip
 def test_the_last_of_a_repeated_flag_counts_and_is_said(
     words: str, key: str, expected: object, said: str

@@ -244,7 +244,7 @@ def test_a_split_without_training_data_is_refused_where_the_split_counts() -> No
     assert notice.startswith("--split 0,1,0: ignored, --mock-data's documents are dealt 1,1,1")
 
 
-@pytest.mark.parametrize("words, world_size, message", BAD, ids=[words for words, _, _ in BAD])
+@pytest.mark.parametrize("words, world_size, message", BAD)
 def test_what_cannot_work_is_named_with_the_way_out(
     words: str, world_size: int, message: str
 ) -> None:

@@ -10,7 +10,6 @@ import torch
 import torch.distributed as dist
 
 from megatron_lite.engines.clip import clip_coefficient, count_zeros, global_norm
-from megatron_lite.engines.table import ENGINES
 from megatron_lite.parallel.context import Axis
 from megatron_lite.train.assemble import assemble
 from megatron_lite.train.step import train_step
@@ -115,11 +114,6 @@ LAYOUTS = {
     "dp2, sharded": (2, {ZERO: True}),
     "tp2 x pp2, sharded over dp2": (8, {TP: 2, PP: 2, SP: True, ZERO: True}),
 }
-
-
-@pytest.fixture(scope="module", params=ENGINES)
-def engine(request):
-    return request.param
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,6 @@ import math
 import pytest
 import torch
 
-from megatron_lite.engines.table import ENGINES
 from megatron_lite.train.assemble import assemble
 from megatron_lite.train.step import train_step
 from tests.support.engines import exact_weights, named
@@ -17,11 +16,6 @@ SMALL = {
     "model__num_layers": 2, "optim__optimizer": "sgd", "optim__sgd_momentum": 0.0,
     "optim__clip_grad": 0.0,
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module", params=ENGINES)
-def engine(request):
-    return request.param
 
 
 def made(engine, **changes):

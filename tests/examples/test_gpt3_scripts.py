@@ -110,7 +110,7 @@ def test_a_link_in_a_folder_with_spaces_still_finds_the_repository(tmp_path: Pat
             ["$(touch x); * `id`"],
         ),
     ],
-    ids=str,
+    ids=lambda value: ",".join(value) if isinstance(value, dict) else str(value)[:40],
 )
 def test_an_override_changes_its_flag(
     env: dict[str, str], flag: str, values: list[str] | None

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.launch import TINY, launch, with_flags
+from tests.support.launch import TINY, launch
+from tests.support.sizes import with_flags
 from tests.train.runs import curve, steps
 
 HERE = Path(__file__).parent

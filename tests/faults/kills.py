@@ -26,8 +26,10 @@ from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.parallel.shard import NamedSlice
 from megatron_lite.storage.disk import Disk
 from megatron_lite.telemetry.record import StepRecord, read_metrics
-from tests.support.launch import TINY, Running, StillAlive, in_session, launch, start, with_flags
+from tests.support.folders import contents
+from tests.support.launch import TINY, Running, StillAlive, in_session, launch, start
 from tests.support.preprocess import hashes, job, numbers
+from tests.support.sizes import with_flags
 from tests.support.spawn import _context
 
 Tell = Callable[[str], None]
@@ -171,21 +173,17 @@ def kill_loads(count: int, seed: int, folder: Path, tell: Tell) -> Counted:
         pass
     _kill(process)
     iteration = intact(root)
-    before = _contents(root)
+    before = contents(root)
     while counted.kills < count:
         process, pipe = _started(_load_on, str(root), iteration)
         _heard(pipe)
         time.sleep(random.uniform(0, 0.05))
         _kill(process)
-        if _contents(root) != before or intact(root) != iteration:
+        if contents(root) != before or intact(root) != iteration:
             counted.wrong.append(f"kill {counted.kills}: the folder changed")
         counted.note("folder unchanged, loads")
         tell(f"{counted.kills}/{count}")
     return counted
-
-
-def _contents(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
 STEPS = 24

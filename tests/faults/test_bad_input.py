@@ -17,7 +17,8 @@ import pytest
 from megatron_lite.cli import preprocess_data, pretrain_gpt
 from megatron_lite.config.exit import run_tool
 from tests.faults.pairs import NULL, pair
-from tests.support.launch import LAUNCHER_NAMES, TINY, with_flags
+from tests.support.launch import LAUNCHER_NAMES, TINY, WITHOUT_DATA
+from tests.support.sizes import with_flags
 from tests.train.runs import HANDLED
 
 
@@ -193,7 +194,7 @@ def test_training(name, tmp_path, monkeypatch, capsys):
     folder = tmp_path / "data"
     folder.mkdir()
     words = row.make(folder)
-    base = [w for w in TINY if w != "--mock-data"] if "--data-path" in words else TINY
+    base = WITHOUT_DATA if "--data-path" in words else TINY
     for variable, value in row.env.items():
         monkeypatch.setenv(variable, value)
     before = sorted(path.name for path in folder.iterdir())

@@ -10,10 +10,9 @@ from megatron_lite.config.errors import ConfigError
 from megatron_lite.config.exit import run_tool
 from megatron_lite.rendezvous.copies import RANK_VARIABLES, TASKS, one_of_many
 from megatron_lite.rendezvous.launch import read_launch
-from tests.support.launch import TINY, TOOL, set_environment, with_flags
+from tests.support.launch import TOOL, TORCHRUN, WITHOUT_DATA, set_environment
+from tests.support.sizes import with_flags
 
-MODEL = [word for word in TINY if word != "--mock-data"]
-GOOD = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 LAUNCHERS: dict[str, tuple[dict[str, str | None], str | None]] = {
     "srun, task 2 of 4": ({"SLURM_PROCID": "2", "SLURM_STEP_NUM_TASKS": "4"}, "srun started 4 tasks"),
     "srun, task 0 of 4": ({"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "4"}, "srun started 4 tasks"),
@@ -44,11 +43,11 @@ def test_what_should_count_the_copies_and_is_no_number_is_refused(monkeypatch, n
 
 def test_a_dry_run_says_what_a_start_would_refuse(monkeypatch, capsys):
     set_environment(monkeypatch, {"SLURM_PROCID": "2", "SLURM_STEP_NUM_TASKS": "4"})
-    assert pretrain_gpt.main(with_flags(MODEL, "--mock-data", "--dry-run")) == 0
+    assert pretrain_gpt.main(with_flags(WITHOUT_DATA, "--mock-data", "--dry-run")) == 0
     said = capsys.readouterr().out
     assert "NOTE: a start would be refused here: srun started 4 tasks" in said
     set_environment(monkeypatch, {"SLURM_STEP_NUM_TASKS": "4", "RANK": "0", "WORLD_SIZE": "1"})
-    assert pretrain_gpt.main(with_flags(MODEL, "--mock-data", "--dry-run")) == 0
+    assert pretrain_gpt.main(with_flags(WITHOUT_DATA, "--mock-data", "--dry-run")) == 0
     assert "would be refused" not in capsys.readouterr().out
 
 
@@ -63,7 +62,7 @@ def test_copies_that_know_nothing_of_each_other_are_refused(monkeypatch, name):
         return
     with pytest.raises(ConfigError, match=f"{message}.*RANK is not set.*tools/launch.py per node"):
         read_launch()
-    set_environment(monkeypatch, GOOD | values)  # torchrun, or the user, has said who is who
+    set_environment(monkeypatch, TORCHRUN | values)  # torchrun, or the user, has said who is who
     assert read_launch().rank == 1
 
 
@@ -105,7 +104,9 @@ def test_a_launcher_says_at_once_what_is_wrong_here(monkeypatch, tmp_path, capsy
     env, flags, words, code, message = WRONG_STARTS[name]
     monkeypatch.chdir(tmp_path)
     set_environment(monkeypatch, dict(env))
-    monkeypatch.setattr("sys.argv", ["launch.py", *flags, str(TOOL), *with_flags(MODEL, *words)])
+    monkeypatch.setattr(
+        "sys.argv", ["launch.py", *flags, str(TOOL), *with_flags(WITHOUT_DATA, *words)]
+    )
     if name != "no such rendezvous":
         monkeypatch.setattr(launcher, "run", lambda asked: pytest.fail("torchrun was started"))
     monkeypatch.setattr(

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.launch import TINY, Ended, Running, StillAlive, launch, start, with_flags
+from tests.support.launch import TINY, Ended, Running, StillAlive, launch, start
+from tests.support.sizes import with_flags
 
 TIMEOUT_MINUTES = 0.15  # 9 s: what a stopped or hanging rank costs, and a killed one far less
 TIMED = [*TINY, "--distributed-timeout-minutes", str(TIMEOUT_MINUTES)]

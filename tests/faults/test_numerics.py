@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.launch import TINY, Ended, Running, start, with_flags
+from tests.support.launch import TINY, Ended, Running, start
+from tests.support.sizes import with_flags
 from tests.train.runs import steps
 
 PP2 = ["--pipeline-model-parallel-size", "2", "--global-batch-size", "8"]

@@ -16,11 +16,10 @@ from megatron_lite.config.errors import StorageError
 from megatron_lite.storage.faults import FaultyDisk
 from megatron_lite.train import program
 from megatron_lite.train.measuring import timeline
-from tests.support.launch import LAUNCHER_NAMES, TINY, TOOL, start, with_flags
+from tests.support.launch import LAUNCHER, LAUNCHER_NAMES, TINY, TOOL, start
 from tests.support.rights import needs_namespaces
+from tests.support.sizes import with_flags
 from tests.train.runs import alone, records, steps
-
-LAUNCHER = TOOL.with_name("launch.py")
 
 
 def test_a_full_disk_under_both_outputs_is_told_in_the_run_folder(tmp_path: Path) -> None:

@@ -9,7 +9,8 @@ import pytest
 from megatron_lite.checkpoint.manifest import Manifest, hash_file, verify_files
 from megatron_lite.checkpoint.progress import Progress
 from megatron_lite.train import patience
-from tests.support.launch import TINY, launch, start, with_flags
+from tests.support.launch import TINY, launch, start
+from tests.support.sizes import with_flags
 
 SHORT = with_flags(TINY, "--distributed-timeout-minutes", "0.05")  # 3 s
 

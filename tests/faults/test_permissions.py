@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from tests.faults.pairs import NULL, pair
-from tests.support.launch import LAUNCHER_NAMES, TINY, TOOL, with_flags
+from tests.support.launch import LAUNCHER_NAMES, TINY, TOOL, WITHOUT_DATA
 from tests.support.rights import needs_right
+from tests.support.sizes import with_flags
 
 pytestmark = pytest.mark.root  # from whom its powers must be taken first
 
@@ -50,8 +51,7 @@ def require(done: subprocess.CompletedProcess[str], code: int, *words: str) -> N
 def test_a_token_file_that_may_not_be_read(tmp_path: Path, kind: str) -> None:
     prefix = pair(tmp_path)
     (tmp_path / f"d.{kind}").chmod(0)
-    words = [w for w in TINY if w != "--mock-data"]
-    words = with_flags(words, "--data-path", str(prefix), "--split", "100,0,0")
+    words = with_flags(WITHOUT_DATA, "--data-path", str(prefix), "--split", "100,0,0")
     require(run(tmp_path, TOOL, words), 3, f"{prefix}.{kind}", "ermission")
 
 

@@ -32,19 +32,19 @@ from tests.support.launch import (
     LAUNCHER_NAMES,
     TINY,
     TOOL,
+    TORCHRUN,
+    WITHOUT_DATA,
     Ended,
     free_port,
     launch,
     set_environment,
     start,
-    with_flags,
 )
 from tests.support.rights import needs_namespaces
+from tests.support.sizes import with_flags
 
 QUICK = [*TINY, "--distributed-timeout-minutes", "0.05"]
 
-MODEL = [word for word in TINY if word != "--mock-data"]
-GOOD = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 ENVIRONMENTS: dict[str, tuple[dict[str, str | None], str]] = {
     "no MASTER_ADDR": ({"MASTER_ADDR": None}, "MASTER_ADDR are not set.*torch.distributed.run"),
     "no MASTER_PORT": ({"MASTER_PORT": None}, "MASTER_PORT are not set.*torch.distributed.run"),
@@ -61,14 +61,14 @@ ENVIRONMENTS: dict[str, tuple[dict[str, str | None], str]] = {
 @pytest.mark.parametrize("name", ENVIRONMENTS)
 def test_a_wrong_environment_is_a_usage_error(monkeypatch, name):
     change, message = ENVIRONMENTS[name]
-    set_environment(monkeypatch, GOOD | change)
+    set_environment(monkeypatch, TORCHRUN | change)
     with pytest.raises(ConfigError, match=message):
         read_launch()
 
 
 def test_the_environment_of_torchrun_is_read(monkeypatch):
     more = {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "3"}
-    set_environment(monkeypatch, GOOD | more | {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"})
+    set_environment(monkeypatch, TORCHRUN | more | {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"})
     read = read_launch()
     assert (read.rank, read.world_size, read.local_rank, read.attempt) == (1, 2, 0, 3)
     assert (read.host, read.port, read.agent_holds_store) == ("127.0.0.1", 29500, True)
@@ -227,7 +227,7 @@ def test_ranks_are_waited_for_in_silence_at_first(capsys):
 
 def test_files_that_are_not_here_are_told_before_anybody_is_waited_for(tmp_path):
     """One rank of two: the other never comes."""
-    gone = with_flags(MODEL, "--data-path", str(tmp_path / "text"), "--vocab-size", "61")
+    gone = with_flags(WITHOUT_DATA, "--data-path", str(tmp_path / "text"), "--vocab-size", "61")
     said = fatal(launch(2, gone, only=[0], deadline=30), 3)
     assert f"data {tmp_path}/text.idx" in said and f"data {tmp_path}/text.bin" in said
 

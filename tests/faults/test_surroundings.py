@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.launch import LAUNCHER_NAMES, TINY, TOOL, launch, with_flags
+from tests.support.launch import LAUNCHER_NAMES, TINY, TOOL, launch
 from tests.support.rights import needs_namespaces
+from tests.support.sizes import with_flags
 
 BARE = 'mount -t tmpfs -o ro none /dev/shm && mount -t tmpfs -o ro none "$1" && cd "$1" && shift && exec "$@"'
 

@@ -14,7 +14,8 @@ from megatron_lite.parallel.context import Axis
 from megatron_lite.train.assemble import assemble
 from megatron_lite.train.step import train_step
 from tests.support.axes import PP, TP
-from tests.support.launch import TINY, launch, with_flags
+from tests.support.launch import TINY, launch
+from tests.support.sizes import with_flags
 from tests.support.spawn import RankFailed, spawn
 from tests.support.tiny import context, draw, make_batches, tiny_config
 

@@ -13,13 +13,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_lite.blueprint.schedules import SCHEDULES
 from megatron_lite.blueprint.schedules.actions import Schedule
 from megatron_lite.blueprint.schedules.lower import lower
 from megatron_lite.blueprint.schedules.simulate import simulate
 from megatron_lite.parallel.context import Axis
 from megatron_lite.pipeline.executor import Executor
 from megatron_lite.pipeline.mail import Mail
+from tests.support.schedules import scheduled
 from tests.support.spawn import spawn
 
 PP, MICROBATCHES = 3, 3
@@ -33,8 +33,7 @@ CHUNKS = {"gpipe": 1, "1f1b": 1, "interleaved": 2, "zb-h1": 1, "zb-v": 2}
 
 
 def drawn(name: str) -> Schedule:
-    kind = SCHEDULES[name]
-    return kind.generate(kind.place(PP, CHUNKS[name]), MICROBATCHES)
+    return scheduled(name, PP, MICROBATCHES, CHUNKS[name])
 
 
 @dataclass

@@ -73,7 +73,8 @@ TENSOR = tiny_config(**{TP: 2, PP: 2, BATCH: 8})
              "parallel__recompute_method": "uniform", "parallel__recompute_num_layers": 1,
              "data__reset_attention_mask": True, "data__reset_position_ids": True}),
     ],
-    ids=lambda value: "" if isinstance(value, int) else "-".join(k.split("__")[1] for k in value),
+    ids=["tp, pp, dp", "tp, pp, dp, sharded, bf16", "zb-h1", "interleaved, sharded, fp16",
+         "recomputed, documents apart"],
 )  # fmt: skip
 def test_all_ranks_of_a_sound_run_fit_together(world_size, changes):
     transcripts = rehearsed(tiny_config(**changes), world_size)

@@ -23,7 +23,8 @@ from megatron_lite.rendezvous import launch
 from megatron_lite.rendezvous.launch import Launch, gather_ranks, set_device_environment
 from megatron_lite.train import program, session
 from megatron_lite.train.ending.failures import Failures
-from tests.support.launch import TINY, free_port, with_flags
+from tests.support.launch import TINY, free_port
+from tests.support.sizes import with_flags
 from tests.support.spawn import spawn
 
 TIED = ["--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2"]

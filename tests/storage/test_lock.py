@@ -21,6 +21,7 @@ from megatron_lite.storage import lock as lock_file
 from megatron_lite.storage.disk import Disk
 from megatron_lite.storage.faults import FaultyDisk
 from megatron_lite.storage.lock import LOCK, FolderLock, FolderTaken, Owner
+from tests.support.folders import renamed
 from tests.support.rights import needs_namespaces
 
 ROOT = Path(__file__).parents[2]
@@ -215,10 +216,6 @@ def test_the_count_goes_on_in_place(tmp_path: Path) -> None:
     assert after != before and len(after) == len(before)
     assert Owner.from_bytes(after) == held.owner
     held.release()
-
-
-def renamed(folder: Path) -> None:
-    folder.rename(folder.with_name("elsewhere"))
 
 
 def removed(folder: Path) -> None:

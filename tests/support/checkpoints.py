@@ -4,28 +4,34 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from megatron_lite.blueprint.draw_up import Blueprint
 from megatron_lite.checkpoint.progress import Progress
 from megatron_lite.checkpoint.store import Store
+from megatron_lite.config.sections.run import RunConfig
 from megatron_lite.engines.base import EngineProgress
 from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.parallel.shard import NamedSlice
 from megatron_lite.train.assemble import assemble
 from megatron_lite.train.resume import fill_run
+from megatron_lite.train.run import Run
 from megatron_lite.train.step import train_step
 from tests.support.tiny import context, draw, make_batches, tiny_config
 
+Changes = dict[str, Any]
 
-def assembled(rank, ranks, changes):
+
+def assembled(rank: int, ranks: int, changes: Changes) -> tuple[RunConfig, Blueprint, Run]:
     """(config, blueprint, run) of a rank."""
     config = tiny_config(**changes)
     blueprint = draw(config, ranks)
     return config, blueprint, assemble(config, blueprint, context(blueprint, rank))
 
 
-def train(config, blueprint, run, steps):
+def train(config: RunConfig, blueprint: Blueprint, run: Run, steps: int) -> list[float]:
     """Losses of the steps that follow."""
     losses = []
     for _ in range(steps):
@@ -36,7 +42,7 @@ def train(config, blueprint, run, steps):
     return losses
 
 
-def save(run, folder, progress):
+def save(run: Run, folder: Path, progress: Progress) -> None:
     """All that the engine holds."""
     store = Store(folder, run.ctx)
     store.save(
@@ -49,7 +55,10 @@ def save(run, folder, progress):
     )
 
 
-def train_and_save(rank, ranks, changes, folder, steps, more):
+def train_and_save(
+    rank: int, ranks: int, changes: Changes, folder: str, steps: int, more: int
+) -> list[float]:
+    """Losses of the steps behind the save."""
     config, blueprint, run = assembled(rank, ranks, changes)
     train(config, blueprint, run, steps)
     save(
@@ -60,10 +69,14 @@ def train_and_save(rank, ranks, changes, folder, steps, more):
     return train(config, blueprint, run, more)
 
 
-def load_and_save_again(rank, ranks, changes, folder, again, more):
+def load_and_save_again(
+    rank: int, ranks: int, changes: Changes, folder: str, again: str, more: int
+) -> list[float]:
+    """Losses of the steps behind the load; what was loaded is saved as it is."""
     config, blueprint, run = assembled(rank, ranks, changes)
     store = Store(Path(folder), run.ctx)
     manifest, _ = store.newest_intact()
+    assert manifest is not None
     fill_run(run, store, manifest, optimizer=True)
     run.engine.resume(EngineProgress(manifest.progress.optimizer_steps))
     run.progress.step = manifest.progress.step
@@ -75,6 +88,7 @@ def whole(folder: Path) -> dict[str, str]:
     """Hash of every global tensor of a checkpoint, put together in one process."""
     store = Store(folder, ParallelContext.serial())
     manifest, _ = store.newest_intact()
+    assert manifest is not None
     hashes = {}
     for name, stored in manifest.tensors.items():
         dtype = {"F32": torch.float32, "BF16": torch.bfloat16}[stored.dtype]

@@ -24,31 +24,27 @@ from typing import Any
 
 import pytest
 
+from tests.support.sizes import SEQ, tiny_flags, with_flags
 from tests.support.spawn import _context, free_port
 
 TOOL = Path(__file__).parents[2] / "tools" / "pretrain_gpt.py"
+LAUNCHER = TOOL.with_name("launch.py")
 
 TINY = [
-    "--mock-data", "--tokenizer-type", "NullTokenizer", "--vocab-size", "61",
-    "--make-vocab-size-divisible-by", "8", "--num-layers", "2", "--hidden-size", "32",
-    "--num-attention-heads", "4", "--seq-length", "16", "--max-position-embeddings", "16",
-    "--micro-batch-size", "2", "--global-batch-size", "4", "--train-iters", "6", "--lr", "1e-2",
-    "--log-interval", "1", "--eval-iters", "0",
+    *tiny_flags(
+        model__num_layers=2, model__hidden_dropout=None, model__attention_dropout=None,
+        model__max_position_embeddings=SEQ, train__global_batch_size=4, train__train_iters=6,
+        learning_rate__lr_decay_style=None,
+    ),
+    "--tokenizer-type", "NullTokenizer", "--log-interval", "1", "--eval-iters", "0",
 ]  # fmt: skip
 """A run of a fraction of a second per rank, for one to four ranks."""
 
+WITHOUT_DATA = with_flags(TINY, without=("--mock-data",))
+"""What it trains on is still to be said."""
 
-def with_flags(argv: Sequence[str], *words: str) -> list[str]:
-    """The command line with the words' flags instead of its own of the same name."""
-    flags: dict[str, list[str]] = {}
-    values: list[str] = []
-    for word in argv:
-        if word.startswith("--"):
-            values = flags[word] = []
-        else:
-            values.append(word)
-    flags = {name: given for name, given in flags.items() if name not in words}
-    return [*(word for name, given in flags.items() for word in (name, *given)), *words]
+TORCHRUN = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+"""What torchrun says to the second of two ranks."""
 
 
 LAUNCHER_NAMES = (

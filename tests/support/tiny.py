@@ -13,28 +13,13 @@ from megatron_lite.config.sections.run import RunConfig
 from megatron_lite.data.batch import Batch
 from megatron_lite.data.sampler import sample_numbers
 from megatron_lite.parallel.context import ParallelContext
-
-SEQ, VOCAB = 16, 61
-
-TINY: dict[str, dict[str, Any]] = {
-    "model": {
-        "num_layers": 4, "hidden_size": 32, "num_attention_heads": 4, "seq_length": SEQ,
-        "vocab_size": VOCAB, "make_vocab_size_divisible_by": 8,
-        "hidden_dropout": 0.0, "attention_dropout": 0.0,
-    },
-    "train": {"micro_batch_size": 2, "global_batch_size": 8, "train_iters": 5},
-    "learning_rate": {"lr": 1e-2, "lr_decay_style": "constant"},
-    "data": {"mock_data": True},
-}  # fmt: skip
+from tests.support.sizes import changed
 
 
 def tiny_config(**changes: Any) -> RunConfig:
     """RunConfig of a 4-layer model; changes as section__field=value."""
     config = RunConfig()
-    wanted = {section: dict(fields) for section, fields in TINY.items()}
-    for name, value in changes.items():
-        section, _, field = name.partition("__")
-        wanted.setdefault(section, {})[field] = value
+    wanted = changed(**changes)
     return dataclasses.replace(
         config,
         **{s: dataclasses.replace(getattr(config, s), **f) for s, f in wanted.items()},

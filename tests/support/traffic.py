@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
+from typing import Any
 
 import torch.distributed as dist
 
@@ -12,20 +14,25 @@ from megatron_lite.train.step import train_step
 from tests.support.axes import PP, TP
 from tests.support.tiny import context, draw, make_batches, tiny_config
 
+S, B, H, LAYERS = 16, 2, 32, 4
+"""Of the model that is trained: sequence, micro batch, hidden size, layers."""
 
-def traffic(rank, ranks, changes, device="cpu"):
-    """(collective, bytes of the whole tensor) -> how often, on this rank in one step."""
-    batch = {"train__global_batch_size": B * ranks_dp(changes, ranks)}
-    config = tiny_config(**{"train__micro_batch_size": B} | batch | changes)
+
+def traffic(
+    rank: int, ranks: int, changes: dict[str, Any], device: str = "cpu"
+) -> tuple[Counter[tuple[str, int]], int]:
+    """(collective, bytes of the whole tensor) -> how often, on this rank in one step; its parameters."""
+    size = {"train__global_batch_size": B * ranks_dp(changes, ranks)}
+    config = tiny_config(**{"train__micro_batch_size": B} | size | changes)
     blueprint = draw(config, ranks)
     run = assemble(config, blueprint, context(blueprint, rank, device))
     batches = make_batches(config, blueprint, run.ctx.dp.rank, 0)
-    seen = Counter()
+    seen: Counter[tuple[str, int]] = Counter()
     reduce, gather, scatter = dist.all_reduce, collectives._gather_into, collectives._scatter_into
     send = dist.isend
 
-    def count(name, call, whole):
-        def counted(*arguments, **keywords):
+    def count(name: str, call: Callable[..., Any], whole: int) -> Callable[..., Any]:
+        def counted(*arguments: Any, **keywords: Any) -> Any:
             seen[name, arguments[whole].numel() * arguments[whole].element_size()] += 1
             return call(*arguments, **keywords)
 
@@ -36,7 +43,7 @@ def traffic(rank, ranks, changes, device="cpu"):
     collectives._scatter_into = count("reduce-scatter", scatter, 1)
     batch = dist.batch_isend_irecv
 
-    def counted_batch(operations):
+    def counted_batch(operations: list[Any]) -> Any:
         for operation in operations:
             if operation.op is send:
                 seen["send", operation.tensor.numel() * operation.tensor.element_size()] += 1
@@ -51,10 +58,6 @@ def traffic(rank, ranks, changes, device="cpu"):
     return seen, sum(local.parameter.numel() for local in run.parameters)
 
 
-def ranks_dp(changes, ranks):
+def ranks_dp(changes: dict[str, Any], ranks: int) -> int:
     """Data-parallel size of a layout."""
-    tp = changes.get(TP, 1)
-    return ranks // tp // changes.get(PP, 1)
-
-
-S, B, H, LAYERS = 16, 2, 32, 4
+    return ranks // int(changes.get(TP, 1)) // int(changes.get(PP, 1))

@@ -19,17 +19,19 @@ from megatron_lite.telemetry.record import (
     read_metrics,
 )
 from megatron_lite.train.ending.stop import stop_signals
-from tests.support.launch import launch
+from tests.support.launch import TINY, launch
+from tests.support.sizes import with_flags
 
-TINY = [
-    "--use-cpu", "--num-layers", "2", "--hidden-size", "32", "--num-attention-heads", "4",
-    "--seq-length", "16", "--tokenizer-type", "NullTokenizer", "--vocab-size", "60",
-    "--make-vocab-size-divisible-by", "8", "--attention-dropout", "0", "--hidden-dropout", "0",
-    "--micro-batch-size", "2", "--global-batch-size", "4", "--train-iters", "4", "--lr", "1e-2",
-    "--lr-warmup-iters", "1", "--lr-decay-style", "cosine", "--log-interval", "1",
-    "--eval-iters", "0", "--num-workers", "0", "--print-state-hash",
-]  # fmt: skip
+FOUR_STEPS = with_flags(
+    TINY, "--use-cpu", "--vocab-size", "60", "--attention-dropout", "0", "--hidden-dropout", "0",
+    "--train-iters", "4", "--lr-warmup-iters", "1", "--lr-decay-style", "cosine",
+    "--num-workers", "0", "--print-state-hash",
+    without=("--mock-data", "--max-position-embeddings"),
+)  # fmt: skip
 """Four steps of four samples; what a test gives stands in the place of what stands here."""
+
+LONG = ["--train-iters", "100000", "--lr-decay-iters", "100000"]
+"""Steps that no test waits for."""
 
 HANDLED = stop_signals()
 
@@ -63,15 +65,8 @@ class MLiteFault:
 
 
 def argv(*words: str, without: Sequence[str] = ()) -> list[str]:
-    """TINY and the words of a test, of which the last value of a flag counts, `without` some."""
-    flags: dict[str, list[str]] = {}
-    values: list[str] = []
-    for word in (*TINY, *words):
-        if word.startswith("--"):
-            values = flags[word] = []
-        else:
-            values.append(word)
-    return [w for flag, given in flags.items() if flag not in without for w in (flag, *given)]
+    """FOUR_STEPS and the words of a test, of which the last value of a flag counts, `without` some."""
+    return with_flags(FOUR_STEPS, *words, without=without)
 
 
 def run_main(*words: str) -> Outcome:
@@ -88,7 +83,7 @@ def run_main(*words: str) -> Outcome:
 
 
 def alone(*words: str, without: Sequence[str] = ()) -> Outcome:
-    """One rank of TINY, in this process."""
+    """One rank of FOUR_STEPS, in this process."""
     return run_main(*argv(*words, without=without))
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.support.launch import start, with_flags
+from tests.support.launch import start
+from tests.support.sizes import with_flags
 from tests.train.runs import alone, argv, curve, steps
 
 WIDE = [

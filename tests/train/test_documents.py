@@ -25,8 +25,9 @@ from megatron_lite.train.feed import to_device
 from megatron_lite.train.reading import _in_turn
 from megatron_lite.train.step import train_step
 from tests.support.axes import PP, SP, TP
+from tests.support.sizes import SEQ, VOCAB
 from tests.support.spawn import RankFailed, spawn
-from tests.support.tiny import SEQ, VOCAB, context, draw, tiny_config
+from tests.support.tiny import context, draw, tiny_config
 from tests.train.runs import alone as train_alone
 
 EOD = VOCAB - 1

@@ -24,6 +24,7 @@ from megatron_lite.telemetry.summary import describe_losses
 from megatron_lite.train import program
 from megatron_lite.train.ending.faults import NoFaults
 from megatron_lite.train.folder import of_the_run, of_this_start, require_own
+from tests.support.folders import renamed
 from tests.support.launch import TINY, start
 from tests.train.runs import alone, argv, evaluations, records, run_main, steps
 
@@ -139,10 +140,6 @@ def test_no_checkpoint_appears_in_a_folder_that_was_taken_over(
     assert [folder.name for folder in run.glob("iter_*")] == ["iter_0000002"]
     assert (run / "latest_checkpointed_iteration.txt").read_text() == "2\n"
     assert b"another" in (run / LOCK).read_bytes() and not (run / "ended.json").exists()
-
-
-def renamed(folder: Path) -> None:
-    folder.rename(folder.with_name("elsewhere"))
 
 
 @pytest.mark.parametrize(

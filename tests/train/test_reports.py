@@ -17,7 +17,8 @@ from megatron_lite.telemetry.ranks import ranks_record
 from megatron_lite.telemetry.record import RanksRecord, from_json, record_json
 from megatron_lite.train.measuring.reports import OwnTime, memory_report, peak_bytes
 from megatron_lite.train.measuring.waits import HostWaits, Waits
-from tests.support.launch import TINY, launch, start, with_flags
+from tests.support.launch import TINY, launch, start
+from tests.support.sizes import with_flags
 from tests.train.runs import alone, records
 
 SLOW = 0.25

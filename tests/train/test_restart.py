@@ -27,11 +27,8 @@ from megatron_lite.train.ending.restart import (
     refusal,
     write_ended,
 )
-from tests.support.launch import LAUNCHER_NAMES, TOOL, start
-from tests.train.runs import Outcome, argv, on_ranks, steps
-
-LAUNCHER = TOOL.with_name("launch.py")
-LONG = ["--train-iters", "100000", "--lr-decay-iters", "100000"]
+from tests.support.launch import LAUNCHER, LAUNCHER_NAMES, TOOL, start
+from tests.train.runs import LONG, Outcome, argv, on_ranks, steps
 
 
 def failed(folder: Path, rank: int, code: int, error: str, when: float = 1.0) -> None:

@@ -18,10 +18,9 @@ from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.telemetry.record import SaveRecord
 from megatron_lite.train.ending.stop import NO_VOTE, Stopped, StopRequests, StopVote, stop_signals
 from megatron_lite.train.step import train_step
-from tests.support.launch import TINY, start, with_flags
-from tests.train.runs import alone, argv, records, steps
-
-LONG = ["--train-iters", "100000", "--lr-decay-iters", "100000"]
+from tests.support.launch import TINY, start
+from tests.support.sizes import with_flags
+from tests.train.runs import LONG, alone, argv, records, steps
 
 
 def pointer(folder: Path) -> int:

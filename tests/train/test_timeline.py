@@ -14,7 +14,8 @@ from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.parallel.observer import NOBODY, Request
 from megatron_lite.telemetry.recorder import Recorder
 from megatron_lite.train.measuring.timeline import CollectiveLanes, DeviceClock, RankTimeline, merge
-from tests.support.launch import TINY, launch, with_flags
+from tests.support.launch import TINY, launch
+from tests.support.sizes import with_flags
 from tests.support.spawn import spawn
 from tests.support.tiny import context, draw, tiny_config
 

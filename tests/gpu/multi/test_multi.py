@@ -28,7 +28,8 @@ from tests.parity.layouts import (
     ZERO,
     layout,
 )
-from tests.support.launch import TINY, Ended, launch, start, with_flags
+from tests.support.launch import TINY, Ended, launch, start
+from tests.support.sizes import with_flags
 from tests.support.spawn import spawn
 from tests.support.tiny import context, draw, make_batches, tiny_config
 from tests.support.traffic import traffic
