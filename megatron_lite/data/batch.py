@@ -26,7 +26,7 @@ class Batch:
     the same whatever the layout; loss_mask: float32 [b, s], 0 where the prediction does not count.
     positions: int64 [b, s], counted from 0 in every segment; None: in the sample.
     segments: int32 [n + 1], cumulative lengths 0, ..., b * s over the rows one after the other, of
-    what does not see one another (a row's end is always one); None: all of a row sees all.
+    segments that do not attend to one another (a row's end always ends one); None: a row is one.
     extras: [b, ...] each, what the samples bring for the objective.
     """
 

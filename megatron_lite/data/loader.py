@@ -1,4 +1,4 @@
-"""Microbatches for one data parallel rank, read ahead by threads."""
+"""Micro batches for one data parallel rank, read ahead by threads."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ STEPS_AHEAD = 2
 
 
 class BatchRequest(NamedTuple):
-    """One step's share: the samples from `consumed` on, in so many microbatches of `micro`."""
+    """One step's share: the samples from `consumed` on, in so many micro batches of `micro`."""
 
     consumed: int
     micro: int
@@ -24,7 +24,7 @@ class BatchRequest(NamedTuple):
 
 
 class Loader:
-    """Reads the microbatches of a step; guesses that the next step continues and reads it ahead.
+    """Reads the micro batches of a step; guesses that the next step continues and reads it ahead.
 
     num_workers threads read; 0 reads in the caller.  `seconds_waited` is the time the caller
     spent in next_batches so far.  An error in a thread is raised in the caller when the batch
@@ -57,7 +57,7 @@ class Loader:
         self._ahead: OrderedDict[BatchRequest, list[Future[Batch]]] = OrderedDict()
 
     def next_batches(self, consumed: int, micro: int, num_microbatches: int) -> list[Batch]:
-        """This rank's microbatches of the global batch that begins at `consumed`."""
+        """This rank's micro batches of the global batch that begins at `consumed`."""
         began = time.perf_counter()
         request = BatchRequest(consumed, micro, num_microbatches)
         try:

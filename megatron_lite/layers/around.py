@@ -12,7 +12,7 @@ from megatron_lite.parallel.layer_hooks import LayerHooks
 
 
 class _Told(torch.autograd.Function):
-    """The same tensor; its gradient, once complete, is told before it goes on."""
+    """The same tensor; its gradient, once complete, calls the hook before it flows on."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, tell: Callable[[], None]) -> Tensor:

@@ -1,4 +1,4 @@
-"""Activation checkpointing: keep the input of some layers and compute the rest again in backward.
+"""Activation checkpointing: keep the input of some layers and recompute the rest in backward.
 
 Which layers and parts is blueprint/recompute.py's plan.  Nothing random is restored: dropout masks
 are functions of coordinates and come out the same again.
@@ -21,7 +21,7 @@ from megatron_lite.parallel.context import Axis
 def recomputed_part(
     plan: RecomputePlan, name: str, run: Callable[..., Tensor], *inputs: Any
 ) -> Tensor:
-    """run(*inputs), computed again in backward if --recompute-modules names this part.
+    """run(*inputs), recomputed in backward if --recompute-modules names this part.
 
     Its inputs stay in memory, what it computes in between does not.
     """

@@ -12,10 +12,10 @@ from megatron_lite.train.objectives.base import Objective
 
 @dataclass(frozen=True, slots=True)
 class SecondPass:
-    """In every so-many-th step, the first included, forward and backward once more, before its own.
+    """A second forward and backward before those of every `every`-th step, the first included.
 
     use: is given the engine, which then holds the gradients of this objective's mean loss, reduced
-    and unscaled, and what was measured over the world; returns numbers to tell.  Every rank calls
+    and unscaled, and what was measured over the world; returns numbers to log.  Every rank calls
     it.  The gradients are cleared afterwards, so that the step itself is what it would be without.
     name: stands before its metrics' names, as in `hessian/loss`.
     """

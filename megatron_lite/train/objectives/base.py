@@ -43,7 +43,7 @@ class Objective(Protocol):
         """Loss sum, weight and metrics of the last stage's outputs, equal on all tp ranks.
 
         outputs: what the objective's head makes, [s, b, v/tp] or [s, b, 1].  The weight is that of
-        weight() once more, as an fp32 scalar.
+        weight() again, as an fp32 scalar.
         """
         ...
 
