@@ -1,0 +1,111 @@
+"""How a step works: every snippet of the guide is run as it is printed, and prints what is printed there.
+
+A block of Python or shell is followed by a block of text where it prints something.  Numbers with a
+point are compared to a hundredth, the times of a machine are not shown; all else is equal.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import re
+import runpy
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.places import ROOT
+
+GUIDES = ROOT / "docs/guides"
+LANGUAGES = ("how-a-step-works",)
+NEXT = "\x1e"
+FRACTION = re.compile(r"-?\d+\.\d+(?:e[+-]\d+)?")
+
+
+def snippets(text: str, language: str) -> Iterator[tuple[str, list[str]]]:
+    """(code, the lines it prints) of each block of a language."""
+    blocks = re.findall(r"^```(\w+)\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE)
+    for (kind, code), (following, printed) in zip(blocks, [*blocks[1:], ("", "")], strict=True):
+        if kind == language:
+            yield code, printed.splitlines() if following == "text" else []
+
+
+def in_python(codes: list[str], folder: Path) -> list[list[str]]:
+    """What each prints, run one after the other as one program."""
+    program = folder / "walks.py"
+    program.write_text(f"print({NEXT!r})\n".join(codes), encoding="utf-8")
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        runpy.run_path(str(program))
+    return [part.strip("\n").splitlines() for part in said.getvalue().split(NEXT)]
+
+
+def in_shell(codes: list[str], folder: Path) -> list[list[str]]:
+    """The same of shell, in a folder that has the tools."""
+    for name in ("tools", "megatron_lite"):
+        (folder / name).symlink_to(ROOT / name)
+    (folder / "python").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    (folder / "python").chmod(0o755)
+    script = "\nprintf '\\036'\n".join(["set -euo pipefail", *codes])
+    done = subprocess.run(
+        ["bash", "-c", script],
+        cwd=folder,
+        env={"PATH": f"{folder}:{os.environ['PATH']}", "HOME": str(folder), "OMP_NUM_THREADS": "1",
+             "PYTHONPATH": str(folder)},
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    return [part.strip("\n").splitlines() for part in done.stdout.split(NEXT)[1:]]
+
+
+def alike(printed: str, said: str) -> bool:
+    """Whether two lines are the same but for the last digits of their fractions."""
+    numbers = [[float(n) for n in FRACTION.findall(line)] for line in (printed, said)]
+    same = [FRACTION.sub("#", " ".join(line.split())) for line in (printed, said)]
+    return same[0] == same[1] and numbers[0] == pytest.approx(numbers[1], rel=1e-2, abs=1e-4)
+
+
+def check(printed: list[str], said: list[str], code: str) -> None:
+    assert len(printed) == len(said), (code, printed, said)
+    wrong = [pair for pair in zip(printed, said, strict=True) if not alike(*pair)]
+    assert not wrong, (code, wrong)
+
+
+@pytest.mark.parametrize("guide", LANGUAGES)
+def test_the_python_of_the_walks_prints_what_they_say(guide: str, tmp_path: Path) -> None:
+    text = (GUIDES / f"{guide}.md").read_text(encoding="utf-8")
+    found = list(snippets(text, "python"))
+    said = in_python([code for code, _ in found], tmp_path)
+    for (code, printed), lines in zip(found, said, strict=True):
+        check(printed, lines, code)
+
+
+@pytest.mark.ci
+def test_the_commands_of_the_walks_print_what_they_say(tmp_path: Path) -> None:
+    text = (GUIDES / f"{LANGUAGES[0]}.md").read_text(encoding="utf-8")
+    found = list(snippets(text, "bash"))
+    said = in_shell([code for code, _ in found], tmp_path)
+    for (code, printed), lines in zip(found, said, strict=True):
+        check(printed, lines, code)
+
+
+@pytest.mark.parametrize("guide", LANGUAGES)
+def test_what_the_walks_name_in_a_file_is_there(guide: str) -> None:
+    """`_Linear.backward` ([layers/linear.py](...)): the file has a `_Linear` and a `backward`."""
+    text = (GUIDES / f"{guide}.md").read_text(encoding="utf-8")
+    prose = " ".join(re.sub(r"```.*?```", "", text, flags=re.DOTALL).split())
+    named = re.findall(r"`([A-Za-z_.]+)[^`]*` (?:in )?\(?\[[^`\]]+\]\(([^)]+\.py)\)", prose)
+    assert len(named) >= 5
+    for name, file in named:
+        source = (GUIDES / file).read_text(encoding="utf-8")
+        missing = [word for word in name.split(".") if not re.search(rf"\b{word}\b", source)]
+        assert not missing, f"{file} has no {missing}"
+
+
+def test_lines_are_compared() -> None:
+    assert alike("lm loss 4.1630", "lm  loss 4.1629") and not alike("loss 4.16", "loss 4.26")
+    assert not alike("rank 1 [8, 2]", "rank 1 [8, 3]") and not alike("a 1.0", "b 1.0")
