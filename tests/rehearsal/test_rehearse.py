@@ -8,6 +8,7 @@ import pytest
 from megatron_lite.blueprint.draw_up import Blueprint
 from megatron_lite.blueprint.schedules.actions import Action
 from megatron_lite.config.errors import DistributedError
+from megatron_lite.config.objectives import OBJECTIVES
 from megatron_lite.parallel.calls.transcript import compare_calls
 from megatron_lite.parallel.collectives import all_reduce
 from megatron_lite.parallel.context import Axis
@@ -22,12 +23,14 @@ from megatron_lite.rehearsal.rehearse import (
     stand_in,
 )
 from megatron_lite.train.assemble import assemble
+from megatron_lite.train.objectives.table import LOSSES
 from megatron_lite.train.step import train_step
 from tests.support.axes import BF16, PP, SCHEDULE, SP, TP, ZERO
 from tests.support.engines import named
 from tests.support.spawn import spawn
 from tests.support.tiny import context, draw, make_batches, tiny_config
 from tests.support.traffic import traffic
+from tests.train import toys
 
 BATCH = "train__global_batch_size"
 
@@ -133,6 +136,23 @@ def test_one_rank_per_kind_stands_for_every_stage_and_every_end():
     ids=["1f1b", "zb-h1", "gpipe"],
 )  # fmt: skip
 def test_volume_is_the_plans_to_the_byte_and_memory_within_a_tenth(changes):
+    for row in rehearsed_beside_plan(changes):
+        assert set(row.sent_ratios) >= {"tp", "pp", "dp", "tied"}
+        check_beside_plan(row)
+
+
+@pytest.mark.parametrize("changes", [{TP: 2, PP: 2, SP: True}, {TP: 2, PP: 2}], ids=["sp", "whole"])
+def test_so_it_is_of_a_scalar_head(monkeypatch, changes):
+    needs, make = toys.ROWS["value"]
+    monkeypatch.setitem(OBJECTIVES, "value", needs)
+    monkeypatch.setitem(LOSSES, "value", make)
+    for row in rehearsed_beside_plan({"train__objective": "value", **changes}):
+        assert set(row.sent_ratios) == {"tp", "pp", "dp"}
+        check_beside_plan(row)
+
+
+def rehearsed_beside_plan(changes):
+    """A rank of each kind of eight, beside what the plan says of it."""
     config = tiny_config(
         model__hidden_size=256, model__seq_length=128, model__vocab_size=1000, **changes,
         **{BATCH: 48},
@@ -140,16 +160,18 @@ def test_volume_is_the_plans_to_the_byte_and_memory_within_a_tenth(changes):
     blueprint = draw(config, 8)
     done = list(rehearse(config, 8, one_of_each(blueprint.grid), workers=1))
     asked = PlanInputs(config.parallel, config.precision, config.train.micro_batch_size)
-    rows = beside_plan(
+    return beside_plan(
         [RehearsedRank(d.transcript.rank, d.memory.kinds(), d.sent_bytes()) for d in done],
         blueprint, asked, num_microbatches=6,
     )  # fmt: skip
-    for row in rows:
-        assert row.memory_ratio == pytest.approx(1.0, abs=0.10)
-        assert set(row.sent_ratios) >= {"tp", "pp", "dp", "tied"}
-        for axis, ratio in row.sent_ratios.items():
-            # gradient buffers are padded to 16 elements per parameter, and shares to whole rows
-            assert ratio == pytest.approx(1.0, abs=0.03 if axis == "dp" else 1e-4), (row.rank, axis)
+
+
+def check_beside_plan(row):
+    """Memory within a tenth, volume to the byte."""
+    assert row.memory_ratio == pytest.approx(1.0, abs=0.10)
+    for axis, ratio in row.sent_ratios.items():
+        # gradient buffers are padded to 16 elements per parameter, and shares to whole rows
+        assert ratio == pytest.approx(1.0, abs=0.03 if axis == "dp" else 1e-4), (row.rank, axis)
 
 
 class Edited(Blueprint):

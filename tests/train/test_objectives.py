@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_lite.config.errors import ConfigError
+from megatron_lite.checkpoint.description import saved_model
+from megatron_lite.checkpoint.manifest import read_manifest
+from megatron_lite.config.errors import CheckpointError, ConfigError
 from megatron_lite.config.objectives import OBJECTIVES
 from megatron_lite.config.rules.table import check_config
 from megatron_lite.train.assemble import assemble
@@ -121,6 +123,38 @@ def test_a_run_without_metrics_writes_no_field_for_them(tmp_path: Path) -> None:
     assert alone("--mock-data", "--save", str(tmp_path)).rc == 0
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert lines and all("metrics" not in json.loads(line) for line in lines)
+
+
+def test_a_run_goes_on_with_its_own_objective_and_another_starts_from_its_weights(tmp_path) -> None:
+    words, values = str(tmp_path / "words"), str(tmp_path / "values")
+    assert alone("--mock-data", "--save", words).rc == 0
+    other = alone("--mock-data", "--load", words, "--objective", "accuracy", "--train-iters", "6")
+    assert (
+        other.rc == 4 and "--objective: language-model -> accuracy; give --objective" in other.err
+    )
+    half = ["--mock-data", "--load", words, "--save", values, "--objective", "value", "--finetune"]
+    tuned = alone(*half, "--exit-interval", "2")
+    assert tuned.rc == 0, tuned.err
+    assert "the vocabulary head is left out, the scalar head starts from --seed" in tuned.out
+    resumed = alone("--mock-data", "--load", values, "--save", values, "--objective", "value")
+    assert resumed.rc == 0, resumed.err
+    straight = alone(*half[:4], str(tmp_path / "straight"), *half[5:])
+    assert resumed.state_hash == straight.state_hash
+    folder = tmp_path / "values" / "iter_0000004"
+    assert saved_model(read_manifest(folder), folder, head=None).num_layers == 2
+    with pytest.raises(
+        CheckpointError, match="--objective value, have a scalar head; what is asked"
+    ):
+        saved_model(read_manifest(folder), folder)
+
+
+def test_weights_of_an_objective_that_is_not_known_are_refused(tmp_path, monkeypatch) -> None:
+    assert alone("--mock-data", "--save", str(tmp_path), "--objective", "value").rc == 0
+    monkeypatch.delitem(OBJECTIVES, "value")
+    again = alone("--mock-data", "--load", str(tmp_path), "--train-iters", "6")
+    assert (
+        again.rc == 4 and "trained on --objective value, which this program does not" in again.err
+    )
 
 
 def test_an_unknown_objective_is_refused_with_the_list() -> None:
