@@ -1,10 +1,11 @@
-"""Convert a Hugging Face GPT-2 into a checkpoint to resume from, and a checkpoint into a Hugging Face folder.
+"""Convert a Hugging Face folder into a checkpoint to resume from, and a checkpoint into a Hugging Face folder.
 
 python tools/convert.py FROM TO              which way follows from what FROM holds
 python tools/convert.py FROM TO --dry-run    every tensor, its shapes and the bytes; writes nothing
 
-FROM is a folder with config.json and *.safetensors, or a run folder with iter_* checkpoints.  TO must
-be absent or empty and appears when it is complete.  Tensors go through memory one at a time.
+FROM is a folder with config.json and *.safetensors, or a run folder with iter_* checkpoints, or one of
+them.  Which families of models are known: FAMILIES in megatron_lite/checkpoint/huggingface/families.py.
+TO must be absent or empty and appears when it is complete.  Tensors go through memory one at a time.
 """
 
 from __future__ import annotations
@@ -13,41 +14,27 @@ import argparse
 import dataclasses
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 
-from megatron_lite.checkpoint.choice import iterations, names_in
-from megatron_lite.checkpoint.description import saved_model, saved_section
-from megatron_lite.checkpoint.huggingface import (
-    CONFIG,
-    Conversion,
-    Export,
-    HuggingFaceFolder,
-    export_folder,
-    import_folder,
-    open_folder,
-    plan_export,
-)
-from megatron_lite.checkpoint.manifest import TOKENIZER, Manifest
-from megatron_lite.checkpoint.store import Store
-from megatron_lite.checkpoint.tensor_file import SAFETENSORS_NAMES
-from megatron_lite.config.errors import CheckpointError, ConfigError
+from megatron_lite.checkpoint.huggingface.conversion import Conversion
+from megatron_lite.checkpoint.huggingface.exporting import export_folder, plan_export
+from megatron_lite.checkpoint.huggingface.families import FAMILIES
+from megatron_lite.checkpoint.huggingface.folder import open_folder
+from megatron_lite.checkpoint.huggingface.importing import import_folder
+from megatron_lite.checkpoint.tensor_file import SAFETENSORS_NAMES, TensorForm
+from megatron_lite.config.errors import ConfigError
 from megatron_lite.config.exit import ToolParser, run_tool
-from megatron_lite.config.sections.data import DataConfig
 from megatron_lite.config.sections.model import ModelConfig
 from megatron_lite.data.provenance import ALLOW_MISMATCH, end_of_document, made_with
 from megatron_lite.data.tokenizers.build import build_tokenizer
-from megatron_lite.data.tokenizers.exchange import (
-    files_beside_model,
-    files_for_huggingface,
-    section_for,
-)
-from megatron_lite.data.tokenizers.kept import from_kept
-from megatron_lite.data.tokenizers.statements import compare_statements, ends_of, read_vocabulary
-from megatron_lite.data.vocabulary import check_vocabulary
+from megatron_lite.data.tokenizers.exchange import files_beside_model, files_for_huggingface
+from megatron_lite.data.tokenizers.statements import compare_statements, read_vocabulary
+from megatron_lite.data.vocabulary import folder_tokenizer
+from megatron_lite.inference.model import CheckpointSource, find_checkpoint, is_huggingface
 from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.storage.disk import Disk, folder_at_once, write_atomically
 from megatron_lite.storage.outputs import check_folder, require_room
@@ -63,15 +50,7 @@ def main() -> int:
     if not asked.dry_run:
         check_folder("TO", target, Disk())
     _require_empty(target)
-    theirs = CONFIG in names_in(source)
-    ours = bool(iterations(source))
-    if theirs == ours:
-        what = "both config.json and" if ours else "neither config.json nor"
-        raise CheckpointError(
-            f"{source} holds {what} iter_* checkpoints: give the folder of one model of Hugging "
-            "Face's, or a run folder; names on a hub are not downloaded"
-        )
-    (_import if theirs else _export)(source, target, asked)
+    (_import if is_huggingface(source) else _export)(source, target, asked)
     return 0
 
 
@@ -86,6 +65,9 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--ckpt-step", type=int, help="this iteration instead of the newest")
     parser.add_argument(
         "--dtype", choices=_FORMATS, help="format of an export; as stored by default"
+    )
+    parser.add_argument(
+        "--family", choices=FAMILIES, help="of an export; the first that can say all of the model"
     )
     parser.add_argument("--no-tokenizer", action="store_true", help="leave the tokenizer out")
     parser.add_argument("--vocab-file", help="instead of the one the run was trained with")
@@ -115,32 +97,29 @@ def _require_room(target: Path, tensors: int, files: dict[str, bytes], disk: Dis
 
 
 def _import(source: Path, target: Path, asked: argparse.Namespace) -> None:
-    for flag in ("ckpt_step", "dtype", "vocab_file", "merge_file"):
+    for flag in ("ckpt_step", "dtype", "family", "vocab_file", "merge_file"):
         if getattr(asked, flag) is not None:
             raise ConfigError(f"--{flag.replace('_', '-')} is for the other direction: {source} is a "
                               "folder of Hugging Face's")  # fmt: skip
     found = open_folder(source)
-    files = {} if asked.no_tokenizer else files_beside_model(source)
-    vocabulary = read_vocabulary(files, str(source))
-    rows, positions = found.model.vocab_size, found.model.num_positions
+    rows = found.model.vocab_size
     assert rows is not None
-    eos, _ = vocabulary.special.get("eos", (None, ""))
-    data = section_for(files, target.absolute() / "tokenizer", eos=eos)
-    here = section_for(files, source, eos=eos)
-    facts = _tokenizer_facts(DataConfig(**here), rows) if here else {}
-    said = compare_statements(
-        vocabulary, found.config, eod=facts.get("eod"), rows=rows, positions=positions,
-        where=str(source),
+    files = {} if asked.no_tokenizer else files_beside_model(source)
+    words = folder_tokenizer(
+        source, files, found.config, rows=rows, positions=found.model.num_positions,
+        default_ends=found.family.default_ends,
     )  # fmt: skip
-    ends = [end for end in ends_of(found.config) if end < rows]
-    if ends and "eod" not in facts:  # nothing else in the checkpoint would know it
-        facts |= {"vocab_size": rows, "eod": ends[0]}
-    for line in (*found.notices, *said):
+    data = words.section(target.absolute() / "tokenizer")
+    if words.tokenizer is not None:
+        print(f"end of document: {end_of_document(words.tokenizer)}")
+    if words.unseen is not None:
+        print(f"NOTE: the tokenizer was not looked at: {words.unseen}")
+    for line in (*found.notices, *words.notices):
         print(f"NOTE: {line}")
     if not data:
         print("NOTE: no tokenizer comes with it: give its flags when training and generating")
     if asked.dry_run:
-        _list(found.conversions, _forms_in(found), found.bytes, files, target, export=False)
+        _list(found.conversions, found.form, found.bytes, files, target, export=False)
         return
     disk = Disk()
     _require_room(target, found.bytes, files, disk)
@@ -155,7 +134,7 @@ def _import(source: Path, target: Path, asked: argparse.Namespace) -> None:
             partial,
             data=data,
             tokenizer=files if data else {},
-            facts=facts,
+            facts=words.facts,
             shard_bytes=asked.shard_bytes,
             disk=disk,
         )
@@ -163,19 +142,6 @@ def _import(source: Path, target: Path, asked: argparse.Namespace) -> None:
           f"next: python tools/generate.py --load {target} --prompt ...\n"
           f"      python tools/pretrain_gpt.py --config {target / 'config.yaml'} --load {target} "
           "--finetune --save ...")  # fmt: skip
-
-
-def _tokenizer_facts(data: DataConfig, rows: int) -> dict[str, Any]:
-    """What the manifest says of the tokenizer that comes with a model; says which id ends a document."""
-    try:
-        tokenizer = build_tokenizer(data)
-    except ConfigError as error:  # a library that only using it needs
-        print(f"NOTE: the tokenizer was not looked at: {error}")
-        return {}
-    print(f"end of document: {end_of_document(tokenizer)}")
-    maker = made_with(tokenizer, data)
-    found = {"type": maker.type, "fingerprint": maker.fingerprint, "vocab_size": rows}
-    return found if maker.eod is None else found | {"eod": maker.eod}
 
 
 def _yaml(model: ModelConfig, data: dict[str, Any]) -> str:
@@ -193,30 +159,28 @@ def _yaml(model: ModelConfig, data: dict[str, Any]) -> str:
 
 
 def _export(source: Path, target: Path, asked: argparse.Namespace) -> None:
-    store = Store(source, ParallelContext.serial())
-    manifest, notices = store.newest_intact(asked.ckpt_step)
-    for line in notices:
+    found = find_checkpoint(source, ParallelContext.serial(), step=asked.ckpt_step)
+    for line in found.notices:
         print(f"WARNING: {line}", file=sys.stderr)
-    if manifest is None:
-        raise CheckpointError(f"{source} holds no checkpoint: check the path")
-    model = saved_model(manifest, store.folder(manifest.iteration))
-    export = plan_export(store, manifest, model, _FORMATS.get(asked.dtype))
-    kept = store.folder(manifest.iteration) / TOKENIZER
+    model, iteration = found.config, found.manifest.iteration
+    export = plan_export(
+        found.store, found.manifest, model, _FORMATS.get(asked.dtype), family=asked.family
+    )
     files: dict[str, bytes] = {}
-    eod = manifest.tokenizer.get("eod")
+    eod = found.manifest.tokenizer.get("eod")
     if not asked.no_tokenizer:
-        files, eod = _tokenizer(asked, manifest, model, kept)
-    rows = model.vocab_size
+        files, eod = _tokenizer(asked, found)
+    rows, kept = model.vocab_size, str(found.kept)
     assert rows is not None
     said = compare_statements(
-        read_vocabulary(files, str(kept)), {"eos_token_id": eod}, eod=None, rows=rows,
-        positions=model.num_positions, where=str(kept),
+        read_vocabulary(files, kept), {"eos_token_id": eod}, eod=None, rows=rows,
+        positions=model.num_positions, where=kept, default_ends=export.family.default_ends,
     )  # fmt: skip
     for line in said:
         print(f"NOTE: {line}")
     print("end of document: " + ("not known" if eod is None else f"id {eod}"))
     if asked.dry_run:
-        _list(export.conversions, _forms_out(export), export.bytes, files, target, export=True)
+        _list(export.conversions, export.form, export.bytes, files, target, export=True)
         return
     disk = Disk()
     _require_room(target, export.bytes, files, disk)
@@ -224,66 +188,50 @@ def _export(source: Path, target: Path, asked: argparse.Namespace) -> None:
         for name, content in files.items():
             write_atomically(partial / name, content, disk)
         written = export_folder(export, partial, eod=eod, shard_bytes=asked.shard_bytes, disk=disk)
-    print(f"{target}: iteration {manifest.iteration}, {len(export.conversions)} tensors, "
+    print(f"{target}: iteration {iteration}, {len(export.conversions)} tensors, "
           f"{export.bytes} bytes in {', '.join(written[:3])}{' ...' if len(written) > 3 else ''}\n"
-          f'next: transformers.GPT2LMHeadModel.from_pretrained("{target}")')  # fmt: skip
+          f'next: transformers.{export.family.architecture}.from_pretrained("{target}")')  # fmt: skip
 
 
 def _tokenizer(
-    asked: argparse.Namespace, manifest: Manifest, model: ModelConfig, kept: Path
+    asked: argparse.Namespace, found: CheckpointSource
 ) -> tuple[dict[str, bytes], int | None]:
     """The tokenizer's files by name, and the id that ends a document."""
-    data: DataConfig = from_kept(saved_section(manifest, DataConfig, "data", kept.parent), kept)
-    if asked.vocab_file or asked.merge_file:
-        data = dataclasses.replace(
-            data, tokenizer_type="GPT2BPETokenizer",
-            vocab_file=asked.vocab_file or data.vocab_file,
-            merge_file=asked.merge_file or data.merge_file,
-        )  # fmt: skip
+    eod = found.manifest.tokenizer.get("eod")
+    data = found.data(asked.vocab_file, asked.merge_file)
     if data.tokenizer_type == "GPT2BPETokenizer" and not (data.vocab_file or data.merge_file):
         print("NOTE: the checkpoint names no tokenizer: only the model is written")
-        return {}, manifest.tokenizer.get("eod")
-    files = files_for_huggingface(data, positions=model.num_positions)
+        return {}, eod
+    files = files_for_huggingface(data, positions=found.config.num_positions)
     try:
         maker = made_with(build_tokenizer(data), data)
     except ConfigError as error:  # a library that only using it needs
         print(f"NOTE: the tokenizer was not looked at: {error}")
-        return files, manifest.tokenizer.get("eod")
-    assert model.vocab_size is not None
-    said = check_vocabulary(
-        manifest.tokenizer,
-        model.vocab_size,
+        return files, eod
+    said = found.check_tokenizer(
         maker,
-        where=f"checkpoint {manifest.iteration}",
-        foreign=bool(asked.vocab_file or asked.merge_file),
+        foreign=asked.vocab_file is not None or asked.merge_file is not None,
         allowed=asked.allow_tokenizer_mismatch,
     )
     for line in said:
         print(f"WARNING: {line}", file=sys.stderr)
-    return files, maker.eod if said else manifest.tokenizer.get("eod", maker.eod)
-
-
-def _forms_in(found: HuggingFaceFolder) -> Iterator[str]:
-    return (SAFETENSORS_NAMES[found.places[c.theirs].form.dtype] for c in found.conversions)
-
-
-def _forms_out(export: Export) -> Iterator[str]:
-    return (SAFETENSORS_NAMES[export.form(c).dtype] for c in export.conversions)
+    return files, maker.eod if said else found.manifest.tokenizer.get("eod", maker.eod)
 
 
 def _list(
     conversions: Sequence[Conversion],
-    formats: Iterator[str],
+    form: Callable[[Conversion], TensorForm],
     total: int,
     files: dict[str, bytes],
     target: Path,
     *,
     export: bool,
 ) -> None:
-    for conversion, dtype in zip(conversions, formats, strict=True):
+    for conversion in conversions:
         theirs = f"{conversion.theirs} {list(conversion.shape)}"
         ours = ", ".join(f"{name} {list(shape)}" for name, shape in conversion.ours.items())
         pair = (ours, theirs) if export else (theirs, ours)
+        dtype = SAFETENSORS_NAMES[form(conversion).dtype]
         print(f"{pair[0]} -> {pair[1]}  {dtype}{', transposed' if conversion.transposed else ''}")
     for name, content in files.items():
         print(f"{name}: {len(content)} bytes")

@@ -1,13 +1,20 @@
-"""Whether the tokenizer at hand is the one that a checkpoint was trained with."""
+"""Whether the tokenizer at hand is the one that a model was trained with."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from megatron_lite.config.errors import CheckpointError
-from megatron_lite.data.provenance import ALLOW_MISMATCH, MadeWith
+from megatron_lite.config.errors import CheckpointError, ConfigError
+from megatron_lite.config.sections.data import DataConfig
+from megatron_lite.data.provenance import ALLOW_MISMATCH, MadeWith, made_with
+from megatron_lite.data.tokenizers.base import Tokenizer
+from megatron_lite.data.tokenizers.build import build_tokenizer
+from megatron_lite.data.tokenizers.exchange import section_for
+from megatron_lite.data.tokenizers.statements import compare_statements, ends_of, read_vocabulary
 
 
 def trained_with(kept: Mapping[str, Any]) -> MadeWith | None:
@@ -61,3 +68,62 @@ def check_vocabulary(
             f"lies in the checkpoint's folder tokenizer/), or {ALLOW_MISMATCH}"
         )
     return [f"{ALLOW_MISMATCH}: {line}"]
+
+
+@dataclass(frozen=True, slots=True)
+class FolderTokenizer:
+    """The tokenizer that lies beside a model of Hugging Face's, held against its config.json.
+
+    eos: the token that its files say ends a document; facts: what a manifest keeps of it.
+    tokenizer: None where there is none, or where a library is missing that only using it needs, as
+    unseen then says.  notices: what differs and does not matter.
+    """
+
+    files: Mapping[str, bytes]
+    eos: str | None
+    facts: Mapping[str, Any]
+    tokenizer: Tokenizer | None
+    unseen: ConfigError | None
+    notices: tuple[str, ...]
+
+    def section(self, folder: Path) -> dict[str, Any]:
+        """Fields of the data section that names its files in this folder; none where there is none."""
+        return section_for(self.files, folder, eos=self.eos)
+
+
+def folder_tokenizer(
+    folder: Path,
+    files: Mapping[str, bytes],
+    config: Mapping[str, Any],
+    *,
+    rows: int,
+    positions: int,
+    default_ends: Mapping[int, str],
+) -> FolderTokenizer:
+    """The tokenizer of these files, whose folder it is; default_ends: see statements.compare.
+
+    rows, positions: of the model.  Raises DataError where files contradict each other or the model.
+    """
+    vocabulary = read_vocabulary(files, str(folder))
+    eos, _ = vocabulary.special.get("eos", (None, ""))
+    section = section_for(files, folder, eos=eos)
+    tokenizer = unseen = None
+    facts: dict[str, Any] = {}
+    if section:
+        data = DataConfig(**section)
+        try:
+            tokenizer = build_tokenizer(data)
+        except ConfigError as error:
+            unseen = error
+        else:
+            maker = made_with(tokenizer, data)
+            facts = {"type": maker.type, "fingerprint": maker.fingerprint, "vocab_size": rows}
+            facts |= {} if maker.eod is None else {"eod": maker.eod}
+    notices = compare_statements(
+        vocabulary, config, eod=facts.get("eod"), rows=rows, positions=positions,
+        where=str(folder), default_ends=default_ends,
+    )  # fmt: skip
+    ends = [end for end in ends_of(config) if end < rows]
+    if ends and "eod" not in facts:  # nothing else would know it
+        facts |= {"vocab_size": rows, "eod": ends[0]}
+    return FolderTokenizer(files, eos, facts, tokenizer, unseen, tuple(notices))

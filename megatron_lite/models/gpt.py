@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import re
 from functools import partial
-from typing import NamedTuple
 
 from torch import Tensor, nn
 
@@ -39,49 +37,3 @@ class GPTBlock(nn.Module):
 
     def _drop(self, x: Tensor, at: ForwardContext, site: str) -> Tensor:
         return hidden_dropout(x, at, self.context, self.layer, site)
-
-
-class HuggingFaceSource(NamedTuple):
-    """Where a canonical tensor lies in Hugging Face's GPT-2.
-
-    transposed: HF keeps [in, out] (Conv1D); part: which third of HF's fused q|k|v, None for the whole.
-    """
-
-    name: str
-    transposed: bool = False
-    part: int | None = None
-
-
-_TOP = {
-    "embedding.tokens.weight": HuggingFaceSource("wte.weight"),
-    "embedding.positions.weight": HuggingFaceSource("wpe.weight"),
-    "final_norm.weight": HuggingFaceSource("ln_f.weight"),
-    "final_norm.bias": HuggingFaceSource("ln_f.bias"),
-    "head.weight": HuggingFaceSource("lm_head.weight"),
-}
-_BLOCK = {
-    "attention_norm": ("ln_1", None),
-    "attention.q": ("attn.c_attn", 0),
-    "attention.k": ("attn.c_attn", 1),
-    "attention.v": ("attn.c_attn", 2),
-    "attention.output": ("attn.c_proj", None),
-    "mlp_norm": ("ln_2", None),
-    "mlp.up": ("mlp.c_fc", None),
-    "mlp.down": ("mlp.c_proj", None),
-}
-
-
-def huggingface_source(canonical: str) -> HuggingFaceSource:
-    """The place of a canonical GPT-2 tensor in a Hugging Face state dict.
-
-    All but lm_head stand below `transformer.` there.
-    """
-    if canonical in _TOP:
-        return _TOP[canonical]
-    match = re.fullmatch(r"blocks\.(\d+)\.(.+)\.(weight|bias)", canonical)
-    if match is None or match[2] not in _BLOCK:
-        raise KeyError(f"{canonical} has no place in Hugging Face's GPT-2")
-    layer, module, leaf = match.groups()
-    theirs, part = _BLOCK[module]
-    transposed = leaf == "weight" and "norm" not in module
-    return HuggingFaceSource(f"h.{layer}.{theirs}.{leaf}", transposed, part)

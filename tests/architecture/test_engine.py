@@ -128,7 +128,7 @@ def test_weights_of_a_run_are_read_through_its_engine() -> None:
         for name, path in sources()
         if name.startswith("megatron_lite/") and "weight_slices" in path.read_text(encoding="utf-8")
     }
-    assert readers == {"megatron_lite/parallel/shard.py", "megatron_lite/cli/generate.py"}
+    assert readers == {"megatron_lite/parallel/shard.py", "megatron_lite/inference/model.py"}
 
 
 @pytest.mark.parametrize(

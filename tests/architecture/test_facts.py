@@ -26,7 +26,7 @@ OF_A_FIGURE = frozenset(
 MAY_READ: Mapping[str, str] = {
     "megatron_lite/config/": "defaults, rules and what a checkpoint's model must share",
     "megatron_lite/blueprint/figure/": "the parts are made of them",
-    "megatron_lite/checkpoint/huggingface_config.py": "another library's file says them its own way",
+    "megatron_lite/checkpoint/huggingface/": "another library's file says them its own way",
 }
 """Begin of a path -> why it reads what a figure is made of."""
 
@@ -40,7 +40,7 @@ ONE_READER: Mapping[str, tuple[str, ...]] = {
     "make_vocab_size_divisible_by": (
         "megatron_lite/blueprint/draw_up.py",
         "megatron_lite/blueprint/plan.py",  # says it
-        "megatron_lite/cli/generate.py",  # a checkpoint's model, on one rank
+        "megatron_lite/inference/model.py",  # a checkpoint's model, on one rank
     ),
 }
 """A field of a config -> the files outside config/ that read it; others ask those."""

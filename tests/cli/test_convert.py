@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import shutil
 import subprocess
@@ -13,84 +12,40 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
-from megatron_lite.checkpoint.store import Store
 from megatron_lite.cli import convert, generate
 from megatron_lite.config.errors import MegatronLiteError
-from megatron_lite.config.exit import run_tool
-from megatron_lite.data.tokenizers.gpt2_bpe import GPT2_EOD, GPT2BPETokenizer, byte_characters
-from megatron_lite.layers.contexts import ForwardContext
-from megatron_lite.parallel.context import ParallelContext
+from megatron_lite.data.tokenizers.gpt2_bpe import GPT2_EOD, GPT2BPETokenizer
 from megatron_lite.storage.disk import Disk
 from megatron_lite.storage.faults import FaultyDisk, RecordingDisk, SimulatedCrash
 from tests.support.extras import needs
+from tests.support.huggingface import (
+    gpt2,
+    index,
+    our_logits,
+    random_tokens,
+    setting,
+    tensors,
+    their_logits,
+    tokenizer_files,
+    tool,
+    weights,
+)
 from tests.train.runs import alone, on_ranks, run_main, steps
 
 transformers = needs("transformers")
 
-MERGES = [("t", "h"), ("th", "e"), ("Ġ", "the"), ("i", "n"), ("e", "r")]
 ROOT = Path(__file__).parents[2]
-
-
-def tool(main: Callable[[], int], monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
-    monkeypatch.setattr(sys, "argv", ["tool", *map(str, words)])
-    return run_tool(main)
-
-
-def tokenizer_files(folder: Path, vocab: str, merges: str) -> tuple[Path, Path]:
-    names = [*byte_characters(), *(a + b for a, b in MERGES), GPT2_EOD]
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / vocab).write_text(json.dumps({name: n for n, name in enumerate(names)}))
-    (folder / merges).write_text("\n".join(["#version: 0.2", *map(" ".join, MERGES), ""]))
-    return folder / vocab, folder / merges
-
-
-def theirs(vocab_size: int = 262, **changes: object):
-    torch.manual_seed(0)
-    config = transformers.GPT2Config(**{
-        "vocab_size": vocab_size, "n_positions": 24, "n_embd": 48, "n_layer": 2, "n_head": 3,
-        "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "bos_token_id": 261,
-        "eos_token_id": 261, **changes,
-    })  # fmt: skip
-    model = transformers.GPT2LMHeadModel(config).eval()
-    for parameter in model.parameters():  # biases are zero by default: give them something to show
-        torch.nn.init.normal_(parameter, std=0.2)
-    return model
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A folder of Hugging Face's with its tokenizer."""
     path = tmp_path / "gpt2"
-    theirs().save_pretrained(path)
+    gpt2().save_pretrained(path)
     tokenizer_files(path, "vocab.json", "merges.txt")
     return path
-
-
-def our_logits(root: Path, tokens: torch.Tensor) -> torch.Tensor:
-    """tokens: [b, s] -> [b, s, v], by the newest checkpoint of a folder."""
-    store = Store(root, ParallelContext.serial())
-    manifest, _ = store.newest_intact()
-    model = generate._load(store, manifest, store.ctx, "float32")
-    at = ForwardContext(samples=torch.arange(len(tokens)), index=torch.arange(tokens.shape[1]))
-    with torch.no_grad():
-        logits = model(tokens.t(), at).transpose(0, 1)
-    return logits[..., : model.setting.vocab_size]
-
-
-def their_logits(path: Path, tokens: torch.Tensor) -> torch.Tensor:
-    model = transformers.GPT2LMHeadModel.from_pretrained(path, dtype=torch.float32).eval()
-    with torch.no_grad():
-        return model(tokens).logits
-
-
-def tensors(path: Path) -> dict[str, torch.Tensor]:
-    return {n: t for file in path.glob("*.safetensors") for n, t in load_file(file).items()}
-
-
-def random_tokens(vocab: int = 262) -> torch.Tensor:
-    return torch.randint(0, vocab, (3, 24), generator=torch.Generator().manual_seed(5))
 
 
 @pytest.mark.parametrize("shard", ["5GB", "30KB"])
@@ -98,7 +53,7 @@ def random_tokens(vocab: int = 262) -> torch.Tensor:
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 def test_in_and_out_is_equal_to_the_bit(tmp_path, monkeypatch, shard, dtype, tied):
     first, ours, second = tmp_path / "first", tmp_path / "ours", tmp_path / "second"
-    reference = theirs(tie_word_embeddings=tied, n_inner=80).to(dtype)
+    reference = gpt2(tie_word_embeddings=tied, n_inner=80).to(dtype)
     reference.save_pretrained(first, max_shard_size=shard)
     tokenizer_files(first, "vocab.json", "merges.txt")
     assert (len(list(first.glob("*.safetensors"))) > 1) == (shard == "30KB")
@@ -218,23 +173,6 @@ def test_a_dry_run_lists_every_tensor_and_writes_nothing(
 # -- refusals -----------------------------------------------------------------------------------
 
 
-def setting(**changes: object) -> Callable[[Path], None]:
-    def change(folder: Path) -> None:
-        path = folder / "config.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-    return change
-
-
-def weights(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Path], None]:
-    def make(folder: Path) -> None:
-        found = tensors(folder)
-        change(found)
-        save_file(found, folder / "model.safetensors", metadata={"format": "pt"})
-
-    return make
-
-
 class Canary:
     """Unpickling it makes a file."""
 
@@ -254,16 +192,8 @@ def pickle_under_the_right_name(folder: Path) -> None:
     torch.save({"wte.weight": Canary(folder.parent / "canary")}, folder / "model.safetensors")
 
 
-def index(**places: str) -> Callable[[Path], None]:
-    def make(folder: Path) -> None:
-        text = json.dumps({"weight_map": places})
-        (folder / "model.safetensors.index.json").write_text(text)
-
-    return make
-
-
 REFUSED: dict[str, tuple[Callable[[Path], object], list[str]]] = {
-    "another model": (setting(model_type="llama"), ["model_type 'llama'"]),
+    "another model": (setting(model_type="t5"), ["model_type 't5'", "gpt2"]),
     "relu": (setting(activation_function="relu"), ["activation_function 'relu'", "gelu_new"]),
     "scores by layer": (
         setting(scale_attn_by_inverse_layer_idx=True), ["scale_attn_by_inverse_layer_idx True"]
@@ -272,7 +202,7 @@ REFUSED: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "cross attention": (setting(add_cross_attention=True), ["add_cross_attention True"]),
     "heads": (setting(n_head=5), ["n_embd 48", "n_head 5"]),
     "a size that is no number": (setting(n_embd="48"), ["n_embd '48'"]),
-    "a huge number of layers": (setting(n_layer=1 << 30), ["n_layer 1073741824", "28 tensors"]),
+    "a huge number of layers": (setting(n_layer=1 << 30), ["1073741824 layers", "28 tensors"]),
     "a negative size": (setting(n_positions=-1), ["n_positions -1"]),
     "a rate that is no rate": (setting(resid_pdrop=float("nan")), ["resid_pdrop nan"]),
     "an epsilon of 0": (setting(layer_norm_epsilon=0), ["layer_norm_epsilon 0: must be above 0"]),
@@ -430,8 +360,8 @@ def test_the_peak_of_memory_is_a_few_tensors_not_the_model(tmp_path):
     Pages of the mapped file count, too, and blocks that wait to be hashed.
     """
     small, big = tmp_path / "small", tmp_path / "big"
-    theirs(n_layer=2).save_pretrained(small)
-    theirs(n_layer=26, n_embd=512, n_head=8).save_pretrained(big)
+    gpt2(n_layer=2).save_pretrained(small)
+    gpt2(n_layer=26, n_embd=512, n_head=8).save_pretrained(big)
     size = sum(path.stat().st_size for path in big.glob("*.safetensors"))
     assert size > 320e6
     # the small model first: its peak holds Python, torch and all buffers of a fixed size

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,21 +10,20 @@ import pytest
 from megatron_lite.checkpoint.manifest import read_manifest
 from megatron_lite.cli import convert
 from megatron_lite.data.tokenizers.gpt2_bpe import GPT2_EOD
-from tests.cli.test_convert import MERGES, setting, theirs, tokenizer_files, tool
+from tests.support.huggingface import MERGES, Change, gpt2, setting, tokenizer_files, tool
 from tests.support.tokenizers import hugging_face
 from tests.train.runs import alone
 
 pytestmark = pytest.mark.ci  # every folder of Hugging Face's takes a third of a second
 
 Capture = pytest.CaptureFixture[str]
-Change = Callable[[Path], object]
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A folder of Hugging Face's of 262 rows with its tokenizer of 262 ids."""
     path = tmp_path / "gpt2"
-    theirs().save_pretrained(path)
+    gpt2().save_pretrained(path)
     tokenizer_files(path, "vocab.json", "merges.txt")
     return path
 
@@ -36,11 +34,11 @@ def put(name: str, content: object) -> Change:
 
 def smaller(folder: Path) -> None:
     """A model with a row less than the tokenizer has ids."""
-    theirs(vocab_size=261, eos_token_id=260, bos_token_id=260).save_pretrained(folder)
+    gpt2(vocab_size=261, eos_token_id=260, bos_token_id=260).save_pretrained(folder)
 
 
 def larger(folder: Path) -> None:
-    theirs(vocab_size=270).save_pretrained(folder)
+    gpt2(vocab_size=270).save_pretrained(folder)
 
 
 def of_another(folder: Path) -> None:

@@ -14,8 +14,10 @@ import pytest
 import torch
 
 from megatron_lite.checkpoint.manifest import read_manifest
+from megatron_lite.checkpoint.store import Store
 from megatron_lite.cli import generate
 from megatron_lite.config.exit import run_tool
+from megatron_lite.inference.model import build_model, find_model
 from megatron_lite.parallel.context import ParallelContext
 from tests.support.tokenizers import write_gpt2
 from tests.train.runs import alone
@@ -75,7 +77,7 @@ def test_an_older_checkpoint_compares_sizes(
 ) -> None:
     manifest = read_manifest(spoken / "run" / "iter_0000002")
     silent = dataclasses.replace(manifest, tokenizer={})
-    monkeypatch.setattr(generate.Store, "newest_intact", lambda store, step: (silent, []))
+    monkeypatch.setattr(Store, "newest_intact", lambda store, step: (silent, []))
     words = ["--load", spoken / "run", *foreign(tmp_path / "f", [("t", "h")])]
     assert run(monkeypatch, *words) == 4
     assert "258 ids" in (err := capsys.readouterr().err) and "rows for 259" in err
@@ -123,14 +125,13 @@ def test_an_iteration_folder_is_its_iteration(spoken: Path, tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize(
-    ("asked", "dtype"), [(None, torch.bfloat16), ("float32", torch.float32), ("float16", torch.float16)]
+    ("asked", "dtype"), [(None, torch.bfloat16), (torch.float32, torch.float32), (torch.float16, torch.float16)]
 )  # fmt: skip
 def test_a_model_is_loaded_in_its_own_format(spoken: Path, asked, dtype) -> None:
-    ctx = ParallelContext.serial(torch.device("cpu"))
-    store = generate.Store(spoken / "run", ctx)
-    manifest = read_manifest(spoken / "run" / "iter_0000002")
-    model = generate._load(store, manifest, ctx, asked)
-    exact = generate._load(store, manifest, ctx, "float32")
+    ctx = ParallelContext.serial()
+    source = find_model(spoken / "run", ctx, step=2)
+    model = build_model(source, ctx, dtype=asked)
+    exact = build_model(source, ctx, dtype=torch.float32)
     for weight, master in zip(model.parameters(), exact.parameters(), strict=True):
         assert weight.dtype is dtype and torch.equal(weight, master.to(dtype))
 

@@ -3,14 +3,15 @@
 import pytest
 import torch
 
+from megatron_lite.checkpoint.huggingface.gpt2 import GPT2
 from megatron_lite.config.sections.model import ModelConfig
 from megatron_lite.layers.contexts import ForwardContext, StageContext
 from megatron_lite.layers.cross_entropy import cross_entropy
 from megatron_lite.models.decoder import Decoder
-from megatron_lite.models.gpt import huggingface_source
 from megatron_lite.models.parameters import local_parameters
 from megatron_lite.parallel.context import Axis, ParallelContext
 from tests.support.extras import needs
+from tests.support.llama import LLAMA
 from tests.support.models import fill
 
 transformers = needs("transformers")
@@ -34,8 +35,8 @@ def theirs():
 
 
 def their_tensor(name: str, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
-    source = huggingface_source(name)
-    tensor = tensors["transformer." + source.name]
+    source = GPT2.names.source(name, CONFIG)
+    tensor = tensors[source.name]
     if source.transposed:
         tensor = tensor.t()
     return tensor if source.part is None else tensor.chunk(3)[source.part]
@@ -98,8 +99,8 @@ def test_logits_loss_and_every_gradient_equal_hugging_face(pair, dtype, seed):
     checked = set()
     for local in local_parameters(model):
         for piece in local.pieces:
-            source = huggingface_source(piece.name)
-            whole = gradients["transformer." + source.name]
+            source = GPT2.names.source(piece.name, CONFIG)
+            whole = gradients[source.name]
             # a key bias moves no softmax: its gradient is zero, so it is held against q, k and v's
             zero = piece.name.endswith("attention.k.bias")
             require_equal(
@@ -171,24 +172,12 @@ def test_llama_parts_equal_hugging_face_llama():
     context = StageContext(config, ParallelContext.serial(), padded_vocab_size=128, vocab_size=101)
     model = Decoder(context, range(2), has_embedding=True, has_head=True)
     fill(model)
-    names = {
-        "attention_norm": "input_layernorm", "attention.q": "self_attn.q_proj",
-        "attention.k": "self_attn.k_proj", "attention.v": "self_attn.v_proj",
-        "attention.output": "self_attn.o_proj", "mlp_norm": "post_attention_layernorm",
-        "mlp.gate": "mlp.gate_proj", "mlp.up": "mlp.up_proj", "mlp.down": "mlp.down_proj",
-    }  # fmt: skip
     tensors = dict(reference.named_parameters())
-    top = {"embedding.tokens.weight": "model.embed_tokens.weight",
-           "final_norm.weight": "model.norm.weight", "head.weight": "lm_head.weight"}  # fmt: skip
     with torch.no_grad():
         for local in local_parameters(model):
             for piece in local.pieces:
-                if piece.name in top:
-                    source = top[piece.name]
-                else:
-                    _, layer, middle = piece.name.removesuffix(".weight").split(".", 2)
-                    source = f"model.layers.{layer}.{names[middle]}.weight"
-                piece.of(local.parameter).copy_(tensors[source])
+                source = LLAMA.names.source(piece.name, config)
+                piece.of(local.parameter).copy_(tensors[source.name])
     tokens = torch.randint(0, 101, (2, 21), generator=torch.Generator().manual_seed(3))
     logits, _ = run_ours(model, tokens)
     expected = reference(tokens[:, :-1]).logits

@@ -11,6 +11,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from megatron_lite.config.errors import DataError
@@ -18,7 +19,6 @@ from megatron_lite.data.tokenizers.huggingface import BESIDE, token_name
 
 SPECIAL_KINDS = ("eos", "bos", "unk", "pad", "sep", "cls", "mask")
 ENDLESS = 1 << 40  # transformers writes 1e30 where no length is known
-DEFAULT_EOS = 50256  # GPT2Config's default
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,8 +118,11 @@ def compare_statements(
     rows: int,
     positions: int,
     where: str,
+    default_ends: Mapping[int, str] = MappingProxyType({}),
 ) -> list[str]:
     """What to say of a vocabulary beside a model's config.json; eod: what our tokenizer ends with.
+
+    default_ends: the eos_token_id of a config that nobody told another one -> whose default it is.
 
     Raises DataError where an id would have no row, or the two end documents with different ids.
     """
@@ -130,7 +133,9 @@ def compare_statements(
             f"{last!r}, but the model has {rows} rows (vocab_size): {vocabulary.size - rows} ids have "
             "no row - take the tokenizer that belongs to it, or add --no-tokenizer"
         )
-    notices = _compare_ends(config, vocabulary.eos if eod is None else eod, rows, where)
+    notices = _compare_ends(
+        config, vocabulary.eos if eod is None else eod, rows, where, default_ends
+    )
     if not vocabulary.ids:
         return notices
     if vocabulary.size < rows:
@@ -155,17 +160,25 @@ def ends_of(config: Mapping[str, Any]) -> list[Any]:
     return [end for end in (found if isinstance(found, list) else [found]) if end is not None]
 
 
-def _compare_ends(config: Mapping[str, Any], eod: int | None, rows: int, where: str) -> list[str]:
+def _compare_ends(
+    config: Mapping[str, Any],
+    eod: int | None,
+    rows: int,
+    where: str,
+    default_ends: Mapping[int, str],
+) -> list[str]:
     ends = ends_of(config)
     outside = [end for end in ends if type(end) is not int or not 0 <= end < rows]
-    if outside and outside != [DEFAULT_EOS]:
+    known = [end for end in outside if type(end) is int and end in default_ends]
+    if outside and outside != known[:1]:
         raise DataError(
             f"{where}: eos_token_id {outside[0]!r} in config.json is no row of {rows} (vocab_size): "
             "correct it"
         )
     if outside:
         return [
-            f"eos_token_id {DEFAULT_EOS}, GPT2Config's default, is left out: the model has {rows} rows"
+            f"eos_token_id {outside[0]}, {default_ends[outside[0]]}'s default, is left out: the model has "
+            f"{rows} rows"
         ]
     if ends and eod is not None and eod not in ends:
         raise DataError(

@@ -1,0 +1,81 @@
+"""One tensor of theirs <-> the one, or the several fused, of ours that it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_lite.blueprint.parameters import parameter_table
+from megatron_lite.blueprint.stages import cut_stages
+from megatron_lite.checkpoint.huggingface.names import Names, Source
+from megatron_lite.config.sections.model import ModelConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Conversion:
+    """One tensor of theirs and those of ours that it is.
+
+    shape: of theirs, [in, out] where transposed; ours: name -> shape, in the order of the parts.
+    groups: see names.Source.
+    """
+
+    theirs: str
+    shape: tuple[int, ...]
+    transposed: bool
+    ours: Mapping[str, tuple[int, ...]]
+    groups: int = 1
+
+    def parts(self, whole: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """Ours by name: views of theirs, copies where the parts come in groups."""
+        for view, (name, shape) in zip(self._views(whole), self.ours.items(), strict=True):
+            yield name, view.reshape(shape)
+
+    def join(
+        self, dtype: torch.dtype, fill: Callable[[Sequence[tuple[str, Tensor]]], None]
+    ) -> Tensor:
+        """Theirs, of parts that fill is handed, by name, to write into."""
+        whole = torch.empty(self.shape, dtype=dtype)
+        parts = list(self.parts(whole))
+        fill(parts)
+        if self.groups > 1:
+            for view, (_, part) in zip(self._views(whole), parts, strict=True):
+                view.copy_(part.view_as(view))
+        return whole
+
+    def _views(self, whole: Tensor) -> Sequence[Tensor]:
+        """Of each part its rows of theirs, [groups, rows / groups, ...] where they come in groups."""
+        turned = whole.t() if self.transposed else whole
+        rows = [shape[0] for shape in self.ours.values()]
+        if self.groups == 1:
+            return turned.split(rows)
+        grouped = turned.unflatten(0, (self.groups, -1))
+        return grouped.split([n // self.groups for n in rows], dim=1)
+
+
+def conversions(names: Names, model: ModelConfig) -> list[Conversion]:
+    """Every tensor of the model, in the order of its definition."""
+    assert model.vocab_size is not None
+    table = parameter_table(
+        model, cut_stages([model.num_layers]), padded_vocab_size=model.vocab_size
+    )
+    members: dict[str, list[tuple[Source, str, tuple[int, ...]]]] = {}
+    for spec in table:
+        source = names.source(spec.name, model)
+        members.setdefault(source.name, []).append((source, spec.name, spec.shape))
+    found = []
+    for theirs, parts in members.items():
+        parts.sort(key=lambda part: part[0].part or 0)
+        ours = {name: shape for _, name, shape in parts}
+        source, _, (_, *columns) = parts[0]
+        shape = (sum(rows for rows, *_ in ours.values()), *columns)
+        assert all(rows % source.groups == 0 for rows, *_ in ours.values()), (theirs, ours)
+        found.append(
+            Conversion(
+                theirs, shape[::-1] if source.transposed else shape, source.transposed, ours,
+                source.groups,
+            )
+        )  # fmt: skip
+    return found

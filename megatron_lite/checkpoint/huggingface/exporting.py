@@ -1,0 +1,126 @@
+"""A checkpoint becomes a folder of Hugging Face's, one tensor at a time.
+
+our pieces ─▶ one tensor of theirs, filled part by part ─▶ model-00001-of-00002.safetensors, index
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron_lite.checkpoint.boxes import check_fit
+from megatron_lite.checkpoint.huggingface.conversion import Conversion, conversions
+from megatron_lite.checkpoint.huggingface.families import family_for
+from megatron_lite.checkpoint.huggingface.family import Family
+from megatron_lite.checkpoint.huggingface.folder import CONFIG, INDEX, ONE_FILE
+from megatron_lite.checkpoint.huggingface.importing import in_files
+from megatron_lite.checkpoint.manifest import Manifest
+from megatron_lite.checkpoint.store import Store
+from megatron_lite.checkpoint.tensor_file import TORCH_DTYPES, TensorForm, write_bytes, write_stream
+from megatron_lite.config.sections.model import ModelConfig
+from megatron_lite.parallel.shard import MASTER, NamedSlice
+from megatron_lite.storage.disk import Disk
+
+
+@dataclass(frozen=True, slots=True)
+class Export:
+    """A checkpoint of ours that a family can express, and what it will be.
+
+    stored: our name -> the name of its most exact copy (the fp32 master, where there is one).
+    """
+
+    store: Store
+    manifest: Manifest
+    family: Family
+    model: ModelConfig
+    conversions: Sequence[Conversion]
+    stored: Mapping[str, str]
+    dtype: torch.dtype
+
+    @property
+    def bytes(self) -> int:
+        """Of all tensors."""
+        return sum(self.form(conversion).bytes for conversion in self.conversions)
+
+    def form(self, conversion: Conversion) -> TensorForm:
+        """How a tensor of theirs is written."""
+        return TensorForm(self.dtype, conversion.shape)
+
+    def tensor(self, conversion: Conversion) -> Tensor:
+        """One tensor of theirs, put together from our pieces."""
+
+        def fill(parts: Sequence[tuple[str, Tensor]]) -> None:
+            slices = [_slice(self.stored[name], part) for name, part in parts]
+            self.store.load(self.manifest, slices)
+
+        return conversion.join(self.dtype, fill)
+
+
+def _slice(stored: str, data: Tensor) -> NamedSlice:
+    return NamedSlice(stored, tuple(data.shape), (0,) * data.dim(), data)
+
+
+def plan_export(
+    store: Store,
+    manifest: Manifest,
+    model: ModelConfig,
+    dtype: torch.dtype | None,
+    *,
+    family: str | None = None,
+) -> Export:
+    """What an export of a verified checkpoint writes; dtype: as stored if None.
+
+    family: a key of FAMILIES, the first that can express the model if None.
+    Raises CheckpointError naming every flag that none of them can express.
+    """
+    folder = store.folder(manifest.iteration)
+    chosen = family_for(model, family, str(folder))
+    wanted = conversions(chosen.names, model)
+    stored = {
+        name: MASTER + name if MASTER + name in manifest.tensors else name
+        for conversion in wanted
+        for name in conversion.ours
+    }
+    shapes = {name: shape for c in wanted for name, shape in c.ours.items()}
+    check_fit(
+        [_slice(stored[name], torch.empty(shape, device="meta")) for name, shape in shapes.items()],
+        manifest, folder,
+    )  # fmt: skip
+    if dtype is None:
+        dtype = TORCH_DTYPES[manifest.tensors[next(iter(stored.values()))].dtype]
+    return Export(store, manifest, chosen, model, wanted, stored, dtype)
+
+
+def export_folder(
+    export: Export, folder: Path, *, eod: int | None, shard_bytes: int, disk: Disk
+) -> list[str]:
+    """Write config.json and the safetensors files into an empty folder; the names of the files.
+
+    eod: the id of the end-of-document token.  The peak is one tensor of theirs and a piece of ours.
+    """
+    groups = in_files(export.conversions, lambda c: export.form(c).bytes, shard_bytes)
+    count = len(groups)
+    names = [f"model-{n:05d}-of-{count:05d}.safetensors" for n in range(1, count + 1)]
+    if count == 1:
+        names = [ONE_FILE]
+    for name, group in zip(names, groups, strict=True):
+        write_stream(
+            folder / name,
+            {c.theirs: export.form(c) for c in group},
+            (export.tensor(c) for c in group),
+            disk,
+            metadata={"format": "pt"},  # without it transformers refuses the file
+        )
+    if count > 1:
+        places = {c.theirs: n for n, group in zip(names, groups, strict=True) for c in group}
+        index = {"metadata": {"total_size": export.bytes}, "weight_map": places}
+        write_bytes(folder / INDEX, json.dumps(index, indent=2).encode(), disk)
+    dtype = str(export.dtype).removeprefix("torch.")
+    config = export.family.config_out(export.model, eod=eod, dtype=dtype)
+    write_bytes(folder / CONFIG, json.dumps(config, indent=2).encode(), disk)
+    return names
