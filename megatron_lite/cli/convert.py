@@ -28,6 +28,7 @@ from megatron_lite.checkpoint.huggingface.importing import import_folder
 from megatron_lite.checkpoint.tensor_file import SAFETENSORS_NAMES, TensorForm
 from megatron_lite.config.errors import ConfigError
 from megatron_lite.config.exit import ToolParser, run_tool
+from megatron_lite.config.flags.extensions import extend
 from megatron_lite.config.sections.model import ModelConfig
 from megatron_lite.data.provenance import ALLOW_MISMATCH, end_of_document, made_with
 from megatron_lite.data.tokenizers.build import build_tokenizer
@@ -66,8 +67,13 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--dtype", choices=_FORMATS, help="format of an export; as stored by default"
     )
+    parser.add_argument("--family", help="model_type of an export; the first that can say all")
     parser.add_argument(
-        "--family", choices=FAMILIES, help="of an export; the first that can say all of the model"
+        "--extend",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="Python file that adds families",
     )
     parser.add_argument("--no-tokenizer", action="store_true", help="leave the tokenizer out")
     parser.add_argument("--vocab-file", help="instead of the one the run was trained with")
@@ -76,6 +82,11 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         ALLOW_MISMATCH, action="store_true", help="export with another tokenizer than its own"
     )
     asked = parser.parse_args(argv)
+    extend(asked.extend)
+    if asked.family not in (None, *FAMILIES):
+        raise ConfigError(
+            f"--family {asked.family} is not known: choose from {', '.join(FAMILIES)}"
+        )
     match = re.fullmatch(r"(\d{1,15})\s*([KMG]i?B)?", asked.max_shard_size, re.IGNORECASE)
     if match is None or not int(match[1]):
         raise ConfigError(

@@ -17,6 +17,7 @@ import torch
 
 from megatron_lite.config.errors import ConfigError
 from megatron_lite.config.exit import ToolParser, run_tool
+from megatron_lite.config.flags.extensions import extend
 from megatron_lite.data.provenance import ALLOW_MISMATCH
 from megatron_lite.inference.generate import generate
 from megatron_lite.inference.model import PRECISIONS, build_model, find_model
@@ -95,7 +96,15 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--dtype", choices=_DTYPES, help="as the weights are kept by default")
     parser.add_argument("--use-cpu", action="store_true")
+    parser.add_argument(
+        "--extend",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="Python file that adds families",
+    )
     asked = parser.parse_args(argv)
+    extend(asked.extend)
     asked.prompt = [_text(prompt) for prompt in asked.prompt or []]
     if asked.prompt_file is not None:
         asked.prompt += _prompts(asked.prompt_file)

@@ -16,7 +16,7 @@ from megatron_lite.checkpoint.huggingface.conversion import Conversion, conversi
 from megatron_lite.checkpoint.huggingface.families import FAMILIES, family_for
 from megatron_lite.checkpoint.huggingface.gpt2 import GPT2
 from megatron_lite.checkpoint.huggingface.names import FusedPart, Names
-from megatron_lite.cli import convert
+from megatron_lite.cli import convert, generate
 from megatron_lite.config.errors import CheckpointError
 from megatron_lite.config.rules.model_identity import COMPARED
 from megatron_lite.config.sections.model import ModelConfig
@@ -35,6 +35,7 @@ from tests.support.llama import LLAMA, llama
 from tests.train.runs import run_main, steps
 
 Capture = pytest.CaptureFixture[str]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)
@@ -114,6 +115,20 @@ def test_what_a_run_says_names_the_family(
     assert tool(convert.main, monkeypatch, folder, tmp_path / "no", "--family", "llama") == 2
     assert "--family is for the other direction" in capsys.readouterr().err
     assert not (tmp_path / "no").exists()
+
+
+def test_a_family_is_plugged_in_by_the_file_of_a_user(
+    tmp_path: Path, monkeypatch, folder: Path, capsys: Capture
+) -> None:
+    monkeypatch.delitem(FAMILIES, "llama")
+    assert tool(convert.main, monkeypatch, folder, tmp_path / "ours") == 4
+    assert "model_type 'llama'; those that can be read are gpt2\n" in capsys.readouterr().err
+    mine = ["--extend", ROOT / "tests" / "extending" / "family.py"]
+    words = ["--load", folder, "--prompt", "the", "--max-new-tokens", 2, "--use-cpu"]
+    assert tool(generate.main, monkeypatch, *words, *mine) == 0
+    assert tool(convert.main, monkeypatch, *mine, folder, tmp_path / "ours") == 0
+    assert tool(convert.main, monkeypatch, tmp_path / "ours", tmp_path / "out", *mine) == 0
+    assert tool(convert.main, monkeypatch, "--extend", folder, folder, tmp_path / "no") == 2
 
 
 # -- refusals -----------------------------------------------------------------------------------
