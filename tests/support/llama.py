@@ -19,7 +19,7 @@ __all__ = ["LLAMA", "llama"]
 
 
 def llama(**changes: object) -> Any:
-    """transformers' model with 6 heads, 2 keys, an odd feed-forward width and vocabulary, and weights to see."""
+    """transformers' model: 6 heads, 2 keys, odd feed-forward and vocabulary, random weights."""
     import transformers  # an optional extra
 
     torch.manual_seed(0)
