@@ -20,6 +20,7 @@ from megatron_lite.cli import convert, generate
 from megatron_lite.config.errors import CheckpointError
 from megatron_lite.config.rules.model_identity import COMPARED
 from megatron_lite.config.sections.model import ModelConfig
+from tests.support.extras import needs
 from tests.support.huggingface import (
     Change,
     our_logits,
@@ -48,7 +49,7 @@ def known(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A Llama of transformers' in several files, with a tokenizer of one id less than it has rows."""
-    pytest.importorskip("transformers", reason="the reference; extra huggingface")
+    needs("transformers")
     path = tmp_path / "llama"
     llama().save_pretrained(path, max_shard_size="30KB")
     tokenizer_files(path, "vocab.json", "merges.txt")

@@ -16,6 +16,7 @@ from megatron_lite.config.errors import CheckpointError
 from megatron_lite.data.tokenizers.gpt2_bpe import GPT2BPETokenizer
 from megatron_lite.inference.model import build_model, find_model, load_model
 from megatron_lite.parallel.context import ParallelContext
+from tests.support.extras import needs
 from tests.support.huggingface import (
     gpt2,
     our_logits,
@@ -28,7 +29,7 @@ from tests.support.huggingface import (
 from tests.support.memory import Alive
 from tests.support.spawn import spawn
 
-transformers = pytest.importorskip("transformers", reason="writes the folders; extra huggingface")
+needs("transformers")
 Capture = pytest.CaptureFixture[str]
 GREEDY = ["--prompt", "the thin", "--temperature", 0, "--max-new-tokens", 8, "--use-cpu"]
 
