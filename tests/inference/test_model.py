@@ -60,14 +60,14 @@ def test_a_model_takes_the_bytes_of_its_own_format(
     source = find_model(path, ctx)
     with Alive() as alive:
         model = build_model(source, ctx)
-    held = list(model.parameters())
-    assert {one.dtype for one in held} == {dtype} == {source.dtype}
-    total = sum(one.numel() for one in held) * dtype.itemsize
-    assert total == sum(one.untyped_storage().nbytes() for one in held)
-    largest = max(one.numel() for one in held)
+    built = list(model.parameters())
+    assert {one.dtype for one in built} == {dtype} == {source.dtype}
+    total = sum(one.numel() for one in built) * dtype.itemsize
+    assert total == sum(one.untyped_storage().nbytes() for one in built)
+    largest = max(one.numel() for one in built)
     assert total <= alive.peak <= total + 4 * largest, (total, alive.peak)
     exact = build_model(source, ctx, dtype=torch.float32)
-    for one, other in zip(held, exact.parameters(), strict=True):
+    for one, other in zip(built, exact.parameters(), strict=True):
         assert other.dtype is torch.float32 and torch.equal(one.float(), other)
 
 
@@ -181,37 +181,34 @@ def test_a_name_on_a_hub_is_no_folder() -> None:
         load_model(Path("openai-community/gpt2"))
 
 
-def check_shares(rank: int, ranks: int, path: str) -> list[tuple[str, torch.Tensor]]:
-    ctx = ParallelContext.from_grid(RankGrid(tp=ranks, pp=1, dp=1), rank, torch.device("cpu"))
+def held(path: str, ctx: ParallelContext) -> dict[str, torch.Tensor]:
     model = build_model(find_model(Path(path), ctx), ctx)
-    return [(name, parameter.detach().clone()) for name, parameter in model.named_parameters()]
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def check_shares(rank: int, ranks: int, *paths: str) -> list[dict[str, torch.Tensor]]:
+    ctx = ParallelContext.from_grid(RankGrid(tp=ranks), rank, torch.device("cpu"))
+    return [held(path, ctx) for path in paths]
 
 
 @pytest.mark.ci
-@pytest.mark.parametrize("imported", [False, True], ids=["folder", "checkpoint"])
-def test_tensor_parallel_ranks_share_the_matrices(tmp_path, monkeypatch, imported) -> None:
-    path = tmp_path / "gpt2"
+def test_tensor_parallel_ranks_share_the_matrices(tmp_path, monkeypatch) -> None:
+    path, run = tmp_path / "gpt2", tmp_path / "run"
     gpt2(n_head=4).save_pretrained(path)  # heads that two ranks can share
     tokenizer_files(path, "vocab.json", "merges.txt")
-    if imported:
-        assert tool(convert.main, monkeypatch, path, tmp_path / "run") == 0
-        path = tmp_path / "run"
-    shares = spawn(check_shares, 2, str(path))
-    whole = dict(check_shares_alone(path))
-    for (name, first), (_, second) in zip(*shares, strict=True):
-        expected = whole[name]
-        if first.shape == expected.shape:
-            assert torch.equal(first, expected) and torch.equal(second, expected)
-        elif "qkv" in name:  # each third is cut by itself
-            parts = [torch.cat(pair) for pair in zip(first.chunk(3), second.chunk(3), strict=True)]
-            assert torch.equal(torch.cat(parts), expected)
-        else:
-            dim = 0 if first.shape[1:] == expected.shape[1:] else 1
-            joined = torch.cat((first, second), dim)
-            rows = min(len(joined), len(expected))  # of a vocabulary, past its padding
-            assert torch.equal(joined[:rows], expected[:rows]) and rows >= 48
-
-
-def check_shares_alone(path: Path) -> list[tuple[str, torch.Tensor]]:
-    ctx = ParallelContext.serial()
-    return [(n, p.detach()) for n, p in build_model(find_model(path, ctx), ctx).named_parameters()]
+    assert tool(convert.main, monkeypatch, path, run) == 0
+    shares = spawn(check_shares, 2, str(path), str(run))
+    whole = held(str(path), ParallelContext.serial())
+    for first, second in zip(*shares, strict=True):
+        for name, expected in whole.items():
+            pair = first[name], second[name]
+            if "qkv" in name:  # each third is cut by itself
+                thirds = zip(*(one.chunk(3) for one in pair), strict=True)
+                joined = torch.cat([torch.cat(third) for third in thirds])
+            elif pair[0].shape == expected.shape:
+                assert torch.equal(*pair)
+                joined = pair[0]
+            else:
+                joined = torch.cat(pair, dim=0 if pair[0].shape[1:] == expected.shape[1:] else 1)
+            rows = min(len(joined), len(expected))  # a vocabulary's padding goes by the ranks
+            assert torch.equal(joined[:rows], expected[:rows]) and rows >= min(262, len(expected))
