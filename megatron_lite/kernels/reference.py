@@ -1,4 +1,4 @@
-"""Every op in plain PyTorch: the meaning that the faster twins are tested against."""
+"""Every op in plain PyTorch: the reference that faster implementations are tested against."""
 
 from __future__ import annotations
 

@@ -56,9 +56,9 @@ class WeightGradients:
     Unattached, layers return their weight gradients to autograd as usual.  Attached to an engine's
     fp32 accumulators, they add to them in place and report the parameter ready.  After defer_to(m)
     the matrix products wait in the queue of micro batch m until run(m): the W action of a
-    zero-bubble schedule.  Tables, biases and norms cost no product and are never postponed.
+    zero-bubble schedule.  Tables, biases and norms cost no product and are never deferred.
 
-    A waiting product keeps its factors as they were split over tp, so that sequence parallelism
+    A deferred wgrad keeps its operands as they were split over tp, so that sequence parallelism
     saves between I and W what it saves between F and I; W gathers them, each under the product
     before it.  span: measures every product.
     """
@@ -112,13 +112,13 @@ class WeightGradients:
         return None
 
     def defer_to(self, microbatch: int | None) -> None:
-        """From now on leave matrix products to run(microbatch); None: carry them out at once."""
+        """From now on defer matrix products to `run(microbatch)`; None: carry them out at once."""
         waiting = None if microbatch is None else self._deferred.setdefault(microbatch, deque())
         self._queue = waiting
 
     @torch.no_grad()
     def run(self, microbatch: int) -> None:
-        """Carry out what was postponed, in the order it came; each input is freed once it is used.
+        """Carry out the deferred wgrads, in the order they came; each operand is freed once it is used.
 
         Collective over tp where factors are slices: every tp rank runs the same micro batch.
         """

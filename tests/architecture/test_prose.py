@@ -19,8 +19,6 @@ from tests.support.places import PACKAGE, ROOT
 
 DOCUMENTS = sorted([*(ROOT / "docs").rglob("*.md"), ROOT / "README.md", ROOT / "CONTRIBUTING.md"])
 
-READ = [path for path in SOURCES if path.name != "gradients.py"]
-
 WORDS = {
     r"(?<![\w.])[Mm]icro-?batch(es)?\b(?![\w=(])": "micro batch (in backticks if it is a name)",
     r"\bunder way\b": "in flight, or current",
@@ -85,7 +83,7 @@ def found_in(paths: list[Path], words: dict[str, str]) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize("paths", [READ, DOCUMENTS], ids=["sources", "documents"])
+@pytest.mark.parametrize("paths", [SOURCES, DOCUMENTS], ids=["sources", "documents"])
 def test_the_fields_words_are_used(paths: list[Path]) -> None:
     assert found_in(paths, WORDS) == []
 
