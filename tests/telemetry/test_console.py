@@ -15,7 +15,7 @@ from megatron_lite.telemetry.console import (
     format_save,
 )
 from megatron_lite.telemetry.record import EvaluationRecord, SaveRecord, from_json
-from tests.telemetry.records import STEP
+from tests.telemetry.records import EVALUATION, STEP
 
 # the field widths and separators of a published Megatron-DeepSpeed log of the 175B run
 GOLDEN = (
@@ -40,6 +40,17 @@ def test_a_second_learning_rate_stands_behind_the_first():
     assert format_line(two) == GOLDEN.replace(first, first + second)
     assert "| lr 2.270E-05 | decoupled lr 5.000E-04 |" in format_record(two, "short")
     assert from_json(format_record(two, "json")) == two
+
+
+def test_an_objectives_metrics_stand_behind_the_loss():
+    told = replace(STEP, metrics={"accuracy": 0.25, "hits": math.nan})
+    loss = " lm loss: 1.100078E+01 |"
+    metrics = " accuracy: 2.500000E-01 | hits: nan |"
+    assert format_line(told) == GOLDEN.replace(loss, loss + metrics)
+    assert "| loss 11.0008 | accuracy 0.2500 | hits nan | lr" in format_record(told, "short")
+    found = replace(EVALUATION, metrics={"accuracy": 0.25})
+    assert "| accuracy value: 2.500000E-01 | \n" in format_evaluation(found)
+    assert "| accuracy 0.2500 | " in format_record(found, "short")
 
 
 def test_a_terminal_gets_a_short_line_of_the_same_numbers():

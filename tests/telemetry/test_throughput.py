@@ -112,6 +112,14 @@ def test_loss_is_the_mean_over_steps_that_advanced():
     assert (record.loss, record.skipped_iterations, record.nan_iterations) == (3.0, 1, 0)
 
 
+def test_a_metric_is_the_mean_over_the_steps_that_advanced_and_have_it():
+    interval = meter()
+    interval.add(step(1, metrics={"accuracy": 1.0}, skipped=True))
+    interval.add(step(2, metrics={"accuracy": 0.25, "hessian/loss": 3.0}))
+    interval.add(step(3, metrics={"accuracy": 0.75}))
+    assert interval.take().metrics == {"accuracy": 0.5, "hessian/loss": 3.0}
+
+
 def test_an_interval_of_skipped_steps_shows_their_loss():
     interval = meter()
     interval.add(step(1, loss=11.0, skipped=True))

@@ -154,6 +154,9 @@ def test_switches_choose_the_scalars():
     }  # fmt: skip
     assert set(scalars(step(1), nothing)) == {"lm loss", "grad-norm"}
     assert scalars(EVALUATION, everything)["lm loss test ppl"] == EVALUATION.perplexity
+    metrics = {"accuracy": 0.25}
+    assert scalars(step(1, metrics=metrics), nothing)["accuracy"] == 0.25
+    assert scalars(replace(EVALUATION, metrics=metrics), nothing)["accuracy test"] == 0.25
     assert scalars(TIMING, everything) == {"optimizer-time": math.inf}
     assert scalars(TIMING, nothing) == {} == scalars(SAVE, everything)
 
