@@ -202,7 +202,7 @@ class FolderSource:
         return own.tokenizer, list(own.notices)
 
     def fill(self, wanted: Sequence[NamedSlice]) -> None:
-        """One tensor of theirs at a time."""
+        """One Hugging Face tensor at a time."""
         fill_from_folder(self.found, wanted)
 
 
@@ -235,7 +235,7 @@ def load_model(
 
 
 def is_huggingface(path: Path) -> bool:
-    """Whether a folder is one of Hugging Face's, not one of ours; CheckpointError where it is neither."""
+    """Whether a folder is Hugging Face's and not a run folder; CheckpointError where it is neither."""
     names = names_in(path)
     theirs, ours = CONFIG in names, NAME in names or bool(iterations(path))
     if theirs == ours:

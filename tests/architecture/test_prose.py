@@ -26,6 +26,7 @@ WORDS = {
     r"\b(go|goes|going|went|gone) on (with|from|where|after|at|behind)\b": "resume or continue",
     r"\b(take|takes|taking|taken|took) up\b": "resume",
     r"\bgoes on\b|\bwent on\b": "continues, resumes",
+    r"\b[Tt]heirs\b": "Hugging Face's, or whose it is",
     r"[Rr]andomness is counters": "the random generator is counter-based",
     r"\b[Nn]obody (waits|follows|measures|listens|watches|speaks|asks)\b": (
         "the fact itself; of a default callback: Default: no callback."

@@ -117,7 +117,7 @@ class ConfigFile:
         return ConfigFile(values, self.path, self.title, inside, self.problems, self.notices)
 
     def unknown(self, harmless: Iterable[str] = ()) -> Iterator[str]:
-        """Keys that nobody asked for and that ask for something; harmless: further ones that do not."""
+        """Keys that were not asked for and that mean something; harmless: further ones that do not."""
         known = self.asked | HARMLESS | set(harmless)
         for key, value in self.values.items():
             if key not in known and value not in _NOTHING:

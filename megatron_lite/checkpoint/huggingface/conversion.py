@@ -1,4 +1,4 @@
-"""One tensor of theirs <-> the one, or the several fused, of ours that it is."""
+"""One Hugging Face tensor <-> the canonical tensor, or the several fused, that it is."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from megatron_lite.config.sections.model import ModelConfig
 
 @dataclass(frozen=True, slots=True)
 class Conversion:
-    """One tensor of theirs and those of ours that it is.
+    """One Hugging Face tensor and the canonical ones that it is.
 
-    shape: of theirs, [in, out] where transposed; ours: name -> shape, in the order of the parts.
+    shape: Hugging Face's, [in, out] where transposed; ours: canonical name -> shape, in parts' order.
     groups: see names.Source.
     """
 
@@ -29,14 +29,14 @@ class Conversion:
     groups: int = 1
 
     def parts(self, whole: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """Ours by name: views of theirs, copies where the parts come in groups."""
+        """The canonical tensors by name: views of it, copies where the parts come in groups."""
         for view, (name, shape) in zip(self._views(whole), self.ours.items(), strict=True):
             yield name, view.reshape(shape)
 
     def join(
         self, dtype: torch.dtype, fill: Callable[[Sequence[tuple[str, Tensor]]], None]
     ) -> Tensor:
-        """Theirs, of parts that fill is handed, by name, to write into."""
+        """The Hugging Face tensor, of parts that fill is handed, by name, to write into."""
         whole = torch.empty(self.shape, dtype=dtype)
         parts = list(self.parts(whole))
         fill(parts)
@@ -46,7 +46,7 @@ class Conversion:
         return whole
 
     def _views(self, whole: Tensor) -> Sequence[Tensor]:
-        """Of each part its rows of theirs, [groups, rows / groups, ...] where they come in groups."""
+        """Each part's rows in that tensor, [groups, rows / groups, ...] where they come in groups."""
         turned = whole.t() if self.transposed else whole
         rows = [shape[0] for shape in self.ours.values()]
         if self.groups == 1:

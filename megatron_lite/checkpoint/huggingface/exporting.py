@@ -1,6 +1,6 @@
 """A checkpoint becomes a folder of Hugging Face's, one tensor at a time.
 
-our pieces ─▶ one tensor of theirs, filled part by part ─▶ model-00001-of-00002.safetensors, index
+our pieces ─▶ one Hugging Face tensor, filled part by part ─▶ model-00001-of-00002.safetensors, index
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from megatron_lite.storage.disk import Disk
 
 @dataclass(frozen=True, slots=True)
 class Export:
-    """A checkpoint of ours that a family can express, and what it will be.
+    """A checkpoint that a family can express, and what it will be.
 
     stored: our name -> the name of its most exact copy (the fp32 master, where there is one).
     """
@@ -48,11 +48,11 @@ class Export:
         return sum(self.form(conversion).bytes for conversion in self.conversions)
 
     def form(self, conversion: Conversion) -> TensorForm:
-        """How a tensor of theirs is written."""
+        """How a Hugging Face tensor is written."""
         return TensorForm(self.dtype, conversion.shape)
 
     def tensor(self, conversion: Conversion) -> Tensor:
-        """One tensor of theirs, put together from our pieces."""
+        """One Hugging Face tensor, put together from the checkpoint's pieces."""
 
         def fill(parts: Sequence[tuple[str, Tensor]]) -> None:
             slices = [_slice(self.stored[name], part) for name, part in parts]
@@ -101,7 +101,7 @@ def export_folder(
 ) -> list[str]:
     """Write config.json and the safetensors files into an empty folder; the names of the files.
 
-    eod: the id of the end-of-document token.  The peak is one tensor of theirs and a piece of ours.
+    eod: the id of the end-of-document token.  The peak is one tensor and a piece of the checkpoint.
     """
     groups = in_files(export.conversions, lambda c: export.form(c).bytes, shard_bytes)
     count = len(groups)

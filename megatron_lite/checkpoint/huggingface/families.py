@@ -12,7 +12,7 @@ from megatron_lite.config.errors import CheckpointError
 from megatron_lite.config.sections.model import ModelConfig
 
 FAMILIES: dict[str, Family] = {"gpt2": GPT2}
-"""In the order in which an export tries them; nobody else names a family."""
+"""In the order in which an export tries them; no other file names a family."""
 
 
 def family_of(config: Mapping[str, Any], path: Path) -> Family:

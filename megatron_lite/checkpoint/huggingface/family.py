@@ -1,6 +1,6 @@
 """What a family of Hugging Face's says of itself; all else about folders is the same for every family.
 
-    names        our canonical tensors in theirs             names.py
+    names        our canonical tensors in Hugging Face's     names.py
     config_in    config.json ─▶ ModelConfig, and refusals    config_file.py
     config_out   ModelConfig ─▶ config.json
 
@@ -51,7 +51,7 @@ class Family:
     """A row of FAMILIES, whose key is the model_type of config.json.
 
     title: in messages; architecture: transformers' class for the whole model.
-    default_ends: eos_token_id that a config says of which nobody knew better -> who says so.
+    default_ends: eos_token_id that is a library's default -> whose default it is.
     """
 
     title: str

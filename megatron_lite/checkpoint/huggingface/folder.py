@@ -33,7 +33,7 @@ _LARGEST_JSON = 1 << 28  # bytes
 
 
 class Place(NamedTuple):
-    """Where a tensor of theirs lies, and as what."""
+    """Where a tensor of the folder lies, and its format."""
 
     file: Path
     name: str
@@ -62,11 +62,11 @@ class HuggingFaceFolder:
         return sum(self.form(conversion).bytes for conversion in self.conversions)
 
     def form(self, conversion: Conversion) -> TensorForm:
-        """How a tensor of theirs is stored."""
+        """How a tensor of the folder is stored."""
         return self.places[conversion.theirs].form
 
     def parts(self, conversion: Conversion) -> Iterator[tuple[str, Tensor]]:
-        """Ours by name, of one tensor of theirs that is read for it."""
+        """Canonical tensors by name, from one tensor of the folder that is read for them."""
         return conversion.parts(_read(self.places[conversion.theirs]))
 
 
@@ -117,7 +117,7 @@ def _require_fit(
     strangers = [
         name for name in places if name not in known and not name.endswith(names.constants)
     ]
-    if names.head in strangers:  # the tied head once more; transformers does not read it either
+    if names.head in strangers:  # a copy of the tied head; transformers does not read it either
         strangers.remove(names.head)
         tokens = names.outside["embedding.tokens"]
         notices.append(f"{names.head} is left out: {CONFIG} ties it to {tokens}.weight")
@@ -218,7 +218,7 @@ def _read(place: Place) -> Tensor:
 
 @torch.no_grad()
 def fill_from_folder(source: HuggingFaceFolder, wanted: Iterable[NamedSlice]) -> None:
-    """Copy the folder's tensors into slices of ours, one tensor of theirs at a time; formats are converted.
+    """Copy the folder's tensors into this model's slices, one at a time; formats are converted.
 
     Every slice must be of one of the model's tensors; each of these is read once.
     """

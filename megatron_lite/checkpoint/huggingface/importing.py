@@ -37,7 +37,7 @@ def import_folder(
     data: the data section, which names the tokenizer; tokenizer: its files, which are kept; facts:
     what the manifest says of it.
     root must not be looked for by anybody yet: the caller gives it its name when all is written.
-    The peak is one tensor of theirs and one of ours.
+    The peak is one Hugging Face tensor and one canonical tensor.
     """
     folder = folder_of(root, 0)
     disk.make_folder(folder)

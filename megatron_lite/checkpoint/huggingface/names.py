@@ -15,7 +15,7 @@ _OUTSIDE = re.compile(r"(.+)\.(weight|bias)")
 
 
 class FusedPart(NamedTuple):
-    """One of several matrices that a module of theirs holds below one another, counted from 0.
+    """One of several matrices that a Hugging Face module holds below one another, counted from 0.
 
     by_head: they are mixed: the rows that belong to key and value head 0 of every part, those of head
     1, and so on.
