@@ -309,6 +309,8 @@ def build_model(
     pipeline.  Raises NumericsError for a value that is not finite.
     """
     assert ctx.pp.size == 1, ctx.pp
+    if dtype not in (None, *PRECISIONS):
+        raise ConfigError(f"{dtype}: a model computes in {', '.join(map(str, PRECISIONS))}")
     config = source.config
     assert config.vocab_size is not None
     stage = StageContext(

@@ -151,8 +151,8 @@ REFUSED: dict[str, tuple[Change, list[str]]] = {
     "an unknown family": (setting(model_type="t5"), ["model_type 't5'", "gpt2, llama"]),
     "no family": (setting(model_type=["llama"]), ["model_type ['llama']", "gpt2, llama"]),
     "an option that is not known": (
-        setting(logit_scale=2.0, attention_multiplier=0.5),
-        ["logit_scale '2.0': not known here", "attention_multiplier '0.5'"],
+        setting(logit_scale=2.0, attention_multiplier=0, nothing=None),
+        ["logit_scale '2.0': not known here", "attention_multiplier '0'"],
     ),
     "stretched positions": (
         setting(rope_parameters=STRETCHED),

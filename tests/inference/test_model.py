@@ -12,7 +12,7 @@ import torch
 
 from megatron_lite.blueprint.grid import RankGrid
 from megatron_lite.cli import convert, generate
-from megatron_lite.config.errors import CheckpointError
+from megatron_lite.config.errors import CheckpointError, ConfigError
 from megatron_lite.data.tokenizers.gpt2_bpe import GPT2BPETokenizer
 from megatron_lite.inference.model import build_model, find_model, load_model
 from megatron_lite.parallel.context import ParallelContext
@@ -179,6 +179,11 @@ def test_what_cannot_be_used_is_refused_with_its_code(
 def test_a_name_on_a_hub_is_no_folder() -> None:
     with pytest.raises(CheckpointError, match="names on a hub are not downloaded"):
         load_model(Path("openai-community/gpt2"))
+
+
+def test_a_format_in_which_nothing_computes_is_refused(folder: Path) -> None:
+    with pytest.raises(ConfigError, match="torch.float64: a model computes in torch.float32, "):
+        load_model(folder, dtype=torch.float64)
 
 
 def held(path: str, ctx: ParallelContext) -> dict[str, torch.Tensor]:

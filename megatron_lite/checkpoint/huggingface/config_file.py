@@ -29,9 +29,6 @@ HARMLESS = frozenset((
 ))  # fmt: skip
 """Keys of any family that change no number of the model: where it comes from, how texts are drawn of it."""
 
-_NOTHING: tuple[object, ...] = (None, False, "", [], {})
-"""Values with which a key asks for nothing."""
-
 
 @dataclass(slots=True)
 class ConfigFile:
@@ -120,7 +117,10 @@ class ConfigFile:
         """Keys that were not asked for and that mean something; harmless: further ones that do not."""
         known = self.asked | HARMLESS | set(harmless)
         for key, value in self.values.items():
-            if key not in known and value not in _NOTHING:
+            nothing = (
+                value is None or value is False or value in ("", [], {})
+            )  # 0 may mean something
+            if key not in known and not nothing:
                 yield f"{self.inside}{key}"
 
     def refuse_unknown(self, harmless: Iterable[str] = ()) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -79,3 +79,19 @@ def conversions(names: Names, model: ModelConfig) -> list[Conversion]:
             )
         )  # fmt: skip
     return found
+
+
+def in_files(
+    wanted: Iterable[Conversion], size: Callable[[Conversion], int], shard_bytes: int
+) -> list[list[Conversion]]:
+    """In order, each file of at most so many bytes; one tensor that is larger by itself stands alone."""
+    groups: list[list[Conversion]] = [[]]
+    held = 0
+    for conversion in wanted:
+        needed = size(conversion)
+        if groups[-1] and held + needed > shard_bytes:
+            groups.append([])
+            held = 0
+        groups[-1].append(conversion)
+        held += needed
+    return groups

@@ -14,11 +14,10 @@ import torch
 from torch import Tensor
 
 from megatron_lite.checkpoint.boxes import check_fit
-from megatron_lite.checkpoint.huggingface.conversion import Conversion, conversions
+from megatron_lite.checkpoint.huggingface.conversion import Conversion, conversions, in_files
 from megatron_lite.checkpoint.huggingface.families import family_for
 from megatron_lite.checkpoint.huggingface.family import Family
 from megatron_lite.checkpoint.huggingface.folder import CONFIG, INDEX, ONE_FILE
-from megatron_lite.checkpoint.huggingface.importing import in_files
 from megatron_lite.checkpoint.manifest import Manifest
 from megatron_lite.checkpoint.store import Store
 from megatron_lite.checkpoint.tensor_file import TORCH_DTYPES, TensorForm, write_bytes, write_stream

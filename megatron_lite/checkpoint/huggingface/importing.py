@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from megatron_lite.checkpoint.choice import POINTER, folder_of
-from megatron_lite.checkpoint.huggingface.conversion import Conversion
+from megatron_lite.checkpoint.huggingface.conversion import in_files
 from megatron_lite.checkpoint.huggingface.folder import HuggingFaceFolder
 from megatron_lite.checkpoint.manifest import NAME, TOKENIZER, Manifest, StoredPiece, StoredTensor
 from megatron_lite.checkpoint.progress import Progress
@@ -67,19 +67,3 @@ def import_folder(
     write_bytes(folder / NAME, manifest, disk)
     disk.sync_folder(folder)
     write_bytes(root / POINTER, b"0\n", disk)
-
-
-def in_files(
-    wanted: Iterable[Conversion], size: Callable[[Conversion], int], shard_bytes: int
-) -> list[list[Conversion]]:
-    """In order, each file of at most so many bytes; one tensor that is larger by itself stands alone."""
-    groups: list[list[Conversion]] = [[]]
-    held = 0
-    for conversion in wanted:
-        needed = size(conversion)
-        if groups[-1] and held + needed > shard_bytes:
-            groups.append([])
-            held = 0
-        groups[-1].append(conversion)
-        held += needed
-    return groups
