@@ -28,6 +28,7 @@ from megatron_lite.storage.disk import Disk, write_atomically
 from megatron_lite.storage.outputs import check_outputs
 
 MODEL = "tokenizer.model"
+BPE = ("gpt2-vocab.json", "gpt2-merges.txt")
 SMALLEST = {"bpe": 257, "sentencepiece-bpe": 260, "sentencepiece-unigram": 260}
 
 
@@ -39,6 +40,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--type", choices=list(SMALLEST), default="bpe", help="bpe writes GPT-2's two files")
     add("--vocab-size", type=int, required=True, help="ids, special tokens included")
     add("--output-dir", required=True)
+    add("--overwrite", action="store_true", help="replace a vocabulary that is there")
     add("--max-token-chars", type=int, default=16, help="longest token in characters")
     add = parser.add_argument_group("SentencePiece").add_argument
     add("--character-coverage", type=float, default=0.9995, help="share of characters in pieces")
@@ -79,16 +81,19 @@ def main() -> int:
     """Train, write the files whole, and print the report."""
     arguments = parse_arguments()
     folder, disk, sample = Path(arguments.output_dir), Disk(), TextSample()
-    names = ["gpt2-vocab.json", "gpt2-merges.txt"] if arguments.type == "bpe" else [MODEL]
-    check_outputs("--output-dir", [folder / name for name in names], disk)
+    paths = [folder / name for name in (BPE if arguments.type == "bpe" else [MODEL])]
+    check_outputs("--output-dir", paths, disk)
+    for path in paths:
+        if path.exists() and not arguments.overwrite:
+            raise ConfigError(f"{path} exists; give --overwrite or another --output-dir")
     disk.make_folder(folder)
     corpus = sample.watch(texts(arguments))
+    names = [str(path) for path in paths]
     tokenizer: Tokenizer
     if arguments.type == "bpe":
         files = train_bpe(corpus, arguments.vocab_size, arguments.max_token_chars)
         for name, content in files.items():
             write_atomically(folder / name, content, disk)
-        names = [str(folder / name) for name in ("gpt2-vocab.json", "gpt2-merges.txt")]
         tokenizer = GPT2BPETokenizer(*names)
     else:
         settings = SentencePieceSettings(
@@ -100,7 +105,6 @@ def main() -> int:
             byte_fallback=not arguments.no_byte_fallback,
             sample=arguments.input_sentence_size,
         )
-        names = [str(folder / MODEL)]
         write_atomically(names[0], train_sentencepiece(corpus, settings), disk)
         tokenizer = GPTSentencePieceTokenizer(names[0])
     if tokenizer.vocab_size < arguments.vocab_size:

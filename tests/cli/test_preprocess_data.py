@@ -199,22 +199,24 @@ def test_a_death_ends_everything_soon_with_nothing_under_a_name(
     tool = subprocess.Popen(
         [sys.executable, TOOL, *arguments, "--workers", "2"], stderr=subprocess.PIPE, text=True
     )
-    deadline = time.monotonic() + 20
+    began = time.monotonic()
     while not list(tmp_path.glob(".x*")) or len(workers := workers_of(tool.pid)) < 2:
-        assert time.monotonic() < deadline and tool.poll() is None
+        assert time.monotonic() < began + 120 and tool.poll() is None
         time.sleep(0.02)
+    # a second or two where nothing else runs: the machine's pace is what the end is measured by
+    patience = 5 + 3 * (time.monotonic() - began)
     if victim == "worker":
         os.kill(workers[0], signal.SIGKILL)
     else:
         signals = {"term": signal.SIGTERM, "int": signal.SIGINT, "kill": signal.SIGKILL}
         tool.send_signal(signals[victim.removeprefix("parent-")])
     began = time.monotonic()
-    _, err = tool.communicate(timeout=20)
+    _, err = tool.communicate(timeout=4 * patience)
     assert tool.returncode == code
     while any(is_alive(worker) for worker in workers):
-        assert time.monotonic() < began + 5
+        assert time.monotonic() < began + patience
         time.sleep(0.02)
-    assert time.monotonic() < began + 5
+    assert time.monotonic() < began + patience
     assert not list(tmp_path.glob("x_*"))
     if victim != "parent-kill":
         assert f"FATAL[{code}]" in err and os.listdir(tmp_path) == ["a.json"]

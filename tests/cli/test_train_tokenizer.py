@@ -164,6 +164,30 @@ def test_a_sample_is_spread_over_the_stream_and_bounded() -> None:
 
 
 @pytest.mark.parametrize(
+    "kind, name", [("bpe", "gpt2-merges.txt"), ("sentencepiece-bpe", "tokenizer.model")]
+)
+def test_a_vocabulary_that_is_there_is_not_replaced_unasked(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    kind: str,
+    name: str,
+) -> None:
+    """Said before the corpus is looked at, which is not even there."""
+    (tmp_path / name).write_text("of a model that was trained for weeks")
+    words = ("--input", tmp_path / "a", "--type", kind, "--vocab-size", 300, "--output-dir")
+    assert call(monkeypatch, train_tokenizer, *words, tmp_path) == 2
+    said = capsys.readouterr().err
+    assert f"{tmp_path / name} exists; give --overwrite or another --output-dir" in said
+    assert call(monkeypatch, train_tokenizer, *words, tmp_path, "--overwrite") == 3
+    assert f"{tmp_path / 'a'}" in capsys.readouterr().err
+    if kind == "bpe":
+        (tmp_path / "a").write_text(json.dumps({"text": "ab ab " * 50}) + "\n")
+        assert call(monkeypatch, train_tokenizer, *words, tmp_path, "--overwrite") == 0
+        assert (tmp_path / name).read_text(encoding="utf-8").startswith("#version")
+
+
+@pytest.mark.parametrize(
     "flags, message",
     [
         (("--type", "sentencepiece-bpe", "--vocab-size", 259), "at least 260"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -67,3 +69,24 @@ def test_any_other_skip_fails_with_its_reason(toy: pytest.Pytester) -> None:
 def test_without_the_option_a_skip_is_a_skip(toy: pytest.Pytester) -> None:
     toy.makepyfile(test_unmarked=UNMARKED, test_whole=WHOLE)
     toy.runpytest_inprocess().assert_outcomes(skipped=3)
+
+
+def test_programs_of_tests_do_not_ignore_what_the_shell_ignored(
+    toy: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A job in the background of a script ignores Ctrl-C, and nohup's a hangup; so would its children."""
+    toy.makepyfile("""
+        import os, signal, subprocess, sys
+        ASK = "import signal; print([signal.getsignal(n) == signal.SIG_IGN for n in (2, 1, 3, 15)])"
+        def test_child():
+            said = subprocess.run([sys.executable, "-c", ASK], capture_output=True, text=True)
+            assert said.stdout == "[False, False, False, False]\\n"
+            for number in (signal.SIGINT, signal.SIGHUP):
+                os.kill(os.getpid(), number)  # what was ignored still is, here
+    """)
+    ignoring = "trap '' INT HUP; exec \"$@\""
+    done = subprocess.run(
+        ["sh", "-c", ignoring, "sh", sys.executable, "-m", "pytest", "-q"],
+        cwd=toy.path, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout

@@ -1,0 +1,1 @@
+"""Tests beside libraries of `make setup-oracles`; `make nightly PARTS=oracles`."""
