@@ -87,5 +87,5 @@ def test_the_likelihood_of_a_text_is_our_loss(
     prefix = write_pair(tmp_path / "text", [[end, *ids]], np.uint16)
 
     loss, likelihood = our_loss(start, prefix), their_likelihood(exported, text)
-    assert loss > 1.2 * math.log(end + 1), "any model has the loss of a uniform guess"
+    assert abs(loss - math.log(end + 1)) > 0.2, "many models are next to a uniform guess"
     assert loss == pytest.approx(-likelihood / len(ids), rel=1e-5)

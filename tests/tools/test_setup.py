@@ -7,6 +7,7 @@ stand-in for pip, which notes what it is asked and writes modules of a line.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.extras import needs_program
+from tests.support.extras import named_in_setup, needs_program
 
 ROOT = Path(__file__).resolve().parents[2]
 SITE = Path(f"lib/python{sys.version_info[0]}.{sys.version_info[1]}/site-packages")
@@ -26,6 +27,8 @@ with log.open("a") as file:
     print(*sys.argv[1:], os.environ.get("PIP_CONSTRAINT", "-"), file=file)
 if os.environ.get("PIP_FAILS"):
     sys.exit("no index today")
+if os.environ.get("PIP_LACKS", "nothing") in sys.argv[-1]:
+    sys.exit("ERROR: No matching distribution found for " + sys.argv[-1])
 site = pathlib.Path(__file__).parents[1]
 for name in "matplotlib", "numpy", "pytest", "tensorboard", "tokenizers", "transformers", "ruff":
     (site / f"{name}.py").write_text("zeros = lambda n: None\n")
@@ -96,7 +99,7 @@ class Checkout:
         """What a setup that succeeds says."""
         found = self.setup(*first_on_path, **env)
         assert found.returncode == 0, found.stderr
-        assert [path.name for path in self.root.glob(".venv*")] == [".venv"]
+        assert {p.name for p in self.root.glob(".venv*")} <= {".venv", ".venv-oracles"}
         return found.stdout
 
     @property
@@ -232,6 +235,37 @@ def test_what_setup_did_not_make_is_not_replaced(checkout: Checkout) -> None:
     assert (checkout.venv / SITE / "own.py").exists() and len(checkout.asked) == 4
     assert checkout.done(checkout.venv / "bin") == ""
     assert checkout.done(PYTHON=str(checkout.base / "python3")) == ""
+
+
+@pytest.mark.ci
+def test_oracles_have_an_environment_of_their_own_and_what_lacks_is_said(
+    checkout: Checkout,
+) -> None:
+    checkout.done()
+    assert len(checkout.asked) == 4
+    script, oracles = checkout.root / "tools/setup.sh", checkout.root / ".venv-oracles"
+
+    def setup(*words: str, **env: str) -> subprocess.CompletedProcess[str]:
+        path = {"PATH": f"{checkout.base}:/usr/bin:/bin", "PIP_NOTES": str(checkout.notes)}
+        return subprocess.run(
+            [script, *words], env={**path, **env}, capture_output=True, text=True, timeout=60
+        )
+
+    first = setup("oracles", PIP_LACKS="lm-eval")
+    assert first.returncode == 0, first.stderr
+    (lacking,) = re.findall(r"setup: (.*) cannot be installed here, so its tests .*", first.stdout)
+    assert lacking.startswith("lm-eval>=") and "No matching distribution" in first.stdout
+    assert "left out, as they need a CUDA compiler: flash-attn" in first.stdout
+    names = [line.split()[-2] for line in checkout.asked[4:]]
+    assert [re.split("[>=]", name)[0] for name in names] == sorted(named_in_setup()["oracles"])
+    pins = (oracles / "constraints.txt").read_text().splitlines()
+    own = (ROOT / "requirements/constraints-oracles.txt").read_text().splitlines()
+    assert set(own) <= set(pins) and "python-dateutil==4.0.0" not in "".join(pins)
+    assert "torch==2.13.0" in pins and "shellingham==1.5.4" in pins
+
+    assert setup("oracles").returncode == 0 and len(checkout.asked) == 2 + len(names), "once more"
+    assert setup("oracles").stdout == "" and checkout.done() == "" and checkout.asked == []
+    assert setup("oracle").returncode == setup("oracles", "x").returncode == 2
 
 
 @pytest.mark.slow
