@@ -3,12 +3,34 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_lite.kernels.attention import AttentionCall
+from megatron_lite.kernels.dropout import DropoutCall, dropout
+
+
+def linear_forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x: [..., in], weight [out, in], perhaps stored in another number format -> [..., out]."""
+    return F.linear(x, weight.to(x.dtype), bias)
+
+
+def linear_input_gradient(dy: Tensor, weight: Tensor) -> Tensor:
+    """dy: [..., out], weight [out, in], perhaps stored in another number format -> [..., in]."""
+    return dy @ weight.to(dy.dtype)
+
+
+def linear_weight_gradient(dy: Tensor, x: Tensor, accumulator: Tensor | None = None) -> Tensor:
+    """dy: [..., out], x: [..., in] -> dyᵀx [out, in], added to the accumulator where there is one."""
+    dy, x = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
+    if accumulator is None:
+        return dy.t() @ x
+    if accumulator.dtype == dy.dtype:
+        return accumulator.addmm_(dy.t(), x)
+    return accumulator.add_(dy.t() @ x)
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, epsilon: float) -> Tensor:
@@ -34,9 +56,62 @@ def gelu_erf(x: Tensor) -> Tensor:
     return F.gelu(x)
 
 
-def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up, elementwise (arXiv:2002.05202)."""
+def swiglu(x: Tensor) -> Tensor:
+    """x: [..., 2f] of gate and up -> silu(gate) * up, [..., f] (arXiv:2002.05202)."""
+    gate, up = x.chunk(2, dim=-1)
     return F.silu(gate) * up
+
+
+def add_dropout(x: Tensor, y: Tensor, bias: Tensor | None, call: DropoutCall | None) -> Tensor:
+    """x, y: [s, b, h], bias [h] -> x + drop(y + bias): a block's part joins the stream."""
+    y = y if bias is None else y + bias
+    return x + dropout(y, call)
+
+
+_Norm = Callable[[Tensor, Tensor, Tensor | None, float], Tensor]
+
+
+def add_dropout_then(norm: _Norm) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The op add_dropout with a norm after it: (stream, its norm), of one norm or another."""
+
+    def run(
+        x: Tensor, y: Tensor, bias: Tensor | None, call: DropoutCall | None,
+        weight: Tensor, norm_bias: Tensor | None, epsilon: float,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        x = add_dropout(x, y, bias, call)
+        return x, norm(x, weight, norm_bias, epsilon)
+
+    return run
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x: [s, b, n, d] -> the same with its first r channels rotated pairwise (i, i + r/2), in fp32.
+
+    The two-halves form of rotary positions (arXiv:2104.09864) that GPT-NeoX and Llama use.
+    cos, sin: fp32 [s, 1 or b, 1, r/2].
+    """
+    half = cos.shape[-1]
+    first, second, rest = x.float().split([half, half, x.shape[-1] - 2 * half], dim=-1)
+    turned = torch.cat((first * cos - second * sin, second * cos + first * sin, rest), dim=-1)
+    return turned.to(x.dtype)
+
+
+def split_rotate(
+    fused: Tensor, heads: int, kv_heads: int, angles: tuple[Tensor, Tensor] | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """fused: [s, b, (n + 2m)d] -> q [b, n, s, d] and k, v [b, m, s, d]; q and k rotated by the angles.
+
+    angles: cos and sin of rotate; None where positions are not rotary.
+    """
+    s, b, width = fused.shape
+    d = width // (heads + 2 * kv_heads)
+    q, k, v = fused.split([heads * d, kv_heads * d, kv_heads * d], dim=-1)
+    q = q.view(s, b, heads, d)
+    k, v = (y.view(s, b, kv_heads, d) for y in (k, v))
+    if angles is not None:
+        q, k = rotate(q, *angles), rotate(k, *angles)
+    q, k, v = (y.permute(1, 2, 0, 3) for y in (q, k, v))
+    return q, k, v
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Tensor:

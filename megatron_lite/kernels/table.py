@@ -11,11 +11,16 @@ import torch
 
 from megatron_lite.kernels import reference, vendor
 from megatron_lite.kernels.compiled import compiled
+from megatron_lite.kernels.dropout import dropout
+from megatron_lite.kernels.reference import add_dropout_then
 
 
 @dataclass(frozen=True, slots=True)
 class Need:
-    """What the chosen implementation must cope with."""
+    """What the chosen implementation must cope with.
+
+    storage: the number format of a linear layer's weight, where it is not dtype.
+    """
 
     device: torch.device
     dtype: torch.dtype
@@ -23,6 +28,7 @@ class Need:
     layer_scaling: bool = False
     segments: bool = False
     compile: bool = False
+    storage: torch.dtype | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +85,14 @@ def _compile(need: Need) -> str | None:
 
 
 TABLE: dict[str, list[Implementation]] = {
+    "linear_forward": [Implementation("reference", reference.linear_forward, _always)],
+    "linear_input_gradient": [
+        Implementation("reference", reference.linear_input_gradient, _always),
+    ],
+    "linear_weight_gradient": [
+        Implementation("reference", reference.linear_weight_gradient, _always),
+    ],
+    "split_rotate": [Implementation("reference", reference.split_rotate, _always)],
     "attention": [
         Implementation("flash-attn", vendor.flash, _flash),
         Implementation("torch-sdpa", vendor.sdpa, _sdpa),
@@ -103,6 +117,16 @@ TABLE: dict[str, list[Implementation]] = {
     "swiglu": [
         Implementation("torch-compile", compiled(reference.swiglu), _compile),
         Implementation("reference", reference.swiglu, _always),
+    ],
+    "dropout": [Implementation("reference", dropout, _always)],
+    "add_dropout": [Implementation("reference", reference.add_dropout, _always)],
+    "add_dropout_layer_norm": [
+        Implementation("torch-compile", add_dropout_then(compiled(reference.layer_norm)), _compile),
+        Implementation("reference", add_dropout_then(reference.layer_norm), _always),
+    ],
+    "add_dropout_rms_norm": [
+        Implementation("torch-compile", add_dropout_then(compiled(reference.rms_norm)), _compile),
+        Implementation("reference", add_dropout_then(reference.rms_norm), _always),
     ],
 }
 

@@ -6,41 +6,21 @@ import torch
 from megatron_lite.kernels import reference
 from megatron_lite.kernels.attention import AttentionCall
 from megatron_lite.kernels.segments import Segments
-from megatron_lite.kernels.table import PREFERENCES, TABLE, Need, choose
+from megatron_lite.kernels.table import PREFERENCES, TABLE, Implementation, Need, choose
+from tests.support.kernels import arguments, run_with_gradients
 
 CPU = torch.device("cpu")
+COMPILED = "torch-compile"
+ROWS = [
+    # a C++ compiler for each: minutes together
+    pytest.param(op, row, id=f"{op}-{row.name}", marks=[pytest.mark.slow] * (row.name == COMPILED))
+    for op, rows in TABLE.items()
+    for row in rows
+]
 
 
-def arguments(op):
-    """Tensors of odd sizes for an op; the last values are its plain settings."""
-    generator = torch.Generator().manual_seed(0)
-
-    def draw(*shape):
-        return torch.randn(*shape, generator=generator).requires_grad_(True)
-
-    return {
-        "layer_norm": [draw(3, 5, 24), draw(24), draw(24), 1e-5],
-        "rms_norm": [draw(3, 5, 24), draw(24), None, 1e-5],
-        "gelu": [draw(3, 7)],
-        "gelu_erf": [draw(3, 7)],
-        "swiglu": [draw(3, 7), draw(3, 7)],
-        "attention": [draw(2, 4, 9, 8), draw(2, 2, 9, 8), draw(2, 2, 9, 8), AttentionCall()],
-    }[op]
-
-
-def run_with_gradients(implementation, op):
-    inputs = arguments(op)
-    y = implementation.run(*inputs)
-    (y * torch.linspace(0.0, 1.0, y.numel()).view(y.shape)).sum().backward()
-    return [y, *(x.grad for x in inputs if isinstance(x, torch.Tensor))]
-
-
-ROWS = [(op, row) for op, rows in TABLE.items() for row in rows]
-
-
-@pytest.mark.parametrize(("op", "row"), ROWS, ids=[f"{op}-{row.name}" for op, row in ROWS])
-@pytest.mark.slow
-def test_every_implementation_equals_its_reference(op, row):
+@pytest.mark.parametrize(("op", "row"), ROWS)
+def test_every_implementation_equals_its_reference(op: str, row: Implementation) -> None:
     reason = row.usable(Need(CPU, torch.float32, compile=True))
     if reason is not None:
         pytest.skip(reason)

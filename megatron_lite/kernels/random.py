@@ -85,15 +85,22 @@ def _threshold(rate: float) -> int:
     return min(max(int(rate * 2**32), 0), 2**32 - 1) - 2**31
 
 
-def keep_mask(seed_key: int, tokens: Tensor, features: Tensor, rate: float) -> Tensor:
-    """bool [*tokens, *features]: True with probability 1 - rate.
+def feature_bits(features: Tensor) -> Tensor:
+    """int32 [h]: the bits that features, int64 [h] by their global number, bring to a mask."""
+    # the odd constant is 2**32 / golden ratio: neighbouring features land far apart
+    return _murmur32((features * 0x9E3779B1 & 0x7FFFFFFF).to(torch.int32))
 
-    tokens: int64 of any shape, one number per token (see token_numbers); features: int64 [h].
+
+def keep_mask(seed_key: Tensor, tokens: Tensor, features: Tensor, rate: float) -> Tensor:
+    """bool [*tokens, h]: True with probability 1 - rate.
+
+    seed_key: int64 scalar, a key() on the tokens' device: as a number of Python's it would be a
+    constant of a compiled graph, and every step another.
+    tokens: int64 of any shape, one number per token (see token_numbers); features: int32 [h] of
+    feature_bits.
     """
     token_bits = (_mix64(tokens * _GOLDEN + seed_key) >> 32).to(torch.int32)
-    # the odd constant is 2**32 / golden ratio: neighbouring features land far apart
-    feature_bits = _murmur32((features * 0x9E3779B1 & 0x7FFFFFFF).to(torch.int32))
-    return _murmur32(token_bits[..., None] ^ feature_bits) >= _threshold(rate)
+    return _murmur32(token_bits[..., None] ^ features) >= _threshold(rate)
 
 
 def token_numbers(samples: Tensor, positions: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megatron_lite.parallel.random import keep_mask, key, normal, token_numbers
+from megatron_lite.kernels.random import feature_bits, keep_mask, key, normal, token_numbers
 
 
 def test_a_slice_gets_the_numbers_of_the_whole():
@@ -34,7 +34,7 @@ def test_names_and_seeds_give_other_numbers():
 @pytest.mark.parametrize("rate", [0.1, 0.5])
 def test_masks_keep_the_right_share_without_pattern(rate):
     tokens = token_numbers(torch.arange(8), torch.arange(256))
-    keep = keep_mask(key(1, 2, 3), tokens, torch.arange(128), rate).double()
+    keep = keep_mask(torch.tensor(key(1, 2, 3)), tokens, feature_bits(torch.arange(128)), rate).double()
     n, variance = keep.numel(), rate * (1 - rate)
     assert abs(keep.mean() - (1 - rate)) < 5 * (variance / n) ** 0.5
     x = keep - (1 - rate)
@@ -49,6 +49,7 @@ def test_masks_keep_the_right_share_without_pattern(rate):
 
 def test_a_mask_slice_is_the_slice_of_the_mask():
     tokens = token_numbers(torch.arange(4, 10), torch.arange(32))
-    whole = keep_mask(key(5), tokens, torch.arange(64), 0.3)
-    part = keep_mask(key(5), tokens[8:16, 2:4], torch.arange(16, 32), 0.3)
+    drawn = torch.tensor(key(5))
+    whole = keep_mask(drawn, tokens, feature_bits(torch.arange(64)), 0.3)
+    part = keep_mask(drawn, tokens[8:16, 2:4], feature_bits(torch.arange(16, 32)), 0.3)
     assert torch.equal(part, whole[8:16, 2:4, 16:32])

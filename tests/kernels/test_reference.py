@@ -1,0 +1,174 @@
+"""Every reference equals its formula, written a second time in float64 or in whole numbers of Python."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_lite.kernels import reference
+from megatron_lite.kernels.dropout import DropoutCall, dropout
+from megatron_lite.kernels.table import TABLE
+from tests.support.kernels import arguments, dropout_call, weighted
+
+M32, M64 = (1 << 32) - 1, (1 << 64) - 1
+
+
+def mixed(z: int) -> int:
+    """SplitMix64's output function."""
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 & M64
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EB & M64
+    return z ^ (z >> 31)
+
+
+def murmur(x: int) -> int:
+    """MurmurHash3's finaliser without its last shift."""
+    x = (x ^ (x >> 16)) * 0x85EBCA6B & M32
+    return (x ^ (x >> 13)) * 0xC2B2AE35 & M32
+
+
+def kept(where: str, sample: int, position: int, feature: int, rate: float) -> bool:
+    """Whether a value is kept: `where` is seed, step, layer and site."""
+    digest = hashlib.blake2b(where.encode(), digest_size=8).digest()
+    token = sample * 2**24 + position
+    bits = mixed(token * 0x9E3779B97F4A7C15 + int.from_bytes(digest, "little") & M64) >> 32
+    word = murmur(bits ^ murmur(feature * 0x9E3779B1 & 0x7FFFFFFF))
+    signed = word - (1 << 32) if word >> 31 else word
+    return signed >= int(rate * 2**32) - 2**31
+
+
+def keep_of(call: DropoutCall, step: int = 3) -> Tensor:
+    where = "\x1f".join(map(str, (1234, step, 5, "attention.output")))
+    return torch.tensor([
+        [
+            [kept(where, int(n), int(i), f, call.rate) for f in range(len(call.features))]
+            for n in call.samples
+        ]
+        for i in call.index
+    ])  # fmt: skip
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.25, 0.5])
+@pytest.mark.parametrize("step", [0, 7])
+def test_a_hidden_mask_is_its_definition_bit_for_bit(rate: float, step: int) -> None:
+    call = dropout_call(rate, step)
+    assert torch.equal(call.keep(), keep_of(call, step))
+
+
+def normed(x: Tensor, weight: Tensor, bias: Tensor | None, epsilon: float, center: bool) -> Tensor:
+    x = x - x.mean(-1, keepdim=True) if center else x
+    y = x / ((x * x).mean(-1, keepdim=True) + epsilon).sqrt() * weight
+    return y if bias is None else y + bias
+
+
+def joined(x: Tensor, y: Tensor, bias: Tensor, call: DropoutCall) -> Tensor:
+    return x + torch.where(keep_of(call), (y + bias) / (1 - call.rate), 0.0)
+
+
+def turned(fused: Tensor, n: int, m: int, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+    """Pairs (i, i + r/2) of a head as complex numbers, each times a number of size 1."""
+    s, b, width = fused.shape
+    heads = fused.view(s, b, n + 2 * m, -1).permute(1, 2, 0, 3)  # [b, n + 2m, s, d]
+    turn = torch.complex(*(part.double() for part in angles)).permute(1, 2, 0, 3)
+    half = turn.shape[-1]
+    pairs = torch.complex(heads[..., :half], heads[..., half : 2 * half]) * turn
+    rotated = torch.cat([pairs.real, pairs.imag, heads[..., 2 * half :]], dim=-1)
+    return rotated[:, :n], rotated[:, n : n + m], heads[:, n + m :]
+
+
+def attended(q: Tensor, k: Tensor, v: Tensor, call: Any) -> Tensor:
+    """Query by query: weights exp(q k / sqrt(d)) over the past."""
+    rows = []
+    for i in range(q.shape[2]):
+        past = [x[:, :, : i + 1].repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v)]
+        scores = (q[:, :, i : i + 1] * past[0]).sum(-1) / math.sqrt(q.shape[-1])
+        weights = scores.exp() / scores.exp().sum(-1, keepdim=True)
+        rows.append((weights[..., None] * past[1]).sum(2))
+    return torch.stack(rows, dim=2)
+
+
+def added(dy: Tensor, x: Tensor, accumulator: Tensor) -> Tensor:
+    return accumulator + torch.einsum("sbo,sbi->oi", dy, x)
+
+
+FORMULAS: dict[str, Callable[..., Any]] = {
+    "linear_forward": lambda x, w, b: torch.einsum("sbi,oi->sbo", x, w) + b,
+    "linear_input_gradient": lambda dy, w: torch.einsum("sbo,oi->sbi", dy, w),
+    "linear_weight_gradient": added,
+    "split_rotate": turned,
+    "dropout": lambda x, call: torch.where(keep_of(call), x / (1 - call.rate), 0.0),
+    "add_dropout": joined,
+    "add_dropout_layer_norm": lambda x, y, b, call, w, nb, e: (
+        joined(x, y, b, call), normed(joined(x, y, b, call), w, nb, e, center=True),
+    ),
+    "add_dropout_rms_norm": lambda x, y, b, call, w, nb, e: (
+        joined(x, y, b, call), normed(joined(x, y, b, call), w, nb, e, center=False),
+    ),
+    "layer_norm": lambda x, w, b, e: normed(x, w, b, e, center=True),
+    "rms_norm": lambda x, w, b, e: normed(x, w, b, e, center=False),
+    "gelu": lambda x: x / (1 + torch.exp(-2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),
+    "gelu_erf": lambda x: x * (1 + torch.erf(x / math.sqrt(2))) / 2,
+    "swiglu": lambda x: x[..., :7] / (1 + torch.exp(-x[..., :7])) * x[..., 7:],
+    "attention": attended,
+}  # fmt: skip
+
+
+def in_double(value: Any) -> Any:
+    if isinstance(value, Tensor) and value.is_floating_point():
+        return value.detach().double().requires_grad_(value.requires_grad)
+    return value
+
+
+@pytest.mark.parametrize("op", TABLE)
+def test_every_reference_equals_its_formula(op: str) -> None:
+    found = []
+    for run, inputs in (
+        (TABLE[op][-1].run, arguments(op)),
+        (FORMULAS[op], [in_double(value) for value in arguments(op)]),
+    ):
+        tensors = [x for x in inputs if isinstance(x, Tensor) and x.requires_grad]
+        results = run(*inputs)
+        results = results if isinstance(results, tuple) else (results,)
+        weighted(results).backward()
+        found.append([*results, *(x.grad for x in tensors)])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours.double(), theirs, rtol=2e-5, atol=2e-5)
+
+
+def test_a_weight_gradient_goes_into_its_accumulator_in_fp32() -> None:
+    """Sums of bf16 products: what an accumulator holds is not rounded to 8 bits again."""
+    dy, x, _ = (value.detach() for value in arguments("linear_weight_gradient"))
+    for dtype in (torch.float32, torch.bfloat16):
+        total = torch.full((16, 24), 1000.0)
+        returned = reference.linear_weight_gradient(dy.to(dtype), x.to(dtype), total)
+        assert returned is total
+        expected = 1000.0 + torch.einsum("sbo,sbi->oi", dy.double(), x.double())
+        torch.testing.assert_close(total.double(), expected, rtol=0, atol=1e-4 if dtype == torch.float32 else 0.1)
+        alone = reference.linear_weight_gradient(dy.to(dtype), x.to(dtype))
+        assert alone.dtype == dtype
+        torch.testing.assert_close(alone.double(), expected - 1000.0, rtol=0, atol=0.1)
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_weight_stored_in_another_format_is_read_in_the_activations(stored: torch.dtype) -> None:
+    x, weight, bias = (value.detach() for value in arguments("linear_forward"))
+    kept_as = weight.to(stored)
+    y = reference.linear_forward(x, kept_as, bias)
+    assert torch.equal(y, reference.linear_forward(x, kept_as.float(), bias))
+    dx = reference.linear_input_gradient(y, kept_as)
+    assert dx.dtype == torch.float32
+    assert torch.equal(dx, reference.linear_input_gradient(y, kept_as.float()))
+
+
+def test_without_a_bias_or_a_dropout_or_angles_nothing_is_added() -> None:
+    x, y, _, _ = arguments("add_dropout")
+    assert torch.equal(reference.add_dropout(x, y, None, None), x + y)
+    assert dropout(x, None) is x
+    fused, n, m, _ = arguments("split_rotate")
+    q, k, v = reference.split_rotate(fused, n, m, None)
+    assert torch.equal(torch.cat([q, k, v], 1).permute(2, 0, 1, 3).reshape(fused.shape), fused)
