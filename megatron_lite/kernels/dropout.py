@@ -14,19 +14,21 @@ class DropoutCall(NamedTuple):
     """One dropout: its rate, and what its mask is a function of.
 
     key: int64 scalar on the device, of seed, step, layer and site.
-    samples: int64 [b]; index: int64 [s] or [s, b], positions in the sample; features: int32 [h] of
+    samples: int64 [b]; positions: int64 [s] or [s, b], in the sample; features: int32 [h] of
     feature_bits.
     """
 
     rate: float
     key: Tensor
     samples: Tensor
-    index: Tensor
+    positions: Tensor
     features: Tensor
 
     def keep(self) -> Tensor:
         """bool [s, b, h], True where a value is kept."""
-        return keep_mask(self.key, token_numbers(self.samples, self.index), self.features, self.rate)
+        return keep_mask(
+            self.key, token_numbers(self.samples, self.positions), self.features, self.rate
+        )
 
 
 class _Drop(torch.autograd.Function):

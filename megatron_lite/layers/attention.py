@@ -9,12 +9,13 @@ from torch import Tensor, nn
 
 from megatron_lite.blueprint.figure.parts import Core, Matrix
 from megatron_lite.kernels.attention import AttentionCall
+from megatron_lite.kernels.random import feature_bits, keep_mask, key, token_numbers
 from megatron_lite.kernels.table import PREFERENCES, Choice, Need, choose
-from megatron_lite.layers.contexts import ForwardContext, StageContext
+from megatron_lite.layers.contexts import ForwardContext, StageContext, StepDropout
+from megatron_lite.layers.dropout import place_of
 from megatron_lite.layers.linear import ColumnParallelLinear, RowParallelLinear
 from megatron_lite.layers.recompute import recomputed_part
-from megatron_lite.layers.rotary import rotary_tables, rotate
-from megatron_lite.parallel.random import keep_mask, key, token_numbers
+from megatron_lite.layers.rotary import rotary_tables
 
 
 def choose_attention(context: StageContext, *, training: bool, segments: bool = False) -> Choice:
@@ -51,55 +52,55 @@ class SelfAttention(nn.Module):
         self.kv_heads = self.core.kv_heads // context.tp.size
         self.qkv = ColumnParallelLinear(context, parts.named("attention.qkv", Matrix))
         self.output = RowParallelLinear(context, parts.named("attention.output", Matrix))
+        self.split_rotate = context.choose("split_rotate")
+        self.kernels = {
+            (training, apart): choose_attention(context, training=training, segments=apart).run
+            for training in (False, True)
+            for apart in (False, True)
+        }
 
     def forward(self, x: Tensor, at: ForwardContext) -> Tensor:
-        """x: [s/tp, b, h] with sequence parallelism, else [s, b, h] -> the same."""
+        """x: [s/tp, b, h] with sequence parallelism, else [s, b, h] -> the same, without output.late_bias."""
         fused = self.qkv(x)  # [s, b, (n + 2m)d/tp]
-        q, k, v = fused.split(self.qkv.rows, dim=-1)
-        s, b = fused.shape[:2]
-        q = q.view(s, b, self.heads, -1)
-        k, v = (y.view(s, b, self.kv_heads, -1) for y in (k, v))
-        if self.core.rotated:
-            base = self.context.model.rotary_base
-            cos, sin = rotary_tables(self.core.rotated, base, at.encoded)
-            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        q, k, v = (y.permute(1, 2, 0, 3) for y in (q, k, v))  # [b, n/tp, s, d]
+        rotated, base = self.core.rotated, self.context.model.rotary_base
+        angles = rotary_tables(rotated, base, at.encoded) if rotated else None
+        q, k, v = self.split_rotate(fused, self.heads, self.kv_heads, angles)  # [b, n/tp, s, d]
         if at.cache is not None:
             k, v = at.cache.extend(self.layer, k, v)  # type: ignore[attr-defined]
-        choice = choose_attention(
-            self.context, training=at.training, segments=at.segments is not None
-        )
+        run = self.kernels[at.dropout is not None, at.segments is not None]
         call = self._call(at, q.shape[2], k.shape[2])
-        y = recomputed_part(self.context.recompute, "core_attn", choice.run, q, k, v, call)
-        return self.output(y.permute(2, 0, 1, 3).reshape(s, b, -1))
+        y = recomputed_part(self.context.recompute, "core_attn", run, q, k, v, call)
+        return self.output(y.permute(2, 0, 1, 3).flatten(2))
 
     def _call(self, at: ForwardContext, queries: int, keys: int) -> AttentionCall:
         model, context = self.context.model, self.context
-        rate = model.attention_dropout if at.training else 0.0
+        dropout = at.dropout if model.attention_dropout > 0.0 else None
+        rate = 0.0 if dropout is None else model.attention_dropout
         first_head = context.tp.rank * self.heads
-        where = (context.seed, at.step, self.layer, "attention")
 
         def keep() -> Tensor:
             """bool [b, n/tp, s, t] from sample, global head, query and key."""
+            assert dropout is not None, "nothing is dropped"
             device = at.samples.device
             index = at.index if at.index.dim() == 1 else torch.arange(queries, device=device)
             heads = torch.arange(first_head, first_head + self.heads, device=device)
             # one number per (sample, head): the head takes the place of more samples
             rows = (at.samples[:, None] * 4096 + heads[None, :]).reshape(-1)
             tokens = token_numbers(rows, index)  # [s, b * n/tp]
-            mask = keep_mask(key(*where), tokens, torch.arange(keys, device=device), rate)
+            drawn = dropout.keys[place_of(self.layer, "attention")]
+            mask = keep_mask(drawn, tokens, feature_bits(torch.arange(keys, device=device)), rate)
             return mask.permute(1, 0, 2).reshape(len(at.samples), self.heads, queries, keys)
 
         return AttentionCall(
             dropout=rate,
             keep=keep,
-            seed=_vendor_seed(where, at, first_head) if rate > 0.0 else 0,
+            seed=0 if dropout is None else self._seed(dropout, at.first_sample, first_head),
             layer_scale=float(self.layer + 1) if model.apply_query_key_layer_scaling else 1.0,
             softmax_in_fp32=model.attention_softmax_in_fp32,
             segments=at.segments,
         )
 
-
-def _vendor_seed(where: tuple[int | str, ...], at: ForwardContext, first_head: int) -> int:
-    # reads one number from the device: vendor kernels with dropout cost a wait per call
-    return key(*where, int(at.samples[0]), first_head) & 0x7FFFFFFFFFFF
+    def _seed(self, dropout: StepDropout, first_sample: int, first_head: int) -> int:
+        """For kernels that draw their own mask; of numbers that the host knows, so that nothing waits."""
+        where = (self.context.seed, dropout.step, self.layer, "attention")
+        return key(*where, first_sample, first_head) & 0x7FFFFFFFFFFF

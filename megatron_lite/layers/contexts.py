@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +15,7 @@ from megatron_lite.blueprint.recompute import RecomputePlan
 from megatron_lite.config.sections.model import ModelConfig
 from megatron_lite.config.sections.precision import PrecisionConfig
 from megatron_lite.kernels.segments import Segments
-from megatron_lite.kernels.table import Need
+from megatron_lite.kernels.table import Need, choose
 from megatron_lite.layers.gradients import WeightGradients
 from megatron_lite.parallel.context import Axis, ParallelContext
 from megatron_lite.parallel.shard import DTYPES
@@ -26,6 +28,7 @@ class StageContext:
     gradients: where linear layers leave their weight gradients.
     seed: of weights and dropout.
     drawn: the figure to build, the model's own by default.
+    kernels: which implementation of each op runs, and why: a line for each choice.
     """
 
     model: ModelConfig
@@ -38,6 +41,7 @@ class StageContext:
     gradients: WeightGradients = field(default_factory=WeightGradients)
     recompute: RecomputePlan = field(default_factory=RecomputePlan)
     drawn: Figure | None = None
+    kernels: list[str] = field(default_factory=list)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -50,8 +54,18 @@ class StageContext:
         return self.drawn or figure_of(self.model, self.padded_vocab_size)
 
     def need(self) -> Need:
-        """What a pointwise kernel of this stage must cope with."""
+        """What a kernel of this stage must cope with."""
         return Need(self.ctx.device, self.dtype, compile=self.precision.torch_compile)
+
+    def choose(self, op: str, *, storage: torch.dtype | None = None) -> Callable[..., Any]:
+        """The implementation of an op that runs on this stage: chosen when a layer is built, not per call.
+
+        storage: the number format of the layer's weight, where it is not the run's.
+        """
+        choice = choose(op, replace(self.need(), storage=storage))
+        if choice.why not in self.kernels:
+            self.kernels.append(choice.why)
+        return choice.run
 
     @property
     def tp(self) -> Axis:
@@ -67,20 +81,33 @@ class StageContext:
         return nn.Parameter(torch.zeros(*shape, dtype=dtype, device=self.ctx.device))
 
 
+class StepDropout(NamedTuple):
+    """What the dropout masks of a step are functions of, beside samples and positions; see layers/dropout.py.
+
+    step: on the host, for kernels that draw a mask of their own.
+    keys: int64 [places] on the device, a key for each layer and site; features: int32 [h].
+    """
+
+    step: int
+    keys: Tensor
+    features: Tensor
+
+
 @dataclass(frozen=True, slots=True)
 class ForwardContext:
     """What a forward of one micro batch needs besides activations; every stage has it.
 
     samples: int64 [b], numbers in the global training stream; index: int64 [s] or [s, b], positions
-    in the sample; step: the optimizer step, for dropout; training: whether dropout is on;
+    in the sample; first_sample: samples[0] on the host.
+    dropout: of the step, None where nothing is dropped: in evaluation, and at rate 0.
     segments: documents that do not see one another, None where all of a row sees all before it.
     restarted: int64 [s, b], positions in the segment; None: those in the sample.
     """
 
     samples: Tensor
     index: Tensor
-    step: int = 0
-    training: bool = False
+    first_sample: int = 0
+    dropout: StepDropout | None = None
     segments: Segments | None = None
     cache: object | None = None
     restarted: Tensor | None = None

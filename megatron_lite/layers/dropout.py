@@ -1,43 +1,67 @@
-"""Hidden dropout as a pure function of seed, step, layer, site, sample, token and feature."""
+"""Dropout as a pure function of seed, step, layer, site, sample, token and feature.
+
+The keys of all layers and sites of a step are made on the host at once and copied to the device,
+where a layer takes its own: no number of the step is a constant in a compiled graph.
+"""
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-from torch import Tensor
 
-from megatron_lite.layers.contexts import ForwardContext, StageContext
+from megatron_lite.kernels.dropout import DropoutCall
+from megatron_lite.kernels.random import feature_bits, key
+from megatron_lite.layers.contexts import ForwardContext, StageContext, StepDropout
 from megatron_lite.parallel.collectives import local_slice
-from megatron_lite.parallel.random import keep_mask, key, token_numbers
+
+EMBEDDING_LAYER = -1
+"""The layer number of the embedding's dropout, whose one site is "embedding"."""
+
+SITES = ("attention", "attention.output", "mlp.output")
+"""Where a block drops."""
 
 
-class _Drop(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, keep: Tensor, scale: float) -> Tensor:
-        ctx.save_for_backward(keep)
-        ctx.scale = scale
-        return (x * keep).mul_(scale)
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
-        (keep,) = ctx.saved_tensors
-        return (dy * keep).mul_(ctx.scale), None, None
+def _places(num_layers: int) -> list[tuple[int, str]]:
+    blocks = [(layer, site) for layer in range(num_layers) for site in SITES]
+    return [(EMBEDDING_LAYER, "embedding"), *blocks]
 
 
-def hidden_dropout(
-    x: Tensor, at: ForwardContext, context: StageContext, layer: int, site: str
-) -> Tensor:
-    """x: [s/tp, b, h] with sequence parallelism, else [s, b, h] -> the same with features dropped.
+def place_of(layer: int, site: str) -> int:
+    """Where the key of a layer's site stands in StepDropout.keys."""
+    return 0 if layer == EMBEDDING_LAYER else 1 + layer * len(SITES) + SITES.index(site)
 
-    Equal in every layout: the mask depends on global coordinates only.
+
+def step_dropout(context: StageContext, step: int) -> StepDropout | None:
+    """The dropout of a training step for all its micro batches; None at rate 0.
+
+    On a GPU the copies do not wait for the device.
     """
-    rate = context.model.hidden_dropout
-    if rate == 0.0 or not at.training:
-        return x
-    tokens = token_numbers(at.samples, at.index)
-    if context.sequence_parallel:
-        tokens = local_slice(tokens, context.tp)
-    features = torch.arange(x.shape[-1], device=x.device)
-    keep = keep_mask(key(context.seed, at.step, layer, site), tokens, features, rate)
-    return _Drop.apply(x, keep, 1.0 / (1.0 - rate))
+    model, device = context.model, context.ctx.device
+    if model.hidden_dropout == 0.0 and model.attention_dropout == 0.0:
+        return None
+    places = _places(model.num_layers)
+    keys = torch.tensor([key(context.seed, step, layer, site) for layer, site in places])
+    if device.type == "cuda":
+        keys = keys.pin_memory()
+    features = feature_bits(torch.arange(model.hidden_size, device=device))
+    return StepDropout(step, keys.to(device, non_blocking=True), features)
+
+
+class HiddenDropout:
+    """The dropout of hidden values at one site of a layer: what a kernel is told of it."""
+
+    def __init__(self, context: StageContext, layer: int, site: str) -> None:
+        self.context, self.place = context, place_of(layer, site)
+        self.rate = context.model.hidden_dropout
+
+    def call(self, at: ForwardContext) -> DropoutCall | None:
+        """For values [s/tp, b, h] with sequence parallelism, else [s, b, h]; None where nothing is dropped.
+
+        Equal in every layout: the mask depends on global coordinates only.
+        """
+        if at.dropout is None or self.rate == 0.0:
+            return None
+        index = (
+            local_slice(at.index, self.context.tp) if self.context.sequence_parallel else at.index
+        )
+        keys, features = at.dropout.keys, at.dropout.features
+        return DropoutCall(self.rate, keys[self.place], at.samples, index, features)

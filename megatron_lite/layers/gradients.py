@@ -37,16 +37,21 @@ class WgradOperand(NamedTuple):
         return start_all_gather(self.kept, self.axis)
 
 
+WgradProduct = Callable[..., Tensor]
+"""The kernel of dyᵀx: (dy, x, accumulator or None) -> the sum in the accumulator, or the product."""
+
+
 class DeferredWgrad(NamedTuple):
     """The gradient dyᵀx of a weight [out, in], waiting for its W."""
 
     weight: Tensor
     dy: WgradOperand
     x: WgradOperand
+    product: WgradProduct
 
-    def gather(self) -> tuple[Tensor, Pending, Pending]:
-        """The weight, and its factors on their way to being whole."""
-        return self.weight, self.dy.gather(), self.x.gather()
+    def gather(self) -> tuple[Tensor, Pending, Pending, WgradProduct]:
+        """The same with its factors on their way to being whole."""
+        return self.weight, self.dy.gather(), self.x.gather(), self.product
 
 
 @dataclass(slots=True)
@@ -88,22 +93,22 @@ class WeightGradients:
         assert self._queue is not None, "nothing is postponed"
         self._queue.append(product)
 
-    def matrix(self, weight: Tensor, dy: Tensor, x: Tensor) -> Tensor | None:
+    def matrix(self, weight: Tensor, dy: Tensor, x: Tensor, product: WgradProduct) -> Tensor | None:
         """The gradient dyᵀx of weight [out, in] from dy [..., out] and x [..., in], at once.
 
         Returns it for autograd when unattached, else None: it is added to the accumulator.
         """
         if weight in self.accumulators:
-            self._accumulate(weight, dy, x)
+            self._accumulate(weight, dy, x, product)
             return None
-        return _rows(dy).t() @ _rows(x)
+        return product(dy, x)
 
     def rows(self, weight: Tensor, ids: Tensor, dy: Tensor) -> Tensor | None:
         """The gradient of a table [v, h] looked up at ids [...] with output gradient dy [..., h].
 
         Returns it for autograd when unattached, else None.
         """
-        ids, dy = ids.reshape(-1), _rows(dy)
+        ids, dy = ids.reshape(-1), dy.reshape(-1, dy.shape[-1])
         target = self.accumulators.get(weight)
         if target is None:
             return torch.zeros_like(weight).index_add_(0, ids, dy)
@@ -125,8 +130,8 @@ class WeightGradients:
         jobs = self._deferred.pop(microbatch)
         ahead = jobs.popleft().gather() if jobs else None
         while ahead is not None:
-            (weight, dy, x), ahead = ahead, jobs.popleft().gather() if jobs else None
-            self._accumulate(weight, dy.wait(), x.wait())
+            (weight, dy, x, product), ahead = ahead, jobs.popleft().gather() if jobs else None
+            self._accumulate(weight, dy.wait(), x.wait(), product)
             del dy, x  # the factors of one product, and of the next, are whole at a time
 
     @property
@@ -139,16 +144,7 @@ class WeightGradients:
         """The weights of all products that have not run, each as often as it will be reported."""
         return [job.weight for jobs in self._deferred.values() for job in jobs]
 
-    def _accumulate(self, weight: Tensor, dy: Tensor, x: Tensor) -> None:
-        target, dy, x = self.accumulators[weight], _rows(dy), _rows(x)
+    def _accumulate(self, weight: Tensor, dy: Tensor, x: Tensor, product: WgradProduct) -> None:
         with self.span("weight-gradient"):
-            if target.dtype == dy.dtype:
-                target.addmm_(dy.t(), x)
-            else:
-                target.add_(dy.t() @ x)
+            product(dy, x, self.accumulators[weight])
         self.ready(weight)
-
-
-def _rows(x: Tensor) -> Tensor:
-    """x: [..., k] -> [n, k]."""
-    return x.reshape(-1, x.shape[-1])

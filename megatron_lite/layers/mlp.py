@@ -5,7 +5,6 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from megatron_lite.blueprint.figure.parts import Activation, Matrix
-from megatron_lite.kernels.table import choose
 from megatron_lite.layers.contexts import StageContext
 from megatron_lite.layers.linear import ColumnParallelLinear, RowParallelLinear
 
@@ -19,14 +18,11 @@ class MLP(nn.Module):
     def __init__(self, context: StageContext, layer: int) -> None:
         super().__init__()
         parts = context.figure.layers[layer]
-        activation = parts.named("mlp.activation", Activation)
-        self.gated = activation.gated
         self.up = ColumnParallelLinear(context, parts.named("mlp.up", Matrix))
         self.down = RowParallelLinear(context, parts.named("mlp.down", Matrix))
-        self.activation = choose(activation.function, context.need()).run
+        self.activation = context.choose(parts.named("mlp.activation", Activation).function)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: [s/tp, b, h] with sequence parallelism, else [s, b, h] -> the same."""
+        """x: [s/tp, b, h] with sequence parallelism, else [s, b, h] -> the same, without down.late_bias."""
         y = self.up(x)  # [s, b, f/tp], or [s, b, 2f/tp] of gate and up
-        inputs = y.chunk(2, dim=-1) if self.gated else (y,)
-        return self.down(self.activation(*inputs))
+        return self.down(self.activation(y))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from megatron_lite.blueprint.figure import parts
-from megatron_lite.kernels.table import choose
+from megatron_lite.kernels.dropout import DropoutCall
 from megatron_lite.layers.contexts import StageContext
 
 
@@ -17,10 +17,18 @@ class NormLayer(nn.Module):
         self.part, self.epsilon = part, context.model.norm_epsilon
         self.weight = context.parameter(part.width)
         self.bias = context.parameter(part.width) if part.bias else None
-        layer = part.function == "LayerNorm"
-        self.run = choose("layer_norm" if layer else "rms_norm", context.need()).run
+        op = "layer_norm" if part.function == "LayerNorm" else "rms_norm"
+        self.norm, self.add_and_norm = context.choose(op), context.choose(f"add_dropout_{op}")
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x: [s/tp, b, h] with sequence parallelism, else [s, b, h] -> the same; statistics over h in fp32."""
+    def forward(
+        self, x: Tensor, *part: Tensor | DropoutCall | None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """x: [s/tp, b, h] with sequence parallelism, else [s, b, h] -> the same; statistics over h in fp32.
+
+        part: y, bias and dropout of what is to be added to x first, see kernels' add_dropout; then
+        the result is (sum, norm of the sum), by one kernel.
+        """
         weight = self.weight + 1.0 if self.part.less_one else self.weight
-        return self.run(x, weight, self.bias, self.epsilon)
+        if part:
+            return self.add_and_norm(x, *part, weight, self.bias, self.epsilon)
+        return self.norm(x, weight, self.bias, self.epsilon)

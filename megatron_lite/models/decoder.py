@@ -10,17 +10,14 @@ from torch import Tensor, nn
 
 from megatron_lite.layers.around import around
 from megatron_lite.layers.contexts import ForwardContext, StageContext
-from megatron_lite.layers.dropout import hidden_dropout
+from megatron_lite.layers.dropout import EMBEDDING_LAYER, HiddenDropout
 from megatron_lite.layers.embedding import PositionEmbedding, VocabParallelEmbedding
-from megatron_lite.layers.linear import project_to_vocabulary, project_whole
+from megatron_lite.layers.linear import Products, project_to_vocabulary, project_whole
 from megatron_lite.layers.norm import NormLayer
 from megatron_lite.layers.recompute import recomputed
 from megatron_lite.models.gpt import GPTBlock
 from megatron_lite.parallel.context import Axis
 from megatron_lite.parallel.layer_hooks import LayerHooks
-
-EMBEDDING_LAYER = -1
-"""The layer number of the embedding's dropout."""
 
 
 class Embedding(nn.Module):
@@ -74,10 +71,14 @@ class Decoder(nn.Module):
         if has_embedding or (has_head and self.tied):
             self.embedding = Embedding(context, lookup=has_embedding)
         self.borrows_table = table is not None and has_head and self.tied
+        if has_embedding:
+            self.dropout = HiddenDropout(context, EMBEDDING_LAYER, "embedding")
+            self.drop = context.choose("dropout")
         if table is not None and self.borrows_table:
             self.embedding.tokens.weight = table
         self.blocks = nn.ModuleDict({str(layer): GPTBlock(context, layer) for layer in layers})
         if has_head:
+            self.products = Products.chosen(context)
             self.final_norm = NormLayer(context, context.figure.final_norm)
             if not self.tied:
                 self.head = Head(context)
@@ -108,13 +109,13 @@ class Decoder(nn.Module):
         return around(self.hooks.get("head"), self._project, x) if self.has_head else x
 
     def _embed(self, tokens: Tensor, at: ForwardContext) -> Tensor:
-        x = self.embedding(tokens, at)
-        return hidden_dropout(x, at, self.context, EMBEDDING_LAYER, "embedding")
+        x: Tensor = self.drop(self.embedding(tokens, at), self.dropout.call(at))
+        return x
 
     def _project(self, x: Tensor) -> Tensor:
         x = self.final_norm(x)
         project = project_to_vocabulary if self.context.figure.output.vocabulary else project_whole
-        return project(x, self.output_weight, self.context)
+        return project(x, self.output_weight, self.context, self.products)
 
     def _run_blocks(self, x: Tensor, at: ForwardContext) -> Tensor:
         """All blocks in order, in recomputed groups where that was asked for."""

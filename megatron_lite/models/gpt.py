@@ -9,14 +9,18 @@ from torch import Tensor, nn
 from megatron_lite.blueprint.figure import parts as figure
 from megatron_lite.layers.attention import SelfAttention
 from megatron_lite.layers.contexts import ForwardContext, StageContext
-from megatron_lite.layers.dropout import hidden_dropout
+from megatron_lite.layers.dropout import HiddenDropout
 from megatron_lite.layers.mlp import MLP
 from megatron_lite.layers.norm import NormLayer
 from megatron_lite.layers.recompute import recomputed_part
 
 
 class GPTBlock(nn.Module):
-    """x + drop(attention(norm(x))), then x + drop(mlp(norm(x)))."""
+    """x + drop(attention(norm(x))), then x + drop(mlp(norm(x))).
+
+    What stands between two products is one kernel: that of adding a part to the stream includes the
+    bias of a sum over tp, dropout and the norm before the next product.
+    """
 
     def __init__(self, context: StageContext, layer: int) -> None:
         super().__init__()
@@ -26,14 +30,19 @@ class GPTBlock(nn.Module):
         self.attention = SelfAttention(context, layer)
         self.mlp_norm = NormLayer(context, parts.named("mlp_norm", figure.Norm))
         self.mlp = MLP(context, layer)
+        self.attention_dropout = HiddenDropout(context, layer, "attention.output")
+        self.mlp_dropout = HiddenDropout(context, layer, "mlp.output")
+        self.add = context.choose("add_dropout")
 
     def forward(self, x: Tensor, at: ForwardContext) -> Tensor:
         """x: [s/tp, b, h] with sequence parallelism, else [s, b, h] -> the same."""
         again = partial(recomputed_part, self.context.recompute)
         y = self.attention(again("layernorm", self.attention_norm, x), at)
-        x = x + self._drop(y, at, "attention.output")
-        y = again("mlp", self.mlp, again("layernorm", self.mlp_norm, x))
-        return x + self._drop(y, at, "mlp.output")
-
-    def _drop(self, x: Tensor, at: ForwardContext, site: str) -> Tensor:
-        return hidden_dropout(x, at, self.context, self.layer, site)
+        part = y, self.attention.output.late_bias, self.attention_dropout.call(at)
+        if "layernorm" in self.context.recompute.modules:  # the sum is kept, its norm is not
+            x = self.add(x, *part)
+            y = again("layernorm", self.mlp_norm, x)
+        else:
+            x, y = self.mlp_norm(x, *part)
+        y = again("mlp", self.mlp, y)
+        return self.add(x, y, self.mlp.down.late_bias, self.mlp_dropout.call(at))

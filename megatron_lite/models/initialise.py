@@ -9,7 +9,7 @@ import torch
 
 from megatron_lite.blueprint.figure.parts import Tensor as Spec
 from megatron_lite.config.sections.model import ModelConfig
-from megatron_lite.parallel.random import key, normal
+from megatron_lite.kernels.random import key, normal
 from megatron_lite.parallel.shard import NamedSlice
 
 

@@ -10,7 +10,7 @@ import torch
 
 from megatron_lite.data.batch import Batch
 from megatron_lite.kernels.segments import Segments
-from megatron_lite.layers.contexts import ForwardContext
+from megatron_lite.layers.contexts import ForwardContext, StepDropout
 from megatron_lite.pipeline.stage import MicroBatch
 
 
@@ -22,8 +22,13 @@ def permutation(size: int, seed: int) -> npt.NDArray[np.int64]:
     return numbers
 
 
-def to_device(batch: Batch, device: torch.device, *, step: int, training: bool) -> MicroBatch:
-    """[b, s+1] tokens on the host -> tokens and labels [s, b] on the device, and all that goes with them."""
+def to_device(
+    batch: Batch, device: torch.device, *, dropout: StepDropout | None = None
+) -> MicroBatch:
+    """[b, s+1] tokens on the host -> tokens and labels [s, b] on the device, and all that goes with them.
+
+    dropout: the training step's; None in evaluation.
+    """
     host = torch.from_numpy(batch.tokens)
     if device.type == "cuda":
         host = host.pin_memory()
@@ -32,8 +37,8 @@ def to_device(batch: Batch, device: torch.device, *, step: int, training: bool) 
     positions = ForwardContext(
         samples=_sent(batch.sample_numbers, device),
         index=torch.arange(tokens.shape[0] - 1, device=device),
-        step=step,
-        training=training,
+        first_sample=int(batch.sample_numbers[0]),
+        dropout=dropout,
         segments=_segments(batch, device),
         restarted=None if batch.positions is None else _columns(batch.positions, device),
     )

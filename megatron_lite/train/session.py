@@ -390,6 +390,12 @@ def _tokenizer_lines(tokens: TokenizerFacts) -> list[str]:
     ]
 
 
+def _kernels(run: Run) -> list[str]:
+    """Which implementation runs of each op that has a choice, and why, as attention's own line says."""
+    chosen = [why for why in run.context.kernels if not why.endswith(": reference")]
+    return [f" > kernels: {'; '.join(chosen)}"] if chosen else []
+
+
 def _description(run: Run, blueprint: Blueprint, segments: bool) -> list[str]:
     grid, ctx = blueprint.grid, run.ctx
     return [
@@ -397,5 +403,6 @@ def _description(run: Run, blueprint: Blueprint, segments: bool) -> list[str]:
         f"x data-parallel {grid.dp} on {ctx.device.type}, {run.context.precision.name}",
         f"setting training iterations to {blueprint.train_iters}",
         choose_attention(run.context, training=True, segments=segments).why,
+        *_kernels(run),
         f" > padded vocab (size: {run.context.vocab_size}) to {run.context.padded_vocab_size}",
     ]

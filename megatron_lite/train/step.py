@@ -10,6 +10,7 @@ from torch import Tensor
 
 from megatron_lite.data.batch import Batch
 from megatron_lite.engines.base import Update
+from megatron_lite.layers.dropout import step_dropout
 from megatron_lite.parallel.collectives import all_reduce
 from megatron_lite.pipeline.executor import Executor
 from megatron_lite.pipeline.stage import MicroBatch, Scored
@@ -80,7 +81,8 @@ def train_step(run: Run, batches: Sequence[Batch], *, lr: float, weight_decay: f
     """
     device = run.ctx.device
     weight = _weight(run, batches)
-    micro = [to_device(b, device, step=run.progress.step, training=True) for b in batches]
+    dropout = step_dropout(run.context, run.progress.step)
+    micro = [to_device(b, device, dropout=dropout) for b in batches]
     run.expect_messages(batches[0])
     beside = _second_passes(run, batches, micro)
     attempt = _attempt(run, run.pipeline, micro, weight, vote)
@@ -211,7 +213,7 @@ def _again(
 def evaluation_step(run: Run, batches: Sequence[Batch]) -> Sums:
     """Loss, weight and metrics of one global batch, summed over the world."""
     device = run.ctx.device
-    micro = [to_device(b, device, step=run.progress.step, training=False) for b in batches]
+    micro = [to_device(b, device) for b in batches]
     run.expect_messages(batches[0])
     scored = run.pipeline.run(run.forward_actions(len(batches)), micro, None)
     return _sum_over_world(run, scored)

@@ -14,7 +14,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "rendezvous": {"config"},
     "parallel": {"config", "blueprint"},
     "layers": {"config", "blueprint", "parallel", "kernels"},
-    "models": {"config", "blueprint", "parallel", "layers"},
+    "models": {"config", "blueprint", "parallel", "kernels", "layers"},
     "pipeline": {"blueprint", "parallel"},
     "optim": {"config", "blueprint", "kernels"},
     "engines": {"config", "blueprint", "parallel", "optim", "kernels"},

@@ -11,6 +11,7 @@ from megatron_lite.blueprint.schedules.actions import Action
 from megatron_lite.checkpoint.progress import Progress
 from megatron_lite.checkpoint.store import Store
 from megatron_lite.engines.table import ENGINES
+from megatron_lite.layers.dropout import step_dropout
 from megatron_lite.train.assemble import assemble
 from megatron_lite.train.feed import to_device
 from megatron_lite.train.health.state_hash import state_hash
@@ -129,7 +130,8 @@ def split_backward(engine):
     """(gradients by name, weights whole after each action) of two micro batches under I and W."""
     config, blueprint, run = made(0, 1, engine, {})
     batches = make_batches(config, blueprint, 0, 0)
-    micro = [to_device(b, run.ctx.device, step=0, training=True) for b in batches[:2]]
+    drops = step_dropout(run.context, 0)
+    micro = [to_device(batch, run.ctx.device, dropout=drops) for batch in batches[:2]]
     run.expect_messages(batches[0])
     lists = [[Action.parse(text)] for text in ("0F0", "0I0", "0F1", "0I1", "0W0", "0W1")]
     run.pipeline.run(lists, micro, torch.tensor(0.01))

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from megatron_lite.kernels.random import feature_bits, keep_mask, key, normal, token_numbers
 from megatron_lite.kernels.table import TABLE, Need
 from megatron_lite.parallel.context import ParallelContext
-from megatron_lite.kernels.random import feature_bits, keep_mask, key, normal, token_numbers
 from megatron_lite.train.assemble import assemble
 from megatron_lite.train.measuring.device import be_deterministic
 from megatron_lite.train.measuring.waits import DeviceWaits

@@ -34,7 +34,9 @@ def test_names_and_seeds_give_other_numbers():
 @pytest.mark.parametrize("rate", [0.1, 0.5])
 def test_masks_keep_the_right_share_without_pattern(rate):
     tokens = token_numbers(torch.arange(8), torch.arange(256))
-    keep = keep_mask(torch.tensor(key(1, 2, 3)), tokens, feature_bits(torch.arange(128)), rate).double()
+    keep = keep_mask(
+        torch.tensor(key(1, 2, 3)), tokens, feature_bits(torch.arange(128)), rate
+    ).double()
     n, variance = keep.numel(), rate * (1 - rate)
     assert abs(keep.mean() - (1 - rate)) < 5 * (variance / n) ** 0.5
     x = keep - (1 - rate)

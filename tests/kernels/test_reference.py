@@ -49,7 +49,7 @@ def keep_of(call: DropoutCall, step: int = 3) -> Tensor:
             [kept(where, int(n), int(i), f, call.rate) for f in range(len(call.features))]
             for n in call.samples
         ]
-        for i in call.index
+        for i in call.positions
     ])  # fmt: skip
 
 
@@ -148,7 +148,8 @@ def test_a_weight_gradient_goes_into_its_accumulator_in_fp32() -> None:
         returned = reference.linear_weight_gradient(dy.to(dtype), x.to(dtype), total)
         assert returned is total
         expected = 1000.0 + torch.einsum("sbo,sbi->oi", dy.double(), x.double())
-        torch.testing.assert_close(total.double(), expected, rtol=0, atol=1e-4 if dtype == torch.float32 else 0.1)
+        error = 1e-3 if dtype == torch.float32 else 0.1  # a bf16 of 1000 has steps of 4
+        torch.testing.assert_close(total.double(), expected, rtol=0, atol=error)
         alone = reference.linear_weight_gradient(dy.to(dtype), x.to(dtype))
         assert alone.dtype == dtype
         torch.testing.assert_close(alone.double(), expected - 1000.0, rtol=0, atol=0.1)

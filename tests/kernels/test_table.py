@@ -1,12 +1,19 @@
 """Every implementation of an op equals its reference, forward and backward; choices say why."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from megatron_lite.blueprint.figure.parts import Matrix
+from megatron_lite.config.sections.model import ModelConfig
 from megatron_lite.kernels import reference
 from megatron_lite.kernels.attention import AttentionCall
 from megatron_lite.kernels.segments import Segments
 from megatron_lite.kernels.table import PREFERENCES, TABLE, Implementation, Need, choose
+from megatron_lite.layers.contexts import StageContext
+from megatron_lite.layers.linear import ColumnParallelLinear
+from megatron_lite.parallel.context import ParallelContext
 from tests.support.kernels import arguments, run_with_gradients
 
 CPU = torch.device("cpu")
@@ -74,3 +81,32 @@ def test_every_op_has_a_reference_that_is_always_usable():
     for op, rows in TABLE.items():
         assert rows[-1].name == "reference", op
         assert rows[-1].usable(Need(CPU, torch.float32, 0.1, True, True)) is None
+
+
+def test_a_row_for_another_storage_runs_the_layers_that_are_stored_so(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As int8 or fp8 weights would be: chosen once, by the layer's weight; the others keep theirs."""
+    calls = []
+
+    def noted(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        calls.append(weight.dtype)
+        return reference.linear_forward(x, weight, bias)
+
+    def usable(need: Need) -> str | None:
+        return None if need.storage is torch.bfloat16 else "reads bf16 weights alone"
+
+    rows = [Implementation("noted", noted, usable), *TABLE["linear_forward"]]
+    monkeypatch.setitem(TABLE, "linear_forward", rows)
+    model = ModelConfig(hidden_size=8, num_attention_heads=2, num_layers=1, seq_length=4)
+    context = StageContext(model, ParallelContext.serial(), padded_vocab_size=8, vocab_size=8)
+    plain = Matrix("up", (("up", 6),), 8, "rows", bias=True)
+    stored = replace(plain, storage="bf16")
+    layers = [ColumnParallelLinear(context, part) for part in (plain, stored)]
+    monkeypatch.setitem(TABLE, "linear_forward", [])  # nothing is chosen any more
+    for layer in layers:
+        assert layer(torch.randn(4, 2, 8)).dtype == torch.float32
+    assert calls == [torch.bfloat16]
+    assert "linear_forward: noted" in context.kernels
+    reason = "linear_forward: noted no (reads bf16 weights alone) -> reference"
+    assert reason in context.kernels

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 
@@ -11,9 +12,17 @@ import torch
 from megatron_lite.config.sections.model import ModelConfig
 from megatron_lite.kernels import reference
 from megatron_lite.kernels.attention import AttentionCall
+from megatron_lite.kernels.dropout import dropout
+from megatron_lite.kernels.random import key
 from megatron_lite.layers.attention import SelfAttention
 from megatron_lite.layers.contexts import ForwardContext, StageContext
-from megatron_lite.layers.dropout import hidden_dropout
+from megatron_lite.layers.dropout import (
+    EMBEDDING_LAYER,
+    SITES,
+    HiddenDropout,
+    place_of,
+    step_dropout,
+)
 from megatron_lite.parallel.context import Axis, ParallelContext
 
 S, B, H, HEADS = 16, 6, 48, 4
@@ -31,9 +40,14 @@ def setting_of(rate=0.25, seed=1, tp=1, rank=0, sequence_parallel=False):
     )  # fmt: skip
 
 
-def at(step=0, samples=None, training=True):
+def at(context, step=0, samples=None):
     samples = torch.arange(B) if samples is None else samples
-    return ForwardContext(samples=samples, index=torch.arange(S), step=step, training=training)
+    drops = step_dropout(context, step)
+    return ForwardContext(samples=samples, index=torch.arange(S), dropout=drops)
+
+
+def hidden_dropout(x, context, layer=0, site="mlp.output", **where):
+    return dropout(x, HiddenDropout(context, layer, site).call(at(context, **where)))
 
 
 def drawn(*shape, seed=0):
@@ -44,7 +58,7 @@ def drawn(*shape, seed=0):
 @pytest.mark.parametrize("rate", [0.1, 0.25, 0.5, 0.9])
 def test_what_is_kept_is_divided_by_the_share_kept(rate):
     x = drawn(S, B, H).requires_grad_(True)
-    y = hidden_dropout(x, at(), setting_of(rate), 0, "site")
+    y = hidden_dropout(x, setting_of(rate))
     kept = y != 0
     torch.testing.assert_close(y[kept], x.detach()[kept] / (1 - rate), rtol=1e-6, atol=0)
     n = y.numel()
@@ -56,21 +70,23 @@ def test_what_is_kept_is_divided_by_the_share_kept(rate):
 
 def test_nothing_is_dropped_in_evaluation_or_at_rate_zero():
     x = drawn(S, B, H)
-    assert hidden_dropout(x, at(training=False), setting_of(), 0, "site") is x
-    assert hidden_dropout(x, at(), setting_of(0.0), 0, "site") is x
+    evaluated = ForwardContext(samples=torch.arange(B), index=torch.arange(S))
+    assert dropout(x, HiddenDropout(setting_of(), 0, "mlp.output").call(evaluated)) is x
+    assert hidden_dropout(x, setting_of(0.0)) is x
+    assert step_dropout(setting_of(0.0), 0) is None
 
 
 def test_every_step_layer_site_seed_and_sample_has_a_mask_of_its_own():
     x = torch.ones(S, B, H)
     rate = 0.5
     masks = {
-        "first": hidden_dropout(x, at(), setting_of(rate), 0, "a"),
-        "again": hidden_dropout(x, at(), setting_of(rate), 0, "a"),
-        "step": hidden_dropout(x, at(step=1), setting_of(rate), 0, "a"),
-        "layer": hidden_dropout(x, at(), setting_of(rate), 1, "a"),
-        "site": hidden_dropout(x, at(), setting_of(rate), 0, "b"),
-        "seed": hidden_dropout(x, at(), setting_of(rate, seed=2), 0, "a"),
-        "samples": hidden_dropout(x, at(samples=torch.arange(B) + B), setting_of(rate), 0, "a"),
+        "first": hidden_dropout(x, setting_of(rate)),
+        "again": hidden_dropout(x, setting_of(rate)),
+        "step": hidden_dropout(x, setting_of(rate), step=1),
+        "layer": hidden_dropout(x, setting_of(rate), layer=1),
+        "site": hidden_dropout(x, setting_of(rate), site="attention.output"),
+        "seed": hidden_dropout(x, setting_of(rate, seed=2)),
+        "samples": hidden_dropout(x, setting_of(rate), samples=torch.arange(B) + B),
     }
     assert torch.equal(masks["first"], masks.pop("again"))
     for a, b in itertools.combinations(masks, 2):
@@ -81,10 +97,10 @@ def test_every_step_layer_site_seed_and_sample_has_a_mask_of_its_own():
 @pytest.mark.parametrize("tp", [2, 4])
 def test_with_sequence_parallelism_a_rank_has_its_tokens_of_the_whole_mask(tp):
     x = drawn(S, B, H)
-    whole = hidden_dropout(x, at(), setting_of(), 0, "site")
+    whole = hidden_dropout(x, setting_of())
     for rank in range(tp):
         context = setting_of(tp=tp, rank=rank, sequence_parallel=True)
-        part = hidden_dropout(x.chunk(tp)[rank], at(), context, 0, "site")
+        part = hidden_dropout(x.chunk(tp)[rank], context)
         assert torch.equal(part, whole.chunk(tp)[rank])
 
 
@@ -106,7 +122,7 @@ def test_attention_masks_differ_by_head_query_key_sample_and_step():
     def mask(step=0, layer=0, tp=1, rank=0, first=0):
         context = setting_of(0.5, tp=tp, rank=rank)
         attention = SelfAttention(context, layer)
-        where = at(step=step, samples=torch.arange(first, first + 2))
+        where = at(context, step=step, samples=torch.arange(first, first + 2))
         keep = attention._call(where, S, S).keep
         assert keep is not None
         return keep()
@@ -123,5 +139,27 @@ def test_attention_masks_differ_by_head_query_key_sample_and_step():
 
 
 def test_no_attention_dropout_in_evaluation():
-    call = SelfAttention(setting_of(), 0)._call(at(training=False), S, S)
-    assert call.dropout == 0.0
+    where = ForwardContext(samples=torch.arange(B), index=torch.arange(S))
+    assert SelfAttention(setting_of(), 0)._call(where, S, S).dropout == 0.0
+
+
+def test_a_steps_keys_are_those_of_seed_step_layer_and_site():
+    """One tensor for all layers and sites: the numbers that each would make by itself."""
+    drops = step_dropout(setting_of(seed=9), 41)
+    assert drops.keys[place_of(EMBEDDING_LAYER, "embedding")] == key(9, 41, -1, "embedding")
+    for layer, site in itertools.product(range(2), SITES):
+        assert drops.keys[place_of(layer, site)] == key(9, 41, layer, site)
+    assert len(drops.keys.unique()) == 1 + 2 * len(SITES)
+
+
+def test_a_vendor_kernels_seed_is_of_numbers_that_the_host_knows():
+    """Another in every step, layer, sample and tp rank; nothing is read from the device."""
+
+    def seed(step=0, layer=0, first=0, tp=1, rank=0):
+        context = setting_of(tp=tp, rank=rank)
+        where = at(context, step=step, samples=torch.empty(B, dtype=torch.int64, device="meta"))
+        where = dataclasses.replace(where, first_sample=first)
+        return SelfAttention(context, layer)._call(where, S, S).seed
+
+    seeds = {seed(), seed(step=1), seed(layer=1), seed(first=8), seed(tp=2, rank=1)}
+    assert len(seeds) == 5 and seed() == seed()

@@ -20,6 +20,7 @@ from megatron_lite.layers.contexts import StageContext
 from megatron_lite.layers.embedding import PositionEmbedding, VocabParallelEmbedding
 from megatron_lite.layers.linear import (
     ColumnParallelLinear,
+    Products,
     RowParallelLinear,
     project_to_vocabulary,
 )
@@ -156,6 +157,8 @@ def check_row(rank, ranks, sequence_parallel, bias, how):
         expected.backward(dy)
         local = share(x, rank, ranks, dim=2).requires_grad_(True)
         y = module(local)
+        assert (module.late_bias is not None) == (bias and ranks > 1)
+        y = y if module.late_bias is None else y + module.late_bias
         split = context.sequence_parallel
         close(y, share(expected.detach(), rank, ranks) if split else expected.detach(), "output")
         gradients.backward(m, y, share(dy, rank, ranks) if split else dy)
@@ -226,7 +229,7 @@ def check_head(rank, ranks, sequence_parallel, how):
         expected.backward(dy)
         split = context.sequence_parallel
         local = (share(x, rank, ranks) if split else x.clone()).requires_grad_(True)
-        y = project_to_vocabulary(local, module.weight, context)
+        y = project_to_vocabulary(local, module.weight, context, Products.chosen(context))
         close(y, share(expected.detach(), rank, ranks, dim=2), "logits")
         gradients.backward(m, y, share(dy, rank, ranks, dim=2))
         close(local.grad, share(theirs.grad, rank, ranks) if split else theirs.grad, "dx")

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from megatron_lite.blueprint.schedules.actions import Action, Op
 from megatron_lite.blueprint.schedules.simulate import simulate
+from megatron_lite.layers.dropout import step_dropout
 from megatron_lite.layers.gradients import DeferredWgrad, WeightGradients, WgradOperand
 from megatron_lite.layers.mlp import MLP
 from megatron_lite.models.gpt import GPTBlock
@@ -220,7 +221,7 @@ def test_i_computes_again_what_was_dropped_and_w_only_multiplies(modules) -> Non
         if isinstance(module, part):
             module.register_forward_pre_hook(lambda *_: seen.append("layer"))
     actions = run.actions(3)
-    batches = [to_device(b, run.ctx.device, step=0, training=True)
+    batches = [to_device(b, run.ctx.device, dropout=step_dropout(run.context, 0))
                for b in make_batches(config, blueprint, 0, 0)]  # fmt: skip
     layers = config.model.num_layers
     expected = {Op.F: layers, Op.I: layers, Op.W: 0}

@@ -14,6 +14,7 @@ from megatron_lite.blueprint.figure.transformer import figure_of
 from megatron_lite.blueprint.recompute import RecomputePlan
 from megatron_lite.config.flags.parser import parse
 from megatron_lite.layers.contexts import ForwardContext, StageContext
+from megatron_lite.layers.dropout import step_dropout
 from megatron_lite.models.decoder import Decoder
 from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.planner.activations import block_items, stage_bytes
@@ -72,7 +73,9 @@ def kept_by(flags: str, num_layers: int) -> int:
     samples, tokens = config.train.micro_batch_size, config.model.seq_length
     x = torch.randn(tokens, samples, config.model.hidden_size).to(context.dtype)
     x.requires_grad_()
-    at = ForwardContext(samples=torch.arange(samples), index=torch.arange(tokens), training=True)
+    at = ForwardContext(
+        samples=torch.arange(samples), index=torch.arange(tokens), dropout=step_dropout(context, 0)
+    )
     alive = Alive()
     for parameter in blocks.parameters():
         alive.see(parameter.data)

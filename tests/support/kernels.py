@@ -23,7 +23,7 @@ def dropout_call(rate: float = 0.25, step: int = 3) -> DropoutCall:
         rate=rate,
         key=torch.tensor(key(1234, step, 5, "attention.output")),
         samples=torch.tensor([11, 12]),
-        index=torch.arange(S),
+        positions=torch.arange(S),
         features=feature_bits(torch.arange(H)),
     )
 

@@ -15,8 +15,9 @@ from megatron_lite.data.batch import Batch, collate
 from megatron_lite.data.build import Datasets
 from megatron_lite.data.documents import DocumentEnds
 from megatron_lite.data.samples import Sample
+from megatron_lite.kernels.dropout import dropout
 from megatron_lite.layers.contexts import ForwardContext
-from megatron_lite.layers.dropout import hidden_dropout
+from megatron_lite.layers.dropout import HiddenDropout, step_dropout
 from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.rendezvous.heartbeat import Alone
 from megatron_lite.rendezvous.launch import Launch, World
@@ -112,7 +113,7 @@ def test_a_document_ends_with_its_eod() -> None:
     assert batch.positions.tolist() == [[0, 1, 0, 0, 1], [0, 0, 1, 2, 3]]
     assert batch.segments.tolist() == [0, 2, 3, 5, 6, 10] and batch.longest_segment == 4
     assert batch.loss_mask.min() == 1.0
-    fed = to_device(batch, torch.device("cpu"), step=0, training=True).positions
+    fed = to_device(batch, torch.device("cpu")).positions
     assert fed.encoded[:, 0].tolist() == [0, 1, 0, 0, 1] and fed.index.tolist() == [0, 1, 2, 3, 4]
     assert fed.segments.cu_seqlens.dtype == torch.int32
     assert fed.segments.allowed.sum(dim=-1)[:, 0].tolist() == [[1, 2, 1, 1, 2], [1, 1, 2, 3, 4]]
@@ -122,10 +123,12 @@ def test_dropout_goes_by_the_place_in_the_sample() -> None:
     config = tiny_config(model__hidden_dropout=0.5)
     run = assemble(config, draw(config, 1), ParallelContext.serial())
     x = torch.ones(8, 1, 32)
-    at = ForwardContext(samples=torch.tensor([3]), index=torch.arange(8), training=True)
+    drops = step_dropout(run.context, 0)
+    at = ForwardContext(samples=torch.tensor([3]), index=torch.arange(8), dropout=drops)
     restarted = dataclasses.replace(at, restarted=torch.zeros(8, 1, dtype=torch.int64))
-    plain = hidden_dropout(x, at, run.context, 0, "site")
-    assert torch.equal(hidden_dropout(x, restarted, run.context, 0, "site"), plain)
+    site = HiddenDropout(run.context, 0, "mlp.output")
+    plain = dropout(x, site.call(at))
+    assert torch.equal(dropout(x, site.call(restarted)), plain)
     assert not torch.equal(plain[0], plain[1])
 
 
