@@ -16,6 +16,9 @@ OPS = {
 }  # fmt: skip
 """Functions of torch that a kernel's reference is made of."""
 
+METHODS = {"addmm_", "matmul", "mm"}
+"""The same as methods of a tensor."""
+
 PER_CALL = {"forward", "backward", "call", "__call__", "_call"}
 """Methods that run for every micro batch."""
 
@@ -27,12 +30,8 @@ def own_computing(tree: ast.AST) -> Iterator[tuple[int, str]]:
             yield node.lineno, "@"
         elif isinstance(node, ast.Call):
             owner, _, name = dotted(node.func).rpartition(".")
-            if (
-                owner in ("F", "torch", "torch.nn.functional")
-                and name in OPS
-                or isinstance(node.func, ast.Attribute)
-                and name in ("addmm_", "matmul", "mm")
-            ):
+            of_torch = owner in ("F", "torch", "torch.nn.functional") and name in OPS
+            if of_torch or (isinstance(node.func, ast.Attribute) and name in METHODS):
                 yield node.lineno, name
         elif isinstance(node, ast.FunctionDef) and node.name in PER_CALL:
             for call in ast.walk(node):
