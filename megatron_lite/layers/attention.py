@@ -12,7 +12,7 @@ from megatron_lite.kernels.attention import AttentionCall
 from megatron_lite.kernels.random import feature_bits, keep_mask, key, token_numbers
 from megatron_lite.kernels.table import PREFERENCES, Choice, Need, choose
 from megatron_lite.layers.contexts import ForwardContext, StageContext, StepDropout
-from megatron_lite.layers.dropout import place_of
+from megatron_lite.layers.dropout import key_index
 from megatron_lite.layers.linear import ColumnParallelLinear, RowParallelLinear
 from megatron_lite.layers.recompute import recomputed_part
 from megatron_lite.layers.rotary import rotary_tables
@@ -87,7 +87,7 @@ class SelfAttention(nn.Module):
             # one number per (sample, head): the head takes the place of more samples
             rows = (at.samples[:, None] * 4096 + heads[None, :]).reshape(-1)
             tokens = token_numbers(rows, index)  # [s, b * n/tp]
-            drawn = dropout.keys[place_of(self.layer, "attention")]
+            drawn = dropout.keys[key_index(self.layer, "attention")]
             mask = keep_mask(drawn, tokens, feature_bits(torch.arange(keys, device=device)), rate)
             return mask.permute(1, 0, 2).reshape(len(at.samples), self.heads, queries, keys)
 

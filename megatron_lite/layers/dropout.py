@@ -25,7 +25,7 @@ def _places(num_layers: int) -> list[tuple[int, str]]:
     return [(EMBEDDING_LAYER, "embedding"), *blocks]
 
 
-def place_of(layer: int, site: str) -> int:
+def key_index(layer: int, site: str) -> int:
     """Where the key of a layer's site stands in StepDropout.keys."""
     return 0 if layer == EMBEDDING_LAYER else 1 + layer * len(SITES) + SITES.index(site)
 
@@ -50,7 +50,7 @@ class HiddenDropout:
     """The dropout of hidden values at one site of a layer: what a kernel is told of it."""
 
     def __init__(self, context: StageContext, layer: int, site: str) -> None:
-        self.context, self.place = context, place_of(layer, site)
+        self.context, self.place = context, key_index(layer, site)
         self.rate = context.model.hidden_dropout
 
     def call(self, at: ForwardContext) -> DropoutCall | None:

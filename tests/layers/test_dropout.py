@@ -20,7 +20,7 @@ from megatron_lite.layers.dropout import (
     EMBEDDING_LAYER,
     SITES,
     HiddenDropout,
-    place_of,
+    key_index,
     step_dropout,
 )
 from megatron_lite.parallel.context import Axis, ParallelContext
@@ -146,9 +146,9 @@ def test_no_attention_dropout_in_evaluation():
 def test_a_steps_keys_are_those_of_seed_step_layer_and_site():
     """One tensor for all layers and sites: the numbers that each would make by itself."""
     drops = step_dropout(setting_of(seed=9), 41)
-    assert drops.keys[place_of(EMBEDDING_LAYER, "embedding")] == key(9, 41, -1, "embedding")
+    assert drops.keys[key_index(EMBEDDING_LAYER, "embedding")] == key(9, 41, -1, "embedding")
     for layer, site in itertools.product(range(2), SITES):
-        assert drops.keys[place_of(layer, site)] == key(9, 41, layer, site)
+        assert drops.keys[key_index(layer, site)] == key(9, 41, layer, site)
     assert len(drops.keys.unique()) == 1 + 2 * len(SITES)
 
 
