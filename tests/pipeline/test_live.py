@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from megatron_lite.blueprint.schedules.actions import Action, Op
 from megatron_lite.blueprint.schedules.simulate import simulate
+from megatron_lite.kernels import reference
 from megatron_lite.layers.dropout import step_dropout
 from megatron_lite.layers.gradients import DeferredWgrad, WeightGradients, WgradOperand
 from megatron_lite.layers.mlp import MLP
@@ -144,7 +145,12 @@ def test_what_was_postponed_is_added_by_its_own_weight_action() -> None:
         assert sink.defers(weight)
         dy = torch.full((4, 2), m + 1.0)
         sink.defer(
-            DeferredWgrad(weight, WgradOperand(dy, ALONE), WgradOperand(torch.ones(4, 3), ALONE))
+            DeferredWgrad(
+                weight,
+                WgradOperand(dy, ALONE),
+                WgradOperand(torch.ones(4, 3), ALONE),
+                reference.linear_weight_gradient,
+            )
         )
     sink.defer_to(None)
     assert sink.num_deferred == 2
