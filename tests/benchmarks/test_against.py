@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from benchmarks.bench_against import Answer, row, tree_of
+from tests.support.places import ROOT
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "bench_against.py"
+SCRIPT = ROOT / "benchmarks" / "bench_against.py"
 
 
 def rounds(ours: list[float], base: list[float], again: list[float]) -> list[tuple[Answer, ...]]:

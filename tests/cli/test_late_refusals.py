@@ -17,6 +17,7 @@ from megatron_lite.storage.disk import Disk
 from megatron_lite.storage.faults import FaultyDisk
 from megatron_lite.storage.outputs import check_folder, check_outputs, check_prefix, write_output
 from tests.support.extras import needs
+from tests.support.places import ROOT
 
 MODEL = ["--num-layers", "1", "--hidden-size", "8", "--num-attention-heads", "1", "--seq-length",
          "8", "--max-position-embeddings", "8", "--micro-batch-size", "1", "--global-batch-size",
@@ -91,7 +92,7 @@ def test_a_disk_that_takes_nothing_is_found_first(
 
 def test_tools_that_write_look_first() -> None:
     """A new tool is asked, too: who writes, checks."""
-    folder = Path(__file__).parents[2] / "megatron_lite" / "cli"
+    folder = ROOT / "megatron_lite" / "cli"
     writers = ("write_atomically", "write_output", "folder_at_once", "IndexedDatasetBuilder",
                "convert_flat(", "preprocess(", "kind_for(")  # fmt: skip
     for path in folder.glob("*.py"):

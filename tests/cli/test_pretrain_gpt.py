@@ -16,9 +16,9 @@ from megatron_lite.blueprint import draw_up
 from megatron_lite.blueprint.schedules.actions import Lowered, Op
 from megatron_lite.config.errors import ConfigError, DistributedError
 from megatron_lite.data.tokenizers.gpt2_bpe import GPT2_EOD, byte_characters
+from tests.support.places import ROOT
 from tests.train.runs import alone, argv, run_main
 
-ROOT = Path(__file__).resolve().parents[2]
 TOOL = ROOT / "tools/pretrain_gpt.py"
 
 MEGATRON_LM = """

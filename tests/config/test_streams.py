@@ -16,8 +16,7 @@ import pytest
 from megatron_lite.config import streams
 from megatron_lite.config.errors import StorageError
 from megatron_lite.config.streams import Outlet, ReaderGone
-
-ROOT = Path(__file__).parents[2]
+from tests.support.places import ROOT
 
 
 @pytest.fixture

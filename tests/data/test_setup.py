@@ -9,8 +9,7 @@ import sys
 from pathlib import Path
 
 from tests.support.extras import needs
-
-ROOT = Path(__file__).parents[2]
+from tests.support.places import ROOT
 
 
 def test_a_missing_compiler_is_a_warning(tmp_path: Path) -> None:

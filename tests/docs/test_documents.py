@@ -11,8 +11,8 @@ import pytest
 from megatron_lite.config.flags.legacy import LEGACY
 from megatron_lite.config.flags.parser import spellings
 from tests.parity.layouts import LAYOUTS
+from tests.support.places import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = sorted(
     [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/**/*.md"),
      *ROOT.glob("tools/*.md")]

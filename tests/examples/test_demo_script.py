@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from megatron_lite.telemetry.record import EvaluationRecord, record_json
+from tests.support.places import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / "examples/demo/run.sh"
 TRAIN = ROOT / "examples/gpt3/train_gpt3_175b_distributed.sh"
 # How programs are run, not what: these may come from outside.

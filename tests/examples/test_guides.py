@@ -17,8 +17,8 @@ import pytest
 from megatron_lite.data.indexed import IndexedDataset
 from megatron_lite.data.tokenizers.gpt2_bpe import GPT2_EOD, byte_characters
 from tests.support.extras import needs
+from tests.support.places import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 GUIDES = ROOT / "docs/guides"
 TRANSLATED = ("quickstart", "data", "fine-tune-gpt2")
 STAND_INS = ("make", "pip", "npm", "tensorboard")

@@ -27,8 +27,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tests.faults.table import ROWS, Row
+from tests.support.places import ROOT
 
-ROOT = Path(__file__).parents[2]
 JOB_SECONDS = 540
 QUICK = ("L2", "L20", "L18")
 """Campaigns of thousands of saves in which nothing is killed: they need not reach the device."""

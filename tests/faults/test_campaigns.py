@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 from megatron_lite.checkpoint.progress import Progress
@@ -12,8 +10,7 @@ from megatron_lite.parallel.context import ParallelContext
 from tests.faults import damage, kills, planted
 from tests.faults.kills import Counted
 from tests.faults.table import ROWS
-
-ROOT = Path(__file__).parents[2]
+from tests.support.places import ROOT
 
 
 def require(counted: Counted, least: int) -> None:

@@ -13,12 +13,12 @@ import pytest
 
 from tests.faults.pairs import NULL, pair
 from tests.support.launch import LAUNCHER_NAMES, TINY, TOOL, WITHOUT_DATA
+from tests.support.places import ROOT
 from tests.support.rights import needs_right
 from tests.support.sizes import with_flags
 
 pytestmark = pytest.mark.root  # from whom its powers must be taken first
 
-ROOT = Path(__file__).parents[2]
 POWERS = "-dac_override,-dac_read_search"
 """What lets root pass every permission."""
 

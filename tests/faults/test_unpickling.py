@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from tests.faults.planted import plant
+from tests.support.places import ROOT
 from tests.train.runs import argv
 
-ROOT = Path(__file__).parents[2]
 LISTEN = """
 import importlib, sys
 sys.path.insert(0, {root!r})

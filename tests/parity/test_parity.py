@@ -2,13 +2,13 @@
 
 import dataclasses
 import re
-from pathlib import Path
 
 import pytest
 
 from megatron_lite.engines.table import ENGINES
 from tests.parity.compare import compare, passes
 from tests.parity.layouts import LAYOUTS, MORE, QUICK, WIDE, WRONG
+from tests.support.places import ROOT
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -33,7 +33,7 @@ def test_the_table_notices(wrong):
 
 def test_the_document_shows_layouts_of_the_table():
     """`make parity-all` writes it; a layout that came since then has no row yet."""
-    text = (Path(__file__).parents[2] / "docs" / "parity.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "parity.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| ([^|]+) \| \d+ \| .* \| (yes|\*\*no\*\*) \|$", text, re.M)
     equal = {name for name, verdict in rows if verdict == "yes"}
     assert len(equal) >= 48 and equal <= {entry.name for entry in LAYOUTS}

@@ -11,8 +11,8 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 from megatron_lite.blueprint.timeline import Event, Lane, Timeline, Track, chrome_trace
+from tests.support.places import ROOT
 
-ROOT = Path(__file__).parents[2]
 RUN = shlex.split(
     "--num-layers 8 --hidden-size 1024 --num-attention-heads 16 --seq-length 1024 --bf16 "
     "--vocab-size 50257 --micro-batch-size 1 --global-batch-size 32 "

@@ -22,9 +22,9 @@ from megatron_lite.storage.disk import Disk
 from megatron_lite.storage.faults import FaultyDisk
 from megatron_lite.storage.lock import LOCK, FolderLock, FolderTaken, Owner
 from tests.support.folders import renamed
+from tests.support.places import ROOT
 from tests.support.rights import needs_namespaces
 
-ROOT = Path(__file__).parents[2]
 HOLDER = """
 import sys, time
 from pathlib import Path

@@ -15,8 +15,8 @@ from typing import NoReturn
 import pytest
 
 from megatron_lite.config.extras import how_to_install
+from tests.support.places import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENTS = {"test": "setup", "oracles": "setup-oracles"}
 """Extra -> the make target of the environment that has it."""
 DISTRIBUTIONS = {"megatron": "megatron-core", "yaml": "pyyaml", "tiktoken_ext": "tiktoken"}

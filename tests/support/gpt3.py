@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 from tests.support.corpora import write_pair
+from tests.support.places import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 GPT3 = ROOT / "examples/gpt3"
 SIZES = {
     "NUM_NODES": "1",

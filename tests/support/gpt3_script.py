@@ -9,7 +9,8 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.support.places import ROOT
+
 TRAIN = ROOT / "examples/gpt3/train_gpt3_175b_distributed.sh"
 TGS = ROOT / "examples/gpt3/train_gpt3_175b_distributed_tgs.sh"
 PATHS = ("check points", "tensor board", "my vocab.json", "my merges.txt")

@@ -24,10 +24,11 @@ from typing import Any
 
 import pytest
 
+from tests.support.places import ROOT
 from tests.support.sizes import SEQ, tiny_flags, with_flags
 from tests.support.spawn import _context, free_port
 
-TOOL = Path(__file__).parents[2] / "tools" / "pretrain_gpt.py"
+TOOL = ROOT / "tools" / "pretrain_gpt.py"
 LAUNCHER = TOOL.with_name("launch.py")
 
 TINY = [

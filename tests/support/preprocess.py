@@ -17,8 +17,9 @@ from megatron_lite.config.sections.data import DataConfig
 from megatron_lite.data.preparing.encode import Job
 from megatron_lite.data.preparing.preprocess import preprocess
 from megatron_lite.storage.disk import Disk
+from tests.support.places import ROOT
 
-TOOL = Path(__file__).parents[2] / "tools" / "preprocess_data.py"
+TOOL = ROOT / "tools" / "preprocess_data.py"
 NULL = ["--tokenizer-type", "NullTokenizer", "--vocab-size", "1000"]
 
 

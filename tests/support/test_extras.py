@@ -14,8 +14,8 @@ import pytest
 from tests import nightly
 from tests.support import extras
 from tests.support.extras import extra_of, named_in_setup, needs, needs_program
+from tests.support.places import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 OURS = {"megatron_lite", "tests", "benchmarks", "setup"}
 ASKS = ("needs", "import_module", "__import__")
 

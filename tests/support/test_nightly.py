@@ -14,8 +14,7 @@ import pytest
 
 from tests import nightly
 from tests.nightly import LIMIT_MINUTES, PARTS, Part, Result, call, clock, run_all, summary
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.support.places import ROOT
 
 
 def python(code: str) -> tuple[str, ...]:

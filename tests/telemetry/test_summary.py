@@ -15,9 +15,10 @@ from megatron_lite.config.errors import DataError
 from megatron_lite.telemetry.record import EvaluationRecord, record_json
 from megatron_lite.telemetry.summary import describe_losses, measure_speed, never_ran, smoothed
 from tests.support.extras import needs
+from tests.support.places import ROOT
 from tests.telemetry.records import STEP
 
-REPORT = Path(__file__).resolve().parents[2] / "tools" / "report.py"
+REPORT = ROOT / "tools" / "report.py"
 
 
 def step(iteration: int, tgs: float, seconds: float, **changes: object):
