@@ -14,7 +14,7 @@ from tests.support.tiny import tiny_config
 
 
 @pytest.fixture(autouse=True)
-def value(monkeypatch):
+def value(monkeypatch) -> None:
     monkeypatch.setitem(OBJECTIVES, "value", ObjectiveNeeds(dataset="pretrain", head="scalar"))
 
 

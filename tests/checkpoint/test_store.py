@@ -41,7 +41,9 @@ from tests.support.spawn import spawn
         ({ZERO: True, BF16: True}, 4, {TP: 2, ZERO: True, BF16: True}, 4),
     ],
 )
-def test_any_layout_loads_any_other_bit_by_bit(tmp_path, saved, saved_ranks, loaded, loaded_ranks):
+def test_any_layout_loads_any_other_bit_by_bit(
+    tmp_path, saved, saved_ranks, loaded, loaded_ranks
+) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
     went_on = spawn(train_and_save, saved_ranks, saved, str(first), 2, 2)[0]
     resumed = spawn(load_and_save_again, loaded_ranks, loaded, str(first), str(second), 2)[0]
@@ -50,14 +52,14 @@ def test_any_layout_loads_any_other_bit_by_bit(tmp_path, saved, saved_ranks, loa
     assert resumed == pytest.approx(went_on, rel=tolerance)
 
 
-def test_the_same_layout_resumes_bit_exactly(tmp_path):
+def test_the_same_layout_resumes_bit_exactly(tmp_path) -> None:
     changes = {TP: 2, PP: 2, "model__hidden_dropout": 0.1}
     went_on = spawn(train_and_save, 4, changes, str(tmp_path / "a"), 2, 3)
     resumed = spawn(load_and_save_again, 4, changes, str(tmp_path / "a"), str(tmp_path / "b"), 3)
     assert resumed == went_on
 
 
-def test_vocabulary_is_stored_without_padding(tmp_path):
+def test_vocabulary_is_stored_without_padding(tmp_path) -> None:
     spawn(train_and_save, 4, {TP: 4}, str(tmp_path), 1, 0)
     manifest = read_manifest(tmp_path / "iter_0000001")
     assert manifest.tensors["embedding.tokens.weight"].shape == (61, 32)
@@ -88,14 +90,14 @@ def _damage(path: Path, how: str) -> None:
 @pytest.mark.parametrize(
     "file", ["weights-00000.safetensors", "optimizer-00000.safetensors", "manifest.json"]
 )
-def test_a_damaged_checkpoint_is_passed_over_loudly(two_checkpoints, file, how):
+def test_a_damaged_checkpoint_is_passed_over_loudly(two_checkpoints, file, how) -> None:
     _damage(two_checkpoints.root / "iter_0000002" / file, how)
     manifest, notices = two_checkpoints.newest_intact()
     assert manifest is not None and manifest.iteration == 1
     assert any("checkpoint 2 is not usable" in line and file in line for line in notices)
 
 
-def test_no_intact_checkpoint_is_an_error_and_no_folder_is_not(two_checkpoints, tmp_path):
+def test_no_intact_checkpoint_is_an_error_and_no_folder_is_not(two_checkpoints, tmp_path) -> None:
     for step in (1, 2):
         (two_checkpoints.root / f"iter_{step:07d}" / "manifest.json").unlink()
     with pytest.raises(CheckpointError, match="no intact checkpoint"):
@@ -105,7 +107,7 @@ def test_no_intact_checkpoint_is_an_error_and_no_folder_is_not(two_checkpoints, 
 
 
 @pytest.mark.parametrize("text", [b"", b"99\n", b"-1", b"\xff\xfe", b"1e9", b"9" * 40])
-def test_a_broken_pointer_gives_the_newest(two_checkpoints, text):
+def test_a_broken_pointer_gives_the_newest(two_checkpoints, text) -> None:
     (two_checkpoints.root / POINTER).write_bytes(text)
     manifest, notices = two_checkpoints.newest_intact()
     assert manifest is not None and manifest.iteration == 2 and notices
@@ -114,7 +116,7 @@ def test_a_broken_pointer_gives_the_newest(two_checkpoints, text):
 @pytest.mark.parametrize("of_the_newer", ["complete", "cut", "gone"])
 def test_a_newer_checkpoint_than_the_pointer_s_is_told_where_it_is_complete(
     two_checkpoints, of_the_newer
-):
+) -> None:
     (two_checkpoints.root / POINTER).write_text("1\n")
     newer = two_checkpoints.folder(2)
     if of_the_newer == "cut":
@@ -147,7 +149,7 @@ def _in_the_way(path: Path, what: str) -> None:
 
 @pytest.mark.parametrize("what", ["pipe", "device", "folder", "terabyte", "loop"])
 @pytest.mark.parametrize("file", [POINTER, "iter_0000002/manifest.json"])
-def test_what_is_no_small_file_is_passed_over_at_once(two_checkpoints, file, what):
+def test_what_is_no_small_file_is_passed_over_at_once(two_checkpoints, file, what) -> None:
     _in_the_way(two_checkpoints.root / file, what)
     manifest, notices = two_checkpoints.newest_intact()
     assert manifest is not None and manifest.iteration == (2 if file == POINTER else 1)
@@ -158,7 +160,9 @@ def test_what_is_no_small_file_is_passed_over_at_once(two_checkpoints, file, wha
 
 
 @pytest.mark.parametrize("what", ["a link", "a link to nothing", "a file", "a left-over link"])
-def test_what_bears_the_name_of_a_checkpoint_blocks_nothing(two_checkpoints, tmp_path, what):
+def test_what_bears_the_name_of_a_checkpoint_blocks_nothing(
+    two_checkpoints, tmp_path, what
+) -> None:
     folder = two_checkpoints.folder(3)
     if what == "a link":
         folder.symlink_to(two_checkpoints.folder(2))
@@ -185,7 +189,7 @@ def snapshot_like(store: Store, iteration: int) -> Snapshot:
     return store.snapshot(iteration, weights=weights, optimizer=(), progress=progress)
 
 
-def test_a_renamed_folder_is_no_checkpoint_of_that_iteration(two_checkpoints):
+def test_a_renamed_folder_is_no_checkpoint_of_that_iteration(two_checkpoints) -> None:
     two_checkpoints.folder(2).rename(two_checkpoints.folder(5))
     manifest, notices = two_checkpoints.newest_intact()
     assert manifest is not None and manifest.iteration == 1
@@ -201,14 +205,14 @@ def damaged_on_rank_1(rank, ranks, folder):
 
 
 @pytest.mark.ci
-def test_damage_that_one_rank_finds_is_named_by_all(two_checkpoints):
+def test_damage_that_one_rank_finds_is_named_by_all(two_checkpoints) -> None:
     for step in (1, 2):  # files are dealt out in their order, the weights are the second
         _damage(two_checkpoints.folder(step) / "weights-00000.safetensors", "flip")
     for told in spawn(damaged_on_rank_1, 2, str(two_checkpoints.root)):
         assert told.count("weights-00000.safetensors is damaged") == 2, told
 
 
-def test_another_shape_is_refused_with_all_names(two_checkpoints):
+def test_another_shape_is_refused_with_all_names(two_checkpoints) -> None:
     _, _, wider = assembled(0, 1, {"model__ffn_hidden_size": 64})
     manifest, _ = two_checkpoints.newest_intact()
     with pytest.raises(CheckpointError, match="mlp.up.weight: .*128, 32.* there, .*64, 32.* here"):

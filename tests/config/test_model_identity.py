@@ -25,7 +25,7 @@ MODEL = ModelConfig(num_layers=2, hidden_size=32, num_attention_heads=4, seq_len
 ROPE = dataclasses.replace(MODEL, position_embedding_type="rope")
 
 
-def test_every_field_is_decided_once():
+def test_every_field_is_decided_once() -> None:
     decided = Counter(f"model.{trait.name}" for trait in COMPARED)
     decided.update(ELSEWHERE.keys())
     decided.update(f"{section}.{name}" for section, names in FREE.items() for name in names.split())
@@ -37,7 +37,7 @@ def test_every_field_is_decided_once():
     assert [key for key, count in decided.items() if count > 1] == []
 
 
-def test_what_older_checkpoints_meant_is_what_this_version_asks_for_by_default():
+def test_what_older_checkpoints_meant_is_what_this_version_asks_for_by_default() -> None:
     """Recorded values: a default that changes must not change what an old checkpoint means."""
     assert defaults_before() == {
         "kv_channels": None, "num_query_groups": None, "group_query_attention": False,
@@ -75,18 +75,18 @@ def test_what_older_checkpoints_meant_is_what_this_version_asks_for_by_default()
         (MODEL, {"hidden_dropout": 0.0, "init_method_std": 1.0}, []),
     ],
 )  # fmt: skip
-def test_what_counts_is_the_value_that_is_used(before, changed, told):
+def test_what_counts_is_the_value_that_is_used(before, changed, told) -> None:
     assert [
         str(d) for d in model_differences(before, dataclasses.replace(before, **changed))
     ] == told
 
 
-def test_names_are_fields_or_flags_with_commas_between():
+def test_names_are_fields_or_flags_with_commas_between() -> None:
     assert named("rotary_base, --seq-length,") == ["rotary_base", "seq_length"]
     assert named(None) == []
 
 
-def test_what_cannot_change_is_refused_before_anything_starts():
+def test_what_cannot_change_is_refused_before_anything_starts() -> None:
     words = ["--preset", "gpt2-124m", "--mock-data", "--train-iters", "1", "--lr", "1e-3"]
     asked = parse([*words, "--load", "x", "--allow-model-change", "rotary_base,hidden_size,typo"])
     with pytest.raises(ConfigError) as refused:

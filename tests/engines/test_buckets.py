@@ -70,7 +70,7 @@ def sums(rank, ranks, sharded):
 
 @pytest.mark.ci
 @pytest.mark.parametrize("sharded", [False, True], ids=["all-reduced", "shared"])
-def test_each_gradient_is_summed_over_its_own_axis(sharded):
+def test_each_gradient_is_summed_over_its_own_axis(sharded) -> None:
     for rank, (reduced, weights) in enumerate(spawn(sums, 4, sharded)):
         pair = 3.0 if rank < 2 else 7.0
         for found in reduced if sharded else reduced[::2]:

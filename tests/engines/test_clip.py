@@ -22,7 +22,7 @@ ALONE, CPU = Axis("none"), torch.device("cpu")
 
 
 @pytest.mark.parametrize("largest", [1e-3, 1.0, 7.0, 1e4])
-def test_the_norm_and_the_coefficient_are_the_formula(largest):
+def test_the_norm_and_the_coefficient_are_the_formula(largest) -> None:
     generator = torch.Generator().manual_seed(3)
     tensors = [torch.randn(*shape, generator=generator) for shape in ((7, 5), (1,), (3, 2, 2))]
     norm = global_norm(tensors, ALONE, CPU)
@@ -33,7 +33,7 @@ def test_the_norm_and_the_coefficient_are_the_formula(largest):
     assert coefficient == pytest.approx(min(1.0, largest / (expected + 1e-6)), rel=1e-6)
 
 
-def test_the_epsilon_of_clipping_is_megatrons():
+def test_the_epsilon_of_clipping_is_megatrons() -> None:
     """It shows where the norm is as small as it."""
     assert clip_coefficient(torch.tensor(3e-6), 1e-6).item() == pytest.approx(0.25, rel=1e-5)
     assert clip_coefficient(torch.tensor(0.0), 1e-6).item() == pytest.approx(1.0, rel=1e-5)
@@ -41,12 +41,12 @@ def test_the_epsilon_of_clipping_is_megatrons():
 
 
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
-def test_one_value_that_is_not_finite_makes_the_norm_so(value):
+def test_one_value_that_is_not_finite_makes_the_norm_so(value) -> None:
     tensors = [torch.ones(3), torch.tensor([1.0, value])]
     assert not math.isfinite(global_norm(tensors, ALONE, CPU).item())
 
 
-def test_nothing_has_norm_zero():
+def test_nothing_has_norm_zero() -> None:
     assert global_norm([], ALONE, CPU).item() == 0.0
 
 
@@ -57,7 +57,7 @@ def over_ranks(rank, ranks):
     return global_norm(mine, axis, CPU).item(), count_zeros(mine, axis, CPU).item()
 
 
-def test_ranks_add_their_squares_and_zeros():
+def test_ranks_add_their_squares_and_zeros() -> None:
     # 1 + 1 and 0 + 4 on rank 1, 4 + 4 + 4 on rank 2
     assert spawn(over_ranks, 3) == [(pytest.approx(math.sqrt(18)), 1.0)] * 3
 
@@ -122,7 +122,7 @@ def serial(engine):
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_shared_and_replicated_parameters_count_once(serial, engine, name):
+def test_shared_and_replicated_parameters_count_once(serial, engine, name) -> None:
     """Norms and biases on every tp rank, the tied table on two stages, all of it on every dp rank."""
     ranks, changes = LAYOUTS[name]
     total, sizes = squares(serial, "before")
@@ -138,7 +138,7 @@ def test_shared_and_replicated_parameters_count_once(serial, engine, name):
     assert math.sqrt(after / before) == pytest.approx(coefficient, rel=2e-6)
 
 
-def test_a_norm_below_the_limit_changes_nothing(serial):
+def test_a_norm_below_the_limit_changes_nothing(serial) -> None:
     total, _ = squares(serial, "before")
     # a difference of fp32 weights over the rate
     assert squares(serial, "after")[0] == pytest.approx(total, rel=1e-6)

@@ -54,7 +54,7 @@ def drifted(masters, reference, start):
 
 
 @pytest.mark.parametrize("scale", [1.0, 64.0, 1024.0])
-def test_an_fp16_step_is_the_fp32_step_whatever_the_loss_scale(engine, start, plain, scale):
+def test_an_fp16_step_is_the_fp32_step_whatever_the_loss_scale(engine, start, plain, scale) -> None:
     norm, masters, loss, _ = one_step(engine, precision__fp16=True, precision__loss_scale=scale)
     # 11 bits in the forward and backward of two layers
     assert loss == pytest.approx(plain[2], rel=2e-3)
@@ -62,7 +62,7 @@ def test_an_fp16_step_is_the_fp32_step_whatever_the_loss_scale(engine, start, pl
     assert drifted(masters, plain[1], start) < 5e-2
 
 
-def test_a_bf16_step_is_the_fp32_step_to_its_digits(engine, start, plain):
+def test_a_bf16_step_is_the_fp32_step_to_its_digits(engine, start, plain) -> None:
     norm, masters, loss, run = one_step(engine, precision__bf16=True)
     assert run.engine.loss_scale == 1.0
     assert loss == pytest.approx(plain[2], rel=2e-2)
@@ -73,7 +73,7 @@ def test_a_bf16_step_is_the_fp32_step_to_its_digits(engine, start, plain):
 NORM = "final_norm.weight"
 
 
-def test_masters_keep_steps_that_bf16_rounds_away(engine):
+def test_masters_keep_steps_that_bf16_rounds_away(engine) -> None:
     """A step of 2^-12 of a weight is lost in bf16 and must not be lost in sixteen such steps."""
     held = made(engine, precision__bf16=True)[2].engine
     weight, master = named(held.weights(owned=False))[NORM], exact_weights(held)[NORM]
@@ -91,7 +91,7 @@ def test_masters_keep_steps_that_bf16_rounds_away(engine):
     assert torch.equal(weight, torch.full_like(weight, 1.0 - 2.0**-8))
 
 
-def test_gradients_of_many_micro_batches_are_summed_in_fp32(engine):
+def test_gradients_of_many_micro_batches_are_summed_in_fp32(engine) -> None:
     """1024 equal contributions: a bf16 sum would stop growing at 256 of them."""
     _, _, run = made(engine, precision__bf16=True)
     for parameter, accumulator in run.engine.accumulators():

@@ -21,7 +21,7 @@ FP16_LARGEST = 65504.0
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_the_scale_moves_as_torchs_grad_scaler_moves_it(seed):
+def test_the_scale_moves_as_torchs_grad_scaler_moves_it(seed) -> None:
     """Hysteresis 1 is torch's rule; windows of 1 to 7, sparse and dense overflows, 200 steps."""
     chance = random.Random(seed)
     window, density = 1 + 2 * seed, (0.02, 0.1, 0.2, 0.3)[seed]
@@ -41,7 +41,7 @@ def test_the_scale_moves_as_torchs_grad_scaler_moves_it(seed):
         assert ours.scale == theirs.get_scale()
 
 
-def test_hysteresis_tolerates_all_but_the_last_overflow_and_only_growth_restores_it():
+def test_hysteresis_tolerates_all_but_the_last_overflow_and_only_growth_restores_it() -> None:
     scaler = LossScale(1024.0, True, 1.0, 2, 3, 3)
     scales = []
     for overflow in (True, True, False, True, True, False, False, True, True, True):
@@ -51,7 +51,7 @@ def test_hysteresis_tolerates_all_but_the_last_overflow_and_only_growth_restores
     assert scales == [1024, 1024, 1024, 512, 256, 256, 512, 512, 512, 256]
 
 
-def test_the_scale_stays_between_its_minimum_and_two_to_the_32():
+def test_the_scale_stays_between_its_minimum_and_two_to_the_32() -> None:
     scaler = LossScale(8.0, True, 2.0, 1, 1, 1)
     for overflow, expected in ((True, 4.0), (True, 2.0), (True, 2.0), (False, 4.0)):
         scaler.update(overflow)
@@ -61,7 +61,7 @@ def test_the_scale_stays_between_its_minimum_and_two_to_the_32():
     assert scaler.scale == 2.0**32
 
 
-def test_a_fixed_scale_stays_and_state_goes_on_where_it_was():
+def test_a_fixed_scale_stays_and_state_goes_on_where_it_was() -> None:
     fixed = LossScale(128.0, False, 1.0, 1, 1, 1)
     for overflow in (True, False, True):
         fixed.update(overflow)
@@ -91,7 +91,7 @@ def heads(dtype, size=1.0):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_the_softmax_runs_in_fp32_unless_told_otherwise(dtype):
+def test_the_softmax_runs_in_fp32_unless_told_otherwise(dtype) -> None:
     q, k, v = heads(dtype, 2.0)
     exact = attended(*(x.double() for x in (q, k, v)), torch.float64)
     for in_fp32, softmax in ((True, torch.float32), (False, dtype)):
@@ -100,7 +100,7 @@ def test_the_softmax_runs_in_fp32_unless_told_otherwise(dtype):
         assert (ours.double() - exact).norm() < 0.02 * exact.norm()
 
 
-def test_a_kernel_that_cannot_leave_fp32_says_so():
+def test_a_kernel_that_cannot_leave_fp32_says_so() -> None:
     config = tiny_config(model__attention_softmax_in_fp32=False)
     blueprint = draw(config, 1)
     run = assemble(config, blueprint, context(blueprint, 0))
@@ -109,7 +109,7 @@ def test_a_kernel_that_cannot_leave_fp32_says_so():
     assert "--no-attention-softmax-in-fp32: its softmax is in fp32 in any case" in choice.why
 
 
-def test_layer_scaling_multiplies_in_fp32():
+def test_layer_scaling_multiplies_in_fp32() -> None:
     """Scores of up to 1e5 are multiplied back to where fp16 ends; hence the rule that wants fp32."""
     q, k, v = heads(torch.float16, 300.0)
     for in_fp32 in (True, False):
@@ -117,7 +117,7 @@ def test_layer_scaling_multiplies_in_fp32():
         assert torch.isfinite(reference.attention(q, k, v, call)).all() == in_fp32
 
 
-def test_layer_scaling_keeps_fp16_scores_in_range():
+def test_layer_scaling_keeps_fp16_scores_in_range() -> None:
     q, k, v = heads(torch.float16, 300.0)
     largest = (q.double() @ k.double().transpose(-1, -2)).abs().max().item() / 4.0
     assert largest > FP16_LARGEST
@@ -142,12 +142,12 @@ def losses(**changes):
     return seen
 
 
-def test_layer_scaling_changes_no_loss_and_no_gradient():
+def test_layer_scaling_changes_no_loss_and_no_gradient() -> None:
     plain = losses()
     assert losses(model__apply_query_key_layer_scaling=True) == pytest.approx(plain, rel=2e-5)
 
 
-def test_tf32_is_what_the_flag_says():
+def test_tf32_is_what_the_flag_says() -> None:
     before = torch.backends.cuda.matmul.allow_tf32
     try:
         for flags, expected in ((["--tf32"], True), ([], False)):

@@ -16,14 +16,14 @@ from tests.support.tiny import context, draw, tiny_config
 
 
 @given(st.integers(0, 200), st.integers(1, 17))
-def test_rows_are_cut_without_gap_or_repeat(rows, ranks):
+def test_rows_are_cut_without_gap_or_repeat(rows, ranks) -> None:
     cut = cut_rows(rows, ranks)
     assert len(cut) == ranks
     assert [r for block in cut for r in range(block.start, block.stop)] == list(range(rows))
 
 
 @given(st.lists(st.integers(1, 1000), min_size=1, max_size=60), st.integers(1, 8))
-def test_whole_tensors_go_to_the_least_loaded(sizes, ranks):
+def test_whole_tensors_go_to_the_least_loaded(sizes, ranks) -> None:
     owners = whole_owners(sizes, ranks)
     load = [sum(s for s, o in zip(sizes, owners, strict=True) if o == k) for k in range(ranks)]
     # greedy: nobody is ahead of the least loaded by more than the largest tensor
@@ -31,7 +31,7 @@ def test_whole_tensors_go_to_the_least_loaded(sizes, ranks):
     assert balance(load) >= 1.0
 
 
-def test_seven_billion_parameters_balance_as_whole_tensors():
+def test_seven_billion_parameters_balance_as_whole_tensors() -> None:
     layer = [4096 * 4096] * 4 + [4096 * 11008] * 3
     sizes = [32000 * 4096, *layer * 32, 32000 * 4096]
     for ranks in (8, 16, 32):
@@ -64,7 +64,9 @@ def parameters(shapes):
     st.integers(1, 5),
     st.sampled_from(["", "a", "ab"]),
 )
-def test_packing_is_undone_by_unpacking_and_owned_rows_cover_everything(shapes, ranks, whole):
+def test_packing_is_undone_by_unpacking_and_owned_rows_cover_everything(
+    shapes, ranks, whole
+) -> None:
     made = parameters([shape if shape[1] > 1 else shape[:1] for shape in shapes])
     layout = ShardLayout.build(made, ranks, whole=lambda piece: piece.name[-1] in whole)
     tensors = {id(local): local.parameter.detach() for local in made}
@@ -105,7 +107,7 @@ def bytes_per_parameter(rank, ranks, changes):
         (4, {ZERO: True}, 10.0),
     ],
 )
-def test_bytes_per_parameter_are_6_plus_12_over_d(ranks, changes, expected):
+def test_bytes_per_parameter_are_6_plus_12_over_d(ranks, changes, expected) -> None:
     """bf16: 2 + 4 and 12/d; fp32, whose weights are their own masters: 8 + 8/d."""
     for measured in spawn(bytes_per_parameter, ranks, changes):
         assert measured == pytest.approx(expected, rel=1e-3)

@@ -36,7 +36,7 @@ def fp16_steps(rank, ranks, engine, changes, overflow_at):
     ("ranks", "layout"),
     [(1, {}), (2, {TP: 2}), (2, {PP: 2}), (2, {}), (2, {ZERO: True}), (4, {TP: 2, PP: 2})],
 )
-def test_an_overflow_on_one_rank_is_skipped_by_all(engine, ranks, layout):
+def test_an_overflow_on_one_rank_is_skipped_by_all(engine, ranks, layout) -> None:
     changes = FP16 | layout | {"precision__initial_loss_scale": 1024.0, "precision__hysteresis": 1}
     results = spawn(fp16_steps, ranks, engine, changes, 2)
     assert all(row == results[0] for row in results)
@@ -47,14 +47,14 @@ def test_an_overflow_on_one_rank_is_skipped_by_all(engine, ranks, layout):
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_the_scale_falls_from_a_start_that_is_too_high(engine):
+def test_the_scale_falls_from_a_start_that_is_too_high(engine) -> None:
     changes = FP16 | {"precision__initial_loss_scale": 2.0**32, "train__global_batch_size": 2}
     rows = spawn(fp16_steps, 1, engine, changes, -1)[0]
     assert rows[0][0] and rows[0][1] == 2.0**32  # hysteresis 2: the first overflow is tolerated
     assert rows[1][1] == 2.0**31
 
 
-def test_megatrons_hysteresis_needs_eighteen_skips_from_2_to_the_32_to_2_to_the_15():
+def test_megatrons_hysteresis_needs_eighteen_skips_from_2_to_the_32_to_2_to_the_15() -> None:
     scaler = LossScale(2.0**32, True, 1.0, 1000, 2, 2)
     skips = 0
     while scaler.scale > 2.0**15:
@@ -63,7 +63,7 @@ def test_megatrons_hysteresis_needs_eighteen_skips_from_2_to_the_32_to_2_to_the_
     assert skips == 18
 
 
-def test_updates_equal_torch_adamw_with_clipping():
+def test_updates_equal_torch_adamw_with_clipping() -> None:
     config = tiny_config(train__global_batch_size=4)
     blueprint = draw(config, 1)
     ours = assemble(config, blueprint, context(blueprint, 0))
@@ -98,7 +98,7 @@ def test_updates_equal_torch_adamw_with_clipping():
                 )
 
 
-def test_a_non_finite_gradient_stops_with_the_parameters_name():
+def test_a_non_finite_gradient_stops_with_the_parameters_name() -> None:
     config = tiny_config()
     blueprint = draw(config, 1)
     run = assemble(config, blueprint, context(blueprint, 0))

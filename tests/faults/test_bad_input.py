@@ -189,7 +189,7 @@ def require(row: Row, folder: Path, code: int, err: str) -> None:
 
 
 @pytest.mark.parametrize("name", TRAINING)
-def test_training(name, tmp_path, monkeypatch, capsys):
+def test_training(name, tmp_path, monkeypatch, capsys) -> None:
     row = TRAINING[name]
     folder = tmp_path / "data"
     folder.mkdir()
@@ -249,7 +249,7 @@ PREPARING: dict[str, Row] = {
 
 
 @pytest.mark.parametrize("name", PREPARING)
-def test_preparing_data(name, tmp_path, monkeypatch, capsys):
+def test_preparing_data(name, tmp_path, monkeypatch, capsys) -> None:
     row = PREPARING[name]
     folder = tmp_path / "data"
     folder.mkdir()
@@ -278,7 +278,7 @@ PACKAGES = {
 
 
 @pytest.mark.parametrize("package", PACKAGES)
-def test_a_missing_package_is_named_with_its_extra(package, tmp_path, monkeypatch, capsys):
+def test_a_missing_package_is_named_with_its_extra(package, tmp_path, monkeypatch, capsys) -> None:
     words, extra = PACKAGES[package]
     lines({"text": "1 2"})(tmp_path)
     content = (tmp_path / "in.json").read_bytes()

@@ -19,7 +19,7 @@ def require(counted: Counted, least: int) -> None:
 
 
 @pytest.mark.parametrize("kind", damage.FLIPPED)
-def test_flipped_bits_are_found(tmp_path, no_fsync, kind):
+def test_flipped_bits_are_found(tmp_path, no_fsync, kind) -> None:
     counted = damage.flips(kind)(10, 2, tmp_path, print)
     require(counted, 10)
     found = sum(n for what, n in counted.outcomes.items() if what.startswith("found"))
@@ -28,24 +28,24 @@ def test_flipped_bits_are_found(tmp_path, no_fsync, kind):
 
 
 @pytest.mark.parametrize("kind", ["crafted", "pickles"])
-def test_hostile_files_are_refused(tmp_path, no_fsync, kind):
+def test_hostile_files_are_refused(tmp_path, no_fsync, kind) -> None:
     require(damage.CAMPAIGNS[kind](0, 0, tmp_path, print), 12)
 
 
-def test_a_canary_would_be_seen(tmp_path):
+def test_a_canary_would_be_seen(tmp_path) -> None:
     import pickle
 
     pickle.loads(pickle.dumps(planted.Canary(tmp_path / "canary")))
     assert (tmp_path / "canary").exists()
 
 
-def test_a_loader_that_does_not_verify_would_be_seen(tmp_path, monkeypatch):
+def test_a_loader_that_does_not_verify_would_be_seen(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr("megatron_lite.checkpoint.store.verify_files", lambda *a, **k: None)
     counted = damage.flips("weights")(20, 3, tmp_path, print)
     assert counted.wrong
 
 
-def test_a_save_that_is_not_atomic_would_be_seen(tmp_path):
+def test_a_save_that_is_not_atomic_would_be_seen(tmp_path) -> None:
     """The kill campaign's check finds a checkpoint whose tensors are another iteration's."""
     root = tmp_path / "saves"
     store = Store(root, ParallelContext.serial())
@@ -66,11 +66,11 @@ def test_a_save_that_is_not_atomic_would_be_seen(tmp_path):
     ("name", "count"),
     [("save", 12), ("load", 6), ("train", 8), ("train on two ranks", 2), ("preprocess", 10)],
 )
-def test_kills_lose_nothing(tmp_path, name, count):
+def test_kills_lose_nothing(tmp_path, name, count) -> None:
     require(kills.CAMPAIGNS[name](count, 3, tmp_path, print), count)
 
 
-def test_every_row_has_its_proof():
+def test_every_row_has_its_proof() -> None:
     assert len({row.id for row in ROWS}) == len(ROWS)
     campaigns = kills.CAMPAIGNS | damage.CAMPAIGNS
     assert {row.campaign for row in ROWS} - {""} == set(campaigns)

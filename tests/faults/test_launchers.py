@@ -35,13 +35,13 @@ LAUNCHERS: dict[str, tuple[dict[str, str | None], str | None]] = {
 @pytest.mark.parametrize(
     ("name", "text"), [("PET_NNODES", "many"), ("PET_NNODES", "1:2:3"), ("PMI_SIZE", "-2")]
 )
-def test_what_should_count_the_copies_and_is_no_number_is_refused(monkeypatch, name, text):
+def test_what_should_count_the_copies_and_is_no_number_is_refused(monkeypatch, name, text) -> None:
     set_environment(monkeypatch, {name: text})
     with pytest.raises(ConfigError, match=f"^{name}='{text}' in the environment is no number"):
         read_launch()
 
 
-def test_a_dry_run_says_what_a_start_would_refuse(monkeypatch, capsys):
+def test_a_dry_run_says_what_a_start_would_refuse(monkeypatch, capsys) -> None:
     set_environment(monkeypatch, {"SLURM_PROCID": "2", "SLURM_STEP_NUM_TASKS": "4"})
     assert pretrain_gpt.main(with_flags(WITHOUT_DATA, "--mock-data", "--dry-run")) == 0
     said = capsys.readouterr().out
@@ -52,7 +52,7 @@ def test_a_dry_run_says_what_a_start_would_refuse(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("name", LAUNCHERS)
-def test_copies_that_know_nothing_of_each_other_are_refused(monkeypatch, name):
+def test_copies_that_know_nothing_of_each_other_are_refused(monkeypatch, name) -> None:
     values, message = LAUNCHERS[name]
     for variable, _ in (*TASKS, *RANK_VARIABLES):
         monkeypatch.delenv(variable, raising=False)
@@ -100,7 +100,7 @@ WRONG_STARTS: dict[str, tuple[dict[str, str], list[str], list[str], int, str]] =
 
 
 @pytest.mark.parametrize("name", WRONG_STARTS)
-def test_a_launcher_says_at_once_what_is_wrong_here(monkeypatch, tmp_path, capsys, name):
+def test_a_launcher_says_at_once_what_is_wrong_here(monkeypatch, tmp_path, capsys, name) -> None:
     env, flags, words, code, message = WRONG_STARTS[name]
     monkeypatch.chdir(tmp_path)
     set_environment(monkeypatch, dict(env))

@@ -83,11 +83,11 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Runn
 
 
 @pytest.mark.parametrize("name", KILLED)
-def test_a_killed_rank_is_named(running, name):
+def test_a_killed_rank_is_named(running, name) -> None:
     require_named(running[name].wait(45), KILLED[name])
 
 
-def test_a_killed_rank_is_named_long_before_the_timeout():
+def test_a_killed_rank_is_named_long_before_the_timeout() -> None:
     """Its connections break: nobody waits the minutes that a silent rank may take."""
     argv = with_flags(TINY, "--distributed-timeout-minutes", "5")
     case = (2, "step3.backward:1:sigkill", [])
@@ -98,7 +98,7 @@ def test_a_killed_rank_is_named_long_before_the_timeout():
 
 
 @pytest.mark.parametrize("name", SILENT)
-def test_a_silent_rank_is_named_within_the_timeout(running, name):
+def test_a_silent_rank_is_named_within_the_timeout(running, name) -> None:
     lost, _ = fault_of(SILENT[name])
     ended = running[name].wait(45, stopped=[lost] if "stopped" in name else [])
     require_named(ended, SILENT[name])
@@ -130,7 +130,7 @@ def failing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, tupl
 
 
 @pytest.mark.parametrize("fault", FAILING)
-def test_the_first_failure_is_what_the_others_print(failing, fault):
+def test_the_first_failure_is_what_the_others_print(failing, fault) -> None:
     run, save = failing[fault]
     own_code, own_words, others_code, others_words = FAILING[fault]
     one = int(fault.split(":")[1])
@@ -146,7 +146,7 @@ def test_the_first_failure_is_what_the_others_print(failing, fault):
         assert (kept["rank"], kept["exit_code"]) == (rank.rank, code) and words in kept["fatal"]
 
 
-def test_slow_is_not_lost_and_a_stopped_run_can_go_on():
+def test_slow_is_not_lost_and_a_stopped_run_can_go_on() -> None:
     """A rank that sleeps or is stopped for less than the timeout holds nobody up for good."""
     running = start(2, TIMED, fault="step3:1:sleep2")
     running.wait_for(1, "iteration        2/")
@@ -158,7 +158,7 @@ def test_slow_is_not_lost_and_a_stopped_run_can_go_on():
     assert "FATAL" not in ended[0].err + ended[1].err
 
 
-def test_the_launcher_names_and_kills_who_still_runs():
+def test_the_launcher_names_and_kills_who_still_runs() -> None:
     running = start(2, TINY, fault="step2:1:hang")
     with pytest.raises(StillAlive, match=r"ranks \[0, 1\] still ran after 4 s"):
         running.wait(4)
@@ -179,7 +179,7 @@ SAVING = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("way", [[], ["--async-save"]])
-def test_a_save_survives_the_loss_of_any_rank_at_any_point(tmp_path, way):
+def test_a_save_survives_the_loss_of_any_rank_at_any_point(tmp_path, way) -> None:
     """The save of iteration 2 is interrupted; the run goes on from 1, or from 2 if that is whole."""
 
     def flags(save: Path) -> list[str]:

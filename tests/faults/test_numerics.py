@@ -67,7 +67,7 @@ def reports(ranks: list[Ended]) -> set[str]:
     return {re.sub(r"rank=\d+", "", rank.fatal, count=1) for rank in ranks}
 
 
-def test_a_nan_loss_on_one_rank_ends_all_with_the_same_line_and_is_printed(outcome):
+def test_a_nan_loss_on_one_rank_ends_all_with_the_same_line_and_is_printed(outcome) -> None:
     ranks, folder = outcome("loss")
     assert [rank.rc for rank in ranks] == [7] * 4, [rank.err for rank in ranks]
     (line,) = reports(ranks)
@@ -80,7 +80,7 @@ def test_a_nan_loss_on_one_rank_ends_all_with_the_same_line_and_is_printed(outco
     assert not list(folder.glob("iter_*")), "nothing may be saved after it"
 
 
-def test_a_nan_in_one_gradient_names_the_parameter_the_rank_and_the_samples(outcome):
+def test_a_nan_in_one_gradient_names_the_parameter_the_rank_and_the_samples(outcome) -> None:
     ranks, _ = outcome("gradient")
     assert [rank.rc for rank in ranks] == [7, 7]
     (line,) = reports(ranks)
@@ -88,7 +88,7 @@ def test_a_nan_in_one_gradient_names_the_parameter_the_rank_and_the_samples(outc
     assert "(of 1 there)" in line
 
 
-def test_a_skipped_step_counts_and_learns_nothing(outcome):
+def test_a_skipped_step_counts_and_learns_nothing(outcome) -> None:
     ranks, folder = outcome("skipped")
     assert [rank.rc for rank in ranks] == [0, 0], [rank.err for rank in ranks]
     assert "WARNING: iteration 3: the loss is nan" in ranks[0].err
@@ -101,7 +101,7 @@ def test_a_skipped_step_counts_and_learns_nothing(outcome):
     assert records[2].learning_rate == records[1].learning_rate > records[3].learning_rate
 
 
-def test_a_passing_fault_costs_nothing(outcome):
+def test_a_passing_fault_costs_nothing(outcome) -> None:
     hashes = {}
     for name in ("clean", "healed", "spike replayed", "skipped"):
         ranks, _ = outcome(name)
@@ -113,7 +113,7 @@ def test_a_passing_fault_costs_nothing(outcome):
     assert hashes["clean"] == hashes["healed"] == hashes["spike replayed"] != hashes["skipped"]
 
 
-def test_a_gradient_spike_is_skipped_where_asked(outcome):
+def test_a_gradient_spike_is_skipped_where_asked(outcome) -> None:
     ranks, folder = outcome("spike")
     assert [rank.rc for rank in ranks] == [0, 0], [rank.err for rank in ranks]
     assert re.search(
@@ -123,7 +123,7 @@ def test_a_gradient_spike_is_skipped_where_asked(outcome):
     assert [r.skipped_iterations for r in steps(folder)] == [0, 0, 0, 0, 1, 0]
 
 
-def test_a_flipped_bit_of_one_copy_ends_all_before_it_is_saved(outcome):
+def test_a_flipped_bit_of_one_copy_ends_all_before_it_is_saved(outcome) -> None:
     ranks, folder = outcome("drift")
     assert [rank.rc for rank in ranks] == [6, 6], [rank.err for rank in ranks]
     (line,) = reports(ranks)
@@ -133,7 +133,7 @@ def test_a_flipped_bit_of_one_copy_ends_all_before_it_is_saved(outcome):
     assert not list(folder.glob("iter_*"))
 
 
-def test_fp16_that_never_stops_overflowing_ends_with_what_overflows(outcome):
+def test_fp16_that_never_stops_overflowing_ends_with_what_overflows(outcome) -> None:
     ranks, folder = outcome("fp16")
     assert [rank.rc for rank in ranks] == [7, 7], [rank.err for rank in ranks]
     (line,) = reports(ranks)
@@ -145,7 +145,7 @@ def test_fp16_that_never_stops_overflowing_ends_with_what_overflows(outcome):
     assert len({r.learning_rate for r in records}) == 1 and records[-1].samples == 24
 
 
-def test_weights_that_are_not_finite_are_not_saved_and_the_older_checkpoint_stays(outcome):
+def test_weights_that_are_not_finite_are_not_saved_and_the_older_checkpoint_stays(outcome) -> None:
     ranks, folder = outcome("poisoned")
     assert [rank.rc for rank in ranks] == [7, 7], "guards were off, the save looks all the same"
     (line,) = reports(ranks)

@@ -16,7 +16,7 @@ SHORT = with_flags(TINY, "--distributed-timeout-minutes", "0.05")  # 3 s
 
 
 @pytest.mark.ci
-def test_others_wait_for_work_that_is_longer_than_the_timeout_and_not_for_a_hang():
+def test_others_wait_for_work_that_is_longer_than_the_timeout_and_not_for_a_hang() -> None:
     works = start(2, SHORT, fault="data:0:busy6")
     hangs = start(2, SHORT, fault="data:0:hang")
     ended = works.wait(90)
@@ -28,7 +28,7 @@ def test_others_wait_for_work_that_is_longer_than_the_timeout_and_not_for_a_hang
 
 
 @pytest.mark.slow
-def test_ranks_wait_likewise_for_a_tokenizer_and_for_a_checkpoint_to_be_verified(tmp_path):
+def test_ranks_wait_likewise_for_a_tokenizer_and_for_a_checkpoint_to_be_verified(tmp_path) -> None:
     argv = with_flags(SHORT, "--train-iters", "1", "--save", str(tmp_path))
     ended = launch(2, argv, fault="tokenizer:1:busy4", deadline=90)
     assert [rank.rc for rank in ended] == [0, 0], ended[0].err
@@ -38,7 +38,7 @@ def test_ranks_wait_likewise_for_a_tokenizer_and_for_a_checkpoint_to_be_verified
     assert "successfully loaded checkpoint" in ended[0].out
 
 
-def test_verification_counts_as_work_and_says_how_far_it_is(tmp_path):
+def test_verification_counts_as_work_and_says_how_far_it_is(tmp_path) -> None:
     content = {"weights-00000.safetensors": b"a" * 3_000_000, "weights-00001.safetensors": b"b"}
     for name, data in content.items():
         (tmp_path / name).write_bytes(data)
@@ -50,12 +50,12 @@ def test_verification_counts_as_work_and_says_how_far_it_is(tmp_path):
     assert len(ticks) == 2 and ticks[-1] == ", 3 of 3 MB verified"
 
 
-def test_a_rank_that_dies_at_it_is_named():
+def test_a_rank_that_dies_at_it_is_named() -> None:
     ended = launch(2, SHORT, fault="data:0:sigkill", deadline=60)
     assert ended[1].rc == 6 and "rank 0" in ended[1].fatal
 
 
-def test_the_one_that_works_says_so(monkeypatch):
+def test_the_one_that_works_says_so(monkeypatch) -> None:
     work = iter([0, 5])
     told_twice = threading.Event()
     said: list[str] = []

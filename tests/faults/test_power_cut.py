@@ -34,7 +34,7 @@ def attic(folder: Path) -> Path:
 @pytest.mark.parametrize(
     "case", [pytest.param(c, marks=() if c == "keep last" else pytest.mark.ci) for c in CASES]
 )
-def test_a_save_leaves_the_old_or_the_new_checkpoint(tmp_path, case):
+def test_a_save_leaves_the_old_or_the_new_checkpoint(tmp_path, case) -> None:
     iteration, keep_last = CASES[case]
     save(tmp_path / "old", OLD, 1, Disk())
     recorded = RecordingDisk()
@@ -57,7 +57,7 @@ def test_a_save_leaves_the_old_or_the_new_checkpoint(tmp_path, case):
     assert found == {OLD, NEW}
 
 
-def test_the_simulation_loses_what_was_not_synced(tmp_path):
+def test_the_simulation_loses_what_was_not_synced(tmp_path) -> None:
     """A pointer written without fsync, as peers do, is torn or empty under some seed; ours never."""
     outcomes = set()
     for seed in range(40):
@@ -79,7 +79,7 @@ def test_the_simulation_loses_what_was_not_synced(tmp_path):
     assert {b"1111111\n", b"2222222\n", b""} < careless
 
 
-def test_a_preprocessing_leaves_nothing_or_whole_pairs_and_is_resumed(tmp_path):
+def test_a_preprocessing_leaves_nothing_or_whole_pairs_and_is_resumed(tmp_path) -> None:
     source = numbers(tmp_path / "a.jsonl", 4)
 
     recorded = RecordingDisk()
@@ -100,7 +100,7 @@ def test_a_preprocessing_leaves_nothing_or_whole_pairs_and_is_resumed(tmp_path):
 
 
 @pytest.mark.parametrize("before", [False, True], ids=["fresh", "beside another"])
-def test_an_index_cache_is_found_whole_or_built_anew(tmp_path, before):
+def test_an_index_cache_is_found_whole_or_built_anew(tmp_path, before) -> None:
     def build(folder: Path, disk: Disk) -> None:
         kept = build_or_load(folder, {"seed": 1}, arrays, disk, verify=True)
         for name, values in arrays():

@@ -61,7 +61,7 @@ def at_every_operation(
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("tear", [False, True], ids=["", "torn"])
 @pytest.mark.parametrize("way", [save, save_beside])
-def test_after_a_crash_the_old_or_the_new_checkpoint_loads(old, tmp_path, case, tear, way):
+def test_after_a_crash_the_old_or_the_new_checkpoint_loads(old, tmp_path, case, tear, way) -> None:
     found = at_every_operation(
         old, tmp_path, case, lambda k: FaultyDisk(fail_at=k, crash="raise", tear=tear),
         SimulatedCrash, way,
@@ -82,7 +82,7 @@ def test_after_a_crash_the_old_or_the_new_checkpoint_loads(old, tmp_path, case, 
 @pytest.mark.parametrize("way", [save, save_beside])
 def test_a_disk_that_fails_is_a_storage_error_and_the_old_one_stays(
     old, tmp_path, case, number, way
-):
+) -> None:
     found = at_every_operation(
         old, tmp_path, case,
         lambda k: FaultyDisk(fail_at=k, error=number, tear=True, lasting=number == errno.ENOSPC),
@@ -95,7 +95,7 @@ def test_a_disk_that_fails_is_a_storage_error_and_the_old_one_stays(
         assert left == [] or kind.startswith("remove"), (kind, seed, left)
 
 
-def test_every_file_is_on_the_device_before_the_rename_that_shows_it(old, tmp_path):
+def test_every_file_is_on_the_device_before_the_rename_that_shows_it(old, tmp_path) -> None:
     """What a power cut may lose is then never visible: writes before the fsync of their file only."""
     disk = RecordingDisk()
     save(tmp_path, NEW, 2, disk)

@@ -59,14 +59,14 @@ ENVIRONMENTS: dict[str, tuple[dict[str, str | None], str]] = {
 
 
 @pytest.mark.parametrize("name", ENVIRONMENTS)
-def test_a_wrong_environment_is_a_usage_error(monkeypatch, name):
+def test_a_wrong_environment_is_a_usage_error(monkeypatch, name) -> None:
     change, message = ENVIRONMENTS[name]
     set_environment(monkeypatch, TORCHRUN | change)
     with pytest.raises(ConfigError, match=message):
         read_launch()
 
 
-def test_the_environment_of_torchrun_is_read(monkeypatch):
+def test_the_environment_of_torchrun_is_read(monkeypatch) -> None:
     more = {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "3"}
     set_environment(monkeypatch, TORCHRUN | more | {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"})
     read = read_launch()
@@ -90,12 +90,12 @@ WRONG_FAULTS = {
 
 
 @pytest.mark.parametrize("text", WRONG_FAULTS)
-def test_a_fault_that_does_not_exist_is_a_usage_error(text):
+def test_a_fault_that_does_not_exist_is_a_usage_error(text) -> None:
     with pytest.raises(ConfigError, match=re.escape(WRONG_FAULTS[text])):
         read_fault(text, 0, 2)
 
 
-def test_a_fault_is_for_one_rank_and_without_one_nothing_is_installed():
+def test_a_fault_is_for_one_rank_and_without_one_nothing_is_installed() -> None:
     assert read_fault("step3.forward:1:sleep0.5", 1, 2) == Fault("forward", 3, "sleep0.5")
     assert read_fault("save.begin:0:sigkill", 0, 2) == Fault("save.begin", None, "sigkill")
     assert isinstance(read_fault("step3.forward:1:hang", 0, 2), NoFaults)
@@ -110,7 +110,7 @@ def fatal(ended: list[Ended], code: int) -> str:
     return "".join(rank.fatal for rank in ended)
 
 
-def test_ranks_that_disagree_are_told_in_what():
+def test_ranks_that_disagree_are_told_in_what() -> None:
     def argv(rank: int) -> list[str]:
         return [*TINY, "--seed", str(7 + rank), *(["--bf16"] if rank else [])]
 
@@ -120,7 +120,7 @@ def test_ranks_that_disagree_are_told_in_what():
     assert "train.micro_batch_size" not in said and "give every rank the same" in said
 
 
-def test_ranks_with_other_tokenizer_files_are_told_so(tmp_path):
+def test_ranks_with_other_tokenizer_files_are_told_so(tmp_path) -> None:
     """As many ids, two of them exchanged: nothing else could notice."""
     ids = {name: number for number, name in enumerate([*byte_characters(), "<|endoftext|>"])}
     for rank, (a, b) in enumerate([("a", "b"), ("b", "a")]):
@@ -141,7 +141,7 @@ def test_ranks_with_other_tokenizer_files_are_told_so(tmp_path):
     assert found and found[1] != found[2], said
 
 
-def test_another_version_of_the_code_is_another_fact(tmp_path, monkeypatch):
+def test_another_version_of_the_code_is_another_fact(tmp_path, monkeypatch) -> None:
     """A node with an older checkout: the hash of the package is compared like every flag."""
     own = alike.facts(RunConfig(), alike.TokenizerFacts(61, None))
     package = Path(alike.__file__).parents[1]
@@ -155,13 +155,13 @@ def test_another_version_of_the_code_is_another_fact(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("only", [0, 1])
-def test_a_world_that_never_completes_names_who_is_missing(only):
+def test_a_world_that_never_completes_names_who_is_missing(only) -> None:
     said = fatal(launch(2, QUICK, only=[only], deadline=30), 6)
     missing = "1 of 2 ranks came, missing: rank 1" if only == 0 else "rank 0, .* is missing"
     assert re.search(missing, said) and "within 0.05 minutes" in said and "MASTER_ADDR" in said
 
 
-def test_two_processes_with_one_rank_and_a_port_in_use_are_named():
+def test_two_processes_with_one_rank_and_a_port_in_use_are_named() -> None:
     def env(rank: int) -> dict[str, str | None]:
         return {"RANK": "1"} if rank == 2 else {}
 
@@ -179,7 +179,7 @@ def test_two_processes_with_one_rank_and_a_port_in_use_are_named():
     assert f"port {port}" in said and "choose another MASTER_PORT" in said
 
 
-def test_a_launcher_names_the_hosts_that_do_not_come_and_two_that_are_the_same():
+def test_a_launcher_names_the_hosts_that_do_not_come_and_two_that_are_the_same() -> None:
     here = Launch(0, 3, host="127.0.0.1", port=free_port(), noun="host")
     with pytest.raises(DistributedError, match=r"1 of 3 hosts came, missing: host 1, 2 - start"):
         gather_hosts(here, 0.3)
@@ -196,7 +196,7 @@ def test_a_launcher_names_the_hosts_that_do_not_come_and_two_that_are_the_same()
     assert isinstance(twins, ConfigError) and "two launchers say they are host 1" in str(twins)
 
 
-def test_what_a_launcher_waits_for_is_said_at_once_and_again(monkeypatch, capsys):
+def test_what_a_launcher_waits_for_is_said_at_once_and_again(monkeypatch, capsys) -> None:
     monkeypatch.setattr(reminder, "SECONDS", 0.4)
     here = Launch(0, 9, host="127.0.0.1", port=free_port(), noun="host")
     with ThreadPoolExecutor(2) as threads:
@@ -216,7 +216,7 @@ def test_what_a_launcher_waits_for_is_said_at_once_and_again(monkeypatch, capsys
     assert "host 1 waits at" in (said := capsys.readouterr().out) and "nobody answers" in said
 
 
-def test_ranks_are_waited_for_in_silence_at_first(capsys):
+def test_ranks_are_waited_for_in_silence_at_first(capsys) -> None:
     quiet = reminder.Reminder("rank", 0, 4, "node0:1", 600.0, after=5.0)
     quiet.missing(lambda: [1])
     reminder.Reminder("rank", 1, 4, "node0:1", 600.0, silent=True).missing(lambda: [0])
@@ -225,14 +225,14 @@ def test_ranks_are_waited_for_in_silence_at_first(capsys):
     assert "ranks present: 0, 2; missing: 1, 3" in capsys.readouterr().out
 
 
-def test_files_that_are_not_here_are_told_before_anybody_is_waited_for(tmp_path):
+def test_files_that_are_not_here_are_told_before_anybody_is_waited_for(tmp_path) -> None:
     """One rank of two: the other never comes."""
     gone = with_flags(WITHOUT_DATA, "--data-path", str(tmp_path / "text"), "--vocab-size", "61")
     said = fatal(launch(2, gone, only=[0], deadline=30), 3)
     assert f"data {tmp_path}/text.idx" in said and f"data {tmp_path}/text.bin" in said
 
 
-def test_a_signal_while_waiting_for_the_others_ends_at_once():
+def test_a_signal_while_waiting_for_the_others_ends_at_once() -> None:
     running = start(2, TINY, only=[0])
     with running:
         port = int(_listening(running.processes[0].pid))
@@ -296,7 +296,7 @@ class SmallDisk(Disk):
         return 1000
 
 
-def test_no_room_for_one_checkpoint_is_found_at_the_start(tmp_path):
+def test_no_room_for_one_checkpoint_is_found_at_the_start(tmp_path) -> None:
     store = Store(tmp_path / "run", ParallelContext.serial(), SmallDisk())
     with pytest.raises(StorageError, match=r"has 1000 bytes free, .* needs (\d+) bytes") as caught:
         store.prepare(snapshot(store, 1, 1))
@@ -328,7 +328,7 @@ def in_a_mount(folder: Path, size: str, *, read_only: bool) -> subprocess.Comple
 
 
 @pytest.mark.root
-def test_a_full_file_system_is_found_at_the_start(tmp_path):
+def test_a_full_file_system_is_found_at_the_start(tmp_path) -> None:
     done = in_a_mount(tmp_path / "small", "1m", read_only=False)
     assert done.returncode == 5, done.stderr
     needed = re.search(r"FATAL\[5\] rank=0 step=-: (\S+) has (\d+) bytes free, but a checkpoint "
@@ -338,7 +338,7 @@ def test_a_full_file_system_is_found_at_the_start(tmp_path):
 
 
 @pytest.mark.root
-def test_a_read_only_file_system_is_found_at_the_start(tmp_path):
+def test_a_read_only_file_system_is_found_at_the_start(tmp_path) -> None:
     done = in_a_mount(tmp_path / "fixed", "1m", read_only=True)
     assert done.returncode == 5, done.stderr
     assert "FATAL[5] rank=0 step=-:" in done.stderr and str(tmp_path / "fixed") in done.stderr
@@ -346,6 +346,6 @@ def test_a_read_only_file_system_is_found_at_the_start(tmp_path):
     assert "iteration        1/" not in done.stdout and "Traceback" not in done.stderr
 
 
-def test_the_port_helper_gives_free_ports():
+def test_the_port_helper_gives_free_ports() -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", free_port()))

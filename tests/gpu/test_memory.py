@@ -34,7 +34,7 @@ ND = "--hidden-dropout 0 --attention-dropout 0"
         f"{ND} --swiglu --normalization RMSNorm --position-embedding-type rope",
     ],
 )
-def test_the_plan_is_within_a_tenth_of_what_a_gpu_allocates(flags):
+def test_the_plan_is_within_a_tenth_of_what_a_gpu_allocates(flags) -> None:
     config = parse(f"{MODEL} {flags}".split()).config
     blueprint = draw_up(config, 1)
     torch.cuda.empty_cache()

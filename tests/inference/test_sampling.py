@@ -24,7 +24,7 @@ def logits_of(*probabilities: float) -> torch.Tensor:
     return torch.tensor([probabilities]).log()
 
 
-def test_temperature_zero_is_argmax_and_draws_nothing():
+def test_temperature_zero_is_argmax_and_draws_nothing() -> None:
     generator = torch.Generator().manual_seed(1)
     before = generator.get_state()
     logits = torch.tensor([[1.0, 3.0, 2.0], [5.0, 0.0, 4.0]])
@@ -35,7 +35,7 @@ def test_temperature_zero_is_argmax_and_draws_nothing():
     assert torch.equal(generator.get_state(), before)
 
 
-def test_top_k_keeps_exactly_k_also_among_equals():
+def test_top_k_keeps_exactly_k_also_among_equals() -> None:
     assert keep_top_k(torch.tensor([[1.0, 4.0, 3.0, 2.0]]), 2).tolist() == [[OUT, 4.0, 3.0, OUT]]
     assert keep_top_k(torch.zeros(1, 5), 3).isfinite().sum() == 3
 
@@ -51,14 +51,14 @@ def test_top_k_keeps_exactly_k_also_among_equals():
         (0.99, [True, True, True, True]),
     ],
 )
-def test_top_p_keeps_the_fewest_that_hold_p(p: float, kept: list[bool]):
+def test_top_p_keeps_the_fewest_that_hold_p(p: float, kept: list[bool]) -> None:
     logits = logits_of(0.15, 0.5, 0.3, 0.05)
     left = keep_top_p(logits, p)
     assert left.isfinite().tolist() == [kept]
     assert torch.equal(left[left.isfinite()], logits[left.isfinite()])
 
 
-def test_repetition_penalty_counts_a_token_once_and_knows_the_sign():
+def test_repetition_penalty_counts_a_token_once_and_knows_the_sign() -> None:
     logits = torch.tensor([[2.0, -2.0, 4.0, 0.0], [1.0, 1.0, 1.0, 1.0]])
     tokens = torch.tensor([[0, 1, 0, 0], [3, 3, 3, 3]])
     penalized = penalize_repetition(logits, tokens, 2.0)
@@ -66,7 +66,7 @@ def test_repetition_penalty_counts_a_token_once_and_knows_the_sign():
     assert logits[0, 0] == 2.0
 
 
-def test_repetition_penalty_acts_on_the_likeliest_token_too():
+def test_repetition_penalty_acts_on_the_likeliest_token_too() -> None:
     logits = torch.tensor([[3.0, 2.0]])
     seen = torch.tensor([[0]])
     assert sample(logits, seen, temperature=0.0).item() == 0
@@ -83,7 +83,7 @@ def test_repetition_penalty_acts_on_the_likeliest_token_too():
         ({"top_k": 3, "top_p": 0.5}, [0.0, 4 / 7, 0.0, 3 / 7]),
     ],
 )
-def test_draws_follow_the_filtered_distribution(settings, expected):
+def test_draws_follow_the_filtered_distribution(settings, expected) -> None:
     count = 20_000
     logits = logits_of(0.1, 0.4, 0.2, 0.3).expand(count, 4)
     generator = torch.Generator().manual_seed(7)
@@ -94,7 +94,7 @@ def test_draws_follow_the_filtered_distribution(settings, expected):
     assert share[torch.tensor(expected) == 0].sum() == 0
 
 
-def test_equal_generators_draw_equally():
+def test_equal_generators_draw_equally() -> None:
     logits = torch.randn(50, 100, generator=torch.Generator().manual_seed(0))
     tokens = torch.zeros(50, 1, dtype=torch.int64)
     drawn = [
@@ -116,7 +116,7 @@ def test_equal_generators_draw_equally():
         ({"top_p": 0.0, "top_k": -1}, "2 problems"),
     ],
 )
-def test_a_value_out_of_range_names_its_flag(settings, words):
+def test_a_value_out_of_range_names_its_flag(settings, words) -> None:
     with pytest.raises(ConfigError) as caught:
         sample(torch.zeros(1, 3), NONE, **settings)
     assert words in str(caught.value)

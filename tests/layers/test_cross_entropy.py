@@ -23,7 +23,7 @@ def reference(padded):
     return logits, labels, upstream, loss.view(5, 3).detach(), x.grad
 
 
-def local(rank, ranks, padded):
+def local(rank, ranks, padded) -> bool:
     logits, labels, upstream, loss, gradient = reference(padded)
     columns = slice(rank * padded // ranks, (rank + 1) * padded // ranks)
     x = logits[..., columns].clone().requires_grad_(True)
@@ -36,12 +36,12 @@ def local(rank, ranks, padded):
 
 
 @pytest.mark.parametrize(("ranks", "padded"), [(1, 17), (1, 32), (2, 20), (4, 32), (3, 60)])
-def test_equals_torch(ranks, padded):
+def test_equals_torch(ranks, padded) -> None:
     """With 3 ranks and 60 columns the last rank holds nothing but padding."""
     assert spawn(local, ranks, padded) == [True] * ranks
 
 
-def test_low_precision_logits_are_summed_in_fp32():
+def test_low_precision_logits_are_summed_in_fp32() -> None:
     logits = torch.randn(4, 2, VOCAB, dtype=torch.bfloat16)
     labels = torch.randint(0, VOCAB, (4, 2))
     ours = cross_entropy(logits, labels, Axis("tp"), VOCAB)
@@ -49,7 +49,7 @@ def test_low_precision_logits_are_summed_in_fp32():
     torch.testing.assert_close(ours.flatten(), theirs)
 
 
-def nothing_but_padding(rank, ranks, padded, dtype):
+def nothing_but_padding(rank, ranks, padded, dtype) -> None:
     logits, labels, upstream, _, _ = reference(padded)
     columns = slice(rank * padded // ranks, (rank + 1) * padded // ranks)
     x = logits[..., columns].to(dtype).requires_grad_(True)
@@ -64,5 +64,5 @@ def nothing_but_padding(rank, ranks, padded, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_a_rank_with_nothing_but_padding_is_finite_in_16_bits(dtype):
+def test_a_rank_with_nothing_but_padding_is_finite_in_16_bits(dtype) -> None:
     spawn(nothing_but_padding, 3, 60, dtype)

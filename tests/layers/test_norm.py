@@ -56,7 +56,7 @@ def drawn():
 
 
 @pytest.mark.parametrize("kind", ["LayerNorm", "RMSNorm"])
-def test_a_norm_is_its_formula(kind):
+def test_a_norm_is_its_formula(kind) -> None:
     x, weight, bias, dy = drawn()
     module = norm_of(kind)
     x, weight, bias, dy = (t.float().double() for t in (x, weight, bias, dy))
@@ -79,7 +79,7 @@ def test_a_norm_is_its_formula(kind):
         assert rows.max() < 5e-6, (name, rows)
 
 
-def test_the_formulas_differ_where_they_should():
+def test_the_formulas_differ_where_they_should() -> None:
     """LayerNorm forgets an offset and a size; RMSNorm only a size."""
     x = torch.randn(4, 2, H, generator=torch.Generator().manual_seed(0))
     layer, rms = norm_of("LayerNorm"), norm_of("RMSNorm")
@@ -92,7 +92,7 @@ def test_the_formulas_differ_where_they_should():
 
 
 @pytest.mark.parametrize("kind", ["LayerNorm", "RMSNorm"])
-def test_bf16_statistics_are_computed_in_fp32(kind):
+def test_bf16_statistics_are_computed_in_fp32(kind) -> None:
     """Only the result is rounded: mean and variance from bf16 sums would be off by percents."""
     model = norm_of(kind, PrecisionConfig(bf16=True))
     x, weight, bias, _ = (t.bfloat16() for t in drawn())

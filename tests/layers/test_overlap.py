@@ -99,13 +99,13 @@ def order(rank: int, ranks: int, sequence_parallel: bool, postponed: bool) -> li
     return seen
 
 
-def test_the_input_gradients_all_reduce_runs_under_the_weight_gradient():
+def test_the_input_gradients_all_reduce_runs_under_the_weight_gradient() -> None:
     for (backward,) in spawn(order, 2, False, False):
         down, up = ["product", "dw"], ["product", "reduce begun", "dw", "reduce awaited"]
         assert backward == down + up
 
 
-def test_with_sequence_parallelism_both_collectives_of_a_column_run_under_a_product():
+def test_with_sequence_parallelism_both_collectives_of_a_column_run_under_a_product() -> None:
     for (backward,) in spawn(order, 2, True, False):
         assert backward == [
             # down: the gradient of its output comes as slices
@@ -115,7 +115,7 @@ def test_with_sequence_parallelism_both_collectives_of_a_column_run_under_a_prod
         ]  # fmt: skip
 
 
-def test_a_postponed_products_gathers_run_under_the_product_before():
+def test_a_postponed_products_gathers_run_under_the_product_before() -> None:
     for backward, later in spawn(order, 2, True, True):
         assert backward == [
             "gather begun", "gather awaited", "product",  # down, no product of weights
@@ -150,7 +150,7 @@ class Seen(TorchDispatchMode):
     ],
     ids=["fp32", "bf16"],
 )
-def test_a_weight_gradient_is_added_straight_to_the_fp32_accumulator(precision, expected):
+def test_a_weight_gradient_is_added_straight_to_the_fp32_accumulator(precision, expected) -> None:
     model = ModelConfig(hidden_size=H, num_attention_heads=2, num_layers=1, seq_length=S)
     context = StageContext(
         model, ParallelContext.serial(), padded_vocab_size=16, vocab_size=16, precision=precision

@@ -34,7 +34,7 @@ def made(tp=1, rank=0, seed=3):
     }, model
 
 
-def test_every_tensor_has_gpt2s_distribution():
+def test_every_tensor_has_gpt2s_distribution() -> None:
     """N(0, std); the two projections into the stream of each layer std / sqrt(2 layers)."""
     tensors, model = made()
     for name, (tensor, _) in tensors.items():
@@ -53,7 +53,7 @@ def test_every_tensor_has_gpt2s_distribution():
     assert not model.embedding.tokens.weight[500:].any(), "padding rows are zero"
 
 
-def test_no_two_tensors_are_alike():
+def test_no_two_tensors_are_alike() -> None:
     tensors, _ = made()
     drawn = [t.flatten()[:2000] for n, (t, _) in tensors.items() if t.dim() == 2]
     correlation = torch.corrcoef(torch.stack([t[:2000] for t in drawn])) - torch.eye(len(drawn))
@@ -61,7 +61,7 @@ def test_no_two_tensors_are_alike():
 
 
 @pytest.mark.parametrize("tp", [2, 4])
-def test_a_tp_rank_has_its_slice_of_the_same_weights(tp):
+def test_a_tp_rank_has_its_slice_of_the_same_weights(tp) -> None:
     whole, _ = made()
     for rank in range(tp):
         for name, (part, offset) in made(tp, rank)[0].items():
@@ -69,7 +69,7 @@ def test_a_tp_rank_has_its_slice_of_the_same_weights(tp):
             assert torch.equal(part, whole[name][0][box]), name
 
 
-def test_another_seed_gives_other_weights():
+def test_another_seed_gives_other_weights() -> None:
     one, two = made(seed=1)[0], made(seed=2)[0]
     for name, (tensor, _) in one.items():
         if tensor.dim() == 2:

@@ -58,7 +58,7 @@ def trained(run, config, blueprint, steps, first=0):
     return losses
 
 
-def test_it_computes_as_fp32_weights_that_are_rounded_before_each_step():
+def test_it_computes_as_fp32_weights_that_are_rounded_before_each_step() -> None:
     """Bit by bit: the reference rounds by hand, and gives the optimizer the exact values back."""
     config, blueprint, run = made()
     _, plain, reference = made(storage=None)
@@ -93,7 +93,7 @@ def test_it_computes_as_fp32_weights_that_are_rounded_before_each_step():
     )
 
 
-def test_a_checkpoint_of_it_resumes_bit_for_bit_and_loads_into_a_plain_run(tmp_path):
+def test_a_checkpoint_of_it_resumes_bit_for_bit_and_loads_into_a_plain_run(tmp_path) -> None:
     config, blueprint, run = made()
     trained(run, config, blueprint, 2)
     store, progress = Store(tmp_path, run.ctx), Progress(2, 8, lr_samples=8, optimizer_steps=2)
@@ -118,7 +118,7 @@ def test_a_checkpoint_of_it_resumes_bit_for_bit_and_loads_into_a_plain_run(tmp_p
     assert trained(again, config, blueprint, 2, 2) == trained(run, config, blueprint, 2, 2)
 
 
-def test_the_plan_counts_what_is_stored():
+def test_the_plan_counts_what_is_stored() -> None:
     config = tiny_config(**SMALL)
     blueprint = stored(draw(config, 1), "fp16")
     asked = PlanInputs(
@@ -141,7 +141,7 @@ def shared(rank, ranks, changes):
 
 
 @pytest.mark.ci
-def test_two_ranks_that_share_the_state_train_it_alike():
+def test_two_ranks_that_share_the_state_train_it_alike() -> None:
     """Buckets of one number format each, gathered in it."""
     ((alone, _),) = spawn(shared, 1, {})
     zero = {ZERO: True, "parallel__ddp_bucket_size": 3000}

@@ -34,7 +34,7 @@ def late(optim, tensor):
 
 
 @pytest.fixture(autouse=True)
-def known(monkeypatch):
+def known(monkeypatch) -> None:
     monkeypatch.setitem(OPTIMIZERS, "late", late)
 
 
@@ -60,7 +60,7 @@ def trained(updates, **changes):
     return seen
 
 
-def test_frozen_tensors_stand_still_and_begin_with_a_first_step_of_their_own():
+def test_frozen_tensors_stand_still_and_begin_with_a_first_step_of_their_own() -> None:
     plain = trained(1, optim__optimizer="adam")
     seen = trained(4, telemetry__log_num_zeros_in_grad=True)
     for name in BEGINS:
@@ -83,7 +83,7 @@ def test_frozen_tensors_stand_still_and_begin_with_a_first_step_of_their_own():
     assert seen[0][3].num_zeros < seen[0][2][TABLE].numel()
 
 
-def test_what_is_recomputed_above_a_frozen_table_has_its_gradients():
+def test_what_is_recomputed_above_a_frozen_table_has_its_gradients() -> None:
     small = {"model__num_layers": 2, "train__global_batch_size": 2}
     for (norm, squares, _, _), (again, others, _, _) in zip(
         trained(1, **small), trained(1, **small | FULL), strict=True
@@ -111,7 +111,7 @@ def late_loaded(rank, ranks, *arguments):
         pytest.param({PP: 2}, id="pp2", marks=pytest.mark.slow),
     ],
 )
-def test_every_layout_thaws_at_the_same_step_also_after_a_resume(tmp_path, changes):
+def test_every_layout_thaws_at_the_same_step_also_after_a_resume(tmp_path, changes) -> None:
     """Saved by two ranks one update before the change, taken up by them and by one."""
     folder, same, alone = (str(tmp_path / name) for name in ("saved", "same", "alone"))
     went_on = spawn(late_saved, 2, LATE | changes, folder, 1, 3)
@@ -143,6 +143,6 @@ def begun_early(rank, ranks):
 
 
 @pytest.mark.ci
-def test_no_bucket_waits_for_the_gradient_of_a_frozen_parameter():
+def test_no_bucket_waits_for_the_gradient_of_a_frozen_parameter() -> None:
     for counts in spawn(begun_early, 2):
         assert all(number == begun and number > 3 for number, begun in counts)

@@ -33,7 +33,7 @@ TOY = {"optim__optimizer": "toy", "model__vocab_size": 64}
 
 
 @pytest.fixture
-def toy(monkeypatch):
+def toy(monkeypatch) -> None:
     """--optimizer toy, in this process, until the test ends."""
     optimizers, rules = dict(OPTIMIZERS), dict(RULES)
     toys.install(optimizers, rules)
@@ -61,7 +61,7 @@ def weights_after_a_step(**changes):
     }
 
 
-def test_each_kind_is_updated_by_its_own_rule_as_if_all_were(toy):
+def test_each_kind_is_updated_by_its_own_rule_as_if_all_were(toy) -> None:
     """From the same weights and gradient; decay and both learning rates are each tensor's own."""
     mixed, adam, sgd = (
         weights_after_a_step(**TOY | {"optim__optimizer": name}) for name in ("toy", "adam", "sgd")
@@ -77,7 +77,7 @@ def test_each_kind_is_updated_by_its_own_rule_as_if_all_were(toy):
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "sgd", "toy"])
-def test_a_rule_uses_the_states_that_its_row_names(optimizer, toy):
+def test_a_rule_uses_the_states_that_its_row_names(optimizer, toy) -> None:
     optim = OptimConfig(optimizer=optimizer)
     for kind, shape in (("weight", (5, 3)), ("embedding", (7, 2)), ("norm", (4,)), ("bias", (6,))):
         how = treatment(optim, Tensor("a", shape, kind))
@@ -90,7 +90,7 @@ def test_a_rule_uses_the_states_that_its_row_names(optimizer, toy):
         assert all(tensor.abs().min() > 0 for tensor in state.values()), "kept and not used"
 
 
-def test_the_state_hash_sees_every_state(toy):
+def test_the_state_hash_sees_every_state(toy) -> None:
     run = after_a_step(**TOY | {"model__num_layers": 1})
     hashes = {state_hash(run)}
     for piece in run.engine.state(owned=False):
@@ -99,7 +99,9 @@ def test_the_state_hash_sees_every_state(toy):
     assert len(hashes) == 1 + len(list(run.engine.state(owned=False))) > 20
 
 
-def test_a_checkpoint_that_lacks_the_states_of_some_kinds_is_refused_with_the_first(toy, tmp_path):
+def test_a_checkpoint_that_lacks_the_states_of_some_kinds_is_refused_with_the_first(
+    toy, tmp_path
+) -> None:
     """Whatever this rank itself holds of them."""
     changes = TOY | {"model__num_layers": 1}
     run = after_a_step(**changes | {"optim__optimizer": "adam"})
@@ -117,7 +119,7 @@ def test_a_checkpoint_that_lacks_the_states_of_some_kinds_is_refused_with_the_fi
     assert "momentum.blocks.0.attention_norm.weight first" in said and "--no-load-optim" in said
 
 
-def test_sgd_without_momentum_keeps_nothing():
+def test_sgd_without_momentum_keeps_nothing() -> None:
     config = tiny_config(optim__optimizer="sgd", optim__sgd_momentum=0.0)
     assert draw(config, 1).rank_states(0) == 0
 
@@ -132,7 +134,7 @@ def test_sgd_without_momentum_keeps_nothing():
         (1, {"optim__optimizer": "sgd"}),
     ],
 )
-def test_the_plan_counts_the_states_that_are_there(ranks, changes, toy):
+def test_the_plan_counts_the_states_that_are_there(ranks, changes, toy) -> None:
     """Element by element, over the ranks that share them."""
     config = tiny_config(**TOY | changes)
     blueprint = draw(config, ranks)
@@ -152,7 +154,7 @@ def test_the_plan_counts_the_states_that_are_there(ranks, changes, toy):
         assert planned[pp].kinds["moments"] == pytest.approx(4 * sum(held) / grid.dp)
 
 
-def test_a_state_that_tp_would_cut_is_refused_with_the_way_out(toy):
+def test_a_state_that_tp_would_cut_is_refused_with_the_way_out(toy) -> None:
     with pytest.raises(
         ConfigError, match=r"needs all of its 32 rows.*--tensor-model-parallel"
     ) as e:
@@ -182,7 +184,9 @@ def toy_loaded(rank, ranks, *arguments):
         ),
     ],
 )
-def test_three_rules_resume_in_any_layout_and_bit_for_bit_in_their_own(tmp_path, saved, loaded):
+def test_three_rules_resume_in_any_layout_and_bit_for_bit_in_their_own(
+    tmp_path, saved, loaded
+) -> None:
     folder, other, same = (str(tmp_path / name) for name in ("saved", "other", "same"))
     (ranks, changes), (others, elsewhere) = saved, loaded
     went_on = spawn(toy_saved, ranks, TOY | changes, folder, 2, 2)
@@ -195,7 +199,7 @@ def test_three_rules_resume_in_any_layout_and_bit_for_bit_in_their_own(tmp_path,
     assert names >= {"row", "column", "mean", "exp_avg", "exp_avg_sq", "momentum"}
 
 
-def test_layouts_agree_on_what_a_state_has(toy):
+def test_layouts_agree_on_what_a_state_has(toy) -> None:
     """Names, shapes and places of all states tile each global tensor, whoever shares them."""
     config = tiny_config(**TOY | {PP: 2, ZERO: True})
     blueprint = draw(config, 4)

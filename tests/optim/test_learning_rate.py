@@ -49,11 +49,11 @@ def gpt3() -> LearningRateSchedule:
         (500000, "6.000000E-06"),
     ],
 )
-def test_175b_run_has_megatrons_learning_rates(iteration: int, printed: str):
+def test_175b_run_has_megatrons_learning_rates(iteration: int, printed: str) -> None:
     assert f"{gpt3().at(iteration * BATCH):.6E}" == printed
 
 
-def test_175b_run_has_megatrons_counters():
+def test_175b_run_has_megatrons_counters() -> None:
     assert gpt3().warmup_samples == 660_480
     assert gpt3().decay_samples == 660_480_000
 
@@ -73,7 +73,7 @@ RECORDED = {
 
 
 @pytest.mark.parametrize(("styles", "expected"), list(RECORDED.items()))
-def test_every_style_has_megatrons_values(styles, expected):
+def test_every_style_has_megatrons_values(styles, expected) -> None:
     schedule = LearningRateSchedule(
         max_lr=1e-3,
         min_lr=1e-4,
@@ -87,11 +87,11 @@ def test_every_style_has_megatrons_values(styles, expected):
     assert got == pytest.approx(expected, rel=1e-7)
 
 
-def test_every_style_of_the_configuration_is_covered():
+def test_every_style_of_the_configuration_is_covered() -> None:
     assert {style for style, _ in RECORDED} == set(get_args(DecayStyle))
 
 
-def test_inverse_square_root_stops_at_the_minimum():
+def test_inverse_square_root_stops_at_the_minimum() -> None:
     schedule = LearningRateSchedule(
         max_lr=1e-3, min_lr=5e-4, style="inverse-square-root", decay_samples=1000, warmup_samples=10
     )
@@ -99,7 +99,7 @@ def test_inverse_square_root_stops_at_the_minimum():
     assert schedule.at(20) == pytest.approx(1e-3 / math.sqrt(2))
 
 
-def test_warm_up_starts_at_its_initial_value():
+def test_warm_up_starts_at_its_initial_value() -> None:
     lr = LearningRateConfig(lr=1e-3, lr_warmup_init=1e-5, lr_warmup_iters=10)
     schedule = LearningRateSchedule.from_config(
         lr, train=TrainConfig(train_iters=100), samples_after=batches(4)
@@ -110,14 +110,14 @@ def test_warm_up_starts_at_its_initial_value():
     assert schedule.at(400) == pytest.approx(0.0, abs=1e-18)
 
 
-def test_without_a_warm_up_the_first_step_has_the_peak():
+def test_without_a_warm_up_the_first_step_has_the_peak() -> None:
     schedule = LearningRateSchedule.from_config(
         LearningRateConfig(lr=1e-3), train=TrainConfig(train_iters=10), samples_after=batches(4)
     )
     assert schedule.at(0) == 1e-3
 
 
-def test_a_run_by_samples_equals_the_run_by_iterations():
+def test_a_run_by_samples_equals_the_run_by_iterations() -> None:
     by_samples = LearningRateSchedule.from_config(
         LearningRateConfig(lr=1e-3, lr_decay_style="WSD", lr_warmup_samples=64,
                            lr_wsd_decay_samples=160),
@@ -143,7 +143,7 @@ def test_a_run_by_samples_equals_the_run_by_iterations():
         (LearningRateConfig(lr=1e-4, lr_decay_style="WSD"), "--lr-wsd-decay-iters"),
     ],
 )
-def test_a_curve_that_cannot_be_is_a_config_error(lr: LearningRateConfig, words: str):
+def test_a_curve_that_cannot_be_is_a_config_error(lr: LearningRateConfig, words: str) -> None:
     with pytest.raises(ConfigError) as caught:
         LearningRateSchedule.from_config(
             lr, train=TrainConfig(train_iters=100), samples_after=batches(4)
@@ -151,7 +151,7 @@ def test_a_curve_that_cannot_be_is_a_config_error(lr: LearningRateConfig, words:
     assert words in str(caught.value)
 
 
-def test_all_problems_are_reported_together():
+def test_all_problems_are_reported_together() -> None:
     with pytest.raises(ConfigError, match="2 problems"):
         LearningRateSchedule.from_config(
             LearningRateConfig(lr=1e-4, min_lr=1.0, lr_warmup_iters=100),
@@ -160,7 +160,7 @@ def test_all_problems_are_reported_together():
         )
 
 
-def test_a_run_without_a_length_is_a_config_error():
+def test_a_run_without_a_length_is_a_config_error() -> None:
     with pytest.raises(ConfigError, match="--train-iters"):
         LearningRateSchedule.from_config(
             LearningRateConfig(lr=1.0), train=TrainConfig(), samples_after=batches(4)
@@ -173,7 +173,7 @@ def weight_decay(**settings: object) -> WeightDecaySchedule:
     )
 
 
-def test_weight_decay_is_constant_unless_asked():
+def test_weight_decay_is_constant_unless_asked() -> None:
     assert {weight_decay(weight_decay=0.1).at(n) for n in (0, 600, 1200, 5000)} == {0.1}
 
 
@@ -184,7 +184,7 @@ def test_weight_decay_is_constant_unless_asked():
         ("cosine", [0.01, 0.0231801948, 0.055, 0.1, 0.1]),
     ],
 )
-def test_weight_decay_grows_as_megatrons(style: str, expected: list[float]):
+def test_weight_decay_grows_as_megatrons(style: str, expected: list[float]) -> None:
     schedule = weight_decay(
         weight_decay_incr_style=style, start_weight_decay=0.01, end_weight_decay=0.1
     )
@@ -200,6 +200,6 @@ def test_weight_decay_grows_as_megatrons(style: str, expected: list[float]):
         {"start_weight_decay": 0.2},
     ],
 )
-def test_contradicting_weight_decay_is_a_config_error(settings):
+def test_contradicting_weight_decay_is_a_config_error(settings) -> None:
     with pytest.raises(ConfigError, match="weight-decay"):
         weight_decay(**settings)

@@ -75,7 +75,7 @@ def run(rule, parameter, gradients, lrs, weight_decay):
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 @pytest.mark.parametrize(("beta1", "beta2", "eps"), [(0.9, 0.999, 1e-8), (0.8, 0.95, 1e-2)])
-def test_adamw_is_its_formula_at_every_step(beta1, beta2, eps, weight_decay):
+def test_adamw_is_its_formula_at_every_step(beta1, beta2, eps, weight_decay) -> None:
     parameter, gradients = drawn()
     settings = {"beta1": beta1, "beta2": beta2, "eps": eps}
     ours, state = run(AdamW(**settings), parameter, gradients, LEARNING_RATES, weight_decay)
@@ -94,7 +94,7 @@ def test_adamw_is_its_formula_at_every_step(beta1, beta2, eps, weight_decay):
     )  # fmt: skip
 
 
-def test_adamw_in_fp32_stays_within_its_rounding():
+def test_adamw_in_fp32_stays_within_its_rounding() -> None:
     parameter, gradients = drawn(dtype=torch.float32)
     settings = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8}
     ours, _ = run(AdamW(**settings), parameter, gradients, LEARNING_RATES, 0.1)
@@ -105,7 +105,7 @@ def test_adamw_in_fp32_stays_within_its_rounding():
     torch.testing.assert_close(ours[-1].double(), theirs[-1], rtol=1e-6, atol=1e-6)
 
 
-def test_the_first_adamw_step_is_the_learning_rate_whatever_the_gradients_size():
+def test_the_first_adamw_step_is_the_learning_rate_whatever_the_gradients_size() -> None:
     rule = AdamW(beta1=0.9, beta2=0.95, eps=0.0)
     parameter = torch.zeros(3, dtype=torch.float64)
     gradient = torch.tensor([1e-6, -1.0, 1e6], dtype=torch.float64)
@@ -114,7 +114,7 @@ def test_the_first_adamw_step_is_the_learning_rate_whatever_the_gradients_size()
     torch.testing.assert_close(parameter, torch.tensor([-0.25, 0.25, -0.25], dtype=torch.float64))
 
 
-def test_bias_correction_goes_by_the_steps_done():
+def test_bias_correction_goes_by_the_steps_done() -> None:
     """A resumed run passes its count: the same moments with another count make another step."""
     parameter, (gradient,) = drawn(steps=1)
     rule = AdamW(beta1=0.9, beta2=0.999, eps=1e-8)
@@ -130,7 +130,7 @@ def test_bias_correction_goes_by_the_steps_done():
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
-def test_sgd_is_its_formula_and_torchs_at_every_step(momentum, weight_decay):
+def test_sgd_is_its_formula_and_torchs_at_every_step(momentum, weight_decay) -> None:
     """The decay is coupled: it goes through the momentum, as in the optimizer that Megatron takes."""
     parameter, gradients = drawn()
     ours, state = run(SGD(momentum), parameter, gradients, LEARNING_RATES, weight_decay)
@@ -148,7 +148,7 @@ def test_sgd_is_its_formula_and_torchs_at_every_step(momentum, weight_decay):
         torch.testing.assert_close(value, theirs.detach(), rtol=1e-12, atol=1e-14)
 
 
-def test_several_tensors_are_updated_as_if_alone():
+def test_several_tensors_are_updated_as_if_alone() -> None:
     optim = OptimConfig(sgd_momentum=0.9)
     assert set(RULES) == {"adam", "sgd"}
     for name, make in RULES.items():
@@ -168,7 +168,7 @@ def test_several_tensors_are_updated_as_if_alone():
         rule.update([], [], [], steps=0, lr=0.1, weight_decay=0.1)  # a rank may own nothing
 
 
-def test_the_states_of_an_optimizer_are_named_beside_its_rule_alone():
+def test_the_states_of_an_optimizer_are_named_beside_its_rule_alone() -> None:
     """In the table of blueprint/ and in the mathematics that read them."""
     tensor = Tensor("matrix.weight", (4, 4), "weight")
     names = {
@@ -185,7 +185,7 @@ def test_the_states_of_an_optimizer_are_named_beside_its_rule_alone():
     assert len(names) == 3 and spelled == {"blueprint", "optim"}
 
 
-def test_the_flags_reach_the_rules():
+def test_the_flags_reach_the_rules() -> None:
     optim = OptimConfig(adam_beta1=0.8, adam_beta2=0.7, adam_eps=1e-3, sgd_momentum=0.6)
     assert RULES["adam"](optim) == AdamW(beta1=0.8, beta2=0.7, eps=1e-3)
     assert RULES["sgd"](optim) == SGD(momentum=0.6)

@@ -51,7 +51,7 @@ def formula(style: str, n: int, warmup: int, decay: int, final: str, last: int) 
     last=st.integers(1, 10**6),
     where=st.floats(0.0, 1.2),
 )
-def test_the_curve_is_the_formula_everywhere(style, final, warmup, rest, last, where):
+def test_the_curve_is_the_formula_everywhere(style, final, warmup, rest, last, where) -> None:
     decay = warmup + rest
     last = min(last, rest)
     schedule = LearningRateSchedule(
@@ -66,7 +66,7 @@ def test_the_curve_is_the_formula_everywhere(style, final, warmup, rest, last, w
 
 
 @pytest.mark.parametrize("style", ["linear", "cosine"])
-def test_warm_up_and_decay_are_torchs_schedulers_one_after_the_other(style):
+def test_warm_up_and_decay_are_torchs_schedulers_one_after_the_other(style) -> None:
     warmup, total = 20, 100
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=PEAK)
     after = (
@@ -97,7 +97,7 @@ def test_warm_up_and_decay_are_torchs_schedulers_one_after_the_other(style):
     samples=st.integers(1, 10**6),
     where=st.floats(0.0, 1.2),
 )
-def test_weight_decay_is_the_formula_everywhere(style, start, growth, samples, where):
+def test_weight_decay_is_the_formula_everywhere(style, start, growth, samples, where) -> None:
     end = start + growth
     schedule = WeightDecaySchedule(start=start, end=end, style=style, samples=samples)
     for n in {0, samples, samples + 1, int(where * samples)}:

@@ -15,7 +15,7 @@ class Factored:
     """Adafactor's second moment from its means over columns and rows (arXiv:1804.04235, section 3)."""
 
     @torch.no_grad()
-    def update(self, parameters, gradients, states, *, steps, lr, weight_decay):
+    def update(self, parameters, gradients, states, *, steps, lr, weight_decay) -> None:
         for parameter, gradient, state in zip(parameters, gradients, states, strict=True):
             square = gradient.square() + 1e-12
             for name, mean in (
@@ -26,7 +26,7 @@ class Factored:
             parameter.mul_(1.0 - lr * weight_decay).sub_(gradient * second.rsqrt(), alpha=lr)
 
 
-def install(optimizers=OPTIMIZERS, rules=RULES):
+def install(optimizers=OPTIMIZERS, rules=RULES) -> None:
     """Make --optimizer toy known to this process."""
     optimizers["toy"] = lambda optim, tensor: BY_KIND[tensor.kind]
     rules["factored"] = lambda optim: Factored()

@@ -20,7 +20,7 @@ from tests.support.spawn import RankFailed, spawn
 from tests.support.tiny import context, draw, make_batches, tiny_config
 
 
-def without_the_sum(run):
+def without_the_sum(run) -> None:
     """The last block's second projection is not summed over tp."""
     (stage,) = run.pipeline.stages.values()
     down = stage.module.blocks["3"].mlp.down
@@ -28,14 +28,14 @@ def without_the_sum(run):
     down.setting = dataclasses.replace(down.setting, ctx=alone)
 
 
-def half_a_sequence(run):
+def half_a_sequence(run) -> None:
     """Its activations have half the length."""
     (stage,) = run.pipeline.stages.values()
     forward = stage.module.forward
     stage.module.forward = lambda x, at: forward(x, at)[: x.shape[0] // 2]
 
 
-def late_activation(run):
+def late_activation(run) -> None:
     """The first activation is sent after the second one."""
     groups = list(run.blueprint.actions(4)[0])
     moved = (Action.parse("0SEND_F0"),)
@@ -81,13 +81,13 @@ def step(rank, ranks, changes, fault, on):
         return str(error)
 
 
-def test_a_sound_step_passes_and_gives_the_same_loss():
+def test_a_sound_step_passes_and_gives_the_same_loss() -> None:
     serial = spawn(step, 1, {}, "none", None)
     both = spawn(step, 4, {TP: 2, PP: 2}, "none", None)
     assert both == pytest.approx(serial * 4, rel=1e-5)
 
 
-def test_a_skipped_sum_is_named_on_every_rank_with_both_calls():
+def test_a_skipped_sum_is_named_on_every_rank_with_both_calls() -> None:
     said = spawn(step, 2, {TP: 2}, "sum", 1)
     for text in said:
         assert "over tp of ranks 0, 1 does not fit" in text
@@ -103,7 +103,7 @@ def test_a_skipped_sum_is_named_on_every_rank_with_both_calls():
         ("late", ["activation into stage 1, micro batch 1) [16, 2, 32]", "micro batch 0) [16, 2, 32]"]),
     ],
 )  # fmt: skip
-def test_a_message_that_does_not_fit_is_named_by_its_receiver(fault, words):
+def test_a_message_that_does_not_fit_is_named_by_its_receiver(fault, words) -> None:
     with pytest.raises(RankFailed) as caught:
         spawn(step, 2, {PP: 2}, fault, 0)
     text = caught.value.errors[1]
@@ -112,7 +112,7 @@ def test_a_message_that_does_not_fit_is_named_by_its_receiver(fault, words):
         assert word in text
 
 
-def test_a_rank_that_does_not_come_is_named_with_where_it_is():
+def test_a_rank_that_does_not_come_is_named_with_where_it_is() -> None:
     said = spawn(alone_in_the_sum, 2)
     assert "rank 1 did not come within 0.5 s" in said[0]
     assert "rank 0, before its list: all-reduce (sum) [3] float32" in said[0]
@@ -134,6 +134,6 @@ def alone_in_the_sum(rank, ranks):
     return ""
 
 
-def test_the_flag_checks_a_whole_run_of_the_tool():
+def test_the_flag_checks_a_whole_run_of_the_tool() -> None:
     flags = with_flags(TINY, "--check-collectives", "--train-iters", "2", "--timing-log-level", "1")
     assert [(ended.rc, ended.err[-500:]) for ended in launch(2, flags) if ended.rc] == []

@@ -31,14 +31,14 @@ def through(region, mine, dy, axis):
     return y.detach(), x.grad
 
 
-def close(found, expected, what):
+def close(found, expected, what) -> None:
     for name, a, b in zip(("forward", "backward"), found, expected, strict=True):
         torch.testing.assert_close(
             a, b, rtol=1e-13, atol=1e-13, msg=lambda m, n=name: f"{what} {n}: {m}"
         )
 
 
-def borders(rank, ranks):
+def borders(rank, ranks) -> bool:
     axis = Axis("tp", rank, ranks, tuple(range(ranks)), dist.group.WORLD if ranks > 1 else None)
     whole, parts = drawn(ranks, 1, S, B, H), drawn(ranks, 2, S // ranks, B, H)
     d_whole, d_parts = drawn(ranks, 3, S, B, H), drawn(ranks, 4, S // ranks, B, H)
@@ -60,11 +60,11 @@ def borders(rank, ranks):
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
-def test_each_border_is_its_line_in_the_table(ranks):
+def test_each_border_is_its_line_in_the_table(ranks) -> None:
     assert spawn(borders, ranks) == [True] * ranks
 
 
-def exchanged(rank, ranks):
+def exchanged(rank, ranks) -> bool:
     axis = Axis("tp", rank, ranks, tuple(range(ranks)), dist.group.WORLD if ranks > 1 else None)
     whole = drawn(ranks, 5, S, B)
     assert torch.equal(c.all_reduce(whole[rank].clone(), axis, c.MAX), torch.stack(whole).amax(0))
@@ -87,10 +87,10 @@ def exchanged(rank, ranks):
 
 
 @pytest.mark.parametrize("ranks", [1, 3])
-def test_collectives_are_what_their_names_say(ranks):
+def test_collectives_are_what_their_names_say(ranks) -> None:
     assert spawn(exchanged, ranks) == [True] * ranks
 
 
-def test_a_slice_that_does_not_come_out_even_is_a_bug_not_a_loss():
+def test_a_slice_that_does_not_come_out_even_is_a_bug_not_a_loss() -> None:
     with pytest.raises(AssertionError, match=r"\(7, 2\) cut along 0 over 2"):
         c.local_slice(torch.zeros(7, 2), Axis("tp", 0, 2, (0, 1)))

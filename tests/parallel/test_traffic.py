@@ -24,14 +24,14 @@ ALWAYS = Counter({("all-reduce", (4 + len(StopVote._fields)) * 8): 1})
 LOSS = Counter({("all-reduce", TOKENS): 3})  # largest, sum of exponentials, the label's
 
 
-def test_tensor_parallel_reduces_four_activations_a_layer():
+def test_tensor_parallel_reduces_four_activations_a_layer() -> None:
     for seen, _ in spawn(traffic, 2, {TP: 2}):
         embedding, head = 1, 1
         activations = Counter({("all-reduce", ACTIVATION): 4 * LAYERS + embedding + head})
         assert seen == activations + LOSS + ALWAYS
 
 
-def test_sequence_parallel_moves_ten_slices_a_layer():
+def test_sequence_parallel_moves_ten_slices_a_layer() -> None:
     for seen, _ in spawn(traffic, 2, {TP: 2, SP: True}):
         # head: gathered forward, again backward, scattered; embedding: scattered, gathered
         assert seen["all-gather", ACTIVATION] == 6 * LAYERS + 2 + 1
@@ -76,7 +76,7 @@ def every_traffic(rank, ranks, num):
     }
 
 
-def test_tensor_parallel_activations_by_schedule_and_recomputation():
+def test_tensor_parallel_activations_by_schedule_and_recomputation() -> None:
     num = 3
     for rank in spawn(every_traffic, 2, num):
         for name, (changes, per_layer, head) in ACTIVATIONS.items():
@@ -89,7 +89,7 @@ def test_tensor_parallel_activations_by_schedule_and_recomputation():
             assert [rank[name][kind, ACTIVATION] for kind in kinds] == expected, name
 
 
-def test_pipeline_sends_one_activation_each_way():
+def test_pipeline_sends_one_activation_each_way() -> None:
     both = spawn(traffic, 2, {PP: 2})
     for seen, _ in both:
         assert seen["send", ACTIVATION] == 1
@@ -99,7 +99,7 @@ def test_pipeline_sends_one_activation_each_way():
     assert first == expected
 
 
-def test_data_parallel_reduces_every_gradient_once():
+def test_data_parallel_reduces_every_gradient_once() -> None:
     for seen, parameters in spawn(traffic, 2, {}):
         (gradients,) = [key for key in seen if key[1] > 4 * 1000]
         assert gradients[0] == "all-reduce" and seen[gradients] == 1
@@ -109,7 +109,7 @@ def test_data_parallel_reduces_every_gradient_once():
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_distributed_optimizer_moves_the_bytes_of_one_all_reduce(ranks):
+def test_distributed_optimizer_moves_the_bytes_of_one_all_reduce(ranks) -> None:
     for seen, parameters in spawn(traffic, ranks, {ZERO: True, "model__vocab_size": 64}):
         large = {key: n for key, n in seen.items() if key[1] > 4 * 1000}
         assert {key[0] for key in large} == {"reduce-scatter", "all-gather"}

@@ -21,17 +21,17 @@ from tests.support.places import ROOT
     ],
     ids=lambda entry: entry.name,
 )
-def test_equals_the_serial_run(entry, engine):
+def test_equals_the_serial_run(entry, engine) -> None:
     difference = compare(entry, engine)
     assert passes(entry, difference), dataclasses.asdict(difference)
 
 
 @pytest.mark.parametrize("wrong", WRONG, ids=lambda entry: entry.name)
-def test_the_table_notices(wrong):
+def test_the_table_notices(wrong) -> None:
     assert not passes(wrong, compare(wrong))
 
 
-def test_the_document_shows_layouts_of_the_table():
+def test_the_document_shows_layouts_of_the_table() -> None:
     """`make parity-all` writes it; a layout that came since then has no row yet."""
     text = (ROOT / "docs" / "parity.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| ([^|]+) \| \d+ \| .* \| (yes|\*\*no\*\*) \|$", text, re.M)

@@ -54,7 +54,7 @@ class Sleeper:
         time.sleep(self.forward_seconds * (1 if defer_wgrads else 2))
         return None if self.is_first else torch.full((1,), float(microbatch))
 
-    def weight_gradients(self, microbatch):
+    def weight_gradients(self, microbatch) -> None:
         time.sleep(self.forward_seconds)
 
     def take_totals(self):

@@ -96,7 +96,7 @@ def order_of_events(rank: int, ranks: int, changes: dict[str, Any]) -> dict[int,
 
 @pytest.mark.parametrize("sharded", [False, True], ids=["replicated", "distributed-optimizer"])
 @pytest.mark.parametrize("schedule", ["zb-h1", "zb-v"])
-def test_buckets_reduce_during_the_last_weight_gradients(schedule, sharded):
+def test_buckets_reduce_during_the_last_weight_gradients(schedule, sharded) -> None:
     changes = {
         SCHEDULE: schedule, ZERO: sharded
     }  # fmt: skip

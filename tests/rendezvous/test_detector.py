@@ -51,18 +51,18 @@ class World:
             self.beats[rank] = replace(self.beats[rank], **changes)
 
 
-def test_limits_follow_the_timeout_and_a_minute_of_silence_is_enough():
+def test_limits_follow_the_timeout_and_a_minute_of_silence_is_enough() -> None:
     assert (LIMITS.interval, LIMITS.stale, LIMITS.start) == (1.0, 60.0, 600.0)
     short = Limits.from_timeout(6.0)
     assert (short.interval, short.stale, short.start) == pytest.approx((0.3, 6.0, 6.0))
 
 
-def test_a_beat_survives_the_store():
+def test_a_beat_survives_the_store() -> None:
     beat = Beat(3, "train", 7, 2, "there", True)
     assert Beat.from_bytes(beat.to_bytes().encode()) == beat and json.loads(beat.to_bytes())
 
 
-def test_a_silent_rank_is_lost_after_a_minute_and_before_its_first_step_after_the_timeout():
+def test_a_silent_rank_is_lost_after_a_minute_and_before_its_first_step_after_the_timeout() -> None:
     world = World(3)
     world.pass_time(5)
     assert world.pass_time(590, silent=(1,)) == ""
@@ -77,7 +77,7 @@ def test_a_silent_rank_is_lost_after_a_minute_and_before_its_first_step_after_th
     )
 
 
-def test_who_said_goodbye_is_not_lost():
+def test_who_said_goodbye_is_not_lost() -> None:
     world = World(2)
     world.say(0, 1, step=4, phase="train")
     world.pass_time(5)
@@ -86,7 +86,7 @@ def test_who_said_goodbye_is_not_lost():
     assert world.watch.all_gone(world.now, silence=60.0)
 
 
-def test_after_a_failed_collective_a_few_missed_beats_are_enough():
+def test_after_a_failed_collective_a_few_missed_beats_are_enough() -> None:
     world = World(4)
     world.say(0, 1, 2, 3, step=9, phase="train")
     world.pass_time(3)
@@ -95,7 +95,7 @@ def test_after_a_failed_collective_a_few_missed_beats_are_enough():
     assert world.pass_time(2, silent=(2,), failed=True).startswith("rank 2 was lost")
 
 
-def test_a_rank_that_beats_but_does_not_move_while_others_wait_hangs():
+def test_a_rank_that_beats_but_does_not_move_while_others_wait_hangs() -> None:
     world = World(3)
     world.say(0, 1, 2, step=4, phase="train", **WAITS)
     world.say(1, place="megatron_lite/train/ending/faults.py:9 _sleep", waits=False)
@@ -107,7 +107,7 @@ def test_a_rank_that_beats_but_does_not_move_while_others_wait_hangs():
 
 
 @pytest.mark.parametrize("kind", ["evaluation", "all busy", "all wait", "start", "steps"])
-def test_slow_is_not_hanging(kind):
+def test_slow_is_not_hanging(kind) -> None:
     """Evaluation ticks; a compile or a save keeps all busy; waiting alone is the group's timeout."""
     world = World(2)
     world.say(0, 1, step=4, phase="train", **WAITS)
@@ -128,7 +128,7 @@ def test_slow_is_not_hanging(kind):
         assert world.pass_time(500) == ""
 
 
-def test_a_rank_that_stops_working_at_the_start_hangs():
+def test_a_rank_that_stops_working_at_the_start_hangs() -> None:
     """The others wait for the index it builds; neither processor time nor bytes grow any more."""
     world = World(3)
     world.say(0, 1, 2, phase="start", **WAITS)
@@ -140,7 +140,7 @@ def test_a_rank_that_stops_working_at_the_start_hangs():
     assert said.startswith("rank 0 hangs while the others wait") and "indices.py:9" in said
 
 
-def test_work_is_processor_time_and_bytes():
+def test_work_is_processor_time_and_bytes() -> None:
     ready, go, over = (threading.Event() for _ in range(3))
 
     def work() -> None:
@@ -165,7 +165,7 @@ def test_work_is_processor_time_and_bytes():
     over.set()
 
 
-def test_after_a_timeout_the_rank_that_does_not_wait_is_named():
+def test_after_a_timeout_the_rank_that_does_not_wait_is_named() -> None:
     world = World(3)
     world.say(0, 1, 2, step=4, phase="train", **WAITS)
     world.say(2, place="megatron_lite/data/loader.py:7 read", waits=False)
@@ -174,7 +174,7 @@ def test_after_a_timeout_the_rank_that_does_not_wait_is_named():
     assert world.pass_time(30, failed=True).startswith("rank 2 hangs while the others wait")
 
 
-def test_when_all_are_alive_and_wait_their_places_are_told():
+def test_when_all_are_alive_and_wait_their_places_are_told() -> None:
     world = World(2)
     world.say(0, 1, step=4, phase="train", **WAITS)
     world.say(0, 1, phase="failed")
@@ -182,7 +182,7 @@ def test_when_all_are_alive_and_wait_their_places_are_told():
     assert "though every rank is alive" in said and "rank 1 in megatron_lite/parallel" in said
 
 
-def test_own_sleep_accuses_nobody():
+def test_own_sleep_accuses_nobody() -> None:
     world = World(2)
     world.say(0, 1, step=4, phase="train")
     world.pass_time(5)
@@ -191,7 +191,7 @@ def test_own_sleep_accuses_nobody():
     assert world.pass_time(30) == ""
 
 
-def test_the_place_is_the_line_of_ours_and_a_sleep_there_waits_for_nobody():
+def test_the_place_is_the_line_of_ours_and_a_sleep_there_waits_for_nobody() -> None:
     thread = threading.Thread(target=_sleep, args=(0.5,), daemon=True)
     thread.start()
     place, waits = place_of(thread.ident)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NoReturn
+
 import pytest
 
 from megatron_lite.telemetry.console import format_record
@@ -25,7 +27,7 @@ class Clock:
         self.pending = 0.0
 
 
-def test_spans_of_one_name_add_up_until_taken():
+def test_spans_of_one_name_add_up_until_taken() -> None:
     clock = Clock()
     timers = Timers(0, clock=clock)
     for seconds in (1.0, 2.0):
@@ -35,7 +37,7 @@ def test_spans_of_one_name_add_up_until_taken():
     assert timers.take() == {}
 
 
-def test_level_zero_never_waits_for_the_device():
+def test_level_zero_never_waits_for_the_device() -> None:
     clock = Clock()
     timers = Timers(0, wait=clock.wait, clock=clock)
     with timers.span("interval-time", level=0), timers.span("optimizer", level=1):
@@ -44,7 +46,7 @@ def test_level_zero_never_waits_for_the_device():
     assert timers.take() == {"interval-time": 0.0}
 
 
-def test_level_one_sees_the_devices_work_of_its_block_only():
+def test_level_one_sees_the_devices_work_of_its_block_only() -> None:
     clock = Clock()
     timers = Timers(1, wait=clock.wait, clock=clock)
     clock.pending = 7.0
@@ -53,7 +55,7 @@ def test_level_one_sees_the_devices_work_of_its_block_only():
     assert timers.take() == {"optimizer": 5.0}
 
 
-def test_a_block_that_fails_is_counted_and_its_error_passes():
+def test_a_block_that_fails_is_counted_and_its_error_passes() -> NoReturn:
     clock = Clock()
     timers = Timers(0, clock=clock)
     with pytest.raises(ValueError, match="out"), timers.span("interval-time", level=0):
@@ -68,7 +70,7 @@ GATHERED = [
 ]
 
 
-def test_minmax_is_megatrons_form():
+def test_minmax_is_megatrons_form() -> None:
     assert format_times(GATHERED, option="minmax", iterations=2) == "\n".join(
         [
             "(min, max) time across ranks (ms):",
@@ -79,7 +81,7 @@ def test_minmax_is_megatrons_form():
     )
 
 
-def test_the_timing_record_prints_as_the_gathered_times():
+def test_the_timing_record_prints_as_the_gathered_times() -> None:
     record = timing_record(GATHERED, iteration=10, samples=80, iterations=2)
     assert record.smallest == {
         "forward-backward": 0.5,
@@ -89,7 +91,7 @@ def test_the_timing_record_prints_as_the_gathered_times():
     assert format_record(record) == format_times(GATHERED, option="minmax", iterations=2)
 
 
-def test_max_and_all():
+def test_max_and_all() -> None:
     assert format_times(GATHERED[:1], option="max").splitlines()[1] == (
         "    forward-backward ...............................: 2000.00"
     )
@@ -101,5 +103,5 @@ def test_max_and_all():
     ]
 
 
-def test_nothing_measured_prints_nothing():
+def test_nothing_measured_prints_nothing() -> None:
     assert format_times([{}, {}], option="minmax") == ""

@@ -40,7 +40,7 @@ def step(iteration: int, **changes: object):
     return replace(STEP, iteration=iteration, samples=iteration * 16, **changes)
 
 
-def test_every_record_is_in_the_file_when_write_returns(tmp_path: Path):
+def test_every_record_is_in_the_file_when_write_returns(tmp_path: Path) -> None:
     writer = opened(JsonLines(tmp_path / "run" / "metrics.jsonl", resumed_iteration=0, disk=DISK))
     for count, record in enumerate([step(1), EVALUATION, SAVE, TIMING], start=1):
         writer.write(record)
@@ -48,7 +48,7 @@ def test_every_record_is_in_the_file_when_write_returns(tmp_path: Path):
     assert read_metrics(tmp_path / "run" / "metrics.jsonl") == [step(1), EVALUATION, SAVE, TIMING]
 
 
-def test_resuming_drops_the_steps_that_are_made_again(tmp_path: Path):
+def test_resuming_drops_the_steps_that_are_made_again(tmp_path: Path) -> None:
     file = tmp_path / "metrics.jsonl"
     first = opened(JsonLines(file, resumed_iteration=0, disk=DISK))
     for iteration in range(1, 8):
@@ -63,21 +63,21 @@ def test_resuming_drops_the_steps_that_are_made_again(tmp_path: Path):
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
-def test_resuming_survives_what_a_power_failure_left(tmp_path: Path):
+def test_resuming_survives_what_a_power_failure_left(tmp_path: Path) -> None:
     file = tmp_path / "metrics.jsonl"
     file.write_bytes(record_json(step(1)).encode() + b"\n" + b"\0" * 50 + b"\n[]\n\xff\n")
     opened(JsonLines(file, resumed_iteration=9, disk=DISK)).close()
     assert read_metrics(file) == [step(1)]
 
 
-def test_a_fresh_run_begins_an_empty_file(tmp_path: Path):
+def test_a_fresh_run_begins_an_empty_file(tmp_path: Path) -> None:
     file = tmp_path / "metrics.jsonl"
     file.write_text(record_json(step(1)) + "\n")
     opened(JsonLines(file, resumed_iteration=0, disk=DISK)).close()
     assert read_metrics(file) == []
 
 
-def test_a_folder_that_cannot_be_is_a_storage_error(tmp_path: Path):
+def test_a_folder_that_cannot_be_is_a_storage_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match="file"):
         opened(JsonLines(tmp_path / "file" / "metrics.jsonl", resumed_iteration=0, disk=DISK))
@@ -85,7 +85,7 @@ def test_a_folder_that_cannot_be_is_a_storage_error(tmp_path: Path):
         opened(TensorBoard(tmp_path / "file" / "tb", config=TelemetryConfig(), disk=DISK))
 
 
-def test_tensorboard_reads_what_we_wrote(tmp_path: Path):
+def test_tensorboard_reads_what_we_wrote(tmp_path: Path) -> None:
     writer = opened(TensorBoard(tmp_path, config=TelemetryConfig(), disk=DISK))
     writer.write(step(1, loss=10.0))
     writer.write(step(300, loss=2.5))
@@ -103,14 +103,14 @@ def test_tensorboard_reads_what_we_wrote(tmp_path: Path):
     assert set(events) == names | {f"{name} vs samples" for name in names}
 
 
-def test_nan_reaches_tensorboard(tmp_path: Path):
+def test_nan_reaches_tensorboard(tmp_path: Path) -> None:
     writer = opened(TensorBoard(tmp_path, config=TelemetryConfig(), disk=DISK))
     writer.write(step(1, loss=math.nan))
     writer.close()
     assert math.isnan(read_events(tmp_path)["lm loss"][0][1])
 
 
-def test_tensorboard_interval(tmp_path: Path):
+def test_tensorboard_interval(tmp_path: Path) -> None:
     writer = opened(
         TensorBoard(tmp_path, config=TelemetryConfig(tensorboard_log_interval=2), disk=DISK)
     )
@@ -127,13 +127,15 @@ def test_tensorboard_interval(tmp_path: Path):
         ("torch.utils.tensorboard", TelemetryConfig(tensorboard_dir="t"), "--tensorboard-dir t .*"),
     ],
 )
-def test_a_missing_package_names_flag_and_extra(tmp_path, monkeypatch, module, config, words):
+def test_a_missing_package_names_flag_and_extra(
+    tmp_path, monkeypatch, module, config, words
+) -> None:
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(ConfigError, match=words + r"pip install -e '\.\["):
         open_writers(config, tmp_path, 0, warn=no_warning)
 
 
-def test_switches_choose_the_scalars():
+def test_switches_choose_the_scalars() -> None:
     everything = TelemetryConfig(
         log_timers_to_tensorboard=True,
         log_memory_to_tensorboard=True,
@@ -176,7 +178,7 @@ class FakeRun:
         self.finished = True
 
 
-def test_wandb_gets_the_same_scalars(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_wandb_gets_the_same_scalars(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     runs: list[FakeRun] = []
 
     def init(**settings: object) -> FakeRun:
@@ -198,7 +200,7 @@ def test_wandb_gets_the_same_scalars(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert run.finished
 
 
-def test_configuration_chooses_the_writers(tmp_path: Path):
+def test_configuration_chooses_the_writers(tmp_path: Path) -> None:
     config = TelemetryConfig(tensorboard_dir=str(tmp_path / "tb"))
     silent = open_writers(config, tmp_path, 0, enabled=False, warn=no_warning)
     silent.write(step(1))

@@ -32,7 +32,7 @@ def threads():
     torch.use_deterministic_algorithms(False)
 
 
-def test_two_runs_with_threads_are_equal(threads, tmp_path):
+def test_two_runs_with_threads_are_equal(threads, tmp_path) -> None:
     found = []
     for name, flags in (("a", []), ("b", []), ("c", ["--deterministic"])):
         saving = ["--save", str(tmp_path / name), "--save-interval", "9"]
@@ -47,7 +47,7 @@ def test_two_runs_with_threads_are_equal(threads, tmp_path):
 
 @pytest.mark.ci
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_two_parallel_runs_are_equal(layout, tmp_path):
+def test_two_parallel_runs_are_equal(layout, tmp_path) -> None:
     ranks, flags = LAYOUTS[layout]
     command = argv(*WIDE, *flags, "--deterministic-mode")
     running = [

@@ -41,7 +41,7 @@ def without_dropout():
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_evaluation_ignores_dropout_and_the_layout(without_dropout, name):
+def test_evaluation_ignores_dropout_and_the_layout(without_dropout, name) -> None:
     ranks, changes = LAYOUTS[name]
     total, count, untouched, live = without_dropout
     assert untouched and live == 0
@@ -49,7 +49,7 @@ def test_evaluation_ignores_dropout_and_the_layout(without_dropout, name):
         assert found == (pytest.approx(total, rel=1e-6), count, True, 0)
 
 
-def test_the_sum_over_the_count_is_the_training_loss_where_nothing_is_random():
+def test_the_sum_over_the_count_is_the_training_loss_where_nothing_is_random() -> None:
     config = tiny_config()
     blueprint = draw(config, 1)
     run = assemble(config, blueprint, context(blueprint, 0))

@@ -18,13 +18,13 @@ from tests.support.tiny import context, draw, make_batches, tiny_config
 SKIP = {"guards__on_non_finite": "skip"}
 
 
-def spoil_weight(run):
+def spoil_weight(run) -> None:
     for piece in run.engine.weights(owned=False):
         if piece.name == "blocks.2.mlp.up.weight":
             piece.data.view(-1)[3] = float("inf")
 
 
-def spoil_output(run):
+def spoil_output(run) -> None:
     for stage in run.pipeline.stages.values():
         if "1" in stage.module.blocks:
             stage.module.blocks["1"].attention.qkv.register_forward_hook(
@@ -32,7 +32,7 @@ def spoil_output(run):
             )
 
 
-def spoil_output_once(run):
+def spoil_output_once(run) -> None:
     tries = iter([float("nan")])
     (stage,) = run.pipeline.stages.values()
     stage.module.final_norm.register_forward_hook(
@@ -40,7 +40,7 @@ def spoil_output_once(run):
     )
 
 
-def spoil_gradient(run):
+def spoil_gradient(run) -> None:
     for stage in run.pipeline.stages.values():
         if "1" in stage.module.blocks:
             stage.module.blocks["1"].mlp.register_full_backward_hook(
@@ -48,7 +48,7 @@ def spoil_gradient(run):
             )
 
 
-def spoil_copy_after_the_sum(run):
+def spoil_copy_after_the_sum(run) -> None:
     """One dp rank's copy of a gradient breaks after the reduction: no sum carries it to the others."""
     reduce, tries = run.engine.reduce, iter([True])
 
@@ -125,7 +125,7 @@ NAMES = [name if name in EVERY_TIME else pytest.param(name, marks=pytest.mark.ci
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_all_ranks_name_the_first_bad_value_in_the_same_step(name):
+def test_all_ranks_name_the_first_bad_value_in_the_same_step(name) -> None:
     ranks, layout, spoil, at, words = CASES[name]
     results = spawn(two_steps, ranks, layout, spoil, at)
     stops = {result[0] for result in results}
@@ -137,7 +137,7 @@ def test_all_ranks_name_the_first_bad_value_in_the_same_step(name):
 
 
 @pytest.mark.parametrize("name", ["an output, pp2", "a gradient, distributed optimizer"])
-def test_skip_leaves_weights_and_moments_and_says_why(name):
+def test_skip_leaves_weights_and_moments_and_says_why(name) -> None:
     ranks, layout, spoil, at, words = CASES[name]
     for stop, warnings, skipped, same, _ in spawn(two_steps, ranks, layout | SKIP, spoil, at):
         assert stop is None and skipped and same
@@ -145,13 +145,13 @@ def test_skip_leaves_weights_and_moments_and_says_why(name):
         assert words in warning
 
 
-def test_a_copy_that_breaks_on_one_rank_is_seen_by_the_others():
+def test_a_copy_that_breaks_on_one_rank_is_seen_by_the_others() -> None:
     first, second = spawn(two_steps, 2, {}, "copy", 1)
     assert first[0] == second[0] and "(1 ranks hold such gradients)" in first[0]
     assert "a passing fault of the machine" in first[0]
 
 
-def test_a_passing_fault_is_told_from_a_bug_and_its_step_is_not_lost():
+def test_a_passing_fault_is_told_from_a_bug_and_its_step_is_not_lost() -> None:
     clean = spawn(two_steps, 2, {}, "copy", -1)
     stopped = spawn(two_steps, 2, {}, "output once", 1)
     healed = spawn(two_steps, 2, SKIP, "output once", 1)
@@ -163,13 +163,13 @@ def test_a_passing_fault_is_told_from_a_bug_and_its_step_is_not_lost():
         assert "the second result is taken" in warnings[0]
 
 
-def test_without_replay_the_parameter_and_the_ranks_of_the_sum_are_named():
+def test_without_replay_the_parameter_and_the_ranks_of_the_sum_are_named() -> None:
     changes = {"guards__rerun_mode": "disabled"}
     for stop, *_ in spawn(two_steps, 2, changes, "gradient", 1):
         assert "the gradient of blocks.1.mlp_norm.bias, summed over ranks 0, 1" in stop
 
 
-def test_the_check_can_be_switched_off():
+def test_the_check_can_be_switched_off() -> None:
     changes = {"guards__check_for_nan_in_loss_and_grad": False}
     ((stop, warnings, skipped, same, _),) = spawn(two_steps, 1, changes, "output", 0)
     assert (stop, warnings, skipped, same) == (None, (), False, False)
@@ -192,31 +192,31 @@ def judged(values, **changes):
     return acts, verdict
 
 
-def test_a_spike_is_held_against_the_median_of_a_full_window():
+def test_a_spike_is_held_against_the_median_of_a_full_window() -> None:
     go, warn = Act.GO_ON, Act.WARN
     acts, _ = judged([50.0, 1.0, 2.0, 1.0, 4.4, 4.6, 1.0, 9.0])
     # medians: 1.5 of (50, 1, 2, 1), 1.5 of (1, 2, 1, 4.4), 3.2 of (2, 1, 4.4, 4.6), 2.7 of the last
     assert acts == [go, go, go, go, go, warn, go, warn]
 
 
-def test_a_change_that_lasts_becomes_normal():
+def test_a_change_that_lasts_becomes_normal() -> None:
     acts, _ = judged([1.0] * 4 + [10.0] * 4)
     assert acts[4:] == [Act.WARN, Act.WARN, Act.GO_ON, Act.GO_ON]
 
 
-def test_a_spike_says_its_size_and_can_be_skipped_or_fatal():
+def test_a_spike_says_its_size_and_can_be_skipped_or_fatal() -> None:
     for policy, act in (("warn", Act.WARN), ("skip", Act.SKIP), ("stop", Act.STOP)):
         acts, verdict = judged([1.0] * 4 + [100.0], on_spike=policy)
         assert acts[-1] is act
         assert "gradient norm of 100 is 100 times the median 1 of the last 4 steps" in verdict.what
 
 
-def test_what_is_not_finite_never_enters_the_window():
+def test_what_is_not_finite_never_enters_the_window() -> None:
     acts, _ = judged([1.0] * 4 + [float("nan"), float("inf"), 2.0])
     assert acts[4:] == [Act.STOP, Act.STOP, Act.GO_ON]
 
 
-def test_the_median_is_pythons():
+def test_the_median_is_pythons() -> None:
     import statistics
 
     values = torch.rand(50, generator=torch.Generator().manual_seed(5)).mul(6).tolist()
@@ -226,7 +226,7 @@ def test_the_median_is_pythons():
         assert (acts[n] is Act.WARN) == expected, n
 
 
-def test_the_step_after_one_that_ran_again_tells_its_own_loss():
+def test_the_step_after_one_that_ran_again_tells_its_own_loss() -> None:
     losses = []
     for spoil in (spoil_output_once, lambda run: None):
         config = tiny_config(**SKIP)

@@ -69,7 +69,7 @@ NAMES = [name if name in EVERY_TIME else pytest.param(name, marks=pytest.mark.ci
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_one_wrong_bit_is_found_and_named_by_all(name):
+def test_one_wrong_bit_is_found_and_named_by_all(name) -> None:
     ranks, changes, flipped_rank, target, who = CASES[name]
     said = spawn(after_flip, ranks, changes, flipped_rank, target)
     assert len(set(said)) == 1, said
@@ -77,13 +77,13 @@ def test_one_wrong_bit_is_found_and_named_by_all(name):
     assert said[0].startswith("iteration 1: ") and "(of 1 such tensors)" in said[0]
 
 
-def test_what_is_on_one_rank_only_is_nobodys_copy():
+def test_what_is_on_one_rank_only_is_nobodys_copy() -> None:
     """Rows cut over tp differ by nature: a wrong bit there is no drift."""
     assert spawn(after_flip, 2, {TP: 2}, 1, "blocks.1.attention.k.weight") == [None, None]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_every_single_bit_and_every_swap_changes_the_hash(dtype):
+def test_every_single_bit_and_every_swap_changes_the_hash(dtype) -> None:
     tensor = torch.randn(3, 5, generator=torch.Generator().manual_seed(1)).to(dtype)
     before = bits_hash(tensor).item()
     seen = {before}
@@ -100,7 +100,7 @@ def test_every_single_bit_and_every_swap_changes_the_hash(dtype):
     assert bits_hash(tensor).item() not in seen
 
 
-def test_the_hash_does_not_depend_on_chunks(monkeypatch):
+def test_the_hash_does_not_depend_on_chunks(monkeypatch) -> None:
     tensor = torch.randn(1000, generator=torch.Generator().manual_seed(2))
     whole = bits_hash(tensor).item()
     monkeypatch.setattr("megatron_lite.train.health.replicas._CHUNK", 7)

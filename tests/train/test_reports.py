@@ -32,7 +32,7 @@ LAYOUTS = {
 @pytest.mark.parametrize(
     "layout", ["pp2", *(pytest.param(name, marks=pytest.mark.ci) for name in ("dp2", "tp2"))]
 )
-def test_the_rank_that_works_longest_is_the_straggler(layout, tmp_path):
+def test_the_rank_that_works_longest_is_the_straggler(layout, tmp_path) -> None:
     """All ranks take equally long for a step: only own time tells who keeps the others waiting."""
     flags = ["--log-straggler", "--log-interval", "2", "--train-iters", "3"]
     argv = with_flags(
@@ -48,7 +48,7 @@ def test_the_rank_that_works_longest_is_the_straggler(layout, tmp_path):
     assert re.search(r"straggler: rank 1 \([\d.]+ x\) the median", ended[1].out)
 
 
-def test_the_straggler_line_to_the_byte():
+def test_the_straggler_line_to_the_byte() -> None:
     values = [0.0121, 0.0121, 0.25, 0.0119]
     record = ranks_record("own time", values, iteration=7, samples=28, count=2)
     assert from_json(record_json(record)) == record
@@ -61,7 +61,7 @@ def test_the_straggler_line_to_the_byte():
     assert "straggler" not in format_record(even)
 
 
-def test_waits_are_summed_and_taken():
+def test_waits_are_summed_and_taken() -> None:
     waits = HostWaits()
     ctx = ParallelContext.serial().observed(waits)
     assert all(
@@ -74,7 +74,7 @@ def test_waits_are_summed_and_taken():
     assert first > 0.0 and waits.take() == 0.0
 
 
-def test_memory_is_the_kernels_high_water_mark():
+def test_memory_is_the_kernels_high_water_mark() -> None:
     held = torch.ones(40 << 20, dtype=torch.uint8)  # touched, so that it is resident
     status = Path("/proc/self/status")
     if not status.exists():
@@ -89,14 +89,14 @@ def test_memory_is_the_kernels_high_water_mark():
     )
 
 
-def test_memory_is_reported_at_its_interval(folder):
+def test_memory_is_reported_at_its_interval(folder) -> None:
     saving = ["--save", str(folder), "--save-interval", "9"]
     assert alone("--mock-data", "--log-memory-interval", "2", *saving).rc == 0
     found = [r for r in records(folder) if isinstance(r, RanksRecord)]
     assert [(r.what, r.iteration) for r in found] == [("memory", 2), ("memory", 4)]
 
 
-def test_sigusr2_prints_all_stacks_of_a_rank_that_waits_and_the_run_goes_on():
+def test_sigusr2_prints_all_stacks_of_a_rank_that_waits_and_the_run_goes_on() -> None:
     with start(2, TINY, fault="step3:1:sleep4") as running:
         running.wait_for(1, "iteration        2/")
         for rank, place in ((1, "faults.py"), (0, "collectives.py")):
@@ -114,7 +114,7 @@ def test_sigusr2_prints_all_stacks_of_a_rank_that_waits_and_the_run_goes_on():
     assert [rank.rc for rank in ended] == [0, 0], ended
 
 
-def test_a_rank_that_stays_slow_is_told_of_once():
+def test_a_rank_that_stays_slow_is_told_of_once() -> None:
     """Without --log-straggler: not of a rank that is slow in one report, not again while it lasts."""
 
     def report(*seconds: float):
@@ -129,7 +129,7 @@ def test_a_rank_that_stays_slow_is_told_of_once():
     assert told == [False] * 5 + [True] + [False] * 4 + [True]
 
 
-def test_who_measures_own_times():
+def test_who_measures_own_times() -> None:
     asked = {None: [False, True], True: [True, True], False: [False, False]}
     for flag, expected in asked.items():
         assert [TelemetryConfig(log_straggler=flag).watches(n) for n in (1, 2)] == expected

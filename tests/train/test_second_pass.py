@@ -83,7 +83,7 @@ def serial():
     return found
 
 
-def test_it_is_carried_out_in_every_other_step_and_changes_no_bit_of_the_training(serial):
+def test_it_is_carried_out_in_every_other_step_and_changes_no_bit_of_the_training(serial) -> None:
     steps, total, seen, fed = serial
     (plain,) = spawn(trained, 1, {}, False)
     assert [numbers for numbers, _ in steps] == [numbers for numbers, _ in plain[0]]
@@ -100,7 +100,9 @@ def test_it_is_carried_out_in_every_other_step_and_changes_no_bit_of_the_trainin
         pytest.param({ZERO: True}, id="dp2, sharded", marks=pytest.mark.ci),
     ],
 )
-def test_in_a_layout_it_sees_the_same_micro_batches_and_leaves_the_same_numbers(serial, changes):
+def test_in_a_layout_it_sees_the_same_micro_batches_and_leaves_the_same_numbers(
+    serial, changes
+) -> None:
     found = spawn(trained, 2, changes, True)
     for steps, _, seen, fed in found:
         assert seen in ([], fed)  # the last stage scores
