@@ -20,6 +20,7 @@ from megatron_lite.data.tokenizers.gpt2_bpe import GPT2_EOD, GPT2BPETokenizer
 from megatron_lite.storage.disk import Disk
 from megatron_lite.storage.faults import FaultyDisk, RecordingDisk, SimulatedCrash
 from tests.support.extras import needs
+from tests.support.folders import contents
 from tests.support.huggingface import (
     gpt2,
     index,
@@ -32,20 +33,10 @@ from tests.support.huggingface import (
     tool,
     weights,
 )
+from tests.support.places import ROOT
 from tests.train.runs import alone, on_ranks, run_main, steps
 
 transformers = needs("transformers")
-
-ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """A folder of Hugging Face's with its tokenizer."""
-    path = tmp_path / "gpt2"
-    gpt2().save_pretrained(path)
-    tokenizer_files(path, "vocab.json", "merges.txt")
-    return path
 
 
 @pytest.mark.parametrize("shard", ["5GB", "30KB"])
@@ -292,10 +283,6 @@ def conversion(source: Path, target: Path, disk: Disk, monkeypatch: pytest.Monke
     monkeypatch.setattr(convert, "Disk", lambda: disk)
     monkeypatch.setattr(sys, "argv", ["convert.py", str(source), str(target)])
     convert.main()
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
 @pytest.mark.parametrize(

@@ -10,22 +10,13 @@ import pytest
 from megatron_lite.checkpoint.manifest import read_manifest
 from megatron_lite.cli import convert
 from megatron_lite.data.tokenizers.gpt2_bpe import GPT2_EOD
-from tests.support.huggingface import MERGES, Change, gpt2, setting, tokenizer_files, tool
+from tests.support.huggingface import MERGES, Change, gpt2, setting, tool
 from tests.support.tokenizers import hugging_face
 from tests.train.runs import alone
 
 pytestmark = pytest.mark.ci  # every folder of Hugging Face's takes a third of a second
 
 Capture = pytest.CaptureFixture[str]
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """A folder of Hugging Face's of 262 rows with its tokenizer of 262 ids."""
-    path = tmp_path / "gpt2"
-    gpt2().save_pretrained(path)
-    tokenizer_files(path, "vocab.json", "merges.txt")
-    return path
 
 
 def put(name: str, content: object) -> Change:
