@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megatron_lite.config.registry import Registry
+
 
 @dataclass(frozen=True, slots=True)
 class ObjectiveNeeds:
@@ -20,6 +22,6 @@ class ObjectiveNeeds:
 LANGUAGE_MODEL = "language-model"
 """What runs were trained on before there was a choice."""
 
-OBJECTIVES: dict[str, ObjectiveNeeds] = {
-    LANGUAGE_MODEL: ObjectiveNeeds(dataset="pretrain", head="vocabulary"),
-}
+OBJECTIVES: Registry[ObjectiveNeeds] = Registry(
+    "train.objective", {LANGUAGE_MODEL: ObjectiveNeeds(dataset="pretrain", head="vocabulary")}
+)

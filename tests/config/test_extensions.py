@@ -75,7 +75,7 @@ def test_extend_takes_files() -> None:
         parse(["--extend"])
 
 
-@pytest.mark.parametrize("key", ["optim.optimizer", "parallel.engine"])
+@pytest.mark.parametrize("key", ["optim.optimizer", "parallel.engine", "train.objective"])
 def test_a_setting_names_the_rows_of_its_table(key: str) -> None:
     """A plan reads the names without importing what the rows are made of."""
     assert set(REGISTRIES) >= {"optim.optimizer", "parallel.engine"} and "zero" in ENGINES

@@ -18,8 +18,9 @@ from tests.train.runs import curve, steps
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-FILES = [str(HERE / f"{name}.py") for name in ("optimizer", "engine", "kernel")]
-TOYS = ["--extend", *FILES, "--optimizer", "lion", "--engine", "apart"]
+NAMES = ("optimizer", "engine", "kernel", "dataset", "objective")
+FILES = [str(HERE / f"{name}.py") for name in NAMES]
+TOYS = ["--extend", *FILES, "--optimizer", "lion", "--engine", "apart", "--objective", "previous-token"]
 LAYOUT = ["--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2"]
 
 
@@ -37,6 +38,7 @@ def test_toys_train_save_and_resume(tmp_path: Path) -> None:
     run(tmp_path / "whole")
     whole = steps(tmp_path / "whole")
     assert [step.iteration for step in whole] == [1, 2, 3, 4] and whole[3].loss < whole[0].loss
+    assert all(step.metrics["surprise"] > 0 for step in whole)
     run(tmp_path / "resumed", "--load", str(tmp_path / "whole"), "--ckpt-step", "2")
     assert curve(steps(tmp_path / "resumed")) == curve(whole[2:])
 

@@ -182,6 +182,7 @@ OURS_ONLY = frozenset(
         "data.exact_blend_counts",
         "train.dry_run",
         "train.exit_code_on_preemption",
+        "train.objective",
         "train.rehearse",
         "train.all_ranks",
         "train.world_size",
