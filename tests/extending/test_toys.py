@@ -20,7 +20,7 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 NAMES = ("optimizer", "engine", "kernel", "dataset", "objective")
 FILES = [str(HERE / f"{name}.py") for name in NAMES]
-TOYS = ["--extend", *FILES, "--optimizer", "lion", "--engine", "apart", "--objective", "previous-token"]
+TOYS = ["--extend", *FILES, *"--optimizer lion --engine apart --objective previous-token".split()]
 LAYOUT = ["--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2"]
 
 
