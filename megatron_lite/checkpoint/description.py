@@ -47,7 +47,7 @@ def saved_objective(manifest: Manifest, folder: Path) -> str:
     if name not in OBJECTIVES:
         raise CheckpointError(
             f"{path}: the weights were trained on --objective {name}, which this program does not know "
-            f"(it has {', '.join(OBJECTIVES)}): use the program that trained them"
+            f"(it has {', '.join(OBJECTIVES)}): name the file that has it with --extend"
         )
     return str(name)
 

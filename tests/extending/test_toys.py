@@ -11,25 +11,42 @@ import sys
 from pathlib import Path
 
 import pytest
+from safetensors import safe_open
 
 from tests.support.launch import TINY, launch
+from tests.support.places import ROOT
 from tests.support.sizes import with_flags
 from tests.train.runs import curve, steps
 
 HERE = Path(__file__).parent
-ROOT = HERE.parents[1]
 NAMES = ("optimizer", "engine", "kernel", "dataset", "objective")
-FILES = [str(HERE / f"{name}.py") for name in NAMES]
-TOYS = ["--extend", *FILES, *"--optimizer lion --engine apart --objective previous-token".split()]
+TOYS = [
+    "--extend", *(str(HERE / f"{name}.py") for name in NAMES),
+    "--optimizer", "lion", "--engine", "apart", "--objective", "previous-token",
+]  # fmt: skip
+LLAMA = [
+    "--swiglu", "--normalization", "RMSNorm", "--position-embedding-type", "rope",
+    "--disable-bias-linear", "--untie-embeddings-and-output-weights",
+    "--hidden-dropout", "0", "--attention-dropout", "0",
+]  # fmt: skip
+"""The model of the family beside this file."""
 LAYOUT = ["--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2"]
+ARGV = [*with_flags(TINY, "--train-iters", "4"), *LLAMA, *LAYOUT, *TOYS]
 
 
-def run(save: Path, *words: str):
-    """Four steps of the toys on four ranks; rank 0."""
-    argv = [*with_flags(TINY, "--train-iters", "4"), *LAYOUT, *TOYS, "--save", str(save)]
-    ended = launch(4, [*argv, "--save-interval", "2", *words])
+def run(save: Path, *words: str) -> str:
+    """Four steps of the toys on four ranks; what rank 0 says."""
+    ended = launch(4, [*ARGV, "--save", str(save), "--save-interval", "2", *words])
     assert [rank.rc for rank in ended] == [0] * 4, [rank.err[-600:] for rank in ended]
-    return ended[0]
+    return ended[0].out
+
+
+def tool(name: str, *words: str) -> str:
+    """What a tool of ours says, in a process of its own."""
+    command = [sys.executable, str(ROOT / "tools" / f"{name}.py"), *words]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 @pytest.mark.ci
@@ -41,18 +58,18 @@ def test_toys_train_save_and_resume(tmp_path: Path) -> None:
     assert all(step.metrics["surprise"] > 0 for step in whole)
     run(tmp_path / "resumed", "--load", str(tmp_path / "whole"), "--ckpt-step", "2")
     assert curve(steps(tmp_path / "resumed")) == curve(whole[2:])
+    exported = tmp_path / "exported"
+    files = [str(HERE / f"{name}.py") for name in ("family", "dataset", "objective")]
+    extended = [word for file in files for word in ("--extend", file)]
+    tool("convert", str(tmp_path / "whole"), str(exported), "--no-tokenizer", *extended)
+    with safe_open(exported / "model.safetensors", "pt") as file:
+        assert file.get_slice("model.layers.1.self_attn.k_proj.weight").get_shape() == [32, 32]
 
 
 @pytest.mark.ci
 def test_toys_are_planned() -> None:
     """Lion keeps one state of each parameter; what the planner does not know of an engine it says."""
-    argv = [*TINY, *LAYOUT, *TOYS, "--hardware", "cpu", "--gpus-per-node", "4", "--json"]
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "tools/plan.py"), *argv],
-        cwd=ROOT, capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    plan = json.loads(done.stdout)
+    plan = json.loads(tool("plan", *ARGV, "--hardware", "cpu", "--gpus-per-node", "4", "--json"))
     for stage in plan["stages"]:
         assert stage["memory_bytes"]["moments"] == stage["memory_bytes"]["weights"] > 0
     assert any("--engine apart: planned as zero" in note for note in plan["notes"])
