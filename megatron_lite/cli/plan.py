@@ -81,7 +81,7 @@ def main() -> int:
 
     asked = PlanInputs(
         config.parallel, config.precision, config.train.micro_batch_size,
-        on_gpu=not device.cpu,
+        on_gpu=not device.cpu, segments=config.data.reset_attention_mask,
     )  # fmt: skip
     if own.search:
         _require_model(config, world)

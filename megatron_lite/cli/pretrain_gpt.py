@@ -135,7 +135,8 @@ def _rehearse(parsed: ParsedFlags) -> int:
     measured = [RehearsedRank(one.transcript.rank, one.memory.kinds(), one.sent_bytes())
                 for one in done if one.memory is not None]  # fmt: skip
     parts = (config.parallel, config.precision, config.train.micro_batch_size)
-    asked = PlanInputs(*parts, on_gpu=not config.train.use_cpu)
+    segments = config.data.reset_attention_mask
+    asked = PlanInputs(*parts, on_gpu=not config.train.use_cpu, segments=segments)
     rows = beside_plan(measured, blueprint, asked, num_microbatches=count)
     print("", rehearsal_tables(rows), "", sep="\n")
     agreement = rehearse.require_agreement([one.transcript for one in done])
@@ -201,7 +202,10 @@ def _beside_the_plan(
         changed = dataclasses.replace(config, parallel=parallel, train=train)
         rules.check_config(changed, world_size)
         blueprint = draw_up(changed, world_size)
-        asked = PlanInputs(parallel, config.precision, micro_batch_size, on_gpu=on_gpu)
+        asked = PlanInputs(
+            parallel, config.precision, micro_batch_size, on_gpu=on_gpu,
+            segments=config.data.reset_attention_mask,
+        )  # fmt: skip
         return memory(blueprint, asked, pp_ranks=[blueprint.grid.coords(rank).pp])[0]
 
     return beside_the_plan(config.parallel, config.train.micro_batch_size, planned, missing, room)

@@ -8,7 +8,7 @@ without a fused kernel.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from megatron_lite.blueprint.figure.parts import Activation, Core, Matrix, Norm, Parts
@@ -100,8 +100,12 @@ def block_items(
     *,
     micro_batch_size: int,
     on_gpu: bool = True,
+    segments: bool = False,
 ) -> Items:
-    """What one block keeps for a micro batch, nothing recomputed, and what its backward adds."""
+    """What one block keeps for a micro batch, nothing recomputed, and what its backward adds.
+
+    segments: whether documents do not see one another; their mask itself is shared_mask_bytes().
+    """
     w, tp = element_bytes(precision), parallel.tp
     tokens = model.seq_length * micro_batch_size / parallel.cp
     split = tokens / tp if parallel.splits_sequence else tokens
@@ -113,7 +117,7 @@ def block_items(
     for one in cores:
         kept, gradients = _core(
             one, model, parallel, precision, micro_batch_size=micro_batch_size, on_gpu=on_gpu,
-            qkv=qkv / len(cores),
+            segments=segments, qkv=qkv / len(cores),
         )  # fmt: skip
         core, core_gradients = core + kept, max(core_gradients, gradients)
     gathered = 2 * tokens * w * h + (2 * split * w * h if parallel.splits_sequence else 0.0)
@@ -182,6 +186,7 @@ def _core(
     *,
     micro_batch_size: int,
     on_gpu: bool,
+    segments: bool,
     qkv: float,
 ) -> tuple[float, float]:
     """(kept beside q, k and v, added by backward) of attention; qkv: bytes of q, k and v."""
@@ -190,11 +195,13 @@ def _core(
     heads, queries = core.heads / parallel.tp, core.queries / parallel.tp
     gradients = 2 * qkv
     if uses_flash(model, precision, on_gpu=on_gpu):
-        return tokens * heads * 4.0, gradients  # log of the sum, fp32
+        # log of the sum, fp32; torch's own copy of a mask, which it adds to the scores
+        bias = tokens * model.seq_length * w if segments else 0.0
+        return tokens * heads * 4.0 + bias, gradients
     square = tokens * model.seq_length * heads
     wide = 4.0 if model.attention_softmax_in_fp32 else float(w)
     # softmax's output; its 16-bit copy, or the dropout mask and what is left after it; who may look
-    kept = square * wide + model.seq_length**2
+    kept = square * wide + (0.0 if segments else model.seq_length**2)
     if model.attention_dropout > 0.0:
         kept += square * (1.0 + w)
     elif wide != w:
@@ -205,6 +212,24 @@ def _core(
     elif not core.rotated:  # the scaled q; a rotated one it takes the place of
         kept += tokens * w * queries
     return kept, square * (wide + max(wide, float(w))) + gradients
+
+
+def shared_mask_bytes(
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    precision: PrecisionConfig,
+    *,
+    micro_batch_size: int,
+    on_gpu: bool = True,
+) -> float:
+    """The mask of a micro batch's documents, a byte per pair of tokens, where backward needs it.
+
+    The layers that run together share it (kernels/segments.py); a fused kernel keeps its own copy.
+    """
+    again = "core_attn" in RecomputePlan.from_config(parallel).modules
+    if uses_flash(model, precision, on_gpu=on_gpu) and not again:
+        return 0.0
+    return float(model.seq_length**2 * micro_batch_size) / parallel.cp
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,14 +246,22 @@ class StageBytes:
 
 
 def stage_bytes(
-    layers: Sequence[Items], parallel: ParallelConfig, *, layer_input: float
+    layers: Sequence[Items],
+    parallel: ParallelConfig,
+    *,
+    layer_input: float,
+    shared: float = 0.0,
 ) -> StageBytes:
-    """What the layers of a stage hold; layer_input: bytes of the stream between two of them."""
+    """What the layers of a stage hold; layer_input: bytes of the stream between two of them.
+
+    shared: what those that run together keep once.
+    """
     if not layers:  # the embedding or the loss alone
         return StageBytes(0.0, 0.0, 0.0)
     plan = RecomputePlan.from_config(parallel)
     if not plan.group:
-        return _with_parts_again(layers, plan, layer_input)
+        found = _with_parts_again(layers, plan, layer_input)
+        return replace(found, kept=found.kept + shared)
     split = parallel.tp if plan.split else 1
     kept, again = 0.0, 0.0
     groups = plan.groups(len(layers))
@@ -238,11 +271,12 @@ def stage_bytes(
         kept += layer_input / split if recomputed else whole
         if recomputed:
             # the kept input is the first block's stream, unless every rank keeps a slice of it
-            shared = layer_input if plan.layers is None and split == 1 and items[0].stream else 0.0
-            again = max(again, whole - shared)
+            stream = layer_input if plan.layers is None and split == 1 and items[0].stream else 0.0
+            again = max(again, whole + shared - stream)
     if not groups[-1][1]:
         # where some layers keep everything, their memory is free before the first is recomputed
         again = 0.0
+        kept += shared
     return StageBytes(
         kept, again, max(max(i.mlp_gradients, i.core_gradients) + i.gathered for i in layers)
     )

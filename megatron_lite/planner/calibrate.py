@@ -99,7 +99,7 @@ def _drawn(flags: str, ranks: int, cpu: bool) -> tuple[Blueprint, PlanInputs]:
     config = parse(f"{flags} --train-iters 1 --lr 1e-4 --dry-run".split()).config
     asked = PlanInputs(
         config.parallel, config.precision, config.train.micro_batch_size,
-        on_gpu=not cpu,
+        on_gpu=not cpu, segments=config.data.reset_attention_mask,
     )  # fmt: skip
     return draw_up(config, ranks), asked
 

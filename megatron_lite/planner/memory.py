@@ -26,6 +26,7 @@ from megatron_lite.planner.activations import (
     block_items,
     deferred_wgrad_bytes,
     element_bytes,
+    shared_mask_bytes,
     stage_bytes,
 )
 
@@ -38,12 +39,16 @@ FRAGMENTATION = 0.05
 
 @dataclass(frozen=True, slots=True)
 class PlanInputs:
-    """The sections of a config that decide memory and time beside the Blueprint."""
+    """The sections of a config that decide memory and time beside the Blueprint.
+
+    segments: whether packed documents do not see one another (--reset-attention-mask).
+    """
 
     parallel: ParallelConfig
     precision: PrecisionConfig
     micro_batch_size: int
     on_gpu: bool = True
+    segments: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +109,7 @@ def layer_items(blueprint: Blueprint, asked: PlanInputs) -> list[Items]:
                 asked.precision,
                 micro_batch_size=asked.micro_batch_size,
                 on_gpu=asked.on_gpu,
+                segments=asked.segments,
             )
     return [known[id(parts)] for parts in blueprint.figure.layers]
 
@@ -166,7 +172,9 @@ def _rank_memory(
     held, waiting = {}, stage_waiting(blueprint, asked, pp_rank)
     for stage in stages:
         of_stage = [items[layer] for layer in stage.layers]
-        blocks = stage_bytes(of_stage, asked.parallel, layer_input=stream)
+        blocks = stage_bytes(
+            of_stage, asked.parallel, layer_input=stream, shared=_mask_bytes(model, asked)
+        )
         held[stage.index] = _held(blueprint, asked, stage, blocks, waiting[stage.index])
     worst = _worst(schedule, pp_rank, held)
     kinds = static_bytes(
@@ -261,6 +269,15 @@ def _held(
 def largest_matrix(layer: Parts, tp: int) -> float:
     """Elements of a layer's largest weight on one rank, q|k|v and gate|up being one each."""
     return max((matrix.size / tp for matrix in layer.of(Matrix)), default=0.0)
+
+
+def _mask_bytes(model: ModelConfig, asked: PlanInputs) -> float:
+    if not asked.segments:
+        return 0.0
+    return shared_mask_bytes(
+        model, asked.parallel, asked.precision,
+        micro_batch_size=asked.micro_batch_size, on_gpu=asked.on_gpu,
+    )  # fmt: skip
 
 
 def _tokens(model: ModelConfig, asked: PlanInputs) -> float:

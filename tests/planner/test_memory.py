@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 
 import pytest
@@ -13,11 +14,12 @@ from megatron_lite.blueprint.draw_up import draw_up
 from megatron_lite.blueprint.figure.transformer import figure_of
 from megatron_lite.blueprint.recompute import RecomputePlan
 from megatron_lite.config.flags.parser import parse
+from megatron_lite.kernels.segments import Segments
 from megatron_lite.layers.contexts import ForwardContext, StageContext
 from megatron_lite.layers.dropout import step_dropout
 from megatron_lite.models.decoder import Decoder
 from megatron_lite.parallel.context import ParallelContext
-from megatron_lite.planner.activations import block_items, stage_bytes
+from megatron_lite.planner.activations import block_items, shared_mask_bytes, stage_bytes
 from megatron_lite.planner.memory import PlanInputs, memory
 from megatron_lite.train.assemble import assemble
 from megatron_lite.train.step import train_step
@@ -35,6 +37,7 @@ UNFUSED = "--attention-backend unfused"
 SELECTIVE = "--recompute-granularity selective --recompute-modules"
 LLAMA = "--swiglu --normalization RMSNorm --position-embedding-type rope --disable-bias-linear"
 GROUPED = "--group-query-attention --num-query-groups 2"
+DOCUMENTS = "--reset-attention-mask"
 
 LAYERS = [
     "--micro-batch-size 2",
@@ -58,6 +61,9 @@ LAYERS = [
     f"--micro-batch-size 2 {ND} {SELECTIVE} mlp",
     f"--micro-batch-size 2 --bf16 {SELECTIVE} layernorm",
     f"--micro-batch-size 2 --bf16 {ND} {LLAMA} {SELECTIVE} layernorm mlp core_attn",
+    f"--micro-batch-size 2 --bf16 {ND} {DOCUMENTS}",
+    f"--micro-batch-size 2 {ND} {UNFUSED} {DOCUMENTS}",
+    f"--micro-batch-size 2 --bf16 {ND} {SELECTIVE} core_attn {DOCUMENTS}",
 ]
 
 
@@ -76,6 +82,9 @@ def kept_by(flags: str, num_layers: int) -> int:
     at = ForwardContext(
         samples=torch.arange(samples), index=torch.arange(tokens), dropout=step_dropout(context, 0)
     )
+    if config.data.reset_attention_mask:
+        rows = torch.arange(0, samples * tokens + 1, tokens, dtype=torch.int32)
+        at = dataclasses.replace(at, segments=Segments(rows, tokens, samples, tokens))
     alive = Alive()
     for parameter in blocks.parameters():
         alive.see(parameter.data)
@@ -91,21 +100,33 @@ def kept_by(flags: str, num_layers: int) -> int:
     return kept
 
 
+def planned_of(flags: str, num_layers: int) -> float:
+    """What the plan says that so many blocks keep."""
+    config = parse(f"{SMALL} {flags}".split()).config
+    micro, documents = config.train.micro_batch_size, config.data.reset_attention_mask
+    sections = (config.model, config.parallel, config.precision)
+    layer = figure_of(config.model, 128).layers[0]
+    items = block_items(layer, *sections, micro_batch_size=micro, on_gpu=False, segments=documents)
+    width = 4 if config.precision.name == "fp32" else 2
+    stream = float(config.model.seq_length * micro * config.model.hidden_size * width)
+    mask = shared_mask_bytes(*sections, micro_batch_size=micro, on_gpu=False) if documents else 0.0
+    return stage_bytes([items] * num_layers, config.parallel, layer_input=stream, shared=mask).kept
+
+
 @pytest.mark.parametrize("flags", LAYERS)
 def test_a_block_keeps_what_the_plan_counts_item_by_item(flags: str) -> None:
     """Within 2 percent, three blocks less one: statistics of norms are the rest."""
     measured = (kept_by(flags, 3) - kept_by(flags, 1)) / 2
-    config = parse(f"{SMALL} {flags}".split()).config
-    micro = config.train.micro_batch_size
-    layer = figure_of(config.model, 128).layers[0]
-    items = block_items(
-        layer, config.model, config.parallel, config.precision,
-        micro_batch_size=micro, on_gpu=False,
-    )  # fmt: skip
-    width = 4 if config.precision.name == "fp32" else 2
-    stream = float(config.model.seq_length * micro * config.model.hidden_size * width)
-    planned = stage_bytes([items], config.parallel, layer_input=stream).kept
+    planned = planned_of(flags, 3) - planned_of(flags, 2)
     assert planned == pytest.approx(measured, rel=0.02)
+
+
+@pytest.mark.parametrize("how", ["", "--bf16", UNFUSED, f"{SELECTIVE} core_attn"])
+def test_what_documents_take_on_top_is_counted_to_the_byte(how: str) -> None:
+    """A mask for all blocks together, and what each kernel makes of it."""
+    plain = f"--micro-batch-size 2 {ND} {how}"
+    packed = f"{plain} {DOCUMENTS}"
+    assert planned_of(packed, 3) - planned_of(plain, 3) == kept_by(packed, 3) - kept_by(plain, 3)
 
 
 @pytest.mark.parametrize("how", [

@@ -128,7 +128,7 @@ def test_one_rank_per_kind_stands_for_every_stage_and_every_end():
     "changes",
     [
         {TP: 2, PP: 2, SP: True, BF16: True},
-        {TP: 2, PP: 2, SP: True, ZERO: True, SCHEDULE: "zb-h1"},
+        {TP: 2, PP: 2, SP: True, ZERO: True, SCHEDULE: "zb-h1", "data__reset_attention_mask": True},
         {TP: 2, PP: 2, SCHEDULE: "gpipe", "precision__fp16": True,
          "parallel__recompute_granularity": "full", "parallel__recompute_method": "block",
          "parallel__recompute_num_layers": 1, "parallel__distribute_saved_activations": True},
@@ -159,7 +159,10 @@ def rehearsed_beside_plan(changes):
     )  # fmt: skip
     blueprint = draw(config, 8)
     done = list(rehearse(config, 8, one_of_each(blueprint.grid), workers=1))
-    asked = PlanInputs(config.parallel, config.precision, config.train.micro_batch_size)
+    asked = PlanInputs(
+        config.parallel, config.precision, config.train.micro_batch_size,
+        segments=config.data.reset_attention_mask,
+    )  # fmt: skip
     return beside_plan(
         [RehearsedRank(d.transcript.rank, d.memory.kinds(), d.sent_bytes()) for d in done],
         blueprint, asked, num_microbatches=6,
