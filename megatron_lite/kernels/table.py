@@ -11,6 +11,7 @@ import torch
 
 from megatron_lite.kernels import reference, vendor
 from megatron_lite.kernels.compiled import compiled
+from megatron_lite.kernels.cross_entropy import token_losses
 from megatron_lite.kernels.dropout import dropout
 from megatron_lite.kernels.reference import add_dropout_then
 
@@ -118,6 +119,7 @@ TABLE: dict[str, list[Implementation]] = {
         Implementation("torch-compile", compiled(reference.swiglu), _compile),
         Implementation("reference", reference.swiglu, _always),
     ],
+    "cross_entropy": [Implementation("reference", token_losses, _always)],
     "dropout": [Implementation("reference", dropout, _always)],
     "add_dropout": [Implementation("reference", reference.add_dropout, _always)],
     "add_dropout_layer_norm": [

@@ -109,6 +109,9 @@ FORMULAS: dict[str, Callable[..., Any]] = {
     "add_dropout_rms_norm": lambda x, y, b, call, w, nb, e: (
         joined(x, y, b, call), normed(joined(x, y, b, call), w, nb, e, center=False),
     ),
+    "cross_entropy": lambda x, labels, part: (
+        x[..., : part.vocab_size].exp().sum(-1).log() - x.gather(-1, labels[..., None])[..., 0]
+    ),
     "layer_norm": lambda x, w, b, e: normed(x, w, b, e, center=True),
     "rms_norm": lambda x, w, b, e: normed(x, w, b, e, center=False),
     "gelu": lambda x: x / (1 + torch.exp(-2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_lite.kernels.attention import AttentionCall
+from megatron_lite.kernels.cross_entropy import VocabularyPart
 from megatron_lite.kernels.dropout import DropoutCall
 from megatron_lite.kernels.random import feature_bits, key
 from megatron_lite.kernels.table import Implementation
@@ -49,6 +50,7 @@ def arguments(op: str) -> list[Any]:
         "add_dropout": joining,
         "add_dropout_layer_norm": [*joining, draw(H), draw(H), 1e-5],
         "add_dropout_rms_norm": [*joining, draw(H), None, 1e-5],
+        "cross_entropy": [draw(S, B, 20), torch.arange(S * B).view(S, B), VocabularyPart(0, 17)],
         "layer_norm": [hidden(), draw(H), draw(H), 1e-5],
         "rms_norm": [hidden(), draw(H), None, 1e-5],
         "gelu": [draw(3, 7)],
@@ -73,7 +75,7 @@ def run_with_gradients(
             return value.requires_grad_(floats)
         if isinstance(value, DropoutCall):
             return DropoutCall(*map(moved, value))
-        return tuple(map(moved, value)) if isinstance(value, tuple) else value
+        return tuple(map(moved, value)) if type(value) is tuple else value
 
     inputs = [moved(value) for value in arguments(op)]
     needed = [x for x in inputs if isinstance(x, Tensor) and x.requires_grad]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from megatron_lite.data.batch import Batch
+from megatron_lite.kernels.cross_entropy import token_losses
 from megatron_lite.layers.cross_entropy import cross_entropy
 from megatron_lite.parallel.context import Axis
 from megatron_lite.pipeline.stage import MicroBatch, Scored
@@ -19,6 +21,7 @@ class LanguageModel:
 
     tp: Axis
     vocab_size: int
+    kernel: Callable[..., Tensor] = token_losses
     metrics: tuple[Metric, ...] = ()
 
     def weight(self, batch: Batch) -> float:
@@ -27,5 +30,5 @@ class LanguageModel:
 
     def loss(self, outputs: Tensor, batch: MicroBatch) -> Scored:
         """outputs: logits [s, b, v/tp] -> loss sum and token count, fp32 scalars."""
-        losses = cross_entropy(outputs, batch.labels, self.tp, self.vocab_size)
+        losses = cross_entropy(outputs, batch.labels, self.tp, self.vocab_size, self.kernel)
         return Scored((losses * batch.loss_mask).sum(), batch.loss_mask.sum())

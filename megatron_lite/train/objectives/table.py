@@ -9,6 +9,8 @@ from megatron_lite.train.objectives.base import Objective
 from megatron_lite.train.objectives.language_model import LanguageModel
 
 LOSSES: dict[str, Callable[[StageContext], Objective]] = {
-    "language-model": lambda context: LanguageModel(context.tp, context.vocab_size),
+    "language-model": lambda context: LanguageModel(
+        context.tp, context.vocab_size, context.choose("cross_entropy")
+    ),
 }
 """A row for each of OBJECTIVES."""
