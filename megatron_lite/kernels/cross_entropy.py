@@ -1,4 +1,4 @@
-"""Cross entropy of a part of the vocabulary, completed by the ranks of the other parts (arXiv:1909.08053 § 3)."""
+"""Cross entropy of a part of the vocabulary, completed by the other ranks (arXiv:1909.08053 § 3)."""
 
 from __future__ import annotations
 
