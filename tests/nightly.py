@@ -24,6 +24,7 @@ ORACLES = ROOT / ".venv-oracles"
 MAY_SKIP = "gpu,root,browser"
 """Marks of the tests that may be skipped: what one machine in the project's hands cannot be."""
 LIMIT_MINUTES = 180
+GRACE_SECONDS = 15
 TIMED_OUT, INTERRUPTED = 124, 130
 
 
@@ -81,6 +82,10 @@ def call(command: Sequence[str], seconds: float) -> int:
         except subprocess.TimeoutExpired:
             code = TIMED_OUT
         finally:
+            with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
+                if process.poll() is None:
+                    os.killpg(process.pid, signal.SIGINT)  # tests put away what they made
+                    process.wait(GRACE_SECONDS)
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
     return code if code >= 0 else 128 - code

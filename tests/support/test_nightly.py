@@ -67,6 +67,15 @@ def test_a_part_that_overruns_is_ended_with_all_it_started(tmp_path: Path) -> No
         assert time.monotonic() - began < 55
 
 
+def test_a_part_that_overruns_may_put_away_what_it_made(tmp_path: Path) -> None:
+    mark, seconds = tmp_path / "mark", 0.5
+    waits = f"import os, time; m = {str(mark)!r}; open(m, 'w').close()\ntry: time.sleep(60)\n"
+    code = f"{waits}finally: os.rename(m, m + 's')"
+    while not Path(f"{mark}s").exists():
+        assert call(python(code), seconds) == nightly.TIMED_OUT
+        seconds *= 2
+
+
 def test_a_signal_is_a_code_above_128_and_a_stop_ends_the_summary(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
