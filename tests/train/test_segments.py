@@ -98,7 +98,7 @@ def test_a_kernel_that_takes_segments_meets_no_square(
         "by-segment", by_segment, lambda need: None if need.segments else "needs documents"
     )
     monkeypatch.setitem(TABLE, "attention", [row, *TABLE["attention"]])
-    monkeypatch.setitem(PREFERENCES, "auto", ["by-segment"])
+    monkeypatch.setitem(PREFERENCES, "auto", ["by-segment", *PREFERENCES["auto"]])
     found, seen = step(**changes)
     assert seen.others == seen.masks == 0
     assert found == pytest.approx(dense, rel=1e-5)
