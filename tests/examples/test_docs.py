@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.extras import named_in_setup
 from tests.support.places import ROOT
 
 DOCUMENTS = sorted(
@@ -66,20 +67,13 @@ def test_make_alone_lists_every_target() -> None:
     assert targets <= listed
 
 
-def test_setup_installs_extras_that_exist_and_pins_what_they_name() -> None:
-    setup = (ROOT / "setup.py").read_text(encoding="utf-8")
-    extras = next(
-        ast.literal_eval(node.value)
-        for node in ast.walk(ast.parse(setup))
-        if isinstance(node, ast.keyword) and node.arg == "extras_require"
-    )
-    script = (ROOT / "tools/setup.sh").read_text(encoding="utf-8")
-    asked = re.findall(r"^EXTRAS=(.*)$", script, flags=re.MULTILINE)[0].split(",")
-    assert set(asked) <= set(extras)
-    pins = (ROOT / "requirements/constraints.txt").read_text(encoding="utf-8")
+@pytest.mark.parametrize(
+    ("extra", "file"), [("test", "constraints.txt"), ("oracles", "constraints-oracles.txt")]
+)
+def test_what_an_environment_is_made_of_is_pinned(extra: str, file: str) -> None:
+    pins = (ROOT / "requirements" / file).read_text(encoding="utf-8")
     pinned = set(re.findall(r"^([a-z0-9-]+)==", pins, flags=re.MULTILINE))
-    named = {re.split(r"[><=\[]", item)[0].lower() for name in asked for item in extras[name]}
-    assert named - pinned == set()
+    assert pinned and set(named_in_setup()[extra]) - pinned == set()
 
 
 def test_nothing_says_that_a_package_index_has_megatron_lite() -> None:
