@@ -132,14 +132,14 @@ def _rehearse(parsed: ParsedFlags) -> int:
     for one in rehearse.rehearse(config, world_size, ranks):
         print(f"  {one.describe()}", flush=True)
         done.append(one)
-    measured = [RehearsedRank(one.transcript.rank, one.memory.kinds(), one.sent_bytes())
+    measured = [RehearsedRank(one.log.rank, one.memory.kinds(), one.sent_bytes())
                 for one in done if one.memory is not None]  # fmt: skip
     parts = (config.parallel, config.precision, config.train.micro_batch_size)
     segments = config.data.reset_attention_mask
     asked = PlanInputs(*parts, on_gpu=not config.train.use_cpu, segments=segments)
     rows = beside_plan(measured, blueprint, asked, num_microbatches=count)
     print("", rehearsal_tables(rows), "", sep="\n")
-    agreement = rehearse.require_agreement([one.transcript for one in done])
+    agreement = rehearse.require_agreement([one.log for one in done])
     print(agreement)
     print(f"took {time.perf_counter() - began:.0f} s and at most "
           f"{max(one.process_bytes for one in done) / 2**30:.2f} GiB of memory per process")  # fmt: skip

@@ -1,5 +1,5 @@
-"""How ops run: every op in plain PyTorch (reference.py) and its faster twins, chosen from one table.
+"""How ops run: every op in plain PyTorch (reference.py) and in faster ways, chosen from one table.
 
-Imports nothing of ours; layers, models, optim, engines and tools may import it.
+Imports no other folder of the package; layers, models, optim, engines and tools may import it.
 Begin with table.py: op -> implementations, and why one is chosen.
 """

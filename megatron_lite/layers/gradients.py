@@ -50,7 +50,7 @@ class DeferredWgrad(NamedTuple):
     product: WgradProduct
 
     def gather(self) -> tuple[Tensor, Pending, Pending, WgradProduct]:
-        """The same with its factors on their way to being whole."""
+        """The same with its operands on their way to being whole."""
         return self.weight, self.dy.gather(), self.x.gather(), self.product
 
 
@@ -90,7 +90,7 @@ class WeightGradients:
 
     def defer(self, product: DeferredWgrad) -> None:
         """Put it on the queue of the micro batch that defer_to() named."""
-        assert self._queue is not None, "nothing is postponed"
+        assert self._queue is not None, "nothing is deferred"
         self._queue.append(product)
 
     def matrix(self, weight: Tensor, dy: Tensor, x: Tensor, product: WgradProduct) -> Tensor | None:
@@ -125,14 +125,14 @@ class WeightGradients:
     def run(self, microbatch: int) -> None:
         """Carry out the deferred wgrads, in the order they came; each operand is freed once it is used.
 
-        Collective over tp where factors are slices: every tp rank runs the same micro batch.
+        Collective over tp where operands are slices: every tp rank runs the same micro batch.
         """
         jobs = self._deferred.pop(microbatch)
         ahead = jobs.popleft().gather() if jobs else None
         while ahead is not None:
             (weight, dy, x, product), ahead = ahead, jobs.popleft().gather() if jobs else None
             self._accumulate(weight, dy.wait(), x.wait(), product)
-            del dy, x  # the factors of one product, and of the next, are whole at a time
+            del dy, x  # the operands of one product, and of the next, are whole at a time
 
     @property
     def num_deferred(self) -> int:

@@ -47,7 +47,7 @@ LossFunction = Callable[[Tensor, MicroBatch], Scored]
 """An objective's loss."""
 
 
-class PostponedGradients(Protocol):
+class DeferredWgrads(Protocol):
     """The queue on which a split backward defers wgrads."""
 
     def defer_to(self, microbatch: int | None) -> None:
@@ -89,7 +89,7 @@ class Stage:
     is_first: bool
     is_last: bool
     score: LossFunction
-    gradients: PostponedGradients
+    gradients: DeferredWgrads
     totals: list[Scored] = field(default_factory=list)
     _kept: dict[int, _Kept] = field(default_factory=dict)
 

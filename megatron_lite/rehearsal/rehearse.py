@@ -3,7 +3,7 @@
 stand_in(config, blueprint, rank)   real groups, stages, engine, on the meta device
   .perform()                        one training step of 3 pp micro batches and one evaluation
 Rehearsed                           every call to others, and where its memory went
-compare(transcripts)                do the ranks fit together?          parallel/calls/transcript.py
+compare_calls(logs)                 do the ranks fit together?          parallel/calls/log.py
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from megatron_lite.config.sections.run import RunConfig
 from megatron_lite.data.batch import Batch, collate
 from megatron_lite.data.documents import DocumentEnds
 from megatron_lite.data.sources import kind_for
-from megatron_lite.parallel.calls.tape import CallRecorder
-from megatron_lite.parallel.calls.transcript import CallLog, compare_calls
+from megatron_lite.parallel.calls.log import CallLog, compare_calls
+from megatron_lite.parallel.calls.recorder import CallRecorder
 from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.parallel.shard import MASTER
 from megatron_lite.rehearsal.meta_tensors import Forms, MetaTensorMode
@@ -92,7 +92,7 @@ class Rehearsed:
     place: its coordinates in words.  process_bytes: memory of the process that rehearsed it.
     """
 
-    transcript: CallLog
+    log: CallLog
     place: str
     memory: Memory | None
     seconds: float
@@ -100,11 +100,11 @@ class Rehearsed:
 
     def sent_bytes(self) -> dict[str, float]:
         """Axis -> bytes sent in the training step."""
-        return self.transcript.sent_bytes(TRAINING)
+        return self.log.sent_bytes(TRAINING)
 
     def describe(self) -> str:
         """One line of progress."""
-        calls = f"rank {self.transcript.rank} ({self.place}): {len(self.transcript.calls):,} calls"
+        calls = f"rank {self.log.rank} ({self.place}): {len(self.log.calls):,} calls"
         if self.memory is None:
             return f"{calls}, BROKE OFF, {self.seconds:.1f} s"
         return (
@@ -127,15 +127,15 @@ class StandIn:
             if grid.world_size > 1
             else ParallelContext.serial("meta")
         )
-        self.transcript = CallLog(rank, pp=ctx.pp.rank)
-        self.tape = CallRecorder(self.transcript)
-        self.run: Run = assemble(config, blueprint, ctx.observed(self.tape))
+        self.log = CallLog(rank, pp=ctx.pp.rank)
+        self.recorder = CallRecorder(self.log)
+        self.run: Run = assemble(config, blueprint, ctx.observed(self.recorder))
         self.run.pipeline.reached = self._reached
         self.batches = make_batches(config, num_microbatches(blueprint))
         self._seconds = time.perf_counter() - began
 
     def _reached(self, position: int, group: Sequence[Action]) -> None:
-        self.tape.reached(position, group)
+        self.recorder.reached(position, group)
         self._tensors.between_actions()
 
     def perform(self) -> Rehearsed:
@@ -149,10 +149,10 @@ class StandIn:
             self.run.engine.wait_for_param_gather()
         except Exception as error:  # whatever it is, this rank would stop here
             said = f"{type(error).__name__}: {error}".splitlines()[0]
-            self.transcript.failed_at = f"{said} - in its {self.tape.place}"
+            self.log.failed_at = f"{said} - in its {self.recorder.place}"
         at = self.run.ctx
         return Rehearsed(
-            self.transcript,
+            self.log,
             place=f"tp {at.tp.rank} dp {at.dp.rank} pp {at.pp.rank}",
             memory=memory,
             seconds=self._seconds + time.perf_counter() - began,
@@ -162,7 +162,7 @@ class StandIn:
     def _train(self) -> Memory:
         tensors = self._tensors
         tensors.step_begins()
-        self.tape.begin(TRAINING)
+        self.recorder.begin(TRAINING)
         train_step(self.run, self.batches, lr=1e-4, weight_decay=0.01)
         static = self._static()
         activations = tensors.most_kept
@@ -170,7 +170,7 @@ class StandIn:
         return Memory(**static, activations=activations, work=rest, allocations=tensors.allocations)
 
     def _evaluate(self) -> None:
-        self.tape.begin(EVALUATION)
+        self.recorder.begin(EVALUATION)
         evaluation_step(self.run, self.batches[: self.blueprint.grid.pp])
 
     def _static(self) -> dict[str, int]:
@@ -263,9 +263,9 @@ def num_microbatches(blueprint: Blueprint) -> int:
     return min(ROUNDS * blueprint.grid.pp, blueprint.microbatches())
 
 
-def require_agreement(transcripts: Sequence[CallLog]) -> str:
+def require_agreement(logs: Sequence[CallLog]) -> str:
     """What fits, in words; raises DistributedError naming rank, place, call and shapes of what does not."""
-    found, wrong = compare_calls(transcripts)
+    found, wrong = compare_calls(logs)
     if wrong:
         shown = "".join(f"\n  {line}" for line in wrong[:_SHOWN])
         more = f"\n  and {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""

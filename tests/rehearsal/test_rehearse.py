@@ -9,7 +9,7 @@ from megatron_lite.blueprint.draw_up import Blueprint
 from megatron_lite.blueprint.schedules.actions import Action
 from megatron_lite.config.errors import DistributedError
 from megatron_lite.config.objectives import OBJECTIVES
-from megatron_lite.parallel.calls.transcript import compare_calls
+from megatron_lite.parallel.calls.log import compare_calls
 from megatron_lite.parallel.collectives import all_reduce
 from megatron_lite.parallel.context import Axis
 from megatron_lite.planner.memory import PlanInputs
@@ -39,17 +39,17 @@ FORMS: dict = {}
 
 
 def rehearsed(config, world_size, ranks=None, *, on=None, tamper=None, changed=None):
-    """Transcripts of the ranks; on rank `on`, tamper(stand-in) before its step, or another config."""
+    """Call logs of the ranks; on rank `on`, tamper(stand-in) before its step, or another config."""
     blueprint = draw(config, world_size)
-    transcripts = []
+    logs = []
     for rank in range(world_size) if ranks is None else ranks:
         mine = changed if changed is not None and rank == on else config
         with stand_in(mine, draw(mine, world_size), rank, FORMS) as actor:
             if tamper is not None and rank == on:
                 tamper(actor)
-            transcripts.append(actor.perform().transcript)
+            logs.append(actor.perform().log)
     assert blueprint.grid.world_size == world_size
-    return transcripts
+    return logs
 
 
 def faults(*args, **kwargs):
@@ -80,11 +80,11 @@ TENSOR = tiny_config(**{TP: 2, PP: 2, BATCH: 8})
          "recomputed, documents apart"],
 )  # fmt: skip
 def test_all_ranks_of_a_sound_run_fit_together(world_size, changes):
-    transcripts = rehearsed(tiny_config(**changes), world_size)
-    found, wrong = compare_calls(transcripts)
+    logs = rehearsed(tiny_config(**changes), world_size)
+    found, wrong = compare_calls(logs)
     assert wrong == []
     assert found.ranks == world_size
-    assert found.messages == sum(c.op == "send" for t in transcripts for c in t.calls) > 0
+    assert found.messages == sum(c.op == "send" for t in logs for c in t.calls) > 0
 
 
 def test_a_rehearsed_rank_makes_the_calls_of_a_real_one():
@@ -92,7 +92,7 @@ def test_a_rehearsed_rank_makes_the_calls_of_a_real_one():
     real = spawn(traffic, 4, changes)
     config = tiny_config(train__micro_batch_size=2, **changes, **{BATCH: 2})
     for rank, (seen, _) in enumerate(real):
-        calls = rehearse_rank(config, draw(config, 4), rank, FORMS).transcript.calls
+        calls = rehearse_rank(config, draw(config, 4), rank, FORMS).log.calls
         training = [c for c in calls if c.place.startswith("training") and c.op != "receive"]
         assert Counter((c.op, c.payload) for c in training) == seen
 
@@ -164,7 +164,7 @@ def rehearsed_beside_plan(changes):
         segments=config.data.reset_attention_mask,
     )  # fmt: skip
     return beside_plan(
-        [RehearsedRank(d.transcript.rank, d.memory.kinds(), d.sent_bytes()) for d in done],
+        [RehearsedRank(d.log.rank, d.memory.kinds(), d.sent_bytes()) for d in done],
         blueprint, asked, num_microbatches=6,
     )  # fmt: skip
 
@@ -350,8 +350,8 @@ def test_a_wrong_partner_is_named():
 
 
 def test_what_does_not_fit_ends_with_exit_code_6_and_a_count():
-    transcripts = rehearsed(PIPELINE, 4, on=2, tamper=without("2RECV_F3"))
+    logs = rehearsed(PIPELINE, 4, on=2, tamper=without("2RECV_F3"))
     with pytest.raises(DistributedError, match="would not fit together") as caught:
-        require_agreement(transcripts)
+        require_agreement(logs)
     assert caught.value.exit_code == 6
     assert "rank 2 breaks off" in str(caught.value)

@@ -1,5 +1,5 @@
 """The ranks' calls to each other: recorded, and compared afterwards or before they are made.
 
 Imports blueprint and the rest of parallel; sessions and the rehearsal use it.
-Begin with transcript.py (a call log, and whether those of all ranks match), then tape.py and checking.py.
+Begin with log.py (a call log, and whether those of all ranks match), then recorder.py and checking.py.
 """

@@ -20,8 +20,8 @@ from torch.distributed import Store  # type: ignore[attr-defined]
 
 from megatron_lite.blueprint.schedules.actions import Action
 from megatron_lite.config.errors import DistributedError
-from megatron_lite.parallel.calls.tape import CallRecorder
-from megatron_lite.parallel.calls.transcript import Call, CallLog, shown_ranks
+from megatron_lite.parallel.calls.log import Call, CallLog, shown_ranks
+from megatron_lite.parallel.calls.recorder import CallRecorder
 
 _GO = "go"
 
@@ -50,8 +50,8 @@ class Checker(CallRecorder):
         """Raise DistributedError on every member alike unless all make the same call next."""
         number = self._next(call)
         name = f"{call.axis}/{'-'.join(map(str, call.ranks))}/{number}"
-        mine = _written(call, self.transcript.pp)
-        self._store.set(f"at/{self.transcript.rank}", mine)
+        mine = _written(call, self.log.pp)
+        self._store.set(f"at/{self.log.rank}", mine)
         if call.op == "send":
             self._store.set(name, mine)
         elif call.op == "receive":
@@ -66,7 +66,7 @@ class Checker(CallRecorder):
         return self._numbers[key]
 
     def _meet(self, name: str, call: Call, number: int, mine: str) -> None:
-        me, first = self.transcript.rank, call.ranks[0]
+        me, first = self.log.rank, call.ranks[0]
         self._store.set(f"{name}/{me}", mine)
         if me == first:
             self._store.set(f"{name}/verdict", self._judge(name, call, number) or _GO)
@@ -84,7 +84,7 @@ class Checker(CallRecorder):
     def _judge(self, name: str, call: Call, number: int) -> str | None:
         """What does not fit, seen by the first rank of the group; None if all do."""
         end = time.monotonic() + self._seconds
-        model = json.loads(_written(call, self.transcript.pp))
+        model = json.loads(_written(call, self.log.pp))
         where = f"--check-collectives: collective {number} over {call.axis} of {shown_ranks(call.ranks)}"
         for rank in call.ranks[1:]:
             said = self._wait(f"{name}/{rank}", max(end - time.monotonic(), 0.1))
@@ -120,7 +120,7 @@ class Checker(CallRecorder):
                 f"{call.place}: {call}; {self._whereabouts(source)}"
             )
         theirs = json.loads(said)
-        if theirs["form"][1:] != json.loads(_written(call, self.transcript.pp))["form"][1:]:
+        if theirs["form"][1:] != json.loads(_written(call, self.log.pp))["form"][1:]:
             raise DistributedError(
                 f"--check-collectives: a message from rank {source} to rank {me} does not fit - "
                 f"rank {source}, {theirs['place']}: {theirs['text']}; rank {me}, {call.place}: {call}"
@@ -142,7 +142,7 @@ class Checker(CallRecorder):
         return f"rank {rank} was last at {seen['axis']}, {seen['place']}: {seen['text']}"
 
     def _forget(self, name: str, *, first_too: bool) -> None:
-        self._store.delete_key(f"{name}/{self.transcript.rank}")
+        self._store.delete_key(f"{name}/{self.log.rank}")
         if first_too:
             self._store.delete_key(f"{name}/verdict")
 

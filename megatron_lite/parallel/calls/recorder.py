@@ -8,18 +8,18 @@ from pathlib import Path
 from types import FrameType
 
 from megatron_lite.blueprint.schedules.actions import Action
-from megatron_lite.parallel.calls.transcript import Call, CallLog
+from megatron_lite.parallel.calls.log import Call, CallLog
 from megatron_lite.parallel.observer import Observer, Request
 
 _PACKAGE = f"{Path(__file__).parents[2]}/"
-_TALKING = ("parallel/calls/tape.py", "parallel/collectives.py", "parallel/observer.py")
+_TALKING = ("parallel/calls/recorder.py", "parallel/collectives.py", "parallel/observer.py")
 
 
 class CallRecorder(Observer):
     """Records a rank's calls, each with its place in the step and the line that made it."""
 
-    def __init__(self, transcript: CallLog) -> None:
-        self.transcript = transcript
+    def __init__(self, log: CallLog) -> None:
+        self.log = log
         self.place = "before its list"
         self.part = "step"
         self.step: int | None = None
@@ -58,7 +58,7 @@ class CallRecorder(Observer):
 
     def take(self, call: Call) -> None:
         """Append it to the log."""
-        self.transcript.calls.append(call)
+        self.log.calls.append(call)
 
     def _line(self) -> str:
         """file:line in this package that made the current call: a layer's or the engine's if there is one."""

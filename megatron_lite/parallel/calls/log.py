@@ -91,25 +91,25 @@ class MatchedCalls:
     pairs: int
 
 
-def compare_calls(transcripts: Sequence[CallLog]) -> tuple[MatchedCalls, list[str]]:
+def compare_calls(logs: Sequence[CallLog]) -> tuple[MatchedCalls, list[str]]:
     """What matches and, in words, what does not: empty if the calls of these ranks match.
 
     Every group's members make the same calls in the same order with the same shapes; between two
     ranks the k-th send meets the k-th receive; all come to their end even if each call blocks until
-    the others have made it.  Ranks without a transcript are taken to do their part, and so are
+    the others have made it.  Ranks without a log are taken to do their part, and so are
     those that broke off from there on.
     """
-    by_rank = {transcript.rank: transcript for transcript in transcripts}
-    wrong = [f"rank {t.rank} breaks off: {t.failed_at}" for t in transcripts if t.failed_at]
-    groups = _by_group(transcripts)
+    by_rank = {log.rank: log for log in logs}
+    wrong = [f"rank {t.rank} breaks off: {t.failed_at}" for t in logs if t.failed_at]
+    groups = _by_group(logs)
     for (axis, ranks), calls in groups.items():
         wrong += _compare_group(axis, ranks, calls, by_rank)
-    messages = _by_pair(transcripts)
+    messages = _by_pair(logs)
     for (source, target), (sends, receives) in messages.items():
         if source in by_rank and target in by_rank:
             wrong += _compare_pair(by_rank[source], by_rank[target], sends, receives)
     if not wrong:
-        wrong = _stuck(transcripts)
+        wrong = _stuck(logs)
     both = [sends for (a, b), (sends, _) in messages.items() if a in by_rank and b in by_rank]
     return (
         MatchedCalls(
@@ -127,18 +127,18 @@ _Group = tuple[str, tuple[int, ...]]
 _Groups = dict[_Group, dict[int, list[Call]]]
 
 
-def _by_group(transcripts: Sequence[CallLog]) -> _Groups:
+def _by_group(logs: Sequence[CallLog]) -> _Groups:
     """Group -> member with a call log -> its collectives there, none for one that never calls."""
     groups: _Groups = {}
-    for transcript in transcripts:
-        for call in transcript.calls:
+    for log in logs:
+        for call in log.calls:
             if call.op not in MESSAGE_OPS:
                 members = groups.setdefault((call.axis, call.ranks), {})
-                members.setdefault(transcript.rank, []).append(call)
+                members.setdefault(log.rank, []).append(call)
     for (_, ranks), members in groups.items():
-        for transcript in transcripts:
-            if transcript.rank in ranks:
-                members.setdefault(transcript.rank, [])
+        for log in logs:
+            if log.rank in ranks:
+                members.setdefault(log.rank, [])
     return groups
 
 
@@ -191,11 +191,11 @@ def _group_difference(
 _Ends = tuple[list[Call], list[Call]]
 
 
-def _by_pair(transcripts: Sequence[CallLog]) -> dict[tuple[int, ...], _Ends]:
+def _by_pair(logs: Sequence[CallLog]) -> dict[tuple[int, ...], _Ends]:
     """(sender, receiver) -> the sends and the receives, each in its rank's order."""
     pairs: dict[tuple[int, ...], _Ends] = {}
-    for transcript in transcripts:
-        for call in transcript.calls:
+    for log in logs:
+        for call in log.calls:
             if call.op in MESSAGE_OPS:
                 ends = pairs.setdefault(call.ranks, ([], []))
                 ends[MESSAGE_OPS.index(call.op)].append(call)
@@ -226,10 +226,10 @@ _Meeting = tuple[bool, str, tuple[int, ...], int]
 """(whether it is a message, axis, ranks, its number there): the same for all who take part."""
 
 
-def _stuck(transcripts: Sequence[CallLog]) -> list[str]:
+def _stuck(logs: Sequence[CallLog]) -> list[str]:
     """Walk all call logs with calls that block until their partners have come; which ranks never end."""
-    present = {transcript.rank for transcript in transcripts}
-    calls = {t.rank: list(_batches(t.calls)) for t in transcripts}
+    present = {log.rank for log in logs}
+    calls = {t.rank: list(_batches(t.calls)) for t in logs}
     meetings = {rank: _meetings(batches) for rank, batches in calls.items()}
     missing: dict[_Meeting, int] = {}
     for rows in meetings.values():
