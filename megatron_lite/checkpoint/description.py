@@ -44,12 +44,12 @@ def saved_objective(manifest: Manifest, folder: Path) -> str:
     """
     path = folder / NAME
     name = _stored(manifest, "train", path).get("objective", LANGUAGE_MODEL)
-    if name not in OBJECTIVES:
+    if not isinstance(name, str) or name not in OBJECTIVES:
         raise CheckpointError(
             f"{path}: the weights were trained on --objective {name}, which this program does not know "
             f"(it has {', '.join(OBJECTIVES)}): name the file that has it with --extend"
         )
-    return str(name)
+    return name
 
 
 def saved_model(manifest: Manifest, folder: Path, *, head: str | None = VOCABULARY) -> ModelConfig:

@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 from megatron_lite.config.errors import ConfigError
 from megatron_lite.config.exit import ToolParser, run_tool
 from megatron_lite.config.extras import how_to_install
+from megatron_lite.config.objectives import LM_LOSS
 from megatron_lite.storage.disk import Disk
 from megatron_lite.storage.outputs import check_outputs, write_output
 from megatron_lite.telemetry.record import (
@@ -181,10 +182,12 @@ def _draw_speed(axes: Any, story: Story) -> None:
 
 
 def _finish(figure: Any, loss: Any, rate: Any, speed: Any, stories: list[Story]) -> None:
-    """Titles, legends, limits, and a second scale in perplexity."""
-    loss.set_ylabel("loss per token (nats)")
+    """Titles, legends, limits, and for language models a second scale in perplexity."""
+    names = {step.loss_name for story in stories for step in story.steps}
+    words = names == {LM_LOSS}
+    loss.set_ylabel("loss per token (nats)" if words else " and ".join(sorted(names)))
     finite = [s.loss for story in stories for s in story.steps if math.isfinite(s.loss)]
-    if finite and max(finite) < 20:
+    if words and finite and max(finite) < 20:
         perplexity = loss.secondary_yaxis("right", functions=(_to_perplexity, _to_loss))
         perplexity.set_ylabel("perplexity")
         perplexity.set_yscale("log")

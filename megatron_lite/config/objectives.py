@@ -13,15 +13,23 @@ from megatron_lite.config.registry import Registry
 
 @dataclass(frozen=True, slots=True)
 class ObjectiveNeeds:
-    """dataset: a row of DATASETS (data/sources.py); head: one of HEADS (blueprint/figure/heads.py)."""
+    """dataset: a row of DATASETS (data/sources.py); head: one of HEADS (blueprint/figure/heads.py).
+
+    loss_name: what the loss is called in every log; LM_LOSS for a mean of -log p, which has a perplexity.
+    """
 
     dataset: str
     head: str
+    loss_name: str = "loss"
 
+
+LM_LOSS = "lm loss"
+"""As Megatron calls it."""
 
 LANGUAGE_MODEL = "language-model"
 """What runs were trained on before there was a choice."""
 
 OBJECTIVES: Registry[ObjectiveNeeds] = Registry(
-    "train.objective", {LANGUAGE_MODEL: ObjectiveNeeds(dataset="pretrain", head="vocabulary")}
+    "train.objective",
+    {LANGUAGE_MODEL: ObjectiveNeeds(dataset="pretrain", head="vocabulary", loss_name=LM_LOSS)},
 )

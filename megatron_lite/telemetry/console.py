@@ -38,7 +38,7 @@ def format_line(record: StepRecord) -> str:
         parts.append(f" decoupled learning rate: {record.decoupled_learning_rate:.3E}")
     parts += [
         f" global batch size: {record.global_batch_size:5d}",
-        f" lm loss: {_scientific(record.loss)}",
+        f" {record.loss_name}: {_scientific(record.loss)}",
         *(f" {name}: {_scientific(value)}" for name, value in record.metrics.items()),
         f" loss scale: {record.loss_scale:.1f}",
     ]
@@ -61,14 +61,14 @@ def format_line(record: StepRecord) -> str:
 
 
 def format_evaluation(record: EvaluationRecord) -> str:
-    """Loss and perplexity between two rows of dashes; three lines, without a last newline."""
+    """Loss, perplexity where there is one, and metrics between two rows of dashes; three lines."""
     where = f"iteration {record.iteration}"
     if record.final or record.split == "test":
         where += f" on {record.split} set"
-    line = (
-        f" validation loss at {where} | lm loss value: {_scientific(record.loss)}"
-        f" | lm loss PPL: {_scientific(record.perplexity)} | "
-    )
+    name, perplexity = record.loss_name, record.perplexity
+    line = f" validation loss at {where} | {name} value: {_scientific(record.loss)} | "
+    if perplexity is not None:
+        line += f"{name} PPL: {_scientific(perplexity)} | "
     line += "".join(f"{name} value: {_scientific(v)} | " for name, v in record.metrics.items())
     dashes = "-" * (len(line) + 1)
     return f"{dashes}\n{line}\n{dashes}"
@@ -135,9 +135,10 @@ def short_evaluation(record: EvaluationRecord) -> str:
     """` final test at iteration 100 | loss 3.2142 | PPL 24.88 | 12.3 s`."""
     which = f"final {record.split}" if record.final else record.split
     metrics = "".join(f"| {name} {value:.4f} " for name, value in record.metrics.items())
+    ppl = "" if record.perplexity is None else f"| PPL {record.perplexity:.2f} "
     return (
         f" {which} at iteration {record.iteration} | loss {record.loss:.4f} "
-        f"| PPL {record.perplexity:.2f} {metrics}| {record.seconds:.1f} s"
+        f"{ppl}{metrics}| {record.seconds:.1f} s"
     )
 
 

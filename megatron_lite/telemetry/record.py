@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeAlias
 
 from megatron_lite.config.errors import DataError
+from megatron_lite.config.objectives import LM_LOSS
 from megatron_lite.storage.reading import open_plain
 
 LARGEST_EXPONENT = 20.0
@@ -62,6 +63,9 @@ class StepRecord:
 
     loss: float
     """Mean loss of the steps that advanced; NaN stays NaN."""
+
+    loss_name: str = LM_LOSS
+    """What the objective calls it; no entry in the file where it is the usual one."""
 
     metrics: dict[str, float] = field(default_factory=dict)
     """The objective's numbers beside the loss, likewise; no entry in the file where it has none."""
@@ -133,11 +137,12 @@ class EvaluationRecord:
     """Training samples consumed so far (the x axis of " vs samples")."""
 
     loss: float
+    loss_name: str = LM_LOSS
     metrics: dict[str, float] = field(default_factory=dict)
     """The objective's numbers beside the loss over the same batches."""
 
-    perplexity: float = field(init=False)
-    """exp(min(20, loss))."""
+    perplexity: float | None = field(init=False)
+    """exp(min(20, loss)); None where the loss is no language model's."""
 
     seconds: float
     final: bool = False
@@ -150,7 +155,8 @@ class EvaluationRecord:
 
     def __post_init__(self) -> None:
         capped = min(self.loss, LARGEST_EXPONENT)  # this order keeps NaN
-        object.__setattr__(self, "perplexity", math.exp(capped))
+        found = math.exp(capped) if self.loss_name == LM_LOSS else None
+        object.__setattr__(self, "perplexity", found)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -223,12 +229,16 @@ RECORDS: Mapping[str, type[TelemetryRecord]] = {
 }
 
 
+_UNUSUAL: Mapping[str, object] = {"metrics": {}, "loss_name": LM_LOSS}
+"""Entries that are left out where they say this."""
+
+
 def record_json(record: TelemetryRecord) -> str:
     """One line of metrics.jsonl without its newline; strict JSON even for NaN and infinity."""
     values: dict[str, Any] = {"kind": record.kind}
     for entry in fields(record):
         value = getattr(record, entry.name)
-        if entry.name != "metrics" or value:
+        if entry.name not in _UNUSUAL or value != _UNUSUAL[entry.name]:
             values[entry.name] = _encode(value)
     return json.dumps(values, allow_nan=False)
 

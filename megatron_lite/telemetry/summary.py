@@ -116,8 +116,7 @@ def describe_losses(records: Sequence[TelemetryRecord]) -> list[str]:
     """First and last training loss, best and last validation loss, test loss with perplexity."""
     steps = train_records(records)
     looked = [
-        f"evaluated alone at iteration {record.iteration}: {split} loss {record.loss:.4f} "
-        f"(PPL {record.perplexity:.2f})"
+        f"evaluated alone at iteration {record.iteration}: {split} loss {_with_perplexity(record)}"
         for split in ("validation", "test")
         for record in evaluation_records(records, split, alone=True)
     ]
@@ -134,18 +133,24 @@ def describe_losses(records: Sequence[TelemetryRecord]) -> list[str]:
         best = min(validation, key=lambda record: record.loss)
         end = validation[-1]
         lines.append(
-            f"validation loss {end.loss:.4f} (PPL {end.perplexity:.2f}) at iteration "
+            f"validation loss {_with_perplexity(end)} at iteration "
             f"{end.iteration}; best {best.loss:.4f} at {best.iteration}"
         )
     test = evaluation_records(records, "test")
     if test:
-        lines.append(f"test loss {test[-1].loss:.4f} (PPL {test[-1].perplexity:.2f})")
+        lines.append(f"test loss {_with_perplexity(test[-1])}")
     skipped = sum(step.skipped_iterations for step in steps)
     if all(step.skipped_iterations for step in steps):
         lines.append(f"*** {_never_ran(steps)} ***")
     elif skipped:
         lines.append(f"{skipped} steps were skipped")
     return [*lines, *looked]
+
+
+def _with_perplexity(record: EvaluationRecord) -> str:
+    """`3.2142 (PPL 24.88)`; the loss alone where it is no language model's."""
+    ppl = "" if record.perplexity is None else f" (PPL {record.perplexity:.2f})"
+    return f"{record.loss:.4f}{ppl}"
 
 
 def _never_ran(steps: Sequence[StepRecord]) -> str:

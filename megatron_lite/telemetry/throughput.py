@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from megatron_lite.config.objectives import LM_LOSS
 from megatron_lite.telemetry.record import StepRecord
 
 
@@ -73,6 +74,7 @@ class IntervalMeter:
     """The same with the causal half of the attention."""
 
     peak_tflops: float | None = None
+    loss_name: str = LM_LOSS
     clock: Callable[[], float] = time.time
     _steps: list[Step] = field(default_factory=list)
     _first_iteration: int | None = None
@@ -117,6 +119,7 @@ class IntervalMeter:
             weight_decay=last.weight_decay,
             global_batch_size=last.global_batch_size,
             loss=_mean_loss(steps),
+            loss_name=self.loss_name,
             metrics=_mean_metrics(steps),
             loss_scale=last.loss_scale,
             grad_norm=last.grad_norm,

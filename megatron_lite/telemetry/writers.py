@@ -252,9 +252,10 @@ def scalars(record: TelemetryRecord, config: TelemetryConfig) -> dict[str, float
     if isinstance(record, StepRecord):
         return _step_scalars(record, config)
     if isinstance(record, EvaluationRecord):
-        points = {f"lm loss {record.split}": record.loss}
-        if config.log_validation_ppl_to_tensorboard:
-            points[f"lm loss {record.split} ppl"] = record.perplexity
+        name = f"{record.loss_name} {record.split}"
+        points = {name: record.loss}
+        if config.log_validation_ppl_to_tensorboard and record.perplexity is not None:
+            points[f"{name} ppl"] = record.perplexity
         return points | {f"{n} {record.split}": value for n, value in record.metrics.items()}
     if isinstance(record, RanksRecord):
         name = record.what.replace(" ", "-")
@@ -271,7 +272,7 @@ def _step_scalars(record: StepRecord, config: TelemetryConfig) -> dict[str, floa
         ("learning-rate", record.learning_rate, rates),
         ("decoupled-learning-rate", record.decoupled_learning_rate, rates),
         ("batch-size", record.global_batch_size, config.log_batch_size_to_tensorboard),
-        ("lm loss", record.loss, True),
+        (record.loss_name, record.loss, True),
         *((name, value, True) for name, value in record.metrics.items()),
         ("loss-scale", record.loss_scale, config.log_loss_scale_to_tensorboard),
         ("world-size", record.world_size, config.log_world_size_to_tensorboard),

@@ -225,6 +225,7 @@ def evaluate(session: Session, split: str, *, final: bool) -> None:
         split="validation" if split == "validation" else "test",
         samples=progress.samples,
         loss=total / weight if weight else math.nan,
+        loss_name=session.meter.loss_name,
         metrics=finished(run.objective, sums[2:], weight),
         seconds=time.perf_counter() - began,
         final=final,

@@ -17,6 +17,7 @@ from megatron_lite.blueprint.draw_up import Blueprint, draw_up, taken_up
 from megatron_lite.checkpoint.progress import Progress
 from megatron_lite.checkpoint.snapshot import Origin
 from megatron_lite.checkpoint.store import Store
+from megatron_lite.config.objectives import OBJECTIVES
 from megatron_lite.config.sections.checkpoint import CheckpointConfig
 from megatron_lite.config.sections.guards import GuardsConfig
 from megatron_lite.config.sections.run import RunConfig
@@ -299,6 +300,7 @@ def _session(
             flops_per_token=blueprint.flops_per_token_full,
             causal_flops_per_token=blueprint.flops_per_token_causal,
             peak_tflops=device_peak(start.device),
+            loss_name=OBJECTIVES[config.train.objective].loss_name,
         ),
         stop=StopRequests(config.train, looks=ctx.rank == 0),
         profiler=Profiler(config.telemetry, ctx.rank, traces, start.device),

@@ -87,15 +87,10 @@ def train_step(run: Run, batches: Sequence[Batch], *, lr: float, weight_decay: f
     beside = _second_passes(run, batches, micro)
     attempt = _attempt(run, run.pipeline, micro, weight, vote)
     if attempt.measured.empty:
-        first, size = (
-            run.progress.samples,
-            sum(len(batch.tokens) for batch in batches) * run.ctx.dp.size,
+        update = run.engine.discard(attempt.norm)
+        return StepResult(
+            attempt.loss, update, attempt.votes, (_nothing_counts(run, batches),), metrics=beside
         )
-        said = f"iteration {run.progress.step + 1}: no token of the samples {first} to "
-        said += (
-            f"{first + size - 1} counts in the loss (--eod-mask-loss): nothing to learn from them"
-        )
-        return StepResult(attempt.loss, run.engine.discard(attempt.norm), attempt.votes, (said,))
     verdict = run.guards.judge(attempt.measured, run.progress)
     told = verdict.what
     if verdict.replay:
@@ -117,6 +112,17 @@ def train_step(run: Run, batches: Sequence[Batch], *, lr: float, weight_decay: f
     if verdict.act is Act.STOP:
         return replace(result, stop=f"{said} - {verdict.advice}")
     return replace(result, warnings=(said,) if told else ())
+
+
+def _nothing_counts(run: Run, batches: Sequence[Batch]) -> str:
+    """The warning about a step whose objective's weight is 0, by the samples that it read."""
+    first = run.progress.samples
+    last = first + sum(len(batch.tokens) for batch in batches) * run.ctx.dp.size - 1
+    return (
+        f"iteration {run.progress.step + 1}: nothing in the samples {first} to {last} counts in the "
+        "loss (the objective's weight is 0; a language model's is the tokens that no loss mask and no "
+        "--eod-mask-loss leaves out): nothing to learn from them"
+    )
 
 
 def _weight(run: Run, batches: Sequence[Batch]) -> Tensor:

@@ -8,8 +8,9 @@ from torch import Tensor
 from megatron_lite.kernels.table import TABLE, Implementation, Need
 
 
-def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up, written out."""
+def swiglu(x: Tensor) -> Tensor:
+    """[..., 2f] of gate and up -> silu(gate) * up, written out."""
+    gate, up = x.chunk(2, dim=-1)
     return gate * torch.sigmoid(gate) * up
 
 

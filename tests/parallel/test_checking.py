@@ -24,8 +24,8 @@ def without_the_sum(run) -> None:
     """The last block's second projection is not summed over tp."""
     (stage,) = run.pipeline.stages.values()
     down = stage.module.blocks["3"].mlp.down
-    alone = dataclasses.replace(down.setting.ctx, tp=Axis("tp"))
-    down.setting = dataclasses.replace(down.setting, ctx=alone)
+    alone = dataclasses.replace(down.context.ctx, tp=Axis("tp"))
+    down.context = dataclasses.replace(down.context, ctx=alone)
 
 
 def half_a_sequence(run) -> None:

@@ -53,6 +53,14 @@ def test_an_objectives_metrics_stand_behind_the_loss():
     assert "| accuracy 0.2500 | " in format_record(found, "short")
 
 
+def test_only_a_language_model_has_an_lm_loss_and_a_perplexity() -> None:
+    assert " | loss: 1.100078E+01 |" in format_line(replace(STEP, loss_name="loss"))
+    found = replace(EVALUATION, loss_name="loss")
+    assert found.perplexity is None
+    assert " | loss value: 2.500000E+00 | \n" in format_evaluation(found)
+    assert format_record(found, "short") == " test at iteration 5 | loss 2.5000 | 0.5 s"
+
+
 def test_a_terminal_gets_a_short_line_of_the_same_numbers():
     assert format_record(STEP, "short") == (
         "  5/10 | loss 11.0008 | lr 2.270E-05 | grad norm 1.235 | scale 4294967296 | batch 1536 | "

@@ -22,10 +22,13 @@ def refuse(constant: str) -> float:
     raise AssertionError(f"{constant} is not JSON")
 
 
-MEASURED = replace(STEP, metrics={"accuracy": 0.25, "hits": math.inf})
+MEASURED = replace(STEP, loss_name="loss", metrics={"accuracy": 0.25, "hits": math.inf})
 
 
-@pytest.mark.parametrize("record", [STEP, MEASURED, EVALUATION, SAVE, TIMING])
+OTHER = replace(EVALUATION, loss_name="loss")
+
+
+@pytest.mark.parametrize("record", [STEP, MEASURED, EVALUATION, OTHER, SAVE, TIMING])
 def test_json_round_trip(record):
     assert from_json(record_json(record)) == record
 

@@ -156,6 +156,7 @@ def test_switches_choose_the_scalars() -> None:
     }  # fmt: skip
     assert set(scalars(step(1), nothing)) == {"lm loss", "grad-norm"}
     assert scalars(EVALUATION, everything)["lm loss test ppl"] == EVALUATION.perplexity
+    assert set(scalars(replace(EVALUATION, loss_name="loss"), everything)) == {"loss test"}
     metrics = {"accuracy": 0.25}
     assert scalars(step(1, metrics=metrics), nothing)["accuracy"] == 0.25
     assert scalars(replace(EVALUATION, metrics=metrics), nothing)["accuracy test"] == 0.25

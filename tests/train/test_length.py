@@ -212,7 +212,7 @@ def test_a_batch_without_a_counted_token_is_skipped_by_its_samples(
     ends = ["--data-path", pair, "--split", "100,0,0", "--eod-mask-loss"]
     done = kept(folder, *ends)
     assert done.rc == 0, done.err
-    assert "iteration 1: no token of the samples 0 to 3 counts in the loss" in done.err
+    assert "iteration 1: nothing in the samples 0 to 3 counts in the loss" in done.err
     found = steps(folder)
     assert [r.skipped_iterations for r in found] == [1] * 4
     assert [r.nan_iterations for r in found] == [0] * 4

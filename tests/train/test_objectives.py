@@ -119,10 +119,11 @@ def test_metrics_are_in_the_records_and_on_the_console(tmp_path: Path) -> None:
     assert run.out.count("| accuracy value: ") == len(evaluations(tmp_path)) > 0
 
 
-def test_a_run_without_metrics_writes_no_field_for_them(tmp_path: Path) -> None:
+def test_a_language_model_without_metrics_writes_no_field_for_them(tmp_path: Path) -> None:
     assert alone("--mock-data", "--save", str(tmp_path)).rc == 0
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
-    assert lines and all("metrics" not in json.loads(line) for line in lines)
+    fields = {name for line in lines for name in json.loads(line)}
+    assert fields and not fields & {"metrics", "loss_name"}
 
 
 def test_a_run_goes_on_with_its_own_objective_and_another_starts_from_its_weights(tmp_path) -> None:
@@ -136,6 +137,8 @@ def test_a_run_goes_on_with_its_own_objective_and_another_starts_from_its_weight
     tuned = alone(*half, "--exit-interval", "2")
     assert tuned.rc == 0, tuned.err
     assert "the vocabulary head is left out, the scalar head starts from --seed" in tuned.out
+    assert " | loss: " in tuned.out and "lm loss" not in tuned.out and "PPL" not in tuned.out
+    assert {step.loss_name for step in steps(tmp_path / "values")} == {"loss"}
     resumed = alone("--mock-data", "--load", values, "--save", values, "--objective", "value")
     assert resumed.rc == 0, resumed.err
     straight = alone(*half[:4], str(tmp_path / "straight"), *half[5:])

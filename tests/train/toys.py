@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from megatron_lite.config.objectives import OBJECTIVES, ObjectiveNeeds
+from megatron_lite.config.objectives import LM_LOSS, OBJECTIVES, ObjectiveNeeds
 from megatron_lite.data.batch import Batch
 from megatron_lite.layers.contexts import StageContext
 from megatron_lite.parallel.collectives import MAX, all_reduce
@@ -76,7 +76,7 @@ def _accuracy(context: StageContext) -> Accuracy:
 
 
 ROWS: dict[str, tuple[ObjectiveNeeds, Callable[[StageContext], Objective]]] = {
-    "accuracy": (ObjectiveNeeds(dataset="pretrain", head="vocabulary"), _accuracy),
+    "accuracy": (ObjectiveNeeds("pretrain", "vocabulary", LM_LOSS), _accuracy),
     "value": (ObjectiveNeeds(dataset="pretrain", head="scalar"), _value),
 }
 

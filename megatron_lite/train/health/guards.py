@@ -24,7 +24,7 @@ from megatron_lite.engines.loss_scale import LossScale
 class StepNumbers:
     """One step's numbers, equal on all ranks: mean loss, gradient norm, ranks with non-finite gradients.
 
-    empty: no token counts in the loss.  Zeros are a good step: a rehearsal has no other numbers.
+    empty: nothing counts in the loss.  Zeros are a good step: a rehearsal has no other numbers.
     """
 
     loss: float
