@@ -189,7 +189,7 @@ def test_a_run_of_it_is_trained_evaluated_and_taken_up(
 def test_a_rehearsal_takes_the_kinds_example() -> None:
     config = tiny_config(train__objective="weighted", train__global_batch_size=2)
     rehearsed = rehearse_rank(config, draw(config, 1), 0)
-    assert rehearsed.memory is not None, rehearsed.transcript.failed_at
+    assert rehearsed.memory is not None, rehearsed.log.failed_at
 
 
 def test_an_objective_that_names_no_kind_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
