@@ -52,7 +52,7 @@ def tool(name: str, *words: str) -> str:
 @pytest.mark.ci
 def test_toys_train_save_and_resume(tmp_path: Path) -> None:
     """A resumed run goes on as the one that was never interrupted, to the last bit."""
-    run(tmp_path / "whole")
+    assert "swiglu: written-out" in run(tmp_path / "whole")
     whole = steps(tmp_path / "whole")
     assert [step.iteration for step in whole] == [1, 2, 3, 4] and whole[3].loss < whole[0].loss
     assert all(step.metrics["surprise"] > 0 for step in whole)
