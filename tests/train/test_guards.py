@@ -32,6 +32,14 @@ def spoil_output(run) -> None:
             )
 
 
+def spoil_sum(run) -> None:
+    """The first of a norm's two results: what was added before it."""
+    (stage,) = run.pipeline.stages.values()
+    stage.module.blocks["1"].mlp_norm.register_forward_hook(
+        lambda module, inputs, output: (output[0] * float("nan"), output[1])
+    )
+
+
 def spoil_output_once(run) -> None:
     tries = iter([float("nan")])
     (stage,) = run.pipeline.stages.values()
@@ -62,7 +70,7 @@ def spoil_copy_after_the_sum(run) -> None:
 
 SPOILS = {
     "weight": spoil_weight, "output": spoil_output, "gradient": spoil_gradient,
-    "output once": spoil_output_once, "copy": spoil_copy_after_the_sum,
+    "sum": spoil_sum, "output once": spoil_output_once, "copy": spoil_copy_after_the_sum,
 }  # fmt: skip
 
 
@@ -90,6 +98,8 @@ def two_steps(rank, ranks, changes, spoil, spoiled_rank):
 
 
 CASES = {
+    "a norm's sum": (1, {}, "sum", 0,
+                     "the output of blocks.1.mlp_norm on rank 0 for samples 8, 9 is the first"),
     "a weight, tp2": (2, {TP: 2}, "weight", 1,
                       "the weight blocks.2.mlp.up.weight on rank 1 itself is not finite"),
     "an output, tp2": (2, {TP: 2}, "output", 1,
@@ -120,7 +130,13 @@ CASES = {
 }  # fmt: skip
 
 
-EVERY_TIME = ("a weight, tp2", "an output, pp2", "a gradient, pp2 dp2", "an output, recomputed")
+EVERY_TIME = (
+    "a norm's sum",
+    "a weight, tp2",
+    "an output, pp2",
+    "a gradient, pp2 dp2",
+    "an output, recomputed",
+)
 NAMES = [name if name in EVERY_TIME else pytest.param(name, marks=pytest.mark.ci) for name in CASES]
 
 

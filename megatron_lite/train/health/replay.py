@@ -70,7 +70,8 @@ class Watched:
     def look_at_output(self, name: str, output: object) -> None:
         """After a module's forward."""
         self._hooks_fired += 1
-        if isinstance(output, Tensor) and not torch.isfinite(output).all():
+        made = output if isinstance(output, tuple) else (output,)  # a norm that adds first: both
+        if any(isinstance(part, Tensor) and not torch.isfinite(part).all() for part in made):
             self.note(
                 (OUTPUT, self.microbatch, position(name), self._hooks_fired),
                 f"the output of {name} on rank {self.run.ctx.rank} for {name_samples(self.samples)} "
