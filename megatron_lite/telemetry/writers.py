@@ -265,6 +265,27 @@ def scalars(record: TelemetryRecord, config: TelemetryConfig) -> dict[str, float
     return {f"{name}-time": seconds for name, seconds in record.largest.items()}
 
 
+STEP_SCALARS = frozenset(
+    (
+        "learning-rate",
+        "decoupled-learning-rate",
+        "batch-size",
+        "lm loss",
+        "loss-scale",
+        "world-size",
+        "grad-norm",
+        "num-zeros",
+        "params-norm",
+        "iteration-time",
+        "throughput",
+        "tgs",
+        "mfu",
+        "mem-max-allocated-bytes",
+    )
+)
+"""What a step is told under besides an objective's metrics, which may not take these names."""
+
+
 def _step_scalars(record: StepRecord, config: TelemetryConfig) -> dict[str, float]:
     throughput = config.log_throughput
     rates = config.log_learning_rate_to_tensorboard

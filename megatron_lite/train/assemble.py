@@ -23,7 +23,7 @@ from megatron_lite.pipeline.mail import Mail
 from megatron_lite.pipeline.stage import Stage
 from megatron_lite.train.health.guards import guards_for
 from megatron_lite.train.measuring.timing import RunTimers
-from megatron_lite.train.objectives.table import LOSSES
+from megatron_lite.train.objectives.promises import make_objective, scorer
 from megatron_lite.train.run import Run
 
 
@@ -63,14 +63,14 @@ def assemble(
         if config.parallel.overlap_param_gather:
             _wait_before_use(decoder, held)
     context = list(decoders.values())[-1].context
-    objective = LOSSES[config.train.objective](context)
+    objective = make_objective(config.train.objective, context)
     stages = {
         index: Stage(
             index=index,
             module=decoder,
             is_first=decoder.has_embedding,
             is_last=decoder.has_head,
-            score=objective.loss,
+            score=scorer(objective),
             gradients=decoder.context.gradients,
         )
         for index, decoder in decoders.items()

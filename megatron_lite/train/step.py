@@ -20,6 +20,7 @@ from megatron_lite.train.health.culprit import earliest_over_ranks
 from megatron_lite.train.health.guards import Act, Finding, StepNumbers, Verdict
 from megatron_lite.train.health.replay import changed_suspect, summed_suspect, watched_pipeline
 from megatron_lite.train.objectives.base import finished
+from megatron_lite.train.objectives.promises import require_same_weight, scorer
 from megatron_lite.train.run import Run
 
 
@@ -141,7 +142,7 @@ def _second_passes(
     for second in run.second_passes:
         if not second.is_due(run.progress.step):
             continue
-        score = second.objective.loss
+        score = scorer(second.objective)
         stages = {n: replace(stage, score=score) for n, stage in run.pipeline.stages.items()}
         pipeline = replace(run.pipeline, stages=stages)
         other = replace(run, objective=second.objective)
@@ -169,10 +170,11 @@ def _attempt(
     squares, wrong, votes = sums.others[0], sums.others[1], sums.others[2:]
     loss, norm = sums.total / weight, squares.sqrt()
     measured = torch.stack(
-        [loss, norm, wrong, (sums.count == 0).double(), weight, *sums.metrics]
+        [loss, norm, wrong, (sums.count == 0).double(), weight, sums.count, *sums.metrics]
     ).tolist()  # waits for the device
+    require_same_weight(run.objective, measured[4], measured[5])
     seen = StepNumbers(measured[0], measured[1], int(measured[2]), bool(measured[3]))
-    metrics = finished(run.objective, measured[5:], measured[4])
+    metrics = finished(run.objective, measured[6:], measured[4])
     return Attempt(scored, loss, norm.float(), votes, seen, metrics)
 
 

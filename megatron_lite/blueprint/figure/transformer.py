@@ -18,6 +18,7 @@ from megatron_lite.blueprint.figure.parts import (
     Parts,
     Table,
 )
+from megatron_lite.config.errors import ConfigError
 from megatron_lite.config.sections.model import ModelConfig
 
 
@@ -28,6 +29,11 @@ def figure_of(model: ModelConfig, padded_vocab_size: int, head: str = VOCABULARY
     embedding: list[Table] = [Table(TOKENS, padded_vocab_size, h, vocabulary=True)]
     if model.position_embedding_type == "learned_absolute":
         embedding.append(Table(POSITIONS, model.num_positions, h, vocabulary=False))
+    if head not in HEADS:
+        raise ConfigError(
+            f"the head {head!r} of --objective is no row of HEADS (it has {', '.join(HEADS)}) - add one "
+            "where the objective is added"
+        )
     output = HEADS[head](model, padded_vocab_size)
     end = (_norm(model, FINAL_NORM), *(() if output is None else (output,)))
     return Figure(
