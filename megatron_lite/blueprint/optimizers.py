@@ -73,7 +73,15 @@ OPTIMIZERS: Registry[Callable[[OptimConfig, Tensor], Treatment]] = Registry(
 
 def treatment(optim: OptimConfig, tensor: Tensor) -> Treatment:
     """How the run's optimizer updates a tensor."""
-    return OPTIMIZERS[optim.optimizer](optim, tensor)
+    how = OPTIMIZERS[optim.optimizer](optim, tensor)
+    if not isinstance(how, Treatment) or len({state.name for state in how.states}) < len(
+        how.states
+    ):
+        raise ConfigError(
+            f"--optimizer {optim.optimizer}: its row of OPTIMIZERS gives {how!r} for {tensor.name}; it must "
+            "be a Treatment whose states have names of their own"
+        )
+    return how
 
 
 def state_size(optim: OptimConfig, tensor: Tensor, tp: int) -> int:

@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, NoReturn
 try:
     from megatron_lite.blueprint.draw_up import draw_up
     from megatron_lite.blueprint.plan import describe
-    from megatron_lite.config.errors import ConfigError, MegatronLiteError
-    from megatron_lite.config.exit import fatal_line
+    from megatron_lite.config.errors import ConfigError
+    from megatron_lite.config.exit import failed
     from megatron_lite.config.flags.parser import ParsedFlags, parse
     from megatron_lite.config.rules import table as rules
     from megatron_lite.config.sections.parallel import ParallelConfig
@@ -237,9 +237,8 @@ def _main() -> int:
         print(f"FATAL[{128 + number}] rank=- step=-: stopped by {signal.Signals(number).name} before "
               "anything was started", file=sys.stderr, flush=True)  # fmt: skip
         return 128 + number
-    except MegatronLiteError as error:  # before it was known which rank this is
-        print(fatal_line(error), file=sys.stderr, flush=True)
-        return error.exit_code
+    except Exception as error:  # before it was known which rank this is
+        return failed(error, debug=False)
 
 
 if __name__ == "__main__":

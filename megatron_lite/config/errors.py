@@ -17,6 +17,10 @@ class ConfigError(MegatronLiteError):
     exit_code = 2
 
 
+class ExtensionError(ConfigError):
+    """A line of a file that --extend named failed; the traceback is shown, as for a bug."""
+
+
 class DataError(MegatronLiteError):
     """A corpus, index or tokenizer file is missing, broken or does not fit; names the file."""
 

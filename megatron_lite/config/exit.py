@@ -8,7 +8,8 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from megatron_lite.config.errors import ConfigError, MegatronLiteError
+from megatron_lite.config.errors import ConfigError, ExtensionError, MegatronLiteError
+from megatron_lite.config.flags.extensions import in_extension, whose_bug
 from megatron_lite.config.streams import ReaderGone, outlive_output, settle_output
 
 BUG = 70
@@ -82,12 +83,16 @@ def _run(main: Callable[[], int], *, debug: bool, go_on: str) -> int:
         return INTERRUPTED
     except ReaderGone as gone:
         return gone.exit_code
-    except MegatronLiteError as error:
-        print(fatal_line(error), file=sys.stderr)
-        if debug:
-            traceback.print_exc()
-        return error.exit_code
     except Exception as error:
-        print(fatal_line(error), file=sys.stderr)
-        traceback.print_exc()
-        return BUG
+        return failed(error, debug=debug)
+
+
+def failed(error: Exception, *, debug: bool) -> int:
+    """Say why nothing more is done; the exit code.  What nobody foresaw is shown with its traceback."""
+    known = in_extension(error)
+    foreseen = isinstance(known, MegatronLiteError)
+    line = fatal_line(known)
+    print(line if foreseen else f"{line} - {whose_bug()}", file=sys.stderr, flush=True)
+    if debug or not foreseen or isinstance(known, ExtensionError):
+        traceback.print_exception(known)
+    return known.exit_code if isinstance(known, MegatronLiteError) else BUG

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from megatron_lite.blueprint.figure.parts import Tensor as Spec
 from megatron_lite.blueprint.optimizers import Treatment, treatment
+from megatron_lite.config.errors import ConfigError
 from megatron_lite.config.sections.optim import OptimConfig
 from megatron_lite.optim.rules import RULES, UpdateRule
 
@@ -71,10 +72,9 @@ class Groups:
 
     def new_state(self, spec: Spec, master: Tensor) -> dict[str, Tensor]:
         """State before the first update of these values, a whole tensor or rows of one."""
-        return {
-            state.name: master.new_zeros(state.of(master.shape))
-            for state in self.treatment(spec).states
-        }
+        how = self.treatment(spec)
+        self._rule(how.rule)  # one that is not there is told before the first step
+        return {state.name: master.new_zeros(state.of(master.shape)) for state in how.states}
 
     def trains(self, spec: Spec, steps: int) -> bool:
         """Whether the update after so many changes a tensor, which needs a gradient for it."""
@@ -112,5 +112,16 @@ class Groups:
 
     def _rule(self, name: str) -> UpdateRule:
         if name not in self._rules:
-            self._rules[name] = RULES[name](self.optim)
+            if name not in RULES:
+                raise ConfigError(
+                    f"--optimizer {self.optim.optimizer} updates by the rule {name!r}, which is no row "
+                    f"of RULES (it has {', '.join(RULES)}) - add one where the optimizer is added"
+                )
+            rule = RULES[name](self.optim)
+            if not hasattr(rule, "update"):
+                raise ConfigError(
+                    f"--optimizer {self.optim.optimizer}: RULES makes a {type(rule).__name__} for "
+                    f"{name!r}, which has no update(); see UpdateRule in megatron_lite/optim/rules.py"
+                )
+            self._rules[name] = rule
         return self._rules[name]

@@ -30,7 +30,8 @@ def test_debug_adds_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_bug_is_70_with_a_traceback(capsys: pytest.CaptureFixture[str]) -> None:
     assert run_tool(lambda: fail_with(ValueError("odd")), argv=[]) == 70
     err = capsys.readouterr().err
-    assert err.startswith("FATAL[70] rank=- step=-: ValueError: odd\n") and "Traceback" in err
+    assert err.startswith("FATAL[70] rank=- step=-: ValueError: odd - a bug of ours - please")
+    assert "Traceback" in err
 
 
 def test_success_and_interruption(capsys: pytest.CaptureFixture[str]) -> None:

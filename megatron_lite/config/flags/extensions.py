@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Iterable
 from pathlib import Path
 
-from megatron_lite.config.errors import ConfigError
+from megatron_lite.config.errors import ConfigError, ExtensionError, MegatronLiteError
 
 _PREFIX = "megatron_lite_extension:"
 """In front of a file's path: its name among the modules of this process."""
@@ -32,7 +32,7 @@ def extend(paths: Iterable[str]) -> None:
         sys.modules[name] = module  # before it runs: dataclasses look their module up
         try:
             spec.loader.exec_module(module)
-        except Exception as error:  # whatever it is, it is the file's
+        except (Exception, SystemExit) as error:  # whatever it is, it is the file's
             del sys.modules[name]
             raise ConfigError(f"--extend {path}: {_where(error, file)}") from error
 
@@ -42,8 +42,33 @@ def extensions() -> list[str]:
     return [name.removeprefix(_PREFIX) for name in sys.modules if name.startswith(_PREFIX)]
 
 
-def _where(error: Exception, file: Path) -> str:
+def in_extension(error: BaseException) -> BaseException:
+    """The error in the words of the file it came from, where a line of one of them was being run."""
+    if isinstance(error, Exception) and not isinstance(error, MegatronLiteError):
+        for file in extensions():
+            if _lines(error, Path(file)):
+                said = ExtensionError(f"--extend {file}: {_where(error, Path(file))}")
+                said.__cause__ = error
+                return said
+    return error
+
+
+def whose_bug() -> str:
+    """What to say of an error that nothing foresaw."""
+    files = ", ".join(extensions())
+    if not files:
+        return "a bug of ours - please report it with the traceback that follows"
+    return f"a bug of ours, or of a row that {files} (--extend) added: the traceback that follows says which"
+
+
+def _lines(error: BaseException, file: Path) -> list[int]:
+    """Those of the file that were being run, the innermost last."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return [frame.lineno or 0 for frame in frames if frame.filename == str(file)]
+
+
+def _where(error: BaseException, file: Path) -> str:
     """`line 3: KeyError: 'adamm'`: the last line of the file that was being run."""
-    own = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(file)]
+    own = _lines(error, file)
     line = own[-1] if own else getattr(error, "lineno", None)
     return f"line {line}: {type(error).__name__}: {error}"

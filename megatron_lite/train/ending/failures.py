@@ -24,10 +24,12 @@ from megatron_lite.config.errors import (
     DataError,
     DeviceFault,
     DistributedError,
+    ExtensionError,
     MegatronLiteError,
     OutOfMemory,
 )
 from megatron_lite.config.exit import BUG, fatal_line
+from megatron_lite.config.flags.extensions import in_extension, whose_bug
 from megatron_lite.config.streams import settle_output
 from megatron_lite.rendezvous.heartbeat import Alone, Presence
 from megatron_lite.storage.disk import Disk, write_atomically
@@ -128,13 +130,14 @@ class Failures:
             )
         if isinstance(error, RuntimeError) and failed_collective(error):
             return DistributedError(self.presence.explain(_first_line(error)))
-        return error
+        return in_extension(error)
 
     def _say(self, error: BaseException, *, aloud: bool = True) -> tuple[str, int]:
         line, code = _line_and_code(error, self.rank, self.presence.step)
         if aloud:
             print(line, file=sys.stderr, flush=True)
-        if self.debug or code == BUG:
+        unforeseen = code == BUG or isinstance(error, ExtensionError)
+        if self.debug or (unforeseen and aloud):
             traceback.print_exception(error)
         folder = self.folder
         if (
@@ -155,7 +158,7 @@ class Failures:
             "fatal": line,
             "time": time.time(),
         }
-        if code == BUG:
+        if code == BUG or isinstance(error, ExtensionError):
             text["traceback"] = "".join(traceback.format_exception(error))
         disk = Disk()
         path = self.folder / "errors" / f"rank{self.rank}.json"
@@ -275,4 +278,4 @@ def _line_and_code(error: BaseException, rank: int, step: int | None) -> tuple[s
     if isinstance(error, MegatronLiteError):
         return fatal_line(error, rank=rank, step=step), error.exit_code
     line = fatal_line(error, rank=rank, step=step).splitlines()[0]  # the traceback has the rest
-    return f"{line} - a bug of ours - please report it with the traceback that follows", BUG
+    return f"{line} - {whose_bug()}", BUG
