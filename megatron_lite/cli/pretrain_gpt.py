@@ -134,6 +134,8 @@ def _rehearse(parsed: ParsedFlags) -> int:
         done.append(one)
     measured = [RehearsedRank(one.log.rank, one.memory.kinds(), one.sent_bytes())
                 for one in done if one.memory is not None]  # fmt: skip
+    if not measured:  # each broke off: there is no memory to show, and this says where
+        rehearse.require_agreement([one.log for one in done])
     parts = (config.parallel, config.precision, config.train.micro_batch_size)
     segments = config.data.reset_attention_mask
     asked = PlanInputs(*parts, on_gpu=not config.train.use_cpu, segments=segments)

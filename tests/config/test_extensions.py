@@ -11,7 +11,7 @@ import torch
 from megatron_lite.blueprint.figure.transformer import figure_of
 from megatron_lite.blueprint.optimizers import ADAM, OPTIMIZERS
 from megatron_lite.cli import pretrain_gpt
-from megatron_lite.config.errors import ConfigError
+from megatron_lite.config.errors import ConfigError, DistributedError
 from megatron_lite.config.exit import run_tool
 from megatron_lite.config.flags.extensions import extensions
 from megatron_lite.config.flags.parser import parse
@@ -22,6 +22,9 @@ from megatron_lite.engines.table import ENGINES
 from megatron_lite.optim.groups import Groups
 from megatron_lite.optim.rules import RULES
 from megatron_lite.train.ending.failures import Failures
+from megatron_lite.train.objectives.language_model import LanguageModel
+from megatron_lite.train.objectives.table import LOSSES
+from tests.support.launch import TINY
 from tests.support.tiny import draw, tiny_config
 
 ROW = "from megatron_lite.blueprint.optimizers import ADAM, OPTIMIZERS\n"
@@ -149,3 +152,15 @@ def test_a_plan_that_finds_a_bug_ends_with_its_code(
     monkeypatch.setattr(pretrain_gpt, "main", lambda argv: {}["odd"])
     assert pretrain_gpt.run() == 70
     assert "FATAL[70] rank=- step=-: KeyError: 'odd' - a bug of ours" in capsys.readouterr().err
+
+
+def test_a_rehearsal_in_which_every_rank_breaks_off_says_where(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Fails(LanguageModel):
+        def loss(self, outputs, batch):
+            raise ValueError("no such outputs")
+
+    monkeypatch.setitem(LOSSES, "language-model", lambda at: Fails(at.tp, at.vocab_size))
+    with pytest.raises(DistributedError, match="rank 0 breaks off: ValueError: no such outputs"):
+        pretrain_gpt.main([*TINY, "--mock-data", "--rehearse"])
