@@ -28,7 +28,7 @@ from megatron_lite.checkpoint.huggingface.importing import import_folder
 from megatron_lite.checkpoint.tensor_file import SAFETENSORS_NAMES, TensorForm
 from megatron_lite.config.errors import ConfigError
 from megatron_lite.config.exit import ToolParser, run_tool
-from megatron_lite.config.flags.extensions import extend
+from megatron_lite.config.extensions import extend
 from megatron_lite.config.sections.model import ModelConfig
 from megatron_lite.data.provenance import ALLOW_MISMATCH, end_of_document, made_with
 from megatron_lite.data.tokenizers.build import build_tokenizer

@@ -17,7 +17,7 @@ import torch
 
 from megatron_lite.config.errors import ConfigError
 from megatron_lite.config.exit import ToolParser, run_tool
-from megatron_lite.config.flags.extensions import extend
+from megatron_lite.config.extensions import extend
 from megatron_lite.data.provenance import ALLOW_MISMATCH
 from megatron_lite.inference.generate import generate
 from megatron_lite.inference.model import PRECISIONS, build_model, find_model

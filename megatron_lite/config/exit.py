@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from megatron_lite.config.errors import ConfigError, ExtensionError, MegatronLiteError
-from megatron_lite.config.flags.extensions import in_extension, whose_bug
+from megatron_lite.config.extensions import in_extension, whose_bug
 from megatron_lite.config.streams import ReaderGone, outlive_output, settle_output
 
 BUG = 70

@@ -27,7 +27,7 @@ from megatron_lite.blueprint.draw_up import Blueprint, draw_up
 from megatron_lite.blueprint.grid import RankGrid
 from megatron_lite.blueprint.schedules.actions import Action
 from megatron_lite.config.errors import DistributedError
-from megatron_lite.config.flags.extensions import extend, extensions
+from megatron_lite.config.extensions import extend, extensions
 from megatron_lite.config.sections.run import RunConfig
 from megatron_lite.data.batch import Batch, collate
 from megatron_lite.data.documents import DocumentEnds

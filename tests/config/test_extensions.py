@@ -13,7 +13,7 @@ from megatron_lite.blueprint.optimizers import ADAM, OPTIMIZERS
 from megatron_lite.cli import pretrain_gpt
 from megatron_lite.config.errors import ConfigError, DistributedError
 from megatron_lite.config.exit import run_tool
-from megatron_lite.config.flags.extensions import extensions
+from megatron_lite.config.extensions import extensions
 from megatron_lite.config.flags.parser import parse
 from megatron_lite.config.flags.settings import settings
 from megatron_lite.config.objectives import OBJECTIVES

@@ -17,8 +17,8 @@ from types import MappingProxyType
 from typing import Any
 
 from megatron_lite.config.errors import ConfigError, all_together
+from megatron_lite.config.extensions import extend
 from megatron_lite.config.flags.explain import explain, help_text
-from megatron_lite.config.flags.extensions import extend
 from megatron_lite.config.flags.files import load
 from megatron_lite.config.flags.implied import imply
 from megatron_lite.config.flags.legacy import LEGACY

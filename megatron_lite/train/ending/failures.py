@@ -29,7 +29,7 @@ from megatron_lite.config.errors import (
     OutOfMemory,
 )
 from megatron_lite.config.exit import BUG, fatal_line
-from megatron_lite.config.flags.extensions import in_extension, whose_bug
+from megatron_lite.config.extensions import in_extension, whose_bug
 from megatron_lite.config.streams import settle_output
 from megatron_lite.rendezvous.heartbeat import Alone, Presence
 from megatron_lite.storage.disk import Disk, write_atomically
