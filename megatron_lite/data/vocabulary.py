@@ -100,7 +100,7 @@ def folder_tokenizer(
     positions: int,
     default_ends: Mapping[int, str],
 ) -> FolderTokenizer:
-    """The tokenizer of these files, whose folder it is; default_ends: see statements.compare.
+    """The tokenizer of these files, whose folder it is; default_ends: see compare_statements().
 
     rows, positions: of the model.  Raises DataError where files contradict each other or the model.
     """

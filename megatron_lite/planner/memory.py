@@ -221,7 +221,7 @@ class _Held:
     """
 
     kept: float
-    postponed: float
+    deferred: float
     forward: _Moment
     backward: tuple[_Moment, ...]
 
@@ -231,7 +231,7 @@ def _held(
     asked: PlanInputs,
     stage: StageLayers,
     blocks: StageBytes,
-    postponed: float,
+    deferred: float,
 ) -> _Held:
     model, low = blueprint.model, element_bytes(asked.precision)
     tp = blueprint.grid.tp
@@ -245,7 +245,7 @@ def _held(
     if stage.has_embedding and model.hidden_dropout > 0.0:
         kept += stream / low  # the mask
     if not stage.has_head:
-        return _Held(kept, postponed, _Moment(), (_Moment(0.0, blocks.again, 0.0, workspace),))
+        return _Held(kept, deferred, _Moment(), (_Moment(0.0, blocks.again, 0.0, workspace),))
     in_fp32 = blueprint.figure.final_norm.function == "RMSNorm"
     norm = stream + 8 * stream / low if in_fp32 else 2 * stream
     columns = blueprint.figure.output.local_rows(tp)
@@ -256,7 +256,7 @@ def _held(
     probabilities = 4 * logits
     return _Held(
         kept + norm + probabilities,
-        postponed,
+        deferred,
         _Moment(-probabilities, logits=forward),
         # the head's backward; then the blocks', when the head's and the final norm's are free
         (
@@ -288,14 +288,14 @@ def stage_waiting(blueprint: Blueprint, asked: PlanInputs, pp_rank: int) -> dict
     """Stage of the rank -> bytes that a micro batch keeps there between I and W."""
     model = blueprint.model
 
-    def postponed(layer: Parts) -> float:
+    def deferred(layer: Parts) -> float:
         return deferred_wgrad_bytes(
             layer, model, asked.parallel, asked.precision, micro_batch_size=asked.micro_batch_size
         )
 
     waiting = {}
     for stage in blueprint.stages_of(pp_rank):
-        waiting[stage.index] = blueprint.figure.total(postponed, stage.layers)
+        waiting[stage.index] = blueprint.figure.total(deferred, stage.layers)
         if stage.has_head:
             waiting[stage.index] += layer_input_bytes(model, asked)
             waiting[stage.index] += _logits_gradient_bytes(blueprint, asked)
@@ -341,7 +341,7 @@ def _data_parallel_buffers(
 
 def _worst(schedule: Schedule, pp_rank: int, held: Mapping[int, _Held]) -> _Moment:
     """The moment of a rank's actions that holds most."""
-    live, postponed = dict.fromkeys(held, 0), dict.fromkeys(held, 0)
+    live, deferred = dict.fromkeys(held, 0), dict.fromkeys(held, 0)
     now, worst = 0.0, _Moment(live=dict(live))
     for op, stage, _ in schedule.lists[pp_rank]:
         of = held[stage]
@@ -350,19 +350,19 @@ def _worst(schedule: Schedule, pp_rank: int, held: Mapping[int, _Held]) -> _Mome
             now += of.kept
             moments: tuple[_Moment, ...] = (of.forward,)
         elif op is Op.W:
-            postponed[stage] -= 1
-            now -= of.postponed
+            deferred[stage] -= 1
+            now -= of.deferred
             continue
         else:
             moments = of.backward
         for moment in moments:
             if now + moment.total > worst.total:
-                together = {s: live[s] + postponed[s] for s in live}
+                together = {s: live[s] + deferred[s] for s in live}
                 worst = replace(moment, activations=now + moment.activations, live=together)
         if op is not Op.F:
             live[stage] -= 1
             now -= of.kept
             if op is Op.I:
-                postponed[stage] += 1
-                now += of.postponed
+                deferred[stage] += 1
+                now += of.deferred
     return worst

@@ -32,7 +32,7 @@ def sent_bytes(
     stages = blueprint.stages_of(at.pp)
     passes = num_microbatches * sum(_tp_passes(blueprint, asked, stage) for stage in stages)
     if parallel.splits_sequence:
-        passes += _postponed_passes(blueprint, at.pp, num_microbatches)
+        passes += _deferred_passes(blueprint, at.pp, num_microbatches)
     whole = layer_input_bytes(blueprint.model, asked)
     if parallel.splits_sequence:
         whole *= grid.tp
@@ -104,7 +104,7 @@ def training_passes(layer: Parts, *, split: bool) -> int:
     return sum(_BOTH[matrix.cut, split] for matrix in layer.of(Matrix))
 
 
-def _postponed_passes(blueprint: Blueprint, pp_rank: int, num_microbatches: int) -> float:
+def _deferred_passes(blueprint: Blueprint, pp_rank: int, num_microbatches: int) -> float:
     """A W of its own keeps slices: the inputs of row-parallel layers are gathered a second time for it."""
 
     def reduced(layer: Parts) -> int:

@@ -128,6 +128,13 @@ def test_the_glossarys_code_exists() -> None:
     assert sorted(term for term in terms if not exists(term)) == []
 
 
+def test_the_glossary_explains_a_term_once() -> None:
+    text = (ROOT / "docs/GLOSSARY.md").read_text(encoding="utf-8")
+    terms = re.findall(r"^- \*\*([^*]+)\*\*", text, re.MULTILINE)
+    assert len(terms) > 40
+    assert sorted(term for term in set(terms) if terms.count(term) > 1) == []
+
+
 def test_a_word_that_is_not_written_is_found() -> None:
     source = (
         '"""Goes `under way`\n\nis under way."""\nx = 1  # micro-batch m\ny = "computed again"\n'
