@@ -1,7 +1,7 @@
 """Parallel linears and embeddings equal F.linear and F.embedding, forward and backward.
 
 For 1 to 4 tp ranks, with and without sequence parallelism and bias; gradients through autograd,
-added to accumulators, and postponed.  Everything is float64, so that a tolerance of 1e-12 leaves
+added to accumulators, and deferred.  Everything is float64, so that a tolerance of 1e-12 leaves
 no room for anything but the order of a sum.
 """
 
@@ -30,7 +30,7 @@ from tests.support.spawn import spawn
 S, B, FAN_IN = 12, 2, 24  # twelve tokens and inputs divide by 1, 2, 3 and 4
 PARTS = {"q": 24, "k": 12, "v": 12}
 VOCAB, PADDED = 19, 24
-HOW = ("autograd", "attached", "postponed")
+HOW = ("autograd", "attached", "deferred")
 
 
 def setting_of(rank, ranks, sequence_parallel):
@@ -84,7 +84,7 @@ class Gradients:
             self.sink.attach(self.sums.items(), self.reported.append)
 
     def backward(self, microbatch, y, dy):
-        self.sink.defer_to(microbatch if self.how == "postponed" else None)
+        self.sink.defer_to(microbatch if self.how == "deferred" else None)
         y.backward(dy)
         self.sink.defer_to(None)
 
@@ -92,9 +92,9 @@ class Gradients:
         """Gradients by name; matrices are the weights whose products wait for run()."""
         if self.how == "autograd":
             return {name: p.grad for name, p in self.module.named_parameters()}
-        if self.how == "postponed":
+        if self.how == "deferred":
             for weight in matrices:
-                assert not self.sums[weight].any(), "a postponed product was carried out at once"
+                assert not self.sums[weight].any(), "a deferred product was carried out at once"
                 assert weight not in self.reported
             assert self.sink.num_deferred == 2
             for m in range(2):

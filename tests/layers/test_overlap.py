@@ -65,7 +65,7 @@ def mlp_of(rank: int, ranks: int, sequence_parallel: bool) -> tuple[StageContext
     return context, module
 
 
-def order(rank: int, ranks: int, sequence_parallel: bool, postponed: bool) -> list[list[str]]:
+def order(rank: int, ranks: int, sequence_parallel: bool, deferred: bool) -> list[list[str]]:
     """What happens in the backward of an MLP, and what in its W."""
     context, module = mlp_of(rank, ranks, sequence_parallel)
     tokens = S // ranks if sequence_parallel else S
@@ -87,11 +87,11 @@ def order(rank: int, ranks: int, sequence_parallel: bool, postponed: bool) -> li
     linear.start_all_reduce = noting(linear.start_all_reduce, "reduce")
     linear.start_reduce_scatter = noting(linear.start_reduce_scatter, "scatter")
     seen = []
-    context.gradients.defer_to(0 if postponed else None)
+    context.gradients.defer_to(0 if deferred else None)
     with Products(events):
         y.backward(torch.randn_like(y))
     seen.append(events.copy())
-    if postponed:
+    if deferred:
         events.clear()
         with Products(events):
             context.gradients.run(0)
@@ -115,7 +115,7 @@ def test_with_sequence_parallelism_both_collectives_of_a_column_run_under_a_prod
         ]  # fmt: skip
 
 
-def test_a_postponed_products_gathers_run_under_the_product_before() -> None:
+def test_a_deferred_products_gathers_run_under_the_product_before() -> None:
     for backward, later in spawn(order, 2, True, True):
         assert backward == [
             "gather begun", "gather awaited", "product",  # down, no product of weights

@@ -134,7 +134,7 @@ def test_an_output_is_freed_once_it_is_sent_and_backward_still_works() -> None:
     assert stage.num_live == 0
 
 
-def test_what_was_postponed_is_added_by_its_own_weight_action() -> None:
+def test_what_was_deferred_is_added_by_its_own_weight_action() -> None:
     weight = torch.zeros(2, 3)
     total = torch.zeros(2, 3)
     reported = []
@@ -167,7 +167,7 @@ def test_what_was_postponed_is_added_by_its_own_weight_action() -> None:
     assert reported == [True] * 3
 
 
-def postponed(rank: int, ranks: int, changes: dict[str, Any]) -> tuple[int, float]:
+def deferred(rank: int, ranks: int, changes: dict[str, Any]) -> tuple[int, float]:
     """Bytes on the queue between I and W, blocks of memory counted once; and the planner's."""
     config = tiny_config(
         parallel__tensor_model_parallel_size=ranks, parallel__pipeline_schedule="zb-h1",
@@ -205,8 +205,8 @@ def postponed(rank: int, ranks: int, changes: dict[str, Any]) -> tuple[int, floa
     ],
     ids=["alone", "tp", "tp-sp", "tp4-sp-bf16", "tp-sp-swiglu-recomputed"],
 )  # fmt: skip
-def test_a_postponed_micro_batch_keeps_what_the_planner_says(ranks, changes) -> None:
-    for measured_bytes, planned in spawn(postponed, ranks, changes):
+def test_a_deferred_micro_batch_keeps_what_the_planner_says(ranks, changes) -> None:
+    for measured_bytes, planned in spawn(deferred, ranks, changes):
         assert measured_bytes == planned
 
 

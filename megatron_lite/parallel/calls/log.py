@@ -188,12 +188,12 @@ def _group_difference(
     return f"ranks {one[0]} and {other[0]} disagree on {where} - {sides}"
 
 
-_Ends = tuple[list[Call], list[Call]]
+_Exchange = tuple[list[Call], list[Call]]
 
 
-def _by_pair(logs: Sequence[CallLog]) -> dict[tuple[int, ...], _Ends]:
+def _by_pair(logs: Sequence[CallLog]) -> dict[tuple[int, ...], _Exchange]:
     """(sender, receiver) -> the sends and the receives, each in its rank's order."""
-    pairs: dict[tuple[int, ...], _Ends] = {}
+    pairs: dict[tuple[int, ...], _Exchange] = {}
     for log in logs:
         for call in log.calls:
             if call.op in MESSAGE_OPS:
