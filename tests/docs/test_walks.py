@@ -2,6 +2,7 @@
 
 A block of Python or shell is followed by a block of text where it prints something.  Numbers with a
 point are compared to a hundredth, the times of a machine are not shown; all else is equal.
+The guide's translations have the same blocks, so that one of them is run for all.
 """
 
 from __future__ import annotations
@@ -21,15 +22,36 @@ import pytest
 from tests.support.places import ROOT
 
 GUIDES = ROOT / "docs/guides"
-LANGUAGES = ("how-a-step-works",)
+LANGUAGES = ("how-a-step-works", "how-a-step-works.zh-CN")
+"""The first one is run."""
 NEXT = "\x1e"
 FRACTION = re.compile(r"-?\d+\.\d+(?:e[+-]\d+)?")
 
 
+def read(guide: str) -> str:
+    return (GUIDES / f"{guide}.md").read_text(encoding="utf-8")
+
+
+def blocks(text: str) -> list[tuple[str, str]]:
+    """(language, code) of each."""
+    return re.findall(r"^```(\w+)\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE)
+
+
+def prose(text: str) -> str:
+    """What is not in a block, in one line."""
+    return " ".join(re.sub(r"```.*?```", "", text, flags=re.DOTALL).split())
+
+
+def named_in_files(text: str) -> list[tuple[str, str]]:
+    """(name, file) of each `name` in [file](...), `name` ([file](...)) and `name`（[file](...)）."""
+    file = r"\[[^`\]]+\]\(([^)]+\.py)\)"
+    return re.findall(rf"`([A-Za-z_.]+)[^`]*` ?(?:in )?[(（]?{file}", prose(text))
+
+
 def snippets(text: str, language: str) -> Iterator[tuple[str, list[str]]]:
     """(code, the lines it prints) of each block of a language."""
-    blocks = re.findall(r"^```(\w+)\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE)
-    for (kind, code), (following, printed) in zip(blocks, [*blocks[1:], ("", "")], strict=True):
+    found = blocks(text)
+    for (kind, code), (following, printed) in zip(found, [*found[1:], ("", "")], strict=True):
         if kind == language:
             yield code, printed.splitlines() if following == "text" else []
 
@@ -75,10 +97,8 @@ def check(printed: list[str], said: list[str], code: str) -> None:
     assert not wrong, (code, wrong)
 
 
-@pytest.mark.parametrize("guide", LANGUAGES)
-def test_the_python_of_the_walks_prints_what_they_say(guide: str, tmp_path: Path) -> None:
-    text = (GUIDES / f"{guide}.md").read_text(encoding="utf-8")
-    found = list(snippets(text, "python"))
+def test_the_python_of_the_walks_prints_what_they_say(tmp_path: Path) -> None:
+    found = list(snippets(read(LANGUAGES[0]), "python"))
     said = in_python([code for code, _ in found], tmp_path)
     for (code, printed), lines in zip(found, said, strict=True):
         check(printed, lines, code)
@@ -86,8 +106,7 @@ def test_the_python_of_the_walks_prints_what_they_say(guide: str, tmp_path: Path
 
 @pytest.mark.ci
 def test_the_commands_of_the_walks_print_what_they_say(tmp_path: Path) -> None:
-    text = (GUIDES / f"{LANGUAGES[0]}.md").read_text(encoding="utf-8")
-    found = list(snippets(text, "bash"))
+    found = list(snippets(read(LANGUAGES[0]), "bash"))
     said = in_shell([code for code, _ in found], tmp_path)
     for (code, printed), lines in zip(found, said, strict=True):
         check(printed, lines, code)
@@ -96,14 +115,24 @@ def test_the_commands_of_the_walks_print_what_they_say(tmp_path: Path) -> None:
 @pytest.mark.parametrize("guide", LANGUAGES)
 def test_what_the_walks_name_in_a_file_is_there(guide: str) -> None:
     """`_Linear.backward` ([layers/linear.py](...)): the file has a `_Linear` and a `backward`."""
-    text = (GUIDES / f"{guide}.md").read_text(encoding="utf-8")
-    prose = " ".join(re.sub(r"```.*?```", "", text, flags=re.DOTALL).split())
-    named = re.findall(r"`([A-Za-z_.]+)[^`]*` (?:in )?\(?\[[^`\]]+\]\(([^)]+\.py)\)", prose)
+    named = named_in_files(read(guide))
     assert len(named) >= 5
     for name, file in named:
         source = (GUIDES / file).read_text(encoding="utf-8")
         missing = [word for word in name.split(".") if not re.search(rf"\b{word}\b", source)]
         assert not missing, f"{file} has no {missing}"
+
+
+@pytest.mark.parametrize("guide", LANGUAGES[1:])
+def test_a_translation_of_the_walks_has_the_same_blocks_links_and_names(guide: str) -> None:
+    ours, theirs = read(LANGUAGES[0]), read(guide)
+    assert blocks(theirs) == blocks(ours) != []
+    links = [
+        sorted(re.findall(r"\]\(([^)]+)\)", prose(text).replace(f"({other}.md)", "")))
+        for text, other in ((ours, guide), (theirs, LANGUAGES[0]))
+    ]
+    assert links[1] == links[0] != []
+    assert sorted(named_in_files(theirs)) == sorted(named_in_files(ours))
 
 
 def test_lines_are_compared() -> None:
