@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Generator
+import sys
+from collections.abc import Generator, Iterator
 
 import pytest
 from hypothesis import settings
 
+from megatron_lite.config.extensions import extensions
 from tests.support.case_ids import CASE, shortened, too_long
 
 # no deadline for an example: a busy machine is no failure; the suite has time limits of its own
 settings.register_profile("megatron_lite", deadline=None)
 settings.load_profile("megatron_lite")
+
+
+@pytest.fixture(autouse=True)
+def forgotten_extensions() -> Iterator[None]:
+    """A file that a test ran by --extend in this process is new to the next test."""
+    yield
+    for path in extensions():
+        del sys.modules[f"megatron_lite_extension:{path}"]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
