@@ -64,9 +64,9 @@ def order_of_events(rank: int, ranks: int, changes: dict[str, Any]) -> dict[int,
         arrived[parameter] = next(clock)
         ready(self, parameter)
 
-    def note_product(self, weight, dy, x):
+    def note_product(self, weight, dy, x, product):
         products.setdefault(weight, []).append(next(clock))
-        accumulate(self, weight, dy, x)
+        accumulate(self, weight, dy, x, product)
 
     GradientBuckets._start, GradientBuckets.ready = note_start, note_ready  # type: ignore
     GradientBuckets.begin_last_backward = note_arm  # type: ignore
