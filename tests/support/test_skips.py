@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from tests.support.places import ROOT
 
 pytest_plugins = ["pytester"]
 CONFTEST = (Path(__file__).parents[1] / "conftest.py").read_text(encoding="utf-8")
@@ -72,7 +75,7 @@ def test_without_the_option_a_skip_is_a_skip(toy: pytest.Pytester) -> None:
 
 
 def test_programs_of_tests_do_not_ignore_what_the_shell_ignored(
-    toy: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+    toy: pytest.Pytester,
 ) -> None:
     """A job in the background of a script ignores Ctrl-C, and nohup's a hangup; so would its children."""
     toy.makepyfile("""
@@ -88,5 +91,6 @@ def test_programs_of_tests_do_not_ignore_what_the_shell_ignored(
     done = subprocess.run(
         ["sh", "-c", ignoring, "sh", sys.executable, "-m", "pytest", "-q"],
         cwd=toy.path, capture_output=True, text=True, timeout=120, check=False,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
-    assert done.returncode == 0, done.stdout
+    assert done.returncode == 0, done.stdout + done.stderr
