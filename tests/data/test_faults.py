@@ -68,7 +68,7 @@ def test_a_bin_cut_while_it_is_read_is_an_error_and_no_signal(
 ) -> None:
     prefix = write_documents("a", 3000)
     train = build([str(prefix)], None, samples=1000, mmap_bin_files=mmap_bin).train
-    assert train is not None and len(train[0]) == 17
+    assert train is not None and len(train[0].tokens) == 17
     os.truncate(f"{prefix}.bin", 4096)
     with pytest.raises(DataError, match="a.bin was cut to 4096 bytes while it was in use"):
         for sample in range(1000):
@@ -92,7 +92,8 @@ def test_a_flipped_bit_never_gives_a_token_outside_the_vocabulary(
             train = build([str(prefix)], None).train
             assert train is not None
             for sample in range(40):
-                assert train[sample].min() >= 0 and train[sample].max() < 100
+                tokens = train[sample].tokens
+                assert tokens.min() >= 0 and tokens.max() < 100
         except DataError as error:
             assert "/a" in str(error)
             refused += 1
@@ -174,16 +175,16 @@ def test_few_files_are_open_however_many_there_are(write_documents: WriteDocumen
     maps = FileMaps(limit=3)
     datasets = [IndexedDataset(write_documents(f"d{k}", 5, seed=k), maps=maps) for k in range(10)]
     before = len(os.listdir("/proc/self/fd"))
-    kept = [dataset[0].tokens.tolist() for dataset in datasets]
+    kept = [dataset[0].tolist() for dataset in datasets]
     assert len(maps) == 3 and len(os.listdir("/proc/self/fd")) == before + 3
-    held = [dataset[0].tokens for dataset in datasets]  # an array outlives its place among the maps
+    held = [dataset[0] for dataset in datasets]  # an array outlives its place among the maps
     assert [array.tolist() for array in held] == kept
 
 
 def test_threads_share_few_maps(write_documents: WriteDocuments) -> None:
     maps = FileMaps(limit=2)
     datasets = [IndexedDataset(write_documents(f"d{k}", 20, seed=k), maps=maps) for k in range(6)]
-    expected = [[dataset[i].tokens.tolist() for i in range(20)] for dataset in datasets]
+    expected = [[dataset[i].tolist() for i in range(20)] for dataset in datasets]
     wrong: list[int] = []
 
     def read(seed: int) -> None:
