@@ -115,11 +115,8 @@ def planned_ms(case: Case, device: torch.device) -> float | None:
     except ConfigError:
         return None
     config = parse([*case.flags.split(), "--torch-compile"]).config
-    asked = PlanInputs(
-        config.parallel,
-        config.precision,
-        config.train.micro_batch_size,
-        on_gpu=device.type == "cuda",
+    asked = PlanInputs.of(
+        config.parallel, config.precision, config.train, config.data, on_gpu=device.type == "cuda"
     )
     return 1e3 * forecast(draw_up(config, 1), asked, cluster).rates.step_seconds
 

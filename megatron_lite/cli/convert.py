@@ -28,7 +28,7 @@ from megatron_lite.checkpoint.huggingface.importing import import_folder
 from megatron_lite.checkpoint.tensor_file import SAFETENSORS_NAMES, TensorForm
 from megatron_lite.config.errors import ConfigError
 from megatron_lite.config.exit import ToolParser, run_tool
-from megatron_lite.config.extensions import extend
+from megatron_lite.config.extensions import add_extend_flag, extend
 from megatron_lite.config.sections.model import ModelConfig
 from megatron_lite.data.provenance import ALLOW_MISMATCH, end_of_document, made_with
 from megatron_lite.data.tokenizers.build import build_tokenizer
@@ -68,13 +68,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         "--dtype", choices=_FORMATS, help="format of an export; as stored by default"
     )
     parser.add_argument("--family", help="model_type of an export; the first that can say all")
-    parser.add_argument(
-        "--extend",
-        action="append",
-        default=[],
-        metavar="FILE",
-        help="Python file that adds families",
-    )
+    add_extend_flag(parser)
     parser.add_argument("--no-tokenizer", action="store_true", help="leave the tokenizer out")
     parser.add_argument("--vocab-file", help="instead of the one the run was trained with")
     parser.add_argument("--merge-file", help="instead of the one the run was trained with")

@@ -17,7 +17,7 @@ import torch
 
 from megatron_lite.config.errors import ConfigError
 from megatron_lite.config.exit import ToolParser, run_tool
-from megatron_lite.config.extensions import extend
+from megatron_lite.config.extensions import add_extend_flag, extend
 from megatron_lite.data.provenance import ALLOW_MISMATCH
 from megatron_lite.inference.generate import generate
 from megatron_lite.inference.model import PRECISIONS, build_model, find_model
@@ -96,13 +96,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--dtype", choices=_DTYPES, help="as the weights are kept by default")
     parser.add_argument("--use-cpu", action="store_true")
-    parser.add_argument(
-        "--extend",
-        action="append",
-        default=[],
-        metavar="FILE",
-        help="Python file that adds families",
-    )
+    add_extend_flag(parser)
     asked = parser.parse_args(argv)
     extend(asked.extend)
     asked.prompt = [_text(prompt) for prompt in asked.prompt or []]

@@ -79,10 +79,9 @@ def main() -> int:
         rules.check_config(changed, world, built=False)
         return draw_up(changed, world)
 
-    asked = PlanInputs(
-        config.parallel, config.precision, config.train.micro_batch_size,
-        on_gpu=not device.cpu, segments=config.data.reset_attention_mask,
-    )  # fmt: skip
+    asked = PlanInputs.of(
+        config.parallel, config.precision, config.train, config.data, on_gpu=not device.cpu
+    )
     if own.search:
         _require_model(config, world)
         found = search.search(variant, asked, cluster, model=config.model)

@@ -136,9 +136,13 @@ def _rehearse(parsed: ParsedFlags) -> int:
                 for one in done if one.memory is not None]  # fmt: skip
     if not measured:  # each broke off: there is no memory to show, and this says where
         rehearse.require_agreement([one.log for one in done])
-    parts = (config.parallel, config.precision, config.train.micro_batch_size)
-    segments = config.data.reset_attention_mask
-    asked = PlanInputs(*parts, on_gpu=not config.train.use_cpu, segments=segments)
+    asked = PlanInputs.of(
+        config.parallel,
+        config.precision,
+        config.train,
+        config.data,
+        on_gpu=not config.train.use_cpu,
+    )
     rows = beside_plan(measured, blueprint, asked, num_microbatches=count)
     print("", rehearsal_tables(rows), "", sep="\n")
     agreement = rehearse.require_agreement([one.log for one in done])
@@ -204,10 +208,9 @@ def _beside_the_plan(
         changed = dataclasses.replace(config, parallel=parallel, train=train)
         rules.check_config(changed, world_size)
         blueprint = draw_up(changed, world_size)
-        asked = PlanInputs(
-            parallel, config.precision, micro_batch_size, on_gpu=on_gpu,
-            segments=config.data.reset_attention_mask,
-        )  # fmt: skip
+        asked = PlanInputs.of(
+            changed.parallel, changed.precision, changed.train, changed.data, on_gpu=on_gpu
+        )
         return memory(blueprint, asked, pp_ranks=[blueprint.grid.coords(rank).pp])[0]
 
     return beside_the_plan(config.parallel, config.train.micro_batch_size, planned, missing, room)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import sys
 import traceback
@@ -35,6 +36,14 @@ def extend(paths: Iterable[str]) -> None:
         except (Exception, SystemExit) as error:  # whatever it is, it is the file's
             del sys.modules[name]
             raise ConfigError(f"--extend {path}: {_where(error, file)}") from error
+
+
+def add_extend_flag(parser: argparse.ArgumentParser) -> None:
+    """--extend of a tool with a parser of its own, as `extend`: a list of files for extend()."""
+    parser.add_argument(
+        "--extend", action="append", default=[], metavar="FILE",
+        help="Python file that adds rows to tables, run first",
+    )  # fmt: skip
 
 
 def extensions() -> list[str]:

@@ -38,11 +38,11 @@ class GPTBlock(nn.Module):
         """x: [s/tp, b, h] with sequence parallelism, else [s, b, h] -> the same."""
         again = partial(recomputed_part, self.context.recompute)
         y = self.attention(again("layernorm", self.attention_norm, x), at)
-        part = y, self.attention.output.late_bias, self.attention_dropout.call(at)
+        bias, dropped = self.attention.output.late_bias, self.attention_dropout.call(at)
         if "layernorm" in self.context.recompute.modules:  # the sum is kept, its norm is not
-            x = self.add(x, *part)
+            x = self.add(x, y, bias, dropped)
             y = again("layernorm", self.mlp_norm, x)
         else:
-            x, y = self.mlp_norm(x, *part)
+            x, y = self.mlp_norm(x, y, bias, dropped)
         y = again("mlp", self.mlp, y)
         return self.add(x, y, self.mlp.down.late_bias, self.mlp_dropout.call(at))

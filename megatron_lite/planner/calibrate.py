@@ -97,11 +97,9 @@ def error(trial: Trial, device: Device) -> float:
 @cache
 def _drawn(flags: str, ranks: int, cpu: bool) -> tuple[Blueprint, PlanInputs]:
     config = parse(f"{flags} --train-iters 1 --lr 1e-4 --dry-run".split()).config
-    asked = PlanInputs(
-        config.parallel, config.precision, config.train.micro_batch_size,
-        on_gpu=not cpu, segments=config.data.reset_attention_mask,
-    )  # fmt: skip
-    return draw_up(config, ranks), asked
+    return draw_up(config, ranks), PlanInputs.of(
+        config.parallel, config.precision, config.train, config.data, on_gpu=not cpu
+    )
 
 
 def fit_device(start: Device, trials: Sequence[Trial], *, rounds: int = 60) -> Device:

@@ -17,9 +17,11 @@ from megatron_lite.blueprint.figure.parts import Format, Matrix, Parts
 from megatron_lite.blueprint.schedules import SCHEDULES
 from megatron_lite.blueprint.schedules.actions import Op, Schedule
 from megatron_lite.blueprint.stages import Placement, StageLayers
+from megatron_lite.config.sections.data import DataConfig
 from megatron_lite.config.sections.model import ModelConfig
 from megatron_lite.config.sections.parallel import ParallelConfig
 from megatron_lite.config.sections.precision import PrecisionConfig
+from megatron_lite.config.sections.train import TrainConfig
 from megatron_lite.planner.activations import (
     Items,
     StageBytes,
@@ -49,6 +51,22 @@ class PlanInputs:
     micro_batch_size: int
     on_gpu: bool = True
     segments: bool = False
+
+    @classmethod
+    def of(
+        cls,
+        parallel: ParallelConfig,
+        precision: PrecisionConfig,
+        train: TrainConfig,
+        data: DataConfig,
+        *,
+        on_gpu: bool,
+    ) -> PlanInputs:
+        """What a run of these sections needs."""
+        return cls(
+            parallel, precision, train.micro_batch_size,
+            on_gpu=on_gpu, segments=data.reset_attention_mask,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
