@@ -10,7 +10,7 @@ from megatron_lite.checkpoint.schema import checked_int, items, mapping, number,
 
 _COUNTERS = (
     "step", "samples", "tokens", "lr_samples", "optimizer_steps", "skipped_steps",
-    "validation_samples",
+    "validation_samples", "inherited_steps",
 )  # fmt: skip
 
 
@@ -21,6 +21,7 @@ class Progress:
     step: iterations done, skipped ones included; samples: consumed from the training set;
     lr_samples: samples of successful steps, which alone move the learning rate;
     optimizer_steps: successful updates (Adam's bias correction); loss_scale: fp16's scaler.
+    inherited_steps: of those updates the ones of runs before, whose optimizer state this one took over.
     recent: the last losses and gradient norms, oldest first, against which spikes are held.
     batches: [first step, samples before it, batch size] of each run of steps of one size.
     """
@@ -32,6 +33,7 @@ class Progress:
     optimizer_steps: int = 0
     skipped_steps: int = 0
     validation_samples: int = 0
+    inherited_steps: int = 0
     loss_scale: dict[str, float] = field(default_factory=dict)
     recent: dict[str, list[float]] = field(default_factory=dict)
     batches: list[list[int]] = field(default_factory=list)
@@ -113,7 +115,7 @@ class Progress:
                 f"{self.lr_samples} of them learnt from",
             ),
             (
-                self.optimizer_steps + self.skipped_steps <= self.step,
+                0 <= self.optimizer_steps - self.inherited_steps <= self.step - self.skipped_steps,
                 f"{self.optimizer_steps} updates and {self.skipped_steps} skipped steps",
             ),
         ):

@@ -13,6 +13,7 @@ from typing import Any
 from megatron_lite.blueprint.batches import BatchSchedule
 from megatron_lite.blueprint.figure.parts import HEAD
 from megatron_lite.checkpoint.manifest import NAME, Manifest
+from megatron_lite.checkpoint.progress import Progress
 from megatron_lite.checkpoint.store import Store
 from megatron_lite.config.errors import CheckpointError, NumericsError
 from megatron_lite.config.objectives import LANGUAGE_MODEL
@@ -85,19 +86,20 @@ def resume(
             )
         line = f"*** no checkpoint in --load {checkpoint.load}: STARTING FRESH, from random weights ***"
         return Resumed(None, curves(fresh), (*warnings, line))
-    with_optimizer = checkpoint.load_optim and not checkpoint.finetune
+    keeps = checkpoint.keep_optim or not checkpoint.finetune
+    with_optimizer = checkpoint.load_optim and keeps
     schedules = curves(fresh if checkpoint.finetune else manifest.progress.goes_on(fresh))
     changes = check_model(manifest, run.context.model, store.folder(manifest.iteration),
                           allowed=named(checkpoint.allow_model_change))  # fmt: skip
     told, fresh_head = check_objective(
-        manifest, objective, store.folder(manifest.iteration), goes_on=not checkpoint.finetune
+        manifest, objective, store.folder(manifest.iteration), goes_on=keeps
     )
     notices = (
         told + changes + check_tokenizer(manifest, tokenizer, allowed=checkpoint.allow_data_change)
     )
     if with_optimizer:
         _require_optimizer(run, manifest, checkpoint.load)
-    if with_optimizer and trains:
+    if with_optimizer and trains and not checkpoint.finetune:
         schedules, said = _settle_schedules(manifest, learning_rate, schedules, checkpoint.load)
         notices += said
     fill_run(run, store, manifest, optimizer=with_optimizer, head=not fresh_head)
@@ -106,7 +108,7 @@ def resume(
         f"  successfully loaded checkpoint from {checkpoint.load} at iteration {manifest.iteration}"
     )
     if checkpoint.finetune:
-        notices.append("--finetune: weights only; iteration, samples and optimizer start anew")
+        notices.append(_start_anew(run, manifest.progress, with_optimizer=with_optimizer))
         return Resumed(None, schedules, warnings, (*notices, loaded))
     run.progress = dataclasses.replace(manifest.progress)
     if with_optimizer:
@@ -115,6 +117,23 @@ def resume(
     else:
         notices.append("--no-load-optim: optimizer state and loss scale start anew")
     return Resumed(manifest.iteration, schedules, warnings, (*notices, loaded), manifest)
+
+
+def _start_anew(run: Run, saved: Progress, *, with_optimizer: bool) -> str:
+    """The first step of another run, from loaded weights; what is kept, in a line."""
+    if not with_optimizer:
+        return "--finetune: weights only; iteration, samples and optimizer start anew"
+    run.engine.resume(EngineProgress(saved.optimizer_steps, saved.loss_scale))
+    run.progress = Progress(
+        optimizer_steps=saved.optimizer_steps,
+        inherited_steps=saved.optimizer_steps,
+        loss_scale=dict(saved.loss_scale),
+    )
+    return (
+        f"--finetune --keep-optim: weights, the optimizer's state after {saved.optimizer_steps} updates "
+        f"and loss scale {run.engine.loss_scale:g} go on; iteration and samples start at 0, data and "
+        "learning rate are this command line's"
+    )
 
 
 def _require_ours(folder: Path) -> None:

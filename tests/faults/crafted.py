@@ -176,6 +176,9 @@ CRAFTED: dict[str, Callable[[Path, dict[str, Any]], None]] = {
         lambda b: b["progress"].update(samples=10**12)
     ),
     "no samples in two steps": _manifest(lambda b: b["progress"].update(samples=0, lr_samples=0)),
+    "more inherited updates than updates": _manifest(
+        lambda b: b["progress"].update(inherited_steps=99)
+    ),
     "more skipped steps than steps": _manifest(lambda b: b["progress"].update(skipped_steps=3)),
     "more updates than steps": _manifest(lambda b: b["progress"].update(optimizer_steps=10**9)),
     "2^63 tokens": _manifest(lambda b: b["progress"].update(tokens=1 << 63)),

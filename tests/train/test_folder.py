@@ -244,7 +244,7 @@ def test_config_yaml_describes_the_run_and_not_one_start(tmp_path: Path) -> None
 def test_what_is_asked_of_one_start_is_no_part_of_any_run() -> None:
     given = argv(
         "--mock-data", "--save", "run", "--save-interval", "2", "--load", "start", "--finetune",
-        "--no-load-optim", "--no-load-rng", "--ckpt-step", "3", "--allow-data-change",
+        "--keep-optim", "--no-load-optim", "--no-load-rng", "--ckpt-step", "3", "--allow-data-change",
         "--overwrite-run", "--skip-train", "--override-opt-param-scheduler", "--profile",
         "--exit-on-missing-checkpoint",
     )  # fmt: skip
@@ -253,7 +253,8 @@ def test_what_is_asked_of_one_start_is_no_part_of_any_run() -> None:
     assert of_the_run(run) == run and of_this_start(run) == {}
     asked = of_this_start(config)
     assert set(asked) == {
-        "checkpoint.load", "checkpoint.finetune", "checkpoint.load_optim", "checkpoint.load_rng",
+        "checkpoint.load", "checkpoint.finetune", "checkpoint.keep_optim", "checkpoint.load_optim",
+        "checkpoint.load_rng",
         "checkpoint.ckpt_step", "checkpoint.allow_data_change", "checkpoint.overwrite_run",
         "train.skip_train", "learning_rate.override_opt_param_scheduler", "telemetry.profile",
     }  # fmt: skip

@@ -11,13 +11,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from megatron_lite.checkpoint.manifest import Manifest, read_manifest
 from megatron_lite.checkpoint.store import Store
-from megatron_lite.config.errors import CheckpointError, NumericsError, StorageError
+from megatron_lite.config.errors import CheckpointError, ConfigError, NumericsError, StorageError
 from megatron_lite.data.loader import Loader
 from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.telemetry.record import SaveRecord
+from tests.support.corpora import growing, write_pair
 from tests.support.launch import TOOL
 from tests.train.runs import MLiteFault, Outcome, alone, curve, on_ranks, records, steps
 
@@ -170,6 +173,68 @@ def test_finetune_starts_at_zero_with_the_weights(data: list[str], tmp_path: Pat
     assert first.loss < steps(folder)[0].loss - 0.1, "these are not trained weights"
     assert manifest(tuned, 1).progress.optimizer_steps == 1
     assert manifest(folder, 4).progress.optimizer_steps == 4
+
+
+def first_moments(folder: Path, iteration: int) -> dict[str, torch.Tensor]:
+    tensors = load_file(folder / f"iter_{iteration:07d}" / "optimizer-00000.safetensors")
+    stored = manifest(folder, iteration).tensors
+    return {
+        name: tensors[tensor.pieces[0].key]
+        for name, tensor in stored.items()
+        if name.startswith("exp_avg.")
+    }
+
+
+def test_the_next_shard_of_data_is_read_with_the_optimizer_of_the_last(
+    data: list[str], tmp_path: Path
+) -> None:
+    """Another corpus, length and learning rate: nothing is refused, and Adam goes on where it was."""
+    folder, kept, fresh = (tmp_path / name for name in ("run", "kept", "fresh"))
+    saved(data, folder, "--fp16", "--initial-loss-scale", "1024", "--loss-scale-window", "3")
+    shard = write_pair(tmp_path / "next_text_document", growing(90, 11))
+    words = ["--data-path", shard, "--split", "1,0,0", "--fp16", "--initial-loss-scale", "4096",
+             "--lr", "3e-3", "--lr-decay-style", "constant", "--lr-warmup-iters", "0", "--train-iters", "3",
+             "--load", str(folder), "--finetune", "--save-interval", "1"]  # fmt: skip
+    on = alone(*words, "--keep-optim", "--save", str(kept))
+    anew = alone(*words, "--save", str(fresh))
+    assert on.rc == anew.rc == 0, on.err + anew.err
+    assert (
+        "--finetune --keep-optim: weights, the optimizer's state after 4 updates and loss scale 2048 go "
+        "on; iteration and samples start at 0, data and learning rate are this command line's"
+    ) in on.out
+    assert "weights only; iteration, samples and optimizer start anew" in anew.out
+    assert [(r.iteration, r.samples, r.learning_rate) for r in steps(kept)] == [
+        (n, 4 * n, 3e-3) for n in (1, 2, 3)
+    ]
+    assert [r.loss_scale for r in steps(kept)][:1] == [2048.0] != [steps(fresh)[0].loss_scale]
+    assert steps(kept)[0].loss == steps(fresh)[0].loss, "the same weights read the same samples"
+    before, after, alone_ = (first_moments(f, n) for f, n in ((folder, 4), (kept, 1), (fresh, 1)))
+    for name, moment in after.items():
+        torch.testing.assert_close(moment, 0.9 * before[name] + alone_[name], rtol=1e-3, atol=1e-7)
+    assert max(moment.abs().max() for moment in before.values()) > 1e-3, before.keys()
+    counted = manifest(kept, 3).progress
+    assert (counted.step, counted.optimizer_steps, counted.inherited_steps) == (3, 7, 4)
+    resumed = alone(
+        *words[: words.index("--load")], "--load", str(kept), "--ckpt-step", "1", "--save",
+        str(tmp_path / "again"), "--save-interval", "3",
+    )  # fmt: skip
+    assert resumed.rc == 0, resumed.err
+    assert resumed.state_hash == on.state_hash, "the new run resumes like any other"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--keep-optim"], "--keep-optim is for --finetune"),
+        (["--keep-optim", "--finetune", "--no-load-optim"], "contradict each other"),
+    ],
+    ids=["alone", "with its opposite"],
+)
+def test_what_keeps_an_optimizer_is_said_with_what_loads_it(
+    words: list[str], said: str, data: list[str], tmp_path: Path
+) -> None:
+    done = alone(*data, "--load", str(tmp_path), *words)
+    assert done.rc == ConfigError.exit_code and said in done.err
 
 
 def test_without_its_optimizer_a_run_goes_on_with_a_fresh_one(

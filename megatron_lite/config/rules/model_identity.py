@@ -190,8 +190,8 @@ FREE: Mapping[str, str] = MappingProxyType({
         world_size use_cpu print_state_hash""",
     "guards": """check_for_nan_in_loss_and_grad on_non_finite rerun_mode loss_spike_factor
         grad_norm_spike_factor spike_window on_spike check_replicas""",
-    "checkpoint": """save load save_interval save_checkpoints ckpt_step finetune load_optim load_rng save_optim
-        save_rng exit_on_missing_checkpoint allow_data_change allow_model_change keep_last keep_every
+    "checkpoint": """save load save_interval save_checkpoints ckpt_step finetune keep_optim load_optim load_rng
+        save_optim save_rng exit_on_missing_checkpoint allow_data_change allow_model_change keep_last keep_every
         async_save save_failure overwrite_run""",
     "telemetry": """log_interval log_format tensorboard_dir tensorboard_log_interval tensorboard_queue_size
         log_throughput log_params_norm log_num_zeros_in_grad log_timers_to_tensorboard

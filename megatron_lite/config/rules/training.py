@@ -319,6 +319,13 @@ def loading(config: RunConfig, world_size: int) -> Iterator[str]:
         ):
             if given:
                 yield f"{flag} needs --load, the folder of the checkpoints"
+    if c.keep_optim and not c.finetune:
+        yield (
+            "--keep-optim is for --finetune, which starts a run from --load's weights: a run that is "
+            "resumed keeps its optimizer's state in any case"
+        )
+    if c.keep_optim and not c.load_optim:
+        yield "--keep-optim and --no-load-optim contradict each other: leave one of them out"
     for name in not_changeable(named(c.allow_model_change)):
         yield (
             f"--allow-model-change {name}: training can only resume with another "

@@ -33,6 +33,9 @@ class CheckpointConfig:
     finetune: bool = field(default=False, metadata=ONE_START)
     """Load the weights only: iteration, samples, optimizer and learning rate start anew."""
 
+    keep_optim: bool = field(default=False, metadata=ONE_START)
+    """With --finetune: keep the optimizer's state and the loss scale, too, for new data."""
+
     load_optim: bool = field(default=True, metadata=ONE_START)
     """Load the optimizer's state."""
 
