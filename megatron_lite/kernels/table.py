@@ -13,6 +13,7 @@ from megatron_lite.kernels import reference, vendor
 from megatron_lite.kernels.compiled import compiled
 from megatron_lite.kernels.cross_entropy import token_losses
 from megatron_lite.kernels.dropout import dropout
+from megatron_lite.kernels.products import added_weight_gradient
 from megatron_lite.kernels.reference import add_dropout_then
 
 
@@ -81,6 +82,15 @@ def _sdpa(need: Need) -> str | None:
     return None
 
 
+def _adds_in_fp32(need: Need) -> str | None:
+    # a tensor without memory stands for a GPU's
+    if need.device.type not in ("cuda", "meta"):
+        return "needs a GPU"
+    if need.dtype not in (torch.float16, torch.bfloat16):
+        return f"needs fp16 or bf16, not {need.dtype}"
+    return None
+
+
 def _compile(need: Need) -> str | None:
     return None if need.compile else "--torch-compile is off"
 
@@ -91,6 +101,7 @@ TABLE: dict[str, list[Implementation]] = {
         Implementation("reference", reference.linear_input_gradient, _always),
     ],
     "linear_weight_gradient": [
+        Implementation("one-product", added_weight_gradient, _adds_in_fp32),
         Implementation("reference", reference.linear_weight_gradient, _always),
     ],
     "split_rotate": [Implementation("reference", reference.split_rotate, _always)],

@@ -257,7 +257,7 @@ class Costs:
         return ring - hidden, hidden
 
     def _accumulating(self, layer: Parts) -> float:
-        """Adding the weight gradient to the accumulator: written, read, sum read and written."""
+        """Adding the weight gradient to the accumulator: the sum is read and written."""
         weights = sum(matrix.size for matrix in layer.of(Matrix))
         wide = 4 if self.asked.parallel.accumulate_allreduce_grads_in_fp32 else self.width
         return self.device.moving_seconds(weights / self.tp * 2 * wide)

@@ -254,8 +254,11 @@ def _held(
     model, low = blueprint.model, element_bytes(asked.precision)
     tp = blueprint.grid.tp
     kept, stream = blocks.kept, layer_input_bytes(model, asked)
-    # a 16-bit product of a weight's gradient exists before it is added to the fp32 accumulator
-    passing = float(low) if low == 2 and asked.parallel.accumulate_allreduce_grads_in_fp32 else 0.0
+    # a 16-bit product of a weight's gradient exists before it is added to the fp32 accumulator, but
+    # where the product adds by itself (kernels/products.py)
+    adds_by_itself = asked.on_gpu and asked.precision.gradient_accumulation_fusion
+    in_fp32 = asked.parallel.accumulate_allreduce_grads_in_fp32
+    passing = float(low) if low == 2 and in_fp32 and not adds_by_itself else 0.0
     workspace = blocks.backward
     workspace += passing * max(
         (largest_matrix(blueprint.figure.layers[layer], tp) for layer in stage.layers), default=0.0
@@ -264,8 +267,8 @@ def _held(
         kept += stream / low  # the mask
     if not stage.has_head:
         return _Held(kept, deferred, _Moment(), (_Moment(0.0, blocks.again, 0.0, workspace),))
-    in_fp32 = blueprint.figure.final_norm.function == "RMSNorm"
-    norm = stream + 8 * stream / low if in_fp32 else 2 * stream
+    widened = blueprint.figure.final_norm.function == "RMSNorm"
+    norm = stream + 8 * stream / low if widened else 2 * stream
     columns = blueprint.figure.output.local_rows(tp)
     logits = columns * _tokens(model, asked)
     forward, grown = _logits_moments(blueprint, asked, logits)

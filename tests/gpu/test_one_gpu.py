@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from megatron_lite.kernels.random import feature_bits, keep_mask, key, normal, token_numbers
-from megatron_lite.kernels.table import TABLE, Need
+from megatron_lite.kernels.table import TABLE, Need, choose
 from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.train.assemble import assemble
 from megatron_lite.train.measuring.device import be_deterministic
@@ -59,7 +59,10 @@ def test_weights_and_masks_are_those_of_the_cpu():
     assert torch.equal(mask, other)
 
 
-@pytest.mark.parametrize("op", [op for op, rows in TABLE.items() if len(rows) > 1])
+WGRAD = "linear_weight_gradient"
+
+
+@pytest.mark.parametrize("op", [op for op, rows in TABLE.items() if len(rows) > 1 and op != WGRAD])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_kernel_equals_its_reference(op, dtype):
     device = torch.device("cuda")
@@ -74,6 +77,20 @@ def test_every_kernel_equals_its_reference(op, dtype):
             for ours, theirs in zip(found, expected, strict=True):
                 torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
     assert tried, f"no faster twin of {op} runs here"
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_weight_gradient_is_one_product_into_the_fp32_sum_of_its_cpu_twin(dtype):
+    choice = choose(WGRAD, Need(torch.device("cuda"), dtype))
+    assert choice.implementation.name == "one-product"
+    dy, x, total = torch.randn(96, 2, 64), torch.randn(96, 2, 48), torch.full((64, 48), 1000.0)
+    low = [factor.to(dtype) for factor in (dy, x)]
+    on_gpu = total.cuda()
+    with torch.no_grad():
+        returned = choice.run(*(factor.cuda() for factor in low), on_gpu)
+        twin = choice.run(*low, total)
+    assert returned.data_ptr() == on_gpu.data_ptr()
+    torch.testing.assert_close(on_gpu.cpu(), twin, rtol=1e-6, atol=1e-3)
 
 
 def test_attention_dropout_of_a_vendor_kernel_is_reproducible():

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from megatron_lite.kernels import reference
 from megatron_lite.kernels.dropout import DropoutCall, dropout
+from megatron_lite.kernels.products import added_weight_gradient
 from megatron_lite.kernels.table import TABLE
-from tests.support.kernels import arguments, dropout_call, weighted
+from tests.support.kernels import B, S, arguments, dropout_call, weighted
 
 M32, M64 = (1 << 32) - 1, (1 << 64) - 1
 
@@ -156,6 +157,27 @@ def test_a_weight_gradient_goes_into_its_accumulator_in_fp32() -> None:
         alone = reference.linear_weight_gradient(dy.to(dtype), x.to(dtype))
         assert alone.dtype == dtype
         torch.testing.assert_close(alone.double(), expected - 1000.0, rtol=0, atol=0.1)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_product_that_adds_by_itself_rounds_nothing(dtype: torch.dtype) -> None:
+    """Sixteen micro batches: its fp32 sums are exact where the reference rounds each product first."""
+    generator = torch.Generator().manual_seed(0)
+    sums = {name: torch.full((16, 24), 3.0) for name in ("ours", "reference")}
+    exact = torch.full((16, 24), 3.0, dtype=torch.float64)
+    for _ in range(16):
+        dy = torch.randn(S, B, 16, generator=generator).to(dtype)
+        x = torch.randn(S, B, 24, generator=generator).to(dtype)
+        exact += torch.einsum("sbo,sbi->oi", dy.double(), x.double())
+        assert added_weight_gradient(dy, x, sums["ours"]) is sums["ours"]
+        reference.linear_weight_gradient(dy, x, sums["reference"])
+    torch.testing.assert_close(sums["ours"].double(), exact, rtol=1e-6, atol=1e-5)
+    rounded = (sums["reference"] - exact).abs().max()
+    assert 100 * (sums["ours"] - exact).abs().max() < rounded < 0.2
+    alone = added_weight_gradient(dy, x)
+    assert torch.equal(alone, reference.linear_weight_gradient(dy, x))
+    low = torch.zeros(16, 24, dtype=dtype)  # --no-accumulate-allreduce-grads-in-fp32
+    assert torch.equal(added_weight_gradient(dy, x, low), alone)
 
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16])
