@@ -1,4 +1,4 @@
-"""A family of Hugging Face's from outside the package: read, trained, written; what none can say is refused."""
+"""Families of Hugging Face's: read, trained, written; what none can say is refused; one from outside the package."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from megatron_lite.checkpoint.huggingface.conversion import Conversion, conversions
 from megatron_lite.checkpoint.huggingface.families import FAMILIES, family_for
 from megatron_lite.checkpoint.huggingface.gpt2 import GPT2
+from megatron_lite.checkpoint.huggingface.llama import LLAMA
 from megatron_lite.checkpoint.huggingface.names import FusedPart, Names
 from megatron_lite.cli import convert, generate
 from megatron_lite.config.errors import CheckpointError
@@ -32,18 +33,11 @@ from tests.support.huggingface import (
     tool,
     weights,
 )
-from tests.support.llama import LLAMA, llama
+from tests.support.llama import llama
 from tests.train.runs import run_main, steps
 
 Capture = pytest.CaptureFixture[str]
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(autouse=True)
-def known(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Llama is a family, after those of the package."""
-    monkeypatch.delitem(FAMILIES, "llama", raising=False)
-    monkeypatch.setitem(FAMILIES, "llama", LLAMA)
 
 
 @pytest.fixture
@@ -62,7 +56,7 @@ def folder(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     "tied", [False, pytest.param(True, marks=pytest.mark.ci)], ids=["untied", "tied"]
 )
-def test_a_family_from_outside_is_read_trained_written_and_read_back(
+def test_a_family_is_read_trained_written_and_read_back(
     tmp_path: Path, monkeypatch, folder: Path, tied: bool
 ) -> None:
     if tied:
@@ -119,16 +113,34 @@ def test_what_a_run_says_names_the_family(
 
 
 def test_a_family_is_plugged_in_by_the_file_of_a_user(
-    tmp_path: Path, monkeypatch, folder: Path, capsys: Capture
+    tmp_path: Path, monkeypatch, capsys: Capture
 ) -> None:
-    monkeypatch.delitem(FAMILIES, "llama")
+    transformers = needs("transformers")
+    folder = tmp_path / "phi3"
+    torch.manual_seed(0)
+    model = transformers.Phi3ForCausalLM(transformers.Phi3Config(
+        vocab_size=263, max_position_embeddings=24, original_max_position_embeddings=24,
+        hidden_size=48, intermediate_size=53, num_hidden_layers=2, num_attention_heads=6,
+        num_key_value_heads=2, bos_token_id=261, eos_token_id=261, pad_token_id=261,
+    ))  # fmt: skip
+    model.save_pretrained(folder)
+    tokenizer_files(folder, "vocab.json", "merges.txt")
     assert tool(convert.main, monkeypatch, folder, tmp_path / "ours") == 4
-    assert "model_type 'llama'; those that can be read are gpt2\n" in capsys.readouterr().err
+    known = ", ".join(FAMILIES)
+    assert f"model_type 'phi3'; those that can be read are {known}\n" in capsys.readouterr().err
+    monkeypatch.setitem(FAMILIES, "phi3", LLAMA)  # taken back at the end, whatever --extend makes of it
     mine = ["--extend", ROOT / "tests" / "extending" / "family.py"]
     words = ["--load", folder, "--prompt", "the", "--max-new-tokens", 2, "--use-cpu"]
     assert tool(generate.main, monkeypatch, *words, *mine) == 0
     assert tool(convert.main, monkeypatch, *mine, folder, tmp_path / "ours") == 0
-    assert tool(convert.main, monkeypatch, tmp_path / "ours", tmp_path / "out", *mine) == 0
+    tokens = random_tokens(263)
+    difference = (our_logits(tmp_path / "ours", tokens) - their_logits(folder, tokens)).abs().max()
+    assert difference < 1e-5, difference
+    out = ["--family", "phi3", *mine]
+    assert tool(convert.main, monkeypatch, tmp_path / "ours", tmp_path / "out", *out) == 0
+    before, after = tensors(folder), tensors(tmp_path / "out")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
     assert tool(convert.main, monkeypatch, "--extend", folder, folder, tmp_path / "no") == 2
 
 
@@ -158,8 +170,11 @@ REFUSED: dict[str, tuple[Change, list[str]]] = {
         setting(rope_parameters=STRETCHED),
         ["rope_parameters.rope_type 'yarn': only 'default'", "rope_parameters.factor '4.0'"],
     ),
+    "two ways to turn": (
+        setting(rope_scaling={"type": "linear", "factor": 2.0}), ["say different things"]
+    ),
     "no object": (setting(rope_parameters="yarn"), ["rope_parameters 'yarn': no JSON object"]),
-    "biases": (setting(attention_bias=True), ["attention_bias True: only False"]),
+    "biases": (setting(attention_bias=True), ["attention_bias True and mlp_bias False"]),
     "packed weights": (setting(quantization_config={"bits": 4}), ["quantization_config"]),
     "keys that do not come out even": (
         setting(num_key_value_heads=4), ["no such model is built here", "--num-query-groups 4"],

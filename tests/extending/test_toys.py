@@ -24,14 +24,14 @@ TOYS = [
     "--extend", *(str(HERE / f"{name}.py") for name in NAMES),
     "--optimizer", "lion", "--engine", "apart", "--objective", "previous-token",
 ]  # fmt: skip
-LLAMA = [
+PHI3 = [
     "--swiglu", "--normalization", "RMSNorm", "--position-embedding-type", "rope",
     "--disable-bias-linear", "--untie-embeddings-and-output-weights",
     "--hidden-dropout", "0", "--attention-dropout", "0",
 ]  # fmt: skip
 """The model of the family beside this file."""
 LAYOUT = ["--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2"]
-ARGV = [*with_flags(TINY, "--train-iters", "4"), *LLAMA, *LAYOUT, *TOYS]
+ARGV = [*with_flags(TINY, "--train-iters", "4"), *PHI3, *LAYOUT, *TOYS]
 
 
 def run(save: Path, *words: str) -> str:
@@ -61,9 +61,10 @@ def test_toys_train_save_and_resume(tmp_path: Path) -> None:
     exported = tmp_path / "exported"
     files = [str(HERE / f"{name}.py") for name in ("family", "dataset", "objective")]
     extended = [word for file in files for word in ("--extend", file)]
-    tool("convert", str(tmp_path / "whole"), str(exported), "--no-tokenizer", *extended)
+    words = ["--no-tokenizer", "--family", "phi3"]
+    tool("convert", str(tmp_path / "whole"), str(exported), *words, *extended)
     with safe_open(exported / "model.safetensors", "pt") as file:
-        assert file.get_slice("model.layers.1.self_attn.k_proj.weight").get_shape() == [32, 32]
+        assert file.get_slice("model.layers.1.self_attn.qkv_proj.weight").get_shape() == [96, 32]
 
 
 @pytest.mark.ci

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from megatron_lite.checkpoint.huggingface.gpt2 import GPT2
+from megatron_lite.checkpoint.huggingface.llama import LLAMA
 from megatron_lite.config.sections.model import ModelConfig
 from megatron_lite.layers.contexts import ForwardContext, StageContext
 from megatron_lite.layers.cross_entropy import cross_entropy
@@ -11,7 +12,6 @@ from megatron_lite.models.decoder import Decoder
 from megatron_lite.models.parameters import local_parameters
 from megatron_lite.parallel.context import Axis, ParallelContext
 from tests.support.extras import needs
-from tests.support.llama import LLAMA
 from tests.support.models import fill
 
 transformers = needs("transformers")

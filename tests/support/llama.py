@@ -1,21 +1,10 @@
-"""The family of tests/extending/family.py, not plugged in, and tiny models of it."""
+"""Tiny models of transformers' Llama, with random weights."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-
-from megatron_lite.checkpoint.huggingface.families import FAMILIES
-
-_BEFORE = dict(FAMILIES)
-
-from tests.extending.family import LLAMA  # noqa: E402
-
-FAMILIES.clear()  # a test plugs it in where it wants to
-FAMILIES.update(_BEFORE)
-
-__all__ = ["LLAMA", "llama"]
 
 
 def llama(**changes: object) -> Any:

@@ -8,10 +8,11 @@ from typing import Any
 
 from megatron_lite.checkpoint.huggingface.family import Family
 from megatron_lite.checkpoint.huggingface.gpt2 import GPT2
+from megatron_lite.checkpoint.huggingface.llama import LLAMA
 from megatron_lite.config.errors import CheckpointError
 from megatron_lite.config.sections.model import ModelConfig
 
-FAMILIES: dict[str, Family] = {"gpt2": GPT2}
+FAMILIES: dict[str, Family] = {"gpt2": GPT2, "llama": LLAMA}
 """In the order in which an export tries them; no other file names a family."""
 
 
