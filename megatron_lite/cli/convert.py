@@ -24,6 +24,7 @@ from megatron_lite.checkpoint.huggingface.conversion import Conversion
 from megatron_lite.checkpoint.huggingface.exporting import export_folder, plan_export
 from megatron_lite.checkpoint.huggingface.families import FAMILIES
 from megatron_lite.checkpoint.huggingface.folder import open_folder
+from megatron_lite.checkpoint.huggingface.generation import GENERATION, generation_config
 from megatron_lite.checkpoint.huggingface.importing import import_folder
 from megatron_lite.checkpoint.tensor_file import SAFETENSORS_NAMES, TensorForm
 from megatron_lite.config.errors import ConfigError
@@ -41,7 +42,10 @@ from megatron_lite.storage.disk import Disk, folder_at_once, write_atomically
 from megatron_lite.storage.outputs import check_folder, require_room
 
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-_FORMATS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_FORMATS = {
+    "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16,
+    "f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16,
+}  # fmt: skip
 
 
 def main() -> int:
@@ -177,13 +181,16 @@ def _export(source: Path, target: Path, asked: argparse.Namespace) -> None:
         files, eod = _tokenizer(asked, found)
     rows, kept = model.vocab_size, str(found.kept)
     assert rows is not None
+    words = read_vocabulary(files, kept)
     said = compare_statements(
-        read_vocabulary(files, kept), {"eos_token_id": eod}, eod=None, rows=rows,
+        words, {"eos_token_id": eod}, eod=None, rows=rows,
         positions=model.num_positions, where=kept, default_ends=export.family.default_ends,
     )  # fmt: skip
     for line in said:
         print(f"NOTE: {line}")
     print("end of document: " + ("not known" if eod is None else f"id {eod}"))
+    bos = words.ids.get(words.special["bos"][0]) if "bos" in words.special else None
+    files[GENERATION] = generation_config(files.get(GENERATION), eod=eod, bos=bos)
     if asked.dry_run:
         _list(export.conversions, export.form, export.bytes, files, target, export=True)
         return
@@ -192,7 +199,8 @@ def _export(source: Path, target: Path, asked: argparse.Namespace) -> None:
     with folder_at_once(target, disk) as partial:
         for name, content in files.items():
             write_atomically(partial / name, content, disk)
-        written = export_folder(export, partial, eod=eod, shard_bytes=asked.shard_bytes, disk=disk)
+        written = export_folder(export, partial, eod=eod, bos=bos, shard_bytes=asked.shard_bytes,
+                                disk=disk)  # fmt: skip
     print(f"{target}: iteration {iteration}, {len(export.conversions)} tensors, "
           f"{export.bytes} bytes in {', '.join(written[:3])}{' ...' if len(written) > 3 else ''}\n"
           f'next: transformers.{export.family.architecture}.from_pretrained("{target}")')  # fmt: skip

@@ -128,7 +128,9 @@ def test_a_family_is_plugged_in_by_the_file_of_a_user(
     assert tool(convert.main, monkeypatch, folder, tmp_path / "ours") == 4
     known = ", ".join(FAMILIES)
     assert f"model_type 'phi3'; those that can be read are {known}\n" in capsys.readouterr().err
-    monkeypatch.setitem(FAMILIES, "phi3", LLAMA)  # taken back at the end, whatever --extend makes of it
+    monkeypatch.setitem(
+        FAMILIES, "phi3", LLAMA
+    )  # taken back at the end, whatever --extend makes of it
     mine = ["--extend", ROOT / "tests" / "extending" / "family.py"]
     words = ["--load", folder, "--prompt", "the", "--max-new-tokens", 2, "--use-cpu"]
     assert tool(generate.main, monkeypatch, *words, *mine) == 0

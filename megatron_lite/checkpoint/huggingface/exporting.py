@@ -96,11 +96,18 @@ def plan_export(
 
 
 def export_folder(
-    export: Export, folder: Path, *, eod: int | None, shard_bytes: int, disk: Disk
+    export: Export,
+    folder: Path,
+    *,
+    eod: int | None,
+    bos: int | None = None,
+    shard_bytes: int,
+    disk: Disk,
 ) -> list[str]:
     """Write config.json and the safetensors files into an empty folder; the names of the files.
 
-    eod: the id of the end-of-document token.  The peak is one tensor and a piece of the checkpoint.
+    eod: the id of the end-of-document token; bos: of the one that a text begins with, where the
+    tokenizer names one.  The peak is one tensor and a piece of the checkpoint.
     """
     groups = in_files(export.conversions, lambda c: export.form(c).bytes, shard_bytes)
     count = len(groups)
@@ -121,5 +128,6 @@ def export_folder(
         write_bytes(folder / INDEX, json.dumps(index, indent=2).encode(), disk)
     dtype = str(export.dtype).removeprefix("torch.")
     config = export.family.config_out(export.model, eod=eod, dtype=dtype)
+    config |= {} if bos is None else {"bos_token_id": bos}
     write_bytes(folder / CONFIG, json.dumps(config, indent=2).encode(), disk)
     return names

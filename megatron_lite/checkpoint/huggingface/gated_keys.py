@@ -97,7 +97,7 @@ def gated_out(
         "attention_dropout": model.attention_dropout,
         "initializer_range": model.init_method_std,
         "tie_word_embeddings": not model.untie_embeddings_and_output_weights,
-        "bos_token_id": eod,
+        "bos_token_id": None,
         "eos_token_id": eod,
         "use_cache": True,
         "dtype": dtype,

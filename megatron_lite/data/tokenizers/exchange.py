@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +11,12 @@ from megatron_lite.config.errors import DataError
 from megatron_lite.config.sections.data import DataConfig
 from megatron_lite.data.tokenizers.base import LARGEST_FILE, read_bytes, read_vocab
 from megatron_lite.data.tokenizers.gpt2_bpe import GPT2_EOD, gpt2_tokenizer_json, read_merges
+from megatron_lite.data.tokenizers.huggingface import ALONG
 from megatron_lite.storage.reading import read_plain
 
 FILES = (
     "vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json",
-    "special_tokens_map.json", "added_tokens.json",
+    "special_tokens_map.json", "added_tokens.json", *ALONG,
 )  # fmt: skip
 """What Hugging Face may keep beside a model."""
 
@@ -33,12 +34,15 @@ def files_beside_model(folder: Path) -> dict[str, bytes]:
     return found
 
 
-def section_for(names: Collection[str], folder: Path, *, eos: str | None = None) -> dict[str, Any]:
+def section_for(
+    files: Mapping[str, bytes], folder: Path, *, eos: str | None = None
+) -> dict[str, Any]:
     """Fields of the data section for a folder with these files; nothing where they are no tokenizer.
 
     eos: the token that the files say ends a document; GPT2BPETokenizer knows only its own.
     """
-    if {"vocab.json", "merges.txt"} <= set(names) and eos in (None, GPT2_EOD):
+    names = set(files)
+    if {"vocab.json", "merges.txt"} <= names and eos in (None, GPT2_EOD) and _cuts_as_gpt2(files):
         return {
             "tokenizer_type": "GPT2BPETokenizer",
             "vocab_file": str(folder / "vocab.json"),
@@ -46,13 +50,35 @@ def section_for(names: Collection[str], folder: Path, *, eos: str | None = None)
         }
     if "tokenizer.json" in names:
         return {"tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": str(folder)}
-    if {"vocab.json", "merges.txt"} <= set(names):
+    if {"vocab.json", "merges.txt"} <= names:
+        why = f"the files name the eos_token {eos!r}, GPT2BPETokenizer ends documents with {GPT2_EOD!r}"
+        if eos in (None, GPT2_EOD):
+            why = f"{folder}: tokenizer_config.json names another class than GPT-2's, which cuts otherwise"
         raise DataError(
-            f"the files name the eos_token {eos!r}, GPT2BPETokenizer ends documents with {GPT2_EOD!r}, "
-            "and there is no tokenizer.json: let transformers write one (save_pretrained), "
+            f"{why}, and there is no tokenizer.json: let transformers write one (save_pretrained), "
             "or add --no-tokenizer"
         )
     return {}
+
+
+def _cuts_as_gpt2(files: Mapping[str, bytes]) -> bool:
+    """Whether vocab.json and merges.txt are all of a tokenizer that cuts a text as GPT-2's does.
+
+    Qwen2's lie in files of the same names, and its tokenizer.json says how it cuts.
+    """
+    try:
+        config = json.loads(files.get("tokenizer_config.json", b"{}"))
+        whole = json.loads(files.get("tokenizer.json", b"{}"))
+    except ValueError:  # what is no JSON is said by who reads it
+        return True
+    if not isinstance(config, dict) or not isinstance(whole, dict):
+        return True
+    kind = str(config.get("tokenizer_class") or "GPT2Tokenizer").removesuffix("Fast")
+    cut = whole.get("pre_tokenizer") or {"type": "ByteLevel"}
+    plain = isinstance(cut, dict) and cut.get("type") == "ByteLevel" and cut.get("use_regex", True)
+    if whole:  # it counts more than the name of a class
+        return bool(plain) and whole.get("normalizer") is None
+    return kind == "GPT2Tokenizer"
 
 
 def files_for_huggingface(data: DataConfig, *, positions: int) -> dict[str, bytes]:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from megatron_lite.config.sections.data import DataConfig
 from megatron_lite.data.tokenizers.base import read_bytes
-from megatron_lite.data.tokenizers.huggingface import BESIDE, find_tokenizer_json
+from megatron_lite.data.tokenizers.huggingface import ALONG, BESIDE, find_tokenizer_json
 
 
 class KeptFile(NamedTuple):
@@ -30,7 +30,8 @@ def _gpt2(data: DataConfig) -> list[KeptFile]:
 
 def _hugging_face(data: DataConfig) -> list[KeptFile]:
     main = find_tokenizer_json(data.tokenizer_model)
-    beside = (main.with_name(name) for name in BESIDE)  # they name the end of a document
+    # some name the end of a document, others belong to an export
+    beside = (main.with_name(name) for name in (*BESIDE, *ALONG))
     return [
         KeptFile("tokenizer.json", str(main), "tokenizer_model"),
         *(KeptFile(path.name, str(path), None) for path in beside if path.is_file()),
