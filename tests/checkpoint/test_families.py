@@ -1,4 +1,4 @@
-"""Families of Hugging Face's: read, trained, written; what none can say is refused; one from outside the package."""
+"""Families of Hugging Face's: read, trained, written; what none can say is refused; one of a user's."""
 
 from __future__ import annotations
 

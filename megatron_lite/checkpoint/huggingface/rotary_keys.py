@@ -1,4 +1,4 @@
-"""The keys of rotary positions in config.json: rope_parameters of today, rope_theta and rope_scaling of before."""
+"""Rotary positions in config.json: rope_parameters of today, rope_theta and rope_scaling of before."""
 
 from __future__ import annotations
 
