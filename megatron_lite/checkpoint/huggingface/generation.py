@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from typing import Any
 
 from megatron_lite.config.errors import CheckpointError
@@ -19,7 +18,7 @@ def generation_config(given: bytes | None, *, eod: int | None, bos: int | None) 
     found = {} if given is None else _read(given)
     ends = found.get("eos_token_id")
     listed = ends if isinstance(ends, list) else [ends]
-    said: Mapping[str, Any] = {
+    said: dict[str, Any] = {
         "bos_token_id": found.get("bos_token_id", bos),
         "eos_token_id": ends if eod is None or eod in listed else eod,
     }
