@@ -11,7 +11,7 @@ from megatron_lite.blueprint.figure.transformer import figure_of
 from megatron_lite.blueprint.flops import flops_per_token
 from megatron_lite.blueprint.grid import RankGrid
 from megatron_lite.blueprint.length import Length, run_length
-from megatron_lite.blueprint.optimizers import State, check_states, state_size, treatment
+from megatron_lite.blueprint.optimizers import State, check_states, state_bytes, treatment
 from megatron_lite.blueprint.parameters import (
     ParamSpec,
     held_by,
@@ -108,13 +108,13 @@ class Blueprint:
             found[kind] = found.get(kind, 0) + spec.local_size(self.grid.tp)
         return found
 
-    def rank_states(self, pp_rank: int) -> int:
-        """Elements of optimizer state, masters apart, of all that a rank (any tp) of a pp rank holds.
+    def rank_state_bytes(self, pp_rank: int) -> int:
+        """Of optimizer state, masters apart, of all that a rank (any tp) of a pp rank holds.
 
         Where ranks of dp share it, together.
         """
         held = held_by(self.parameters, self._held(pp_rank))
-        return sum(state_size(self.optim, spec.tensor, self.grid.tp) for spec in held)
+        return sum(state_bytes(self.optim, spec.tensor, self.grid.tp) for spec in held)
 
     def states(self, tensor: Tensor) -> tuple[State, ...]:
         """What the optimizer keeps of a canonical tensor, its fp32 master apart."""

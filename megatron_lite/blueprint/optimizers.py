@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from megatron_lite.blueprint.figure.parts import Tensor
+from megatron_lite.blueprint.figure.parts import FORMAT_BYTES, Format, Tensor
 from megatron_lite.config.errors import ConfigError
 from megatron_lite.config.registry import Registry
 from megatron_lite.config.sections.optim import OptimConfig
@@ -22,11 +22,12 @@ class State:
     """A tensor that a rule keeps of a parameter; zero before the first update.
 
     dims: those of the parameter's dims that it has, None for all: (0,) is a number per row, () one
-    number.
+    number.  storage: the number format that it is kept in; its rule must cope with it.
     """
 
     name: str
     dims: tuple[int, ...] | None = None
+    storage: Format = "fp32"
 
     def of(self, sizes: Sequence[int]) -> tuple[int, ...]:
         """Of a parameter's sizes, or of its place, what the state has."""
@@ -61,10 +62,17 @@ ADAM = Treatment("adam", (State("exp_avg"), State("exp_avg_sq")))
 PLAIN_SGD = Treatment("sgd")
 MOMENTUM = Treatment("sgd", (State("momentum"),))
 
+
+def _adam(optim: OptimConfig) -> Treatment:
+    """Adam's, its moments in the formats that were asked for."""
+    kept = zip(ADAM.states, optim.moments, strict=True)
+    return replace(ADAM, states=tuple(replace(state, storage=name) for state, name in kept))
+
+
 OPTIMIZERS: Registry[Callable[[OptimConfig, Tensor], Treatment]] = Registry(
     "optim.optimizer",
     {
-        "adam": lambda optim, tensor: ADAM,
+        "adam": lambda optim, tensor: _adam(optim),
         "sgd": lambda optim, tensor: MOMENTUM if optim.sgd_momentum else PLAIN_SGD,
     },
 )
@@ -84,10 +92,10 @@ def treatment(optim: OptimConfig, tensor: Tensor) -> Treatment:
     return how
 
 
-def state_size(optim: OptimConfig, tensor: Tensor, tp: int) -> int:
-    """Elements of all states of a tensor on one of so many tp ranks."""
-    local = tensor.local(tp)
-    return sum(math.prod(state.of(local)) for state in treatment(optim, tensor).states)
+def state_bytes(optim: OptimConfig, tensor: Tensor, tp: int) -> int:
+    """What all states of a tensor take on one of so many tp ranks."""
+    local, states = tensor.local(tp), treatment(optim, tensor).states
+    return sum(math.prod(state.of(local)) * FORMAT_BYTES[state.storage] for state in states)
 
 
 def check_states(optim: OptimConfig, tensors: Iterable[Tensor], tp: int) -> None:

@@ -85,8 +85,8 @@ def main() -> int:
     if own.search:
         _require_model(config, world)
         found = search.search(variant, asked, cluster, model=config.model)
-        _put(report.found_json(found, asked) if own.json
-             else report.found_text(found, asked, top=own.top), own)  # fmt: skip
+        _put(report.found_json(found, asked, config.optim) if own.json
+             else report.found_text(found, asked, config.optim, top=own.top), own)  # fmt: skip
         return 0
     blueprint = variant(config.parallel, config.train.micro_batch_size)
     plan = forecast(blueprint, asked, cluster, given=_stage_times(own))

@@ -6,8 +6,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol, TypeVar
 
+import torch
 from torch import Tensor
 
+from megatron_lite.blueprint.figure.parts import Format
 from megatron_lite.blueprint.figure.parts import Tensor as Spec
 from megatron_lite.blueprint.optimizers import Treatment, treatment
 from megatron_lite.config.errors import ConfigError
@@ -38,6 +40,9 @@ class Member(Protocol):
         """What new_state gave."""
         ...
 
+
+_NARROW: dict[Format, torch.dtype] = {"fp16": torch.float16, "bf16": torch.bfloat16}
+"""States in fewer bits than their master's."""
 
 AnyMember = TypeVar("AnyMember", bound=Member)
 
@@ -74,7 +79,12 @@ class Groups:
         """State before the first update of these values, a whole tensor or rows of one."""
         how = self.treatment(spec)
         self._rule(how.rule)  # one that is not there is told before the first step
-        return {state.name: master.new_zeros(state.of(master.shape)) for state in how.states}
+        return {
+            state.name: master.new_zeros(
+                state.of(master.shape), dtype=_NARROW.get(state.storage, master.dtype)
+            )
+            for state in how.states
+        }
 
     def trains(self, spec: Spec, steps: int) -> bool:
         """Whether the update after so many changes a tensor, which needs a gradient for it."""

@@ -258,11 +258,11 @@ def _optimizer_seconds(
     Per element: gradients read twice, written, cleared; of the owned share master and states read
     and written, gradient read, weight written.
     """
-    parameters, states = blueprint.rank_parameters(pp_rank), blueprint.rank_states(pp_rank)
+    parameters, states = blueprint.rank_parameters(pp_rank), blueprint.rank_state_bytes(pp_rank)
     shared = blueprint.replicas if asked.parallel.use_distributed_optimizer else 1
     every, owned = 4.0 * 2, 4.0 * 2 + 4.0 * 3 + 2.0
     device = cluster.device
-    moved = parameters * (every + owned / shared) + states * 4.0 * 2 / shared
+    moved = parameters * (every + owned / shared) + states * 2.0 / shared
     return moved / (device.bandwidth_gb_s * 1e9 * device.optimizer_efficiency)
 
 

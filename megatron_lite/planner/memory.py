@@ -13,7 +13,7 @@ from functools import lru_cache
 
 from megatron_lite.blueprint.buckets import IN_FLIGHT, bucket_elements
 from megatron_lite.blueprint.draw_up import Blueprint
-from megatron_lite.blueprint.figure.parts import Format, Matrix, Parts
+from megatron_lite.blueprint.figure.parts import FORMAT_BYTES, Format, Matrix, Parts
 from megatron_lite.blueprint.schedules import SCHEDULES
 from megatron_lite.blueprint.schedules.actions import Op, Schedule
 from megatron_lite.blueprint.stages import Placement, StageLayers
@@ -154,10 +154,10 @@ def static_bytes(
     """Weights, gradients, masters and moments of a rank.
 
     formats: parameters by the number format they are stored in, None for the run's; states:
-    elements of optimizer state.
+    bytes of optimizer state, of all ranks that share it.
     """
     low = element_bytes(asked.precision)
-    widths = {None: low, "fp32": 4, "fp16": 2, "bf16": 2}
+    widths = {kind: FORMAT_BYTES[kind] if kind else low for kind in formats}
     parameters = sum(formats.values())
     in_fp32 = asked.parallel.accumulate_allreduce_grads_in_fp32
     shared = dp if asked.parallel.use_distributed_optimizer else 1
@@ -165,7 +165,7 @@ def static_bytes(
         "weights": float(sum(count * widths[kind] for kind, count in formats.items())),
         "gradients": parameters * (4 if in_fp32 else low),
         "masters": sum(n * 4 / shared for kind, n in formats.items() if widths[kind] < 4),
-        "moments": states * 4 / shared,
+        "moments": states / shared,
     }
 
 
@@ -196,7 +196,10 @@ def _rank_memory(
         held[stage.index] = _held(blueprint, asked, stage, blocks, waiting[stage.index])
     worst = _worst(schedule, pp_rank, held)
     kinds = static_bytes(
-        blueprint.rank_formats(pp_rank), blueprint.rank_states(pp_rank), asked, blueprint.replicas
+        blueprint.rank_formats(pp_rank),
+        blueprint.rank_state_bytes(pp_rank),
+        asked,
+        blueprint.replicas,
     )
     messages = 4 * stream if blueprint.grid.pp > 1 else 0.0
     reducing, gathering = _data_parallel_buffers(blueprint, asked, parameters)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from megatron_lite.blueprint.schedules.actions import Op
+from megatron_lite.config.sections.optim import OptimConfig
 from megatron_lite.planner.activations import VARIANTS, korthikanti
 from megatron_lite.planner.advice import Change, layout_flags, warnings
 from megatron_lite.planner.corpus import Reading
@@ -45,7 +46,7 @@ def plan_json(plan: Forecast, extra: Extra) -> dict[str, object]:
                      "devices_per_node": plan.cluster.devices_per_node},
         "model": {**dataclasses.asdict(model), "num_parameters": blueprint.num_parameters,
                   "padded_vocab_size": blueprint.padded_vocab_size},
-        "precision": _precision(plan.asked),
+        "precision": _precision(plan.asked, blueprint.optim),
         "layout": {"tp": blueprint.grid.tp, "cp": blueprint.grid.cp, "dp": blueprint.grid.dp,
                    "pp": blueprint.grid.pp, "schedule": blueprint.schedule,
                    "chunks": len(blueprint.placement) // blueprint.grid.pp,
@@ -114,15 +115,24 @@ def _head(plan: Forecast) -> Iterator[str]:
         f"{batches.final_batch_size:,} sequences of {blueprint.model.seq_length:,} per step = "
         f"{blueprint.microbatches():,} micro batches of {batches.micro_batch_size} x dp {grid.dp}"
     )
-    yield precision_line(plan.asked)
+    yield precision_line(plan.asked, blueprint.optim)
 
 
-def precision_line(asked: PlanInputs) -> str:
+def precision_line(asked: PlanInputs, optim: OptimConfig) -> str:
     """Which number formats were planned, in words."""
-    line = f"precision: {asked.precision.products}"
+    line, moments = f"precision: {asked.precision.products}", _moments(optim)
     if asked.precision.name == "fp32":
-        return f"{line} (--bf16 or --fp16 plans mixed precision)"
-    return f"{line}, gradients accumulated in {_accumulator(asked)}, masters and moments in fp32"
+        narrow = "" if moments == "fp32" else f", moments in {moments}"
+        return f"{line}{narrow} (--bf16 or --fp16 plans mixed precision)"
+    kept = "masters and moments in fp32"
+    if moments != "fp32":
+        kept = f"masters in fp32, moments in {moments}"
+    return f"{line}, gradients accumulated in {_accumulator(asked)}, {kept}"
+
+
+def _moments(optim: OptimConfig) -> str:
+    """The format of both, or of each."""
+    return " and ".join(dict.fromkeys(optim.moments))
 
 
 def _accumulator(asked: PlanInputs) -> str:
@@ -130,12 +140,13 @@ def _accumulator(asked: PlanInputs) -> str:
     return "fp32" if wide else asked.precision.name
 
 
-def _precision(asked: PlanInputs) -> dict[str, object]:
+def _precision(asked: PlanInputs, optim: OptimConfig) -> dict[str, object]:
     return {
         "parameters": asked.precision.name,
         "tf32": asked.precision.tf32 and asked.precision.name == "fp32",
         "gradient_accumulation": _accumulator(asked),
         "optimizer": "fp32",
+        "moments": list(optim.moments),
     }
 
 
@@ -293,12 +304,12 @@ def _hardware_flops(plan: Forecast) -> int:
     return hardware_flops_per_token(plan.blueprint, plan.asked.parallel)
 
 
-def found_text(found: SearchResult, asked: PlanInputs, *, top: int) -> str:
+def found_text(found: SearchResult, asked: PlanInputs, optim: OptimConfig, *, top: int) -> str:
     """A search as a ranked table."""
     counts = (
         f"{len(found.ranked)} layouts fit, {found.num_too_large} are too large, "
         f"{found.num_forbidden} break a rule; the first {found.num_simulated} are simulated\n"
-        f"{precision_line(asked)}"
+        f"{precision_line(asked, optim)}"
     )
     if not found.ranked:
         missing = ""
@@ -318,10 +329,10 @@ def found_text(found: SearchResult, asked: PlanInputs, *, top: int) -> str:
     return "\n".join(lines)
 
 
-def found_json(found: SearchResult, asked: PlanInputs) -> dict[str, object]:
+def found_json(found: SearchResult, asked: PlanInputs, optim: OptimConfig) -> dict[str, object]:
     """A search as plain values, best first."""
     return {
-        "precision": _precision(asked),
+        "precision": _precision(asked, optim),
         "num_fitting": len(found.ranked),
         "num_simulated": found.num_simulated,
         "num_too_large": found.num_too_large,

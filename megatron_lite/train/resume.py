@@ -15,6 +15,7 @@ from megatron_lite.blueprint.figure.parts import HEAD
 from megatron_lite.checkpoint.manifest import NAME, Manifest
 from megatron_lite.checkpoint.progress import Progress
 from megatron_lite.checkpoint.store import Store
+from megatron_lite.checkpoint.tensor_file import SAFETENSORS_NAMES
 from megatron_lite.config.errors import CheckpointError, NumericsError
 from megatron_lite.config.objectives import LANGUAGE_MODEL
 from megatron_lite.config.rules.model_identity import named
@@ -22,7 +23,7 @@ from megatron_lite.config.sections.checkpoint import CheckpointConfig
 from megatron_lite.config.sections.optim import LearningRateConfig
 from megatron_lite.engines.base import EngineProgress
 from megatron_lite.parallel.context import ParallelContext
-from megatron_lite.parallel.shard import MASTER, NamedSlice, exact_slices
+from megatron_lite.parallel.shard import DTYPES, MASTER, NamedSlice, exact_slices
 from megatron_lite.train.compatibility import check_model, check_objective, check_tokenizer
 from megatron_lite.train.health.culprit import earliest_over_ranks
 from megatron_lite.train.health.replay import Watched
@@ -102,6 +103,8 @@ def resume(
     if with_optimizer and trains and not checkpoint.finetune:
         schedules, said = _settle_schedules(manifest, learning_rate, schedules, checkpoint.load)
         notices += said
+    if with_optimizer:
+        notices += _other_formats(run, manifest)
     fill_run(run, store, manifest, optimizer=with_optimizer, head=not fresh_head)
     _require_finite(run, manifest, checkpoint.load)
     loaded = (
@@ -174,6 +177,23 @@ def _require_optimizer(run: Run, manifest: Manifest, folder: str) -> None:
             "saved with --no-save-optim or another --optimizer): add --no-load-optim to resume with "
             "a fresh one, or --finetune to start at iteration 0 with its weights"
         )
+
+
+def _other_formats(run: Run, manifest: Manifest) -> list[str]:
+    """A line for each state that the checkpoint has in another number format than this run."""
+    plan = run.blueprint
+    found = {
+        (state.name, stored.dtype, state.storage)
+        for spec in plan.parameters
+        for state in plan.states(spec.tensor)
+        if (stored := manifest.tensors.get(f"{state.name}.{spec.name}")) is not None
+        and stored.dtype != SAFETENSORS_NAMES[DTYPES[state.storage]]
+    }
+    return [
+        f"{name}: {before.lower()} in the checkpoint, {now} here: "
+        + ("kept exactly" if now == "fp32" else "rounded to nearest")
+        for name, before, now in sorted(found)
+    ]
 
 
 def fill_run(

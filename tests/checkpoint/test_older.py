@@ -2,29 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import platform
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
+from tests.checkpoint.older import ADAM, EXPECTED, FOLDER
 from tests.train.runs import Outcome, alone, on_ranks, steps
 
-FIXTURES = Path(__file__).parents[1] / "fixtures"
-FOLDER = FIXTURES / "ec47cc8"
-EXPECTED: dict[str, Any] = json.loads((FOLDER / "expected.json").read_text())
 SIZES = (
     "--num-layers", "--hidden-size", "--num-attention-heads", "--seq-length", "--tokenizer-type",
     "--vocab-size", "--make-vocab-size-divisible-by",
 )  # fmt: skip
-ADAM = [
-    "--hidden-size", "16", "--hidden-dropout", "0.1", "--weight-decay", "0.1", "--train-iters", "8",
-    "--lr-decay-iters", "12", "--split", "1,0,0", "--data-path", str(FOLDER / "numbers"),
-    "--load", str(FOLDER / "adam"), "--save-interval", "100",
-]  # fmt: skip
 
 
 def gpt2_words(tmp_path: Path) -> list[str]:

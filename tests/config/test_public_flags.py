@@ -107,8 +107,8 @@ CHANGES_NOTHING = """
 --sequences-per-dataset-path --dataloader-fast-cache-load --fast-cache-load
 --dataloader-defer-npy-index-mmap --no-shared-fs --allow-ambiguous-pad-tokens --trust-remote-code
 --tokenizer-hf-use-fast --vocab-extra-ids --expert-tensor-parallel-size
---num-distributed-optimizer-instances --main-grads-dtype --main-params-dtype --exp-avg-dtype
---exp-avg-sq-dtype --softmax-type --moe-grouped-gemm --moe-use-legacy-grouped-gemm
+--num-distributed-optimizer-instances --main-grads-dtype --main-params-dtype
+--softmax-type --moe-grouped-gemm --moe-use-legacy-grouped-gemm
 --moe-permute-fusion --moe-router-fusion --moe-shared-expert-overlap --moe-shared-expert-gate
 --moe-per-layer-logging --moe-router-pre-softmax --moe-router-enable-expert-bias
 --moe-pad-expert-input-to-capacity --moe-extended-tp --moe-layer-recompute --moe-use-upcycling
@@ -142,7 +142,7 @@ REFUSED = """
 --hybrid-attention-ratio --hybrid-mlp-ratio --heterogeneous-layers-config-path
 --init-method-xavier-uniform --embedding-init-method-std --fp32-residual-connection
 --fp16-lm-cross-entropy --data-parallel-random-init --use-megatron-fsdp --use-custom-fsdp
---torch-fsdp2-no-reshard-after-forward --use-precision-aware-optimizer --optimizer-cpu-offload
+--torch-fsdp2-no-reshard-after-forward --optimizer-cpu-offload
 --optimizer-offload-fraction --enable-cpu-offloading --cpu-offloading-num-layers --fp4-format
 --microbatch-group-size-per-virtual-pipeline-stage --pipeline-model-parallel-split-rank
 --padded-vocab-size --distributed-timeout-seconds-after-init --eval-micro-batch-size

@@ -24,7 +24,7 @@ from megatron_lite.train.health.state_hash import state_hash
 from megatron_lite.train.resume import resume
 from megatron_lite.train.step import train_step
 from tests.optim import toys
-from tests.support.axes import BF16, PP, TP, ZERO
+from tests.support.axes import BF16, BF16_MOMENTS, PP, TP, ZERO
 from tests.support.checkpoints import load_and_save_again, train_and_save, whole
 from tests.support.spawn import spawn
 from tests.support.tiny import context, draw, make_batches, tiny_config
@@ -121,7 +121,7 @@ def test_a_checkpoint_that_lacks_the_states_of_some_kinds_is_refused_with_the_fi
 
 def test_sgd_without_momentum_keeps_nothing() -> None:
     config = tiny_config(optim__optimizer="sgd", optim__sgd_momentum=0.0)
-    assert draw(config, 1).rank_states(0) == 0
+    assert draw(config, 1).rank_state_bytes(0) == 0
 
 
 @pytest.mark.parametrize(
@@ -132,10 +132,12 @@ def test_sgd_without_momentum_keeps_nothing() -> None:
         (4, {PP: 2, ZERO: True}),
         (2, {TP: 2, "optim__optimizer": "adam"}),
         (1, {"optim__optimizer": "sgd"}),
+        (2, {ZERO: True, "optim__optimizer": "adam"} | BF16_MOMENTS),
+        (1, {"optim__optimizer": "adam"} | BF16_MOMENTS | {"optim__exp_avg_dtype": "fp32"}),
     ],
 )
 def test_the_plan_counts_the_states_that_are_there(ranks, changes, toy) -> None:
-    """Element by element, over the ranks that share them."""
+    """Byte by byte, over the ranks that share them."""
     config = tiny_config(**TOY | changes)
     blueprint = draw(config, ranks)
     asked = PlanInputs(
@@ -148,10 +150,10 @@ def test_the_plan_counts_the_states_that_are_there(ranks, changes, toy) -> None:
         for dp in range(grid.dp):
             with stand_in(config, blueprint, grid.rank(dp=dp, pp=pp)) as actor:
                 state = [s for s in actor.run.engine.state(owned=False)]
-                held += [s.data.numel() for s in state if not s.name.startswith(MASTER)]
+                held += [s.data.nbytes for s in state if not s.name.startswith(MASTER)]
         shared = 1 if config.parallel.use_distributed_optimizer else grid.dp
-        assert sum(held) == blueprint.rank_states(pp) * shared
-        assert planned[pp].kinds["moments"] == pytest.approx(4 * sum(held) / grid.dp)
+        assert sum(held) == blueprint.rank_state_bytes(pp) * shared
+        assert planned[pp].kinds["moments"] == pytest.approx(sum(held) / grid.dp)
 
 
 def test_a_state_that_tp_would_cut_is_refused_with_the_way_out(toy) -> None:

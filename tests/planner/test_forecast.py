@@ -81,7 +81,7 @@ def test_kinds_of_time_add_up_to_the_step() -> None:
 def test_static_bytes_per_parameter(flags: str, dp: int, per_parameter: float) -> None:
     """18 bytes in bf16 with fp32 gradients, 6 + 12/d sharded; 16 in fp32."""
     assert (
-        sum(static_bytes({None: 1000}, 2000, asked_of(read(flags)), dp).values())
+        sum(static_bytes({None: 1000}, 8000, asked_of(read(flags)), dp).values())
         == 1000 * per_parameter
     )
 

@@ -66,6 +66,7 @@ def test_llama_405b_that_does_not_fit_gets_advice_and_says_its_precision() -> No
     assert [len(plan["stages"][n]["layers"]) for n in (0, 1, 15)] == [7, 8, 7]
     assert plan["precision"] == {
         "parameters": "bf16", "tf32": False, "gradient_accumulation": "fp32", "optimizer": "fp32",
+        "moments": ["fp32", "fp32"],
     }  # fmt: skip
 
 

@@ -8,6 +8,10 @@ SCHEDULE = "parallel__pipeline_schedule"
 CHUNKS = "parallel__num_virtual_stages_per_pipeline_rank"
 BF16 = "precision__bf16"
 UNTIED = "model__untie_embeddings_and_output_weights"
+BF16_MOMENTS = {
+    "optim__use_precision_aware_optimizer": True,
+    "optim__exp_avg_dtype": "bf16", "optim__exp_avg_sq_dtype": "bf16",
+}  # fmt: skip
 FULL = {
     "parallel__recompute_granularity": "full", "parallel__recompute_method": "uniform",
     "parallel__recompute_num_layers": 1,

@@ -9,8 +9,9 @@ Sizes are those of the whole model; `cut` says which dim tp splits.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Literal, TypeVar
 
 Kind = Literal["weight", "bias", "norm", "embedding"]
@@ -25,6 +26,9 @@ Init = Literal["normal", "into stream", "ones", "zeros"]
 
 Format = Literal["fp32", "fp16", "bf16"]
 """Of numbers in memory."""
+
+FORMAT_BYTES: Mapping[Format, int] = MappingProxyType({"fp32": 4, "fp16": 2, "bf16": 2})
+"""Of one number."""
 
 
 @dataclass(frozen=True, slots=True)

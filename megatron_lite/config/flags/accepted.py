@@ -216,8 +216,6 @@ NO_OPS: tuple[Legacy, ...] = (
     no_op("--num-distributed-optimizer-instances", "1 is the optimizer that is here", "1"),
     no_op("--main-grads-dtype", "gradients are accumulated in fp32", "fp32"),
     no_op("--main-params-dtype", "masters are fp32", "fp32"),
-    no_op("--exp-avg-dtype", "moments are fp32", "fp32"),
-    no_op("--exp-avg-sq-dtype", "moments are fp32", "fp32"),
     no_op("--softmax-type", "the softmax has no offset", "vanilla"),
     *_each(
         _EXPERTS,

@@ -76,7 +76,6 @@ REFUSED: tuple[Legacy, ...] = (
     refused("--use-megatron-fsdp", "not built; use --use-distributed-optimizer"),
     refused("--use-custom-fsdp", "not built; use --use-distributed-optimizer"),
     refused("--torch-fsdp2-no-reshard-after-forward", "not built; use --use-distributed-optimizer"),
-    refused("--use-precision-aware-optimizer", "masters and moments are fp32; drop it"),
     refused("--optimizer-cpu-offload", "the optimizer runs where the weights are; drop it"),
     refused("--optimizer-offload-fraction", "the optimizer runs where the weights are; drop it"),
     refused("--enable-cpu-offloading", "not built; use --recompute-granularity full"),

@@ -76,6 +76,7 @@ CONFIG_RULES: tuple[Rule, ...] = (
     Rule(training.stable_decay),
     Rule(training.scheduler_on_resume),
     Rule(training.weight_decay),
+    Rule(training.moments),
     Rule(training.per_token_loss),
     Rule(training.recompute, (_SEQ, _TP)),
     Rule(training.parameter_gather),
@@ -205,6 +206,11 @@ def notices(config: RunConfig, world_size: int) -> tuple[str, ...]:
     ):
         why = "--swiglu has no GELU" if config.model.swiglu else "--gelu tanh says its form"
         found.append(f"--no-bias-gelu-fusion: changes nothing; {why}")
+    if config.optim.use_precision_aware_optimizer and config.optim.moments == ("fp32", "fp32"):
+        found.append(
+            "--use-precision-aware-optimizer: changes nothing; moments are fp32 without "
+            "--exp-avg-dtype and --exp-avg-sq-dtype"
+        )
     if config.data.mock_data and config.data.split is not None:
         found.append(
             f"--split {config.data.split}: ignored, --mock-data's documents are dealt 1,1,1 as "

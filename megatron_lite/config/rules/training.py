@@ -194,6 +194,20 @@ def weight_decay(config: RunConfig, world_size: int) -> Iterator[str]:
             yield f"--weight-decay-incr-style {style} needs {flag}"
 
 
+def moments(config: RunConfig, world_size: int) -> Iterator[str]:
+    """Moments in bf16 are asked for whole, and of the optimizer that has them."""
+    o = config.optim
+    asked = {"--exp-avg-dtype": o.exp_avg_dtype, "--exp-avg-sq-dtype": o.exp_avg_sq_dtype}
+    narrow = " ".join(f"{flag} {kept}" for flag, kept in asked.items() if kept != "fp32")
+    if narrow and not o.use_precision_aware_optimizer:
+        yield f"{narrow} needs --use-precision-aware-optimizer; add it, or leave moments in fp32"
+    elif narrow and o.optimizer != "adam":
+        yield (
+            f"{narrow} is about the moments of --optimizer adam, and --optimizer {o.optimizer} has "
+            "none of that name; drop it with --use-precision-aware-optimizer"
+        )
+
+
 def per_token_loss(config: RunConfig, world_size: int) -> Iterator[str]:
     """Each token weighs alike; anything else makes the loss depend on the layout."""
     if not config.train.calculate_per_token_loss:

@@ -34,11 +34,27 @@ class OptimConfig:
     adam_eps: float = 1e-8
     """Added to the root of Adam's second moment."""
 
+    use_precision_aware_optimizer: bool = False
+    """Let --exp-avg-dtype and --exp-avg-sq-dtype say what Adam's moments are kept in."""
+
+    exp_avg_dtype: Literal["fp32", "bf16"] = "fp32"
+    """Number format of Adam's first moment; needs --use-precision-aware-optimizer."""
+
+    exp_avg_sq_dtype: Literal["fp32", "bf16"] = "fp32"
+    """Number format of Adam's second moment, which fp16 is too narrow for; needs the same."""
+
     sgd_momentum: float = 0.9
     """Momentum of SGD."""
 
     clip_grad: float = 1.0
     """Largest global gradient norm; 0 switches clipping off."""
+
+    @property
+    def moments(self) -> tuple[Literal["fp32", "bf16"], Literal["fp32", "bf16"]]:
+        """What Adam's first and second moment are kept in."""
+        if not self.use_precision_aware_optimizer:
+            return "fp32", "fp32"
+        return self.exp_avg_dtype, self.exp_avg_sq_dtype
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

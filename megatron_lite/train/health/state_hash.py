@@ -50,7 +50,7 @@ def _tensors(run: Run) -> list[tuple[str, tuple[int, ...], torch.dtype]]:
         if dtype != torch.float32:
             found[MASTER + spec.name] = shape, torch.float32
         for state in run.blueprint.states(spec.tensor):
-            found[f"{state.name}.{spec.name}"] = state.of(shape), torch.float32
+            found[f"{state.name}.{spec.name}"] = state.of(shape), DTYPES[state.storage]
     return [(name, *form) for name, form in sorted(found.items())]
 
 
