@@ -1,25 +1,53 @@
-"""Cross entropy of a part of the vocabulary, completed by the other ranks (arXiv:1909.08053 § 3)."""
+"""Cross entropy of a part of the vocabulary, its gradient written over the logits (arXiv:1909.08053 § 3).
+
+scores      logits -> fp32 numbers per token, of this rank's columns; layers/cross_entropy.py completes them
+gradients   the same logits, as scores left them -> their gradient, in the same memory
+
+Logits stay in the run's number format; what is computed of them is fp32, a block of tokens at a time.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+_BLOCK = 2**24
+"""Logits that are widened to fp32 at a time: 64 MiB."""
+
 
 class VocabularyPart(NamedTuple):
-    """Which columns of the vocabulary logits are, and how the ranks that hold the others are asked.
-
-    first: the global number of the first column; columns from vocab_size on are padding.
-    largest, total: all-reduce fp32 [s, b] in place over those ranks; None where all columns are here.
-    """
+    """Which columns of the vocabulary logits are: from `first` on; from vocab_size on they are padding."""
 
     first: int
     vocab_size: int
-    largest: Callable[[Tensor], Tensor] | None = None
-    total: Callable[[Tensor], Tensor] | None = None
+
+    def real(self, columns: int) -> int:
+        """How many of so many columns are no padding."""
+        return min(max(self.vocab_size - self.first, 0), columns)
+
+    def local(self, labels: Tensor, columns: int) -> tuple[Tensor, Tensor]:
+        """Labels as columns here, and which are elsewhere; those are column 0."""
+        local = labels - self.first
+        elsewhere = (local < 0) | (local >= columns)
+        return local.masked_fill(elsewhere, 0), elsewhere
+
+
+class LocalScores(NamedTuple):
+    """Of one rank's columns, fp32 [s, b] each.
+
+    picked: log probability of the label among them, meaningless where it is elsewhere.
+    log_sum: log of the sum of their exponentials.
+    offset: logits - offset are now their log probabilities among them; None: logits are.
+    negentropy: sum of p log p among them, where it was asked for.
+    """
+
+    picked: Tensor
+    log_sum: Tensor
+    offset: Tensor | None
+    negentropy: Tensor | None
 
 
 def _padding_logit(dtype: torch.dtype) -> float:
@@ -27,44 +55,67 @@ def _padding_logit(dtype: torch.dtype) -> float:
     return max(-1e30, torch.finfo(dtype).min)
 
 
-class _CrossEntropy(torch.autograd.Function):
-    """Local log-softmax, then two numbers per token over tp: the log of the sum, and the target's."""
-
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, labels: Tensor, part: VocabularyPart) -> Tensor:
-        columns = logits.shape[-1]
-        first = part.first
-        real = min(max(part.vocab_size - first, 0), columns)
-        if real < columns:
-            logits = logits.clone()
-            logits[..., real:] = _padding_logit(logits.dtype)
-        log_p = torch.log_softmax(logits, dim=-1, dtype=torch.float32)  # of this rank's columns
-        local = labels - first
-        elsewhere = (local < 0) | (local >= columns)
-        local = local.masked_fill(elsewhere, 0)
-        picked = log_p.gather(-1, local[..., None])[..., 0]
-        if part.total is not None and part.largest is not None:
-            # log of this rank's sum of exponentials, from any column: logit - log_p
-            log_sum = (logits[..., 0].float() - log_p[..., 0]).contiguous()
-            top = part.largest(log_sum.clone())
-            total = part.total((log_sum - top).exp()).log().add_(top)
-            shift = log_sum - total  # <= 0: what the other ranks' columns take away
-            picked = (picked + shift).masked_fill(elsewhere, 0.0)
-            picked = part.total(picked)
-            log_p += shift[..., None]
-        ctx.save_for_backward(log_p, local, elsewhere)
-        ctx.dtype = logits.dtype
-        return -picked
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
-        log_p, local, elsewhere = ctx.saved_tensors
-        grad = log_p.exp_()  # in place: the graph runs backward once
-        grad.scatter_add_(-1, local[..., None], (elsewhere.float() - 1.0)[..., None])
-        grad *= dy[..., None]
-        return grad.to(ctx.dtype), None, None
+def _blocks(logits: Tensor, *beside: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Rows of logits [..., v] and of what is [...] beside them, as [rows, v] and [rows, 1] views."""
+    rows = max(_BLOCK // logits.shape[-1], 1)
+    flat = logits.view(-1, logits.shape[-1])
+    columns = [x.reshape(-1, 1) for x in beside]
+    for start in range(0, len(flat), rows):
+        yield tuple(x[start : start + rows] for x in (flat, *columns))
 
 
-def token_losses(logits: Tensor, labels: Tensor, part: VocabularyPart) -> Tensor:
-    """logits: [s, b, v/tp], labels: int64 [s, b] of the whole vocabulary -> -log p, fp32 [s, b]."""
-    return _CrossEntropy.apply(logits, labels, part)
+def scores(logits: Tensor, labels: Tensor, part: VocabularyPart, entropy: bool) -> LocalScores:
+    """logits: [s, b, v/tp], labels: int64 [s, b] of the whole vocabulary; overwrites the logits.
+
+    fp32 logits become log probabilities: subtracting twice would round twice.
+    """
+    real, wide = part.real(logits.shape[-1]), logits.dtype == torch.float32
+    if real < logits.shape[-1]:
+        logits[..., real:] = _padding_logit(logits.dtype)
+    local, _ = part.local(labels, logits.shape[-1])
+    found: list[tuple[Tensor, ...]] = []
+    for block, label in _blocks(logits, local):
+        log_p = torch.log_softmax(block, dim=-1, dtype=torch.float32)
+        numbers = [log_p.gather(-1, label), block[:, :1].float() - log_p[:, :1]]
+        if entropy:
+            numbers.append((log_p.exp() * log_p).sum(-1, keepdim=True))
+        found.append(tuple(numbers))
+        if wide:
+            block.copy_(log_p)
+    picked, log_sum, *more = (
+        torch.cat(numbers).view(labels.shape) for numbers in zip(*found, strict=True)
+    )
+    return LocalScores(picked, log_sum, None if wide else log_sum, more[0] if more else None)
+
+
+def gradients(
+    logits: Tensor,
+    labels: Tensor,
+    part: VocabularyPart,
+    offset: Tensor | None,
+    dy: Tensor,
+    entropy: tuple[Tensor, Tensor] | None,
+) -> Tensor:
+    """The gradient of -log p(label) times dy fp32 [s, b], written over the logits that scores() left.
+
+    offset: logits - offset are log probabilities of the whole vocabulary.
+    entropy: of each token, and its gradient, which is added.
+    """
+    local, elsewhere = part.local(labels, logits.shape[-1])
+    beside = [local, elsewhere.float() - 1.0, dy]
+    beside += [*(entropy or ()), *(() if offset is None else (offset,))]
+    for block, label, minus_one, d_loss, *more in _blocks(logits, *beside):
+        grad = block if logits.dtype == torch.float32 else block.float()
+        if offset is not None:
+            grad -= more[-1]
+        if entropy is None:
+            grad.exp_()
+            grad.scatter_add_(-1, label, minus_one)
+            grad *= d_loss
+        else:  # dH/dlogit = -p (log p + H)
+            factor = d_loss - more[1] * (grad + more[0])
+            grad.exp_().mul_(factor)
+            grad.scatter_add_(-1, label, minus_one * d_loss)
+        if grad is not block:
+            block.copy_(grad)
+    return logits

@@ -9,9 +9,8 @@ from typing import Any
 
 import torch
 
-from megatron_lite.kernels import reference, vendor
+from megatron_lite.kernels import cross_entropy, reference, vendor
 from megatron_lite.kernels.compiled import compiled
-from megatron_lite.kernels.cross_entropy import token_losses
 from megatron_lite.kernels.dropout import dropout
 from megatron_lite.kernels.products import added_weight_gradient
 from megatron_lite.kernels.reference import add_dropout_then
@@ -130,7 +129,8 @@ TABLE: dict[str, list[Implementation]] = {
         Implementation("torch-compile", compiled(reference.swiglu), _compile),
         Implementation("reference", reference.swiglu, _always),
     ],
-    "cross_entropy": [Implementation("reference", token_losses, _always)],
+    "cross_entropy": [Implementation("reference", cross_entropy.scores, _always)],
+    "cross_entropy_gradients": [Implementation("reference", cross_entropy.gradients, _always)],
     "dropout": [Implementation("reference", dropout, _always)],
     "add_dropout": [Implementation("reference", reference.add_dropout, _always)],
     "add_dropout_layer_norm": [

@@ -177,7 +177,7 @@ def project_to_vocabulary(
 ) -> Tensor:
     """x: [s/tp, b, h] with sequence parallelism, else [s, b, h]; weight [v/tp, h] -> [s, b, v/tp].
 
-    The logits of this rank's part of the vocabulary, padding included; cross_entropy masks it.
+    The logits of this rank's part of the vocabulary, padding included; cross_entropy.py masks it.
     """
     comm = _column_comm(context)
     return _Linear.apply(x, weight, None, context.gradients, comm, products)

@@ -10,10 +10,12 @@ from torch import Tensor, nn
 
 from megatron_lite.layers.around import around
 from megatron_lite.layers.contexts import ForwardContext, StageContext
+from megatron_lite.layers.cross_entropy import Scoring
 from megatron_lite.layers.dropout import EMBEDDING_LAYER, HiddenDropout
 from megatron_lite.layers.embedding import PositionEmbedding, VocabParallelEmbedding
-from megatron_lite.layers.linear import Products, project_to_vocabulary, project_whole
+from megatron_lite.layers.linear import Products
 from megatron_lite.layers.norm import NormLayer
+from megatron_lite.layers.outputs import Outputs
 from megatron_lite.layers.recompute import recomputed
 from megatron_lite.models.gpt import GPTBlock
 from megatron_lite.parallel.context import Axis
@@ -78,7 +80,7 @@ class Decoder(nn.Module):
             self.embedding.tokens.weight = table
         self.blocks = nn.ModuleDict({str(layer): GPTBlock(context, layer) for layer in layers})
         if has_head:
-            self.products = Products.chosen(context)
+            self.products, self.scoring = Products.chosen(context), Scoring.chosen(context)
             self.final_norm = NormLayer(context, context.figure.final_norm)
             if not self.tied:
                 self.head = Head(context)
@@ -98,24 +100,26 @@ class Decoder(nn.Module):
         made = {name: hooks_of(parameters) for name, parameters in read.items()}
         self.hooks = {name: hooks for name, hooks in made.items() if hooks is not None}
 
-    def forward(self, x: Tensor, at: ForwardContext) -> Tensor:
-        """x: tokens int64 [s, b] on the first stage, else [s/tp, b, h] -> hidden, or the head's
-        outputs: logits [s, b, v/tp], or [s, b, n]."""
+    def forward(
+        self, x: Tensor, at: ForwardContext, score: Callable[[Outputs], Tensor] | None = None
+    ) -> Tensor:
+        """x: tokens int64 [s, b] on the first stage, else [s/tp, b, h] -> hidden, or with a head
+        what score makes of its outputs; without score those: logits [s, b, v/tp], or [s, b, n]."""
         if self.has_embedding:
             x = around(self.hooks.get("embedding"), self._embed, x, at)
             if torch.is_grad_enabled() and not x.requires_grad:
                 x.requires_grad_()  # the embedding is frozen, what comes after it has a backward
         x = self._run_blocks(x, at)
-        return around(self.hooks.get("head"), self._project, x) if self.has_head else x
+        return around(self.hooks.get("head"), self._end, x, score) if self.has_head else x
 
     def _embed(self, tokens: Tensor, at: ForwardContext) -> Tensor:
         x: Tensor = self.drop(self.embedding(tokens, at), self.dropout.call(at))
         return x
 
-    def _project(self, x: Tensor) -> Tensor:
-        x = self.final_norm(x)
-        project = project_to_vocabulary if self.context.figure.output.vocabulary else project_whole
-        return project(x, self.output_weight, self.context, self.products)
+    def _end(self, x: Tensor, score: Callable[[Outputs], Tensor] | None) -> Tensor:
+        x, weight = self.final_norm(x), self.output_weight
+        outputs = Outputs(x, weight, self.context, self.products, self.scoring)
+        return outputs.logits() if score is None else score(outputs)
 
     def _run_blocks(self, x: Tensor, at: ForwardContext) -> Tensor:
         """All blocks in order, in recomputed groups where that was asked for."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -43,8 +44,8 @@ class Scored:
         return Scored(self.total.detach(), self.count, metrics)
 
 
-LossFunction = Callable[[Tensor, MicroBatch], Scored]
-"""An objective's loss."""
+LossFunction = Callable[[Any, MicroBatch], Scored]
+"""An objective's loss of what the last stage's module hands it (layers/outputs.py)."""
 
 
 class DeferredWgrads(Protocol):
@@ -82,7 +83,9 @@ class _Kept(NamedTuple):
 
 @dataclass(slots=True)
 class Stage:
-    """Layers of one stage, carried by `module(x, positions)`; the last one ends in the objective's loss."""
+    """Layers of one stage, carried by `module(x, positions)`; the last one, called with a third argument,
+    hands it its outputs and returns what it answers: the objective's loss.
+    """
 
     index: int
     module: nn.Module
@@ -106,16 +109,19 @@ class Stage:
             received.requires_grad_(True)
         x = batch.tokens if self.is_first else received
         with torch.set_grad_enabled(training):
-            left = self.module(x, batch.positions)
             if self.is_last:
-                scored = self.score(left, batch)
-                self.totals.append(scored.detached())
-                if scale is not None:
-                    left = scored.total * scale
+                left = self.module(x, batch.positions, partial(self._loss, batch, scale))
+            else:
+                left = self.module(x, batch.positions)
         if training:
             end = left if self.is_last else get_gradient_edge(left)
             self._kept[microbatch] = _Kept(received, end)
         return None if self.is_last else left.detach()
+
+    def _loss(self, batch: MicroBatch, scale: Tensor | None, outputs: Any) -> Tensor:
+        scored = self.score(outputs, batch)
+        self.totals.append(scored.detached())
+        return scored.total if scale is None else scored.total * scale
 
     def backward(
         self, microbatch: int, received: Tensor | None, *, defer_wgrads: bool = False

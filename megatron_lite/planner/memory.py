@@ -35,6 +35,9 @@ from megatron_lite.planner.activations import (
 CONTEXT_BYTES = 1.5e9
 """CUDA context, libraries and NCCL's channels, which torch does not count; about 1 to 2 GB."""
 
+WIDENED_BYTES = 64 * 2**20
+"""What of the logits is fp32 at a time; kernels/cross_entropy.py has the same number."""
+
 FRAGMENTATION = 0.05
 """Allowance: share of what is allocated that the caching allocator holds but cannot use."""
 
@@ -274,18 +277,21 @@ def _held(
     norm = stream + 8 * stream / low if widened else 2 * stream
     columns = blueprint.figure.output.local_rows(tp)
     logits = columns * _tokens(model, asked)
-    forward, grown = _logits_moments(blueprint, asked, logits)
+    widened_block = min(4 * logits, WIDENED_BYTES)
     head = columns * model.hidden_size * passing
-    # the loss keeps the log probabilities; they are part of what the logits cost
-    probabilities = 4 * logits
+    # the loss keeps the logits as they are and writes their gradient over them; fp32 is a block of
+    # them at a time, on a CPU two where they are widened before their softmax
+    logits *= low
+    twice = 2 if low == 2 and not asked.on_gpu else 1
     return _Held(
-        kept + norm + probabilities,
+        kept + norm + logits,
         deferred,
-        _Moment(-probabilities, logits=forward),
+        _Moment(-logits, logits=logits + twice * widened_block),
         # the head's backward; then the blocks', when the head's and the final norm's are free
         (
-            _Moment(-probabilities, logits=grown, workspace=head + 2 * stream),
-            _Moment(-probabilities - norm, blocks.again, 0.0, workspace),
+            _Moment(-logits, logits=logits + widened_block * (low == 2)),
+            _Moment(-logits, logits=logits, workspace=head + 2 * stream),
+            _Moment(-logits - norm, blocks.again, 0.0, workspace),
         ),
     )
 
@@ -331,19 +337,6 @@ def _logits_gradient_bytes(blueprint: Blueprint, asked: PlanInputs) -> float:
     tokens = blueprint.model.seq_length * asked.micro_batch_size / asked.parallel.cp
     columns = blueprint.figure.output.local_rows(asked.parallel.tp)
     return tokens * columns * element_bytes(asked.precision)
-
-
-def _logits_moments(blueprint: Blueprint, asked: PlanInputs, logits: float) -> tuple[float, float]:
-    """Bytes of so many logits in forward and in backward.
-
-    Forward: logits, a copy with padding masked, fp32 log probabilities; a CPU widens 16-bit logits
-    before their softmax.  Backward: the probabilities and the gradient.
-    """
-    low = element_bytes(asked.precision)
-    padded = blueprint.padded_vocab_size > blueprint.vocab_size
-    masked = low if padded and blueprint.figure.output.vocabulary else 0
-    widened = 4 if low == 2 and not asked.on_gpu else 0
-    return logits * (low + masked + 4 + widened), logits * (4 + (low if low == 2 else 0))
 
 
 def _data_parallel_buffers(

@@ -157,6 +157,6 @@ def test_a_rehearsal_in_which_every_rank_breaks_off_says_where(
         def loss(self, outputs, batch):
             raise ValueError("no such outputs")
 
-    monkeypatch.setitem(LOSSES, "language-model", lambda at: Fails(at.tp, at.vocab_size))
+    monkeypatch.setitem(LOSSES, "language-model", lambda at: Fails())
     with pytest.raises(DistributedError, match="rank 0 breaks off: ValueError: no such outputs"):
         pretrain_gpt.main([*TINY, "--mock-data", "--rehearse"])

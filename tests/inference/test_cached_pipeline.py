@@ -13,6 +13,7 @@ from torch import Tensor
 
 from megatron_lite.inference.cache import KeyValueCache
 from megatron_lite.layers.contexts import ForwardContext
+from megatron_lite.layers.outputs import Outputs
 from megatron_lite.parallel.collectives import all_gather, all_reduce
 from megatron_lite.pipeline.stage import MicroBatch, Scored
 from megatron_lite.train.assemble import assemble
@@ -32,11 +33,12 @@ class Likeliest:
     run: Run
     ids: list[Tensor] = field(default_factory=list)
 
-    def __call__(self, outputs: Tensor, batch: MicroBatch) -> Scored:
-        """outputs: [new, 1, v/tp]."""
-        logits = all_gather(outputs[-1].t().contiguous(), self.run.ctx.tp)  # [v, 1]
+    def __call__(self, outputs: Outputs, batch: MicroBatch) -> Scored:
+        """Outputs of [new, 1, v/tp]."""
+        logits = outputs.logits()
+        logits = all_gather(logits[-1].t().contiguous(), self.run.ctx.tp)  # [v, 1]
         self.ids.append(logits[: self.run.context.vocab_size].argmax(dim=0))
-        zero = outputs.new_zeros(())
+        zero = outputs.x.new_zeros(())
         return Scored(zero, zero)
 
 

@@ -7,13 +7,14 @@ import torch
 
 from megatron_lite.blueprint.figure.parts import Matrix
 from megatron_lite.config.sections.model import ModelConfig
-from megatron_lite.kernels import reference
+from megatron_lite.kernels import cross_entropy, reference
 from megatron_lite.kernels.attention import AttentionCall
 from megatron_lite.kernels.segments import Segments
 from megatron_lite.kernels.table import PREFERENCES, TABLE, Implementation, Need, choose
 from megatron_lite.layers.contexts import StageContext
 from megatron_lite.layers.linear import ColumnParallelLinear
 from megatron_lite.parallel.context import ParallelContext
+from megatron_lite.planner.memory import WIDENED_BYTES
 from tests.support.kernels import arguments, run_with_gradients
 
 CPU = torch.device("cpu")
@@ -110,3 +111,7 @@ def test_a_row_for_another_storage_runs_the_layers_that_are_stored_so(
     assert "linear_forward: noted" in context.kernels
     reason = "linear_forward: noted no (reads bf16 weights alone) -> reference"
     assert reason in context.kernels
+
+
+def test_the_plan_counts_the_block_that_scores_widen() -> None:
+    assert WIDENED_BYTES == 4 * cross_entropy._BLOCK

@@ -1,68 +1,100 @@
-"""Vocabulary-parallel loss equals torch's, forward and backward, whatever the padding and tp."""
+"""Vocabulary-parallel scores equal torch's, forward and backward, whatever the padding, tp and format."""
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from megatron_lite.layers.cross_entropy import cross_entropy
+from megatron_lite.kernels import cross_entropy as kernels
+from megatron_lite.layers.cross_entropy import Scoring, token_losses, token_scores
 from megatron_lite.parallel.context import Axis
 from tests.support.spawn import spawn
 
 VOCAB = 17
 
 
-def reference(padded):
-    generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(5, 3, padded, generator=generator) * 5
-    labels = torch.randint(0, VOCAB, (5, 3), generator=generator)
-    upstream = torch.rand(5, 3, generator=generator)
-    x = logits.double().requires_grad_(True)
-    loss = F.cross_entropy(x[..., :VOCAB].flatten(0, 1), labels.flatten(), reduction="none")
-    (loss.view(5, 3) * upstream).sum().backward()
-    return logits, labels, upstream, loss.view(5, 3).detach(), x.grad
-
-
-def local(rank, ranks, padded) -> bool:
-    logits, labels, upstream, loss, gradient = reference(padded)
-    columns = slice(rank * padded // ranks, (rank + 1) * padded // ranks)
-    x = logits[..., columns].clone().requires_grad_(True)
+def scoring(rank=0, ranks=1):
     axis = Axis("tp", rank, ranks, tuple(range(ranks)), dist.group.WORLD if ranks > 1 else None)
-    ours = cross_entropy(x, labels, axis, VOCAB)
-    (ours * upstream).sum().backward()
-    torch.testing.assert_close(ours.double(), loss, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(x.grad.double(), gradient[..., columns], rtol=1e-5, atol=1e-7)
+    return Scoring(axis, VOCAB, kernels.scores, kernels.gradients)
+
+
+def drawn(padded, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(0)
+    logits = (torch.randn(5, 3, padded, generator=generator) * 5).to(dtype)
+    labels = torch.randint(0, VOCAB, (5, 3), generator=generator)
+    return logits, labels, torch.rand(2, 5, 3, generator=generator)
+
+
+def plain(logits, labels, upstream, entropy):
+    """(log p, entropy, gradient of their weighted sum) by autograd in float64."""
+    x = logits.double().requires_grad_(True)
+    log_p = x[..., :VOCAB].log_softmax(-1)
+    picked = log_p.gather(-1, labels[..., None])[..., 0]
+    entropies = torch.distributions.Categorical(logits=x[..., :VOCAB]).entropy()
+    (picked * -upstream[0] + entropies * upstream[1] * entropy).sum().backward()
+    return picked.detach(), entropies.detach(), x.grad
+
+
+def local(rank, ranks, padded, dtype) -> bool:
+    columns = slice(rank * padded // ranks, (rank + 1) * padded // ranks)
+    logits, labels, upstream = drawn(padded, dtype)
+    fine = dtype == torch.float32
+    for entropy in (False, True):
+        picked, entropies, gradient = plain(logits, labels, upstream, entropy)
+        x = logits[..., columns].clone().requires_grad_(True)
+        if entropy:
+            ours = token_scores(x.clone(), labels, scoring(rank, ranks))
+            losses = -ours.log_probabilities
+            torch.testing.assert_close(ours.entropies.double(), entropies, rtol=1e-5, atol=1e-5)
+            ((losses * upstream[0]).sum() + (ours.entropies * upstream[1]).sum()).backward()
+        else:
+            losses = token_losses(x.clone(), labels, scoring(rank, ranks))
+            (losses * upstream[0]).sum().backward()
+        torch.testing.assert_close(-losses.double(), picked, rtol=1e-6, atol=1e-6)
+        # a 16-bit gradient is rounded once
+        bounds = {"rtol": 1e-5, "atol": 1e-6} if fine else {"rtol": 2**-7, "atol": 1e-6}
+        torch.testing.assert_close(x.grad.double(), gradient[..., columns], **bounds)
+        real = min(max(VOCAB - columns.start, 0), columns.stop - columns.start)
+        assert not x.grad[..., real:].any()
     return True
 
 
-@pytest.mark.parametrize(("ranks", "padded"), [(1, 17), (1, 32), (2, 20), (4, 32), (3, 60)])
-def test_equals_torch(ranks, padded) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("padded", [17, 32])
+def test_equals_torch(padded, dtype) -> None:
+    assert local(0, 1, padded, dtype)
+
+
+def of_each_format(rank, ranks, padded) -> bool:
+    return all(
+        local(rank, ranks, padded, dtype)
+        for dtype in (torch.float32, torch.bfloat16, torch.float16)
+    )
+
+
+@pytest.mark.parametrize(("ranks", "padded"), [(2, 20), (4, 32), (3, 60)])
+def test_equals_torch_over_tp(ranks, padded) -> None:
     """With 3 ranks and 60 columns the last rank holds nothing but padding."""
-    assert spawn(local, ranks, padded) == [True] * ranks
+    assert spawn(of_each_format, ranks, padded) == [True] * ranks
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_what_is_widened_in_blocks_is_what_is_widened_at_once(monkeypatch, dtype) -> None:
+    logits, labels, upstream = drawn(20, dtype)
+    found = []
+    for elements in (kernels._BLOCK, 4 * 20, 1):
+        monkeypatch.setattr(kernels, "_BLOCK", elements)
+        x = logits.clone().requires_grad_(True)
+        ours = token_scores(x.clone(), labels, scoring())
+        (ours.log_probabilities * upstream[0] + ours.entropies * upstream[1]).sum().backward()
+        found.append([*ours, x.grad])
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
 
 
 def test_low_precision_logits_are_summed_in_fp32() -> None:
     logits = torch.randn(4, 2, VOCAB, dtype=torch.bfloat16)
     labels = torch.randint(0, VOCAB, (4, 2))
-    ours = cross_entropy(logits, labels, Axis("tp"), VOCAB)
+    ours = token_losses(logits.clone(), labels, scoring())
     theirs = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="none")
     torch.testing.assert_close(ours.flatten(), theirs)
-
-
-def nothing_but_padding(rank, ranks, padded, dtype) -> None:
-    logits, labels, upstream, _, _ = reference(padded)
-    columns = slice(rank * padded // ranks, (rank + 1) * padded // ranks)
-    x = logits[..., columns].to(dtype).requires_grad_(True)
-    axis = Axis("tp", rank, ranks, tuple(range(ranks)), dist.group.WORLD)
-    ours = cross_entropy(x, labels, axis, VOCAB)
-    (ours * upstream).sum().backward()
-    rounded = logits.to(dtype).float()[..., :VOCAB].flatten(0, 1)
-    theirs = F.cross_entropy(rounded, labels.flatten(), reduction="none").view(5, 3)
-    torch.testing.assert_close(ours, theirs)
-    real = min(max(VOCAB - columns.start, 0), columns.stop - columns.start)
-    assert x.grad.isfinite().all() and not x.grad[..., real:].any()
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_a_rank_with_nothing_but_padding_is_finite_in_16_bits(dtype) -> None:
-    spawn(nothing_but_padding, 3, 60, dtype)

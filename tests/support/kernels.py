@@ -18,6 +18,10 @@ S, B, H = 7, 2, 24
 """Tokens, samples and features of the ops on hidden values."""
 
 
+IN_PLACE = ("linear_weight_gradient", "cross_entropy", "cross_entropy_gradients")
+"""Ops that write over an input, and so have no gradient of their own."""
+
+
 def dropout_call(rate: float = 0.25, step: int = 3) -> DropoutCall:
     """The dropout of some layer of a step."""
     return DropoutCall(
@@ -40,6 +44,7 @@ def arguments(op: str) -> list[Any]:
         return draw(S, B, H)
 
     angle = torch.rand(S, 1, 1, 3, generator=generator) * 6.0
+    vocabulary = [draw(S, B, 20), torch.arange(S * B).view(S, B), VocabularyPart(0, 17)]
     joining = [hidden(), hidden(), draw(H), dropout_call()]
     return {
         "linear_forward": [hidden(), draw(16, H), draw(16)],
@@ -50,7 +55,8 @@ def arguments(op: str) -> list[Any]:
         "add_dropout": joining,
         "add_dropout_layer_norm": [*joining, draw(H), draw(H), 1e-5],
         "add_dropout_rms_norm": [*joining, draw(H), None, 1e-5],
-        "cross_entropy": [draw(S, B, 20), torch.arange(S * B).view(S, B), VocabularyPart(0, 17)],
+        "cross_entropy": [*vocabulary, True],
+        "cross_entropy_gradients": [*vocabulary, draw(S, B), draw(S, B), (draw(S, B), draw(S, B))],
         "layer_norm": [hidden(), draw(H), draw(H), 1e-5],
         "rms_norm": [hidden(), draw(H), None, 1e-5],
         "gelu": [draw(3, 7)],
@@ -79,9 +85,11 @@ def run_with_gradients(
 
     inputs = [moved(value) for value in arguments(op)]
     needed = [x for x in inputs if isinstance(x, Tensor) and x.requires_grad]
-    found = row.run(*inputs)
+    with torch.set_grad_enabled(op not in IN_PLACE):
+        found = row.run(*inputs)
     results = found if isinstance(found, tuple) else (found,)
-    weighted(results).backward()
+    if op not in IN_PLACE:
+        weighted(results).backward()
     return [*results, *(x.grad for x in needed if x.grad is not None)]
 
 

@@ -20,7 +20,7 @@ from megatron_lite.data.build import Datasets
 from megatron_lite.data.loader import Loader
 from megatron_lite.data.samples import Sample
 from megatron_lite.data.sources import DATASETS, DatasetKind, kind_for
-from megatron_lite.layers.cross_entropy import cross_entropy
+from megatron_lite.layers.outputs import Outputs
 from megatron_lite.pipeline.stage import MicroBatch, Scored, Stage
 from megatron_lite.rehearsal.rehearse import rehearse_rank
 from megatron_lite.train.assemble import assemble
@@ -83,17 +83,16 @@ class WeightedLoss(LanguageModel):
     def weight(self, batch: Batch) -> float:
         return float((batch.loss_mask * batch.extras["weights"]).sum(dtype="float64"))
 
-    def loss(self, outputs: Tensor, batch: MicroBatch) -> Scored:
+    def loss(self, outputs: Outputs, batch: MicroBatch) -> Scored:
         counts = batch.loss_mask * batch.extras["weights"].t()
-        losses = cross_entropy(outputs, batch.labels, self.tp, self.vocab_size)
-        return Scored((losses * counts).sum(), counts.sum())
+        return Scored(outputs.loss_sum(batch.labels, counts).total, counts.sum())
 
 
 KIND = DatasetKind(build, lambda length: sample(0, length))
 ROWS: list[tuple[Any, Any]] = [
     (DATASETS, KIND),
     (OBJECTIVES, ObjectiveNeeds(dataset="weighted", head="vocabulary")),
-    (LOSSES, lambda context: WeightedLoss(context.tp, context.vocab_size)),
+    (LOSSES, lambda context: WeightedLoss()),
 ]
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_lite.engines.base import Engine
+from megatron_lite.layers.outputs import Outputs
 from megatron_lite.pipeline.stage import MicroBatch, Scored
 from megatron_lite.train.assemble import assemble
 from megatron_lite.train.health.guards import StepNumbers
@@ -30,10 +31,10 @@ class Sampled(LanguageModel):
 
     seen: list[list[int]] = field(default_factory=list)
 
-    def loss(self, outputs: Tensor, batch: MicroBatch) -> Scored:
+    def loss(self, outputs: Outputs, batch: MicroBatch) -> Scored:
         """Of the token after the label in the vocabulary; notes which samples it sees."""
         self.seen.append(batch.positions.samples.tolist())
-        other = replace(batch, labels=(batch.labels + 1) % self.vocab_size)
+        other = replace(batch, labels=(batch.labels + 1) % outputs.context.vocab_size)
         return LanguageModel.loss(self, outputs, other)
 
 
@@ -63,7 +64,7 @@ def trained(rank, ranks, changes, with_pass):
     blueprint = draw(config, ranks)
     run = assemble(config, blueprint, context(blueprint, rank))
     curvature = Curvature(run)
-    other = Sampled(run.context.tp, run.context.vocab_size)
+    other = Sampled()
     if with_pass:
         run.second_passes.append(SecondPass("hessian", other, EVERY, curvature.use))
     steps, fed = [], []

@@ -57,10 +57,10 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from megatron_lite.config import errors
 from megatron_lite.config.errors import ConfigError
+from megatron_lite.layers.outputs import Outputs
 from megatron_lite.pipeline.stage import LossFunction, MicroBatch, Scored
 from megatron_lite.train.run import Run
 
@@ -136,8 +136,8 @@ class Fault:
         return both
 
     def _spoiling(self, score: LossFunction) -> LossFunction:
-        def spoiled(output: Tensor, batch: MicroBatch) -> Scored:
-            scored = score(output, batch)
+        def spoiled(outputs: Outputs, batch: MicroBatch) -> Scored:
+            scored = score(outputs, batch)
             if not self._is_due("loss"):
                 return scored
             if self.action not in FACTORS:

@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from torch import Tensor
-
 from megatron_lite.data.batch import Batch
+from megatron_lite.layers.outputs import Outputs
 from megatron_lite.pipeline.stage import MicroBatch, Scored
 
 
@@ -39,11 +38,11 @@ class Objective(Protocol):
         """What a micro batch on the host contributes to the normaliser; summed over dp, a step's."""
         ...
 
-    def loss(self, outputs: Tensor, batch: MicroBatch) -> Scored:
+    def loss(self, outputs: Outputs, batch: MicroBatch) -> Scored:
         """Loss sum, weight and metrics of the last stage's outputs, equal on all tp ranks.
 
-        outputs: what the objective's head makes, [s, b, v/tp] or [s, b, 1].  The weight is that of
-        weight() again, as an fp32 scalar.
+        outputs: what the objective's head makes, computed as far as is asked (layers/outputs.py).
+        The weight is that of weight() again, as an fp32 scalar.
         """
         ...
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from megatron_lite.config.errors import ConfigError
 from megatron_lite.layers.contexts import StageContext
+from megatron_lite.layers.outputs import Outputs
 from megatron_lite.pipeline.stage import LossFunction, MicroBatch, Scored
 from megatron_lite.telemetry.writers import STEP_SCALARS
 from megatron_lite.train.objectives.base import Objective
@@ -53,7 +54,7 @@ def scorer(objective: Objective) -> LossFunction:
     names = {metric.name for metric in objective.metrics}
     of = f"{type(objective).__name__}.loss()"
 
-    def score(outputs: Tensor, batch: MicroBatch) -> Scored:
+    def score(outputs: Outputs, batch: MicroBatch) -> Scored:
         scored = objective.loss(outputs, batch)
         if not isinstance(scored, Scored):
             raise ConfigError(

@@ -9,8 +9,6 @@ from megatron_lite.train.objectives.base import Objective
 from megatron_lite.train.objectives.language_model import LanguageModel
 
 LOSSES: dict[str, Callable[[StageContext], Objective]] = {
-    "language-model": lambda context: LanguageModel(
-        context.tp, context.vocab_size, context.choose("cross_entropy")
-    ),
+    "language-model": lambda context: LanguageModel(),
 }
 """A row for each of OBJECTIVES."""
