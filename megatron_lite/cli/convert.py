@@ -3,8 +3,10 @@
 python tools/convert.py FROM TO              which way follows from what FROM holds
 python tools/convert.py FROM TO --dry-run    every tensor, its shapes and the bytes; writes nothing
 
-FROM is a folder with config.json and *.safetensors, or a run folder with iter_* checkpoints, or one of
-them.  Which families of models are known: FAMILIES in megatron_lite/checkpoint/huggingface/families.py.
+FROM is a folder with config.json and *.safetensors, or another program's checkpoint (nanoGPT's
+ckpt.pt), or a run folder with iter_* checkpoints, or one of them.  Which families of models are known:
+FAMILIES in megatron_lite/checkpoint/huggingface/families.py; which programs: FORMATS in
+megatron_lite/checkpoint/foreign/formats.py, whose pickles are read without being run.
 TO must be absent or empty and appears when it is complete.  Tensors go through memory one at a time.
 """
 
@@ -14,16 +16,18 @@ import argparse
 import dataclasses
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 
+from megatron_lite.checkpoint.foreign.formats import Format, format_of
+from megatron_lite.checkpoint.foreign.model import ForeignModel
 from megatron_lite.checkpoint.huggingface.conversion import Conversion
 from megatron_lite.checkpoint.huggingface.exporting import export_folder, plan_export
 from megatron_lite.checkpoint.huggingface.families import FAMILIES
-from megatron_lite.checkpoint.huggingface.folder import open_folder
+from megatron_lite.checkpoint.huggingface.folder import HuggingFaceFolder, open_folder
 from megatron_lite.checkpoint.huggingface.generation import GENERATION, generation_config
 from megatron_lite.checkpoint.huggingface.importing import import_folder
 from megatron_lite.checkpoint.tensor_file import SAFETENSORS_NAMES, TensorForm
@@ -55,14 +59,20 @@ def main() -> int:
     if not asked.dry_run:
         check_folder("TO", target, Disk())
     _require_empty(target)
-    (_import if is_huggingface(source) else _export)(source, target, asked)
+    foreign = format_of(source)
+    if foreign is not None:
+        _import_foreign(foreign, source, target, asked)
+    else:
+        (_import if is_huggingface(source) else _export)(source, target, asked)
     return 0
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = ToolParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "source", metavar="FROM", help="a folder of Hugging Face's, or a run folder"
+        "source",
+        metavar="FROM",
+        help="a folder of Hugging Face's, another program's checkpoint, or a run folder",
     )
     parser.add_argument("target", metavar="TO", help="the new folder")
     parser.add_argument("--dry-run", action="store_true", help="list every tensor, write nothing")
@@ -72,6 +82,9 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         "--dtype", choices=_FORMATS, help="format of an export; as stored by default"
     )
     parser.add_argument("--family", help="model_type of an export; the first that can say all")
+    parser.add_argument(
+        "--vocab-size", type=int, help="rows of another program's padded token table to keep; all"
+    )
     add_extend_flag(parser)
     parser.add_argument("--no-tokenizer", action="store_true", help="leave the tokenizer out")
     parser.add_argument("--vocab-file", help="instead of the one the run was trained with")
@@ -105,11 +118,34 @@ def _require_room(target: Path, tensors: int, files: dict[str, bytes], disk: Dis
     require_room("TO", target, int(tensors * 1.02) + beside, disk)
 
 
-def _import(source: Path, target: Path, asked: argparse.Namespace) -> None:
-    for flag in ("ckpt_step", "dtype", "family", "vocab_file", "merge_file"):
+def _refuse_others(asked: argparse.Namespace, flags: Sequence[str], why: str) -> None:
+    for flag in flags:
         if getattr(asked, flag) is not None:
-            raise ConfigError(f"--{flag.replace('_', '-')} is for the other direction: {source} is a "
-                              "folder of Hugging Face's")  # fmt: skip
+            raise ConfigError(f"--{flag.replace('_', '-')} {why}")
+
+
+_OF_EXPORTS = ("ckpt_step", "dtype", "family", "vocab_file", "merge_file")
+
+
+def _import_foreign(row: Format, source: Path, target: Path, asked: argparse.Namespace) -> None:
+    _refuse_others(asked, _OF_EXPORTS, f"is for exports: {source} is another program's checkpoint")
+    found = row.open(source, vocab_size=asked.vocab_size)
+    for line in (f"{source} is a checkpoint of {found.title}", *found.notices):
+        print(f"NOTE: {line}")
+    print("NOTE: no tokenizer comes with it: give its flags when training and generating")
+    if asked.dry_run:
+        _list(found.conversions, found.form, found.bytes, {}, target, export=False)
+        return
+    _write_import(found, target, asked, data={}, files={}, facts={})
+
+
+def _import(source: Path, target: Path, asked: argparse.Namespace) -> None:
+    _refuse_others(
+        asked, _OF_EXPORTS, f"is for the other direction: {source} is a folder of Hugging Face's"
+    )
+    _refuse_others(
+        asked, ("vocab_size",), "is for checkpoints of other programs, not Hugging Face's"
+    )
     found = open_folder(source)
     rows = found.model.vocab_size
     assert rows is not None
@@ -130,6 +166,19 @@ def _import(source: Path, target: Path, asked: argparse.Namespace) -> None:
     if asked.dry_run:
         _list(found.conversions, found.form, found.bytes, files, target, export=False)
         return
+    _write_import(found, target, asked, data=data, files=files, facts=words.facts)
+
+
+def _write_import(
+    found: HuggingFaceFolder | ForeignModel,
+    target: Path,
+    asked: argparse.Namespace,
+    *,
+    data: dict[str, Any],
+    files: dict[str, bytes],
+    facts: Mapping[str, Any],
+) -> None:
+    """data names the tokenizer, files are its own, facts what the manifest says of it."""
     disk = Disk()
     _require_room(target, found.bytes, files, disk)
     with folder_at_once(target, disk) as partial:
@@ -143,7 +192,7 @@ def _import(source: Path, target: Path, asked: argparse.Namespace) -> None:
             partial,
             data=data,
             tokenizer=files if data else {},
-            facts=words.facts,
+            facts=facts,
             shard_bytes=asked.shard_bytes,
             disk=disk,
         )
@@ -168,6 +217,7 @@ def _yaml(model: ModelConfig, data: dict[str, Any]) -> str:
 
 
 def _export(source: Path, target: Path, asked: argparse.Namespace) -> None:
+    _refuse_others(asked, ("vocab_size",), f"is for imports: {source} is a run folder")
     found = find_checkpoint(source, ParallelContext.serial(), step=asked.ckpt_step)
     for line in found.notices:
         print(f"WARNING: {line}", file=sys.stderr)

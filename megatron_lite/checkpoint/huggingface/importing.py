@@ -1,15 +1,16 @@
-"""A folder of Hugging Face's becomes iteration 0 of a new run folder, one tensor at a time."""
+"""A model of Hugging Face's or of another program becomes iteration 0 of a new run folder, tensor by tensor."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
+
+from torch import Tensor
 
 from megatron_lite.checkpoint.choice import POINTER, folder_of
-from megatron_lite.checkpoint.huggingface.conversion import in_files
-from megatron_lite.checkpoint.huggingface.folder import HuggingFaceFolder
+from megatron_lite.checkpoint.huggingface.conversion import Conversion, in_files
 from megatron_lite.checkpoint.manifest import NAME, TOKENIZER, Manifest, StoredPiece, StoredTensor
 from megatron_lite.checkpoint.progress import Progress
 from megatron_lite.checkpoint.tensor_file import (
@@ -19,11 +20,34 @@ from megatron_lite.checkpoint.tensor_file import (
     write_bytes,
     write_stream,
 )
+from megatron_lite.config.sections.model import ModelConfig
 from megatron_lite.storage.disk import Disk
 
 
+class WeightSource(Protocol):
+    """What is imported: a model that was looked through but for its tensors."""
+
+    @property
+    def model(self) -> ModelConfig:
+        """Its sizes, vocab_size included."""
+        ...
+
+    @property
+    def conversions(self) -> Sequence[Conversion]:
+        """Every tensor of it."""
+        ...
+
+    def form(self, conversion: Conversion) -> TensorForm:
+        """How a tensor is stored."""
+        ...
+
+    def parts(self, conversion: Conversion) -> Iterator[tuple[str, Tensor]]:
+        """Canonical tensors by name, from one tensor that is read for them."""
+        ...
+
+
 def import_folder(
-    source: HuggingFaceFolder,
+    source: WeightSource,
     root: Path,
     *,
     data: dict[str, Any],
@@ -37,7 +61,7 @@ def import_folder(
     data: the data section, which names the tokenizer; tokenizer: its files, which are kept; facts:
     what the manifest says of it.
     root must not be looked for by anybody yet: the caller gives it its name when all is written.
-    The peak is one Hugging Face tensor and one canonical tensor.
+    The peak is one tensor of the source and one canonical tensor.
     """
     folder = folder_of(root, 0)
     disk.make_folder(folder)
