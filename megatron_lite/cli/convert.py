@@ -22,7 +22,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from megatron_lite.checkpoint.foreign.formats import Format, format_of
+from megatron_lite.checkpoint.foreign.formats import ForeignFormat, format_of
 from megatron_lite.checkpoint.foreign.model import ForeignModel
 from megatron_lite.checkpoint.huggingface.conversion import Conversion
 from megatron_lite.checkpoint.huggingface.exporting import export_folder, plan_export
@@ -127,7 +127,9 @@ def _refuse_others(asked: argparse.Namespace, flags: Sequence[str], why: str) ->
 _OF_EXPORTS = ("ckpt_step", "dtype", "family", "vocab_file", "merge_file")
 
 
-def _import_foreign(row: Format, source: Path, target: Path, asked: argparse.Namespace) -> None:
+def _import_foreign(
+    row: ForeignFormat, source: Path, target: Path, asked: argparse.Namespace
+) -> None:
     _refuse_others(asked, _OF_EXPORTS, f"is for exports: {source} is another program's checkpoint")
     found = row.open(source, vocab_size=asked.vocab_size)
     for line in (f"{source} is a checkpoint of {found.title}", *found.notices):

@@ -25,17 +25,17 @@ class Open(Protocol):
         ...
 
 
-class Format(NamedTuple):
+class ForeignFormat(NamedTuple):
     """A row of FORMATS."""
 
     known: Known
     open: Open
 
 
-FORMATS: dict[str, Format] = {"nanoGPT": Format(is_nanogpt, open_nanogpt)}
+FORMATS: dict[str, ForeignFormat] = {"nanoGPT": ForeignFormat(is_nanogpt, open_nanogpt)}
 """Whose -> how; a path belongs to the first that knows it."""
 
 
-def format_of(path: Path) -> Format | None:
+def format_of(path: Path) -> ForeignFormat | None:
     """The row that knows a path; None where it is no other program's."""
     return next((row for row in FORMATS.values() if row.known(path)), None)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from megatron_lite.checkpoint.foreign.records import StoredTensor
+from megatron_lite.checkpoint.foreign.records import UnreadTensor
 from megatron_lite.checkpoint.foreign.torch_file import TorchFile
 from megatron_lite.checkpoint.huggingface.conversion import Conversion, conversions
 from megatron_lite.checkpoint.huggingface.names import Names
@@ -28,7 +28,7 @@ class ForeignTensor(NamedTuple):
     read: Callable[[], Tensor]
 
     @classmethod
-    def stored(cls, file: TorchFile, tensor: StoredTensor) -> ForeignTensor:
+    def stored(cls, file: TorchFile, tensor: UnreadTensor) -> ForeignTensor:
         """One of a file of torch.save."""
         return cls(TensorForm(tensor.dtype, tensor.shape), lambda: file.read(tensor))
 
@@ -82,7 +82,7 @@ class ForeignModel:
         return conversion.parts(self.tensors[conversion.theirs].read())
 
 
-def fit(
+def fit_model(
     path: Path,
     title: str,
     model: ModelConfig,

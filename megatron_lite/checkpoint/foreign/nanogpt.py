@@ -13,15 +13,15 @@ from typing import Any
 
 import torch
 
-from megatron_lite.checkpoint.foreign.model import ForeignModel, ForeignTensor, fit, with_rows
-from megatron_lite.checkpoint.foreign.records import StoredTensor
+from megatron_lite.checkpoint.foreign.model import ForeignModel, ForeignTensor, fit_model, with_rows
+from megatron_lite.checkpoint.foreign.records import UnreadTensor
 from megatron_lite.checkpoint.foreign.torch_file import TorchFile, open_torch_file
 from megatron_lite.checkpoint.huggingface.config_file import ConfigFile
 from megatron_lite.checkpoint.huggingface.gpt2 import GPT2
 from megatron_lite.config.errors import CheckpointError
 from megatron_lite.config.sections.model import ModelConfig
 
-FILE = "ckpt.pt"
+_FILE = "ckpt.pt"
 TITLE = "nanoGPT"
 _COMPILED = "_orig_mod."
 _NAMES = dataclasses.replace(GPT2.names, transposed=False)
@@ -30,7 +30,7 @@ _HEAD, _TABLE = "lm_head.weight", "transformer.wte.weight"
 
 def is_nanogpt(path: Path) -> bool:
     """Whether it is such a file, or a folder that holds one."""
-    return path.suffix == ".pt" if path.is_file() else (path / FILE).is_file()
+    return path.suffix == ".pt" if path.is_file() else (path / _FILE).is_file()
 
 
 def open_nanogpt(path: Path, *, vocab_size: int | None = None) -> ForeignModel:
@@ -38,7 +38,7 @@ def open_nanogpt(path: Path, *, vocab_size: int | None = None) -> ForeignModel:
 
     Raises CheckpointError for one that is none, damaged, or of a model that we do not have.
     """
-    path = path / FILE if path.is_dir() else path
+    path = path / _FILE if path.is_dir() else path
     file = open_torch_file(path)
     if not isinstance(file.value, dict) or not {"model", "model_args"} <= file.value.keys():
         raise CheckpointError(
@@ -62,13 +62,13 @@ def open_nanogpt(path: Path, *, vocab_size: int | None = None) -> ForeignModel:
         "GELU is the exact one, as in today's nanoGPT; for a file of its first months, whose GELU was the "
         "tanh form, write `gelu: tanh` in the new config.yaml",
     ]
-    return fit(path, TITLE, model, _NAMES, tensors, notices=notices)
+    return fit_model(path, TITLE, model, _NAMES, tensors, notices=notices)
 
 
 def _tensors(file: TorchFile, weights: Mapping[Any, Any]) -> dict[str, ForeignTensor]:
     found: dict[str, ForeignTensor] = {}
     for key, value in weights.items():
-        if not isinstance(key, str) or not isinstance(value, StoredTensor):
+        if not isinstance(key, str) or not isinstance(value, UnreadTensor):
             raise CheckpointError(f"{file.path}: model holds {str(key)[:60]!r}, which is no tensor")
         name = key.removeprefix(_COMPILED)
         if name in found:

@@ -2,7 +2,7 @@
 
     numbers, texts, bytes, lists, tuples, dicts    themselves
     torch.Size, OrderedDict                        tuple, dict
-    tensors                                        StoredTensor: where its numbers lie
+    tensors                                        UnreadTensor: where its numbers lie
     any other class or function                    Record: its name, what it would be called with
 
 Nothing is imported, nothing is called, no attribute is set.  Opcodes: PEP 307, PEP 3154 and the

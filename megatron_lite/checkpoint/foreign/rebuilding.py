@@ -8,12 +8,12 @@ from typing import Any
 import torch
 
 from megatron_lite.checkpoint.foreign.records import (
-    DTYPES,
-    STORAGE_DTYPES,
+    DTYPES_NAMED,
+    STORAGES_NAMED,
     Named,
     Record,
     Storage,
-    StoredTensor,
+    UnreadTensor,
 )
 
 _LARGEST = 1 << 50  # elements
@@ -24,11 +24,11 @@ def storage_of(persistent: Any) -> Storage:
     if not isinstance(persistent, tuple) or len(persistent) < 5 or persistent[0] != "storage":
         raise ValueError("something is named from outside that is no storage of a tensor")
     _, kind, key, _, numel = persistent[:5]
-    if not isinstance(kind, Named) or kind.name not in STORAGE_DTYPES:
+    if not isinstance(kind, Named) or kind.name not in STORAGES_NAMED:
         raise ValueError(f"a storage of the kind {getattr(kind, 'name', '?')[:60]} is not known")
     if len(persistent) > 5 and persistent[5] is not None:
         raise ValueError("a storage that is a view of another one")
-    return Storage(_text(key), STORAGE_DTYPES[kind.name], _whole(numel))
+    return Storage(_text(key), STORAGES_NAMED[kind.name], _whole(numel))
 
 
 def _text(value: Any) -> str:
@@ -49,21 +49,21 @@ def _wholes(values: Any) -> tuple[int, ...]:
     return tuple(map(_whole, values))
 
 
-def _tensor(args: tuple[Any, ...], dtype: torch.dtype | None = None) -> StoredTensor:
+def _tensor(args: tuple[Any, ...], dtype: torch.dtype | None = None) -> UnreadTensor:
     storage, offset, shape, stride = args[:4]
     if not isinstance(storage, Storage):
         raise ValueError("a tensor without a storage")
-    return StoredTensor(
+    return UnreadTensor(
         storage, dtype or storage.dtype, _whole(offset), _wholes(shape), _wholes(stride)
     )
 
 
-def _tensor_of_bytes(args: tuple[Any, ...]) -> StoredTensor:
+def _tensor_of_bytes(args: tuple[Any, ...]) -> UnreadTensor:
     """The third form says its format itself."""
     dtype = args[6] if len(args) > 6 else None
-    if not isinstance(dtype, Named) or dtype.name not in DTYPES:
+    if not isinstance(dtype, Named) or dtype.name not in DTYPES_NAMED:
         raise ValueError("a tensor of a number format that is not known")
-    return _tensor(args, DTYPES[dtype.name])
+    return _tensor(args, DTYPES_NAMED[dtype.name])
 
 
 def _first(args: tuple[Any, ...]) -> Any:

@@ -14,11 +14,11 @@ _STORAGES = {
     "Char": torch.int8, "Byte": torch.uint8, "Bool": torch.bool,
 }  # fmt: skip
 _DTYPES = (*_STORAGES.values(), torch.complex64, torch.complex128)
-STORAGE_DTYPES = {f"torch.{name}Storage": dtype for name, dtype in _STORAGES.items()} | {
+STORAGES_NAMED = {f"torch.{name}Storage": dtype for name, dtype in _STORAGES.items()} | {
     "torch.storage.UntypedStorage": torch.uint8
 }
 """Class of a storage -> the format of its numbers."""
-DTYPES = {str(dtype): dtype for dtype in _DTYPES}
+DTYPES_NAMED = {str(dtype): dtype for dtype in _DTYPES}
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +65,7 @@ class Storage:
 
 
 @dataclass(frozen=True, slots=True)
-class StoredTensor:
+class UnreadTensor:
     """A tensor whose numbers are still in the file; offset and stride count elements of its dtype."""
 
     storage: Storage

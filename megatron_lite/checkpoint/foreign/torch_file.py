@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from megatron_lite.checkpoint.foreign.pickle_reader import PickleError, read_pickle
-from megatron_lite.checkpoint.foreign.records import Storage, StoredTensor
+from megatron_lite.checkpoint.foreign.records import Storage, UnreadTensor
 from megatron_lite.config.errors import CheckpointError
 
 LARGEST_PICKLE = 1 << 28  # bytes
@@ -56,7 +56,7 @@ class TorchFile:
     swapped: bool
     _seen: set[str] = field(default_factory=set)
 
-    def read(self, tensor: StoredTensor) -> Tensor:
+    def read(self, tensor: UnreadTensor) -> Tensor:
         """A copy of one tensor; CheckpointError where its bytes are not there or not what was written."""
         place = self._place(tensor.storage)
         if not tensor.numel:
@@ -263,7 +263,7 @@ def _storages(value: Any) -> Iterator[Storage]:
     stack = [value]
     while stack:
         one = stack.pop()
-        if isinstance(one, StoredTensor):
+        if isinstance(one, UnreadTensor):
             yield one.storage
         elif isinstance(one, Storage):
             yield one
