@@ -66,9 +66,9 @@ class Case:
         return Batch(tokens, np.arange(b), np.ones((b, s), dtype=np.float32))
 
 
-def _ours(*extra: str, document: int | None = None) -> Make:
+def _ours(*extra: str, document: int | None = None, attention: str | None = None) -> Make:
     def make(case: Case, weights: Weights, device: torch.device) -> Ours:
-        return Ours([*case.flags.split(), *extra], device, document)
+        return Ours([*case.flags.split(), *extra], device, document, attention)
 
     return make
 
@@ -164,6 +164,8 @@ def _documents(tiny: bool) -> Case:
         rows={
             whole: _ours(COMPILE),
             apart: _ours(COMPILE, document=document),
+            "ours, by varlen": _ours(COMPILE, document=document, attention="torch-varlen"),
+            "ours, by a dense mask": _ours(COMPILE, document=document, attention="torch-sdpa"),
         },
         asked=(Asked(apart, whole, 0.9),),
     )  # fmt: skip

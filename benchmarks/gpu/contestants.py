@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -16,6 +17,8 @@ from megatron_lite.blueprint.draw_up import draw_up
 from megatron_lite.config.flags.parser import parse
 from megatron_lite.data.batch import Batch
 from megatron_lite.engines.base import Update
+from megatron_lite.kernels.table import PREFERENCES
+from megatron_lite.layers.attention import choose_attention
 from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.train.assemble import assemble
 from megatron_lite.train.run import Run
@@ -46,6 +49,8 @@ class Ours:
     device: torch.device
     document: int | None = None
     """Tokens of each document of a row, which do not see those of another; None: all see all."""
+    attention: str | None = None
+    """The kernel of attention by its name in the table; None: what is chosen here."""
     run: Run = field(init=False)
     last: Update | None = None
 
@@ -53,7 +58,11 @@ class Ours:
         config = parse(self.flags).config
         self.micro = config.train.micro_batch_size
         context = ParallelContext.serial(str(self.device))
-        self.run = assemble(config, draw_up(config, 1), context)
+        with _preferring(self.attention):
+            self.run = assemble(config, draw_up(config, 1), context)
+            line = choose_attention(self.run.context, training=True, segments=True)
+        if self.attention not in (None, line.implementation.name):
+            raise NotInstalled(f"{self.attention} does not run here: {line.why}")
 
     def step(self, batch: Batch) -> Tensor:
         """See Contestant."""
@@ -67,6 +76,18 @@ class Ours:
         """What the others begin with."""
         slices = self.run.engine.weights(owned=False)
         return {one.name: one.data.detach().cpu().clone() for one in slices}
+
+
+@contextmanager
+def _preferring(kernel: str | None) -> Iterator[None]:
+    """Attention by this row of the table where a model is built inside."""
+    before = PREFERENCES["auto"]
+    if kernel is not None:
+        PREFERENCES["auto"] = [kernel, "reference"]
+    try:
+        yield
+    finally:
+        PREFERENCES["auto"] = before
 
 
 def _rows(batch: Batch, start: int, stop: int, document: int | None) -> Batch:

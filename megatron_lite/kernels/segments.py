@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import importlib
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
+
+BLOCK = 128
+"""Queries and keys of a tile of FlexAttention's, which is done whole, in part or not at all."""
 
 
 @dataclass(frozen=True)
@@ -22,6 +27,7 @@ class Segments:
     longest: int
     rows: int
     length: int
+    _kept_by: Segments | None = field(default=None, repr=False, compare=False)
 
     @cached_property
     def allowed(self) -> Tensor:
@@ -29,13 +35,65 @@ class Segments:
 
         Made on first use and kept with this record.
         """
+        number = self._numbers().view(self.rows, 1, self.length)
+        return (number[..., :, None] == number[..., None, :]).tril_()
+
+    @cached_property
+    def starts(self) -> Tensor:
+        """int32 [rows, length]: where in its row a token's segment begins."""
+        rows = torch.arange(self.rows, dtype=torch.int32, device=self.cu_seqlens.device)
+        begins = self.cu_seqlens[self._numbers() - 1]
+        return begins.view(self.rows, self.length) - rows[:, None] * self.length
+
+    @property
+    def block_mask(self) -> Any:
+        """FlexAttention's BlockMask, made on first use: once for all layers, those run again too."""
+        return (self._kept_by or self)._block_mask
+
+    @cached_property
+    def _block_mask(self) -> Any:
+        return block_mask(self.starts)
+
+    def unmasked(self) -> Segments:
+        """The same without the dense mask that was kept; what is small stays shared."""
+        return replace(self, _kept_by=self._kept_by or self)
+
+    def _numbers(self) -> Tensor:
+        """int32 [rows * length]: each token's segment, counted from 1."""
         place = torch.arange(
             self.rows * self.length, dtype=torch.int32, device=self.cu_seqlens.device
         )
-        number = torch.searchsorted(self.cu_seqlens, place, right=True, out_int32=True)
-        number = number.view(self.rows, 1, self.length)
-        return (number[..., :, None] == number[..., None, :]).tril_()
+        return torch.searchsorted(self.cu_seqlens, place, right=True, out_int32=True)
 
-    def unmasked(self) -> Segments:
-        """The same without the mask that was kept."""
-        return replace(self)
+
+def block_mask(starts: Tensor) -> Any:
+    """FlexAttention's BlockMask of causal segments, from Segments.starts [b, s].
+
+    Only a number for every pair of tiles is made, never one for every pair of tokens, and nothing is
+    read from the device.  Its tensors' shapes do not depend on the segments: one compiled kernel
+    serves all micro batches.
+    """
+    length, device = starts.shape[1], starts.device
+    tile = torch.arange(-(-length // BLOCK), device=device)
+    query, key = tile[:, None], tile
+    # segments begin later and later along a row: a tile's first token sees furthest back
+    furthest = starts[:, ::BLOCK, None]
+    nearest = starts[:, (tile * BLOCK + BLOCK - 1).clamp(max=length - 1), None]
+    seen = (key <= query) & (key >= furthest // BLOCK)
+    # a last tile of fewer queries is never whole, as torch has it
+    whole = (key < query) & (key * BLOCK >= nearest) & (query * BLOCK + BLOCK <= length)
+
+    def allowed(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return (j <= i) & (j >= starts[b, i])
+
+    flex: Any = importlib.import_module("torch.nn.attention.flex_attention")
+    return flex.BlockMask.from_kv_blocks(
+        *_listed(seen & ~whole), *_listed(whole), BLOCK_SIZE=BLOCK, mask_mod=allowed,
+        seq_lengths=(length, length),
+    )  # fmt: skip
+
+
+def _listed(tiles: Tensor) -> tuple[Tensor, Tensor]:
+    """bool [b, queries, keys] -> int32 how many are true [b, 1, queries], and which, these first."""
+    which = tiles.to(torch.int8).argsort(dim=-1, descending=True, stable=True)
+    return tiles.sum(-1, dtype=torch.int32)[:, None], which.to(torch.int32)[:, None]

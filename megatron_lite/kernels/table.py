@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from megatron_lite.kernels import cross_entropy, reference, vendor
+from megatron_lite.kernels import cross_entropy, documents, flash, reference, vendor
 from megatron_lite.kernels.compiled import compiled
 from megatron_lite.kernels.dropout import dropout
 from megatron_lite.kernels.products import added_weight_gradient
@@ -21,6 +21,10 @@ class Need:
     """What the chosen implementation must cope with.
 
     storage: the number format of a linear layer's weight, where it is not dtype.
+    capability: of the GPU, (9, 0) for sm90; None on a CPU.  In a rehearsal the device is meta, and this
+    is of the GPU that it stands for.
+    length, head_size: tokens of a row, and features of a head, where they are known.
+    backend: --attention-backend.
     """
 
     device: torch.device
@@ -30,15 +34,23 @@ class Need:
     segments: bool = False
     compile: bool = False
     storage: torch.dtype | None = None
+    capability: tuple[int, int] | None = None
+    length: int | None = None
+    head_size: int | None = None
+    backend: str = "auto"
 
 
 @dataclass(frozen=True, slots=True)
 class Implementation:
-    """One way to run an op; usable() returns None, or the reason why not."""
+    """One way to run an op; usable() returns None, or the reason why not.
+
+    for_segments: it is for documents alone, and not worth a word where there are none.
+    """
 
     name: str
     run: Callable[..., Any]
     usable: Callable[[Need], str | None]
+    for_segments: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,18 +70,75 @@ def _always(need: Need) -> str | None:
     return None
 
 
-def _flash(need: Need) -> str | None:
-    if need.device.type != "cuda":
+_FLEX_LENGTH = 1024
+"""Tokens of a row from which on FlexAttention is faster than varlen."""
+
+
+def _on_a_gpu(need: Need) -> str | None:
+    """What every fused kernel but torch's scaled_dot_product_attention wants."""
+    if need.capability is None and need.device.type != "cuda":
         return "needs a GPU"
     if need.dtype not in (torch.float16, torch.bfloat16):
         return f"needs fp16 or bf16, not {need.dtype}"
-    if need.layer_scaling or need.segments:
-        return "has no layer scaling and no segments"
+    return "has no layer scaling" if need.layer_scaling else None
+
+
+def _flash_shapes(need: Need, largest: int = 256) -> str | None:
+    if need.capability is not None and need.capability < (8, 0):
+        return f"needs sm80 or newer, not sm{need.capability[0]}{need.capability[1]}"
+    if need.head_size is not None and (need.head_size % 8 or need.head_size > largest):
+        return f"wants heads of 8, 16, ... {largest} features, not {need.head_size}"
+    return None
+
+
+def _importable(module: str) -> str | None:
     try:
-        importlib.import_module("flash_attn")
+        importlib.import_module(module)
     except (ImportError, OSError, RuntimeError) as error:
         return f"not importable ({type(error).__name__}: {error})"
     return None
+
+
+def _flash(need: Need) -> str | None:
+    if need.device.type != "cuda":
+        return "needs a GPU"
+    reason = _on_a_gpu(need) or _flash_shapes(need)
+    if reason is not None:
+        return reason
+    # of torch's own, only a dense mask has dropout between documents
+    alone = need.segments and need.dropout > 0.0
+    if need.backend == "auto" and (need.capability or (0, 0)) >= (9, 0) and not alone:
+        return "torch's own is faster from sm90 on; --attention-backend flash takes it"
+    return _importable("flash_attn")
+
+
+def _flash_4(need: Need) -> str | None:
+    if need.device.type != "cuda":
+        return "needs a GPU"
+    if need.capability is not None and need.capability[0] not in (9, 10):
+        return f"needs sm90 or sm100, not sm{need.capability[0]}{need.capability[1]}"
+    if need.dropout > 0.0:
+        return "has no attention dropout"
+    return _on_a_gpu(need) or _flash_shapes(need, 128) or _importable("flash_attn.cute.interface")
+
+
+def _flex(need: Need) -> str | None:
+    reason = _on_a_gpu(need)
+    if reason is not None:
+        return reason
+    if need.dropout > 0.0:
+        return "has no attention dropout"
+    if need.head_size is not None and need.head_size < 16:
+        return f"wants heads of 16 features or more, not {need.head_size}"
+    if need.length is not None and need.length < _FLEX_LENGTH:
+        return f"loses below {_FLEX_LENGTH} tokens, and a row has {need.length}"
+    return _compile(need)
+
+
+def _varlen(need: Need) -> str | None:
+    if need.dropout > 0.0:
+        return _on_a_gpu(need) or "has no attention dropout"
+    return _on_a_gpu(need) or _flash_shapes(need)
 
 
 def _sdpa(need: Need) -> str | None:
@@ -105,7 +174,10 @@ TABLE: dict[str, list[Implementation]] = {
     ],
     "split_rotate": [Implementation("reference", reference.split_rotate, _always)],
     "attention": [
-        Implementation("flash-attn", vendor.flash, _flash),
+        Implementation("flash-attn-4", flash.flash_4, _flash_4),
+        Implementation("flash-attn", flash.flash, _flash),
+        Implementation("torch-flex", documents.flex, _flex, for_segments=True),
+        Implementation("torch-varlen", documents.varlen, _varlen, for_segments=True),
         Implementation("torch-sdpa", vendor.sdpa, _sdpa),
         Implementation("reference", reference.attention, _always),
     ],
@@ -143,10 +215,13 @@ TABLE: dict[str, list[Implementation]] = {
     ],
 }
 
+_TORCH = ["torch-flex", "torch-varlen", "torch-sdpa", "reference"]
+
 PREFERENCES: dict[str, list[str]] = {
-    "auto": ["flash-attn", "torch-sdpa", "reference"],
-    "flash": ["flash-attn", "torch-sdpa", "reference"],
-    "fused": ["torch-sdpa", "reference"],
+    "auto": ["flash-attn", *_TORCH],
+    "flash": ["flash-attn", *_TORCH],
+    "fa4": ["flash-attn-4", *_TORCH],
+    "fused": _TORCH,
     "unfused": ["reference"],
     "local": ["reference"],
 }
@@ -160,6 +235,8 @@ def choose(op: str, need: Need, names: list[str] | None = None) -> Choice:
         rows = [row for name in names for row in rows if row.name == name]
     passed_over: list[str] = []
     for row in rows:
+        if row.for_segments and not need.segments:
+            continue
         reason = row.usable(need)
         if reason is None:
             return Choice(row, f"{op}: {''.join(f'{no} -> ' for no in passed_over)}{row.name}")

@@ -1,17 +1,18 @@
-"""Attention by torch's own fused kernels and by flash-attn; imported only when chosen."""
+"""Attention by torch's own fused kernels."""
 
 from __future__ import annotations
 
-import importlib
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend
 
 from megatron_lite.kernels.attention import AttentionCall
 
 
-def _seed(call: AttentionCall, device: torch.device) -> None:
+def seed_mask(call: AttentionCall, device: torch.device) -> None:
     """Put the device's generator where this call's mask begins (one state: exact under pp, not tp)."""
     if call.dropout > 0.0:
         if device.type == "cuda":
@@ -22,7 +23,28 @@ def _seed(call: AttentionCall, device: torch.device) -> None:
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Tensor:
     """torch's scaled_dot_product_attention; shapes as reference.attention."""
-    _seed(call, q.device)
+    seed_mask(call, q.device)
+    asked = _asked(q, k, call)
+    mask = asked["attn_mask"]
+    if q.device.type == "meta" and not (asked["enable_gqa"] and mask is not None):
+        return _fused_on_a_gpu(q, k, v, mask, call)
+    return F.scaled_dot_product_attention(q, k, v, **asked)
+
+
+def sdpa_kernel(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> str:
+    """Which of its kernels torch's scaled_dot_product_attention takes for such tensors, by name."""
+    number = torch._fused_sdp_choice(q, k, v, **_asked(q, k, call))
+    return _KERNELS.get(SDPBackend(number), "math")
+
+
+_KERNELS = {
+    SDPBackend.FLASH_ATTENTION: "flash",
+    SDPBackend.EFFICIENT_ATTENTION: "memory-efficient",
+    SDPBackend.CUDNN_ATTENTION: "cuDNN",
+}
+
+
+def _asked(q: Tensor, k: Tensor, call: AttentionCall) -> dict[str, Any]:
     s, t = q.shape[-2], k.shape[-2]
     mask, causal = None, s == t
     if call.segments is not None:
@@ -30,13 +52,10 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Tensor:
     elif s != t and s > 1:
         # torch aligns is_causal top left; a cached prefix needs bottom right
         mask = torch.ones(s, t, dtype=torch.bool, device=q.device).tril(t - s)
-    grouped = q.shape[1] != k.shape[1]
-    if q.device.type == "meta" and not (grouped and mask is not None):
-        return _fused_on_a_gpu(q, k, v, mask, call)
-    return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, dropout_p=call.dropout, is_causal=causal and s > 1,
-        scale=call.scale, enable_gqa=grouped,
-    )  # fmt: skip
+    return {
+        "attn_mask": mask, "dropout_p": call.dropout, "is_causal": causal and s > 1,
+        "scale": call.scale, "enable_gqa": q.shape[1] != k.shape[1],
+    }  # fmt: skip
 
 
 def _fused_on_a_gpu(
@@ -55,15 +74,3 @@ def _fused_on_a_gpu(
         q, k, v, bias.expand(shape), True, call.dropout, causal, scale=call.scale
     )[0]
     return result
-
-
-def flash(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Tensor:
-    """flash-attn 2 (extra "flash-attn"); shapes as reference.attention."""
-    _seed(call, q.device)
-    run = importlib.import_module("flash_attn").flash_attn_func
-    out = run(
-        *(x.transpose(1, 2) for x in (q, k, v)),
-        dropout_p=call.dropout, softmax_scale=call.scale, causal=True,
-        deterministic=torch.are_deterministic_algorithms_enabled(),
-    )  # fmt: skip
-    return out.transpose(1, 2)

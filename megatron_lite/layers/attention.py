@@ -10,7 +10,10 @@ from torch import Tensor, nn
 from megatron_lite.blueprint.figure.parts import Core, Matrix
 from megatron_lite.kernels.attention import AttentionCall
 from megatron_lite.kernels.random import feature_bits, keep_mask, key, token_numbers
-from megatron_lite.kernels.table import PREFERENCES, Choice, Need, choose
+from megatron_lite.kernels.reference import split_rotate
+from megatron_lite.kernels.segments import Segments
+from megatron_lite.kernels.table import PREFERENCES, Choice, choose
+from megatron_lite.kernels.vendor import sdpa_kernel
 from megatron_lite.layers.contexts import ForwardContext, StageContext, StepDropout
 from megatron_lite.layers.dropout import key_index
 from megatron_lite.layers.linear import ColumnParallelLinear, RowParallelLinear
@@ -22,18 +25,38 @@ def choose_attention(context: StageContext, *, training: bool, segments: bool = 
     """The attention kernel for this context; with dropout only while training."""
     model, precision = context.model, context.precision
     backend = "unfused" if not precision.masked_softmax_fusion else precision.attention_backend
-    need = Need(
-        device=context.ctx.device,
-        dtype=context.dtype,
+    need = replace(
+        context.need(),
         dropout=model.attention_dropout if training else 0.0,
         layer_scaling=model.apply_query_key_layer_scaling,
-        segments=segments,
-    )
+        segments=segments, length=model.seq_length, head_size=model.head_size, backend=backend,
+    )  # fmt: skip
     choice = choose("attention", need, PREFERENCES[backend])
     if model.attention_softmax_in_fp32 or choice.implementation.name == "reference":
         return choice
     ignored = "--no-attention-softmax-in-fp32: its softmax is in fp32 in any case"
     return replace(choice, why=f"{choice.why} ({ignored})")
+
+
+def attention_line(context: StageContext, micro_batch_size: int, *, segments: bool) -> str:
+    """Which attention kernel training runs, and why: where torch chooses among its own, which of them."""
+    choice = choose_attention(context, training=True, segments=segments)
+    if choice.implementation.name != "torch-sdpa":
+        return choice.why
+    core = context.figure.layers[0].named("attention.core", Core)
+    model, device, tp = context.model, context.ctx.device, context.tp.size
+    features = (core.queries + 2 * core.keys) // tp
+    fused = torch.empty(
+        model.seq_length, micro_batch_size, features,
+        dtype=context.dtype, device=device, requires_grad=True,
+    )  # fmt: skip
+    whole = torch.tensor([0, model.seq_length], dtype=torch.int32, device=device)
+    call = AttentionCall(
+        dropout=model.attention_dropout,
+        segments=Segments(whole, model.seq_length, 1, model.seq_length) if segments else None,
+    )
+    q, k, v = split_rotate(fused, core.heads // tp, core.kv_heads // tp, None)
+    return f"{choice.why} ({sdpa_kernel(q, k, v, call)})"
 
 
 class SelfAttention(nn.Module):

@@ -29,6 +29,7 @@ class StageContext:
     seed: of weights and dropout.
     drawn: the figure to build, the model's own by default.
     kernels: which implementation of each op runs, and why: a line for each choice.
+    capability: of the GPU that runs this, or that a rehearsal stands for; see kernels/table.py.
     """
 
     model: ModelConfig
@@ -42,6 +43,7 @@ class StageContext:
     recompute: RecomputePlan = field(default_factory=RecomputePlan)
     drawn: Figure | None = None
     kernels: list[str] = field(default_factory=list)
+    capability: tuple[int, int] | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -55,7 +57,10 @@ class StageContext:
 
     def need(self) -> Need:
         """What a kernel of this stage must cope with."""
-        return Need(self.ctx.device, self.dtype, compile=self.precision.torch_compile)
+        return Need(
+            self.ctx.device, self.dtype, compile=self.precision.torch_compile,
+            capability=self.capability or _capability(self.ctx.device),
+        )  # fmt: skip
 
     def choose(self, op: str, *, storage: torch.dtype | None = None) -> Callable[..., Any]:
         """The implementation of an op that runs on this stage: chosen when a layer is built, not per call.
@@ -79,6 +84,10 @@ class StageContext:
         """
         dtype = self.dtype if storage is None else DTYPES[storage]
         return nn.Parameter(torch.zeros(*shape, dtype=dtype, device=self.ctx.device))
+
+
+def _capability(device: torch.device) -> tuple[int, int] | None:
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
 
 
 class StepDropout(NamedTuple):

@@ -92,6 +92,18 @@ def uses_flash(model: ModelConfig, precision: PrecisionConfig, *, on_gpu: bool) 
     return on_gpu or model.attention_dropout == 0.0
 
 
+def _dense_documents(model: ModelConfig, precision: PrecisionConfig, *, on_gpu: bool) -> bool:
+    """Whether documents are kept apart by a mask, and not by their borders; see kernels/table.py.
+
+    The package flash-attn, which has attention dropout between borders, is not counted on.
+    """
+    by_borders = (
+        on_gpu and precision.name != "fp32" and model.attention_dropout == 0.0
+        and model.head_size % 8 == 0 and model.head_size <= 256
+    )  # fmt: skip
+    return not by_borders or not uses_flash(model, precision, on_gpu=on_gpu)
+
+
 def block_items(
     layer: Parts,
     model: ModelConfig,
@@ -196,7 +208,8 @@ def _core(
     gradients = 2 * qkv
     if uses_flash(model, precision, on_gpu=on_gpu):
         # log of the sum, fp32; torch's own copy of a mask, which it adds to the scores
-        bias = tokens * model.seq_length * w if segments else 0.0
+        masked = segments and _dense_documents(model, precision, on_gpu=on_gpu)
+        bias = tokens * model.seq_length * w if masked else 0.0
         return tokens * heads * 4.0 + bias, gradients
     square = tokens * model.seq_length * heads
     wide = 4.0 if model.attention_softmax_in_fp32 else float(w)
@@ -224,8 +237,11 @@ def shared_mask_bytes(
 ) -> float:
     """The mask of a micro batch's documents, a byte per pair of tokens, where backward needs it.
 
-    The layers that run together share it (kernels/segments.py); a fused kernel keeps its own copy.
+    Kernels that take their borders make none.  The layers that run together share it
+    (kernels/segments.py); a fused kernel keeps its own copy.
     """
+    if not _dense_documents(model, precision, on_gpu=on_gpu):
+        return 0.0
     again = "core_attn" in RecomputePlan.from_config(parallel).modules
     if uses_flash(model, precision, on_gpu=on_gpu) and not again:
         return 0.0

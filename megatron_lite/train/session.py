@@ -25,7 +25,7 @@ from megatron_lite.config.sections.telemetry import TelemetryConfig
 from megatron_lite.config.sections.train import TrainConfig
 from megatron_lite.data.build import Datasets
 from megatron_lite.data.identity import Identity
-from megatron_lite.layers.attention import choose_attention
+from megatron_lite.layers.attention import attention_line
 from megatron_lite.parallel.calls.checking import Checker
 from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.rendezvous.heartbeat import Presence
@@ -189,8 +189,7 @@ def _build(start: Start, blueprint: Blueprint, talk: Talk) -> Run:
         run = assemble(start.config, blueprint, talk.ctx, timers=talk.timers)
     if talk.checker is not None:
         run.pipeline.reached = talk.checker.reached
-    segments = start.config.data.reset_attention_mask
-    talk.log.say(*_description(run, blueprint, segments), *_tokenizer_lines(start.tokens))
+    talk.log.say(*_description(run, blueprint, start.config), *_tokenizer_lines(start.tokens))
     talk.log.say_of_shard(_shard_size(run))
     start.faults.attach(run)
     return run
@@ -398,13 +397,15 @@ def _kernels(run: Run) -> list[str]:
     return [f" > kernels: {'; '.join(chosen)}"] if chosen else []
 
 
-def _description(run: Run, blueprint: Blueprint, segments: bool) -> list[str]:
+def _description(run: Run, blueprint: Blueprint, config: RunConfig) -> list[str]:
     grid, ctx = blueprint.grid, run.ctx
     return [
         f"using world size: {grid.world_size}, tensor-parallel {grid.tp} x pipeline-parallel {grid.pp} "
         f"x data-parallel {grid.dp} on {ctx.device.type}, {run.context.precision.name}",
         f"setting training iterations to {blueprint.train_iters}",
-        choose_attention(run.context, training=True, segments=segments).why,
+        attention_line(
+            run.context, config.train.micro_batch_size, segments=config.data.reset_attention_mask
+        ),
         *_kernels(run),
         f" > padded vocab (size: {run.context.vocab_size}) to {run.context.padded_vocab_size}",
     ]

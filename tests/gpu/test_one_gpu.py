@@ -1,8 +1,13 @@
 """One GPU equals the CPU: losses of a tiny model, dropout masks, weights, every kernel."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
+from megatron_lite.kernels import documents
+from megatron_lite.kernels.attention import AttentionCall
 from megatron_lite.kernels.random import feature_bits, keep_mask, key, normal, token_numbers
 from megatron_lite.kernels.table import TABLE, Need, choose
 from megatron_lite.parallel.context import ParallelContext
@@ -11,7 +16,7 @@ from megatron_lite.train.measuring.device import be_deterministic
 from megatron_lite.train.measuring.waits import DeviceWaits
 from megatron_lite.train.step import train_step
 from tests.support.axes import BF16
-from tests.support.kernels import run_with_gradients
+from tests.support.kernels import INPUTS, packed_rows, run_with_gradients
 from tests.support.tiny import draw, make_batches, tiny_config
 
 pytestmark = [
@@ -60,20 +65,29 @@ def test_weights_and_masks_are_those_of_the_cpu():
 
 
 WGRAD = "linear_weight_gradient"
+COMPARED = [
+    (op, inputs)
+    for op, rows in TABLE.items()
+    if len(rows) > 1 and op != WGRAD
+    for inputs in INPUTS[op]
+]
 
 
-@pytest.mark.parametrize("op", [op for op, rows in TABLE.items() if len(rows) > 1 and op != WGRAD])
+@pytest.mark.parametrize(("op", "inputs"), COMPARED)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_every_kernel_equals_its_reference(op, dtype):
+def test_every_kernel_equals_its_reference(op, inputs, dtype):
     device = torch.device("cuda")
-    expected = run_with_gradients(TABLE[op][-1], op, device, dtype)
+    expected = run_with_gradients(TABLE[op][-1], inputs, device, dtype)
     tolerance = 1e-4 if dtype == torch.float32 else 3e-2
     tried = 0
     for row in TABLE[op][:-1]:
-        need = Need(device, dtype, compile=True)
-        if row.usable(need) is None:
+        need = Need(
+            device, dtype, compile=True, segments=inputs == "documents", backend="flash",
+            capability=torch.cuda.get_device_capability(),
+        )  # fmt: skip
+        if row.usable(need) is None and (inputs == "documents" or not row.for_segments):
             tried += 1
-            found = run_with_gradients(row, op, device, dtype)
+            found = run_with_gradients(row, inputs, device, dtype)
             for ours, theirs in zip(found, expected, strict=True):
                 torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
     assert tried, f"no faster twin of {op} runs here"
@@ -91,6 +105,19 @@ def test_a_weight_gradient_is_one_product_into_the_fp32_sum_of_its_cpu_twin(dtyp
         twin = choice.run(*low, total)
     assert returned.data_ptr() == on_gpu.data_ptr()
     torch.testing.assert_close(on_gpu.cpu(), twin, rtol=1e-6, atol=1e-3)
+
+
+def test_flex_is_compiled_once_for_changing_documents():
+    torch._dynamo.reset()
+    counters.clear()
+    for borders in ([0, 300, 600], [0, 7, 131, 300, 301, 600], [0, 299, 300, 600]):
+        q, k, v = (
+            torch.randn(2, n, 300, 64, device="cuda", dtype=torch.bfloat16) for n in (4, 2, 2)
+        )
+        packed = packed_rows(borders)
+        call = AttentionCall(segments=replace(packed, cu_seqlens=packed.cu_seqlens.cuda()))
+        documents.flex(q.requires_grad_(), k, v, call).sum().backward()
+    assert counters["stats"]["unique_graphs"] == 1 and not documents.flex.failed
 
 
 def test_attention_dropout_of_a_vendor_kernel_is_reproducible():

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megatron_lite.kernels.attention import AttentionCall
 from megatron_lite.kernels.segments import Segments
-from megatron_lite.kernels.table import PREFERENCES, TABLE, Need, choose
+from megatron_lite.kernels.table import TABLE, Need
 
 ROWS, LENGTH = 2, 9
 BORDERS = {
@@ -81,10 +81,3 @@ def test_a_mask_is_made_once_and_only_where_it_is_asked_for(borders: list[int]) 
     assert "allowed" not in vars(packed)
     assert torch.equal(packed.allowed, dense(borders)) and packed.allowed is packed.allowed
     assert "allowed" not in vars(packed.unmasked()) and packed.cu_seqlens.dtype == torch.int32
-
-
-def test_a_kernel_that_knows_no_segments_is_passed_over() -> None:
-    need = Need(torch.device("cuda"), torch.bfloat16, segments=True)
-    choice = choose("attention", need, PREFERENCES["auto"])
-    assert choice.implementation.name == "torch-sdpa"
-    assert "flash-attn no (has no layer scaling and no segments)" in choice.why

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,13 +16,14 @@ from torch.utils._pytree import tree_leaves
 from megatron_lite.data.batch import Batch, collate
 from megatron_lite.data.documents import DocumentEnds
 from megatron_lite.data.samples import Sample
-from megatron_lite.kernels import reference
+from megatron_lite.kernels import reference, segments
 from megatron_lite.kernels.attention import AttentionCall
 from megatron_lite.kernels.table import PREFERENCES, TABLE, Implementation
 from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.train.assemble import assemble
 from megatron_lite.train.step import evaluation_step, train_step
-from tests.support.axes import FULL
+from tests.support.axes import FULL, SCHEDULE
+from tests.support.kernels import ON_A_CPU
 from tests.support.sizes import VOCAB
 from tests.support.tiny import draw, tiny_config
 
@@ -55,15 +57,15 @@ class Squares(TorchDispatchMode):
 
 def by_segment(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Tensor:
     """One document after the other, found by the cumulative lengths alone."""
-    segments = call.segments
-    assert segments is not None and segments.longest < LENGTH
+    packed = call.segments
+    assert packed is not None and packed.longest < LENGTH
     flat = [x.permute(1, 0, 2, 3).flatten(1, 2) for x in (q, k, v)]  # [n, b s, d]
-    borders = segments.cu_seqlens.tolist()
+    borders = packed.cu_seqlens.tolist()
     pieces = [
         reference.attention(*(x[None, :, begin:end] for x in flat), AttentionCall())[0]
         for begin, end in zip(borders, borders[1:], strict=False)
     ]
-    return torch.cat(pieces, dim=1).unflatten(1, (segments.rows, LENGTH)).transpose(0, 1)
+    return torch.cat(pieces, dim=1).unflatten(1, (packed.rows, LENGTH)).transpose(0, 1)
 
 
 def batches() -> list[Batch]:
@@ -78,15 +80,20 @@ def batches() -> list[Batch]:
     ]
 
 
-def step(**changes: Any) -> tuple[list[float], Squares]:
-    """Loss, gradient norm and loss in evaluation, and what was made on the way."""
+def numbers(**changes: Any) -> list[float]:
+    """Loss, gradient norm and loss in evaluation."""
     config = tiny_config(model__seq_length=LENGTH, train__global_batch_size=4, **changes)
     run = assemble(config, draw(config, 1), ParallelContext.serial())
+    trained = train_step(run, batches(), lr=0.0, weight_decay=0.0)
+    evaluated = evaluation_step(run, batches())
+    return [trained.loss.item(), float(trained.update.grad_norm), float(evaluated.total)]
+
+
+def step(**changes: Any) -> tuple[list[float], Squares]:
+    """numbers(), and what was made on the way."""
     with Squares() as seen:
-        trained = train_step(run, batches(), lr=0.0, weight_decay=0.0)
-        evaluated = evaluation_step(run, batches())
-    norm = float(trained.update.grad_norm)
-    return [trained.loss.item(), norm, float(evaluated.total)], seen
+        found = numbers(**changes)
+    return found, seen
 
 
 @pytest.mark.parametrize("changes", RECOMPUTED.values(), ids=RECOMPUTED.keys())
@@ -102,6 +109,26 @@ def test_a_kernel_that_takes_segments_meets_no_square(
     found, seen = step(**changes)
     assert seen.others == seen.masks == 0
     assert found == pytest.approx(dense, rel=1e-5)
+
+
+@pytest.mark.parametrize("changes", [*RECOMPUTED.values(), {SCHEDULE: "zb-h1"}],
+                         ids=[*RECOMPUTED, "zero bubble"])  # fmt: skip
+@pytest.mark.parametrize("name", ["torch-flex", "torch-varlen", "flash-attn"])
+def test_a_step_is_the_same_with_every_kernel_that_takes_borders(
+    name: str, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four layers, two micro batches: FlexAttention makes one block mask each, twice with evaluation."""
+    dense = numbers(**changes)
+    ON_A_CPU[name](monkeypatch)
+    (row,) = [row for row in TABLE["attention"] if row.name == name]
+    here = replace(row, usable=lambda need: None)
+    monkeypatch.setitem(TABLE, "attention", [here, *TABLE["attention"]])
+    monkeypatch.setitem(PREFERENCES, "auto", [name, "torch-sdpa"])
+    masks = []
+    made = segments.block_mask
+    monkeypatch.setattr(segments, "block_mask", lambda starts: masks.append(1) or made(starts))
+    assert numbers(**changes) == pytest.approx(dense, rel=1e-5)
+    assert len(masks) == (4 if name == "torch-flex" else 0)
 
 
 @pytest.mark.parametrize("backend", ["fused", "unfused"])

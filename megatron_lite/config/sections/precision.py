@@ -34,8 +34,8 @@ class PrecisionConfig:
     loss_scale_patience: int = 100
     """Overflows in a row at the smallest (or fixed) loss scale after which the run stops."""
 
-    attention_backend: Literal["auto", "flash", "fused", "unfused", "local"] = "auto"
-    """Which attention kernel is preferred; what was chosen and why is printed at start."""
+    attention_backend: Literal["auto", "flash", "fa4", "fused", "unfused", "local"] = "auto"
+    """Which attention kernel is preferred (docs/guides/attention.md); which runs, and why, is printed."""
 
     masked_softmax_fusion: bool = True
     """Let the attention kernel fuse mask and softmax; off takes the plain reference kernel."""
