@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-BLOCK = 128
+TILE = 128
 """Queries and keys of a tile of FlexAttention's, which is done whole, in part or not at all."""
 
 
@@ -74,21 +74,21 @@ def block_mask(starts: Tensor) -> Any:
     serves all micro batches.
     """
     length, device = starts.shape[1], starts.device
-    tile = torch.arange(-(-length // BLOCK), device=device)
+    tile = torch.arange(-(-length // TILE), device=device)
     query, key = tile[:, None], tile
     # segments begin later and later along a row: a tile's first token sees furthest back
-    furthest = starts[:, ::BLOCK, None]
-    nearest = starts[:, (tile * BLOCK + BLOCK - 1).clamp(max=length - 1), None]
-    seen = (key <= query) & (key >= furthest // BLOCK)
+    furthest = starts[:, ::TILE, None]
+    nearest = starts[:, (tile * TILE + TILE - 1).clamp(max=length - 1), None]
+    seen = (key <= query) & (key >= furthest // TILE)
     # a last tile of fewer queries is never whole, as torch has it
-    whole = (key < query) & (key * BLOCK >= nearest) & (query * BLOCK + BLOCK <= length)
+    whole = (key < query) & (key * TILE >= nearest) & (query * TILE + TILE <= length)
 
     def allowed(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         return (j <= i) & (j >= starts[b, i])
 
     flex: Any = importlib.import_module("torch.nn.attention.flex_attention")
     return flex.BlockMask.from_kv_blocks(
-        *_listed(seen & ~whole), *_listed(whole), BLOCK_SIZE=BLOCK, mask_mod=allowed,
+        *_listed(seen & ~whole), *_listed(whole), BLOCK_SIZE=TILE, mask_mod=allowed,
         seq_lengths=(length, length),
     )  # fmt: skip
 

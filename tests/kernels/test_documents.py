@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_lite.kernels import documents, flash, reference, vendor
 from megatron_lite.kernels.attention import AttentionCall
-from megatron_lite.kernels.segments import BLOCK, Segments
+from megatron_lite.kernels.segments import TILE, Segments
 from megatron_lite.kernels.table import PREFERENCES, Need, choose
 from tests.support.kernels import (
     LENGTH,
@@ -113,7 +113,7 @@ def test_the_block_mask_is_torchs_own_of_the_dense_mask(borders: list[int]) -> N
     allowed = packed.allowed[:, 0]
     ours = packed.block_mask
     theirs = create_block_mask(
-        lambda b, h, i, j: allowed[b, i, j], 2, None, LENGTH, LENGTH, device="cpu", BLOCK_SIZE=BLOCK
+        lambda b, h, i, j: allowed[b, i, j], 2, None, LENGTH, LENGTH, device="cpu", BLOCK_SIZE=TILE
     )
     every = torch.meshgrid(*map(torch.arange, (2, LENGTH, LENGTH)), indexing="ij")
     b, i, j = every

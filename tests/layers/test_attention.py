@@ -13,6 +13,7 @@ from megatron_lite.kernels.attention import AttentionCall
 from megatron_lite.layers.attention import attention_line, choose_attention
 from megatron_lite.layers.contexts import StageContext
 from megatron_lite.parallel.context import ParallelContext
+from tests.support.axes import BF16
 from tests.support.tiny import tiny_config
 
 ON_A_CPU = "attention: flash-attn no (needs a GPU) -> "
@@ -28,7 +29,7 @@ def stage(capability: tuple[int, int] | None = None, **changes: Any) -> StageCon
 
 @pytest.mark.parametrize(("segments", "changes", "line"), [
     (False, {}, f"{ON_A_CPU}torch-sdpa (flash)"),
-    (False, {"precision__bf16": True}, f"{ON_A_CPU}torch-sdpa (flash)"),
+    (False, {BF16: True}, f"{ON_A_CPU}torch-sdpa (flash)"),
     (True, {}, f"{ON_A_CPU}torch-flex no (needs a GPU) -> torch-varlen no (needs a GPU) -> torch-sdpa (flash)"),
     (False, {"model__attention_dropout": 0.1},
      f"{ON_A_CPU}torch-sdpa no (attention dropout on a CPU is exact only in the reference) -> reference"),
@@ -48,7 +49,7 @@ def test_torch_is_asked_about_the_runs_own_shapes(monkeypatch: pytest.MonkeyPatc
         return vendor.sdpa_kernel(q, k, v, call)
 
     monkeypatch.setattr("megatron_lite.layers.attention.sdpa_kernel", note)
-    context = stage(precision__bf16=True)
+    context = stage(**{BF16: True})
     attention_line(context, 3, segments=False)
     ((q, k, call),) = asked
     model = context.model
@@ -64,7 +65,7 @@ def test_a_stage_knows_its_gpu_and_its_rows(
     capability: tuple[int, int] | None, compiled: bool, name: str
 ) -> None:
     context = stage(
-        capability, precision__bf16=True, precision__torch_compile=compiled, model__hidden_size=64,
+        capability, precision__torch_compile=compiled, **{BF16: True}, model__hidden_size=64,
         model__seq_length=1024, model__num_attention_heads=4,
     )  # fmt: skip
     assert choose_attention(context, training=True, segments=True).implementation.name == name
