@@ -1,31 +1,120 @@
-"""The pointwise ops of reference.py through torch.compile: one fused kernel instead of several.
+"""Compiles what stands between two matrix products; what a compiler cannot do runs as it is.
 
-Matrix products and attention stay as they are; compiled pieces need no CUDA toolkit (Triton comes
-with torch) and on a CPU a C++ compiler.  Each is compiled on its first call, which takes seconds.
+A piece is a row of the kernel table that is `fusible`.  The linear layers around it are no part of
+one: how they accumulate, overlap and defer their weight gradients is none of the compiler's business.
+One graph serves all layers, steps and masks, since these are told apart by tensors alone.
 """
 
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from typing import Any
 
 import torch
+from torch import Tensor
+from torch.utils.checkpoint import _StopRecomputationError
 
-_P = ParamSpec("_P")
-_R = TypeVar("_R")
-
-
-@functools.cache
-def _compiled(op: Callable[_P, _R]) -> Callable[_P, _R]:
-    return torch.compile(op, dynamic=False)
+MOST_GRAPHS = 64
+"""Of one piece: a run's few shapes and number formats, training or not, with dropout or without."""
 
 
-def compiled(op: Callable[_P, _R]) -> Callable[_P, _R]:
-    """The same op, compiled when it is first called: importing the table starts no compiler."""
+_NOT_THE_COMPILERS = (torch.OutOfMemoryError, _StopRecomputationError)
+"""The second is how torch's checkpoint ends a forward that has made again all it was asked for."""
 
-    @functools.wraps(op)
-    def run(*args: _P.args, **kwargs: _P.kwargs) -> _R:
-        return _compiled(op)(*args, **kwargs)
 
-    return run
+def _to_stderr(line: str) -> None:
+    print(f"WARNING: {line}", file=sys.stderr, flush=True)
+
+
+def _trial(x: Tensor, weight: Tensor) -> Tensor:
+    return torch.tanh(x) * weight
+
+
+class Compiler:
+    """Compiles pieces by a backend of torch.compile, until one fails: from then on all run as they are.
+
+    warn: told of that, once.  failure: why nothing is compiled any more.  pieces: their names.
+    """
+
+    def __init__(
+        self, backend: str = "inductor", *, warn: Callable[[str], None] = _to_stderr
+    ) -> None:
+        self.backend, self.warn = backend, warn
+        self.failure: str | None = None
+        self.pieces: list[str] = []
+        self._made: dict[Callable[..., Any], Callable[..., Any]] = {}
+
+    def try_on(self, device: torch.device) -> str | None:
+        """Compile a small piece, forward and backward: what went wrong, so that it is told at the start."""
+        x, weight = (torch.ones(64, device=device, requires_grad=True) for _ in range(2))
+        try:
+            self._compile(_trial)(x, weight).sum().backward()
+        except Exception as error:  # whatever a compiler fails with, no run ends by it
+            return _in_words(error)
+        return None
+
+    def piece(self, name: str, run: Callable[..., Any]) -> Callable[..., Any]:
+        """run(...), a function of tensors, compiled when it is first called."""
+        if name not in self.pieces:
+            self.pieces.append(name)
+        if run not in self._made:
+            self._made[run] = self._piece(name, run)
+        return self._made[run]
+
+    def give_up(self, failure: str) -> None:
+        """From now on nothing is compiled; told once."""
+        self.failure = f"{self.backend} failed {failure}"
+        self.warn(
+            f"--torch-compile: {self.failure}; nothing is compiled from here on, which costs speed alone "
+            "- see that a C++ compiler and, on a GPU, Triton work, or say --no-torch-compile"
+        )
+
+    def _piece(self, name: str, run: Callable[..., Any]) -> Callable[..., Any]:
+        compiled: Callable[..., Any] | None = None
+
+        @functools.wraps(run)
+        def call(*inputs: Any) -> Any:
+            nonlocal compiled
+            if self.failure is not None:
+                return run(*inputs)
+            try:
+                compiled = compiled or self._compile(run)
+                return compiled(*inputs)
+            except _NOT_THE_COMPILERS:
+                raise
+            except Exception as error:
+                result = run(*inputs)  # what is not the compiler's fault fails here, too
+                self.give_up(f"on {name}: {_in_words(error)}")
+                return result
+
+        return call
+
+    def _compile(self, run: Callable[..., Any]) -> Callable[..., Any]:
+        limits = torch._dynamo.config
+        limits.recompile_limit = max(limits.recompile_limit, MOST_GRAPHS)
+        # backward, too, at the first call: once autograd runs it, nobody could go back
+        torch._functorch.config.force_non_lazy_backward_lowering = True
+        options = _alike_everywhere() if self.backend == "inductor" else None
+        return torch.compile(
+            run, backend=self.backend, dynamic=False, fullgraph=True, options=options
+        )
+
+
+def _in_words(error: Exception) -> str:
+    """Type and first line of what went wrong inside."""
+    error = getattr(error, "inner_exception", error)
+    said = next(
+        (line.strip() for line in str(error).splitlines() if line.strip()), "no reason given"
+    )
+    return f"{type(error).__name__}: {said}"
+
+
+def _alike_everywhere() -> dict[str, str | int | bool | Callable[..., Any]]:
+    """Options by which a kernel adds in one order, wherever and whenever it is tuned.
+
+    What several ranks compute alike would drift apart otherwise, and a resumed run from the first.
+    """
+    known = hasattr(torch._inductor.config, "deterministic")
+    return {"deterministic": True} if known else {}

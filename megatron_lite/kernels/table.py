@@ -10,7 +10,6 @@ from typing import Any
 import torch
 
 from megatron_lite.kernels import cross_entropy, documents, flash, reference, vendor
-from megatron_lite.kernels.compiled import compiled
 from megatron_lite.kernels.dropout import dropout
 from megatron_lite.kernels.products import added_weight_gradient
 from megatron_lite.kernels.reference import add_dropout_then
@@ -32,7 +31,6 @@ class Need:
     dropout: float = 0.0
     layer_scaling: bool = False
     segments: bool = False
-    compile: bool = False
     storage: torch.dtype | None = None
     capability: tuple[int, int] | None = None
     length: int | None = None
@@ -45,12 +43,15 @@ class Implementation:
     """One way to run an op; usable() returns None, or the reason why not.
 
     for_segments: it is for documents alone, and not worth a word where there are none.
+    fusible: a pure function of tensors without a matrix product or communication in it: what
+    --torch-compile makes one kernel of (compiled.py).
     """
 
     name: str
     run: Callable[..., Any]
     usable: Callable[[Need], str | None]
     for_segments: bool = False
+    fusible: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,8 +160,8 @@ def _adds_in_fp32(need: Need) -> str | None:
     return None
 
 
-def _compile(need: Need) -> str | None:
-    return None if need.compile else "--torch-compile is off"
+def _pointwise(run: Callable[..., Any]) -> list[Implementation]:
+    return [Implementation("reference", run, _always, fusible=True)]
 
 
 TABLE: dict[str, list[Implementation]] = {
@@ -172,7 +173,7 @@ TABLE: dict[str, list[Implementation]] = {
         Implementation("one-product", added_weight_gradient, _adds_in_fp32),
         Implementation("reference", reference.linear_weight_gradient, _always),
     ],
-    "split_rotate": [Implementation("reference", reference.split_rotate, _always)],
+    "split_rotate": _pointwise(reference.split_rotate),
     "attention": [
         Implementation("flash-attn-4", flash.flash_4, _flash_4),
         Implementation("flash-attn", flash.flash, _flash),
@@ -181,38 +182,17 @@ TABLE: dict[str, list[Implementation]] = {
         Implementation("torch-sdpa", vendor.sdpa, _sdpa),
         Implementation("reference", reference.attention, _always),
     ],
-    "layer_norm": [
-        Implementation("torch-compile", compiled(reference.layer_norm), _compile),
-        Implementation("reference", reference.layer_norm, _always),
-    ],
-    "rms_norm": [
-        Implementation("torch-compile", compiled(reference.rms_norm), _compile),
-        Implementation("reference", reference.rms_norm, _always),
-    ],
-    "gelu": [
-        Implementation("torch-compile", compiled(reference.gelu), _compile),
-        Implementation("reference", reference.gelu, _always),
-    ],
-    "gelu_erf": [
-        Implementation("torch-compile", compiled(reference.gelu_erf), _compile),
-        Implementation("reference", reference.gelu_erf, _always),
-    ],
-    "swiglu": [
-        Implementation("torch-compile", compiled(reference.swiglu), _compile),
-        Implementation("reference", reference.swiglu, _always),
-    ],
+    "layer_norm": _pointwise(reference.layer_norm),
+    "rms_norm": _pointwise(reference.rms_norm),
+    "gelu": _pointwise(reference.gelu),
+    "gelu_erf": _pointwise(reference.gelu_erf),
+    "swiglu": _pointwise(reference.swiglu),
     "cross_entropy": [Implementation("reference", cross_entropy.scores, _always)],
     "cross_entropy_gradients": [Implementation("reference", cross_entropy.gradients, _always)],
-    "dropout": [Implementation("reference", dropout, _always)],
-    "add_dropout": [Implementation("reference", reference.add_dropout, _always)],
-    "add_dropout_layer_norm": [
-        Implementation("torch-compile", add_dropout_then(compiled(reference.layer_norm)), _compile),
-        Implementation("reference", add_dropout_then(reference.layer_norm), _always),
-    ],
-    "add_dropout_rms_norm": [
-        Implementation("torch-compile", add_dropout_then(compiled(reference.rms_norm)), _compile),
-        Implementation("reference", add_dropout_then(reference.rms_norm), _always),
-    ],
+    "dropout": _pointwise(dropout),
+    "add_dropout": _pointwise(reference.add_dropout),
+    "add_dropout_layer_norm": _pointwise(add_dropout_then(reference.layer_norm)),
+    "add_dropout_rms_norm": _pointwise(add_dropout_then(reference.rms_norm)),
 }
 
 _TORCH = ["torch-flex", "torch-varlen", "torch-sdpa", "reference"]

@@ -75,7 +75,7 @@ class SelfAttention(nn.Module):
         self.kv_heads = self.core.kv_heads // context.tp.size
         self.qkv = ColumnParallelLinear(context, parts.named("attention.qkv", Matrix))
         self.output = RowParallelLinear(context, parts.named("attention.output", Matrix))
-        self.split_rotate = context.choose("split_rotate")
+        self.split_rotate = context.choose("split_rotate", computes=self.core.rotated > 0)
         self.kernels = {
             (training, apart): choose_attention(context, training=training, segments=apart).run
             for training in (False, True)

@@ -14,6 +14,7 @@ from megatron_lite.blueprint.figure.transformer import figure_of
 from megatron_lite.blueprint.recompute import RecomputePlan
 from megatron_lite.config.sections.model import ModelConfig
 from megatron_lite.config.sections.precision import PrecisionConfig
+from megatron_lite.kernels.compiled import Compiler
 from megatron_lite.kernels.segments import Segments
 from megatron_lite.kernels.table import Need, choose
 from megatron_lite.layers.gradients import WeightGradients
@@ -30,6 +31,7 @@ class StageContext:
     drawn: the figure to build, the model's own by default.
     kernels: which implementation of each op runs, and why: a line for each choice.
     capability: of the GPU that runs this, or that a rehearsal stands for; see kernels/table.py.
+    compiler: of what stands between two products; None: it runs as it is.
     """
 
     model: ModelConfig
@@ -44,6 +46,7 @@ class StageContext:
     drawn: Figure | None = None
     kernels: list[str] = field(default_factory=list)
     capability: tuple[int, int] | None = None
+    compiler: Compiler | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -57,20 +60,23 @@ class StageContext:
 
     def need(self) -> Need:
         """What a kernel of this stage must cope with."""
-        return Need(
-            self.ctx.device, self.dtype, compile=self.precision.torch_compile,
-            capability=self.capability or _capability(self.ctx.device),
-        )  # fmt: skip
+        capability = self.capability or _capability(self.ctx.device)
+        return Need(self.ctx.device, self.dtype, capability=capability)
 
-    def choose(self, op: str, *, storage: torch.dtype | None = None) -> Callable[..., Any]:
+    def choose(
+        self, op: str, *, storage: torch.dtype | None = None, computes: bool = True
+    ) -> Callable[..., Any]:
         """The implementation of an op that runs on this stage: chosen when a layer is built, not per call.
 
         storage: the number format of the layer's weight, where it is not the run's.
+        computes: False where the op only looks at its input in another way: nothing to compile.
         """
         choice = choose(op, replace(self.need(), storage=storage))
         if choice.why not in self.kernels:
             self.kernels.append(choice.why)
-        return choice.run
+        if self.compiler is None or not (choice.implementation.fusible and computes):
+            return choice.run
+        return self.compiler.piece(op, choice.run)
 
     @property
     def tp(self) -> Axis:

@@ -116,6 +116,7 @@ def block_items(
 ) -> Items:
     """What one block keeps for a micro batch, nothing recomputed, and what its backward adds.
 
+    Compiled pieces keep less: no mask, no half way of a gate, and of a norm its input.
     segments: whether documents do not see one another; their mask itself is shared_mask_bytes().
     """
     w, tp = element_bytes(precision), parallel.tp
@@ -123,7 +124,10 @@ def block_items(
     split = tokens / tp if parallel.splits_sequence else tokens
     h = model.hidden_size
     norms, cores, acts = layer.of(Norm), layer.of(Core), layer.of(Activation)
-    mlp = sum(tokens * w * act.kept / tp for act in acts)
+    compiled = precision.compiles(on_gpu=on_gpu)
+    kept_of_act = [act.inputs + act.width if compiled else act.kept for act in acts]
+    made_of_act = [act.inputs if compiled else act.gradients for act in acts]
+    mlp = sum(tokens * w * kept / tp for kept in kept_of_act)
     qkv, tables = _qkv_bytes(cores, model, tp, tokens * w)
     core, core_gradients = 0.0, 0.0
     for one in cores:
@@ -133,8 +137,9 @@ def block_items(
         )  # fmt: skip
         core, core_gradients = core + kept, max(core_gradients, gradients)
     gathered = 2 * tokens * w * h + (2 * split * w * h if parallel.splits_sequence else 0.0)
-    in_fp32 = [norm for norm in norms if norm.function == "RMSNorm"]
-    dropped = [m for m in layer.of(Matrix) if m.into_stream and model.hidden_dropout > 0.0]
+    in_fp32 = [norm for norm in norms if norm.function == "RMSNorm" and not compiled]
+    masked = model.hidden_dropout > 0.0 and not compiled
+    dropped = [matrix for matrix in layer.of(Matrix) if matrix.into_stream and masked]
     return Items(
         stream=sum(split * w * norm.width for norm in norms if norm not in in_fp32),
         norms=sum(split * w * norm.width for norm in norms),
@@ -144,7 +149,7 @@ def block_items(
         attended=sum(tokens * w * one.queries / tp for one in cores),
         mlp=mlp,
         masks=sum(split * matrix.rows for matrix in dropped),
-        mlp_gradients=max((tokens * w * act.gradients / tp for act in acts), default=0.0),
+        mlp_gradients=max((tokens * w * made / tp for made in made_of_act), default=0.0),
         core_gradients=core_gradients - mlp - split * w * h,
         gathered=gathered,
     )

@@ -226,7 +226,11 @@ class Costs:
     def _moves(self, layer: Parts) -> tuple[float, float]:
         """Seconds of a layer's elementwise kernels in forward and in backward."""
         split = self.tokens / (self.tp if self.asked.parallel.splits_sequence else 1)
-        dropped = self.device.dropout_values if self.model.hidden_dropout > 0.0 else 0.0
+        compiled = self.asked.precision.compiles(on_gpu=self.asked.on_gpu)
+        dropping = (
+            self.model.hidden_dropout > 0.0 and not compiled
+        )  # which makes masks in registers
+        dropped = self.device.dropout_values if dropping else 0.0
         norms = sum(norm.width for norm in layer.of(Norm))
         added = sum(matrix.rows for matrix in layer.of(Matrix) if matrix.into_stream)
         # a norm reads and writes; an addition with dropout has three values and a mask

@@ -269,7 +269,8 @@ def _held(
     workspace += passing * max(
         (largest_matrix(blueprint.figure.layers[layer], tp) for layer in stage.layers), default=0.0
     )
-    if stage.has_embedding and model.hidden_dropout > 0.0:
+    masked = model.hidden_dropout > 0.0 and not asked.precision.compiles(on_gpu=asked.on_gpu)
+    if stage.has_embedding and masked:
         kept += stream / low  # the mask
     if not stage.has_head:
         return _Held(kept, deferred, _Moment(), (_Moment(0.0, blocks.again, 0.0, workspace),))

@@ -37,6 +37,7 @@ from megatron_lite.parallel.calls.recorder import CallRecorder
 from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.parallel.shard import MASTER
 from megatron_lite.rehearsal.meta_tensors import Forms, MetaTensorMode
+from megatron_lite.rehearsal.pieces import FusedPieces
 from megatron_lite.rehearsal.process_group import simulated_rank
 from megatron_lite.train.assemble import assemble
 from megatron_lite.train.run import Run
@@ -129,7 +130,9 @@ class StandIn:
         )
         self.log = CallLog(rank, pp=ctx.pp.rank)
         self.recorder = CallRecorder(self.log)
-        self.run: Run = assemble(config, blueprint, ctx.observed(self.recorder))
+        self.run: Run = assemble(
+            config, blueprint, ctx.observed(self.recorder), compiler=FusedPieces()
+        )
         self.run.pipeline.reached = self._reached
         self.batches = make_batches(config, num_microbatches(blueprint))
         self._seconds = time.perf_counter() - began
@@ -292,7 +295,8 @@ def make_batches(config: RunConfig, count: int) -> list[Batch]:
 
 def _without_device(config: RunConfig) -> RunConfig:
     """What needs a device to run is replaced by what allocates and says the same."""
-    precision = dataclasses.replace(config.precision, torch_compile=False)
+    compiles = config.precision.compiles(on_gpu=not config.train.use_cpu)
+    precision = dataclasses.replace(config.precision, torch_compile="on" if compiles else "off")
     if config.train.use_cpu and config.model.attention_dropout > 0.0:
         # what a CPU chooses, see kernels/table.py
         precision = dataclasses.replace(precision, attention_backend="unfused")

@@ -12,6 +12,7 @@ from megatron_lite.blueprint.recompute import RecomputePlan
 from megatron_lite.config.sections.run import RunConfig
 from megatron_lite.engines.base import Engine, Statistics
 from megatron_lite.engines.table import ENGINES
+from megatron_lite.kernels.compiled import Compiler
 from megatron_lite.layers.contexts import StageContext
 from megatron_lite.layers.gradients import WeightGradients
 from megatron_lite.models.decoder import Decoder
@@ -36,14 +37,20 @@ def assemble(
     ctx: ParallelContext,
     *,
     timers: RunTimers | None = None,
+    compiler: Compiler | None = None,
 ) -> Run:
     """Build this rank's stages, engine and executor; weights are filled from seed and names.
 
     The engine is made before the weights are filled, so that it may say where they lie.
+    compiler: of what stands between two products, the default one where the config wants it.
     Collective only in that all ranks must build alike; it communicates nothing.
     """
     timers = timers or RunTimers(level=0)
-    decoders = _decoders(config, blueprint, ctx, timers)
+    if not config.precision.compiles(on_gpu=ctx.device.type == "cuda"):
+        compiler = None
+    else:
+        compiler = compiler or Compiler()
+    decoders = _decoders(config, blueprint, ctx, timers, compiler)
     parameters = {stage: local_parameters(decoder) for stage, decoder in decoders.items()}
     held = ENGINES[config.parallel.engine](
         parameters,
@@ -94,7 +101,11 @@ def assemble(
 
 
 def _decoders(
-    config: RunConfig, blueprint: Blueprint, ctx: ParallelContext, timers: RunTimers
+    config: RunConfig,
+    blueprint: Blueprint,
+    ctx: ParallelContext,
+    timers: RunTimers,
+    compiler: Compiler | None,
 ) -> dict[int, Decoder]:
     """The modules of this rank's stages, by stage; their parameters are not filled."""
     assert config.model.vocab_size is not None, "the tool reads it from the tokenizer"
@@ -115,6 +126,7 @@ def _decoders(
             capability=_REHEARSED
             if ctx.device.type == "meta" and not config.train.use_cpu
             else None,
+            compiler=compiler,
         )
         decoder = made[placed.index] = Decoder(
             context,

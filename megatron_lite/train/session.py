@@ -25,8 +25,10 @@ from megatron_lite.config.sections.telemetry import TelemetryConfig
 from megatron_lite.config.sections.train import TrainConfig
 from megatron_lite.data.build import Datasets
 from megatron_lite.data.identity import Identity
+from megatron_lite.kernels.compiled import Compiler
 from megatron_lite.layers.attention import attention_line
 from megatron_lite.parallel.calls.checking import Checker
+from megatron_lite.parallel.collectives import gather_text
 from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.rendezvous.heartbeat import Presence
 from megatron_lite.rendezvous.launch import (
@@ -185,14 +187,27 @@ def _open_talk(start: Start, blueprint: Blueprint) -> Talk:
 
 def _build(start: Start, blueprint: Blueprint, talk: Talk) -> Run:
     """The stages and the engine of this rank, from random weights."""
+    compiler = Compiler(warn=talk.log.warn)
     with talk.timers.span("model-and-optimizer-setup"):
-        run = assemble(start.config, blueprint, talk.ctx, timers=talk.timers)
+        run = assemble(start.config, blueprint, talk.ctx, timers=talk.timers, compiler=compiler)
+    if run.context.compiler is not None:
+        _try(compiler, talk)
     if talk.checker is not None:
         run.pipeline.reached = talk.checker.reached
     talk.log.say(*_description(run, blueprint, start.config), *_tokenizer_lines(start.tokens))
     talk.log.say_of_shard(_shard_size(run))
     start.faults.attach(run)
     return run
+
+
+def _try(compiler: Compiler, talk: Talk) -> None:
+    """Where it fails on one rank no rank compiles: all compute the same.  Collective over the world."""
+    with told("trying the compiler", talk.log.say):
+        failure = compiler.try_on(talk.ctx.device)
+    said = gather_text(f"{failure or ''}\n", talk.ctx.world, talk.ctx.device)
+    failures = [f"on rank {rank}: {text.strip()}" for rank, text in enumerate(said) if text.strip()]
+    if failures:
+        compiler.give_up(failures[0])
 
 
 def _open_checkpoints(start: Start, run: Run, log: Log) -> Checkpoints:
@@ -397,6 +412,17 @@ def _kernels(run: Run) -> list[str]:
     return [f" > kernels: {'; '.join(chosen)}"] if chosen else []
 
 
+def _compiled(run: Run) -> str:
+    """What --torch-compile makes of this run, and why not."""
+    compiler = run.context.compiler
+    if compiler is None:
+        asked = run.context.precision.torch_compile
+        return f" > torch.compile: nothing (--torch-compile {asked}, on {run.ctx.device.type})"
+    if compiler.failure is not None:
+        return f" > torch.compile: nothing ({compiler.failure})"
+    return f" > torch.compile: {', '.join(compiler.pieces)}, by {compiler.backend}"
+
+
 def _description(run: Run, blueprint: Blueprint, config: RunConfig) -> list[str]:
     grid, ctx = blueprint.grid, run.ctx
     return [
@@ -407,5 +433,6 @@ def _description(run: Run, blueprint: Blueprint, config: RunConfig) -> list[str]
             run.context, config.train.micro_batch_size, segments=config.data.reset_attention_mask
         ),
         *_kernels(run),
+        _compiled(run),
         f" > padded vocab (size: {run.context.vocab_size}) to {run.context.padded_vocab_size}",
     ]

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
+from megatron_lite.kernels.compiled import Compiler
 from megatron_lite.kernels import documents
 from megatron_lite.kernels.attention import AttentionCall
 from megatron_lite.kernels.random import feature_bits, keep_mask, key, normal, token_numbers
@@ -37,8 +38,10 @@ def losses(device, **changes):
     return seen
 
 
-def test_losses_equal_the_cpus():
-    assert losses("cuda") == pytest.approx(losses("cpu"), rel=1e-4)
+@pytest.mark.parametrize("compiled", ["auto", "off"])
+def test_losses_equal_the_cpus(compiled):
+    found = losses("cuda", precision__torch_compile=compiled)
+    assert found == pytest.approx(losses("cpu"), rel=1e-4)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
@@ -47,8 +50,25 @@ def test_half_precision_follows_fp32(precision):
     assert losses("cuda", **changes) == pytest.approx(losses("cpu"), rel=2e-2)
 
 
-def test_compiled_kernels_give_the_same_losses():
-    assert losses("cuda", precision__torch_compile=True) == pytest.approx(losses("cpu"), rel=1e-4)
+PIECES = [(op, row) for op, rows in TABLE.items() for row in rows if row.fusible]
+
+
+@pytest.mark.parametrize(("op", "row"), PIECES, ids=[op for op, _ in PIECES])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_compiled_piece_equals_its_reference(op, row, dtype):
+    """Its dropout mask bit for bit (CPU twin: tests/kernels/test_compiled.py)."""
+    device = torch.device("cuda")
+    if row.usable(Need(device, dtype)) is not None:
+        pytest.skip("not usable here")
+    compiler = Compiler(warn=pytest.fail)
+    assert compiler.try_on(device) is None
+    made = replace(row, run=compiler.piece(op, row.run))
+    expected = run_with_gradients(row, op, device, dtype)
+    tolerance = 1e-4 if dtype == torch.float32 else 3e-2
+    for ours, theirs in zip(run_with_gradients(made, op, device, dtype), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
+        if op == "dropout":
+            assert torch.equal(ours == 0.0, theirs == 0.0)
 
 
 def test_weights_and_masks_are_those_of_the_cpu():
@@ -82,7 +102,7 @@ def test_every_kernel_equals_its_reference(op, inputs, dtype):
     tried = 0
     for row in TABLE[op][:-1]:
         need = Need(
-            device, dtype, compile=True, segments=inputs == "documents", backend="flash",
+            device, dtype, segments=inputs == "documents", backend="flash",
             capability=torch.cuda.get_device_capability(),
         )  # fmt: skip
         if row.usable(need) is None and (inputs == "documents" or not row.for_segments):

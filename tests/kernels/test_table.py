@@ -18,18 +18,10 @@ from megatron_lite.planner.memory import WIDENED_BYTES
 from tests.support.kernels import INPUTS, ON_A_CPU, arguments, run_with_gradients
 
 CPU = torch.device("cpu")
-COMPILED = "torch-compile"
 HERE = [row for row in TABLE["attention"] if row.name not in ON_A_CPU]
 """Attention that runs on a CPU as it is."""
 ROWS = [
-    # a C++ compiler for each: minutes together
-    pytest.param(
-        op,
-        inputs,
-        row,
-        id=f"{inputs}-{row.name}",
-        marks=[pytest.mark.slow] * (row.name == COMPILED),
-    )
+    pytest.param(op, inputs, row, id=f"{inputs}-{row.name}")
     for op, rows in TABLE.items()
     for row in rows
     for inputs in INPUTS[op]
@@ -42,7 +34,7 @@ def test_every_implementation_equals_its_reference(
     op: str, inputs: str, row: Implementation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where only a GPU has the kernel, what we make of its inputs and outputs; see ON_A_CPU."""
-    reason = row.usable(Need(CPU, torch.float32, compile=True, segments=inputs == "documents"))
+    reason = row.usable(Need(CPU, torch.float32, segments=inputs == "documents"))
     if reason is not None and row.name not in ON_A_CPU:
         pytest.skip(reason)
     expected = run_with_gradients(TABLE[op][-1], inputs)

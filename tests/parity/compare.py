@@ -25,6 +25,7 @@ from torch import Tensor
 from megatron_lite.config.rules import table as rules
 from megatron_lite.config.sections.run import RunConfig
 from megatron_lite.engines.base import Update
+from megatron_lite.kernels.compiled import Compiler
 from megatron_lite.parallel.shard import NamedSlice
 from megatron_lite.train.assemble import assemble
 from megatron_lite.train.run import Run
@@ -52,22 +53,33 @@ class Curve:
     parameters: list[Part] = field(default_factory=list)
 
 
-def train_layout(rank: int, ranks: int, engine: str, changes: dict[str, Any]) -> Curve:
-    """The curve of one rank: SGD, then Adam."""
+def train_layout(
+    rank: int, ranks: int, engine: str, changes: dict[str, Any], compile_by: str | None = None
+) -> Curve:
+    """The curve of one rank: SGD, then Adam; its pieces compiled by a backend of torch.compile."""
     torch.set_num_threads(1)
     curve = Curve()
     changes = changes | {"parallel__engine": engine}
-    _train(rank, ranks, tiny_config(**changes | SGD), SGD_STEPS, curve, keep=True)
-    _train(rank, ranks, tiny_config(**changes), ADAM_STEPS, curve, keep=False)
+    if compile_by is not None:
+        changes |= {"precision__torch_compile": "on"}
+    for config, steps, keep in (
+        (tiny_config(**changes | SGD), SGD_STEPS, True),
+        (tiny_config(**changes), ADAM_STEPS, False),
+    ):
+        compiler = Compiler(compile_by or "none")
+        _train(rank, ranks, config, steps, curve, compiler, keep=keep)
+        assert compiler.failure is None
+        assert bool(compiler.pieces) == (compile_by is not None)
     return curve
 
 
 def _train(
-    rank: int, ranks: int, config: RunConfig, steps: int, curve: Curve, *, keep: bool
-) -> None:
+    rank: int, ranks: int, config: RunConfig, steps: int, curve: Curve, compiler: Compiler,
+    *, keep: bool,
+) -> None:  # fmt: skip
     rules.check_config(config, ranks)
     blueprint = draw(config, ranks)
-    run = assemble(config, blueprint, context(blueprint, rank))
+    run = assemble(config, blueprint, context(blueprint, rank), compiler=compiler)
     first_gradients: list[Part] = []
     if keep:
         _record_gradients(run, first_gradients)
@@ -131,12 +143,17 @@ class Difference:
         return max(dataclasses.astuple(self))
 
 
-def compare(layout: Layout, engine: str = "zero") -> Difference:
-    """Train the layout and the serial run of the same settings; every rank's curve is compared."""
+def compare(layout: Layout, engine: str = "zero", compile_by: str | None = None) -> Difference:
+    """Train the layout and the serial run of the same settings; every rank's curve is compared.
+
+    compile_by: what compiles the layout's pieces; nothing does the serial run's.
+    """
     shared = ALWAYS | layout.shared
     reference = _serial(engine, tuple(sorted(layout.shared.items())))
     # eight ranks on two busy cores
-    curves = spawn(train_layout, layout.ranks, engine, shared | layout.changes, deadline=600.0)
+    curves = spawn(
+        train_layout, layout.ranks, engine, shared | layout.changes, compile_by, deadline=600.0
+    )
     return Difference(
         loss=max(_relative(c.losses, reference.losses) for c in curves),
         grad_norm=max(_relative(c.grad_norms, reference.grad_norms) for c in curves),

@@ -386,6 +386,12 @@ WIDE = [
 
 LAYOUTS = [*QUICK, *MORE, *WIDE]
 
+TRANSLATED = (
+    "tp2-sp", "pp4-zb-h1", "tp2-pp2-sp-zb-v-recompute", "tp2-pp2-sp-llama",
+    "dp2-zero-recompute-selective", "pp2-dp2-bf16",
+)  # fmt: skip
+"""Compiled down to C++, which takes a minute each; traced and differentiated as graphs are all quick ones."""
+
 WRONG = [
     layout("a lost micro batch", train__global_batch_size=6),
     layout("another seed", train__seed=7),

@@ -7,7 +7,7 @@ import pytest
 
 from megatron_lite.engines.table import ENGINES
 from tests.parity.compare import compare, passes
-from tests.parity.layouts import LAYOUTS, MORE, QUICK, WIDE, WRONG
+from tests.parity.layouts import LAYOUTS, MORE, QUICK, TRANSLATED, WIDE, WRONG
 from tests.support.places import ROOT
 
 
@@ -23,6 +23,27 @@ from tests.support.places import ROOT
 )
 def test_equals_the_serial_run(entry, engine) -> None:
     difference = compare(entry, engine)
+    assert passes(entry, difference), dataclasses.asdict(difference)
+
+
+COMPILED = [
+    *((entry, "aot_eager") for entry in QUICK),
+    *((entry, "inductor") for entry in LAYOUTS if entry.name in TRANSLATED),
+]
+
+
+@pytest.mark.parametrize(
+    ("entry", "backend"),
+    [
+        pytest.param(
+            entry, backend, id=f"{entry.name}-{backend}",
+            marks=pytest.mark.ci if entry.name == "tp2-sp" else pytest.mark.slow,
+        )
+        for entry, backend in COMPILED
+    ],
+)  # fmt: skip
+def test_equals_the_serial_run_with_its_pieces_compiled(entry, backend) -> None:
+    difference = compare(entry, compile_by=backend)
     assert passes(entry, difference), dataclasses.asdict(difference)
 
 

@@ -14,6 +14,7 @@ from megatron_lite.blueprint.draw_up import draw_up
 from megatron_lite.blueprint.figure.transformer import figure_of
 from megatron_lite.blueprint.recompute import RecomputePlan
 from megatron_lite.config.flags.parser import parse
+from megatron_lite.kernels.compiled import Compiler
 from megatron_lite.kernels.segments import Segments
 from megatron_lite.layers.contexts import ForwardContext, StageContext
 from megatron_lite.layers.dropout import step_dropout
@@ -73,6 +74,7 @@ def kept_by(flags: str, num_layers: int) -> int:
     context = StageContext(
         model=config.model, ctx=ParallelContext.serial(), padded_vocab_size=1024, vocab_size=1000,
         precision=config.precision, recompute=RecomputePlan.from_config(config.parallel),
+        compiler=Compiler("aot_eager") if config.precision.compiles(on_gpu=False) else None,
     )  # fmt: skip
     blocks = Decoder(context, range(num_layers), has_embedding=False, has_head=False)
     fill(blocks)
@@ -85,6 +87,8 @@ def kept_by(flags: str, num_layers: int) -> int:
     if config.data.reset_attention_mask:
         rows = torch.arange(0, samples * tokens + 1, tokens, dtype=torch.int32)
         at = dataclasses.replace(at, segments=Segments(rows, tokens, samples, tokens))
+    if context.compiler is not None:
+        return saved_by(blocks, x, at)
     alive = Alive()
     for parameter in blocks.parameters():
         alive.see(parameter.data)
@@ -98,6 +102,21 @@ def kept_by(flags: str, num_layers: int) -> int:
         kept = alive.now - before
     assert edge is not None
     return kept
+
+
+def saved_by(blocks: Decoder, x: torch.Tensor, at: ForwardContext) -> int:
+    """Bytes that autograd keeps: no compiled code runs under a mode that sees every operation."""
+    weights = {p.untyped_storage()._cdata for p in blocks.parameters()}
+    found: dict[int, int] = {}
+
+    def see(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        found[storage._cdata] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(see, lambda tensor: tensor):
+        assert blocks(x, at).requires_grad
+    return sum(size for storage, size in found.items() if storage not in weights)
 
 
 def planned_of(flags: str, num_layers: int) -> float:
@@ -119,6 +138,20 @@ def test_a_block_keeps_what_the_plan_counts_item_by_item(flags: str) -> None:
     measured = (kept_by(flags, 3) - kept_by(flags, 1)) / 2
     planned = planned_of(flags, 3) - planned_of(flags, 2)
     assert planned == pytest.approx(measured, rel=0.02)
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize("flags", [
+    "--micro-batch-size 2", f"--micro-batch-size 2 --bf16 {ND}",
+    f"--micro-batch-size 2 --bf16 {LLAMA} {GROUPED}",
+])  # fmt: skip
+def test_so_it_does_of_a_compiled_block(flags: str) -> None:
+    """Its pieces traced and cut into forward and backward as for a GPU; nothing but autograd keeps here."""
+    flags += " --torch-compile --attention-dropout 0"
+    measured = (kept_by(flags, 3) - kept_by(flags, 1)) / 2
+    planned = planned_of(flags, 3) - planned_of(flags, 2)
+    assert planned == pytest.approx(measured, rel=0.02)
+    assert planned < planned_of(flags.replace("--torch-compile", "--no-torch-compile"), 1)
 
 
 @pytest.mark.parametrize("how", ["", "--bf16", UNFUSED, f"{SELECTIVE} core_attn"])

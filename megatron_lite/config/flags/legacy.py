@@ -169,6 +169,7 @@ OURS_ONLY = frozenset(
     {
         "parallel.pipeline_schedule",
         "parallel.check_collectives",
+        "precision.torch_compile",
         "parallel.engine",
         "precision.tf32",
         "precision.loss_scale_patience",

@@ -51,10 +51,10 @@ class ParsedFlags:
 
 @dataclass(frozen=True, slots=True)
 class Spelling:
-    """One way to write a setting's flag; `value` is what a bool's spelling sets."""
+    """One way to write a setting's flag; `value` is what a spelling without one sets."""
 
     setting: FlagSetting
-    value: bool | None = None
+    value: bool | str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +77,7 @@ def spellings() -> Mapping[str, Spelling]:
             found[flag] = Spelling(setting, True if is_bool else None)
         for flag in setting.off:
             assert flag not in found, f"{flag} is spelt twice"
-            found[flag] = Spelling(setting, False)
+            found[flag] = Spelling(setting, "off" if setting.switch else False)
     return MappingProxyType(found)
 
 
@@ -212,7 +212,8 @@ class _Reading:
             value = from_text(spelling.setting, use.values)
             self._give(spelling.setting, value, use.written, own=True)
             return
-        other = spelling.setting.off if spelling.value else spelling.setting.on
+        off = spelling.value in (False, "off")
+        other = spelling.setting.on if off else spelling.setting.off
         _no_values(use, f"; {other[0]} is its opposite")
         self._give(spelling.setting, spelling.value, use.written, own=True)
 

@@ -41,9 +41,11 @@ class FlagSetting:
     on: tuple[str, ...]
     """Spellings that set it; the first is the flag."""
     off: tuple[str, ...]
-    """Spellings that switch a bool off; the first is the flag."""
+    """Spellings that switch it off; the first is the flag."""
     open: bool = False
     """Its values are rows of a table, to which a program may have added some."""
+    switch: bool = False
+    """Its words hold on and off: the bare flag is on, and a file may say true or false."""
 
     @property
     def allowed(self) -> tuple[object, ...]:
@@ -121,7 +123,7 @@ def _setting(section: str, field: dataclasses.Field[object], hint: object) -> Fl
     dashed = field.name.replace("_", "-")
     on = (meta.get("flag", f"--{dashed}"), *meta.get("aliases", ()))
     off: tuple[str, ...] = ()
-    if hint is bool:
+    if hint is bool or "switch" in meta:
         off = (f"--no-{dashed}", *meta.get("aliases_off", ()))
         off = (meta["off"], *off) if "off" in meta else off
     return FlagSetting(
@@ -136,6 +138,7 @@ def _setting(section: str, field: dataclasses.Field[object], hint: object) -> Fl
         required=bool(meta.get("required", False)),
         one_start=bool(meta.get("one_start", False)),
         open="rows" in meta,
+        switch="switch" in meta,
         on=on,
         off=off,
     )

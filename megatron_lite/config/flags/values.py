@@ -23,6 +23,8 @@ def from_text(setting: FlagSetting, texts: Sequence[str]) -> object:
         if not texts:
             raise ValueError("takes one or more values, got none")
         return [_one(setting, text) for text in texts]
+    if not texts and setting.switch:
+        return "on"
     if not texts:
         raise ValueError(f"takes a value ({setting.type_name}), got none")
     if len(texts) > 1:
@@ -49,6 +51,8 @@ def _one_yaml(setting: FlagSetting, value: object) -> object:
         if not isinstance(value, bool):
             raise ValueError(f"takes true or false, got {value!r}")
         return value
+    if setting.switch and isinstance(value, bool):  # YAML 1.1 reads on and off so, too
+        return "on" if value else "off"
     if setting.kind is str:
         if setting.many and isinstance(value, int | float) and not isinstance(value, bool):
             return _one(setting, repr(value))  # a blend's weight

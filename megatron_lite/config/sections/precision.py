@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 
@@ -52,8 +52,8 @@ class PrecisionConfig:
     gradient_accumulation_fusion: bool = True
     """Linear layers add weight gradients straight to the accumulators; off goes through autograd."""
 
-    torch_compile: bool = False
-    """Run norms and activations through torch.compile: fused kernels, compiled at the first step."""
+    torch_compile: Literal["auto", "on", "off"] = field(default="auto", metadata={"switch": True})
+    """Compile what stands between two matrix products; auto: on a GPU, where a compiler works."""
 
     tf32: bool = False
     """Allow TF32 matrix products for fp32 tensors on a GPU."""
@@ -62,6 +62,10 @@ class PrecisionConfig:
     def name(self) -> Literal["fp32", "fp16", "bf16"]:
         """The parameters' format."""
         return "fp16" if self.fp16 else "bf16" if self.bf16 else "fp32"
+
+    def compiles(self, *, on_gpu: bool) -> bool:
+        """Whether the pieces between products are to be compiled on such a device."""
+        return self.torch_compile == "on" or (self.torch_compile == "auto" and on_gpu)
 
     @property
     def products(self) -> str:
