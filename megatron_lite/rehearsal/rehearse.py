@@ -37,7 +37,6 @@ from megatron_lite.parallel.calls.recorder import CallRecorder
 from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.parallel.shard import MASTER
 from megatron_lite.rehearsal.meta_tensors import Forms, MetaTensorMode
-from megatron_lite.rehearsal.pieces import FusedPieces
 from megatron_lite.rehearsal.process_group import simulated_rank
 from megatron_lite.train.assemble import assemble
 from megatron_lite.train.run import Run
@@ -130,9 +129,7 @@ class StandIn:
         )
         self.log = CallLog(rank, pp=ctx.pp.rank)
         self.recorder = CallRecorder(self.log)
-        self.run: Run = assemble(
-            config, blueprint, ctx.observed(self.recorder), compiler=FusedPieces()
-        )
+        self.run: Run = assemble(config, blueprint, ctx.observed(self.recorder))
         self.run.pipeline.reached = self._reached
         self.batches = make_batches(config, num_microbatches(blueprint))
         self._seconds = time.perf_counter() - began

@@ -1,7 +1,6 @@
-"""What --torch-compile makes of a piece, as far as memory goes: what it keeps, and no more.
+"""A compiled piece on tensors without memory: the results' shapes, and what is kept for backward.
 
-A compiler works on real devices; here a piece runs as it is and keeps what a compiled one would
-(tests/planner compares both with the plan).
+No compiler is asked: the piece runs as it is, and keeps what a compiled one would.
 """
 
 from __future__ import annotations
@@ -11,8 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-
-from megatron_lite.kernels.compiled import Compiler
 
 _KEEPS_INPUT = ("layer_norm", "rms_norm", "gelu", "gelu_erf", "swiglu")
 _KEEPS_SUM = ("add_dropout_layer_norm", "add_dropout_rms_norm")
@@ -43,9 +40,6 @@ class _Fused(torch.autograd.Function):
         return None, None, *made
 
 
-class FusedPieces(Compiler):
-    """In a compiler's place where there is no device."""
-
-    def piece(self, name: str, run: Callable[..., Any]) -> Callable[..., Any]:
-        """run(...), keeping what a compiled piece keeps."""
-        return lambda *inputs: _Fused.apply(name, run, *inputs)
+def run_fused(name: str, run: Callable[..., Any], inputs: tuple[Any, ...]) -> Any:
+    """run(*inputs) of the piece with this name, keeping what a compiled one keeps."""
+    return _Fused.apply(name, run, *inputs)
