@@ -31,6 +31,7 @@ class Need:
     dropout: float = 0.0
     layer_scaling: bool = False
     segments: bool = False
+    compile: bool = False
     storage: torch.dtype | None = None
     capability: tuple[int, int] | None = None
     length: int | None = None
@@ -158,6 +159,10 @@ def _adds_in_fp32(need: Need) -> str | None:
     if need.dtype not in (torch.float16, torch.bfloat16):
         return f"needs fp16 or bf16, not {need.dtype}"
     return None
+
+
+def _compile(need: Need) -> str | None:
+    return None if need.compile else "nothing is compiled"
 
 
 def _pointwise(run: Callable[..., Any]) -> list[Implementation]:

@@ -60,8 +60,9 @@ class StageContext:
 
     def need(self) -> Need:
         """What a kernel of this stage must cope with."""
+        compiles = self.compiler is not None and self.compiler.failure is None
         capability = self.capability or _capability(self.ctx.device)
-        return Need(self.ctx.device, self.dtype, capability=capability)
+        return Need(self.ctx.device, self.dtype, compile=compiles, capability=capability)
 
     def choose(
         self, op: str, *, storage: torch.dtype | None = None, computes: bool = True

@@ -187,11 +187,9 @@ def _open_talk(start: Start, blueprint: Blueprint) -> Talk:
 
 def _build(start: Start, blueprint: Blueprint, talk: Talk) -> Run:
     """The stages and the engine of this rank, from random weights."""
-    compiler = Compiler(warn=talk.log.warn)
+    compiler = _tried(start.config, talk)
     with talk.timers.span("model-and-optimizer-setup"):
         run = assemble(start.config, blueprint, talk.ctx, timers=talk.timers, compiler=compiler)
-    if run.context.compiler is not None:
-        _try(compiler, talk)
     if talk.checker is not None:
         run.pipeline.reached = talk.checker.reached
     talk.log.say(*_description(run, blueprint, start.config), *_tokenizer_lines(start.tokens))
@@ -200,14 +198,21 @@ def _build(start: Start, blueprint: Blueprint, talk: Talk) -> Run:
     return run
 
 
-def _try(compiler: Compiler, talk: Talk) -> None:
-    """Where it fails on one rank no rank compiles: all compute the same.  Collective over the world."""
+def _tried(config: RunConfig, talk: Talk) -> Compiler:
+    """A compiler; where it fails on one rank no rank compiles, so that all compute the same.
+
+    Collective over the world where one is wanted.
+    """
+    compiler = Compiler(warn=talk.log.warn)
+    if not config.precision.compiles(on_gpu=talk.ctx.device.type == "cuda"):
+        return compiler
     with told("trying the compiler", talk.log.say):
         failure = compiler.try_on(talk.ctx.device)
     said = gather_text(f"{failure or ''}\n", talk.ctx.world, talk.ctx.device)
     failures = [f"on rank {rank}: {text.strip()}" for rank, text in enumerate(said) if text.strip()]
     if failures:
         compiler.give_up(failures[0])
+    return compiler
 
 
 def _open_checkpoints(start: Start, run: Run, log: Log) -> Checkpoints:

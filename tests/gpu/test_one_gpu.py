@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from megatron_lite.kernels.compiled import Compiler
 from megatron_lite.kernels import documents
 from megatron_lite.kernels.attention import AttentionCall
+from megatron_lite.kernels.compiled import Compiler
 from megatron_lite.kernels.random import feature_bits, keep_mask, key, normal, token_numbers
 from megatron_lite.kernels.table import TABLE, Need, choose
 from megatron_lite.parallel.context import ParallelContext

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from megatron_lite.kernels import vendor
 from megatron_lite.kernels.attention import AttentionCall
+from megatron_lite.kernels.compiled import Compiler
 from megatron_lite.layers.attention import attention_line, choose_attention
 from megatron_lite.layers.contexts import StageContext
 from megatron_lite.parallel.context import ParallelContext
@@ -19,11 +20,13 @@ from tests.support.tiny import tiny_config
 ON_A_CPU = "attention: flash-attn no (needs a GPU) -> "
 
 
-def stage(capability: tuple[int, int] | None = None, **changes: Any) -> StageContext:
+def stage(
+    capability: tuple[int, int] | None = None, compiler: Compiler | None = None, **changes: Any
+) -> StageContext:
     config = tiny_config(**changes)
     return StageContext(
         config.model, ParallelContext.serial(), padded_vocab_size=8, vocab_size=8,
-        precision=config.precision, capability=capability,
+        precision=config.precision, capability=capability, compiler=compiler,
     )  # fmt: skip
 
 
@@ -65,7 +68,7 @@ def test_a_stage_knows_its_gpu_and_its_rows(
     capability: tuple[int, int] | None, compiled: bool, name: str
 ) -> None:
     context = stage(
-        capability, precision__torch_compile=compiled, **{BF16: True}, model__hidden_size=64,
+        capability, Compiler() if compiled else None, **{BF16: True}, model__hidden_size=64,
         model__seq_length=1024, model__num_attention_heads=4,
     )  # fmt: skip
     assert choose_attention(context, training=True, segments=True).implementation.name == name

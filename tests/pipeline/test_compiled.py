@@ -12,7 +12,7 @@ import pytest
 from megatron_lite.kernels.compiled import Compiler
 from megatron_lite.train.assemble import assemble
 from megatron_lite.train.step import train_step
-from tests.support.axes import CHUNKS, FULL, PP, SCHEDULE, SP, TP, ZERO
+from tests.support.axes import BF16, CHUNKS, FULL, PP, SCHEDULE, SP, TP, ZERO
 from tests.support.spawn import spawn
 from tests.support.tiny import context, draw, make_batches, tiny_config
 
@@ -38,7 +38,7 @@ WAYS: dict[str, dict[str, Any]] = {
         "model__attention_dropout": 0.1, "precision__attention_backend": "unfused",
     } | LLAMA,
     "sharded, gathered before use": {ZERO: True, "parallel__overlap_param_gather": True},
-    "bf16": PP2 | {"precision__bf16": True, SCHEDULE: "zb-h1"},
+    "bf16": PP2 | {BF16: True, SCHEDULE: "zb-h1"},
 }  # fmt: skip
 
 
