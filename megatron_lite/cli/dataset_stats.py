@@ -2,6 +2,8 @@
 
 python tools/dataset_stats.py PREFIX [PREFIX ...] [--plot lengths.png] [--top 20] [--samples 3]
     [--tokenizer-type T --vocab-file F --merge-file F --tokenizer-model F]    shows tokens as text
+python tools/dataset_stats.py --table [WEIGHT] PREFIX [[WEIGHT] PREFIX ...] [--tokens 1000000000]
+    the token counter: documents, tokens, bytes, and the epochs that a run of so many tokens makes
 
 Counting reads the index alone: a million documents take well under a second.  --top and --samples
 read tokens, --top at most --most-tokens of each pair (evenly spread pieces).
@@ -19,10 +21,12 @@ from typing import Any, NamedTuple, NoReturn
 import numpy as np
 import numpy.typing as npt
 
+from megatron_lite.config.blend import parse_blend
 from megatron_lite.config.errors import ConfigError, DataError
 from megatron_lite.config.exit import ToolParser, run_tool
 from megatron_lite.config.extras import how_to_install
 from megatron_lite.config.sections.data import DataConfig
+from megatron_lite.data.counter import TokenCount, counter_table
 from megatron_lite.data.indexed import IndexedDataset, bin_path
 from megatron_lite.data.provenance import (
     ALLOW_MISMATCH,
@@ -52,7 +56,13 @@ class Lengths(NamedTuple):
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = ToolParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("prefix", nargs="+", help="path of a pair without .bin/.idx")
+    add("prefix", nargs="+", help="path of a pair without .bin/.idx; with --table as --data-path")
+    add("--table", action="store_true", help="one line for each pair, weights before the prefixes")
+    add(
+        "--tokens",
+        type=int,
+        help="with --table: tokens of the whole run; each pair once if left out",
+    )
     add("--plot", metavar="PNG", help="draw the lengths of documents (extra: plot)")
     add("--top", type=int, default=0, help="show so many of the most frequent tokens")
     add("--most-tokens", type=int, default=100_000_000, help="tokens read for --top, of each pair")
@@ -81,6 +91,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ConfigError(f"--plot {asked.plot}: give a file that ends in {', '.join(_DRAWN)}")
         check_outputs("--plot", [asked.plot], Disk())
         _pyplot()
+    if asked.tokens is not None and (not asked.table or asked.tokens < 1):
+        raise ConfigError(f"--tokens {asked.tokens}: give --table, and a number above 0")
+    if asked.table:
+        return _print_table(asked)
     text = _Text(asked)
     found = [measure_lengths(prefix) for prefix in asked.prefix]
     makers = {one.prefix: maker_of(one.dataset) for one in found}
@@ -99,6 +113,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     if asked.plot:
         plot(found, asked.plot)
         print(f"lengths of documents: {asked.plot}")
+    return 0
+
+
+def _print_table(asked: argparse.Namespace) -> int:
+    blend = parse_blend(asked.prefix, source="--table")
+    found = [IndexedDataset(prefix) for prefix in blend.prefixes]
+    held = [int(one.sequence_lengths.sum(dtype=np.int64)) for one in found]
+    weights = blend.weights if blend.weights is not None else held
+    counts = [
+        TokenCount(
+            prefix, len(one.document_indices) - 1, tokens, tokens * one.dtype.itemsize, weight
+        )
+        for prefix, one, tokens, weight in zip(blend.prefixes, found, held, weights, strict=True)
+    ]
+    print("\n".join(counter_table(counts, asked.tokens)))
     return 0
 
 

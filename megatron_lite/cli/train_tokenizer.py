@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import itertools
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
 
 from megatron_lite.config.errors import ConfigError
 from megatron_lite.config.exit import ToolParser, run_tool
-from megatron_lite.data.preparing.input_flags import add_input_flags, longest_line
-from megatron_lite.data.preparing.inputs import find_inputs, plan_inputs, read_batches
-from megatron_lite.data.preparing.records import Reader
+from megatron_lite.data.preparing.input_flags import add_input_flags
+from megatron_lite.data.preparing.reading import texts_of
 from megatron_lite.data.tokenizers.base import Tokenizer
 from megatron_lite.data.tokenizers.gpt2_bpe import GPT2BPETokenizer
 from megatron_lite.data.tokenizers.sentencepiece import GPTSentencePieceTokenizer
@@ -42,6 +39,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--output-dir", required=True)
     add("--overwrite", action="store_true", help="replace a vocabulary that is there")
     add("--max-token-chars", type=int, default=16, help="longest token in characters")
+    add("--han-runs", action="store_true", help="bpe: no token joins Han with other letters")
     add = parser.add_argument_group("SentencePiece").add_argument
     add("--character-coverage", type=float, default=0.9995, help="share of characters in pieces")
     add("--normalizer", choices=["identity", "nfkc", "nmt_nfkc"], default="identity",
@@ -57,24 +55,15 @@ def parse_arguments() -> argparse.Namespace:
         )
     if arguments.max_token_chars < 1:
         raise ConfigError(f"--max-token-chars {arguments.max_token_chars} must be at least 1")
+    if arguments.han_runs and arguments.type != "bpe":
+        raise ConfigError(
+            "--han-runs is for --type bpe: SentencePiece keeps scripts apart by itself"
+        )
     if not 0.9 <= arguments.character_coverage <= 1:
         raise ConfigError(
             f"--character-coverage {arguments.character_coverage} must be from 0.9 to 1"
         )
     return arguments
-
-
-def texts(arguments: argparse.Namespace) -> Iterator[str]:
-    """The texts of all records, one after the other; nothing but the current batch is held."""
-    longest = longest_line(arguments)
-    reader = Reader(arguments.json_keys, arguments.template, arguments.on_bad_line, longest)
-    parts = plan_inputs(find_inputs(arguments.input), unit=arguments.text_unit)
-    for batch in read_batches(parts, 1 << 20, columns=reader.columns, longest=longest):
-        parsed = reader.parse(batch)
-        places = [iter(key.texts) for key in parsed.keys]
-        for record in range(len(parsed.lines)):
-            for key, rest in zip(parsed.keys, places, strict=True):
-                yield from itertools.islice(rest, key.counts[record])
 
 
 def main() -> int:
@@ -87,11 +76,13 @@ def main() -> int:
         if path.exists() and not arguments.overwrite:
             raise ConfigError(f"{path} exists; give --overwrite or another --output-dir")
     disk.make_folder(folder)
-    corpus = sample.watch(texts(arguments))
+    corpus = sample.watch(texts_of(arguments))
     names = [str(path) for path in paths]
     tokenizer: Tokenizer
     if arguments.type == "bpe":
-        files = train_bpe(corpus, arguments.vocab_size, arguments.max_token_chars)
+        files = train_bpe(
+            corpus, arguments.vocab_size, arguments.max_token_chars, han_runs=arguments.han_runs
+        )
         for name, content in files.items():
             write_atomically(folder / name, content, disk)
         tokenizer = GPT2BPETokenizer(*names)

@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import io
 import json
+import time
 from pathlib import Path
 from types import ModuleType
 
@@ -137,6 +138,45 @@ def test_statistics_count_and_draw(tmp_path: Path, capsys: pytest.CaptureFixture
     needs("matplotlib")
     assert run(dataset_stats, *words, "--plot", str(png)) == 0
     assert png.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_the_token_counter_says_what_a_blend_reads_of_each(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    a = write(tmp_path / "a", [[4] * 10, [4, 4], []])
+    b = write(tmp_path / "b", [[4] * 30])
+    assert run(dataset_stats, "--table", 3, a, 1, b, "--tokens", 80) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert rows == [
+        ["dataset", "documents", "tokens", "bytes", "weight", "tokens", "taken", "epochs"],
+        [str(a), "3", "12", "24", "0.7500", "60", "5.000"],
+        [str(b), "1", "30", "60", "0.2500", "20", "0.667"],
+        ["all", "4", "42", "84", "1.0000", "80", "1.905"],
+    ]
+    assert run(dataset_stats, "--table", a, b) == 0  # without weights each is read once
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [row[-1] for row in rows[1:]] == ["1.000"] * 3
+    assert run(dataset_stats, a, "--tokens", 80) == run(dataset_stats, "--table", 3, a, b) == 2
+
+
+def test_a_million_documents_are_counted_in_a_second(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lengths = np.full(1_000_000, 700, np.int32)
+    prefix = tmp_path / "large"
+    pointers = np.arange(0, 1_000_000 * 1400, 1400, dtype=np.int64)
+    header = b"MMIDIDX\0\0" + np.array([1], "<u8").tobytes() + bytes([8])
+    counts = np.array([1_000_000, 1_000_001], "<u8").tobytes()
+    index = header + counts + lengths.tobytes() + pointers.tobytes()
+    Path(f"{prefix}.idx").write_bytes(index + np.arange(1_000_001, dtype=np.int64).tobytes())
+    with Path(f"{prefix}.bin").open("wb") as file:
+        file.truncate(1_400_000_000)  # a hole: nothing of it is read
+    began = time.process_time()
+    assert run(dataset_stats, "--table", prefix, "--tokens", 1_400_000_000) == 0
+    assert time.process_time() - began < 1
+    assert "1,000,000  700,000,000  1,400,000,000  1.0000  1,400,000,000   2.000" in (
+        capsys.readouterr().out
+    )
 
 
 def test_frequencies_of_a_part_are_read_from_all_over(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -143,6 +144,31 @@ def test_training_does_not_see_how_the_input_is_cut_and_chinese_survives(
     assert "unknown tokens: 0 of " in out
 
 
+def test_runs_of_han_are_words_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """GPT-2's pattern takes letters of all scripts that touch for one word, and learns them together."""
+    (tmp_path / "a.json").write_text(json.dumps({"text": "我们使用Python语言 " * 60}))
+    mixed = {}
+    for name, flags in (("plain", ()), ("runs", ("--han-runs",))):
+        words = (
+            "--input",
+            tmp_path / "a.json",
+            "--vocab-size",
+            300,
+            "--output-dir",
+            tmp_path / name,
+        )
+        assert call(monkeypatch, train_tokenizer, *words, *flags) == 0
+        files = [str(tmp_path / name / file) for file in train_tokenizer.BPE]
+        tokenizer = GPT2BPETokenizer(*files)
+        assert tokenizer.decode(tokenizer.encode("使用Python，我")) == "使用Python，我"
+        names = [n for n in token_names(tokenizer) if re.search("[\u4e00-\u9fff]", n)]
+        mixed[name] = [n for n in names if re.search("[A-Za-z ]", n)]
+        assert any(len(n) > 1 for n in names)
+    assert mixed["plain"] and not mixed["runs"]
+
+
 def test_unknown_characters_are_counted_without_byte_fallback(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -193,6 +219,7 @@ def test_a_vocabulary_that_is_there_is_not_replaced_unasked(
         (("--type", "sentencepiece-bpe", "--vocab-size", 259), "at least 260"),
         (("--vocab-size", 300, "--max-token-chars", 0), "--max-token-chars 0"),
         (("--vocab-size", 300, "--character-coverage", 0.5), "--character-coverage 0.5"),
+        (("--vocab-size", 300, "--type", "sentencepiece-bpe", "--han-runs"), "--han-runs is for"),
     ],
 )
 def test_wrong_sizes_are_refused(

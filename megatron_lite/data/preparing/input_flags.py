@@ -12,10 +12,10 @@ from megatron_lite.data.preparing.parts import LONGEST_LINE, TextUnit
 LARGEST_LINE_MB = 16384  # some copies of a line are in memory at a time
 
 
-def add_input_flags(add: Callable[..., Any], *, keys: str) -> None:
-    """keys: what --json-keys means to this tool."""
+def add_input_flags(add: Callable[..., Any], *, keys: str, required: bool = True) -> None:
+    """keys: what --json-keys means to this tool; required: whether --input must be given."""
     add(
-        "--input", nargs="+", action="extend", required=True,
+        "--input", nargs="+", action="extend", required=required,
         help=".json/.jsonl (lines or one array), .parquet, .csv/.tsv, .txt, packed or not; files, "
         "globs or folders",
     )  # fmt: skip

@@ -15,6 +15,7 @@ from typing import Any, Literal
 from megatron_lite.config.errors import ConfigError, DataError
 from megatron_lite.config.extras import how_to_install
 from megatron_lite.data.tokenizers.base import Tokenizer
+from megatron_lite.data.tokenizers.examining import measure
 from megatron_lite.data.tokenizers.gpt2_bpe import GPT2_EOD, WORDS
 from megatron_lite.data.tokenizers.sentencepiece import CHATGLM_SPECIALS
 
@@ -22,6 +23,7 @@ SAMPLE_CHARACTERS = 1 << 20
 _LONGEST = 10
 LINE_BYTES = 16384  # SentencePiece leaves out longer lines; ours are cut before
 REPLACEMENT = "\ufffd"
+HAN = r"\p{Han}+"
 
 
 @dataclass(slots=True)
@@ -46,11 +48,14 @@ class TextSample:
             yield text
 
 
-def train_bpe(texts: Iterable[str], vocab_size: int, max_token_chars: int) -> dict[str, bytes]:
+def train_bpe(
+    texts: Iterable[str], vocab_size: int, max_token_chars: int, *, han_runs: bool = False
+) -> dict[str, bytes]:
     """gpt2-vocab.json and gpt2-merges.txt of vocab_size - 1 tokens and <|endoftext|>, the last id.
 
     Words longer than max_token_chars are learned in pieces of that many characters, so that no
-    token is longer.
+    token is longer.  han_runs: Han characters that follow one another are a word by themselves, so
+    that no token joins them with the Latin letters beside them, which GPT-2's pattern calls one word.
     """
     try:
         import tokenizers  # noqa: PLC0415  an optional extra
@@ -63,6 +68,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int, max_token_chars: int) -> di
     bpe.pre_tokenizer = words.Sequence(
         [
             words.Split(tokenizers.Regex(WORDS), "isolated"),
+            *([words.Split(tokenizers.Regex(HAN), "isolated")] if han_runs else []),
             words.Split(tokenizers.Regex(rf"[\s\S]{{1,{max_token_chars}}}"), "isolated"),
             words.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
@@ -159,16 +165,12 @@ def token_names(tokenizer: Tokenizer) -> list[str]:
     return [name for name in names if REPLACEMENT not in name and name not in specials]
 
 
+def longest_line_of(tokenizer: Tokenizer) -> str:
+    """The longest tokens, in a line."""
+    longest = sorted(token_names(tokenizer), key=lambda name: (-len(name), name))[:_LONGEST]
+    return "longest tokens: " + ", ".join(repr(name) for name in longest)
+
+
 def report_lines(tokenizer: Tokenizer, texts: Sequence[str]) -> list[str]:
     """Characters per token, share of unknown tokens, and the longest tokens, on a sample."""
-    encoded = tokenizer.encode_batch(texts)
-    characters, tokens = sum(map(len, texts)), max(len(encoded.ids), 1)
-    unknown = tokenizer.unknown
-    lost = 0 if unknown is None else int((encoded.ids == unknown).sum())
-    longest = sorted(token_names(tokenizer), key=lambda name: (-len(name), name))[:_LONGEST]
-    return [
-        f"characters per token: {characters / tokens:.3f} ({characters} characters of "
-        f"{len(texts)} texts)",
-        f"unknown tokens: {lost} of {len(encoded.ids)} ({lost / tokens:.4%})",
-        "longest tokens: " + ", ".join(repr(name) for name in longest),
-    ]
+    return [*measure(tokenizer, texts).lines, longest_line_of(tokenizer)]
