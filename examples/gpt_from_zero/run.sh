@@ -44,7 +44,7 @@ fi
 
 if [[ $FULL == 1 && $DRY_RUN == 1 ]]; then
     exec "$PYTHON" "$ROOT/tools/plan.py" --hardware "${HARDWARE:-a100-40g}" --gpus-per-node "$GPUS" \
-        "${RUN[@]}" --train-iters "$STEPS" --vocab-size "$VOCAB"
+        "${RUN[@]}" --train-iters "$STEPS" --vocab-size "$VOCAB" --save "$OUT/whole" --load "$OUT/whole"
 fi
 [[ $DRY_RUN == 0 ]] || die "DRY_RUN=$DRY_RUN is for FULL=1: the small run is started, it takes minutes"
 [[ $FULL == 0 || -n $TEXT ]] || die "FULL=1 and TEXT is not set: TEXT=FOLDER with news, crawler, zhihu and en.jsonl"

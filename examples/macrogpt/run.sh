@@ -50,7 +50,7 @@ fi
 if [[ $FULL == 1 && $DRY_RUN == 1 ]]; then
     exec "$PYTHON" "$ROOT/tools/plan.py" --hardware "${HARDWARE:-a100-80g}" --gpus-per-node "$GPUS" \
         "${MODEL[@]}" "${RUN[@]}" --train-iters "$STEPS" --vocab-size 64076 --make-vocab-size-divisible-by 4 \
-        --tokenizer-type GPTSentencePieceTokenizer
+        --tokenizer-type GPTSentencePieceTokenizer --save "$OUT/run-1" --keep-last "$KEEP"
 fi
 [[ $DRY_RUN == 0 ]] || die "DRY_RUN=$DRY_RUN is for FULL=1: the small run is started, it takes minutes"
 if [[ $FULL == 1 ]]; then
