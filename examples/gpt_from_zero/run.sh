@@ -35,10 +35,11 @@ if [[ $FULL == 1 ]]; then
         --lr 4e-4 --lr-warmup-iters 1500 --log-interval 200 --eval-interval 400 --eval-iters 10
         --save-interval 1000 --keep-last 5)
 else
-    GPUS=2 STEPS=${STEPS:-160} VOCAB=4096
+    GPUS=2 STEPS=${STEPS:-160} VOCAB=2048
     RUN+=(--num-layers 4 --hidden-size 128 --num-attention-heads 4 --seq-length 128
-        --max-position-embeddings 128 --micro-batch-size 8 --global-batch-size 16
-        --lr 4e-3 --lr-warmup-iters 10 --log-interval 20 --eval-interval 80 --eval-iters 4
+        --max-position-embeddings 128 --micro-batch-size 4 --global-batch-size 8
+        --hidden-dropout 0 --attention-dropout 0 --lr 4e-3 --lr-warmup-iters 10
+        --log-interval 20 --eval-interval 80 --eval-iters 4
         --save-interval "$((STEPS / 2))" --num-workers 1 --use-cpu)
 fi
 
@@ -88,7 +89,7 @@ BLEND=(0.33 "$OUT/tokens/news_Content_document" 0.23 "$OUT/tokens/crawler_text_d
     0.33 "$OUT/tokens/zhihu_text_document" 0.11 "$OUT/tokens/en_text_document")
 
 step "the token counter: what is there, and how often this run reads it"
-LENGTH=128 BATCH=16
+LENGTH=128 BATCH=8
 [[ $FULL == 0 ]] || LENGTH=256 BATCH=560
 "$PYTHON" "$ROOT/tools/dataset_stats.py" --table "${BLEND[@]}" --tokens "$((STEPS * BATCH * LENGTH))"
 

@@ -13,7 +13,6 @@ TO must be absent or empty and appears when it is complete.  Tensors go through 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -22,6 +21,7 @@ from typing import Any, NoReturn
 
 import torch
 
+from megatron_lite.checkpoint.beginning import config_yaml
 from megatron_lite.checkpoint.foreign.formats import ForeignFormat, format_of
 from megatron_lite.checkpoint.foreign.model import ForeignModel
 from megatron_lite.checkpoint.huggingface.conversion import Conversion
@@ -34,7 +34,6 @@ from megatron_lite.checkpoint.tensor_file import SAFETENSORS_NAMES, TensorForm
 from megatron_lite.config.errors import ConfigError
 from megatron_lite.config.exit import ToolParser, run_tool
 from megatron_lite.config.extensions import add_extend_flag, extend
-from megatron_lite.config.sections.model import ModelConfig
 from megatron_lite.data.provenance import ALLOW_MISMATCH, end_of_document, made_with
 from megatron_lite.data.tokenizers.build import build_tokenizer
 from megatron_lite.data.tokenizers.exchange import files_beside_model, files_for_huggingface
@@ -188,7 +187,7 @@ def _write_import(
             disk.make_folder(partial / "tokenizer")
             for name, content in files.items():
                 write_atomically(partial / "tokenizer" / name, content, disk)
-        write_atomically(partial / "config.yaml", _yaml(found.model, data).encode(), disk)
+        write_atomically(partial / "config.yaml", config_yaml(found.model, data).encode(), disk)
         import_folder(
             found,
             partial,
@@ -202,20 +201,6 @@ def _write_import(
           f"next: python tools/generate.py --load {target} --prompt ...\n"
           f"      python tools/pretrain_gpt.py --config {target / 'config.yaml'} --load {target} "
           "--finetune --save ...")  # fmt: skip
-
-
-def _yaml(model: ModelConfig, data: dict[str, Any]) -> str:
-    """What --config takes: the model and its tokenizer, nothing else."""
-    import yaml  # noqa: PLC0415  only here
-
-    default = ModelConfig()
-    fields = {
-        name: value
-        for name, value in dataclasses.asdict(model).items()
-        if value != getattr(default, name)
-    }
-    text: str = yaml.safe_dump({"model": fields, "data": data}, sort_keys=False)
-    return text
 
 
 def _export(source: Path, target: Path, asked: argparse.Namespace) -> None:

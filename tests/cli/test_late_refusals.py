@@ -40,6 +40,7 @@ TOOLS: dict[str, tuple[str, list[str], str]] = {
     "train_tokenizer": ("--output-dir", ["--input", ABSENT, "--vocab-size", "300"], ""),
     "build_index": ("--data-cache-path", [*MODEL, "--data-path", ABSENT, *NULL], ""),
     "convert": ("", [ABSENT], ""),
+    "extend_vocabulary": ("", [ABSENT, ABSENT], ""),
     "demo_corpus": ("", [], ""),
 }
 

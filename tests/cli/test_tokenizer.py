@@ -68,7 +68,9 @@ def test_what_a_normaliser_changes_is_said_and_counted(
     )
     path = tmp_path / "a.model"
     path.write_bytes(train_sentencepiece(["你好，世界。 hello, world"] * 30, settings))
-    (tmp_path / "a.jsonl").write_text('{"问": "你好，"}\n{"问": "你好"}\n{"问": "龘"}\n', encoding="utf-8")
+    (tmp_path / "a.jsonl").write_text(
+        '{"问": "你好，"}\n{"问": "你好"}\n{"问": "龘"}\n', encoding="utf-8"
+    )
     words = ("--tokenizer-type", "GPTSentencePieceTokenizer", "--tokenizer-model", path)
     assert call(monkeypatch, *words, "--text", "你好，世界龘") == 0
     said = capsys.readouterr().out

@@ -17,6 +17,7 @@ from megatron_lite.data.tokenizers.sentencepiece import (
     Llama2Tokenizer,
     SentencePieceTokenizer,
 )
+from megatron_lite.data.tokenizers.sentencepiece_file import ModelFile, ModelPiece
 from megatron_lite.data.tokenizers.training import SentencePieceSettings, train_sentencepiece
 from tests.data.texts import SENTENCES, hard_texts
 from tests.support.extras import needs
@@ -133,3 +134,28 @@ def test_wrong_files_and_a_missing_library_are_named(
     monkeypatch.setitem(__import__("sys").modules, "sentencepiece", None)
     with pytest.raises(ConfigError, match=r"\.\[sentencepiece\]"):
         GPTSentencePieceTokenizer(model)
+
+
+def test_chatglm_2_s_file_gives_its_ids(tmp_path: Path) -> None:
+    """As large as the real one, which has a licence of its own: 64,789 pieces, then five ids."""
+    plain = train_sentencepiece(SENTENCES * 20, SentencePieceSettings(kind="bpe", vocab_size=420))
+    trained = ModelFile.read(plain, "small.model")
+    others = [f"片{number}" for number in range(64_789 - len(trained.pieces))]
+    added = [ModelPiece(text, -1e6 - place) for place, text in enumerate(others)]
+    path = tmp_path / "tokenizer.model"
+    path.write_bytes(trained.with_pieces(added))
+    data = DataConfig(
+        tokenizer_type="GPTSentencePieceTokenizer", tokenizer_model=str(path),
+        chatglm_special_tokens=True,
+    )  # fmt: skip
+    tokenizer: Any = build_tokenizer(data)
+    assert tokenizer.specials == {
+        "[MASK]": 64789, "[gMASK]": 64790, "[sMASK]": 64791, "sop": 64792, "eop": 64793,
+    }  # fmt: skip
+    assert tokenizer.vocab_size == read_vocab_size(data) == 64794
+    assert (tokenizer.unknown, tokenizer.eod) == (0, 2)
+    assert tokenizer.decode([64790, 64792, *tokenizer.encode("fox"), 64793]) == "[gMASK]sopfoxeop"
+    reference = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    for text in SENTENCES:
+        assert tokenizer.encode(text) == reference.encode(text)
+    assert max(tokenizer.encode("[gMASK] sop eop")) < 64789, "text that spells one stays text"
