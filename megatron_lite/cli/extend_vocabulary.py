@@ -25,7 +25,12 @@ from megatron_lite.config.sections.data import DataConfig
 from megatron_lite.data.provenance import made_with
 from megatron_lite.data.tokenizers.base import Tokenizer
 from megatron_lite.data.tokenizers.build import build_tokenizer
-from megatron_lite.data.tokenizers.merging import Merged, merge, section_of, tokenizer_at
+from megatron_lite.data.tokenizers.merging import (
+    Merged,
+    merge_vocabularies,
+    section_of,
+    tokenizer_at,
+)
 from megatron_lite.inference.model import CheckpointSource, find_checkpoint
 from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.storage.disk import Disk, folder_at_once, write_atomically
@@ -59,7 +64,7 @@ def main() -> int:
         raise ConfigError(f"{target} is there already: nothing is overwritten; name a new folder")
     source = _run_at(old, asked.ckpt_step)
     section = tokenizer_at(old) if source is None else source.data(None, None)
-    merged = merge(section, tokenizer_at(Path(asked.new)), asked.most)
+    merged = merge_vocabularies(section, tokenizer_at(Path(asked.new)), asked.most)
     with folder_at_once(target, disk) as partial:
         if source is None:
             for name, content in merged.files.items():

@@ -15,10 +15,10 @@ from megatron_lite.config.errors import ConfigError
 from megatron_lite.config.exit import ToolParser, run_tool
 from megatron_lite.config.sections.data import DataConfig
 from megatron_lite.data.preparing.input_flags import add_input_flags
-from megatron_lite.data.preparing.reading import texts_of
+from megatron_lite.data.preparing.reading import corpus_texts
 from megatron_lite.data.tokenizers.base import Tokenizer
 from megatron_lite.data.tokenizers.build import TOKENIZERS, build_tokenizer
-from megatron_lite.data.tokenizers.examining import first_difference, measure, pieces
+from megatron_lite.data.tokenizers.examining import changed_from, measure, pieces_of
 from megatron_lite.data.tokenizers.training import TextSample, longest_line_of
 
 _FILES = (
@@ -64,7 +64,7 @@ def main() -> int:
         show(tokenizer, text, asked.most_pieces)
     if asked.input:
         sample = TextSample()
-        total = sum(1 for _ in sample.watch(texts_of(asked)))
+        total = sum(1 for _ in sample.watch(corpus_texts(asked)))
         print(f"a sample of {len(sample.texts)} of {total} texts:")
         print("\n".join(measure(tokenizer, sample.texts).lines))
         print(longest_line_of(tokenizer))
@@ -76,7 +76,7 @@ def show(tokenizer: Tokenizer, text: str, most: int) -> None:
     ids = tokenizer.encode(text)
     width = len(str(tokenizer.vocab_size))
     print(f"{text!r}:")
-    for piece in pieces(tokenizer, ids[:most]):
+    for piece in pieces_of(tokenizer, ids[:most]):
         note = " (unknown)" if piece.id == tokenizer.unknown else ""
         what = "a part of the next character" if piece.text is None else repr(piece.text)
         print(f"  {piece.id:>{width}}  {what}{note}")
@@ -84,7 +84,7 @@ def show(tokenizer: Tokenizer, text: str, most: int) -> None:
         print(f"  and {len(ids) - most} more (--most-pieces)")
     print("\n".join(measure(tokenizer, [text]).lines[:2]))
     back = tokenizer.decode(ids)
-    at = first_difference(text, back)
+    at = changed_from(text, back)
     if at is not None:
         print(f"it comes back as {back!r}: another text from character {at} on")
 

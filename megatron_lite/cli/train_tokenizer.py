@@ -10,7 +10,7 @@ from typing import NoReturn
 from megatron_lite.config.errors import ConfigError
 from megatron_lite.config.exit import ToolParser, run_tool
 from megatron_lite.data.preparing.input_flags import add_input_flags
-from megatron_lite.data.preparing.reading import texts_of
+from megatron_lite.data.preparing.reading import corpus_texts
 from megatron_lite.data.tokenizers.base import Tokenizer
 from megatron_lite.data.tokenizers.gpt2_bpe import GPT2BPETokenizer
 from megatron_lite.data.tokenizers.sentencepiece import GPTSentencePieceTokenizer
@@ -76,7 +76,7 @@ def main() -> int:
         if path.exists() and not arguments.overwrite:
             raise ConfigError(f"{path} exists; give --overwrite or another --output-dir")
     disk.make_folder(folder)
-    corpus = sample.watch(texts_of(arguments))
+    corpus = sample.watch(corpus_texts(arguments))
     names = [str(path) for path in paths]
     tokenizer: Tokenizer
     if arguments.type == "bpe":

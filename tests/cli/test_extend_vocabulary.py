@@ -16,7 +16,7 @@ from megatron_lite.config.sections.data import DataConfig
 from megatron_lite.data.tokenizers.base import Tokenizer
 from megatron_lite.data.tokenizers.build import build_tokenizer
 from megatron_lite.data.tokenizers.gpt2_bpe import GPT2BPETokenizer
-from megatron_lite.data.tokenizers.merging import merge, tokenizer_at
+from megatron_lite.data.tokenizers.merging import merge_vocabularies, tokenizer_at
 from megatron_lite.data.tokenizers.sentencepiece_file import ModelFile
 from megatron_lite.data.tokenizers.training import (
     SentencePieceSettings,
@@ -80,7 +80,7 @@ def test_old_texts_keep_their_ids_and_new_ones_get_shorter(
 
 def test_merged_files_are_the_same_to_every_engine(tmp_path: Path) -> None:
     old, new = bpe(tmp_path / "a", ENGLISH, 300), bpe(tmp_path / "b", CHINESE, 300)
-    merged = merge(tokenizer_at(old), tokenizer_at(new))
+    merged = merge_vocabularies(tokenizer_at(old), tokenizer_at(new))
     for name, content in merged.files.items():
         (tmp_path / name).write_bytes(content)
     files = str(tmp_path / "vocab.json"), str(tmp_path / "merges.txt")
@@ -92,8 +92,8 @@ def test_merged_files_are_the_same_to_every_engine(tmp_path: Path) -> None:
 
 def test_at_most_so_many_are_added_first_learned_first(tmp_path: Path) -> None:
     old, new = bpe(tmp_path / "a", ENGLISH, 300), bpe(tmp_path / "b", CHINESE, 300)
-    all_of_them = merge(tokenizer_at(old), tokenizer_at(new)).added
-    assert merge(tokenizer_at(old), tokenizer_at(new), 7).added == all_of_them[:7]
+    all_of_them = merge_vocabularies(tokenizer_at(old), tokenizer_at(new)).added
+    assert merge_vocabularies(tokenizer_at(old), tokenizer_at(new), 7).added == all_of_them[:7]
 
 
 def test_a_model_file_that_is_read_and_written_is_the_same(tmp_path: Path) -> None:
@@ -135,7 +135,7 @@ def test_what_cannot_be_extended_is_named(
     assert "nothing is overwritten" in capsys.readouterr().err
     chatglm = DataConfig(tokenizer_type="GPTSentencePieceTokenizer", chatglm_special_tokens=True)
     with pytest.raises(extend_vocabulary.ConfigError, match="ChatGLM2's tokens"):
-        merge(chatglm, chatglm)
+        merge_vocabularies(chatglm, chatglm)
 
 
 def mean_loss(logits: torch.Tensor, tokens: torch.Tensor) -> float:

@@ -11,7 +11,7 @@ import pytest
 from megatron_lite.cli import tokenizer as tool
 from megatron_lite.config.exit import run_tool
 from megatron_lite.data.tokenizers.build import build_tokenizer
-from megatron_lite.data.tokenizers.examining import first_difference, measure, pieces
+from megatron_lite.data.tokenizers.examining import changed_from, measure, pieces_of
 from megatron_lite.data.tokenizers.training import SentencePieceSettings, train_sentencepiece
 from tests.support.extras import needs
 from tests.support.tokenizers import KINDS, gpt2
@@ -30,14 +30,14 @@ def test_the_pieces_of_a_text_are_its_ids_and_join_to_what_comes_back(
         needs("sentencepiece")
     tokenizer = build_tokenizer(KINDS[kind](tmp_path))
     ids = tokenizer.encode("the hethe")
-    found = pieces(tokenizer, ids)
+    found = pieces_of(tokenizer, ids)
     assert [piece.id for piece in found] == ids
     assert "".join(piece.text or "" for piece in found) == tokenizer.decode(ids)
 
 
 def test_bytes_of_a_character_are_parts_of_it(tmp_path: Path) -> None:
     tokenizer = build_tokenizer(gpt2(tmp_path))
-    found = pieces(tokenizer, tokenizer.encode("the 中h"))
+    found = pieces_of(tokenizer, tokenizer.encode("the 中h"))
     texts = [piece.text for piece in found]
     assert texts == ["the", " ", None, None, "中", "h"]
 
@@ -93,8 +93,8 @@ def test_nothing_to_look_at_and_files_that_are_not_there(
 
 
 def test_texts_differ_where_one_ends() -> None:
-    assert first_difference("abc", "abc") is None
-    assert (first_difference("abc", "ab"), first_difference("abc", "axc")) == (2, 1)
+    assert changed_from("abc", "abc") is None
+    assert (changed_from("abc", "ab"), changed_from("abc", "axc")) == (2, 1)
 
 
 def test_a_measure_is_the_sums_over_its_texts(tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ def tracked() -> set[str]:
 def known_flags() -> set[str]:
     """Of training, of the other tools and scripts, and of other programs."""
     found = set(spellings()) | set(LEGACY) | OF_OTHERS
-    for path in [*ROOT.glob("tools/*"), *ROOT.glob("examples/**/*.sh"),
+    for path in [*ROOT.glob("tools/*"), *ROOT.glob("examples/**/*.sh"), *ROOT.glob("examples/**/*.py"),
                  *ROOT.glob("benchmarks/*.py"), *ROOT.glob("tests/parity/*.py"),
                  *ROOT.glob("megatron_lite/config/**/*.py"), *ROOT.glob("megatron_lite/cli/*.py"),
                  ROOT / "megatron_lite/data/preparing/input_flags.py",

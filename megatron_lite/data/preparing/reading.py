@@ -13,7 +13,7 @@ from megatron_lite.data.preparing.records import Reader
 _BATCH = 1 << 20  # bytes
 
 
-def texts_of(arguments: argparse.Namespace) -> Iterator[str]:
+def corpus_texts(arguments: argparse.Namespace) -> Iterator[str]:
     """The texts of all records and keys; nothing but the current batch is held."""
     longest = longest_line(arguments)
     reader = Reader(arguments.json_keys, arguments.template, arguments.on_bad_line, longest)

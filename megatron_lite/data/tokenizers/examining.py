@@ -16,7 +16,7 @@ class Piece(NamedTuple):
     text: str | None
 
 
-def pieces(tokenizer: Tokenizer, ids: Sequence[int]) -> list[Piece]:
+def pieces_of(tokenizer: Tokenizer, ids: Sequence[int]) -> list[Piece]:
     """What each id adds to the text; quadratic in their number, for as many as a person reads."""
     complete, done = tokenizer.decode(ids), 0
     found = []
@@ -30,7 +30,7 @@ def pieces(tokenizer: Tokenizer, ids: Sequence[int]) -> list[Piece]:
     return found
 
 
-def first_difference(text: str, back: str) -> int | None:
+def changed_from(text: str, back: str) -> int | None:
     """The character at which two texts begin to differ; None where they are equal."""
     if text == back:
         return None

@@ -30,7 +30,7 @@ class Merged:
     first: int
 
 
-def merge(old: DataConfig, new: DataConfig, most: int | None = None) -> Merged:
+def merge_vocabularies(old: DataConfig, new: DataConfig, most: int | None = None) -> Merged:
     """The tokenizer of `old` with the pieces of `new` that it lacks, at most so many, first learned first.
 
     Raises ConfigError for kinds that cannot be extended, DataError for files that do not fit.

@@ -14,7 +14,7 @@ from typing import NamedTuple
 from megatron_lite.config.errors import DataError
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
-BPE = 2
+_BPE = 2
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 
 
@@ -55,7 +55,7 @@ class ModelFile:
             pieces,
             b"".join(field.raw for field in fields if field.number == 1),
             b"".join(field.raw for field in fields if field.number != 1),
-            kind == BPE,
+            kind == _BPE,
         )
 
     def with_pieces(self, added: Sequence[ModelPiece]) -> bytes:
