@@ -29,9 +29,17 @@ def layer_forward(layer: Parts, seq_length: int, attention: Attention = "full") 
 
 
 def core_forward(layer: Parts, seq_length: int, attention: Attention = "full") -> int:
-    """FLOPs per token of scores and weighted values alone: 4 * s * n * d, half if causal."""
-    products = 4 if attention == "full" else 2
-    return sum(products * seq_length * core.queries for core in layer.of(Core))
+    """FLOPs per token of scores and weighted values alone: 4 * s * n * d, half if causal.
+
+    Of a window w < s full is 4 * w * n * d, and causal what lies in the band: s^2 less (s - w)^2.
+    """
+    return sum(_pairs(core, seq_length, attention) * core.queries for core in layer.of(Core))
+
+
+def _pairs(core: Core, s: int, attention: Attention) -> int:
+    """FLOPs per token and channel: 4 for each token that is seen."""
+    seen = core.seen(s)
+    return 4 * seen if attention == "full" else 2 * (s * s - (s - seen) ** 2) // s
 
 
 def head_forward(figure: Figure) -> int:

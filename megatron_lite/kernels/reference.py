@@ -114,6 +114,12 @@ def split_rotate(
     return q, k, v
 
 
+def rotate_heads(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """q: [b, n, s, d], k: [b, m, s, d] -> the same, turned as rotate does; for what split_rotate has split."""
+    turned = (rotate(x.permute(2, 0, 1, 3), cos, sin).permute(1, 2, 0, 3) for x in (q, k))
+    return next(turned), next(turned)
+
+
 def attention(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Tensor:
     """q: [b, n, s, d], k, v: [b, m, t, d] with m dividing n -> [b, n, s, d].
 
@@ -131,8 +137,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Tensor:
     if call.layer_scale != 1.0:
         scores = scores * call.layer_scale
     s, t = scores.shape[-2:]
-    if call.segments is not None:
-        scores = torch.where(call.segments.allowed, scores, float("-inf"))
+    if call.segments is not None or call.window is not None:
+        scores = torch.where(call.allowed(s, t, q.device), scores, float("-inf"))
     else:
         future = torch.ones(s, t, dtype=torch.bool, device=q.device).triu(t - s + 1)
         scores = scores.masked_fill(future, float("-inf"))

@@ -31,6 +31,7 @@ class Need:
     dropout: float = 0.0
     layer_scaling: bool = False
     segments: bool = False
+    window: bool = False
     compile: bool = False
     storage: torch.dtype | None = None
     capability: tuple[int, int] | None = None
@@ -82,6 +83,8 @@ def _on_a_gpu(need: Need) -> str | None:
         return "needs a GPU"
     if need.dtype not in (torch.float16, torch.bfloat16):
         return f"needs fp16 or bf16, not {need.dtype}"
+    if need.window:
+        return "has no window"
     return "has no layer scaling" if need.layer_scaling else None
 
 
@@ -179,6 +182,7 @@ TABLE: dict[str, list[Implementation]] = {
         Implementation("reference", reference.linear_weight_gradient, _always),
     ],
     "split_rotate": _pointwise(reference.split_rotate),
+    "rotate_heads": _pointwise(reference.rotate_heads),
     "attention": [
         Implementation("flash-attn-4", flash.flash_4, _flash_4),
         Implementation("flash-attn", flash.flash, _flash),

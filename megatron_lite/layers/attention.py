@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from megatron_lite.blueprint.figure.parts import Core, Matrix
+from megatron_lite.blueprint.figure.parts import Core, Matrix, Norm
 from megatron_lite.kernels.attention import AttentionCall
 from megatron_lite.kernels.random import feature_bits, keep_mask, key, token_numbers
 from megatron_lite.kernels.reference import split_rotate
@@ -17,6 +17,7 @@ from megatron_lite.kernels.vendor import sdpa_kernel
 from megatron_lite.layers.contexts import ForwardContext, StageContext, StepDropout
 from megatron_lite.layers.dropout import key_index
 from megatron_lite.layers.linear import ColumnParallelLinear, RowParallelLinear
+from megatron_lite.layers.norm import NormLayer
 from megatron_lite.layers.recompute import recomputed_part
 from megatron_lite.layers.rotary import rotary_tables
 
@@ -29,6 +30,7 @@ def choose_attention(context: StageContext, *, training: bool, segments: bool = 
         context.need(),
         dropout=model.attention_dropout if training else 0.0,
         layer_scaling=model.apply_query_key_layer_scaling,
+        window=any(core.window for core in context.figure.layers[0].of(Core)),
         segments=segments, length=model.seq_length, head_size=model.head_size, backend=backend,
     )  # fmt: skip
     choice = choose("attention", need, PREFERENCES[backend])
@@ -75,7 +77,12 @@ class SelfAttention(nn.Module):
         self.kv_heads = self.core.kv_heads // context.tp.size
         self.qkv = ColumnParallelLinear(context, parts.named("attention.qkv", Matrix))
         self.output = RowParallelLinear(context, parts.named("attention.output", Matrix))
-        self.split_rotate = context.choose("split_rotate", computes=self.core.rotated > 0)
+        norms = [part for part in parts.of(Norm) if part.heads]
+        self.normed, rotated = bool(norms), self.core.rotated > 0
+        self.split_rotate = context.choose("split_rotate", computes=rotated and not norms)
+        if norms:  # they stand between splitting and turning, which are two kernels then
+            self.q_norm, self.k_norm = (NormLayer(context, part) for part in norms)
+            self.rotate_heads = context.choose("rotate_heads", computes=rotated)
         self.kernels = {
             (training, apart): choose_attention(context, training=training, segments=apart).run
             for training in (False, True)
@@ -85,15 +92,23 @@ class SelfAttention(nn.Module):
     def forward(self, x: Tensor, at: ForwardContext) -> Tensor:
         """x: [s/tp, b, h] with sequence parallelism, else [s, b, h] -> the same, without output.late_bias."""
         fused = self.qkv(x)  # [s, b, (n + 2m)d/tp]
-        rotated, base = self.core.rotated, self.context.model.rotary_base
-        angles = rotary_tables(rotated, base, at.encoded) if rotated else None
-        q, k, v = self.split_rotate(fused, self.heads, self.kv_heads, angles)  # [b, n/tp, s, d]
+        q, k, v = self._split(fused, at)  # [b, n/tp, s, d]
         if at.cache is not None:
             k, v = at.cache.extend(self.layer, k, v)  # type: ignore[attr-defined]
         run = self.kernels[at.dropout is not None, at.segments is not None]
         call = self._call(at, q.shape[2], k.shape[2])
         y = recomputed_part(self.context.recompute, "core_attn", run, q, k, v, call)
         return self.output(y.permute(2, 0, 1, 3).flatten(2))
+
+    def _split(self, fused: Tensor, at: ForwardContext) -> tuple[Tensor, Tensor, Tensor]:
+        """fused: [s, b, (n + 2m)d/tp] -> q [b, n/tp, s, d] and k, v [b, m/tp, s, d], normed and turned."""
+        rotated, base = self.core.rotated, self.context.model.rotary_base
+        angles = rotary_tables(rotated, base, at.encoded) if rotated else None
+        if not self.normed:
+            return self.split_rotate(fused, self.heads, self.kv_heads, angles)  # type: ignore[no-any-return]
+        q, k, v = self.split_rotate(fused, self.heads, self.kv_heads, None)
+        q, k = self.q_norm(q), self.k_norm(k)
+        return (*(self.rotate_heads(q, k, *angles) if angles else (q, k)), v)
 
     def _call(self, at: ForwardContext, queries: int, keys: int) -> AttentionCall:
         model, context = self.context.model, self.context
@@ -121,6 +136,7 @@ class SelfAttention(nn.Module):
             layer_scale=float(self.layer + 1) if model.apply_query_key_layer_scaling else 1.0,
             softmax_in_fp32=model.attention_softmax_in_fp32,
             segments=at.segments,
+            window=self.core.window,
         )
 
     def _seed(self, dropout: StepDropout, first_sample: int, first_head: int) -> int:

@@ -10,7 +10,10 @@ from megatron_lite.layers.contexts import StageContext
 
 
 class NormLayer(nn.Module):
-    """LayerNorm or RMSNorm over h; weight [h], and bias [h] where it has one (arXiv:1607.06450, 1910.07467)."""
+    """LayerNorm or RMSNorm (arXiv:1607.06450, 1910.07467) over h, or over the d channels of every head.
+
+    weight [h], and bias [h] where it has one.
+    """
 
     def __init__(self, context: StageContext, part: parts.Norm) -> None:
         super().__init__()

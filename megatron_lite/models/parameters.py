@@ -18,7 +18,6 @@ TOKEN_TABLE = f"{TOKENS}.weight"
 def local_parameters(model: Decoder) -> list[LocalParameter]:
     """Every parameter of the stage with its canonical pieces, in order of definition."""
     context = model.context
-    split = context.sequence_parallel and context.tp.size > 1
     found = []
     for name, parameter in model.named_parameters():
         if name == TOKEN_TABLE and model.borrows_table:
@@ -30,13 +29,19 @@ def local_parameters(model: Decoder) -> list[LocalParameter]:
             LocalParameter(
                 parameter=parameter,
                 pieces=tuple(_pieces(specs, parameter, context)),
-                grad_summed_over=("tp",) if specs[0].sequence and split else (),
+                grad_summed_over=("tp",) if _is_share(specs[0], context) else (),
                 tied_across_stages=twin,
                 replica=twin and not model.has_embedding,
                 grads_per_backward=_grads_per_backward(model) if tied and not twin else 1,
             )
         )
     return found
+
+
+def _is_share(tensor: Tensor, context: StageContext) -> bool:
+    """Whether the tp ranks' gradients of a tensor that each has whole are shares of its gradient."""
+    share = (tensor.sequence and context.sequence_parallel) or tensor.heads
+    return share and context.tp.size > 1
 
 
 def _grads_per_backward(model: Decoder) -> int:

@@ -123,12 +123,14 @@ def block_items(
     tokens = model.seq_length * micro_batch_size / parallel.cp
     split = tokens / tp if parallel.splits_sequence else tokens
     h = model.hidden_size
-    norms, cores, acts = layer.of(Norm), layer.of(Core), layer.of(Activation)
+    norms = [norm for norm in layer.of(Norm) if not norm.heads]
+    of_heads = [norm for norm in layer.of(Norm) if norm.heads]
+    cores, acts = layer.of(Core), layer.of(Activation)
     compiled = precision.compiles(on_gpu=on_gpu)
     kept_of_act = [act.inputs + act.width if compiled else act.kept for act in acts]
     made_of_act = [act.inputs if compiled else act.gradients for act in acts]
     mlp = sum(tokens * w * kept / tp for kept in kept_of_act)
-    qkv, tables = _qkv_bytes(cores, model, tp, tokens * w)
+    qkv, tables = _qkv_bytes(cores, model, tp, tokens * w, normed=bool(of_heads))
     core, core_gradients = 0.0, 0.0
     for one in cores:
         kept, gradients = _core(
@@ -143,7 +145,8 @@ def block_items(
     return Items(
         stream=sum(split * w * norm.width for norm in norms if norm not in in_fp32),
         norms=sum(split * w * norm.width for norm in norms),
-        inner=sum(split * norm.width * 8.0 for norm in in_fp32),
+        inner=sum(split * norm.width * 8.0 for norm in in_fp32)
+        + sum(tokens / tp * _inner_of_heads(norm, w) for norm in of_heads if not compiled),
         qkv=qkv + tables,
         core=core,
         attended=sum(tokens * w * one.queries / tp for one in cores),
@@ -155,18 +158,25 @@ def block_items(
     )
 
 
+def _inner_of_heads(norm: Norm, width: int) -> float:
+    """Bytes per token that a norm of queries or keys keeps; its input in fp32 is the fused q|k|v itself."""
+    kept = 0.0 if norm.function == "LayerNorm" else 4.0 if width == 4 else 8.0
+    return kept * norm.heads * norm.width
+
+
 def _qkv_bytes(
-    cores: Sequence[Core], model: ModelConfig, tp: int, bytes_per_feature: float
+    cores: Sequence[Core], model: ModelConfig, tp: int, bytes_per_feature: float, *, normed: bool
 ) -> tuple[float, float]:
     """(q, k and v as attention keeps them, tables of rotary positions)."""
     qkv, tables = 0.0, 0.0
     for core in cores:
         queries, keys = core.queries / tp, core.keys / tp
         qkv += bytes_per_feature * (queries + 2 * keys)
-        if core.rotated:
+        if core.rotated or normed:
             # rotated q and k are tensors of their own beside the fused q|k|v that v is a view of,
             # and every layer has tables of cosines and sines
             qkv += bytes_per_feature * (queries + keys)
+        if core.rotated:
             tables += 4.0 * model.seq_length * core.rotated
     return qkv, tables
 
@@ -213,7 +223,9 @@ def _core(
     gradients = 2 * qkv
     if uses_flash(model, precision, on_gpu=on_gpu):
         # log of the sum, fp32; torch's own copy of a mask, which it adds to the scores
-        masked = segments and _dense_documents(model, precision, on_gpu=on_gpu)
+        masked = core.window is not None or (
+            segments and _dense_documents(model, precision, on_gpu=on_gpu)
+        )
         bias = tokens * model.seq_length * w if masked else 0.0
         return tokens * heads * 4.0 + bias, gradients
     square = tokens * model.seq_length * heads

@@ -231,7 +231,7 @@ class Costs:
             self.model.hidden_dropout > 0.0 and not compiled
         )  # which makes masks in registers
         dropped = self.device.dropout_values if dropping else 0.0
-        norms = sum(norm.width for norm in layer.of(Norm))
+        norms = sum(norm.width for norm in layer.of(Norm) if not norm.heads)
         added = sum(matrix.rows for matrix in layer.of(Matrix) if matrix.into_stream)
         # a norm reads and writes; an addition with dropout has three values and a mask
         forward = split * (norms * 2 + added * (3 + dropped))
@@ -240,6 +240,9 @@ class Costs:
         for activation in layer.of(Activation):
             forward += self.tokens * (activation.inputs + activation.width) / self.tp
             backward += self.tokens * (2 * activation.inputs + activation.width) / self.tp
+        of_heads = sum(norm.width * norm.heads for norm in layer.of(Norm))
+        forward += self.tokens * 2 * of_heads / self.tp
+        backward += self.tokens * 3 * of_heads / self.tp
         rotated = sum(core.queries + core.keys for core in layer.of(Core) if core.rotated)
         both = self.tokens * 2 * rotated / self.tp
         return self._moving(forward + both, 1), self._moving(backward + both, 1)

@@ -39,7 +39,7 @@ def sent_bytes(
     wide = 4 if parallel.accumulate_allreduce_grads_in_fp32 else element_bytes(asked.precision)
     shared = blueprint.replicas if parallel.use_distributed_optimizer else 1
     tied = _tied_elements(blueprint, stages, at.tp) / shared
-    split = sum(_split_sequence_elements(blueprint, asked, stage) for stage in stages) / shared
+    split = sum(_split_elements(blueprint, asked, stage) for stage in stages) / shared
     tokens = blueprint.model.seq_length * asked.micro_batch_size / parallel.cp
     scored = _scored_bytes(blueprint, asked, tokens) * any(stage.has_head for stage in stages)
     return {
@@ -138,9 +138,10 @@ def _tied_elements(blueprint: Blueprint, stages: tuple[StageLayers, ...], tp_ran
     return float(min(max(blueprint.vocab_size - tp_rank * rows, 0), rows) * model.hidden_size)
 
 
-def _split_sequence_elements(blueprint: Blueprint, asked: PlanInputs, stage: StageLayers) -> float:
-    """Elements whose gradient is each tp rank's share of the sequence, summed once a step."""
-    if not asked.parallel.splits_sequence:
-        return 0.0
-    whole = (t for t in stage_tensors(blueprint.figure, stage) if t.tp_dim is None)
+def _split_elements(blueprint: Blueprint, asked: PlanInputs, stage: StageLayers) -> float:
+    """Elements whose gradient is each tp rank's share, of the sequence or of the heads, summed once a step."""
+    split = asked.parallel.splits_sequence
+    whole = (
+        t for t in stage_tensors(blueprint.figure, stage) if t.tp_dim is None and (split or t.heads)
+    )
     return float(sum(math.prod(tensor.shape) for tensor in whole))

@@ -18,6 +18,9 @@ OF_A_FIGURE = frozenset(
         "num_query_groups",
         "swiglu",
         "add_bias_linear",
+        "add_qkv_bias",
+        "window_size",
+        "qk_layernorm",
         "normalization",
     ]
 )

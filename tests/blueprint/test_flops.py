@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_lite.blueprint.flops import flops_per_step, flops_per_token
+from megatron_lite.blueprint.figure.transformer import figure_of
+from megatron_lite.blueprint.flops import core_forward, flops_per_step, flops_per_token
 from megatron_lite.config.sections.model import ModelConfig
 from tests.blueprint.configs import GPT3_175B
 
@@ -73,3 +74,16 @@ def test_heads_wider_than_hidden_count_with_their_own_width() -> None:
     )
     projections, core, mlp = 4 * 2 * 8 * 32, 4 * 4 * 32, 2 * 2 * 8 * 32
     assert flops_per_token(wide, 10) == 3 * (projections + core + mlp + 2 * 8 * 10)
+
+
+@pytest.mark.parametrize("window", [1, 5, 16, 99])
+def test_a_window_counts_the_pairs_that_lie_in_it(window: int) -> None:
+    """As half the square is what causal attention has, the band is what the square less its corner has."""
+    model = ModelConfig(num_layers=1, hidden_size=8, num_attention_heads=2, seq_length=16,
+                        window_size=f"{window - 1},0")  # fmt: skip
+    (layer,), seen = figure_of(model, 64).layers, min(window, 16)
+    assert core_forward(layer, 16) == 4 * seen * 8
+    pairs = sum(min(place + 1, window) for place in range(16))
+    # half a pair a token is the diagonal, which half a square has not
+    assert core_forward(layer, 16, "causal") == pytest.approx(4 * 8 * pairs / 16, abs=3 * 8)
+    assert core_forward(layer, 16, "causal") <= core_forward(layer, 16)

@@ -126,6 +126,7 @@ def drawn_models(count: int = 20) -> list[ModelConfig]:
                 ffn_hidden_size=draw.choice((None, 48, 80)), swiglu=draw.random() < 0.5,
                 normalization=draw.choice(("LayerNorm", "RMSNorm")),
                 layernorm_bias=draw.random() < 0.5, add_bias_linear=draw.random() < 0.5,
+                add_qkv_bias=draw.random() < 0.5, qk_layernorm=draw.random() < 0.5,
                 position_embedding_type=draw.choice(("learned_absolute", "rope", "none")),
                 untie_embeddings_and_output_weights=draw.random() < 0.5,
                 vocab_size=draw.randrange(200, 400),
@@ -154,5 +155,7 @@ def test_a_drawn_model_is_its_figure(model: ModelConfig) -> None:
         expected.append((spec.name, shape, min(rows, shape[0])))
     assert sorted(found) == sorted(expected)
     assert not any("bias" in name for name, *_ in found) or (
-        model.add_bias_linear or (model.layernorm_bias and model.normalization == "LayerNorm")
+        model.add_bias_linear
+        or model.add_qkv_bias
+        or (model.layernorm_bias and model.normalization == "LayerNorm")
     )

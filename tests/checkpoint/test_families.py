@@ -260,6 +260,9 @@ OTHERWISE: dict[str, list[dict[str, Any]]] = {
     "swiglu": [{"swiglu": True}, {"swiglu": False}],
     "gelu": [{"gelu": "erf"}],
     "add_bias_linear": [{"add_bias_linear": True}, {"add_bias_linear": False}],
+    "window_size": [{"window_size": "6,0"}],
+    "qk_layernorm": [{"qk_layernorm": True}],
+    "add_qkv_bias": [{"add_bias_linear": False, "add_qkv_bias": True}],
     "untie_embeddings_and_output_weights": [
         {"untie_embeddings_and_output_weights": untied} for untied in (True, False)
     ],
@@ -322,8 +325,16 @@ def test_the_first_family_that_can_say_all_is_taken(monkeypatch: pytest.MonkeyPa
 
 
 def test_a_row_is_called_what_its_config_says_and_has_a_place_for_every_tensor() -> None:
+    windowed = dataclasses.replace(LIKE_LLAMA, window_size="6,0")
+    likes = [
+        GPT,
+        LIKE_LLAMA,
+        windowed,
+        dataclasses.replace(LIKE_LLAMA, add_qkv_bias=True),
+        dataclasses.replace(LIKE_LLAMA, qk_layernorm=True),
+    ]
     for kind, family in FAMILIES.items():
-        model = next(m for m in (GPT, LIKE_LLAMA) if not family.lacks(m))
+        model = next(m for m in likes if not family.lacks(m))
         assert family.config_out(model, eod=7, dtype="bfloat16")["model_type"] == kind
         wanted = conversions(family.names, model)
         assert sum(torch.Size(c.shape).numel() for c in wanted) == sum(

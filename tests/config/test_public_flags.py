@@ -16,6 +16,7 @@ from megatron_lite.config.flags.parser import parse, spellings
 from megatron_lite.config.rules.table import check_config
 
 WORKS = """
+--qk-layernorm --window-size --add-qkv-bias
 --accumulate-allreduce-grads-in-fp32 --adam-beta1 --adam-beta2 --adam-eps --apply-layernorm-1p
 --decoupled-lr --decoupled-min-lr
 --apply-query-key-layer-scaling --async-save --attention-backend --attention-dropout
@@ -135,8 +136,8 @@ REFUSED = """
 --rotary-interleaved --rotary-seq-len-interpolation-factor --use-rope-scaling
 --rope-scaling-factor --squared-relu --use-torch-fsdp2 --data-parallel-sharding-strategy
 --fp8-format --fp8-recipe --full-validation --multi-latent-attention --no-initialization
---qk-layernorm --qk-l2-norm --qk-clip --add-qkv-bias --quick-geglu --attention-output-gate
---activation-func-clamp-value --window-size --window-attn-skip-freq
+--qk-l2-norm --qk-clip --quick-geglu --attention-output-gate
+--activation-func-clamp-value --window-attn-skip-freq
 --relative-attention-num-buckets --relative-attention-max-distance --mtp-num-layers
 --mtp-loss-scaling-factor --spec --is-hybrid-model --hybrid-override-pattern
 --hybrid-attention-ratio --hybrid-mlp-ratio --heterogeneous-layers-config-path

@@ -83,6 +83,11 @@ def turned(fused: Tensor, n: int, m: int, angles: tuple[Tensor, Tensor]) -> tupl
     return rotated[:, :n], rotated[:, n : n + m], heads[:, n + m :]
 
 
+def turned_heads(q: Tensor, k: Tensor, *angles: Tensor) -> tuple[Tensor, ...]:
+    fused = torch.cat((q, k, k), dim=1).permute(2, 0, 1, 3).flatten(2)
+    return turned(fused, q.shape[1], k.shape[1], angles)[:2]
+
+
 def attended(q: Tensor, k: Tensor, v: Tensor, call: Any) -> Tensor:
     """Query by query: weights exp(q k / sqrt(d)) over the past."""
     rows = []
@@ -121,6 +126,7 @@ FORMULAS: dict[str, Callable[..., Any]] = {
     "linear_input_gradient": lambda dy, w: torch.einsum("sbo,oi->sbi", dy, w),
     "linear_weight_gradient": added,
     "split_rotate": turned,
+    "rotate_heads": turned_heads,
     "dropout": lambda x, call: torch.where(keep_of(call), x / (1 - call.rate), 0.0),
     "add_dropout": joined,
     "add_dropout_layer_norm": lambda x, y, b, call, w, nb, e: (

@@ -11,7 +11,8 @@ from megatron_lite.models.decoder import Decoder
 from megatron_lite.models.parameters import local_parameters
 from megatron_lite.parallel.context import ParallelContext
 from tests.support.extras import needs
-from tests.support.models import fill
+from tests.support.huggingface import require_equal
+from tests.support.models import fill, logits_and_loss
 
 transformers = needs("transformers")
 
@@ -58,36 +59,12 @@ def pair():
     return reference, ours(dict(reference.named_parameters()))
 
 
-def run_ours(model, tokens):
-    at = ForwardContext(
-        samples=torch.arange(tokens.shape[0]), index=torch.arange(tokens.shape[1] - 1)
-    )
-    seen = []
-
-    def score(outputs):
-        seen.append(outputs.logits())
-        return outputs.token_losses(tokens[:, 1:].t()).mean()
-
-    loss = model(tokens[:, :-1].t(), at, score)
-    return seen[0], loss
-
-
 def their_results(reference, tokens):
     """Logits, loss and gradients by name."""
     logits = reference(tokens[:, :-1]).logits
     loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
     loss.backward()
     return logits.detach(), loss.detach(), {n: p.grad for n, p in reference.named_parameters()}
-
-
-def require_equal(ours, theirs, what, scale=None):
-    """No element is off by more than 1e-5 of the tensor's largest.
-
-    Element by element 1e-5 means nothing in fp32: elements near zero are what large ones left over.
-    """
-    scale = theirs.abs().max() if scale is None else scale
-    difference = (ours.double() - theirs.double()).abs().max() / scale
-    assert difference < 1e-5, f"{what}: {difference:.1e}"
 
 
 @pytest.mark.parametrize("seed", [1, 2])
@@ -97,7 +74,7 @@ def test_logits_loss_and_every_gradient_equal_hugging_face(pair, dtype, seed):
     reference, model = pair
     tokens = torch.randint(0, 101, (3, 21), generator=torch.Generator().manual_seed(seed))
     their_logits, their_loss, gradients = their_results(reference.to(dtype), tokens)
-    logits, loss = run_ours(model, tokens)
+    logits, loss = logits_and_loss(model, tokens)
     loss.backward()
     require_equal(logits[..., :101].transpose(0, 1), their_logits, "logits")
     require_equal(loss, their_loss, "loss")
@@ -121,7 +98,7 @@ def test_logits_loss_and_every_gradient_equal_hugging_face(pair, dtype, seed):
 def test_padding_columns_get_no_gradient(pair):
     _, model = pair
     tokens = torch.randint(0, 101, (2, 21), generator=torch.Generator().manual_seed(2))
-    run_ours(model, tokens)[1].backward()
+    logits_and_loss(model, tokens)[1].backward()
     assert not model.embedding.tokens.weight.grad[101:].any()
 
 
@@ -184,6 +161,6 @@ def test_llama_parts_equal_hugging_face_llama():
                 source = LLAMA.names.source(piece.name, config)
                 piece.of(local.parameter).copy_(tensors[source.name])
     tokens = torch.randint(0, 101, (2, 21), generator=torch.Generator().manual_seed(3))
-    logits, _ = run_ours(model, tokens)
+    logits, _ = logits_and_loss(model, tokens)
     expected = reference(tokens[:, :-1]).logits
     torch.testing.assert_close(logits[..., :101].transpose(0, 1), expected, rtol=1e-4, atol=1e-5)

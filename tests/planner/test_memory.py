@@ -65,6 +65,11 @@ LAYERS = [
     f"--micro-batch-size 2 --bf16 {ND} {DOCUMENTS}",
     f"--micro-batch-size 2 {ND} {UNFUSED} {DOCUMENTS}",
     f"--micro-batch-size 2 --bf16 {ND} {SELECTIVE} core_attn {DOCUMENTS}",
+    f"--micro-batch-size 2 --bf16 {ND} --window-size 15,0",
+    f"--micro-batch-size 2 --bf16 {ND} {LLAMA} {GROUPED} --qk-layernorm",
+    f"--micro-batch-size 2 {ND} {LLAMA} {GROUPED} --qk-layernorm",
+    f"--micro-batch-size 2 --bf16 {ND} --qk-layernorm",
+    f"--micro-batch-size 2 {ND} {LLAMA} {UNFUSED} --window-size 15,0",
 ]
 
 

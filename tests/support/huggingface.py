@@ -75,6 +75,18 @@ def their_logits(path: Path, tokens: torch.Tensor) -> torch.Tensor:
         return model.eval()(tokens).logits
 
 
+def require_equal(
+    ours: torch.Tensor, theirs: torch.Tensor, what: str, scale: torch.Tensor | None = None
+) -> None:
+    """No element is off by more than 1e-5 of the tensor's largest.
+
+    Element by element 1e-5 means nothing in fp32: elements near zero are what large ones left over.
+    """
+    scale = theirs.abs().max() if scale is None else scale
+    difference = (ours.double() - theirs.double()).abs().max() / scale
+    assert difference < 1e-5, f"{what}: {difference:.1e}"
+
+
 def tensors(path: Path) -> dict[str, torch.Tensor]:
     """All of a folder's safetensors files."""
     return {n: t for file in path.glob("*.safetensors") for n, t in load_file(file).items()}

@@ -71,6 +71,7 @@ def arguments(op: str) -> list[Any]:
         "linear_input_gradient": [draw(S, B, 16), draw(16, H)],
         "linear_weight_gradient": [draw(S, B, 16), hidden(), draw(16, H).detach()],
         "split_rotate": [draw(S, B, 64), 4, 2, (angle.cos(), angle.sin())],
+        "rotate_heads": [draw(B, 4, S, 8), draw(B, 2, S, 8), angle.cos(), angle.sin()],
         "dropout": [hidden(), dropout_call()],
         "add_dropout": joining,
         "add_dropout_layer_norm": [*joining, draw(H), draw(H), 1e-5],

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import torch
+from torch import Tensor
+
+from megatron_lite.layers.contexts import ForwardContext
+from megatron_lite.layers.outputs import Outputs
 from megatron_lite.models.decoder import Decoder
 from megatron_lite.models.initialise import initialise
 from megatron_lite.models.parameters import local_parameters
@@ -17,3 +22,18 @@ def fill(model: Decoder) -> None:
         model=context.model,
         seed=context.seed,
     )
+
+
+def logits_and_loss(model: Decoder, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Of all but the last of the tokens [b, s + 1], which answer for the next: [s, b, v], mean."""
+    at = ForwardContext(
+        samples=torch.arange(tokens.shape[0]), index=torch.arange(tokens.shape[1] - 1)
+    )
+    seen = []
+
+    def score(outputs: Outputs) -> Tensor:
+        seen.append(outputs.logits())
+        return outputs.token_losses(tokens[:, 1:].t()).mean()
+
+    loss = model(tokens[:, :-1].t(), at, score)
+    return seen[0], loss

@@ -37,6 +37,7 @@ class Tensor:
 
     cuts: (axis of the rank grid, dim that it splits); every rank of the other axes has the tensor whole.
     sequence: it meets tokens that sequence parallelism splits, so that a rank's gradient is its share.
+    heads: it meets heads that tp splits, with the same effect at any tp.
     storage: its number format where that is not the run's, in which it is computed with all the same.
     """
 
@@ -46,6 +47,7 @@ class Tensor:
     init: Init = "normal"
     cuts: tuple[tuple[str, int], ...] = ()
     sequence: bool = False
+    heads: bool = False
     vocabulary: bool = False
     storage: Format | None = None
 
@@ -71,7 +73,10 @@ class Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Norm:
-    """A norm over `width` features."""
+    """A norm over `width` features.
+
+    heads: of the stream if 0, else of so many heads, each by itself and with the same weight.
+    """
 
     name: str
     width: int
@@ -79,13 +84,18 @@ class Norm:
     bias: bool
     less_one: bool = False
     """The weight is kept less one: it starts at zero."""
+    heads: int = 0
 
     def tensors(self) -> Iterator[Tensor]:
         """Its weight, and its bias where it has one."""
         start: Init = "zeros" if self.less_one else "ones"
-        yield Tensor(f"{self.name}.weight", (self.width,), "norm", start, sequence=True)
+        weight = Tensor(
+            f"{self.name}.weight", (self.width,), "norm", start,
+            sequence=not self.heads, heads=self.heads > 0,
+        )  # fmt: skip
+        yield weight
         if self.bias:
-            yield Tensor(f"{self.name}.bias", (self.width,), "norm", "zeros", sequence=True)
+            yield replace(weight, name=f"{self.name}.bias", init="zeros")
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +150,7 @@ class Core:
     """Attention between q, k, v and its output: `heads` queries share `kv_heads` keys and values.
 
     rotated: channels of a head that rotary positions turn; 0 for none.
+    window: tokens that one sees, itself included; None for all before it.
     """
 
     name: str
@@ -147,6 +158,11 @@ class Core:
     kv_heads: int
     head_size: int
     rotated: int = 0
+    window: int | None = None
+
+    def seen(self, seq_length: int) -> int:
+        """Most tokens that one of so many sees."""
+        return seq_length if self.window is None else min(self.window, seq_length)
 
     @property
     def queries(self) -> int:
@@ -260,6 +276,7 @@ class Parts:
         return sum(math.prod(tensor.shape) for tensor in self.tensors())
 
 
+Q_NORM, K_NORM = "attention.q_norm", "attention.k_norm"
 TOKENS, POSITIONS, HEAD, FINAL_NORM = (
     "embedding.tokens", "embedding.positions", "head", "final_norm",
 )  # fmt: skip

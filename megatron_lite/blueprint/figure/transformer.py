@@ -8,7 +8,9 @@ from typing import Literal
 from megatron_lite.blueprint.figure.heads import HEADS, VOCABULARY
 from megatron_lite.blueprint.figure.parts import (
     FINAL_NORM,
+    K_NORM,
     POSITIONS,
+    Q_NORM,
     TOKENS,
     Activation,
     Core,
@@ -44,12 +46,23 @@ def figure_of(model: ModelConfig, padded_vocab_size: int, head: str = VOCABULARY
     )
 
 
-def _norm(model: ModelConfig, name: str) -> Norm:
-    layer = model.normalization == "LayerNorm"
+def _norm(model: ModelConfig, name: str, *, heads: int = 0) -> Norm:
+    layer, width = (
+        model.normalization == "LayerNorm",
+        model.head_size if heads else model.hidden_size,
+    )
     return Norm(
-        name, model.hidden_size, model.normalization,
-        bias=layer and model.layernorm_bias, less_one=model.apply_layernorm_1p,
+        name, width, model.normalization,
+        bias=layer and model.layernorm_bias, less_one=model.apply_layernorm_1p, heads=heads,
     )  # fmt: skip
+
+
+def _head_norms(model: ModelConfig) -> tuple[Norm, ...]:
+    """Those of queries and keys, where they are normalised."""
+    if not model.qk_layernorm:
+        return ()
+    heads = {Q_NORM: model.num_attention_heads, K_NORM: model.num_kv_heads}
+    return tuple(_norm(model, name, heads=count) for name, count in heads.items())
 
 
 def _function(model: ModelConfig) -> Literal["gelu", "gelu_erf", "swiglu"]:
@@ -64,6 +77,7 @@ def _layer(model: ModelConfig) -> Parts:
     core = Core(
         "attention.core", model.num_attention_heads, model.num_kv_heads, model.head_size,
         rotated=int(model.head_size * model.rotary_percent) // 2 * 2 if rotary else 0,
+        window=model.window,
     )  # fmt: skip
     qkv = (
         ("attention.q", core.queries),
@@ -74,7 +88,8 @@ def _layer(model: ModelConfig) -> Parts:
     output, down = (("attention.output", h),), (("mlp.down", h),)
     return Parts((
         _norm(model, "attention_norm"),
-        Matrix("attention.qkv", qkv, h, "rows", bias),
+        Matrix("attention.qkv", qkv, h, "rows", bias or model.add_qkv_bias),
+        *_head_norms(model),
         core,
         Matrix("attention.output", output, core.queries, "columns", bias, into_stream=True),
         _norm(model, "mlp_norm"),

@@ -9,10 +9,19 @@ from typing import Any
 from megatron_lite.checkpoint.huggingface.family import Family
 from megatron_lite.checkpoint.huggingface.gpt2 import GPT2
 from megatron_lite.checkpoint.huggingface.llama import LLAMA
+from megatron_lite.checkpoint.huggingface.mistral import MISTRAL
+from megatron_lite.checkpoint.huggingface.qwen2 import QWEN2
+from megatron_lite.checkpoint.huggingface.qwen3 import QWEN3
 from megatron_lite.config.errors import CheckpointError
 from megatron_lite.config.sections.model import ModelConfig
 
-FAMILIES: dict[str, Family] = {"gpt2": GPT2, "llama": LLAMA}
+FAMILIES: dict[str, Family] = {
+    "gpt2": GPT2,
+    "llama": LLAMA,
+    "mistral": MISTRAL,
+    "qwen2": QWEN2,
+    "qwen3": QWEN3,
+}
 """In the order in which an export tries them; no other file names a family."""
 
 

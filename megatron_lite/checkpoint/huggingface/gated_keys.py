@@ -76,6 +76,19 @@ def gated_in(config: ConfigFile, *, epsilon: float = 1e-6) -> dict[str, Any]:
     }
 
 
+def full_attention(config: ConfigFile, layers: int) -> None:
+    """Qwen's keys of windows in some layers: every layer must see the whole text."""
+    if config.flag("use_sliding_window", default=False):
+        config.refuse("use_sliding_window True: only some layers have the window, here all or none")
+    for key in ("sliding_window", "max_window_layers"):  # without the other they have no say
+        config.get(key)
+    kinds = config.get("layer_types")
+    if kinds is not None and kinds != ["full_attention"] * layers:
+        config.refuse(
+            f"layer_types: only 'full_attention' of all {layers} layers is a {config.title}"
+        )
+
+
 def gated_out(
     model: ModelConfig, kind: str, architecture: str, *, eod: int | None, dtype: str
 ) -> dict[str, Any]:

@@ -47,17 +47,14 @@ REFUSED: tuple[Legacy, ...] = (
     refused("--full-validation", "not built; use --eval-iters"),
     refused("--multi-latent-attention", "not built; use --group-query-attention"),
     refused("--no-initialization", "weights are always drawn or loaded; drop it"),
-    refused("--qk-layernorm", "not built; drop it: queries and keys are not normalised"),
-    refused("--qk-l2-norm", "not built; drop it: queries and keys are not normalised"),
-    refused("--qk-clip", "not built; drop it: queries and keys are not clipped"),
-    refused(
-        "--add-qkv-bias", "not built; give all linear layers biases, or use --disable-bias-linear"
-    ),
+    refused("--qk-l2-norm", "not built; use --qk-layernorm"),
+    refused("--qk-clip", "not built; use --qk-layernorm"),
     refused("--quick-geglu", "not built; use GELU or --swiglu"),
     refused("--attention-output-gate", "not built; drop it"),
     refused("--activation-func-clamp-value", "not built; drop it"),
-    refused("--window-size", "not built; attention sees the whole sequence: drop it"),
-    refused("--window-attn-skip-freq", "not built; attention sees the whole sequence: drop it"),
+    refused(
+        "--window-attn-skip-freq", "not built; all layers have the window of --window-size: drop it"
+    ),
     refused("--relative-attention-num-buckets", "not built; use --position-embedding-type rope"),
     refused("--relative-attention-max-distance", "not built; use --position-embedding-type rope"),
     refused("--mtp-num-layers", "not built; drop it, with --mtp-loss-scaling-factor"),

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from megatron_lite.config.batch_schedule import parse_schedule
 from megatron_lite.config.errors import ConfigError
 from megatron_lite.config.pipeline import SPLIT_BACKWARD, pipeline
+from megatron_lite.config.sections.model import WINDOW
 from megatron_lite.config.sections.run import RunConfig
 from megatron_lite.config.sections.train import TrainConfig
 
@@ -132,6 +133,16 @@ def positions(config: RunConfig, world_size: int) -> Iterator[str]:
         yield (
             f"--max-position-embeddings {m.max_position_embeddings} is below --seq-length "
             f"{m.seq_length}; give at least {m.seq_length}, or leave it out"
+        )
+
+
+def attention_window(config: RunConfig, world_size: int) -> Iterator[str]:
+    """A window is two numbers, and ends with the token itself."""
+    asked = config.model.window_size
+    if asked is not None and WINDOW.fullmatch(asked) is None:
+        yield (
+            f"--window-size {asked} is not LEFT,RIGHT with RIGHT 0: how many tokens before its own one "
+            "sees, or -1 for all, and none after it, since attention is causal; write 4095,0"
         )
 
 

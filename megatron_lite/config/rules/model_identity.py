@@ -77,6 +77,13 @@ COMPARED: tuple[Trait, ...] = (
         1.0,
         "other channels of a head are turned; the loss is worse until the model was trained on",
     ),
+    Trait(
+        "window_size",
+        lambda m: f"{m.window - 1},0" if m.window else "-1,0",
+        None,
+        "attention sees fewer tokens, or some that it has never seen; the loss is worse until the "
+        "model was trained on",
+    ),
     Trait("normalization", lambda m: m.normalization, "LayerNorm"),
     Trait(
         "norm_epsilon",
@@ -84,6 +91,7 @@ COMPARED: tuple[Trait, ...] = (
         1e-5,
         "norms of small activations come out differently; felt most in fp16 and bf16",
     ),
+    Trait("qk_layernorm", lambda m: m.qk_layernorm, False),
     Trait("apply_layernorm_1p", lambda m: m.apply_layernorm_1p, False),
     Trait(
         "layernorm_bias",
@@ -98,6 +106,7 @@ COMPARED: tuple[Trait, ...] = (
         "the two forms differ by less than 0.001 of an activation; the loss hardly moves",
     ),
     Trait("add_bias_linear", lambda m: m.add_bias_linear, True),
+    Trait("add_qkv_bias", lambda m: None if m.add_bias_linear else m.add_qkv_bias, False),
     Trait(
         "untie_embeddings_and_output_weights",
         lambda m: m.untie_embeddings_and_output_weights,

@@ -46,6 +46,7 @@ OF_THE_MODEL: tuple[Rule, ...] = (
     Rule(layout.query_groups, (_HEADS, _GROUPS)),
     Rule(layout.tensor_parallel_heads, (_TP, _HIDDEN, _HEADS, _GROUPS, "model.ffn_hidden_size")),
     Rule(layout.rotary_channels, (_HIDDEN, _HEADS, "model.kv_channels", "model.rotary_percent")),
+    Rule(layout.attention_window),
     Rule(layout.positions, (_SEQ, "model.max_position_embeddings")),
 )
 
@@ -211,6 +212,8 @@ def notices(config: RunConfig, world_size: int) -> tuple[str, ...]:
             "--use-precision-aware-optimizer: changes nothing; moments are fp32 without "
             "--exp-avg-dtype and --exp-avg-sq-dtype"
         )
+    if config.model.add_qkv_bias and config.model.add_bias_linear:
+        found.append("--add-qkv-bias: changes nothing; all linear layers have biases")
     if config.data.mock_data and config.data.split is not None:
         found.append(
             f"--split {config.data.split}: ignored, --mock-data's documents are dealt 1,1,1 as "

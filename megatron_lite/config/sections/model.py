@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Literal
+
+WINDOW = re.compile(r"\(?\s*(-1|[0-9]{1,9})\s*,\s*(-1|0)\s*\)?", re.ASCII)
+"""--window-size as Megatron takes it; -1 is no bound, which causal attention is on the right."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +55,9 @@ class ModelConfig:
     rotary_base: float = 10000.0
     """Base of the rotary frequencies."""
 
+    window_size: str | None = None
+    """LEFT,RIGHT: tokens before and after its own that one sees (Mistral); RIGHT is 0. All by default."""
+
     rotary_percent: float = 1.0
     """Share of a head's channels that are rotated."""
 
@@ -65,6 +72,9 @@ class ModelConfig:
     apply_layernorm_1p: bool = False
     """Norms keep their weight less one and add it again, which is finer near one in 16 bits."""
 
+    qk_layernorm: bool = False
+    """A norm over the channels of every head's query and key, before they are turned (Qwen3)."""
+
     norm_epsilon: float = field(default=1e-5, metadata={"aliases": ["--layernorm-epsilon"]})
     """Added to the variance inside a norm."""
 
@@ -76,6 +86,9 @@ class ModelConfig:
 
     add_bias_linear: bool = field(default=True, metadata={"off": "--disable-bias-linear"})
     """Biases in the linear layers."""
+
+    add_qkv_bias: bool = False
+    """Biases of queries, keys and values, also with --disable-bias-linear (Qwen2)."""
 
     untie_embeddings_and_output_weights: bool = False
     """A head of its own instead of the token embedding used twice."""
@@ -108,6 +121,12 @@ class ModelConfig:
         if not self.group_query_attention:
             return self.num_attention_heads
         return self.num_query_groups or self.num_attention_heads
+
+    @property
+    def window(self) -> int | None:
+        """Tokens that one sees, itself included, None for all before it; see rules for --window-size."""
+        found = WINDOW.fullmatch(self.window_size or "")
+        return None if found is None or found[1] == "-1" else int(found[1]) + 1
 
     @property
     def ffn_size(self) -> int:

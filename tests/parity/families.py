@@ -1,0 +1,31 @@
+"""Layouts in which each family's own parts are trained: what it has beyond GPT-2 and Llama."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+from tests.parity.layouts import EVERY_LAYER, LLAMA, SELECTIVE, SP, Layout, layout
+
+PARTS: Mapping[str, Mapping[str, Any]] = MappingProxyType({
+    "mistral": LLAMA | {"model__window_size": "6,0"},
+    "qwen3": LLAMA | {"model__qk_layernorm": True},
+    "qwen2": LLAMA | {"model__add_qkv_bias": True},
+})  # fmt: skip
+"""Family -> what its models have."""
+
+
+def _layouts(name: str, parts: Mapping[str, Any]) -> list[Layout]:
+    shared = dict(parts)
+    return [
+        layout(f"tp2-pp2-sp-recompute-{name}", tp=2, pp=2, shared=shared, **SP, **EVERY_LAYER),
+        layout(f"tp2-{name}", tp=2, shared=shared),
+        layout(f"pp2-{name}", pp=2, shared=shared),
+        layout(f"tp2-sp-recompute-selective-{name}", tp=2, shared=shared, **SP, **SELECTIVE),
+        layout(f"tp2-pp2-{name}", tp=2, pp=2, shared=shared),
+    ]
+
+
+FAMILY_LAYOUTS = {name: _layouts(name, parts) for name, parts in PARTS.items()}
+"""Family -> its layouts; the first has the most in it."""
