@@ -22,6 +22,8 @@ EXTRAS = {
     "plot": ["matplotlib>=3.8"],
     "wandb": ["wandb>=0.17"],
     "huggingface": ["transformers>=4.44"],
+    # kernels that --kernel liger asks for, on a GPU
+    "liger": ["liger-kernel>=0.7"],
     # the peer our tests and benchmarks stand beside; its wheels are for these
     "bench": ['megatron-core>=0.16; python_version < "3.14" and platform_machine == "x86_64"'],
     "dev": [

@@ -12,7 +12,7 @@ from megatron_lite.kernels.attention import AttentionCall
 from megatron_lite.kernels.random import feature_bits, keep_mask, key, token_numbers
 from megatron_lite.kernels.reference import split_rotate
 from megatron_lite.kernels.segments import Segments
-from megatron_lite.kernels.table import PREFERENCES, Choice, choose
+from megatron_lite.kernels.table import PREFERENCES, Choice, Need, choose
 from megatron_lite.kernels.vendor import sdpa_kernel
 from megatron_lite.layers.contexts import ForwardContext, StageContext, StepDropout
 from megatron_lite.layers.dropout import key_index
@@ -22,18 +22,24 @@ from megatron_lite.layers.recompute import recomputed_part
 from megatron_lite.layers.rotary import rotary_tables
 
 
-def choose_attention(context: StageContext, *, training: bool, segments: bool = False) -> Choice:
-    """The attention kernel for this context; with dropout only while training."""
+def attention_need(context: StageContext, *, training: bool, segments: bool = False) -> Need:
+    """What an attention kernel must cope with here; with dropout only while training."""
     model, precision = context.model, context.precision
     backend = "unfused" if not precision.masked_softmax_fusion else precision.attention_backend
-    need = replace(
+    return replace(
         context.need(),
         dropout=model.attention_dropout if training else 0.0,
         layer_scaling=model.apply_query_key_layer_scaling,
         window=any(core.window for core in context.figure.layers[0].of(Core)),
         segments=segments, length=model.seq_length, head_size=model.head_size, backend=backend,
     )  # fmt: skip
-    choice = choose("attention", need, PREFERENCES[backend])
+
+
+def choose_attention(context: StageContext, *, training: bool, segments: bool = False) -> Choice:
+    """The attention kernel for this context."""
+    model = context.model
+    need = attention_need(context, training=training, segments=segments)
+    choice = choose("attention", need, PREFERENCES[need.backend])
     if model.attention_softmax_in_fp32 or choice.implementation.name == "reference":
         return choice
     ignored = "--no-attention-softmax-in-fp32: its softmax is in fp32 in any case"

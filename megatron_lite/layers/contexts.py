@@ -16,7 +16,8 @@ from megatron_lite.config.sections.model import ModelConfig
 from megatron_lite.config.sections.precision import PrecisionConfig
 from megatron_lite.kernels.compiled import Compiler
 from megatron_lite.kernels.segments import Segments
-from megatron_lite.kernels.table import Need, choose
+from megatron_lite.kernels.table import Need
+from megatron_lite.layers.choosing import chosen
 from megatron_lite.layers.gradients import WeightGradients
 from megatron_lite.parallel.context import Axis, ParallelContext
 from megatron_lite.parallel.shard import DTYPES
@@ -72,7 +73,7 @@ class StageContext:
         storage: the number format of the layer's weight, where it is not the run's.
         computes: False where the op only looks at its input in another way: nothing to compile.
         """
-        choice = choose(op, replace(self.need(), storage=storage))
+        choice = chosen(op, replace(self.need(), storage=storage), self.precision.kernel)
         if choice.why not in self.kernels:
             self.kernels.append(choice.why)
         if self.compiler is None or not (choice.implementation.fusible and computes):

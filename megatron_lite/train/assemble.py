@@ -13,6 +13,7 @@ from megatron_lite.config.sections.run import RunConfig
 from megatron_lite.engines.base import Engine, Statistics
 from megatron_lite.engines.table import ENGINES
 from megatron_lite.kernels.compiled import Compiler
+from megatron_lite.layers.choosing import require_known, require_used
 from megatron_lite.layers.contexts import StageContext
 from megatron_lite.layers.gradients import WeightGradients
 from megatron_lite.models.decoder import Decoder
@@ -46,6 +47,7 @@ def assemble(
     Collective only in that all ranks must build alike; it communicates nothing.
     """
     timers = timers or RunTimers(level=0)
+    require_known(config.precision.kernel)
     if not config.precision.compiles(on_gpu=ctx.device.type == "cuda"):
         compiler = None
     else:
@@ -74,6 +76,8 @@ def assemble(
             _wait_before_use(decoder, held)
     context = list(decoders.values())[-1].context
     objective = make_objective(config.train.objective, context)
+    ops = {line.partition(":")[0] for d in decoders.values() for line in d.context.kernels}
+    require_used(config.precision.kernel, ops, all_stages=blueprint.grid.pp == 1)
     stages = {
         index: Stage(
             index=index,

@@ -9,6 +9,7 @@ from torch._dynamo.utils import counters
 from megatron_lite.kernels import documents
 from megatron_lite.kernels.attention import AttentionCall
 from megatron_lite.kernels.compiled import Compiler
+from megatron_lite.kernels.on_request import ON_REQUEST
 from megatron_lite.kernels.random import feature_bits, keep_mask, key, normal, token_numbers
 from megatron_lite.kernels.table import TABLE, Need, choose
 from megatron_lite.parallel.context import ParallelContext
@@ -111,6 +112,20 @@ def test_every_kernel_equals_its_reference(op, inputs, dtype):
             for ours, theirs in zip(found, expected, strict=True):
                 torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
     assert tried, f"no faster twin of {op} runs here"
+
+
+@pytest.mark.parametrize(("op", "row"), [(op, r) for op, rows in ON_REQUEST.items() for r in rows])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_kernel_of_others_equals_the_reference(op, row, dtype):
+    """Its CPU twin runs it behind a stand-in of its package: tests/kernels/test_on_request.py."""
+    device = torch.device("cuda")
+    reason = row.usable(Need(device, dtype))
+    if reason is not None:
+        pytest.skip(f"{row.name}: {reason}")
+    tolerance = 1e-4 if dtype == torch.float32 else 3e-2
+    found, expected = (run_with_gradients(r, op, device, dtype) for r in (row, TABLE[op][-1]))
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -185,7 +185,7 @@ FREE: Mapping[str, str] = MappingProxyType({
         engine check_collectives distributed_timeout_minutes""",
     # values are converted, from fp32 masters where there are any
     "precision": """fp16 bf16 loss_scale initial_loss_scale min_loss_scale loss_scale_window
-        hysteresis loss_scale_patience attention_backend masked_softmax_fusion bias_gelu_fusion
+        hysteresis loss_scale_patience attention_backend kernel masked_softmax_fusion bias_gelu_fusion
         bias_swiglu_fusion bias_dropout_fusion gradient_accumulation_fusion torch_compile tf32""",
     "optim": """adam_beta1 adam_beta2 adam_eps sgd_momentum clip_grad use_precision_aware_optimizer
         exp_avg_dtype exp_avg_sq_dtype""",

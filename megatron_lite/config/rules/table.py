@@ -69,6 +69,7 @@ CONFIG_RULES: tuple[Rule, ...] = (
     *OF_SIZES,
     Rule(layout.split_backward),
     Rule(training.precision),
+    Rule(training.kernels),
     Rule(training.spikes, ("guards.loss_spike_factor", "guards.grad_norm_spike_factor")),
     Rule(training.planning),
     Rule(training.length),

@@ -6,6 +6,7 @@ Each function yields the problems of one rule; table.py lists them and runs them
 from __future__ import annotations
 
 import importlib.util
+import re
 from collections.abc import Iterator
 
 from megatron_lite.config.blend import blends, data_sources
@@ -35,6 +36,19 @@ def precision(config: RunConfig, world_size: int) -> Iterator[str]:
         )
     if config.model.apply_query_key_layer_scaling and not config.model.attention_softmax_in_fp32:
         yield "--apply-query-key-layer-scaling needs --attention-softmax-in-fp32"
+
+
+def kernels(config: RunConfig, world_size: int) -> Iterator[str]:
+    """Each op has one kernel; attention's follow --attention-backend."""
+    words = config.precision.kernel
+    ops = [word.partition("=")[0] for word in words if "=" in word]
+    for word in words:
+        if not re.fullmatch(r"([\w-]+=)?[\w.-]+", word):
+            yield f"--kernel {word!r} is neither OP=ROW nor ROW; python tools/kernels.py lists both"
+    for op in dict.fromkeys(op for op in ops if ops.count(op) > 1):
+        yield f"--kernel names {op} {ops.count(op)} times; give it once"
+    if "attention" in ops:
+        yield "--kernel attention=...: attention is chosen by --attention-backend; use that"
 
 
 def spikes(config: RunConfig, world_size: int) -> Iterator[str]:

@@ -37,6 +37,9 @@ class PrecisionConfig:
     attention_backend: Literal["auto", "flash", "fa4", "fused", "unfused", "local"] = "auto"
     """Which attention kernel is preferred (docs/guides/attention.md); which runs, and why, is printed."""
 
+    kernel: list[str] = field(default_factory=list)
+    """OP=ROW, or ROW of every op that has it: which kernel runs (tools/kernels.py has the table)."""
+
     masked_softmax_fusion: bool = True
     """Let the attention kernel fuse mask and softmax; off takes the plain reference kernel."""
 
