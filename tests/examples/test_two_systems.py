@@ -1,0 +1,223 @@
+"""Two published systems: their own sizes in the plan, their commands as printed, the whole run in small."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import random
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_lite.blueprint.parameters import parameter_table, total_size
+from megatron_lite.blueprint.stages import cut_stages
+from megatron_lite.config.flags.parser import parse
+from megatron_lite.config.sections.run import RunConfig
+from megatron_lite.telemetry.record import record_json
+from tests.support.extras import needs
+from tests.support.places import ROOT
+from tests.telemetry.records import STEP
+
+SYSTEMS = ("macrogpt", "gpt_from_zero")
+WORDS = ["今天", "天气", "很好", "我们", "去", "公园", "散步", "系统", "文件", "使用", "软件包", "如果", "请",
+         "安装", "命令", "参数", "用户", "目录"]  # fmt: skip
+
+
+def block(system: str) -> list[str]:
+    """The commands of its README, which are the same in both languages."""
+    found = [
+        re.findall(r"^```bash\n(.*?)^```$", path.read_text("utf-8"), re.DOTALL | re.MULTILINE)
+        for path in sorted((ROOT / "examples" / system).glob("README*.md"))
+    ]
+    lines = [[re.sub(r" +#.*", "", line) for line in "".join(one).splitlines()] for one in found]
+    assert len(lines) == 2 and lines[0] == lines[1] and lines[0]
+    return lines[0]
+
+
+def carried_out(command: str, **env: str) -> subprocess.CompletedProcess[str]:
+    """A line of a README, in the repository, with nothing else in the environment."""
+    return subprocess.run(
+        ["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=500,
+        env={"PATH": os.environ["PATH"], "PYTHON": sys.executable, **env},
+    )  # fmt: skip
+
+
+def full(system: str, tmp_path: Path) -> RunConfig:
+    """What FULL=1 would train, by a stand-in for python that prints how it was called."""
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    python.chmod(0o755)
+    done = carried_out(block(system)[1], PYTHON=str(python))
+    assert done.returncode == 0, done.stderr
+    words = done.stdout.splitlines()
+    assert words[0].endswith("tools/plan.py") and words[1] == "--hardware"
+    return parse(words[words.index("--gpus-per-node") + 2 :]).config
+
+
+@pytest.mark.parametrize(
+    ("system", "parameters"), [("macrogpt", 1_473_471_488), ("gpt_from_zero", 336_128_000)]
+)
+def test_full_is_the_system_s_own_model(system: str, parameters: int, tmp_path: Path) -> None:
+    config = full(system, tmp_path)
+    model, train, rate = config.model, config.train, config.learning_rate
+    assert model.vocab_size is not None
+    stages = cut_stages([model.num_layers])
+    found = total_size(parameter_table(model, stages, padded_vocab_size=model.vocab_size))
+    assert found == parameters
+    if system == "macrogpt":
+        assert config.precision.fp16 and config.precision.initial_loss_scale == 65536
+        assert (train.micro_batch_size, train.global_batch_size, model.seq_length) == (4, 128, 2048)
+        assert (rate.lr, rate.lr_decay_style, rate.lr_warmup_fraction) == (3e-4, "linear", 0.01)
+        assert (config.checkpoint.save_interval, config.checkpoint.keep_last) == (384, 6)
+    else:
+        assert config.precision.bf16 and (config.optim.adam_beta2, config.optim.weight_decay) == (
+            0.98,
+            0.01,
+        )
+        assert (train.micro_batch_size, train.global_batch_size, model.seq_length) == (56, 560, 256)
+        assert (rate.lr, rate.lr_decay_style, rate.lr_warmup_iters) == (4e-4, "cosine", 1500)
+        assert (config.checkpoint.save_interval, config.checkpoint.keep_last) == (1000, 5)
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_the_printed_dry_run_says_memory_time_and_the_curve(system: str) -> None:
+    done = carried_out(block(system)[1])
+    assert done.returncode == 0, done.stderr
+    fits = re.search(r"\s(\d+\.\d+)\s+fits$", done.stdout, re.MULTILINE)
+    step = re.search(r"^seconds per step +(\d+\.\d+)$", done.stdout, re.MULTILINE)
+    assert fits and step
+    for language in ("README.md", "README.zh-CN.md"):
+        text = (ROOT / "examples" / system / language).read_text("utf-8")
+        told = re.search(r"(\d+\.\d+) GiB\D+?(\d+\.\d+)", text)
+        assert told is not None
+        assert [float(n) for n in told.groups()] == pytest.approx(
+            [float(fits[1]), float(step[1])], rel=0.25
+        )
+    assert re.search(r"^ +iteration +tokens +batch +learning rate$", done.stdout, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("system", "env", "said"),
+    [
+        ("macrogpt", {"FULL": "1"}, "TEXT=FOLDER with the shards"),
+        ("macrogpt", {"FULL": "1", "TEXT": "."}, "TOKENIZER=tokenizer.model"),
+        ("macrogpt", {"DRY_RUN": "1"}, "DRY_RUN=1 is for FULL=1"),
+        ("macrogpt", {"TEXT": "/dev"}, "holds 0 *.json files"),
+        ("gpt_from_zero", {"FULL": "1"}, "TEXT=FOLDER with news, crawler, zhihu and en.jsonl"),
+        ("gpt_from_zero", {"TEXT": "/dev"}, "TEXT=/dev holds no news.jsonl"),
+        ("gpt_from_zero", {"STEPS": "7"}, "give an even number"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_a_run_lacks_is_said_at_its_start(
+    system: str, env: dict[str, str], said: str, tmp_path: Path
+) -> None:
+    done = carried_out(f"examples/{system}/run.sh", OUT=str(tmp_path), **env)
+    assert done.returncode == 2 and said in done.stderr
+    assert done.stderr.startswith("FATAL[2] rank=- step=-: ")
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_without_a_network_and_a_text_both_are_named(system: str, tmp_path: Path) -> None:
+    apt = tmp_path / "apt-get"
+    apt.write_text('#!/bin/sh\necho "E: Could not resolve a name" >&2\nexit 100\n')
+    apt.chmod(0o755)
+    places = {"OUT": str(tmp_path / "out"), "CACHE": str(tmp_path / "cache")}
+    done = carried_out(block(system)[0], **places, PATH=f"{tmp_path}:{os.environ['PATH']}")
+    assert done.returncode == 2
+    assert "manpages-zh 1.6.4.0-1" in done.stderr and "TEXT=FOLDER" in done.stderr
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_every_variable_of_a_script_is_in_its_table(system: str) -> None:
+    script = (ROOT / "examples" / system / "run.sh").read_text("utf-8")
+    variables = set(re.findall(r"\$\{([A-Z][A-Z_]*):-", script))
+    assert len(variables) >= 7
+    for path in (ROOT / "examples" / system).glob("README*.md"):
+        assert {name for name in variables if f"`{name}`" not in path.read_text("utf-8")} == set()
+
+
+def step(iteration: int, loss: float) -> str:
+    return record_json(
+        dataclasses.replace(STEP, iteration=iteration, loss=loss, skipped_iterations=0)
+    )
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "code", "said"),
+    [
+        ([9 - n / 50 for n in range(200)], [5.2] * 100, 0, "0 of 300"),
+        ([9 - n / 50 for n in range(200)], [5.2] * 50 + [float("nan")] * 50, 1, "no number"),
+        ([9 - n / 50 for n in range(200)], [9.0] * 50 + [5.0] * 50, 1, "began anew"),
+        ([9.0] * 200, [9.0] * 100, 1, "nothing was learnt"),
+    ],
+    ids=["as it should be", "nan", "anew", "nothing learnt"],
+)
+def test_the_verdict_on_fp16(
+    first: list[float], last: list[float], code: int, said: str, tmp_path: Path
+) -> None:
+    for name, losses in (("first", first), ("last", last)):
+        lines = [step(n, loss) for n, loss in enumerate(losses, 1)]
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    verdict = shlex.join(
+        [
+            sys.executable,
+            "examples/macrogpt/verdict.py",
+            *map(str, (tmp_path / "first", tmp_path / "last")),
+        ]
+    )
+    done = carried_out(verdict)
+    assert done.returncode == code and said in done.stdout, done.stdout + done.stderr
+
+
+def sentence(random_words: random.Random) -> str:
+    return "".join(random_words.choices(WORDS, k=random_words.randint(5, 30))) + "。"
+
+
+def write_texts(folder: Path) -> Path:
+    """A few hundred sentences in the shapes of both systems."""
+    folder.mkdir()
+    chance = random.Random(5)
+    for shard in (1, 2):
+        records = [{"i": n, "a": sentence(chance)} for n in range(200)]
+        text = json.dumps(records, ensure_ascii=False, indent=4)
+        (folder / f"shard-{shard}.json").write_text(text, encoding="utf-8")
+    shapes = {
+        "news": lambda n: {"ID": n, "Content": sentence(chance)},
+        "crawler": lambda n: {"段落": [{"内容": sentence(chance)}, {"内容": sentence(chance)}]},
+        "zhihu": lambda n: {"问": sentence(chance), "答": sentence(chance)},
+        "en": lambda n: {"text": f"the text number {n} of the other ones"},
+    }
+    for name, make in shapes.items():
+        lines = [json.dumps(make(n), ensure_ascii=False) + "\n" for n in range(200)]
+        (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_the_whole_run_goes_as_printed(system: str, tmp_path: Path) -> None:
+    needs("tokenizers")
+    needs("sentencepiece")
+    out = tmp_path / "out"
+    env = {"OUT": str(out), "TEXT": str(write_texts(tmp_path / "text")), "STEPS": "40"}
+    done = carried_out(block(system)[0], **env, STEPS_NEXT="30")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert f"{system} took " in done.stdout
+    if system == "macrogpt":
+        assert (
+            "--finetune --keep-optim: weights, the optimizer's state after 40 updates and loss scale"
+            in done.stdout
+        )
+        assert "losses that are no number: 0 of 70" in done.stdout
+        assert list(out.glob("run-*/loss.png")) and "skipped after step 20: 0 of 20" in done.stdout
+    else:
+        assert "[stopped by --exit-interval] iteration 20" in done.stdout
+        assert "exactly resumed" in done.stdout and "0 differ" in done.stdout
+        assert re.search(r"^all +800 .* 1\.0000 +40,960 ", done.stdout, re.MULTILINE)
