@@ -243,6 +243,8 @@ ROWS = (
         tests=("tests/faults/test_permissions.py::test_a_folder_that_may_not_be_entered",)),
     Row("C8", "no locale, HOME, /dev/shm; cwd read-only", "works, or told", "0, 5",
         tests=(FAULTS + "surroundings.py::test_no_locale",)),
+    Row("C10", "a compiler that does not work", "one warning, nothing compiled", "0",
+        tests=(FAULTS + "surroundings.py::test_a_compiler", "tests/kernels/test_compiled.py::test_a_compiler")),
     Row("C9", "pickle, eval, exec, shell", "nowhere; loads never unpickle", "-",
         tests=("tests/architecture/test_habits.py", FAULTS + "unpickling.py")),
 )  # fmt: skip

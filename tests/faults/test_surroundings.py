@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -47,3 +48,21 @@ def test_threads_that_read_ahead_never_hang_a_run() -> None:
     ended = launch(2, words, deadline=120)
     assert [rank.rc for rank in ended] == [0, 0], [rank.err[-500:] for rank in ended]
     assert "iteration      200/" in ended[-1].out
+
+
+@pytest.mark.ci
+def test_a_compiler_that_does_not_work_is_one_warning_and_a_run_without_it(tmp_path: Path) -> None:
+    """Two ranks that agree on it, and the losses of a run that was not to compile."""
+    losses = {}
+    for flag in ("--torch-compile", "--no-torch-compile"):
+        broken = {"CXX": "/nowhere/c++", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+        ended = launch(2, [*TINY, flag], deadline=120, env=broken)
+        assert [rank.rc for rank in ended] == [0, 0], [rank.err[-500:] for rank in ended]
+        warned = [
+            line for rank in ended for line in rank.err.splitlines() if "--torch-comp" in line
+        ]
+        assert len(warned) == (flag == "--torch-compile"), warned
+        assert all("/nowhere/c++" in line and "--no-torch-compile" in line for line in warned)
+        losses[flag] = re.findall(r"lm loss: \S+", ended[-1].out)
+    assert " > torch.compile: nothing (--torch-compile off, on cpu)" in ended[0].out
+    assert losses["--torch-compile"] == losses["--no-torch-compile"] != []
