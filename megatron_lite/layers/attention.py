@@ -113,7 +113,11 @@ class SelfAttention(nn.Module):
         if not self.normed:
             return self.split_rotate(fused, self.heads, self.kv_heads, angles)  # type: ignore[no-any-return]
         q, k, v = self.split_rotate(fused, self.heads, self.kv_heads, None)
-        q, k = self.q_norm(q), self.k_norm(k)
+        # in the order of memory, in which attention then leaves its output for the next product
+        q, k = (
+            norm(x.permute(2, 0, 1, 3)).permute(1, 2, 0, 3)
+            for norm, x in ((self.q_norm, q), (self.k_norm, k))
+        )
         return (*(self.rotate_heads(q, k, *angles) if angles else (q, k)), v)
 
     def _call(self, at: ForwardContext, queries: int, keys: int) -> AttentionCall:
