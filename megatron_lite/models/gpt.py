@@ -16,7 +16,7 @@ from megatron_lite.layers.recompute import recomputed_part
 
 
 class GPTBlock(nn.Module):
-    """x + drop(attention(norm(x))), then x + drop(mlp(norm(x))).
+    """x + drop(attention(norm(x))), then x + drop(mlp(norm(x))); or both added to the same x (GPT-NeoX).
 
     What stands between two products is one kernel: that of adding a part to the stream includes the
     bias of a sum over tp, dropout and the norm before the next product.
@@ -39,7 +39,10 @@ class GPTBlock(nn.Module):
         again = partial(recomputed_part, self.context.recompute)
         y = self.attention(again("layernorm", self.attention_norm, x), at)
         bias, dropped = self.attention.output.late_bias, self.attention_dropout.call(at)
-        if "layernorm" in self.context.recompute.modules:  # the sum is kept, its norm is not
+        if self.mlp_norm.part.beside:
+            stream = self.add(x, y, bias, dropped)
+            x, y = stream, again("layernorm", self.mlp_norm, x)
+        elif "layernorm" in self.context.recompute.modules:  # the sum is kept, its norm is not
             x = self.add(x, y, bias, dropped)
             y = again("layernorm", self.mlp_norm, x)
         else:

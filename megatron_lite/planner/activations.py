@@ -143,7 +143,9 @@ def block_items(
     masked = model.hidden_dropout > 0.0 and not compiled
     dropped = [matrix for matrix in layer.of(Matrix) if matrix.into_stream and masked]
     return Items(
-        stream=sum(split * w * norm.width for norm in norms if norm not in in_fp32),
+        stream=sum(
+            split * w * norm.width for norm in norms if norm not in in_fp32 and not norm.beside
+        ),
         norms=sum(split * w * norm.width for norm in norms),
         inner=sum(split * norm.width * 8.0 for norm in in_fp32)
         + sum(tokens / tp * _inner_of_heads(norm, w) for norm in of_heads if not compiled),

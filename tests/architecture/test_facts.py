@@ -21,6 +21,7 @@ OF_A_FIGURE = frozenset(
         "add_qkv_bias",
         "window_size",
         "qk_layernorm",
+        "parallel_residual",
         "normalization",
     ]
 )

@@ -262,6 +262,7 @@ OTHERWISE: dict[str, list[dict[str, Any]]] = {
     "add_bias_linear": [{"add_bias_linear": True}, {"add_bias_linear": False}],
     "window_size": [{"window_size": "6,0"}],
     "qk_layernorm": [{"qk_layernorm": True}],
+    "parallel_residual": [{"parallel_residual": True}],
     "add_qkv_bias": [{"add_bias_linear": False, "add_qkv_bias": True}],
     "untie_embeddings_and_output_weights": [
         {"untie_embeddings_and_output_weights": untied} for untied in (True, False)
@@ -332,6 +333,7 @@ def test_a_row_is_called_what_its_config_says_and_has_a_place_for_every_tensor()
         windowed,
         dataclasses.replace(LIKE_LLAMA, add_qkv_bias=True),
         dataclasses.replace(LIKE_LLAMA, qk_layernorm=True),
+        dataclasses.replace(GPT, position_embedding_type="rope", parallel_residual=True),
     ]
     for kind, family in FAMILIES.items():
         model = next(m for m in likes if not family.lacks(m))

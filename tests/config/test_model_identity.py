@@ -43,7 +43,7 @@ def test_what_older_checkpoints_meant_is_what_this_version_asks_for_by_default()
         "kv_channels": None, "num_query_groups": None, "group_query_attention": False,
         "ffn_hidden_size": None, "max_position_embeddings": None,
         "position_embedding_type": "learned_absolute", "rotary_base": 10000.0, "rotary_percent": 1.0,
-        "window_size": None, "qk_layernorm": False,
+        "window_size": None, "qk_layernorm": False, "parallel_residual": False,
         "normalization": "LayerNorm", "norm_epsilon": 1e-5, "layernorm_bias": True, "apply_layernorm_1p": False,
         "swiglu": False, "gelu": "tanh", "add_bias_linear": True, "add_qkv_bias": False,
         "untie_embeddings_and_output_weights": False,

@@ -6,11 +6,15 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-from tests.parity.layouts import EVERY_LAYER, LLAMA, SELECTIVE, SP, Layout, layout
+from tests.parity.layouts import EVERY_LAYER, LLAMA, SELECTIVE, SP, UNTIED, Layout, layout
 
 PARTS: Mapping[str, Mapping[str, Any]] = MappingProxyType({
     "mistral": LLAMA | {"model__window_size": "6,0"},
     "qwen3": LLAMA | {"model__qk_layernorm": True},
+    "gpt_neox": UNTIED | {
+        "model__position_embedding_type": "rope", "model__rotary_percent": 0.5,
+        "model__parallel_residual": True, "model__gelu": "erf",
+    },
     "qwen2": LLAMA | {"model__add_qkv_bias": True},
 })  # fmt: skip
 """Family -> what its models have."""

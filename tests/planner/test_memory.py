@@ -66,6 +66,7 @@ LAYERS = [
     f"--micro-batch-size 2 {ND} {UNFUSED} {DOCUMENTS}",
     f"--micro-batch-size 2 --bf16 {ND} {SELECTIVE} core_attn {DOCUMENTS}",
     f"--micro-batch-size 2 --bf16 {ND} --window-size 15,0",
+    f"--micro-batch-size 2 --bf16 {ND} --parallel-residual",
     f"--micro-batch-size 2 --bf16 {ND} {LLAMA} {GROUPED} --qk-layernorm",
     f"--micro-batch-size 2 {ND} {LLAMA} {GROUPED} --qk-layernorm",
     f"--micro-batch-size 2 --bf16 {ND} --qk-layernorm",

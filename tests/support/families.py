@@ -24,6 +24,10 @@ TINY: Mapping[str, tuple[str, Mapping[str, Any]]] = MappingProxyType({
     "llama-biases": ("Llama", GATED | {"attention_bias": True, "mlp_bias": True}),
     "mistral": ("Mistral", GATED | {"sliding_window": 7, "head_dim": 10}),
     "mistral-whole": ("Mistral", GATED | {"sliding_window": None}),
+    "gpt_neox": ("GPTNeoX", SIZES | {"rope_parameters": {
+        "rope_type": "default", "rope_theta": 5000.0, "partial_rotary_factor": 0.5}}),
+    "gpt_neox-in-turn": ("GPTNeoX", SIZES | {"use_parallel_residual": False, "rope_parameters": {
+        "rope_type": "default", "rope_theta": 5000.0, "partial_rotary_factor": 1.0}}),
     "qwen3": ("Qwen3", GATED | {"head_dim": 10}),
     "qwen2": ("Qwen2", GATED | {"tie_word_embeddings": True}),
 })  # fmt: skip

@@ -76,6 +76,7 @@ class Norm:
     """A norm over `width` features.
 
     heads: of the stream if 0, else of so many heads, each by itself and with the same weight.
+    beside: it reads the same stream as the norm before it, whose part is added together with its own.
     """
 
     name: str
@@ -85,6 +86,7 @@ class Norm:
     less_one: bool = False
     """The weight is kept less one: it starts at zero."""
     heads: int = 0
+    beside: bool = False
 
     def tensors(self) -> Iterator[Tensor]:
         """Its weight, and its bias where it has one."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
 from typing import Literal
 
@@ -92,7 +93,7 @@ def _layer(model: ModelConfig) -> Parts:
         *_head_norms(model),
         core,
         Matrix("attention.output", output, core.queries, "columns", bias, into_stream=True),
-        _norm(model, "mlp_norm"),
+        replace(_norm(model, "mlp_norm"), beside=model.parallel_residual),
         Matrix("mlp.up", up, h, "rows", bias),
         Activation("mlp.activation", f, _function(model)),
         Matrix("mlp.down", down, f, "columns", bias, into_stream=True),

@@ -8,6 +8,7 @@ from typing import Any
 
 from megatron_lite.checkpoint.huggingface.family import Family
 from megatron_lite.checkpoint.huggingface.gpt2 import GPT2
+from megatron_lite.checkpoint.huggingface.gpt_neox import GPT_NEOX
 from megatron_lite.checkpoint.huggingface.llama import LLAMA
 from megatron_lite.checkpoint.huggingface.mistral import MISTRAL
 from megatron_lite.checkpoint.huggingface.qwen2 import QWEN2
@@ -21,6 +22,7 @@ FAMILIES: dict[str, Family] = {
     "mistral": MISTRAL,
     "qwen2": QWEN2,
     "qwen3": QWEN3,
+    "gpt_neox": GPT_NEOX,
 }
 """In the order in which an export tries them; no other file names a family."""
 

@@ -7,10 +7,19 @@ from typing import Any
 from megatron_lite.checkpoint.huggingface.config_file import ConfigFile
 from megatron_lite.config.sections.model import ModelConfig
 
+_SHARE = "partial_rotary_factor"
 
-def rotary_in(config: ConfigFile) -> dict[str, Any]:
-    """Fields of ModelConfig; puts down what of it is not known here."""
-    before = config.number("rope_theta", 10000.0)
+
+def rotary_in(
+    config: ConfigFile, *, base: str = "rope_theta", share: str | None = None, default: float = 1.0
+) -> dict[str, Any]:
+    """Fields of ModelConfig; puts down what of it is not known here.
+
+    base, share: keys of before for the base and, where a family turns some channels alone, for
+    their share; default: the share where none is said.
+    """
+    before = config.number(base, 10000.0)
+    turned = default if share is None else _share(config, share, default)
     today, scaling = config.get("rope_parameters"), config.get("rope_scaling")
     if today and scaling and not _says(today, scaling):
         config.refuse(f"rope_parameters {today} and rope_scaling {scaling} say different things")
@@ -18,9 +27,21 @@ def rotary_in(config: ConfigFile) -> dict[str, Any]:
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind != "default":
         rope.refuse(f"{rope.inside}rope_type {kind!r}: only 'default' is known here")
-    base = rope.number("rope_theta", before)
+    found = rope.number("rope_theta", before)
+    if share is not None:
+        turned = _share(rope, _SHARE, turned)
     rope.refuse_unknown()
-    return {"position_embedding_type": "rope", "rotary_base": base}
+    return {
+        "position_embedding_type": "rope", "rotary_base": found, "rotary_percent": turned,
+    }  # fmt: skip
+
+
+def _share(config: ConfigFile, key: str, default: float) -> float:
+    """A share of the channels, all of them too."""
+    share = config.number(key, default)
+    if share > 1:
+        config.refuse(f"{config.inside}{key} {share!r}: more than all channels of a head")
+    return min(share, 1.0)
 
 
 def _says(today: Any, scaling: Any) -> bool:
@@ -31,9 +52,12 @@ def _says(today: Any, scaling: Any) -> bool:
     return all(today.get(key) == value for key, value in repeated.items())
 
 
-def rotary_out(model: ModelConfig) -> dict[str, Any]:
+def rotary_out(
+    model: ModelConfig, *, base: str = "rope_theta", share: str | None = None
+) -> dict[str, Any]:
     """The same as keys, in both ways: readers that know one of them alone find the right base."""
-    return {
-        "rope_parameters": {"rope_type": "default", "rope_theta": model.rotary_base},
-        "rope_theta": model.rotary_base,
-    }
+    today: dict[str, Any] = {"rope_type": "default", "rope_theta": model.rotary_base}
+    before = {base: model.rotary_base}
+    if share is not None:
+        today[_SHARE] = before[share] = model.rotary_percent
+    return {"rope_parameters": today, **before}

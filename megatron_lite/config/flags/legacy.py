@@ -174,6 +174,7 @@ OURS_ONLY = frozenset(
         "precision.tf32",
         "precision.loss_scale_patience",
         "model.gelu",
+        "model.parallel_residual",
         "guards.on_non_finite",
         "guards.loss_spike_factor",
         "guards.grad_norm_spike_factor",

@@ -105,6 +105,7 @@ COMPARED: tuple[Trait, ...] = (
         "tanh",
         "the two forms differ by less than 0.001 of an activation; the loss hardly moves",
     ),
+    Trait("parallel_residual", lambda m: m.parallel_residual, False),
     Trait("add_bias_linear", lambda m: m.add_bias_linear, True),
     Trait("add_qkv_bias", lambda m: None if m.add_bias_linear else m.add_qkv_bias, False),
     Trait(

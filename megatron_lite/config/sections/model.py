@@ -78,6 +78,9 @@ class ModelConfig:
     norm_epsilon: float = field(default=1e-5, metadata={"aliases": ["--layernorm-epsilon"]})
     """Added to the variance inside a norm."""
 
+    parallel_residual: bool = False
+    """Attention and MLP read the same stream, each behind a norm, and are added together (GPT-NeoX)."""
+
     swiglu: bool = False
     """SwiGLU feed-forward instead of GELU."""
 
