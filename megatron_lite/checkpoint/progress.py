@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from megatron_lite.blueprint.batches import BatchSchedule
@@ -50,6 +50,15 @@ class Progress:
             self.skipped_steps += 1
         else:
             self.lr_samples += batch
+
+    def as_it_is(self) -> Progress:
+        """A copy, to go back to."""
+        return replace(self)
+
+    def go_back(self, before: Progress) -> None:
+        """What was counted since a copy was made did not happen."""
+        for entry in fields(self):
+            setattr(self, entry.name, getattr(before, entry.name))
 
     def goes_on(self, schedule: BatchSchedule) -> BatchSchedule:
         """The batch schedule from here on, with what was done before as its past.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -29,6 +30,7 @@ class Loader:
     num_workers threads read; 0 reads in the caller.  `seconds_waited` is the time the caller
     spent in next_batches so far.  An error in a thread is raised in the caller when the batch
     it belongs to is asked for.  There is no state: any `consumed` may be asked for at any time.
+    prepare: what a thread does to each micro batch that it has read.
     """
 
     def __init__(
@@ -42,12 +44,14 @@ class Loader:
         order: OrderKind = "single",
         sharding: bool = True,
         permute: Permute | None = None,
+        prepare: Callable[[Batch], Batch] | None = None,
     ) -> None:
         self.dataset = dataset
         self.dp_rank = dp_rank
         self.dp_size = dp_size
         self.documents = documents
         self.seconds_waited = 0.0
+        self._prepare = prepare
         self._order = Order(
             order, len(dataset), dataset.name, dp_size=dp_size, sharding=sharding, permute=permute
         )
@@ -83,7 +87,8 @@ class Loader:
 
     def _read(self, positions: _Int64) -> Batch:
         samples = [self.dataset[int(number)] for number in self._order(positions, len(positions))]
-        return collate(samples, positions, self.documents)
+        batch = collate(samples, positions, self.documents)
+        return batch if self._prepare is None else self._prepare(batch)
 
     def _submit(self, request: BatchRequest) -> list[Future[Batch]]:
         assert self._threads is not None

@@ -20,9 +20,10 @@ from megatron_lite.parallel.shard import LocalParameter, NamedSlice
 
 @dataclass(frozen=True, slots=True)
 class SquaredNorm:
-    """share: this rank's contribution to the squared gradient norm, fp64 scalar; finite: bool scalar.
+    """share: this rank's contribution to the squared gradient norm, fp64 scalar; finite: bool [n].
 
-    A replicated gradient is counted by one rank; finite looks at every gradient this rank holds.
+    A replicated gradient is counted by one rank; finite looks at every gradient this rank holds, in
+    the order of gradients(owned=False).
     """
 
     share: Tensor
@@ -31,12 +32,15 @@ class SquaredNorm:
 
 @dataclass(frozen=True, slots=True)
 class Update:
-    """One optimizer step: the gradient norm before clipping (device scalar), and whether it was skipped."""
+    """One optimizer step: the gradient norm before clipping, and whether the step was skipped.
+
+    All its numbers are scalars on the device.
+    """
 
     grad_norm: Tensor
     skipped: bool
-    num_zeros: float | None = None
-    params_norm: float | None = None
+    num_zeros: Tensor | None = None
+    params_norm: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,13 +109,30 @@ class Engine(Protocol):
         """This rank's share of the gradient's squared norm; the sum over the world is the whole."""
         ...
 
+    @property
+    def waits_because(self) -> str:
+        """Why apply() cannot be given `taken`, in a few words; "" where it can."""
+        ...
+
     def apply(
-        self, norm: Tensor, *, lr: float, weight_decay: float, decoupled_lr: float | None = None
+        self,
+        norm: Tensor,
+        *,
+        lr: float,
+        weight_decay: float,
+        decoupled_lr: float | None = None,
+        taken: Tensor | None = None,
     ) -> Update:
         """Clip by the global norm, update, clear the accumulators.  Collective over the grid.
 
         decoupled_lr: of the tensors with a row for each token, where it is another.
+        taken: bool scalar on the device, equal on all ranks: where it is false, weights and state
+        stay as they are, and take_back() follows as soon as the host knows.
         """
+        ...
+
+    def take_back(self) -> None:
+        """The last apply() was not taken: it does not count among the updates."""
         ...
 
     def discard(self, norm: Tensor) -> Update:

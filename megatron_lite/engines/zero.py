@@ -217,7 +217,7 @@ class ZeroEngine:
         squares = squared_norms([held.gradient for held in self._held], self.ctx.device)
         # where, not a product: 0 x inf is nan.  Copies that do not count must be finite, too: the
         # rank that holds a bad one would otherwise update with it.
-        return SquaredNorm(squares.where(self._counted, 0.0).sum(), squares.isfinite().all())
+        return SquaredNorm(squares.where(self._counted, 0.0).sum(), squares.isfinite())
 
     def _counts(self, held: _Held) -> bool:
         """Whether sums over the world take this rank's gradient, not another rank's copy of it."""
@@ -228,9 +228,20 @@ class ZeroEngine:
         """Those whose primary copy this rank holds, for sums over all ranks."""
         return [one for one in held if is_primary_copy(one.local, self.ctx)]
 
+    @property
+    def waits_because(self) -> str:
+        """Why apply() cannot be given `taken`: an update rule that does not know it."""
+        return self.groups.waits_because
+
     @torch.no_grad()
     def apply(
-        self, norm: Tensor, *, lr: float, weight_decay: float, decoupled_lr: float | None = None
+        self,
+        norm: Tensor,
+        *,
+        lr: float,
+        weight_decay: float,
+        decoupled_lr: float | None = None,
+        taken: Tensor | None = None,
     ) -> Update:
         """Clip by the global norm, update, clear the accumulators.  Collective over the grid."""
         num_zeros = self._num_zeros() if self.statistics.num_zeros else None
@@ -243,7 +254,7 @@ class ZeroEngine:
                     for buckets in self._buckets.values():
                         buckets.buffer.mul_(coefficient)
         with self.span("optimizer-inner-step"):
-            self._apply(lr, weight_decay, decoupled_lr)
+            self._apply(Rates(lr, weight_decay, decoupled_lr), taken)
         self._clear()
         params_norm = self._params_norm() if self.statistics.params_norm else None
         return Update(norm, skipped=False, num_zeros=num_zeros, params_norm=params_norm)
@@ -252,6 +263,13 @@ class ZeroEngine:
         """Clear the accumulators: the step is skipped, weights and state stay as they are."""
         self._clear()
         return Update(norm, skipped=True)
+
+    def take_back(self) -> None:
+        """The last apply() was not taken: it does not count among the updates."""
+        turned = self._steps in self._turns
+        self._steps -= 1
+        if turned:
+            self._choose_trained()
 
     def _reduce(self) -> None:
         """Sum gradients over replicas, over tp where a rank saw its share of the sequence, over tied stages."""
@@ -277,13 +295,12 @@ class ZeroEngine:
             for buckets in self._buckets.values():
                 buckets.buffer.mul_(1.0 / self.loss_scale)
 
-    def _apply(self, lr: float, weight_decay: float, decoupled_lr: float | None) -> None:
-        rates = Rates(lr, weight_decay, decoupled_lr)
-        self.groups.update(self._trained, rates, steps=self._steps)
+    def _apply(self, rates: Rates, taken: Tensor | None) -> None:
+        self.groups.update(self._trained, rates, steps=self._steps, taken=taken)
         self._steps += 1
         if self._steps in self._turns:
             self._choose_trained()
-        self.copy_masters()
+        self.copy_masters()  # the same bits again where the update is not taken
         if self.sharded:
             for buckets in self._buckets.values():
                 buckets.start_gather(all_at_once=self._overlap_gather)
@@ -316,15 +333,15 @@ class ZeroEngine:
         for buckets in self._buckets.values():
             buckets.buffer.zero_()
 
-    def _num_zeros(self) -> float:
+    def _num_zeros(self) -> Tensor:
         trained = (held for group in self._trained.values() for held in group)
         gradients = [held.gradient for held in self._mine(trained)]
         with self.span("optimizer-count-zeros"):
-            return count_zeros(gradients, self._sums, self.ctx.device).item()  # waits
+            return count_zeros(gradients, self._sums, self.ctx.device)
 
-    def _params_norm(self) -> float:
+    def _params_norm(self) -> Tensor:
         masters = [held.master for held in self._mine(self._held)]
-        return global_norm(masters, self._sums, self.ctx.device).item()  # waits
+        return global_norm(masters, self._sums, self.ctx.device)
 
     def weights(self, *, owned: bool) -> Iterator[NamedSlice]:
         """The model's tensors as named slices (views): this rank's primary copies, or all it holds."""

@@ -48,10 +48,12 @@ class AdamW:
         steps: int,
         lr: float,
         weight_decay: float,
+        taken: Tensor | None = None,
     ) -> None:
         """One step, in place, of tensors of any shapes with gradients and moments of the same.
 
         steps: updates done before this one, for the bias correction; lr and weight_decay: this step's.
+        taken: see UpdateRule; the kernels read it as what they know for a loss scale's overflow.
         """
         members = [
             _Rows(parameter, gradient, tuple(state[name] for name in _MOMENTS))
@@ -76,6 +78,7 @@ class AdamW:
             [rows.parameter for rows in held], [rows.gradient for rows in held],
             *_moments(held), [], list(count),
             fused=device.type in ("cpu", "cuda"),
+            found_inf=None if taken is None else taken.logical_not().float(),
             amsgrad=False, beta1=self.beta1, beta2=self.beta2, lr=lr,
             weight_decay=weight_decay, eps=self.eps, maximize=False,
         )  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol, TypeVar
@@ -102,13 +103,25 @@ class Groups:
                 found.setdefault(group, []).append(member)
         return found
 
+    @property
+    def waits_because(self) -> str:
+        """Which rules cannot be given `taken`; "" where all can."""
+        rules = [name for name, rule in self._rules.items() if not _knows_taken(rule)]
+        return f"the update rule {', '.join(rules)} takes no `taken`" if rules else ""
+
     def update(
-        self, trained: Mapping[ParameterGroup, Sequence[Member]], rates: Rates, *, steps: int
+        self,
+        trained: Mapping[ParameterGroup, Sequence[Member]],
+        rates: Rates,
+        *,
+        steps: int,
+        taken: Tensor | None = None,
     ) -> None:
-        """One update, in place; steps: updates of the run before this one.
+        """One update, in place; steps: updates of the run before this one; taken: see UpdateRule.
 
         A rule is told those that its parameters have taken part in.
         """
+        decided = {} if taken is None else {"taken": taken}
         for group, held in trained.items():
             decoupled = rates.decoupled_lr if group.vocabulary else None
             self._rule(group.rule).update(
@@ -118,6 +131,7 @@ class Groups:
                 steps=steps - group.first_update,
                 lr=rates.lr if decoupled is None else decoupled,
                 weight_decay=rates.weight_decay if group.decays else 0.0,
+                **decided,
             )
 
     def _rule(self, name: str) -> UpdateRule:
@@ -135,3 +149,8 @@ class Groups:
                 )
             self._rules[name] = rule
         return self._rules[name]
+
+
+def _knows_taken(rule: UpdateRule) -> bool:
+    """Whether the update can be left out by a word on the device: rules from outside may not know it."""
+    return "taken" in inspect.signature(rule.update).parameters

@@ -27,8 +27,13 @@ class UpdateRule(Protocol):
         steps: int,
         lr: float,
         weight_decay: float,
+        taken: Tensor | None = None,
     ) -> None:
-        """Change parameters and states in place; steps: updates done before this one."""
+        """Change parameters and states in place; steps: updates done before this one.
+
+        taken: bool scalar on the device; where it is false everything keeps its bits.  A rule
+        without this argument makes the host wait for each step.
+        """
         ...
 
 

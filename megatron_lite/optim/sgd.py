@@ -25,12 +25,23 @@ class SGD:
         steps: int,
         lr: float,
         weight_decay: float,
+        taken: Tensor | None = None,
     ) -> None:
-        """One step, in place, of tensors of any shapes; steps: updates done before this one (unused)."""
+        """One step, in place, of tensors of any shapes; steps: updates done before this one (unused).
+
+        taken: see UpdateRule.
+        """
         for parameter, gradient, state in zip(parameters, gradients, states, strict=True):
             change = gradient
             if weight_decay:
                 change = gradient.add(parameter, alpha=weight_decay)
             if self.momentum:
-                change = state["momentum"].mul_(self.momentum).add_(change)
+                buffer = state["momentum"]
+                change = (
+                    (buffer if taken is None else buffer.clone()).mul_(self.momentum).add_(change)
+                )
+                if taken is not None:
+                    buffer.copy_(change.where(taken, buffer))
+            if taken is not None:
+                change = change.where(taken, 0.0)
             parameter.add_(change, alpha=-lr)

@@ -2,6 +2,9 @@
 
 Every rank of the axis must make the same call with the same shape and dtype; the shapes in the
 docstrings are one rank's, n is the axis' size.  A lost rank or a timeout is torch's RuntimeError.
+
+What is waited for at once is called without async_op: on a GPU it then runs on the stream that
+computes, without events between two streams.
 """
 
 from __future__ import annotations
@@ -103,7 +106,14 @@ def start_all_gather(x: Tensor, axis: Axis, dim: int = 0) -> Pending:
 
 def all_gather(x: Tensor, axis: Axis, dim: int = 0) -> Tensor:
     """x: [k, ...] -> [n k, ...] for dim 0: the ranks' x side by side along dim."""
-    return start_all_gather(x, axis, dim).wait()
+    if axis.size == 1 or axis.observer.follows:
+        return start_all_gather(x, axis, dim).wait()
+    x = x.contiguous()
+    out = x.new_empty((axis.size * x.shape[0], *x.shape[1:]))
+    _asked(axis, "all-gather", out)
+    with axis.observer.waiting():
+        _gather_into(out, x, group=axis.group)
+    return _to_dim(out.view(axis.size, *x.shape), dim) if dim else out
 
 
 def start_reduce_scatter(x: Tensor, axis: Axis) -> Pending:
@@ -119,7 +129,14 @@ def start_reduce_scatter(x: Tensor, axis: Axis) -> Pending:
 
 def reduce_scatter(x: Tensor, axis: Axis) -> Tensor:
     """x: [n k, ...] -> [k, ...]: the sum over the axis, this rank's slice of dim 0."""
-    return start_reduce_scatter(x, axis).wait()
+    if axis.size == 1 or axis.observer.follows:
+        return start_reduce_scatter(x, axis).wait()
+    x = x.contiguous()
+    out = x.new_empty((x.shape[0] // axis.size, *x.shape[1:]))
+    _asked(axis, "reduce-scatter", x, "sum")
+    with axis.observer.waiting():
+        _scatter_into(out, x, group=axis.group)
+    return out
 
 
 def _pending(

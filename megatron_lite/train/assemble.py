@@ -23,6 +23,7 @@ from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.pipeline.executor import Executor
 from megatron_lite.pipeline.mail import Mail
 from megatron_lite.pipeline.stage import Stage
+from megatron_lite.train import ahead
 from megatron_lite.train.health.guards import guards_for
 from megatron_lite.train.measuring.timing import RunTimers
 from megatron_lite.train.objectives.promises import make_objective, scorer
@@ -89,6 +90,7 @@ def assemble(
         )
         for index, decoder in decoders.items()
     }
+    reasons = ahead.waits_because(config, held) if ctx.device.type in ahead.DEVICES else ()
     return Run(
         blueprint=blueprint,
         ctx=ctx,
@@ -101,6 +103,8 @@ def assemble(
         parameters=[local for stage in parameters.values() for local in stage],
         timers=timers,
         guards=guards_for(config.guards, held.scaler, fp16=config.precision.fp16),
+        runs_ahead=ctx.device.type in ahead.DEVICES and not reasons,
+        waits_because=reasons,
     )
 
 

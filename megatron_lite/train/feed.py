@@ -1,7 +1,13 @@
-"""Batches from numpy to the device: every rank reads its own, nothing is broadcast."""
+"""Batches and numbers from the host to the device: every rank reads its own, nothing is broadcast.
+
+On a GPU all copies are from pinned memory: one from other memory stops the host until the device has
+done everything before it.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
@@ -29,10 +35,7 @@ def to_device(
 
     dropout: the training step's; None in evaluation.
     """
-    host = torch.from_numpy(batch.tokens)
-    if device.type == "cuda":
-        host = host.pin_memory()
-    tokens = host.to(device, non_blocking=True).t().contiguous()  # [s + 1, b]
+    tokens = _columns(batch.tokens, device)  # [s + 1, b]
     mask = _columns(batch.loss_mask, device)
     positions = ForwardContext(
         samples=_sent(batch.sample_numbers, device),
@@ -46,8 +49,42 @@ def to_device(
     return MicroBatch(tokens[:-1], tokens[1:], mask, positions, extras)
 
 
+def pinned_on(device: torch.device) -> Callable[[Batch], Batch] | None:
+    """What a loader's threads do to each micro batch: into pinned memory, whole; None on a CPU."""
+    if device.type != "cuda":
+        return None
+
+    def pin(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        kept: np.ndarray[Any, Any] = torch.from_numpy(array).pin_memory().numpy()
+        return kept
+
+    def pinned(batch: Batch) -> Batch:
+        found = {f.name: getattr(batch, f.name) for f in fields(batch)}
+        arrays = {k: pin(v) for k, v in found.items() if isinstance(v, np.ndarray)}
+        extras = {name: pin(values) for name, values in batch.extras.items()}
+        return replace(batch, **arrays, extras=extras)
+
+    def on_this_device(batch: Batch) -> Batch:
+        with torch.cuda.device(device):  # a thread begins on device 0
+            return pinned(batch)
+
+    return on_this_device
+
+
+def numbers_to_device(numbers: Sequence[float], device: torch.device) -> torch.Tensor:
+    """fp64 [n] on the device, in one copy that does not wait for it."""
+    host = torch.tensor(numbers, dtype=torch.float64)
+    return _to(host, device)
+
+
 def _sent(values: np.ndarray[Any, Any], device: torch.device) -> torch.Tensor:
-    return torch.from_numpy(values).to(device, non_blocking=True)
+    return _to(torch.from_numpy(values), device)
+
+
+def _to(host: torch.Tensor, device: torch.device) -> torch.Tensor:
+    if device.type == "cuda" and not host.is_pinned():
+        host = host.pin_memory()
+    return host.to(device, non_blocking=True)
 
 
 def _columns(rows: np.ndarray[Any, Any], device: torch.device) -> torch.Tensor:

@@ -7,18 +7,20 @@ import gc
 import math
 import time
 
-from megatron_lite.config.errors import NumericsError, StorageError
+from megatron_lite.config.errors import ConfigError, NumericsError, StorageError
+from megatron_lite.optim.groups import Rates
 from megatron_lite.telemetry.record import EvaluationRecord, RanksRecord
 from megatron_lite.telemetry.summary import never_ran
 from megatron_lite.telemetry.throughput import Step
 from megatron_lite.telemetry.timers import format_times, timing_record
-from megatron_lite.train.ending.stop import PREEMPTIONS, Reason, StopVote
+from megatron_lite.train.ahead import Fed, UnheardStep, hear, update_unheard
+from megatron_lite.train.ending.stop import PREEMPTIONS, Reason
 from megatron_lite.train.health.replicas import check_replicas
 from megatron_lite.train.measuring.device import memory_line, peak_memory_bytes
 from megatron_lite.train.measuring.reports import memory_report
 from megatron_lite.train.objectives.base import finished
 from megatron_lite.train.session import Session
-from megatron_lite.train.step import StepResult, evaluation_step, train_step
+from megatron_lite.train.step import StepResult, begin_step, evaluation_step, settle
 
 
 def fit(session: Session) -> Reason:
@@ -47,24 +49,7 @@ def _train(session: Session) -> Reason:
         session.profiler.before(progress.step + 1)
         session.recording.before(progress.step + 1)
         session.faults.at("step")
-        agreed = _step(session)
-        session.profiler.after(progress.step)
-        if agreed.save_failed:
-            session.checkpoints.wait()
-            session.checkpoints.confirm()
-        session.checkpoints.report_completed()
-        reason = session.stop.reason(progress.step, agreed=agreed, finished=_finished(session))
-        session.log.say(*session.recording.after(progress.step, last=reason is not None))
-        _log_interval(session, last=reason is not None)
-        if _is_due(session.guards.check_replicas, progress.step) or reason is not None:
-            _check_replicas(session)
-        if reason not in PREEMPTIONS and _is_due(session.train.eval_interval, progress.step):
-            evaluate(session, "validation", final=False)
-        if _is_due(session.checkpoint.save_interval, progress.step):
-            _save(session)
-        if _is_due(session.telemetry.log_memory_interval, progress.step):
-            count = session.telemetry.straggler_minmax_count
-            _report(session, memory_report(session.run.ctx, progress, count))
+        reason = _step(session)
         if session.train.manual_gc and _is_due(session.train.manual_gc_interval, progress.step):
             gc.collect()
     return reason
@@ -82,10 +67,52 @@ def _finished(session: Session) -> bool:
     return session.progress.step >= session.reach.length.iterations
 
 
-def _step(session: Session) -> StopVote:
-    """One optimizer step and its records; returns what the ranks agreed to stop for after it."""
+def _step(session: Session) -> Reason | None:
+    """Begin the next step, hear the one before where that is still unheard, then update.
+
+    Returns why to stop, where the step that was heard says so.
+    """
+    run, progress = session.run, session.progress
+    fed = _feed(session)
+    vote = session.stop.vote(save_failed=session.checkpoints.failed)
+    try:
+        begun = begin_step(run, fed.batches, vote)
+    except Exception:
+        _record_unheard(session)
+        raise
+    unheard = session.unheard
+    if unheard is not None:
+        was_good, reason = _hear(session, unheard)
+        if reason is not None:
+            run.engine.discard(begun.attempt.norm)
+            return reason
+        if not was_good:  # what was begun after it has no weights to begin from, and is gone
+            begun = begin_step(run, fed.batches, vote)
+    schedules, samples = session.schedules, progress.lr_samples
+    rates = Rates(
+        schedules.learning_rate.at(samples),
+        schedules.weight_decay.at(samples),
+        schedules.decoupled_at(samples),
+    )
+    if not run.runs_ahead or _must_be_heard(session):
+        result = settle(run, begun, rates)
+        _advance_progress(session, fed, skipped=result.update.skipped)
+        session.profiler.after(progress.step)
+        return _account(session, fed, result)
+    before = progress.as_it_is()
+    step = update_unheard(run, begun, rates)
+    _advance_progress(session, fed, skipped=False)
+    session.unheard = UnheardStep(fed, before, step, session.own_time.mark())
+    session.presence.reached(progress.step)
+    session.profiler.after(progress.step)
+    return None
+
+
+def _feed(session: Session) -> Fed:
+    """The batches of the next step; its time begins."""
     began = time.perf_counter()
-    session.own_time.begin()
+    if session.unheard is None:
+        session.own_time.begin()
     progress, run, loader = session.progress, session.run, session.loaders.train
     assert loader is not None, "nothing to train on"
     size = run.blueprint.batch_schedule.global_batch_size(progress.samples)
@@ -94,53 +121,123 @@ def _step(session: Session) -> StopVote:
         batches = loader.next_batches(
             progress.samples, session.train.micro_batch_size, run.blueprint.microbatches(size)
         )
-    result = train_step(
-        run,
-        batches,
-        lr=session.schedules.learning_rate.at(progress.lr_samples),
-        weight_decay=session.schedules.weight_decay.at(progress.lr_samples),
-        decoupled_lr=session.schedules.decoupled_at(progress.lr_samples),
-        vote=session.stop.vote(save_failed=session.checkpoints.failed),
+    return Fed(batches, size, began, loader.seconds_waited - waited)
+
+
+def _must_be_heard(session: Session) -> bool:
+    """Whether something follows the step under way that needs its outcome: all ranks find the same.
+
+    The first step of a process is heard at once, too: it is slow, and its line is looked for.
+    """
+    step, due = session.progress.step + 1, (
+        session.train.exit_interval, session.guards.check_replicas, session.train.eval_interval,
+        session.checkpoint.save_interval, session.telemetry.log_memory_interval,
+    )  # fmt: skip
+    return (
+        step in (session.first_step + 1, session.reach.length.iterations)
+        or any(_is_due(every, step) for every in due)
+        or any(second.is_due(step) for second in session.run.second_passes)
     )
-    loss = result.loss.item()  # waits for the device
-    session.own_time.end(time.perf_counter() - began)
-    agreed = StopVote(*(votes > 0 for votes in result.votes.tolist()))
-    _advance_progress(session, size, result)
+
+
+def _hear(session: Session, step: UnheardStep) -> tuple[bool, Reason | None]:
+    """Whether the update of the step was made, and why to stop after it."""
+    run, progress = session.run, session.progress
+    session.unheard = None
+    result = hear(run, step.step)
+    if result is not None:
+        return True, _account(session, step.fed, result, step.waited)
+    run.engine.take_back()
+    progress.go_back(step.before)
+    session.presence.reached(progress.step)
+    result = settle(run, step.step.begun, step.step.rates)
+    _advance_progress(session, step.fed, skipped=result.update.skipped)
+    return False, _account(session, step.fed, result)
+
+
+def _record_unheard(session: Session) -> None:
+    """The record of a good step, if its numbers have come, where the next one fails on this rank alone."""
+    step, session.unheard = session.unheard, None
+    if step is None or not step.step.begun.attempt.numbers.is_there:
+        return
+    with contextlib.suppress(ConfigError):
+        result = hear(session.run, step.step)
+        if result is not None:
+            _record(session, step.fed, result)
+
+
+def _account(
+    session: Session, fed: Fed, result: StepResult, waited: float | None = None
+) -> Reason | None:
+    """All that follows a step whose outcome is known; why to stop after it.  Collective.
+
+    waited: mark of the waits that belong to it, where the next step has begun.
+    """
+    progress, train = session.progress, session.train
+    seconds = _record(session, fed, result)
+    session.own_time.end(seconds, waited)
+    if result.stop is not None:
+        session.log.print(session.meter.take())  # the loss of the step that ends the run, too
+        raise NumericsError(result.stop)
+    session.presence.reached(progress.step)
+    agreed = result.heard.agreed
+    if agreed.save_failed:
+        session.checkpoints.wait()
+        session.checkpoints.confirm()
+    session.checkpoints.report_completed()
+    reason = session.stop.reason(progress.step, agreed=agreed, finished=_finished(session))
+    session.log.say(*session.recording.after(progress.step, last=reason is not None))
+    _log_interval(session, last=reason is not None)
+    if _is_due(session.guards.check_replicas, progress.step) or reason is not None:
+        _check_replicas(session)
+    if reason not in PREEMPTIONS and _is_due(train.eval_interval, progress.step):
+        evaluate(session, "validation", final=False)
+    if _is_due(session.checkpoint.save_interval, progress.step):
+        _save(session)
+    if _is_due(session.telemetry.log_memory_interval, progress.step):
+        count = session.telemetry.straggler_minmax_count
+        _report(session, memory_report(session.run.ctx, progress, count))
+    return reason
+
+
+def _record(session: Session, fed: Fed, result: StepResult) -> float:
+    """Write the record of a step and its warnings; returns the seconds it took.
+
+    Of steps that follow one another without a wait, those since the one before was heard.
+    """
+    progress, run, heard = session.progress, session.run, result.heard
+    now = time.perf_counter()
+    seconds, session.heard_at = now - max(fed.began, session.heard_at), now
     record = session.meter.add(
         Step(
             iteration=progress.step,
             samples=progress.samples,
             tokens=progress.tokens,
-            global_batch_size=size,
+            global_batch_size=fed.size,
             seq_length=session.seq_length,
-            seconds=time.perf_counter() - began,
-            data_seconds=loader.seconds_waited - waited,
-            loss=loss,
+            seconds=seconds,
+            data_seconds=fed.data_seconds,
+            loss=heard.seen.loss,
             metrics=result.metrics,
             learning_rate=session.schedules.learning_rate.at(progress.lr_samples),
             decoupled_learning_rate=session.schedules.decoupled_at(progress.lr_samples),
             weight_decay=session.schedules.weight_decay.at(progress.lr_samples),
             loss_scale=run.engine.loss_scale,
-            grad_norm=result.update.grad_norm.item(),
-            num_zeros=result.update.num_zeros,
-            params_norm=result.update.params_norm,
+            grad_norm=heard.grad_norm,
             skipped=result.update.skipped,
             memory_bytes=peak_memory_bytes(run.ctx.device),
+            **result.statistics,
         )
     )
     session.log.write(record)
     skipped = f" - skipped, {progress.skipped_steps} so far" if result.update.skipped else ""
     session.log.warn(*(warning + skipped for warning in result.warnings))
-    if result.stop is not None:
-        session.log.print(session.meter.take())  # the loss of the step that ends the run, too
-        raise NumericsError(result.stop)
-    session.presence.reached(progress.step)
-    return agreed
+    return seconds
 
 
-def _advance_progress(session: Session, size: int, result: StepResult) -> None:
+def _advance_progress(session: Session, fed: Fed, *, skipped: bool) -> None:
     progress = session.progress
-    progress.count(size, session.seq_length, skipped=result.update.skipped)
+    progress.count(fed.size, session.seq_length, skipped=skipped)
     done = session.run.engine.progress()
     progress.optimizer_steps, progress.loss_scale = done.steps, done.loss_scale
 

@@ -33,7 +33,7 @@ from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.rendezvous.launch import Launch, World, wait_for_all
 from megatron_lite.train.compatibility import check_data
 from megatron_lite.train.ending.faults import Fault, NoFaults
-from megatron_lite.train.feed import permutation
+from megatron_lite.train.feed import permutation, pinned_on
 from megatron_lite.train.measuring.log import Log
 from megatron_lite.train.patience import told
 
@@ -234,6 +234,7 @@ def loaders_of(
             order=order,
             sharding=data.data_sharding,
             permute=permutation,
+            prepare=pinned_on(ctx.device),
         )
 
     order = data.dataloader_type

@@ -31,6 +31,8 @@ class Run:
     parameters: this rank's, stage by stage; progress: the only part that changes by itself.
     before_reduce: called when all backwards of a step are done.  second_passes: through the same
     schedule with other objectives, in some steps.
+    runs_ahead: whether the host enqueues a step before it has heard of the one before (train/ahead.py);
+    waits_because: why it does not, on a device where it could.
     """
 
     blueprint: Blueprint
@@ -45,6 +47,8 @@ class Run:
     guards: Guards = field(default_factory=Guards)
     before_reduce: Callable[[], None] = _nothing
     second_passes: list[SecondPass] = field(default_factory=list)
+    runs_ahead: bool = False
+    waits_because: tuple[str, ...] = ()
 
     def actions(self, num_microbatches: int) -> Sequence[Sequence[Action]]:
         """This rank's lowered actions of a training step."""

@@ -41,6 +41,7 @@ from megatron_lite.telemetry.recorder import Recorder
 from megatron_lite.telemetry.throughput import IntervalMeter
 from megatron_lite.telemetry.timers import format_times
 from megatron_lite.telemetry.writers import EVERYTHING, Writers, open_writers
+from megatron_lite.train.ahead import UnheardStep
 from megatron_lite.train.alike import plain
 from megatron_lite.train.assemble import assemble
 from megatron_lite.train.checkpoints import Checkpoints
@@ -100,6 +101,8 @@ class Session:
     first_step: int = field(init=False)
     first_skipped: int = field(init=False)
     first_scale: float = field(init=False)
+    unheard: UnheardStep | None = field(init=False, default=None)
+    heard_at: float = field(init=False, default=0.0)
     reported_memory: bool = field(init=False, default=False)
     replicas_checked_at: int = field(init=False, default=0)
 
@@ -411,6 +414,14 @@ def _tokenizer_lines(tokens: TokenizerFacts) -> list[str]:
     ]
 
 
+def _waits(run: Run) -> list[str]:
+    """A line where the host waits for the device in every step though the device could run beside it."""
+    if not run.waits_because:
+        return []
+    why = ", ".join(run.waits_because)
+    return [f" > every step waits for the device before its update: {why}"]
+
+
 def _kernels(run: Run) -> list[str]:
     """Which implementation runs of each op that has a choice, and why, as attention's own line says."""
     chosen = [why for why in run.context.kernels if not why.endswith(": reference")]
@@ -437,6 +448,7 @@ def _description(run: Run, blueprint: Blueprint, config: RunConfig) -> list[str]
         attention_line(
             run.context, config.train.micro_batch_size, segments=config.data.reset_attention_mask
         ),
+        *_waits(run),
         *_kernels(run),
         _compiled(run),
         f" > padded vocab (size: {run.context.vocab_size}) to {run.context.padded_vocab_size}",

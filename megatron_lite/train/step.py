@@ -1,4 +1,8 @@
-"""One optimizer step, and one evaluation batch."""
+"""One optimizer step, and one evaluation batch.
+
+begin_step ──▶ Begun ──▶ settle: the host reads its numbers, judges, updates or discards
+                   └───▶ ahead.py: the device decides, the host reads them a step later
+"""
 
 from __future__ import annotations
 
@@ -11,45 +15,98 @@ from torch import Tensor
 from megatron_lite.data.batch import Batch
 from megatron_lite.engines.base import Update
 from megatron_lite.layers.dropout import step_dropout
+from megatron_lite.optim.groups import Rates
 from megatron_lite.parallel.collectives import all_reduce
 from megatron_lite.pipeline.executor import Executor
 from megatron_lite.pipeline.stage import MicroBatch, Scored
 from megatron_lite.train.ending.stop import NO_VOTE, StopVote
-from megatron_lite.train.feed import to_device
+from megatron_lite.train.feed import numbers_to_device, to_device
 from megatron_lite.train.health.culprit import earliest_over_ranks
 from megatron_lite.train.health.guards import Act, Finding, StepNumbers, Verdict
 from megatron_lite.train.health.replay import changed_suspect, summed_suspect, watched_pipeline
-from megatron_lite.train.objectives.base import finished
+from megatron_lite.train.objectives.base import Objective, finished
 from megatron_lite.train.objectives.promises import require_same_weight, scorer
+from megatron_lite.train.readback import HostCopy
 from megatron_lite.train.run import Run
 
 
 @dataclass(frozen=True, slots=True)
+class Heard:
+    """What a step has measured, on the host.
+
+    grad_norm: rounded to fp32, as it is logged; taken: whether the device takes an update of it;
+    agreed: what any rank asks for after it.
+    """
+
+    seen: StepNumbers
+    grad_norm: float
+    taken: bool
+    agreed: StopVote
+    metrics: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
 class StepResult:
-    """loss: mean over the global batch; votes: ranks that ask for a stop, by StopVote's fields.
+    """loss: mean over the global batch, on the device; heard: all that was measured, on the host.
 
     warnings: what the guards found; stop: why the run must end (the step was not applied then).
-    metrics: the objective's numbers beside the loss.
+    metrics: the objective's numbers beside the loss; statistics: what the update measured on request.
     """
 
     loss: Tensor
     update: Update
-    votes: Tensor
+    heard: Heard
     warnings: tuple[str, ...] = ()
     stop: str | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
+    statistics: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """One forward and backward of a step, its gradients reduced: nothing is updated yet."""
+    """One forward and backward of a step, its gradients reduced: nothing is updated yet.
 
+    All is on the device; only hear() reads, what `numbers` brings.  finite: which gradients are;
+    taken: whether an update may be made of them.
+    """
+
+    objective: Objective
     scored: Sequence[Scored]
     loss: Tensor
     norm: Tensor
+    finite: Tensor
+    taken: Tensor
+    numbers: HostCopy
+
+    def hear(self) -> Heard:
+        """Its numbers; waits until the device has come so far."""
+        loss, norm, rounded, wrong, empty, taken, weight, count, *others = self.numbers.read()
+        require_same_weight(self.objective, weight, count)
+        votes, metrics = others[: len(NO_VOTE)], others[len(NO_VOTE) :]
+        return Heard(
+            StepNumbers(loss, norm, int(wrong), bool(empty)),
+            grad_norm=rounded,
+            taken=bool(taken),
+            agreed=StopVote(*(vote > 0 for vote in votes)),
+            metrics=finished(self.objective, metrics, weight),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Begun:
+    """A step whose forward and backward are under way, with all that is needed to run it again.
+
+    before: steps done before it; weight, votes: summed over the ranks, and of this rank, on the
+    device; beside: what its second passes told.
+    """
+
+    before: int
+    batches: Sequence[Batch]
+    micro: Sequence[MicroBatch]
+    weight: Tensor
     votes: Tensor
-    measured: StepNumbers
-    metrics: Mapping[str, float]
+    beside: Mapping[str, float]
+    attempt: Attempt
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,45 +131,89 @@ def train_step(run: Run, batches: Sequence[Batch], *, lr: float, weight_decay: f
                decoupled_lr: float | None = None, vote: StopVote = NO_VOTE) -> StepResult:  # fmt: skip
     """Forward and backward over this rank's micro batches, then the update.  Collective over the world.
 
-    The gradient is that of the mean loss over the whole global batch: each micro batch's loss sum
-    is scaled by 1 / the objective's weight of them all (a language model's tokens), which is known
-    before the first forward.  The guards judge loss and gradient before the update; where they ask
-    for it, the step runs again first.
     Waits for the device once before the update.
     """
+    begun = begin_step(run, batches, vote)
+    return settle(run, begun, Rates(lr, weight_decay, decoupled_lr))
+
+
+def begin_step(run: Run, batches: Sequence[Batch], vote: StopVote = NO_VOTE) -> Begun:
+    """Forward and backward over this rank's micro batches, gradients reduced.  Collective over the world.
+
+    The gradient is that of the mean loss over the whole global batch: each micro batch's loss sum
+    is scaled by 1 / the objective's weight of them all (a language model's tokens), which is known
+    before the first forward.  Waits for the device only where a second pass is due.
+    """
     device = run.ctx.device
-    weight = _weight(run, batches)
+    told = numbers_to_device([_own_weight(run, batches), *map(float, vote)], device)
+    weight, votes = _whole_weight(run, told[0]), told[1:]
     dropout = step_dropout(run.context, run.progress.step)
     micro = [to_device(b, device, dropout=dropout) for b in batches]
     run.expect_messages(batches[0])
     beside = _second_passes(run, batches, micro)
-    attempt = _attempt(run, run.pipeline, micro, weight, vote)
-    if attempt.measured.empty:
+    attempt = _attempt(run, run.pipeline, micro, weight, votes)
+    return Begun(run.progress.step, batches, micro, weight, votes, beside, attempt)
+
+
+def settle(run: Run, begun: Begun, rates: Rates) -> StepResult:
+    """Hear what a step has measured, judge it, and only then update or discard.
+
+    The guards judge loss and gradient before the update; where they ask for it, the step runs again
+    first.  Its gradients may be gone, not its weights: what runs again begins from them.  Collective
+    over the world.
+    """
+    attempt = begun.attempt
+    heard = attempt.hear()
+    if heard.seen.empty:
         update = run.engine.discard(attempt.norm)
-        return StepResult(
-            attempt.loss, update, attempt.votes, (_nothing_counts(run, batches),), metrics=beside
-        )
-    verdict = run.guards.judge(attempt.measured, run.progress)
+        warning = _nothing_counts(run, begun.batches)
+        return StepResult(attempt.loss, update, heard, (warning,), metrics=begun.beside)
+    verdict = run.guards.judge(heard.seen, run.progress)
     told = verdict.what
     if verdict.replay:
-        attempt, verdict, told = _again(run, attempt, verdict, micro, weight, vote)
-    elif told and not attempt.measured.finite:
-        culprit, _ = earliest_over_ranks(summed_suspect(run), run.ctx)
+        attempt, heard, verdict, told = _again(run, begun, heard, verdict)
+    elif told and not heard.seen.finite:
+        culprit, _ = earliest_over_ranks(summed_suspect(run, attempt.finite), run.ctx)
         told += f"; {culprit.text}" if culprit else ""
-    run.guards.note(attempt.measured, run.progress)
+    run.guards.note(heard.seen, run.progress)
     if verdict.act >= Act.SKIP:
         update = run.engine.discard(attempt.norm)
     else:
         with run.timers.span("optimizer"):
-            update = run.engine.apply(
-                attempt.norm, lr=lr, weight_decay=weight_decay, decoupled_lr=decoupled_lr
-            )
-    said = f"iteration {run.progress.step + 1}: {told}"
-    metrics = {**attempt.metrics, **beside}
-    result = StepResult(attempt.loss, update, attempt.votes, metrics=metrics)
+            update = run.engine.apply(attempt.norm, **rates._asdict())
+    result = result_of(begun, attempt, heard, update, told)
+    statistics = copy_statistics(update)
+    if statistics is not None:
+        result = replace(result, statistics=read_statistics(update, statistics))
     if verdict.act is Act.STOP:
-        return replace(result, stop=f"{said} - {verdict.advice}")
-    return replace(result, warnings=(said,) if told else ())
+        said = f"iteration {begun.before + 1}: {told} - {verdict.advice}"
+        return replace(result, warnings=(), stop=said)
+    return result
+
+
+def result_of(
+    begun: Begun, attempt: Attempt, heard: Heard, update: Update, told: str
+) -> StepResult:
+    """What there is to say of a step; told: what the guards found, in words."""
+    warnings = (f"iteration {begun.before + 1}: {told}",) if told else ()
+    metrics = {**heard.metrics, **begun.beside}
+    return StepResult(attempt.loss, update, heard, warnings, metrics=metrics)
+
+
+_STATISTICS = ("num_zeros", "params_norm")
+
+
+def copy_statistics(update: Update) -> HostCopy | None:
+    """Begin to copy what the update measured on request; None where that is nothing."""
+    found = [getattr(update, name) for name in _STATISTICS]
+    measured = [number.double() for number in found if number is not None]
+    return HostCopy(torch.stack(measured)) if measured else None
+
+
+def read_statistics(update: Update, copy: HostCopy) -> dict[str, float]:
+    """By name what copy_statistics began to copy."""
+    names = [name for name in _STATISTICS if getattr(update, name) is not None]
+    return dict(zip(names, copy.read(), strict=True))
 
 
 def _nothing_counts(run: Run, batches: Sequence[Batch]) -> str:
@@ -126,11 +227,13 @@ def _nothing_counts(run: Run, batches: Sequence[Batch]) -> str:
     )
 
 
-def _weight(run: Run, batches: Sequence[Batch]) -> Tensor:
+def _own_weight(run: Run, batches: Sequence[Batch]) -> float:
+    return sum(run.objective.weight(batch) for batch in batches)
+
+
+def _whole_weight(run: Run, own: Tensor) -> Tensor:
     """Of all ranks' micro batches, 1 where nothing counts; fp64 scalar.  Collective over dp."""
-    own = sum(run.objective.weight(batch) for batch in batches)
-    whole = torch.tensor(own, dtype=torch.float64, device=run.ctx.device)
-    whole = all_reduce(whole, run.ctx.dp)
+    whole = all_reduce(own, run.ctx.dp)
     return whole.where(whole != 0.0, 1.0)
 
 
@@ -146,16 +249,20 @@ def _second_passes(
         stages = {n: replace(stage, score=score) for n, stage in run.pipeline.stages.items()}
         pipeline = replace(run.pipeline, stages=stages)
         other = replace(run, objective=second.objective)
-        attempt = _attempt(other, pipeline, micro, _weight(other, batches), NO_VOTE)
-        used = second.use(run.engine, attempt.measured)
+        sent = numbers_to_device(
+            [_own_weight(other, batches), *map(float, NO_VOTE)], run.ctx.device
+        )
+        attempt = _attempt(other, pipeline, micro, _whole_weight(other, sent[0]), sent[1:])
+        heard = attempt.hear()  # waits for the device
+        used = second.use(run.engine, heard.seen)
         run.engine.discard(attempt.norm)
-        numbers = {"loss": attempt.measured.loss, **attempt.metrics, **used}
+        numbers = {"loss": heard.seen.loss, **heard.metrics, **used}
         told |= {f"{second.name}/{name}": value for name, value in numbers.items()}
     return told
 
 
 def _attempt(
-    run: Run, pipeline: Executor, micro: Sequence[MicroBatch], weight: Tensor, vote: StopVote
+    run: Run, pipeline: Executor, micro: Sequence[MicroBatch], weight: Tensor, votes: Tensor
 ) -> Attempt:
     """Forward, backward, reduce; one collective then tells every rank what all have measured."""
     scale = (run.engine.loss_scale / weight).float()
@@ -165,56 +272,58 @@ def _attempt(
         run.before_reduce()
         run.engine.reduce()
     own = run.engine.squared_norm()
-    extra = torch.stack([own.share, (~own.finite).double()])
-    sums = _sum_over_world(run, scored, (*map(float, vote),), extra)
-    squares, wrong, votes = sums.others[0], sums.others[1], sums.others[2:]
+    bad = own.finite.all().logical_not().double()
+    sums = _sum_over_world(run, scored, torch.cat([torch.stack([own.share, bad]), votes]))
+    squares, wrong, asked = sums.others[0], sums.others[1], sums.others[2:]
     loss, norm = sums.total / weight, squares.sqrt()
-    measured = torch.stack(
-        [loss, norm, wrong, (sums.count == 0).double(), weight, sums.count, *sums.metrics]
-    ).tolist()  # waits for the device
-    require_same_weight(run.objective, measured[4], measured[5])
-    seen = StepNumbers(measured[0], measured[1], int(measured[2]), bool(measured[3]))
-    metrics = finished(run.objective, measured[6:], measured[4])
-    return Attempt(scored, loss, norm.float(), votes, seen, metrics)
+    taken = sums.count != 0
+    if run.guards.refuse_non_finite:
+        taken = taken & loss.isfinite() & norm.isfinite() & (wrong == 0)
+    norm32 = norm.float()
+    numbers = [loss, norm, norm32.double(), wrong, (sums.count == 0).double(), taken.double(),
+               weight, sums.count, *asked, *sums.metrics]  # fmt: skip
+    copied = HostCopy(torch.stack(numbers))
+    return Attempt(run.objective, scored, loss, norm32, own.finite, taken, copied)
 
 
 def _again(
-    run: Run,
-    first: Attempt,
-    verdict: Verdict,
-    micro: Sequence[MicroBatch],
-    weight: Tensor,
-    vote: StopVote,
-) -> tuple[Attempt, Verdict, str]:
+    run: Run, begun: Begun, first: Heard, verdict: Verdict
+) -> tuple[Attempt, Heard, Verdict, str]:
     """Run the step again from the same weights; returns what counts now, and the words for both.
 
     A step that comes out well the second time is taken, unless the guards say stop.
     """
-    summed = summed_suspect(run)
-    run.engine.discard(first.norm)
+    summed = summed_suspect(run, begun.attempt.finite)
+    run.engine.discard(begun.attempt.norm)
     with watched_pipeline(run) as (pipeline, watched):
-        second = _attempt(run, pipeline, micro, weight, vote)
-    now = run.guards.judge(second.measured, run.progress)
+        second = _attempt(run, pipeline, begun.micro, begun.weight, begun.votes)
+    heard = second.hear()
+    now = run.guards.judge(heard.seen, run.progress)
     if now.replay:
         culprit, ranks = earliest_over_ranks(watched.first, run.ctx)
         where = f"; {culprit.text}" if culprit else ""
         count = f", {len(ranks)} ranks saw such" if len(ranks) > 1 else ""
-        return second, now, (
+        return second, heard, now, (
             f"{now.what}{where}{count}; run again from the same weights it is the same: "
             "the data or the code, not a passing fault of the machine"
         )  # fmt: skip
-    changed = changed_suspect(run, first.scored, second.scored, micro)
+    changed = changed_suspect(run, begun.attempt.scored, second.scored, begun.micro)
     culprit, _ = earliest_over_ranks(changed or summed, run.ctx)
     where = f"; {culprit.text}" if culprit else ""
     told = (
         f"{verdict.what}{where}; run again from the same weights the loss is "
-        f"{second.measured.loss:g} and the gradient norm {second.measured.grad_norm:g}: a passing "
+        f"{heard.seen.loss:g} and the gradient norm {heard.seen.grad_norm:g}: a passing "
         "fault of the machine"
     )
     if verdict.act is Act.STOP:
         advice = "do not trust that rank's device or memory: test it, and start again without it"
-        return second, Verdict(Act.STOP, (Finding(Act.STOP, advice=advice),)), told
-    return second, now, f"{told} - the second result is taken; test that rank's device and memory"
+        return second, heard, Verdict(Act.STOP, (Finding(Act.STOP, advice=advice),)), told
+    return (
+        second,
+        heard,
+        now,
+        f"{told} - the second result is taken; test that rank's device and memory",
+    )
 
 
 @torch.no_grad()
@@ -227,12 +336,7 @@ def evaluation_step(run: Run, batches: Sequence[Batch]) -> Sums:
     return _sum_over_world(run, scored)
 
 
-def _sum_over_world(
-    run: Run,
-    scored: Sequence[Scored],
-    votes: Sequence[float] = (),
-    measured: Tensor | None = None,
-) -> Sums:
+def _sum_over_world(run: Run, scored: Sequence[Scored], others: Tensor | None = None) -> Sums:
     """In one collective: the objective's answers, contributed by tp rank 0 only, and what is given."""
     names = [metric.name for metric in run.objective.metrics]
     end = 2 + len(names)
@@ -242,8 +346,7 @@ def _sum_over_world(
         sums[1] = torch.stack([s.count for s in scored]).double().sum()
         for place, name in enumerate(names, start=2):
             sums[place] = torch.stack([s.metrics[name] for s in scored]).double().sum()
-    if measured is not None:
-        asked = torch.tensor(votes, dtype=torch.float64, device=run.ctx.device)
-        sums = torch.cat([sums, measured, asked])
+    if others is not None:
+        sums = torch.cat([sums, others])
     sums = all_reduce(sums, run.ctx.world)
     return Sums(sums[0], sums[1], sums[2:end], sums[end:])

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from megatron_lite.engines.base import Update
 from megatron_lite.engines.loss_scale import LossScale
 from megatron_lite.engines.table import ENGINES
 from megatron_lite.train.assemble import assemble
@@ -85,7 +86,7 @@ def test_updates_equal_torch_adamw_with_clipping() -> None:
             norm = torch.nn.utils.clip_grad_norm_(own, 1.0)
             adamw.step()
             adamw.zero_grad()
-            return type("Update", (), {"grad_norm": norm, "skipped": False})()
+            return Update(norm, skipped=False)
 
         theirs.engine.apply = gradients_only
         train_step(theirs, batches, lr=1e-2, weight_decay=0.1)

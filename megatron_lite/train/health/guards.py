@@ -198,9 +198,14 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True)
 class Guards:
-    """The guards of a run, in order; judge() may be asked twice of a step, note() once."""
+    """The guards of a run, in order; judge() may be asked twice of a step, note() once.
+
+    refuse_non_finite: whether no update is made where loss or gradient is not finite, so that the
+    device can decide it without them.
+    """
 
     guards: Sequence[Guard] = ()
+    refuse_non_finite: bool = False
 
     def judge(self, seen: StepNumbers, progress: Progress) -> Verdict:
         """What to do with the step; equal on all ranks."""
@@ -230,7 +235,7 @@ def guards_for(config: GuardsConfig, scaler: LossScale, *, fp16: bool) -> Guards
         if factor > 0.0:
             act = ACTS[config.on_spike]
             guards.append(Spike(name, value_of, flag, factor, config.spike_window, act, spikes))
-    return Guards(guards)
+    return Guards(guards, fp16 or config.check_for_nan_in_loss_and_grad)
 
 
 def _loss(seen: StepNumbers) -> float:

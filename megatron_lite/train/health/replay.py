@@ -179,9 +179,13 @@ def watched_pipeline(run: Run) -> Iterator[tuple[Executor, Watched]]:
         yield replace(run.pipeline, stages=stages), watched
 
 
-def summed_suspect(run: Run) -> NonFiniteOrigin | None:
-    """Of the first attempt, whose gradients are already summed: the parameter, and the ranks of the sum."""
-    bad = bad_tensors(run.engine.gradients(owned=False))
+def summed_suspect(run: Run, finite: Tensor) -> NonFiniteOrigin | None:
+    """Of an attempt whose gradients were already summed: the parameter, and the ranks of the sum.
+
+    finite: which of them were, as squared_norm() says; they themselves may be gone.
+    """
+    names = [piece.name for piece in run.engine.gradients(owned=False)]
+    bad = [name for name, fine in zip(names, finite.tolist(), strict=True) if not fine]
     if not bad:
         return None
     name = deepest(bad)

@@ -35,9 +35,13 @@ class OwnTime:
         """Waits until now belong to no step."""
         self.waits.take()
 
-    def end(self, wall_seconds: float) -> None:
-        """A step took so long in all."""
-        own = wall_seconds - self.waits.take()
+    def mark(self) -> float:
+        """All that belongs to a step has been enqueued: for end(), when it is heard."""
+        return self.waits.mark()
+
+    def end(self, wall_seconds: float, until: float | None = None) -> None:
+        """A step took so long in all; until: where it ended, if others have begun since."""
+        own = wall_seconds - self.waits.take(until)
         self.seconds = self.seconds + own if self.steps >= 0 else 0.0
         self.steps += 1
 

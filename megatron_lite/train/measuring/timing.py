@@ -55,6 +55,11 @@ SPAN_KINDS: Mapping[str, str] = MappingProxyType(
 """Span -> its kind on a timeline; computes have the kind of their action, others are not shown."""
 
 
+def _wait_for_stream() -> None:
+    """For what is computed; not for receives posted early and reductions under way on other streams."""
+    torch.cuda.current_stream().synchronize()
+
+
 class RunTimers:
     """Spans by name; gather() brings them together from all ranks.
 
@@ -66,7 +71,7 @@ class RunTimers:
     ) -> None:
         on_gpu = device is not None and device.type == "cuda"
         self.level = level
-        self._timers = Timers(level, wait=torch.cuda.synchronize if on_gpu else no_wait)
+        self._timers = Timers(level, wait=_wait_for_stream if on_gpu else no_wait)
         self._paused = False
         self.recorder = recorder or Recorder()
         self._chunks: dict[int, int] = {}  # stage -> which of this rank's it is, in order of use

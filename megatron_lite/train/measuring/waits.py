@@ -26,8 +26,12 @@ class Waits(Observer):
     def __exit__(self, *error: object) -> None:
         """It is over."""
 
-    def take(self) -> float:
-        """Seconds waited since the last call."""
+    def mark(self) -> float:
+        """Now, for take()."""
+        return 0.0
+
+    def take(self, until: float | None = None) -> float:
+        """Seconds waited since the last call; until: up to this mark, the rest is for the next call."""
         return 0.0
 
 
@@ -35,7 +39,7 @@ class HostWaits(Waits):
     """For the CPU, where a collective returns when it is done."""
 
     def __init__(self) -> None:
-        self._seconds = self._began = 0.0
+        self._seconds = self._began = self._taken = 0.0
 
     def __enter__(self) -> None:
         """Read the clock."""
@@ -45,9 +49,14 @@ class HostWaits(Waits):
         """Read it again."""
         self._seconds += time.perf_counter() - self._began
 
-    def take(self) -> float:
+    def mark(self) -> float:
+        """Seconds waited so far."""
+        return self._seconds
+
+    def take(self, until: float | None = None) -> float:
         """Seconds since the last call."""
-        seconds, self._seconds = self._seconds, 0.0
+        end = self._seconds if until is None else until
+        seconds, self._taken = end - self._taken, end
         return seconds
 
 
@@ -55,6 +64,7 @@ class DeviceWaits(Waits):
     """For a GPU, where the host runs ahead and the stream waits: pairs of events around the wait."""
 
     def __init__(self) -> None:
+        self._taken = 0
         self._pairs: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         self._free: list[
             tuple[torch.cuda.Event, torch.cuda.Event]
@@ -73,9 +83,15 @@ class DeviceWaits(Waits):
         """An event behind it."""
         self._pairs[-1][1].record()
 
-    def take(self) -> float:
-        """Seconds since the last call; waits for the device."""
-        pairs, self._pairs = self._pairs, []
+    def mark(self) -> float:
+        """Waits so far."""
+        return self._taken + len(self._pairs)
+
+    def take(self, until: float | None = None) -> float:
+        """Seconds since the last call; waits until the device has come so far."""
+        count = len(self._pairs) if until is None else int(until) - self._taken
+        pairs, self._pairs = self._pairs[:count], self._pairs[count:]
+        self._taken += len(pairs)
         if pairs:
             pairs[-1][1].synchronize()
         self._free += pairs
