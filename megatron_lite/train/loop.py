@@ -156,7 +156,7 @@ def _hear(session: Session, step: UnheardStep) -> tuple[bool, Reason | None]:
 
 
 def _record_unheard(session: Session) -> None:
-    """The record of a good step, if its numbers have come, where the next one fails on this rank alone."""
+    """Record and line of a good step, if its numbers have come, where the next one fails.  Not collective."""
     step, session.unheard = session.unheard, None
     if step is None or not step.step.begun.attempt.numbers.is_there:
         return
@@ -164,6 +164,8 @@ def _record_unheard(session: Session) -> None:
         result = hear(session.run, step.step)
         if result is not None:
             _record(session, step.fed, result)
+            if _line_is_due(session):
+                session.log.print(session.meter.take())
 
 
 def _account(
@@ -242,9 +244,14 @@ def _advance_progress(session: Session, fed: Fed, *, skipped: bool) -> None:
     progress.optimizer_steps, progress.loss_scale = done.steps, done.loss_scale
 
 
+def _line_is_due(session: Session) -> bool:
+    step = session.progress.step
+    return step == session.first_step + 1 or step % session.telemetry.log_interval == 0
+
+
 def _log_interval(session: Session, *, last: bool) -> None:
-    step, every = session.progress.step, session.telemetry.log_interval
-    if step != session.first_step + 1 and not last and step % every:
+    step = session.progress.step
+    if not last and not _line_is_due(session):
         return
     record = session.meter.take()
     session.log.print(record)

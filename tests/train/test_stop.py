@@ -17,7 +17,7 @@ from megatron_lite.config.sections.train import TrainConfig
 from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.telemetry.record import SaveRecord
 from megatron_lite.train.ending.stop import NO_VOTE, Stopped, StopRequests, StopVote, stop_signals
-from megatron_lite.train.step import train_step
+from megatron_lite.train.step import begin_step
 from tests.support.launch import TINY, start
 from tests.support.sizes import with_flags
 from tests.train.runs import LONG, alone, argv, records, steps
@@ -57,12 +57,12 @@ def test_a_signal_to_one_rank_stops_all_with_a_checkpoint(
 def test_a_signal_in_one_process_is_the_same(
     number: signal.Signals, data: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def step_and_signal(run, batches, **settings):
+    def signal_and_begin(run, batches, vote):
         if run.progress.step == 1:
             os.kill(os.getpid(), number)
-        return train_step(run, batches, **settings)
+        return begin_step(run, batches, vote)
 
-    monkeypatch.setattr("megatron_lite.train.loop.train_step", step_and_signal)
+    monkeypatch.setattr("megatron_lite.train.loop.begin_step", signal_and_begin)
     words = ["--save", str(folder), "--save-interval", "100000", "--eval-iters", "1"]
     done = alone(*data, *LONG, *words)
     assert done.rc == PREEMPTED
@@ -167,11 +167,11 @@ def test_manual_gc_collects_at_its_interval_only(
     enabled, collected = [], []
     collect = gc.collect
 
-    def step_and_look(run, batches, **settings):
+    def look_and_begin(run, batches, vote):
         enabled.append(gc.isenabled())
-        return train_step(run, batches, **settings)
+        return begin_step(run, batches, vote)
 
-    monkeypatch.setattr("megatron_lite.train.loop.train_step", step_and_look)
+    monkeypatch.setattr("megatron_lite.train.loop.begin_step", look_and_begin)
     monkeypatch.setattr(
         "megatron_lite.train.loop.gc.collect", lambda: collected.append(len(enabled)) or collect()
     )
