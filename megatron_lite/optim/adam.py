@@ -60,14 +60,22 @@ class AdamW:
             for parameter, gradient, state in zip(parameters, gradients, states, strict=True)
         ]
         narrow = [rows for rows in members if _is_narrow(rows)]
-        self._update([rows for rows in members if not _is_narrow(rows)], steps, lr, weight_decay)
+        usual = [rows for rows in members if not _is_narrow(rows)]
+        self._update(usual, steps, lr, weight_decay, taken)
         for portion in _portions(narrow):
             exact = [r._replace(moments=tuple(m.float() for m in r.moments)) for r in portion]
-            self._update(exact, steps, lr, weight_decay)
+            self._update(exact, steps, lr, weight_decay, taken)
             for stored, wide in zip(_moments(portion), _moments(exact), strict=True):
-                round_into(stored, wide, update=steps)
+                round_into(stored, wide, update=steps)  # the same bits where it is not taken
 
-    def _update(self, held: Sequence[_Rows], steps: int, lr: float, weight_decay: float) -> None:
+    def _update(
+        self,
+        held: Sequence[_Rows],
+        steps: int,
+        lr: float,
+        weight_decay: float,
+        taken: Tensor | None,
+    ) -> None:
         """The formula, on moments of the parameters' own number format."""
         if not held:
             return

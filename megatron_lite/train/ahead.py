@@ -23,7 +23,7 @@ from megatron_lite.train.readback import HostCopy
 from megatron_lite.train.run import Run
 from megatron_lite.train.step import Begun, StepResult, copy_statistics, read_statistics, result_of
 
-DEVICES = ("cuda",)
+BESIDE_THE_HOST = ("cuda",)
 """Kinds of devices that compute beside the host."""
 
 

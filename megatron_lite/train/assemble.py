@@ -90,7 +90,7 @@ def assemble(
         )
         for index, decoder in decoders.items()
     }
-    reasons = ahead.waits_because(config, held) if ctx.device.type in ahead.DEVICES else ()
+    reasons = ahead.waits_because(config, held) if ctx.device.type in ahead.BESIDE_THE_HOST else ()
     return Run(
         blueprint=blueprint,
         ctx=ctx,
@@ -103,7 +103,7 @@ def assemble(
         parameters=[local for stage in parameters.values() for local in stage],
         timers=timers,
         guards=guards_for(config.guards, held.scaler, fp16=config.precision.fp16),
-        runs_ahead=ctx.device.type in ahead.DEVICES and not reasons,
+        runs_ahead=ctx.device.type in ahead.BESIDE_THE_HOST and not reasons,
         waits_because=reasons,
     )
 

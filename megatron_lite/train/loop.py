@@ -125,7 +125,7 @@ def _feed(session: Session) -> Fed:
 
 
 def _must_be_heard(session: Session) -> bool:
-    """Whether something follows the step under way that needs its outcome: all ranks find the same.
+    """Whether something follows the current step that needs its outcome: all ranks find the same.
 
     The first step of a process is heard at once, too: it is slow, and its line is looked for.
     """

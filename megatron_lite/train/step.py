@@ -94,7 +94,7 @@ class Attempt:
 
 @dataclass(frozen=True, slots=True)
 class Begun:
-    """A step whose forward and backward are under way, with all that is needed to run it again.
+    """A step whose forward and backward are in flight, with all that is needed to run it again.
 
     before: steps done before it; weight, votes: summed over the ranks, and of this rank, on the
     device; beside: what its second passes told.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from typing import Any
 
@@ -161,3 +162,19 @@ def test_eod_mask_loss_masks_where_the_input_is_eod() -> None:
     assert batch.loss_mask.tolist() == [[1, 0, 1], [0, 0, 1]]
     assert batch.loss_mask.dtype == np.float32 and batch.tokens.dtype == np.int64
     assert collate(samples, numbers).loss_mask.tolist() == [[1, 1, 1], [1, 1, 1]]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_what_prepares_a_batch_does_so_where_it_is_read(workers: int) -> None:
+    threads = set()
+
+    def prepare(batch):
+        threads.add(threading.get_ident())
+        return dataclasses.replace(batch, tokens=batch.tokens + 1)
+
+    plain = Loader(Counting(), dp_rank=0, dp_size=1, num_workers=0)
+    loader = Loader(Counting(), dp_rank=0, dp_size=1, num_workers=workers, prepare=prepare)
+    found, expected = (one.next_batches(0, 2, 3) for one in (loader, plain))
+    loader.close()
+    assert all((a.tokens == b.tokens + 1).all() for a, b in zip(found, expected, strict=True))
+    assert (threading.get_ident() in threads) == (workers == 0)

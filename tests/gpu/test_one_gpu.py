@@ -12,11 +12,14 @@ from megatron_lite.kernels.compiled import Compiler
 from megatron_lite.kernels.on_request import ON_REQUEST
 from megatron_lite.kernels.random import feature_bits, keep_mask, key, normal, token_numbers
 from megatron_lite.kernels.table import TABLE, Need, choose
+from megatron_lite.optim.groups import Rates
 from megatron_lite.parallel.context import ParallelContext
+from megatron_lite.train.ahead import hear, update_unheard
 from megatron_lite.train.assemble import assemble
+from megatron_lite.train.feed import pinned_on
 from megatron_lite.train.measuring.device import be_deterministic
 from megatron_lite.train.measuring.waits import DeviceWaits
-from megatron_lite.train.step import train_step
+from megatron_lite.train.step import begin_step, train_step
 from tests.support.axes import BF16
 from tests.support.kernels import INPUTS, packed_rows, run_with_gradients
 from tests.support.tiny import draw, make_batches, tiny_config
@@ -195,3 +198,64 @@ def test_waits_on_a_device_are_measured_on_its_stream():
         for _ in range(20):
             a @ a
     assert waits.take() > 1e-4 and waits.take() == 0.0
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+def test_ten_steps_wait_for_nothing(optimizer):
+    """Losses are those of steps that wait, and a step in between that is bad leaves weights alone."""
+    changes = {BF16: True, "model__hidden_dropout": 0.1, "model__attention_dropout": 0.1,
+               "optim__optimizer": optimizer}  # fmt: skip
+    config = tiny_config(**changes)
+    blueprint = draw(config, 1)
+    run = assemble(config, blueprint, ParallelContext.serial("cuda"))
+    assert run.runs_ahead and not run.waits_because
+    pin, rates = pinned_on(run.ctx.device), Rates(1e-2, 0.1)
+    fed = [[pin(batch) for batch in make_batches(config, blueprint, 0, n)] for n in range(12)]
+    seen, unheard = [], None
+
+    def step(number):
+        nonlocal unheard
+        run.progress.step = number
+        begun = begin_step(run, fed[number])
+        if unheard is not None:
+            seen.append(hear(run, unheard).heard.seen.loss)
+        unheard = update_unheard(run, begun, rates)
+
+    step(0)
+    step(1)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for number in range(2, 12):
+            step(number)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    again = assemble(config, blueprint, ParallelContext.serial("cuda"))
+    expected = []
+    for number in range(11):
+        again.progress.step = number
+        result = train_step(again, fed[number], lr=1e-2, weight_decay=0.1)
+        expected.append(result.heard.seen.loss)
+    assert seen == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_bad_step_is_left_out_by_the_device():
+    config = tiny_config()
+    blueprint = draw(config, 1)
+    run = assemble(config, blueprint, ParallelContext.serial("cuda"))
+    batches = make_batches(config, blueprint, 0, 0)
+    train_step(run, batches, lr=1e-2, weight_decay=0.1)
+    run.engine.accumulators()[3][1].view(-1)[0] = float("nan")
+    held = [*run.engine.weights(owned=False), *run.engine.state(owned=False)]
+    before = [piece.data.clone() for piece in held]
+    unheard = update_unheard(run, begin_step(run, batches), Rates(1e-2, 0.1))
+    assert hear(run, unheard) is None
+    assert all(torch.equal(a, piece.data) for a, piece in zip(before, held, strict=True))
+
+
+def test_a_loader_s_batches_are_pinned_whole():
+    config = tiny_config()
+    (batch, *_) = make_batches(config, draw(config, 1), 0, 0)
+    pinned = pinned_on(torch.device("cuda", 0))(batch)
+    for name in ("tokens", "sample_numbers", "loss_mask"):
+        assert torch.from_numpy(getattr(pinned, name)).is_pinned()
+        assert (getattr(pinned, name) == getattr(batch, name)).all()

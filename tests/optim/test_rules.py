@@ -189,3 +189,38 @@ def test_the_flags_reach_the_rules() -> None:
     optim = OptimConfig(adam_beta1=0.8, adam_beta2=0.7, adam_eps=1e-3, sgd_momentum=0.6)
     assert RULES["adam"](optim) == AdamW(beta1=0.8, beta2=0.7, eps=1e-3)
     assert RULES["sgd"](optim) == SGD(momentum=0.6)
+
+
+@pytest.mark.parametrize("case", ["adam", "adam, bf16 moments", "sgd", "sgd, momentum"])
+def test_an_update_that_the_device_does_not_take_changes_no_bit(case: str) -> None:
+    momentum = 0.9 if case.endswith("momentum") else 0.0
+    rule = RULES[case.split(",")[0]](OptimConfig(sgd_momentum=momentum))
+    moments = torch.bfloat16 if "bf16" in case else torch.float32
+    values, gradients = drawn(dtype=torch.float32)
+    values[0, 0] = -0.0
+    names = {"adam": ["exp_avg", "exp_avg_sq"]}.get(
+        case.split(",")[0], ["momentum"][: bool(momentum)]
+    )
+    held = {at: [values.clone(), {n: torch.zeros_like(values, dtype=moments) for n in names}]
+            for at in ("waits", "decided", "left out")}  # fmt: skip
+
+    def update(at: str, gradient: torch.Tensor, steps: int, **decided: torch.Tensor) -> None:
+        parameter, state = held[at]
+        rule.update(
+            [parameter], [gradient], [state], steps=steps, lr=1e-2, weight_decay=0.1, **decided
+        )
+
+    def bits(at: str) -> list[bytes]:
+        parameter, state = held[at]
+        tensors = [parameter, *state.values()]
+        return [x.view(torch.uint8).numpy().tobytes() for x in tensors]
+
+    yes, no = torch.tensor(True), torch.tensor(False)
+    for steps, gradient in enumerate(gradients):
+        update("waits", gradient, steps)
+        update("decided", gradient, steps, taken=yes)
+        update("left out", gradient, steps, taken=yes)
+        bad = gradient.clone()
+        bad[1, 1], bad[2, 2] = math.nan, math.inf
+        update("left out", bad, steps + 1, taken=no)
+        assert bits("decided") == bits("waits") == bits("left out")

@@ -67,7 +67,7 @@ def both(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, data: list[str]) -> Ca
             return heard[-1]
 
         waited = told([*data, *EIGHT, *words], tmp_path / "waits" / "run", fault)
-        monkeypatch.setattr(ahead, "DEVICES", LATE)
+        monkeypatch.setattr(ahead, "BESIDE_THE_HOST", LATE)
         monkeypatch.setattr(loop, "hear", hear)
         found = told([*data, *EIGHT, *words], tmp_path / "late" / "run", fault)
         assert bool(heard) == late, "no step was heard late: nothing is compared"
@@ -145,7 +145,7 @@ def test_what_must_be_judged_before_the_update_waits_and_says_so_once(
     flags, fault, rc = WAITS[reason]
     words = [*data, *EIGHT, *flags.split()]
     waited = told(words, tmp_path / "waits" / "run", fault)
-    monkeypatch.setattr(ahead, "DEVICES", LATE)
+    monkeypatch.setattr(ahead, "BESIDE_THE_HOST", LATE)
     monkeypatch.setattr(loop, "hear", None)
     found = told(words, tmp_path / "late" / "run", fault)
     assert len(found["waits"]) == 1 and reason in found["waits"][0] and not waited["waits"]
@@ -183,7 +183,7 @@ def late_ranks(
     rank: int, ranks: int, words: list[str], folder: str, fault: str, late: bool
 ) -> Told:
     """The same on ranks that join by themselves."""
-    ahead.DEVICES = LATE if late else ("cuda",)
+    ahead.BESIDE_THE_HOST = LATE if late else ("cuda",)
     return told(words, Path(folder) / str(late) / "run", fault)
 
 
@@ -227,7 +227,7 @@ WAITING = {
 
 
 class Refusing:
-    """Refuses, while a step is under way, what would wait for the device, but in HostCopy.read().
+    """Refuses, during a step, what would wait for the device, but in HostCopy.read().
 
     copies: (step in which it was begun, whether that waits for nothing) by copy; read: (step in which
     it was begun, step in which it was read).
@@ -291,7 +291,7 @@ def refusing(monkeypatch: pytest.MonkeyPatch) -> Refusing:
     monkeypatch.setattr(loop, "_step", watched_step)
     monkeypatch.setattr(HostCopy, "__init__", watched_begin)
     monkeypatch.setattr(HostCopy, "read", watched_read)
-    monkeypatch.setattr(ahead, "DEVICES", LATE)
+    monkeypatch.setattr(ahead, "BESIDE_THE_HOST", LATE)
     return watch
 
 

@@ -56,7 +56,7 @@ SPAN_KINDS: Mapping[str, str] = MappingProxyType(
 
 
 def _wait_for_stream() -> None:
-    """For what is computed; not for receives posted early and reductions under way on other streams."""
+    """For what is computed; not for receives posted early and reductions in flight on other streams."""
     torch.cuda.current_stream().synchronize()
 
 
