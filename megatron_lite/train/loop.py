@@ -6,6 +6,7 @@ import contextlib
 import gc
 import math
 import time
+from collections.abc import Iterator
 
 from megatron_lite.config.errors import ConfigError, NumericsError, StorageError
 from megatron_lite.optim.groups import Rates
@@ -29,7 +30,8 @@ def fit(session: Session) -> Reason:
         gc.disable()
         gc.collect()
     try:
-        reason = _train(session)
+        with _its_last_record(session):
+            reason = _train(session)
     except NumericsError:  # every rank raises it, so all can finish the save in flight
         with contextlib.suppress(StorageError):
             session.checkpoints.wait()
@@ -75,11 +77,7 @@ def _step(session: Session) -> Reason | None:
     run, progress = session.run, session.progress
     fed = _feed(session)
     vote = session.stop.vote(save_failed=session.checkpoints.failed)
-    try:
-        begun = begin_step(run, fed.batches, vote)
-    except Exception:
-        _record_unheard(session)
-        raise
+    begun = begin_step(run, fed.batches, vote)
     unheard = session.unheard
     if unheard is not None:
         was_good, reason = _hear(session, unheard)
@@ -155,17 +153,21 @@ def _hear(session: Session, step: UnheardStep) -> tuple[bool, Reason | None]:
     return False, _account(session, step.fed, result)
 
 
-def _record_unheard(session: Session) -> None:
-    """Record and line of a good step, if its numbers have come, where the next one fails.  Not collective."""
-    step, session.unheard = session.unheard, None
-    if step is None or not step.step.begun.attempt.numbers.is_there:
-        return
-    with contextlib.suppress(ConfigError):
-        result = hear(session.run, step.step)
-        if result is not None:
-            _record(session, step.fed, result)
-            if _line_is_due(session):
-                session.log.print(session.meter.take())
+@contextlib.contextmanager
+def _its_last_record(session: Session) -> Iterator[None]:
+    """Where a step fails: record and line of the good one before it, if its numbers are there.  Not collective."""
+    try:
+        yield
+    except BaseException:
+        step, session.unheard = session.unheard, None
+        if step is not None and step.step.begun.attempt.numbers.is_there:
+            with contextlib.suppress(ConfigError):
+                result = hear(session.run, step.step)
+                if result is not None:
+                    _record(session, step.fed, result)
+                    if _line_is_due(session):
+                        session.log.print(session.meter.take())
+        raise
 
 
 def _account(

@@ -112,6 +112,7 @@ CASES: dict[str, tuple[str, str, int, str]] = {
     "a loss spike that warns": ("step6.loss:0:spike-again", "--loss-spike-factor 3", 0,
                                 "iteration 6: the loss of"),
     "the next step fails": ("step7.forward:0:error3", "", 3, "FATAL[3] rank=0 step=6"),
+    "the next step begins with a failure": ("step7:0:error3", "", 3, "FATAL[3] rank=0 step=6"),
     "a bug in the next step": ("step3.backward:0:bug", "", 70, "FATAL[70] rank=0 step=2"),
 }  # fmt: skip
 
