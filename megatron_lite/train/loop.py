@@ -155,7 +155,7 @@ def _hear(session: Session, step: UnheardStep) -> tuple[bool, Reason | None]:
 
 @contextlib.contextmanager
 def _its_last_record(session: Session) -> Iterator[None]:
-    """Where a step fails: record and line of the good one before it, if its numbers are there.  Not collective."""
+    """Where a step fails: record and line of a good one before it, if they are there.  Not collective."""
     try:
         yield
     except BaseException:
