@@ -26,7 +26,6 @@ from megatron_lite.config.sections.train import TrainConfig
 from megatron_lite.data.build import Datasets
 from megatron_lite.data.identity import Identity
 from megatron_lite.kernels.compiled import Compiler
-from megatron_lite.layers.attention import attention_line
 from megatron_lite.parallel.calls.checking import Checker
 from megatron_lite.parallel.collectives import gather_text
 from megatron_lite.parallel.context import ParallelContext
@@ -45,6 +44,7 @@ from megatron_lite.train.ahead import UnheardStep
 from megatron_lite.train.alike import plain
 from megatron_lite.train.assemble import assemble
 from megatron_lite.train.checkpoints import Checkpoints
+from megatron_lite.train.description import description, shard_size, tokenizer_lines
 from megatron_lite.train.ending.failures import Failures
 from megatron_lite.train.ending.faults import Fault, NoFaults
 from megatron_lite.train.ending.stop import StopRequests
@@ -195,8 +195,8 @@ def _build(start: Start, blueprint: Blueprint, talk: Talk) -> Run:
         run = assemble(start.config, blueprint, talk.ctx, timers=talk.timers, compiler=compiler)
     if talk.checker is not None:
         run.pipeline.reached = talk.checker.reached
-    talk.log.say(*_description(run, blueprint, start.config), *_tokenizer_lines(start.tokens))
-    talk.log.say_of_shard(_shard_size(run))
+    talk.log.say(*description(run, blueprint, start.config), *tokenizer_lines(start.tokens))
+    talk.log.say_of_shard(shard_size(run))
     start.faults.attach(run)
     return run
 
@@ -396,60 +396,3 @@ def _writers(config: RunConfig, folder: Path, resumed_iteration: int, log: Log) 
 def _layout(blueprint: Blueprint) -> str:
     grid = blueprint.grid
     return f"{blueprint.schedule}, tp {grid.tp} pp {grid.pp} dp {grid.dp}"
-
-
-def _shard_size(run: Run) -> str:
-    ctx = run.ctx
-    count = sum(local.parameter.numel() for local in run.parameters)
-    return (
-        " > number of parameters on (tensor, pipeline) model parallel rank "
-        f"({ctx.tp.rank}, {ctx.pp.rank}): {count}"
-    )
-
-
-def _tokenizer_lines(tokens: TokenizerFacts) -> list[str]:
-    return [
-        f" > tokenizer: {tokens.made_with}",
-        f" > end of document: {tokens.end_of_document}",
-    ]
-
-
-def _waits(run: Run) -> list[str]:
-    """A line where the host waits for the device in every step though the device could run beside it."""
-    if not run.waits_because:
-        return []
-    why = ", ".join(run.waits_because)
-    return [f" > every step waits for the device before its update: {why}"]
-
-
-def _kernels(run: Run) -> list[str]:
-    """Which implementation runs of each op that has a choice, and why, as attention's own line says."""
-    chosen = [why for why in run.context.kernels if not why.endswith(": reference")]
-    return [f" > kernels: {'; '.join(chosen)}"] if chosen else []
-
-
-def _compiled(run: Run) -> str:
-    """What --torch-compile makes of this run, and why not."""
-    compiler = run.context.compiler
-    if compiler is None:
-        asked = run.context.precision.torch_compile
-        return f" > torch.compile: nothing (--torch-compile {asked}, on {run.ctx.device.type})"
-    if compiler.failure is not None:
-        return f" > torch.compile: nothing ({compiler.failure})"
-    return f" > torch.compile: {', '.join(compiler.pieces)}, by {compiler.backend}"
-
-
-def _description(run: Run, blueprint: Blueprint, config: RunConfig) -> list[str]:
-    grid, ctx = blueprint.grid, run.ctx
-    return [
-        f"using world size: {grid.world_size}, tensor-parallel {grid.tp} x pipeline-parallel {grid.pp} "
-        f"x data-parallel {grid.dp} on {ctx.device.type}, {run.context.precision.name}",
-        f"setting training iterations to {blueprint.train_iters}",
-        attention_line(
-            run.context, config.train.micro_batch_size, segments=config.data.reset_attention_mask
-        ),
-        *_waits(run),
-        *_kernels(run),
-        _compiled(run),
-        f" > padded vocab (size: {run.context.vocab_size}) to {run.context.padded_vocab_size}",
-    ]

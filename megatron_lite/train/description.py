@@ -1,0 +1,69 @@
+"""What a run says of itself before its first step."""
+
+from __future__ import annotations
+
+from megatron_lite.blueprint.draw_up import Blueprint
+from megatron_lite.config.sections.run import RunConfig
+from megatron_lite.layers.attention import attention_line
+from megatron_lite.train.reading import TokenizerFacts
+from megatron_lite.train.run import Run
+
+
+def shard_size(run: Run) -> str:
+    """Parameters of this rank's part of the model, in Megatron's words."""
+    ctx = run.ctx
+    count = sum(local.parameter.numel() for local in run.parameters)
+    return (
+        " > number of parameters on (tensor, pipeline) model parallel rank "
+        f"({ctx.tp.rank}, {ctx.pp.rank}): {count}"
+    )
+
+
+def tokenizer_lines(tokens: TokenizerFacts) -> list[str]:
+    """Which it is, and what ends a document."""
+    return [
+        f" > tokenizer: {tokens.made_with}",
+        f" > end of document: {tokens.end_of_document}",
+    ]
+
+
+def _waits(run: Run) -> list[str]:
+    """A line where the host waits for the device in every step though the device could run beside it."""
+    if not run.waits_because:
+        return []
+    why = ", ".join(run.waits_because)
+    return [f" > every step waits for the device before its update: {why}"]
+
+
+def _kernels(run: Run) -> list[str]:
+    """Which implementation runs of each op that has a choice, and why, as attention's own line says."""
+    chosen = [why for why in run.context.kernels if not why.endswith(": reference")]
+    return [f" > kernels: {'; '.join(chosen)}"] if chosen else []
+
+
+def _compiled(run: Run) -> str:
+    """What --torch-compile makes of this run, and why not."""
+    compiler = run.context.compiler
+    if compiler is None:
+        asked = run.context.precision.torch_compile
+        return f" > torch.compile: nothing (--torch-compile {asked}, on {run.ctx.device.type})"
+    if compiler.failure is not None:
+        return f" > torch.compile: nothing ({compiler.failure})"
+    return f" > torch.compile: {', '.join(compiler.pieces)}, by {compiler.backend}"
+
+
+def description(run: Run, blueprint: Blueprint, config: RunConfig) -> list[str]:
+    """The ranks, the length, and what was chosen for this device."""
+    grid, ctx = blueprint.grid, run.ctx
+    return [
+        f"using world size: {grid.world_size}, tensor-parallel {grid.tp} x pipeline-parallel {grid.pp} "
+        f"x data-parallel {grid.dp} on {ctx.device.type}, {run.context.precision.name}",
+        f"setting training iterations to {blueprint.train_iters}",
+        attention_line(
+            run.context, config.train.micro_batch_size, segments=config.data.reset_attention_mask
+        ),
+        *_waits(run),
+        *_kernels(run),
+        _compiled(run),
+        f" > padded vocab (size: {run.context.vocab_size}) to {run.context.padded_vocab_size}",
+    ]
