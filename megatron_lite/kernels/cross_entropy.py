@@ -119,3 +119,44 @@ def gradients(
         if grad is not block:
             block.copy_(grad)
     return logits
+
+
+def scores_at_once(
+    logits: Tensor, labels: Tensor, part: VocabularyPart, entropy: bool
+) -> LocalScores:
+    """The same without blocks, to be compiled: fp32 only in registers, and the logits stay as they are."""
+    wide = _masked(logits, part)
+    log_sum = torch.logsumexp(wide, dim=-1)
+    local, _ = part.local(labels, logits.shape[-1])
+    picked = wide.gather(-1, local[..., None])[..., 0] - log_sum
+    negentropy = None
+    if entropy:
+        log_p = wide - log_sum[..., None]
+        negentropy = (log_p.exp() * log_p).sum(-1)
+    return LocalScores(picked, log_sum, log_sum, negentropy)
+
+
+def gradients_at_once(
+    logits: Tensor,
+    labels: Tensor,
+    part: VocabularyPart,
+    offset: Tensor,
+    dy: Tensor,
+    entropy: tuple[Tensor, Tensor] | None,
+) -> Tensor:
+    """The same without blocks, to be compiled: each logit is read once and written over."""
+    local, elsewhere = part.local(labels, logits.shape[-1])
+    log_p = _masked(logits, part) - offset[..., None]
+    factor = dy[..., None]
+    if entropy is not None:
+        value, dh = entropy
+        factor = factor - dh[..., None] * (log_p + value[..., None])
+    columns = torch.arange(logits.shape[-1], device=logits.device)
+    label = (columns == local[..., None]) & ~elsewhere[..., None]
+    return logits.copy_(log_p.exp() * factor - torch.where(label, dy[..., None], 0.0))
+
+
+def _masked(logits: Tensor, part: VocabularyPart) -> Tensor:
+    """In fp32, padding as scores() has it."""
+    real = torch.arange(logits.shape[-1], device=logits.device) < part.real(logits.shape[-1])
+    return torch.where(real, logits.float(), _padding_logit(logits.dtype))

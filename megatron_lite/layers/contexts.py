@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from megatron_lite.blueprint.figure.parts import Figure, Format
 from megatron_lite.blueprint.figure.transformer import figure_of
+from megatron_lite.blueprint.logits import LogitsBudget
 from megatron_lite.blueprint.recompute import RecomputePlan
 from megatron_lite.config.sections.model import ModelConfig
 from megatron_lite.config.sections.precision import PrecisionConfig
@@ -44,6 +45,7 @@ class StageContext:
     seed: int = 1234
     gradients: WeightGradients = field(default_factory=WeightGradients)
     recompute: RecomputePlan = field(default_factory=RecomputePlan)
+    logits_budget: LogitsBudget = field(default_factory=LogitsBudget)
     drawn: Figure | None = None
     kernels: list[str] = field(default_factory=list)
     capability: tuple[int, int] | None = None

@@ -43,10 +43,12 @@ class Scoring(NamedTuple):
 class VocabularyScores(NamedTuple):
     """Of the whole vocabulary, fp32 [s, b] each.
 
+    log_sum: log of the sum of the exponentials of the logits.
     offset: what the logits that were scored exceed log probabilities by; None: nothing.
     """
 
     losses: Tensor
+    log_sum: Tensor
     offset: Tensor | None
     entropies: Tensor | None
 
@@ -62,7 +64,8 @@ def score(
     part = how.part(logits)
     picked, log_sum, offset, negentropy = how.scores(logits, labels, part, entropy)
     if how.tp.size == 1:
-        return VocabularyScores(-picked, offset, None if negentropy is None else -negentropy)
+        entropies = None if negentropy is None else -negentropy
+        return VocabularyScores(-picked, log_sum, offset, entropies)
     log_sum = log_sum.contiguous()
     top = all_reduce(log_sum.clone(), how.tp, MAX)
     total = all_reduce((log_sum - top).exp(), how.tp).log().add_(top)
@@ -72,7 +75,17 @@ def score(
     if negentropy is not None:
         negentropy = all_reduce(shift.exp() * (negentropy + shift), how.tp)
     offset = -shift if offset is None else offset - shift
-    return VocabularyScores(-picked, offset, None if negentropy is None else -negentropy)
+    return VocabularyScores(-picked, total, offset, None if negentropy is None else -negentropy)
+
+
+def scored_again(logits: Tensor, labels: Tensor, how: Scoring, log_sum: Tensor) -> Tensor:
+    """The offset of logits [s, b, v/tp] made a second time, which are overwritten; nothing is said over tp.
+
+    log_sum: fp32 [s, b], of the first time.
+    """
+    _, local, offset, _ = how.scores(logits, labels, how.part(logits), False)
+    shift = local - log_sum
+    return -shift if offset is None else offset - shift
 
 
 class _Scores(torch.autograd.Function):
@@ -83,7 +96,7 @@ class _Scores(torch.autograd.Function):
         ctx: Any, logits: Tensor, labels: Tensor, how: Scoring, entropy: bool
     ) -> tuple[Tensor, Tensor | None]:
         logits = logits.detach()
-        losses, offset, entropies = score(logits, labels, how, entropy=entropy)
+        losses, _, offset, entropies = score(logits, labels, how, entropy=entropy)
         ctx.save_for_backward(logits, labels, offset, entropies)
         ctx.how = how
         return losses, entropies

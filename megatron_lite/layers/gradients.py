@@ -103,6 +103,18 @@ class WeightGradients:
             return None
         return product(dy, x)
 
+    def summed(self, weight: Tensor, gradient: Tensor) -> Tensor | None:
+        """A gradient of a weight [out, in] that was added up in fp32, and may be overwritten.
+
+        Returns it for autograd when unattached, else None: it is added to the accumulator.
+        """
+        target = self.accumulators.get(weight)
+        if target is None:
+            return gradient.to(weight.dtype)
+        target.add_(gradient)
+        self.ready(weight)
+        return None
+
     def rows(self, weight: Tensor, ids: Tensor, dy: Tensor) -> Tensor | None:
         """The gradient of a table [v, h] looked up at ids [...] with output gradient dy [..., h].
 

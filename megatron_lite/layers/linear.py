@@ -17,6 +17,7 @@ from megatron_lite.layers.gradients import (
     WgradProduct,
 )
 from megatron_lite.parallel.collectives import (
+    Pending,
     all_gather,
     reduce_scatter,
     start_all_gather,
@@ -30,18 +31,24 @@ from megatron_lite.parallel.shard import DTYPES
 _NO_AXIS = Axis("none")
 
 
-class _TPComm(NamedTuple):
+class TPComm(NamedTuple):
     """Axes over which a linear layer communicates; see _Linear."""
 
     gather_input: Axis = _NO_AXIS
     scatter_output: Axis = _NO_AXIS
     reduce_input_grad: Axis = _NO_AXIS
 
+    def start_reduce(self, dx: Tensor) -> Pending:
+        """Begin summing the gradient of the whole input [s, b, in], to what the layer was given."""
+        if self.gather_input.size > 1:
+            return start_reduce_scatter(dx, self.gather_input)
+        return start_all_reduce(dx, self.reduce_input_grad)
 
-def _column_comm(context: StageContext) -> _TPComm:
+
+def column_comm(context: StageContext) -> TPComm:
     """In front of features that are split over tp."""
     tp = context.tp
-    return _TPComm(gather_input=tp) if context.sequence_parallel else _TPComm(reduce_input_grad=tp)
+    return TPComm(gather_input=tp) if context.sequence_parallel else TPComm(reduce_input_grad=tp)
 
 
 class Products(NamedTuple):
@@ -77,7 +84,7 @@ class _Linear(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         sink: WeightGradients,
-        comm: _TPComm,
+        comm: TPComm,
         products: Products,
     ) -> Tensor:
         ctx.save_for_backward(x, weight)
@@ -105,12 +112,7 @@ class _Linear(torch.autograd.Function):
         dy = gathered_dy.wait()
         pending = None
         if needs_x:
-            dx = products.input_gradient(dy, weight)
-            pending = (
-                start_reduce_scatter(dx, comm.gather_input)
-                if comm.gather_input.size > 1
-                else start_all_reduce(dx, comm.reduce_input_grad)
-            )
+            pending = comm.start_reduce(products.input_gradient(dy, weight))
         dw = None
         if needs_weight and gathered_x is not None:
             dw = sink.matrix(weight, dy, gathered_x.wait(), products.weight_gradient)
@@ -135,7 +137,7 @@ class ColumnParallelLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x: [s/tp, b, in] with sequence parallelism, else [s, b, in] -> [s, b, out/tp]."""
         at = self.context
-        comm = _column_comm(at)
+        comm = column_comm(at)
         return _Linear.apply(x, self.weight, self.bias, at.gradients, comm, self.products)
 
 
@@ -166,8 +168,8 @@ class RowParallelLinear(nn.Module):
         """x: [s, b, in/tp] -> [s/tp, b, out] with sequence parallelism, else [s, b, out]; see late_bias."""
         at, products = self.context, self.products
         if at.tp.size == 1:  # nothing comes between the product and the bias
-            return _Linear.apply(x, self.weight, self.bias, at.gradients, _TPComm(), products)
-        comm = _TPComm(scatter_output=at.tp) if at.sequence_parallel else _TPComm()
+            return _Linear.apply(x, self.weight, self.bias, at.gradients, TPComm(), products)
+        comm = TPComm(scatter_output=at.tp) if at.sequence_parallel else TPComm()
         y = _Linear.apply(x, self.weight, None, at.gradients, comm, products)
         return y if at.sequence_parallel else reduce_from_tp(y, at.tp)
 
@@ -179,7 +181,7 @@ def project_to_vocabulary(
 
     The logits of this rank's part of the vocabulary, padding included; cross_entropy.py masks it.
     """
-    comm = _column_comm(context)
+    comm = column_comm(context)
     return _Linear.apply(x, weight, None, context.gradients, comm, products)
 
 
@@ -189,5 +191,5 @@ def project_whole(x: Tensor, weight: Tensor, context: StageContext, products: Pr
 
     With the sequence split a rank computes its tokens alone, and its gradient is their share.
     """
-    y = _Linear.apply(x, weight, None, context.gradients, _TPComm(), products)
+    y = _Linear.apply(x, weight, None, context.gradients, TPComm(), products)
     return join_sequence(y, context.tp) if context.sequence_parallel else y

@@ -119,7 +119,7 @@ class Stage:
         return None if self.is_last else left.detach()
 
     def _loss(self, batch: MicroBatch, scale: Tensor | None, outputs: Any) -> Tensor:
-        scored = self.score(outputs, batch)
+        scored = self.score(outputs.expecting(scale), batch)
         self.totals.append(scored.detached())
         return scored.total if scale is None else scored.total * scale
 

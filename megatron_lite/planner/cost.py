@@ -20,6 +20,7 @@ from megatron_lite.blueprint.stages import StageLayers
 from megatron_lite.config.pipeline import SPLIT_BACKWARD
 from megatron_lite.planner.activations import element_bytes, uses_flash
 from megatron_lite.planner.hardware import Cluster
+from megatron_lite.planner.head import logits_chunks
 from megatron_lite.planner.memory import PlanInputs, layer_input_bytes
 
 
@@ -169,9 +170,12 @@ class Costs:
         tf32 = self.asked.precision.tf32 and self.asked.on_gpu
         return 1 / (self.device.tf32_rate if tf32 else self.device.fp32_rate)
 
-    def _product(self, inner: float, columns: float) -> tuple[float, float, float]:
-        """Seconds of y = x W, dx = dy Wᵀ and dW = xᵀ dy, which differ in their inner dimension."""
-        tokens, seconds = self.tokens, self.device.product_seconds
+    def _product(self, inner: float, columns: float, chunks: int = 1) -> tuple[float, float, float]:
+        """Seconds of y = x W, dx = dy Wᵀ and dW = xᵀ dy, which differ in their inner dimension.
+
+        chunks: of the tokens; the seconds are those of one.
+        """
+        tokens, seconds = self.tokens / chunks, self.device.product_seconds
         return (
             seconds(tokens, inner, columns) * self.slow,
             seconds(tokens, columns, inner) * self.slow,
@@ -295,15 +299,22 @@ class Costs:
         model, tp = self.model, self.blueprint.grid.tp
         output = self.blueprint.figure.output
         columns = output.local_rows(tp)
-        forward_product, inputs, weights = self._product(model.hidden_size, columns)
-        logits = self.tokens * columns
+        position = self.asked.micro_batch_size * columns * self.width
+        chunks = logits_chunks(self.blueprint, self.asked.parallel, position)
+        forward_product, inputs, weights = (
+            chunks * seconds for seconds in self._product(model.hidden_size, columns, chunks)
+        )
+        forward, backward = self._scoring(self.tokens * columns)
         # a head that each tp rank has whole says nothing to the others
         ring = self._all_reduce() if output.vocabulary else 0.0
         half = ring / 2 if self.asked.parallel.splits_sequence else 0.0
-        # fp32 log probabilities: 16-bit read, written, read again for the sum; back the same way
-        forward = self.device.moving_seconds(logits * (self.width + 4 + 4))
-        backward = self.device.moving_seconds(logits * (4 + 4 + 4 + self.width))
         norm = self._moving(self.tokens * model.hidden_size, 2.0)
+        if chunks > 1:
+            return self._chunked_head(
+                Work(forward_product + inputs + weights, 0.0, forward + backward + norm),
+                gathered=half, reduced=half or ring, under=weights / chunks, norm=norm,
+                summed=self.device.moving_seconds(4.0 * columns * model.hidden_size), chunks=chunks,
+            )  # fmt: skip
         return Passes(
             Work(forward_product, 0.0, forward + norm, half),
             Work(inputs, 0.0, backward + 1.5 * norm, max(ring - weights, 0.0), min(ring, weights)),
@@ -311,6 +322,28 @@ class Costs:
             exposed=half or ring,
             gathered=half,
         )
+
+    def _scoring(self, logits: float) -> tuple[float, float]:
+        """Seconds of the loss of so many logits, and of its gradient."""
+        moving = self.device.moving_seconds
+        if self.asked.precision.compiles(on_gpu=self.asked.on_gpu):  # fp32 only in registers
+            return moving(logits * self.width), moving(logits * 2 * self.width)
+        # fp32 log probabilities: read, written, read again for the sum; back the same way
+        return moving(logits * (self.width + 4 + 4)), moving(logits * (4 + 4 + 4 + self.width))
+
+    def _chunked_head(
+        self, made: Work, *, gathered: float, reduced: float, under: float, norm: float,
+        summed: float, chunks: int,
+    ) -> Passes:  # fmt: skip
+        """All three products in forward; the weight's is summed in fp32 and added in backward.
+
+        gathered: seconds of the input's gather; reduced: of its gradient, under the last chunk's
+        product; summed: of reading or writing the sum once.
+        """
+        hidden = min(reduced, under)
+        tp = Work(elementwise=2 * chunks * summed, tp=gathered + reduced - hidden, tp_hidden=hidden)
+        back = Work(elementwise=2.5 * norm)
+        return Passes(made + tp, back, Work(elementwise=5 * summed), exposed=0.0)
 
     def _embedding(self) -> Passes:
         model = self.model

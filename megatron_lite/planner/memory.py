@@ -31,12 +31,10 @@ from megatron_lite.planner.activations import (
     shared_mask_bytes,
     stage_bytes,
 )
+from megatron_lite.planner.head import HeadBytes, head_bytes
 
 CONTEXT_BYTES = 1.5e9
 """CUDA context, libraries and NCCL's channels, which torch does not count; about 1 to 2 GB."""
-
-WIDENED_BYTES = 64 * 2**20
-"""What of the logits is fp32 at a time; kernels/cross_entropy.py has the same number."""
 
 FRAGMENTATION = 0.05
 """Allowance: share of what is allocated that the caching allocator holds but cannot use."""
@@ -260,13 +258,8 @@ def _held(
     model, low = blueprint.model, element_bytes(asked.precision)
     tp = blueprint.grid.tp
     kept, stream = blocks.kept, layer_input_bytes(model, asked)
-    # a 16-bit product of a weight's gradient exists before it is added to the fp32 accumulator, but
-    # where the product adds by itself (kernels/products.py)
-    adds_by_itself = asked.on_gpu and asked.precision.gradient_accumulation_fusion
-    in_fp32 = asked.parallel.accumulate_allreduce_grads_in_fp32
-    passing = float(low) if low == 2 and in_fp32 and not adds_by_itself else 0.0
     workspace = blocks.backward
-    workspace += passing * max(
+    workspace += _passing(asked) * max(
         (largest_matrix(blueprint.figure.layers[layer], tp) for layer in stage.layers), default=0.0
     )
     masked = model.hidden_dropout > 0.0 and not asked.precision.compiles(on_gpu=asked.on_gpu)
@@ -274,27 +267,37 @@ def _held(
         kept += stream / low  # the mask
     if not stage.has_head:
         return _Held(kept, deferred, _Moment(), (_Moment(0.0, blocks.again, 0.0, workspace),))
-    widened = blueprint.figure.final_norm.function == "RMSNorm"
-    norm = stream + 8 * stream / low if widened else 2 * stream
-    columns = blueprint.figure.output.local_rows(tp)
-    logits = columns * _tokens(model, asked)
-    widened_block = min(4 * logits, WIDENED_BYTES)
-    head = columns * model.hidden_size * passing
-    # the loss keeps the logits as they are and writes their gradient over them; fp32 is a block of
-    # them at a time, on a CPU two where they are widened before their softmax
-    logits *= low
-    twice = 2 if low == 2 and not asked.on_gpu else 1
+    head = head_of(blueprint, asked)
     return _Held(
-        kept + norm + logits,
+        kept + head.norm + head.kept,
         deferred,
-        _Moment(-logits, logits=logits + twice * widened_block),
+        _Moment(-head.kept, logits=head.forward),
         # the head's backward; then the blocks', when the head's and the final norm's are free
         (
-            _Moment(-logits, logits=logits + widened_block * (low == 2)),
-            _Moment(-logits, logits=logits, workspace=head + 2 * stream),
-            _Moment(-logits - norm, blocks.again, 0.0, workspace),
+            _Moment(-head.kept, logits=head.backward),
+            _Moment(-head.kept - head.norm, blocks.again, 0.0, workspace),
         ),
     )
+
+
+def head_of(blueprint: Blueprint, asked: PlanInputs) -> HeadBytes:
+    """Of the last stage's end."""
+    return head_bytes(
+        blueprint, asked.parallel, asked.precision, micro_batch_size=asked.micro_batch_size,
+        on_gpu=asked.on_gpu, passing=_passing(asked),
+    )  # fmt: skip
+
+
+def _passing(asked: PlanInputs) -> float:
+    """Bytes per weight of a product of its gradient on its way into the accumulator.
+
+    A 16-bit one exists before it is added to an fp32 sum, but where the product adds by itself
+    (kernels/products.py).
+    """
+    low = element_bytes(asked.precision)
+    adds_by_itself = asked.on_gpu and asked.precision.gradient_accumulation_fusion
+    in_fp32 = asked.parallel.accumulate_allreduce_grads_in_fp32
+    return float(low) if low == 2 and in_fp32 and not adds_by_itself else 0.0
 
 
 def largest_matrix(layer: Parts, tp: int) -> float:
@@ -311,10 +314,6 @@ def _mask_bytes(model: ModelConfig, asked: PlanInputs) -> float:
     )  # fmt: skip
 
 
-def _tokens(model: ModelConfig, asked: PlanInputs) -> float:
-    return model.seq_length * asked.micro_batch_size / asked.parallel.cp
-
-
 def stage_waiting(blueprint: Blueprint, asked: PlanInputs, pp_rank: int) -> dict[int, float]:
     """Stage of the rank -> bytes that a micro batch keeps there between I and W."""
     model = blueprint.model
@@ -328,16 +327,8 @@ def stage_waiting(blueprint: Blueprint, asked: PlanInputs, pp_rank: int) -> dict
     for stage in blueprint.stages_of(pp_rank):
         waiting[stage.index] = blueprint.figure.total(deferred, stage.layers)
         if stage.has_head:
-            waiting[stage.index] += layer_input_bytes(model, asked)
-            waiting[stage.index] += _logits_gradient_bytes(blueprint, asked)
+            waiting[stage.index] += head_of(blueprint, asked).waiting
     return waiting
-
-
-def _logits_gradient_bytes(blueprint: Blueprint, asked: PlanInputs) -> float:
-    """The operand that a deferred wgrad of the head keeps beside its input."""
-    tokens = blueprint.model.seq_length * asked.micro_batch_size / asked.parallel.cp
-    columns = blueprint.figure.output.local_rows(asked.parallel.tp)
-    return tokens * columns * element_bytes(asked.precision)
 
 
 def _data_parallel_buffers(

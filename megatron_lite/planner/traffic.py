@@ -17,6 +17,7 @@ from megatron_lite.blueprint.recompute import RecomputePlan
 from megatron_lite.blueprint.schedules.actions import Op
 from megatron_lite.blueprint.stages import StageLayers
 from megatron_lite.planner.activations import element_bytes
+from megatron_lite.planner.head import logits_chunks
 from megatron_lite.planner.memory import PlanInputs, layer_input_bytes
 
 
@@ -75,8 +76,10 @@ def _tp_passes(blueprint: Blueprint, asked: PlanInputs, stage: StageLayers) -> f
     passes = figure.total(lambda layer: training_passes(layer, split=split), stage.layers)
     # the lookup is summed forward; with the sequence split it is scattered, and gathered back
     passes += 2 * stage.has_embedding
-    # the head sums its input's gradient; split, it gathers, gathers again and scatters
-    passes += (3 if split else 2) * (stage.has_head and figure.output.vocabulary)
+    # the head sums its input's gradient; split, it gathers, gathers again and scatters; in chunks it
+    # has the gradient before it forgets what it gathered
+    again_gathered = split and _chunks(blueprint, asked) == 1
+    passes += (2 + again_gathered) * (stage.has_head and figure.output.vocabulary)
     plan, count = RecomputePlan.from_config(parallel), len(stage.layers)
     again = [stage.layers[position] for position in plan.recomputed(count)]
     passes += figure.total(lambda layer: forward_passes(layer, split=split), again)
@@ -86,6 +89,12 @@ def _tp_passes(blueprint: Blueprint, asked: PlanInputs, stage: StageLayers) -> f
         # up to what the last product keeps: its sum is not made again
         passes += count * split
     return float(passes)
+
+
+def _chunks(blueprint: Blueprint, asked: PlanInputs) -> int:
+    columns = blueprint.figure.output.local_rows(blueprint.grid.tp)
+    position = asked.micro_batch_size * columns * element_bytes(asked.precision)
+    return logits_chunks(blueprint, asked.parallel, position)
 
 
 _FORWARD = {("rows", False): 0, ("columns", False): 2, ("rows", True): 1, ("columns", True): 1}

@@ -8,6 +8,7 @@ from functools import partial
 from torch import nn
 
 from megatron_lite.blueprint.draw_up import Blueprint
+from megatron_lite.blueprint.logits import LogitsBudget
 from megatron_lite.blueprint.recompute import RecomputePlan
 from megatron_lite.config.sections.run import RunConfig
 from megatron_lite.engines.base import Engine, Statistics
@@ -130,6 +131,7 @@ def _decoders(
             seed=config.train.seed,
             gradients=WeightGradients(span=timers.span),
             recompute=RecomputePlan.from_config(config.parallel),
+            logits_budget=LogitsBudget.from_config(config.parallel, blueprint.schedule),
             drawn=blueprint.figure,
             capability=_REHEARSED
             if ctx.device.type == "meta" and not config.train.use_cpu

@@ -14,7 +14,7 @@ from megatron_lite.kernels.table import PREFERENCES, TABLE, Implementation, Need
 from megatron_lite.layers.contexts import StageContext
 from megatron_lite.layers.linear import ColumnParallelLinear
 from megatron_lite.parallel.context import ParallelContext
-from megatron_lite.planner.memory import WIDENED_BYTES
+from megatron_lite.planner.head import WIDENED_BYTES
 from tests.support.kernels import INPUTS, ON_A_CPU, arguments, run_with_gradients
 
 CPU = torch.device("cpu")

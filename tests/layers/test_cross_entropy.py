@@ -6,16 +6,24 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from megatron_lite.kernels import cross_entropy as kernels
+from megatron_lite.kernels.compiled import Compiler
+from megatron_lite.kernels.table import TABLE
 from megatron_lite.layers.cross_entropy import Scoring, token_losses, token_scores
 from megatron_lite.parallel.context import Axis
 from tests.support.spawn import spawn
 
 VOCAB = 17
+OPS = ("cross_entropy", "cross_entropy_gradients")
+COMPILER = Compiler()
 
 
-def scoring(rank=0, ranks=1):
+def scoring(rank=0, ranks=1, row=-1):
+    """row: of the kernel table, which the first of is compiled."""
+    ops = [TABLE[op][row].run for op in OPS]
+    if row == 0:
+        ops = [COMPILER.piece(op, run) for op, run in zip(OPS, ops, strict=True)]
     axis = Axis("tp", rank, ranks, tuple(range(ranks)), dist.group.WORLD if ranks > 1 else None)
-    return Scoring(axis, VOCAB, kernels.scores, kernels.gradients)
+    return Scoring(axis, VOCAB, *ops)
 
 
 def drawn(padded, dtype=torch.float32):
@@ -35,7 +43,7 @@ def plain(logits, labels, upstream, entropy):
     return picked.detach(), entropies.detach(), x.grad
 
 
-def local(rank, ranks, padded, dtype) -> bool:
+def local(rank, ranks, padded, dtype, row=-1) -> bool:
     columns = slice(rank * padded // ranks, (rank + 1) * padded // ranks)
     logits, labels, upstream = drawn(padded, dtype)
     fine = dtype == torch.float32
@@ -43,12 +51,12 @@ def local(rank, ranks, padded, dtype) -> bool:
         picked, entropies, gradient = plain(logits, labels, upstream, entropy)
         x = logits[..., columns].clone().requires_grad_(True)
         if entropy:
-            ours = token_scores(x.clone(), labels, scoring(rank, ranks))
+            ours = token_scores(x.clone(), labels, scoring(rank, ranks, row))
             losses = -ours.log_probabilities
             torch.testing.assert_close(ours.entropies.double(), entropies, rtol=1e-5, atol=1e-5)
             ((losses * upstream[0]).sum() + (ours.entropies * upstream[1]).sum()).backward()
         else:
-            losses = token_losses(x.clone(), labels, scoring(rank, ranks))
+            losses = token_losses(x.clone(), labels, scoring(rank, ranks, row))
             (losses * upstream[0]).sum().backward()
         torch.testing.assert_close(-losses.double(), picked, rtol=1e-6, atol=1e-6)
         # a 16-bit gradient is rounded once
@@ -63,6 +71,14 @@ def local(rank, ranks, padded, dtype) -> bool:
 @pytest.mark.parametrize("padded", [17, 32])
 def test_equals_torch(padded, dtype) -> None:
     assert local(0, 1, padded, dtype)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_compiled_pair_equals_torch(dtype) -> None:
+    """Its scores leave the logits as they are, and its gradients know padding by its place."""
+    assert local(0, 1, 32, dtype, row=0)
+    assert COMPILER.failure is None and COMPILER.pieces == [*OPS]
 
 
 def of_each_format(rank, ranks, padded) -> bool:

@@ -132,8 +132,10 @@ def test_one_rank_per_kind_stands_for_every_stage_and_every_end():
         {TP: 2, PP: 2, SCHEDULE: "gpipe", "precision__fp16": True,
          "parallel__recompute_granularity": "full", "parallel__recompute_method": "block",
          "parallel__recompute_num_layers": 1, "parallel__distribute_saved_activations": True},
+        # 256 KiB of logits
+        {TP: 2, PP: 2, SP: True, BF16: True, "parallel__logits_chunk_mib": 0.07},
     ],
-    ids=["1f1b", "zb-h1", "gpipe"],
+    ids=["1f1b", "zb-h1", "gpipe", "head in chunks"],
 )  # fmt: skip
 def test_volume_is_the_plans_to_the_byte_and_memory_within_a_tenth(changes):
     for row in rehearsed_beside_plan(changes):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megatron_lite.kernels import documents, reference
 from megatron_lite.kernels.attention import AttentionCall
-from megatron_lite.kernels.cross_entropy import VocabularyPart
+from megatron_lite.kernels.cross_entropy import LocalScores, VocabularyPart
 from megatron_lite.kernels.dropout import DropoutCall
 from megatron_lite.kernels.random import feature_bits, key
 from megatron_lite.kernels.segments import Segments
@@ -77,7 +77,13 @@ def arguments(op: str) -> list[Any]:
         "add_dropout_layer_norm": [*joining, draw(H), draw(H), 1e-5],
         "add_dropout_rms_norm": [*joining, draw(H), None, 1e-5],
         "cross_entropy": [*vocabulary, True],
-        "cross_entropy_gradients": [*vocabulary, draw(S, B), draw(S, B), (draw(S, B), draw(S, B))],
+        "cross_entropy_gradients": [
+            *vocabulary[:2],
+            VocabularyPart(0, 20),
+            draw(S, B),
+            draw(S, B),
+            (draw(S, B), draw(S, B)),
+        ],
         "layer_norm": [hidden(), draw(H), draw(H), 1e-5],
         "rms_norm": [hidden(), draw(H), None, 1e-5],
         "gelu": [draw(3, 7)],
@@ -115,6 +121,8 @@ def run_with_gradients(
     needed = [x for x in inputs if isinstance(x, Tensor) and x.requires_grad]
     with torch.set_grad_enabled(op not in IN_PLACE):
         found = row.run(*inputs)
+    if isinstance(found, LocalScores):  # the offset is between a row's scores and its gradients
+        found = (found.picked, found.log_sum, found.negentropy)
     results = found if isinstance(found, tuple) else (found,)
     if op not in IN_PLACE:
         weighted(results).backward()

@@ -214,7 +214,7 @@ def test_profile_writes_a_chrome_trace_of_the_chosen_ranks(data: list[str], fold
     (trace,) = (folder / "traces").iterdir()
     assert trace.name == "trace-rank1.json"
     names = [event.get("name", "") for event in json.loads(trace.read_text())["traceEvents"]]
-    assert names.count("_CrossEntropy") == 4  # two steps of two micro batches
+    assert names.count("_Scores") == 4  # two steps of two micro batches
     assert any("gloo:all_reduce" in name for name in names)
 
 

@@ -12,6 +12,8 @@ from megatron_lite.checkpoint.manifest import read_manifest
 from megatron_lite.config.errors import CheckpointError, ConfigError
 from megatron_lite.config.objectives import OBJECTIVES
 from megatron_lite.config.rules.table import check_config
+from megatron_lite.layers import chunks
+from megatron_lite.layers.chunks import loss_sum
 from megatron_lite.train.assemble import assemble
 from megatron_lite.train.objectives.base import Metric, finished
 from megatron_lite.train.objectives.table import LOSSES
@@ -23,10 +25,13 @@ from tests.train import toys
 from tests.train.runs import alone, evaluations, steps
 
 STEPS = 3
+CHUNK = "parallel__logits_chunk_mib"
 LAYOUTS = {
     "dp2": (2, {}),
     "tp2": (2, {TP: 2}),
     "tp2 x pp2": (4, {TP: 2, PP: 2, SP: True, SCHEDULE: "zb-h1"}),
+    "tp2 in chunks": (2, {TP: 2, SP: True, CHUNK: 0.001}),
+    "pp2 in chunks": (2, {PP: 2, SCHEDULE: "zb-h1", CHUNK: 0.001}),
 }
 
 
@@ -72,7 +77,22 @@ def serial():
     return found
 
 
-@pytest.mark.parametrize("name", ["dp2", pytest.param("tp2 x pp2", marks=pytest.mark.ci)])
+def test_they_are_the_same_in_chunks_of_tokens(serial, monkeypatch):
+    numbers = []
+
+    def noted(*args):
+        numbers.append(args[-1].number)
+        return loss_sum(*args)
+
+    monkeypatch.setattr(chunks, "loss_sum", noted)
+    check_alike(measured(0, 1, {CHUNK: 0.002}, "accuracy"), serial)
+    assert set(numbers) == {4}
+
+
+IN_CI = ["tp2 x pp2", "tp2 in chunks", "pp2 in chunks"]
+
+
+@pytest.mark.parametrize("name", ["dp2", *(pytest.param(n, marks=pytest.mark.ci) for n in IN_CI)])
 def test_metrics_are_the_same_in_every_layout_and_on_every_rank(serial, name):
     for found in spawn(measured, *LAYOUTS[name], "accuracy"):
         check_alike(found, serial)

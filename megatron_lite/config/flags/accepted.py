@@ -43,7 +43,9 @@ NO_OPS: tuple[Legacy, ...] = (
     no_op("--overlap-p2p-communication", "receives are always posted early"),
     no_op("--no-persist-layer-norm", "the kernel table chooses the norm's kernel"),
     no_op("--no-rope-fusion", "the kernel table chooses the rotary kernel"),
-    no_op("--cross-entropy-loss-fusion", "the loss never gathers the logits in any case"),
+    no_op(
+        "--cross-entropy-loss-fusion", "head and loss are fused in any case; see --logits-chunk-mib"
+    ),
     no_op("--tp-comm-overlap", "changes the overlap only, not the result"),
     no_op("--decoupled-weight-decay", "adam is AdamW and sgd's decay is coupled, as in Megatron"),
     no_op("--create-attention-mask-in-dataloader", "masks are made where attention runs"),
@@ -152,9 +154,10 @@ NO_OPS: tuple[Legacy, ...] = (
     *_each(_SPEED, "--cuda-graph-scope --high-priority-stream-groups", **_MANY),
     no_op(
         "--cross-entropy-fusion-impl",
-        "the loss never gathers the logits in any case",
+        "head and loss are fused in any case; see --logits-chunk-mib",
         "native",
         "te",
+        "linear",
     ),
     no_op("--cp-comm-type", "has a say only with --context-parallel-size above 1", **_MANY),
     no_op("--disable-gloo-process-groups", "a group is made where something calls it"),

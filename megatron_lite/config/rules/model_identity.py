@@ -182,7 +182,7 @@ FREE: Mapping[str, str] = MappingProxyType({
         account_for_loss_in_pipeline_split pipeline_model_parallel_layout use_tp_pp_dp_mapping
         use_distributed_optimizer overlap_grad_reduce overlap_param_gather ddp_bucket_size
         accumulate_allreduce_grads_in_fp32 recompute_granularity recompute_method
-        recompute_num_layers recompute_modules distribute_saved_activations distributed_backend
+        recompute_num_layers recompute_modules distribute_saved_activations logits_chunk_mib distributed_backend
         engine check_collectives distributed_timeout_minutes""",
     # values are converted, from fp32 masters where there are any
     "precision": """fp16 bf16 loss_scale initial_loss_scale min_loss_scale loss_scale_window

@@ -70,6 +70,7 @@ RANGES: Mapping[str, ValueRange] = {
     "parallel.decoder_last_pipeline_num_layers": _SIZE,
     "parallel.ddp_bucket_size": _SAMPLES,
     "parallel.recompute_num_layers": _SIZE,
+    "parallel.logits_chunk_mib": _POSITIVE,
     "parallel.distributed_timeout_minutes": ValueRange(0.0, 1e6, open_low=True),
     "precision.loss_scale": _POSITIVE,
     "precision.initial_loss_scale": _POSITIVE,

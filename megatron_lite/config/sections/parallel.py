@@ -82,6 +82,9 @@ class ParallelConfig:
     distribute_saved_activations: bool = False
     """Split the kept inputs of recomputed layers over tp."""
 
+    logits_chunk_mib: float | None = None
+    """MiB of logits that exist at a time; else 1024, in at most 8 chunks of tokens (zero bubble: 1)."""
+
     distributed_backend: Literal["nccl", "gloo"] | None = None
     """Communication library; nccl with a GPU, gloo without."""
 
