@@ -156,7 +156,7 @@ class _Scores(torch.autograd.Function):
         return made.of_input(), dw, None, None, None
 
 
-def loss_sum(
+def chunked_loss_sum(
     x: Tensor, weight: Tensor, labels: Tensor, weights: Tensor, expected: Tensor, head: ChunkedHead
 ) -> tuple[Tensor, Tensor]:
     """x: [s/tp, b, h] or [s, b, h], weight: [v/tp, h], labels, weights: [s, b] -> (sum, losses [s, b])."""
@@ -166,7 +166,7 @@ def loss_sum(
     return total, losses
 
 
-def scores(
+def chunked_scores(
     x: Tensor, weight: Tensor, labels: Tensor, head: ChunkedHead, *, entropy: bool
 ) -> tuple[Tensor, Tensor | None]:
     """x: [s/tp, b, h] or [s, b, h], weight: [v/tp, h], labels: [s, b] -> (losses, entropies), fp32 [s, b]."""

@@ -64,13 +64,13 @@ class Outputs:
         """labels: int64 [s, b] -> -log p(label), fp32 [s, b], equal on all tp ranks."""
         if self.num_chunks == 1:
             return token_losses(self.logits(), labels, self.scoring)
-        return chunks.scores(self.x, self.weight, labels, self._chunked(), entropy=False)[0]
+        return chunks.chunked_scores(self.x, self.weight, labels, self._chunked(), entropy=False)[0]
 
     def token_scores(self, labels: Tensor) -> TokenScores:
         """labels: int64 [s, b] -> log p(label) and the entropy of each token, fp32 [s, b]."""
         if self.num_chunks == 1:
             return token_scores(self.logits(), labels, self.scoring)
-        losses, entropies = chunks.scores(
+        losses, entropies = chunks.chunked_scores(
             self.x, self.weight, labels, self._chunked(), entropy=True
         )
         assert entropies is not None, "they were asked for"
@@ -84,7 +84,9 @@ class Outputs:
             return LossSum((losses * weights).sum(), losses.detach())
         expected = self.expected if self.expected is not None else weights.new_ones(())
         return LossSum(
-            *chunks.loss_sum(self.x, self.weight, labels, weights, expected, self._chunked())
+            *chunks.chunked_loss_sum(
+                self.x, self.weight, labels, weights, expected, self._chunked()
+            )
         )
 
     def _chunked(self) -> chunks.ChunkedHead:

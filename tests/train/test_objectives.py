@@ -13,7 +13,7 @@ from megatron_lite.config.errors import CheckpointError, ConfigError
 from megatron_lite.config.objectives import OBJECTIVES
 from megatron_lite.config.rules.table import check_config
 from megatron_lite.layers import chunks
-from megatron_lite.layers.chunks import loss_sum
+from megatron_lite.layers.chunks import chunked_loss_sum
 from megatron_lite.train.assemble import assemble
 from megatron_lite.train.objectives.base import Metric, finished
 from megatron_lite.train.objectives.table import LOSSES
@@ -82,9 +82,9 @@ def test_they_are_the_same_in_chunks_of_tokens(serial, monkeypatch):
 
     def noted(*args):
         numbers.append(args[-1].number)
-        return loss_sum(*args)
+        return chunked_loss_sum(*args)
 
-    monkeypatch.setattr(chunks, "loss_sum", noted)
+    monkeypatch.setattr(chunks, "chunked_loss_sum", noted)
     check_alike(measured(0, 1, {CHUNK: 0.002}, "accuracy"), serial)
     assert set(numbers) == {4}
 
