@@ -60,7 +60,8 @@ def test_in_three_steps_and_out_again(
     assert tool(convert.main, monkeypatch, ours, back) == 0
     assert all(torch.equal(before[n], t) for n, t in tensors(back).items())
     again = said(back)
-    kind = said(theirs)["model_type"]
+    # without its window a Mistral is a Llama, and goes out as one
+    kind = "llama" if name == "mistral-whole" else said(theirs)["model_type"]
     assert again["model_type"] == kind and FAMILIES[kind].architecture in again["architectures"]
     assert open_folder(back).model == open_folder(theirs).model
 

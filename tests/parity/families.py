@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-from tests.parity.layouts import EVERY_LAYER, LLAMA, SELECTIVE, SP, UNTIED, Layout, layout
+from tests.parity.layouts import (
+    EVERY_LAYER,
+    EXACT,
+    LLAMA,
+    SELECTIVE,
+    SP,
+    UNTIED,
+    Layout,
+    Tolerance,
+    layout,
+)
 
 PARTS: Mapping[str, Mapping[str, Any]] = MappingProxyType({
     "mistral": LLAMA | {"model__window_size": "6,0"},
@@ -20,8 +31,19 @@ PARTS: Mapping[str, Mapping[str, Any]] = MappingProxyType({
 """Family -> what its models have."""
 
 
+ADAM = {"qwen3": Tolerance(loss=2e-3)}
+"""Under a norm the length of q and k moves nothing: Adam makes full steps of what rounding leaves of such
+gradients.  Gradients and SGD's parameters agree as everywhere."""
+
+
 def _layouts(name: str, parts: Mapping[str, Any]) -> list[Layout]:
     shared = dict(parts)
+    return [
+        dataclasses.replace(row, tolerance=ADAM.get(name, EXACT)) for row in _rows(name, shared)
+    ]
+
+
+def _rows(name: str, shared: dict[str, Any]) -> list[Layout]:
     return [
         layout(f"tp2-pp2-sp-recompute-{name}", tp=2, pp=2, shared=shared, **SP, **EVERY_LAYER),
         layout(f"tp2-{name}", tp=2, shared=shared),
