@@ -54,6 +54,10 @@ class Segments:
     def _block_mask(self) -> Any:
         return block_mask(self.starts)
 
+    def afresh(self) -> Segments:
+        """The same, of which nothing has been made yet."""
+        return replace(self, _kept_by=None)
+
     def unmasked(self) -> Segments:
         """The same without the dense mask that was kept; what is small stays shared."""
         return replace(self, _kept_by=self._kept_by or self)

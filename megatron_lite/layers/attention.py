@@ -62,6 +62,7 @@ def attention_line(context: StageContext, micro_batch_size: int, *, segments: bo
     call = AttentionCall(
         dropout=model.attention_dropout,
         segments=Segments(whole, model.seq_length, 1, model.seq_length) if segments else None,
+        window=core.window,
     )
     q, k, v = split_rotate(fused, core.heads // tp, core.kv_heads // tp, None)
     return f"{choice.why} ({sdpa_kernel(q, k, v, call)})"
@@ -109,7 +110,10 @@ class SelfAttention(nn.Module):
     def _split(self, fused: Tensor, at: ForwardContext) -> tuple[Tensor, Tensor, Tensor]:
         """fused: [s, b, (n + 2m)d/tp] -> q [b, n/tp, s, d] and k, v [b, m/tp, s, d], normed and turned."""
         rotated, base = self.core.rotated, self.context.model.rotary_base
-        angles = rotary_tables(rotated, base, at.encoded) if rotated else None
+        angles = None
+        if rotated:
+            of = ("angles", rotated, base)
+            angles = at.once(of, lambda: rotary_tables(rotated, base, at.encoded))
         if not self.normed:
             return self.split_rotate(fused, self.heads, self.kv_heads, angles)  # type: ignore[no-any-return]
         q, k, v = self.split_rotate(fused, self.heads, self.kv_heads, None)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,8 @@ from megatron_lite.layers.choosing import chosen
 from megatron_lite.layers.gradients import WeightGradients
 from megatron_lite.parallel.context import Axis, ParallelContext
 from megatron_lite.parallel.shard import DTYPES
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +132,22 @@ class ForwardContext:
     segments: Segments | None = None
     cache: object | None = None
     restarted: Tensor | None = None
+    _made: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    def afresh(self) -> ForwardContext:
+        """The same for one forward of a stage: what is made once for its layers lives as long as their graph.
+
+        A step's micro batches all live as long as the step.
+        """
+        segments = None if self.segments is None else self.segments.afresh()
+        return replace(self, segments=segments, _made={})
+
+    def once(self, what: Hashable, make: Callable[[], _T]) -> _T:
+        """What one layer makes and the others of the stage find: `what` names it, and all it depends on."""
+        if what not in self._made:
+            self._made[what] = make()
+        made: _T = self._made[what]
+        return made
 
     @property
     def encoded(self) -> Tensor:

@@ -125,10 +125,11 @@ class Decoder(nn.Module):
         """All blocks in order, in recomputed groups where that was asked for."""
         blocks, plan = list(self.blocks.items()), self.context.recompute
         axis = self.context.tp if plan.split else Axis("none")
+        here = at.afresh()
 
         def run(positions: range, x: Tensor) -> Tensor:
             # a dense mask is made once for these layers and lives as long as their graph
-            own = at.unmasked()
+            own = here.unmasked()
             for index in positions:
                 name, block = blocks[index]
                 x = around(self.hooks.get(name), block, x, own)

@@ -7,7 +7,7 @@ without a fused kernel.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -130,7 +130,7 @@ def block_items(
     kept_of_act = [act.inputs + act.width if compiled else act.kept for act in acts]
     made_of_act = [act.inputs if compiled else act.gradients for act in acts]
     mlp = sum(tokens * w * kept / tp for kept in kept_of_act)
-    qkv, tables = _qkv_bytes(cores, model, tp, tokens * w, normed=bool(of_heads))
+    qkv = _qkv_bytes(cores, tp, tokens * w, normed=bool(of_heads))
     core, core_gradients = 0.0, 0.0
     for one in cores:
         kept, gradients = _core(
@@ -149,7 +149,7 @@ def block_items(
         norms=sum(split * w * norm.width for norm in norms),
         inner=sum(split * norm.width * 8.0 for norm in in_fp32)
         + sum(tokens / tp * _inner_of_heads(norm, w) for norm in of_heads if not compiled),
-        qkv=qkv + tables,
+        qkv=qkv,
         core=core,
         attended=sum(tokens * w * one.queries / tp for one in cores),
         mlp=mlp,
@@ -166,21 +166,22 @@ def _inner_of_heads(norm: Norm, width: int) -> float:
     return kept * norm.heads * norm.width
 
 
-def _qkv_bytes(
-    cores: Sequence[Core], model: ModelConfig, tp: int, bytes_per_feature: float, *, normed: bool
-) -> tuple[float, float]:
-    """(q, k and v as attention keeps them, tables of rotary positions)."""
-    qkv, tables = 0.0, 0.0
+def _qkv_bytes(cores: Sequence[Core], tp: int, bytes_per_feature: float, *, normed: bool) -> float:
+    """q, k and v as attention keeps them."""
+    qkv = 0.0
     for core in cores:
         queries, keys = core.queries / tp, core.keys / tp
         qkv += bytes_per_feature * (queries + 2 * keys)
         if core.rotated or normed:
-            # rotated q and k are tensors of their own beside the fused q|k|v that v is a view of,
-            # and every layer has tables of cosines and sines
+            # rotated q and k are tensors of their own beside the fused q|k|v that v is a view of
             qkv += bytes_per_feature * (queries + keys)
-        if core.rotated:
-            tables += 4.0 * model.seq_length * core.rotated
-    return qkv, tables
+    return qkv
+
+
+def rotary_bytes(layers: Iterable[Parts], model: ModelConfig) -> float:
+    """The tables of cosines and sines that the layers of a stage share, fp32."""
+    channels = {core.rotated for layer in layers for core in layer.of(Core)}
+    return 4.0 * model.seq_length * sum(channels)
 
 
 def deferred_wgrad_bytes(
@@ -286,19 +287,20 @@ def stage_bytes(
     *,
     layer_input: float,
     shared: float = 0.0,
+    tables: float = 0.0,
 ) -> StageBytes:
     """What the layers of a stage hold; layer_input: bytes of the stream between two of them.
 
-    shared: what those that run together keep once.
+    shared: what those that run together keep once; tables: what all keep once, recomputed or not.
     """
     if not layers:  # the embedding or the loss alone
         return StageBytes(0.0, 0.0, 0.0)
     plan = RecomputePlan.from_config(parallel)
     if not plan.group:
         found = _with_parts_again(layers, plan, layer_input)
-        return replace(found, kept=found.kept + shared)
+        return replace(found, kept=found.kept + shared + tables)
     split = parallel.tp if plan.split else 1
-    kept, again = 0.0, 0.0
+    kept, again = tables, 0.0
     groups = plan.groups(len(layers))
     for positions, recomputed in groups:
         items = [layers[position] for position in positions]

@@ -28,6 +28,7 @@ from megatron_lite.planner.activations import (
     block_items,
     deferred_wgrad_bytes,
     element_bytes,
+    rotary_bytes,
     shared_mask_bytes,
     stage_bytes,
 )
@@ -192,8 +193,9 @@ def _rank_memory(
     for stage in stages:
         of_stage = [items[layer] for layer in stage.layers]
         blocks = stage_bytes(
-            of_stage, asked.parallel, layer_input=stream, shared=_mask_bytes(model, asked)
-        )
+            of_stage, asked.parallel, layer_input=stream, shared=_mask_bytes(model, asked),
+            tables=rotary_bytes((blueprint.figure.layers[layer] for layer in stage.layers), model),
+        )  # fmt: skip
         held[stage.index] = _held(blueprint, asked, stage, blocks, waiting[stage.index])
     worst = _worst(schedule, pp_rank, held)
     kinds = static_bytes(

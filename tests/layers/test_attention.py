@@ -11,11 +11,14 @@ from torch import Tensor
 from megatron_lite.kernels import vendor
 from megatron_lite.kernels.attention import AttentionCall
 from megatron_lite.kernels.compiled import Compiler
+from megatron_lite.layers import attention
 from megatron_lite.layers.attention import attention_line, choose_attention
-from megatron_lite.layers.contexts import StageContext
+from megatron_lite.layers.contexts import ForwardContext, StageContext
 from megatron_lite.parallel.context import ParallelContext
-from tests.support.axes import BF16
-from tests.support.tiny import tiny_config
+from megatron_lite.train.assemble import assemble
+from megatron_lite.train.step import train_step
+from tests.support.axes import BF16, FULL
+from tests.support.tiny import draw, make_batches, tiny_config
 
 ON_A_CPU = "attention: flash-attn no (needs a GPU) -> "
 
@@ -72,3 +75,27 @@ def test_a_stage_knows_its_gpu_and_its_rows(
         model__seq_length=1024, model__num_attention_heads=4,
     )  # fmt: skip
     assert choose_attention(context, training=True, segments=True).implementation.name == name
+
+
+def stepped(**changes: Any) -> tuple[str, str]:
+    """Loss and gradient norm of a step with rotary positions, to the last bit."""
+    config = tiny_config(model__position_embedding_type="rope", **changes)
+    blueprint = draw(config, 1)
+    run = assemble(config, blueprint, ParallelContext.serial())
+    done = train_step(run, make_batches(config, blueprint, 0, 0), lr=1e-2, weight_decay=0.1)
+    return float(done.loss).hex(), float(done.update.grad_norm).hex()
+
+
+@pytest.mark.parametrize("changes", [{}, FULL], ids=["all kept", "recomputed"])
+def test_the_angles_are_made_once_for_all_layers_of_a_micro_batch(
+    changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = []
+    tables = attention.rotary_tables
+    monkeypatch.setattr(attention, "rotary_tables", lambda *of: made.append(of) or tables(*of))
+    shared = stepped(**changes)
+    blueprint = draw(tiny_config(), 1)
+    assert len(made) == blueprint.microbatches() and blueprint.model.num_layers > 1
+    monkeypatch.setattr(ForwardContext, "once", lambda at, what, make: make())
+    assert stepped(**changes) == shared
+    assert len(made) > 2 * blueprint.microbatches()
