@@ -26,7 +26,8 @@ _NOT_THE_COMPILERS = (torch.OutOfMemoryError, _StopRecomputationError)
 """The second is how torch's checkpoint ends a forward that has made again all it was asked for."""
 
 
-def _to_stderr(line: str) -> None:
+def warn_on_stderr(line: str) -> None:
+    """A warning where nobody else listens."""
     print(f"WARNING: {line}", file=sys.stderr, flush=True)
 
 
@@ -41,7 +42,7 @@ class Compiler:
     """
 
     def __init__(
-        self, backend: str = "inductor", *, warn: Callable[[str], None] = _to_stderr
+        self, backend: str = "inductor", *, warn: Callable[[str], None] = warn_on_stderr
     ) -> None:
         self.backend, self.warn = backend, warn
         self.failure: str | None = None
@@ -54,7 +55,7 @@ class Compiler:
         try:
             self._compile(_trial)(x, weight).sum().backward()
         except Exception as error:  # whatever a compiler fails with, no run ends by it
-            return _in_words(error)
+            return in_words(error)
         return None
 
     def piece(self, name: str, run: Callable[..., Any]) -> Callable[..., Any]:
@@ -90,23 +91,26 @@ class Compiler:
                 raise
             except Exception as error:
                 result = run(*inputs)  # what is not the compiler's fault fails here, too
-                self.give_up(f"on {name}: {_in_words(error)}")
+                self.give_up(f"on {name}: {in_words(error)}")
                 return result
 
         return call
 
     def _compile(self, run: Callable[..., Any]) -> Callable[..., Any]:
-        limits = torch._dynamo.config
-        limits.recompile_limit = max(limits.recompile_limit, MOST_GRAPHS)
-        # backward, too, at the first call: once autograd runs it, nobody could go back
-        torch._functorch.config.force_non_lazy_backward_lowering = True
-        options = _alike_everywhere() if self.backend == "inductor" else None
-        return torch.compile(
-            run, backend=self.backend, dynamic=False, fullgraph=True, options=options
-        )
+        return compiled(run, self.backend)
 
 
-def _in_words(error: Exception) -> str:
+def compiled(run: Callable[..., Any], backend: str = "inductor") -> Callable[..., Any]:
+    """run(...) as one graph for each of its shapes, by a compiler that works at the first call."""
+    limits = torch._dynamo.config
+    limits.recompile_limit = max(limits.recompile_limit, MOST_GRAPHS)
+    # backward, too, at the first call: once autograd runs it, nobody could go back
+    torch._functorch.config.force_non_lazy_backward_lowering = True
+    options = _alike_everywhere() if backend == "inductor" else None
+    return torch.compile(run, backend=backend, dynamic=False, fullgraph=True, options=options)
+
+
+def in_words(error: Exception) -> str:
     """Type and first line of what went wrong inside."""
     error = getattr(error, "inner_exception", error)
     said = next(

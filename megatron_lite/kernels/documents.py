@@ -10,7 +10,6 @@ import functools
 import importlib
 import inspect
 import math
-import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 
 from megatron_lite.kernels.attention import AttentionCall
+from megatron_lite.kernels.compiled import compiled, in_words, warn_on_stderr
 from megatron_lite.kernels.vendor import sdpa
 
 
@@ -62,7 +62,7 @@ def varlen(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Tensor:
 def compiled_flex() -> Callable[..., Tensor]:
     """FlexAttention, compiled for each shape once: documents come as tensors of shapes that stay."""
     flex: Any = importlib.import_module("torch.nn.attention.flex_attention")
-    run: Callable[..., Tensor] = torch.compile(flex.flex_attention, dynamic=False)
+    run: Callable[..., Tensor] = compiled(flex.flex_attention)
     return run
 
 
@@ -90,11 +90,9 @@ class Flex:
             )  # fmt: skip
         except torch._dynamo.exc.TorchDynamoException as error:
             self.failed = True
-            warnings.warn(
-                f"FlexAttention could not be compiled ({type(error).__name__}: "
-                f"{str(error).splitlines()[0][:200]}); documents are kept apart by a dense mask from now "
-                "on, which is slower: --no-torch-compile takes varlen instead",
-                stacklevel=2,
+            warn_on_stderr(
+                f"FlexAttention could not be compiled ({in_words(error)[:200]}); documents are kept apart "
+                "by a dense mask from here on, which is slower - --no-torch-compile takes varlen instead"
             )
             return sdpa(q, k, v, call)
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from megatron_lite.kernels import documents, reference
 from megatron_lite.kernels.attention import AttentionCall
+from megatron_lite.kernels.compiled import compiled
 from megatron_lite.kernels.cross_entropy import LocalScores, VocabularyPart
 from megatron_lite.kernels.dropout import DropoutCall
 from megatron_lite.kernels.random import feature_bits, key
@@ -160,7 +161,7 @@ def flex_on_a_cpu(patch: pytest.MonkeyPatch, backend: Any = "aot_eager") -> None
     flex: Any = importlib.import_module("torch.nn.attention.flex_attention")
     patch.setattr(flex, "_validate_device", lambda *tensors: None)  # refuses gradients on a CPU
     torch._dynamo.reset()
-    run = torch.compile(flex.flex_attention, dynamic=False, fullgraph=True, backend=backend)
+    run = compiled(flex.flex_attention, backend)
     patch.setattr(documents, "compiled_flex", lambda: run)
 
 

@@ -111,9 +111,17 @@ def test_a_kernel_that_takes_segments_meets_no_square(
     assert found == pytest.approx(dense, rel=1e-5)
 
 
-@pytest.mark.parametrize("changes", [*RECOMPUTED.values(), {SCHEDULE: "zb-h1"}],
-                         ids=[*RECOMPUTED, "zero bubble"])  # fmt: skip
-@pytest.mark.parametrize("name", ["torch-flex", "torch-varlen", "flash-attn"])
+ALIKE = {**RECOMPUTED, "zero bubble": {SCHEDULE: "zb-h1"}}
+BY_BORDERS = [
+    pytest.param(
+        name, changes, id=f"{name}, {how}", marks=[pytest.mark.ci] * (name == "torch-flex")
+    )
+    for name in ("torch-flex", "torch-varlen", "flash-attn")
+    for how, changes in ALIKE.items()
+]
+
+
+@pytest.mark.parametrize(("name", "changes"), BY_BORDERS)
 def test_a_step_is_the_same_with_every_kernel_that_takes_borders(
     name: str, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
