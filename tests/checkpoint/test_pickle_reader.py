@@ -6,7 +6,6 @@ import argparse
 import enum
 import os
 import pickle
-import random
 import time
 from collections import OrderedDict
 from pathlib import Path
@@ -21,6 +20,7 @@ from megatron_lite.checkpoint.foreign.pickle_reader import Bounds, PickleError, 
 from megatron_lite.checkpoint.foreign.records import Named, Record
 from megatron_lite.checkpoint.foreign.torch_file import open_torch_file
 from megatron_lite.config.errors import CheckpointError
+from tests.support.mutations import mutations
 
 _KEYS = st.none() | st.booleans() | st.integers(1 - 2**60, 2**60 - 1) | st.text() | st.binary()
 _PLAIN = st.recursive(
@@ -134,25 +134,6 @@ def test_more_opcodes_than_the_bound_are_refused() -> None:
     with pytest.raises(PickleError, match="more than 500 opcodes"):
         read_pickle(data, bounds=Bounds(steps=500))
     assert read_pickle(data).value == list(range(1000))
-
-
-def mutations(data: bytes, count: int, seed: int) -> Any:
-    """So many files that are nearly this one."""
-    draw = random.Random(seed)
-    for _ in range(count):
-        found = bytearray(data)
-        for _ in range(draw.randint(1, 4)):
-            at = draw.randrange(len(found)) if found else 0
-            kind = draw.randrange(4)
-            if kind == 0 and found:
-                found[at] = draw.randrange(256)
-            elif kind == 1:
-                found[at:at] = draw.randbytes(draw.randint(1, 9))
-            elif kind == 2:
-                del found[at : at + draw.randint(1, 30)]
-            else:
-                del found[max(at, 1) :]
-        yield bytes(found)
 
 
 OBJECT = {

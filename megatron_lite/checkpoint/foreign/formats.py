@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
+from megatron_lite.checkpoint.foreign.deepspeed import is_deepspeed, open_deepspeed
 from megatron_lite.checkpoint.foreign.model import ForeignModel
 from megatron_lite.checkpoint.foreign.nanogpt import is_nanogpt, open_nanogpt
+from megatron_lite.checkpoint.foreign.torch_dist import is_torch_dist, open_torch_dist
 
 
 class Known(Protocol):
@@ -32,7 +34,11 @@ class ForeignFormat(NamedTuple):
     open: Open
 
 
-FORMATS: dict[str, ForeignFormat] = {"nanoGPT": ForeignFormat(is_nanogpt, open_nanogpt)}
+FORMATS: dict[str, ForeignFormat] = {
+    "nanoGPT": ForeignFormat(is_nanogpt, open_nanogpt),
+    "Megatron-DeepSpeed": ForeignFormat(is_deepspeed, open_deepspeed),
+    "torch_dist": ForeignFormat(is_torch_dist, open_torch_dist),
+}
 """Whose -> how; a path belongs to the first that knows it."""
 
 

@@ -18,6 +18,7 @@ from megatron_lite.checkpoint.huggingface.conversion import Conversion, conversi
 from megatron_lite.checkpoint.huggingface.families import family_for
 from megatron_lite.checkpoint.huggingface.family import Family
 from megatron_lite.checkpoint.huggingface.folder import CONFIG, INDEX, ONE_FILE
+from megatron_lite.checkpoint.huggingface.names import Names
 from megatron_lite.checkpoint.manifest import Manifest
 from megatron_lite.checkpoint.store import Store
 from megatron_lite.checkpoint.tensor_file import TORCH_DTYPES, TensorForm, write_bytes, write_stream
@@ -71,15 +72,17 @@ def plan_export(
     dtype: torch.dtype | None,
     *,
     family: str | None = None,
+    names: Names | None = None,
 ) -> Export:
     """What an export of a verified checkpoint writes; dtype: as stored if None.
 
-    family: a key of FAMILIES, the first that can express the model if None.
+    family: a key of FAMILIES, the first that can express the model if None; names: those of another
+    program instead of its own.
     Raises CheckpointError naming every flag that none of them can express.
     """
     folder = store.folder(manifest.iteration)
     chosen = family_for(model, family, str(folder))
-    wanted = conversions(chosen.names, model)
+    wanted = conversions(names or chosen.names, model)
     stored = {
         name: MASTER + name if MASTER + name in manifest.tensors else name
         for conversion in wanted

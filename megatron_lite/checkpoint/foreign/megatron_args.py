@@ -1,0 +1,131 @@
+"""Megatron's args, as its checkpoints keep them -> our model; what we do not have is refused by name.
+
+Both spellings are known: Megatron-LM's and Megatron-DeepSpeed's, which left it in 2021 and calls some
+of them otherwise (num_key_value_heads, use_rotary_position_embeddings, layernorm_epsilon).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from megatron_lite.checkpoint.foreign.records import Record
+from megatron_lite.checkpoint.huggingface.config_file import ConfigFile
+from megatron_lite.config.errors import CheckpointError
+from megatron_lite.config.sections.model import ModelConfig
+
+_NOTHING: dict[str, tuple[Any, ...]] = {
+    "num_experts": (None, 1, [1]),
+    "multi_latent_attention": (None, False),
+    "qk_layernorm": (None, False),
+    "squared_relu": (None, False),
+    "quick_geglu": (None, False),
+    "onnx_safe": (None, False),
+    "apply_residual_connection_post_layernorm": (None, False),
+    "rotary_interleaved": (None, False),
+    "use_rope_scaling": (None, False),
+    "rotary_seq_len_interpolation_factor": (None, 1),
+    "rope_type": (None, "rope"),
+    "mrope_section": (None,),
+    "no_rope_freq": (None,),
+    "window_size": (None,),
+    "mtp_num_layers": (None, 0),
+    "heterogeneous_layers_config_path": (None,),
+    "hybrid_override_pattern": (None,),
+    "is_hybrid_model": (None, False),
+    "attention_output_gate": (None, False),
+    "softmax_type": (None, "vanilla"),
+    "glu_linear_offset": (None, 0.0),
+    "activation_func_clamp_value": (None,),
+    "softmax_scale": (None,),
+    "add_bias_linear_fc": (None,),
+}
+"""What changes the numbers and is not taken from here -> its values that change none."""
+
+
+def args_of(value: Any, path: Path) -> ConfigFile:
+    """The args of a checkpoint by name; CheckpointError where there are none."""
+    values = value.values if isinstance(value, Record) else value
+    if not isinstance(values, dict) or "num_layers" not in values:
+        raise CheckpointError(
+            f"{path} has no args of Megatron's, which say the model's sizes: only what its own training "
+            "wrote is read"
+        )
+    return ConfigFile(values, path, "Megatron", inside="args.")
+
+
+def model_of(args: ConfigFile) -> ModelConfig:
+    """The model that args say; raises CheckpointError naming every one that we do not have."""
+    for key, harmless in _NOTHING.items():
+        if args.get(key) not in harmless:
+            args.refuse(f"args.{key} {str(args.get(key))[:40]}: no such model is built here")
+    layers, h, heads, rows = map(
+        args.size, ("num_layers", "hidden_size", "num_attention_heads", "padded_vocab_size")
+    )
+    positions = args.size("max_position_embeddings")
+    f = args.size("ffn_hidden_size", 4 * h)
+    head_size = None if args.get("kv_channels") is None else args.size("kv_channels")
+    bias = args.flag("add_bias_linear", default=True)
+    kind = args.choice("normalization", {n: n for n in ("LayerNorm", "RMSNorm", "layernorm", "rmsnorm")},
+                       "LayerNorm")  # fmt: skip
+    groups, rotary = _groups(args, heads), _rotary(args)
+    tied = not args.flag("untie_embeddings_and_output_weights", default=False)
+    model = ModelConfig(
+        num_layers=layers,
+        hidden_size=h,
+        num_attention_heads=heads,
+        seq_length=positions,
+        max_position_embeddings=positions,
+        ffn_hidden_size=f,
+        kv_channels=head_size,
+        group_query_attention=groups != heads,
+        num_query_groups=groups,
+        vocab_size=rows,
+        position_embedding_type=rotary,
+        rotary_base=args.number("rotary_base", 10000.0),
+        rotary_percent=args.number("rotary_percent", 1.0),
+        normalization="RMSNorm" if kind.lower() == "rmsnorm" else "LayerNorm",
+        norm_epsilon=args.share(_first(args, "norm_epsilon", "layernorm_epsilon"), 1e-5),
+        apply_layernorm_1p=args.flag("apply_layernorm_1p", default=False),
+        swiglu=args.flag("swiglu", default=False),
+        gelu=_gelu(args, bias=bias),
+        add_bias_linear=bias,
+        untie_embeddings_and_output_weights=not tied,
+        hidden_dropout=args.share("hidden_dropout", 0.1),
+        attention_dropout=args.share("attention_dropout", 0.1),
+        init_method_std=args.number("init_method_std", 0.02),
+    )
+    args.require_sound()
+    return model
+
+
+def _first(args: ConfigFile, *names: str) -> str:
+    """The first of these that is said."""
+    return next((name for name in names if args.get(name) is not None), names[0])
+
+
+def _groups(args: ConfigFile, heads: int) -> int:
+    """Heads of keys and values: two flags of Megatron-LM's, one of Megatron-DeepSpeed's."""
+    if args.get("num_key_value_heads") is not None:
+        return args.size("num_key_value_heads")
+    return args.size("num_query_groups") if args.get("group_query_attention") is True else heads
+
+
+def _rotary(args: ConfigFile) -> Literal["learned_absolute", "rope", "none"]:
+    """How positions are known."""
+    old = args.get("use_rotary_position_embeddings") is True
+    said = args.get("position_embedding_type", "rope" if old else "learned_absolute")
+    said = said.args[0] if isinstance(said, Record) and said.args else said  # an enum's member
+    if said in ("rope", "none", "learned_absolute") and not (old and said == "none"):
+        return "rope" if old else said
+    args.refuse(
+        f"args.position_embedding_type {str(said)[:40]}: ours are learned_absolute, rope, none"
+    )
+    return "rope"
+
+
+def _gelu(args: ConfigFile, *, bias: bool) -> Literal["tanh", "erf"]:
+    """Megatron's fusion of bias and GELU takes the tanh form, its plain GELU is the exact one."""
+    fused = args.flag("bias_gelu_fusion", default=False) and bias
+    unused = args.get("swiglu") is True
+    return "tanh" if unused or fused or args.flag("openai_gelu", default=False) else "erf"

@@ -1,0 +1,191 @@
+"""Megatron-DeepSpeed's files of each rank in; no such program is here, so the files are of our own writing."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_lite.checkpoint.foreign.deepspeed import open_deepspeed
+from megatron_lite.cli import convert
+from tests.support.huggingface import tool
+
+Capture = pytest.CaptureFixture[str]
+LAYERS, H, HEADS, GROUPS, F, ROWS, POSITIONS = 2, 24, 6, 2, 40, 56, 16
+D = H // HEADS
+Tensors = dict[str, torch.Tensor]
+
+
+def args_of(kind: str, tp: int) -> argparse.Namespace:
+    """What Megatron-DeepSpeed keeps of its command line."""
+    llama = kind == "llama"
+    return argparse.Namespace(
+        num_layers=LAYERS, hidden_size=H, num_attention_heads=HEADS, ffn_hidden_size=F,
+        num_key_value_heads=GROUPS if llama else HEADS, max_position_embeddings=POSITIONS,
+        padded_vocab_size=ROWS, layernorm_epsilon=1e-5, use_rotary_position_embeddings=llama,
+        normalization="rmsnorm" if llama else "layernorm", swiglu=llama, add_bias_linear=not llama,
+        bias_gelu_fusion=not llama, untie_embeddings_and_output_weights=llama, hidden_dropout=0.0,
+        attention_dropout=0.0, init_method_std=0.02, tensor_model_parallel_size=tp, num_experts=[1],
+    )  # fmt: skip
+
+
+def canonical(kind: str) -> Tensors:
+    """A model's tensors by our names."""
+    torch.manual_seed(2)
+    llama = kind == "llama"
+    kv = D * (GROUPS if llama else HEADS)
+    shapes: dict[str, tuple[int, ...]] = {"embedding.tokens.weight": (ROWS, H)}
+    if not llama:
+        shapes["embedding.positions.weight"] = (POSITIONS, H)
+    matrices = {"attention.q": (H, H), "attention.k": (kv, H), "attention.v": (kv, H),
+                "attention.output": (H, H), "mlp.up": (F, H), "mlp.down": (H, F)}  # fmt: skip
+    if llama:
+        matrices["mlp.gate"] = (F, H)
+    norms = [f"blocks.{n}.{name}" for n in range(LAYERS) for name in ("attention_norm", "mlp_norm")]
+    for name in (*norms, "final_norm"):
+        shapes |= {
+            f"{name}.{leaf}": (H,) for leaf in (("weight",) if llama else ("weight", "bias"))
+        }
+    for n in range(LAYERS):
+        for name, shape in matrices.items():
+            shapes[f"blocks.{n}.{name}.weight"] = shape
+            if not llama:
+                shapes[f"blocks.{n}.{name}.bias"] = shape[:1]
+    if llama:
+        shapes["head.weight"] = (ROWS, H)
+    return {name: torch.randn(shape) for name, shape in shapes.items()}
+
+
+def layer_of(ours: Tensors, layer: int, rank: int, tp: int, kind: str) -> Tensors:
+    """One layer's file of one rank, head by head and half by half."""
+    get = {n.removeprefix(f"blocks.{layer}."): t for n, t in ours.items()}
+    groups = GROUPS if kind == "llama" else HEADS
+    found = {}
+    for leaf in ("weight", "bias"):
+        if f"attention.q.{leaf}" not in get:
+            continue
+        parts = (get[f"attention.{p}.{leaf}"] for p in "qkv")
+        grouped = torch.cat([p.unflatten(0, (groups, -1)) for p in parts], 1)
+        found[f"self_attention.query_key_value.{leaf}"] = grouped.chunk(tp)[rank].flatten(0, 1)
+        up = [
+            get[f"mlp.{p}.{leaf}"].chunk(tp)[rank]
+            for p in ("gate", "up")
+            if f"mlp.{p}.{leaf}" in get
+        ]
+        found[f"mlp.dense_h_to_4h.{leaf}"] = torch.cat(up)
+    for theirs, name in (
+        ("self_attention.dense", "attention.output"),
+        ("mlp.dense_4h_to_h", "mlp.down"),
+    ):
+        found[f"{theirs}.weight"] = get[f"{name}.weight"].chunk(tp, 1)[rank].contiguous()
+        if f"{name}.bias" in get:
+            found[f"{theirs}.bias"] = get[f"{name}.bias"]
+    for theirs, name in (
+        ("input_layernorm", "attention_norm"),
+        ("post_attention_layernorm", "mlp_norm"),
+    ):
+        found |= {f"{theirs}.{leaf}": get[f"{name}.{leaf}"] for leaf in ("weight", "bias")
+                  if f"{name}.{leaf}" in get}  # fmt: skip
+    return {name: tensor.clone() for name, tensor in found.items()}
+
+
+def write(folder: Path, kind: str, tp: int, *, pipeline: bool, args: object = None) -> Tensors:
+    """A checkpoint of so many ranks; the tensors that it is of."""
+    ours, inside = canonical(kind), folder / "global_step20"
+    inside.mkdir(parents=True)
+    (folder / "latest").write_text("global_step20")
+    for rank in range(tp):
+        table = {"word_embeddings.weight": ours["embedding.tokens.weight"].chunk(tp)[rank].clone()}
+        if kind == "gpt":
+            table["position_embeddings.weight"] = ours["embedding.positions.weight"]
+        norm = {
+            n.removeprefix("final_norm."): t for n, t in ours.items() if n.startswith("final_norm.")
+        }
+        head = (ours["head.weight"] if kind == "llama" else ours["embedding.tokens.weight"]).chunk(
+            tp
+        )[rank]
+        layers = [layer_of(ours, n, rank, tp, kind) for n in range(LAYERS)]
+        state = {"args": args or args_of(kind, tp), "iteration": 20, "module": None}
+        if pipeline:
+            key = "lm_head.weight" if kind == "llama" else "word_embeddings.weight"
+            files = {1: table, **{3 + n: layer for n, layer in enumerate(layers)},
+                     4 + LAYERS: norm, 5 + LAYERS: {key: head.clone()}}  # fmt: skip
+            for number, content in files.items():
+                torch.save(content, inside / f"layer_{number:02d}-model_{rank:02d}-model_states.pt")
+        else:
+            embedding = {name.split(".")[0]: {"weight": t} for name, t in table.items()}
+            encoder = {
+                f"layers.{n}.{name}": t
+                for n, layer in enumerate(layers)
+                for name, t in layer.items()
+            }
+            encoder |= {f"final_layernorm.{leaf}": t for leaf, t in norm.items()}
+            model = {"embedding": embedding, "encoder": encoder}
+            if kind == "llama":
+                model["output_layer"] = {"weight": head.clone()}
+            state["module"] = {"language_model": model}
+        torch.save(state, inside / f"mp_rank_{rank:02d}_model_states.pt")
+    return ours
+
+
+@pytest.mark.parametrize("pipeline", [True, False], ids=["layers", "ranks"])
+@pytest.mark.parametrize("tp", [1, 2])
+@pytest.mark.parametrize("kind", ["gpt", "llama"])
+def test_every_tensor_is_put_together(tmp_path: Path, kind: str, tp: int, pipeline: bool) -> None:
+    ours = write(tmp_path, kind, tp, pipeline=pipeline)
+    found = open_deepspeed(tmp_path)
+    parts = {name: part for c in found.conversions for name, part in found.parts(c)}
+    assert parts.keys() == ours.keys()
+    for name, tensor in ours.items():
+        assert torch.equal(parts[name], tensor), name
+    assert found.model.gelu == "tanh" and found.model.num_kv_heads == (
+        GROUPS if kind == "llama" else HEADS
+    )
+
+
+def test_it_becomes_a_run(tmp_path: Path, monkeypatch, capsys: Capture) -> None:
+    write(tmp_path / "from", "llama", 2, pipeline=True)
+    words = (tmp_path / "from", tmp_path / "ours", "--vocab-size", 50)
+    assert tool(convert.main, monkeypatch, *words) == 0
+    said = capsys.readouterr().out
+    assert (
+        "iteration 20 of Megatron-DeepSpeed" in said
+        and (tmp_path / "ours" / "config.yaml").is_file()
+    )
+
+
+def _remove(pattern: str) -> Callable[[Path], object]:
+    return lambda folder: next(folder.rglob(pattern)).unlink()
+
+
+def _shorter(folder: Path) -> None:
+    path = folder / "global_step20" / "layer_03-model_01-model_states.pt"
+    torch.save({"self_attention.dense.weight": torch.ones(2, 2)}, path)
+
+
+def _experts(folder: Path) -> None:
+    args = argparse.Namespace(**{**vars(args_of("llama", 2)), "num_experts": [8]})
+    torch.save({"args": args}, folder / "global_step20" / "mp_rank_00_model_states.pt")
+
+
+SPOILED: dict[str, tuple[Callable[[Path], object], str]] = {
+    "a rank": (_remove("layer_03-model_01*"), "copy all of it"),
+    "a layer": (_remove("layer_04-model_*"), "args say 2"),
+    "a file of another": (_shorter, "lacks"),
+    "experts": (_experts, "args.num_experts [8]"),
+    "cut off": (lambda f: next(f.rglob("layer_01*")).write_bytes(b"PK\x03\x04"), "damaged"),
+}
+
+
+@pytest.mark.parametrize("name", SPOILED)
+def test_what_is_not_whole_is_refused_with_the_reason(
+    tmp_path: Path, monkeypatch, capsys: Capture, name: str
+) -> None:
+    change, reason = SPOILED[name]
+    write(tmp_path / "from", "llama", 2, pipeline=True)
+    change(tmp_path / "from")
+    assert tool(convert.main, monkeypatch, tmp_path / "from", tmp_path / "ours") == 4
+    assert reason in capsys.readouterr().err and not (tmp_path / "ours").exists()

@@ -1,0 +1,127 @@
+"""GGUF out: transformers and gguf's own reader find the numbers, sizes and tokens that went in."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_lite.cli import convert
+from megatron_lite.config.sections.model import ModelConfig
+from tests.support.extras import needs
+from tests.support.huggingface import gpt2, random_tokens, tokenizer_files, tool
+
+gguf = needs("gguf")
+needs("accelerate")  # transformers reads GGUF with it
+transformers = needs("transformers")
+Capture = pytest.CaptureFixture[str]
+
+ROWS = 262
+SIZES: dict[str, Any] = {
+    "vocab_size": ROWS, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2,
+    "num_attention_heads": 6, "num_key_value_heads": 2, "max_position_embeddings": 24,
+    "bos_token_id": 261, "eos_token_id": 261, "tie_word_embeddings": False, "pad_token_id": None,
+}  # fmt: skip
+
+
+def random_model(kind: str) -> Any:
+    """A tiny model of a family, with random weights in all of it."""
+    if kind == "gpt2":
+        return gpt2(n_positions=1024)  # transformers takes its default, whatever the file says
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(kind, **SIZES)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+def exported(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *words: object) -> Any:
+    """The model, and the folder with its model.gguf."""
+    model = random_model(kind)
+    model.save_pretrained(tmp_path / "theirs")
+    tokenizer_files(tmp_path / "theirs", "vocab.json", "merges.txt")
+    assert tool(convert.main, monkeypatch, tmp_path / "theirs", tmp_path / "ours") == 0
+    out = tmp_path / "out"
+    assert tool(convert.main, monkeypatch, tmp_path / "ours", out, "--to", "gguf", *words) == 0
+    return model, out
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "mistral", "qwen2", "qwen3"])
+def test_transformers_reads_it_back_with_equal_logits_and_greedy_tokens(
+    tmp_path: Path, monkeypatch, kind: str
+) -> None:
+    model, out = exported(kind, tmp_path, monkeypatch)
+    back = transformers.AutoModelForCausalLM.from_pretrained(
+        out, gguf_file="model.gguf", dtype=torch.float32
+    ).eval()
+    tokens = random_tokens(ROWS)
+    with torch.no_grad():
+        expected, found = model(tokens).logits, back(tokens).logits
+    assert (found - expected).abs().max() / expected.abs().max() < 1e-5
+    greedy = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    start = tokens[:, :8]
+    assert torch.equal(model.generate(start, **greedy), back.generate(start, **greedy))
+
+
+def test_its_tokens_cut_a_text_as_the_tokenizer_did(tmp_path: Path, monkeypatch) -> None:
+    exported("gpt2", tmp_path, monkeypatch)
+    reader = gguf.GGUFReader(tmp_path / "out" / "model.gguf")
+    field = {name: field.contents() for name, field in reader.fields.items()}
+    assert field["tokenizer.ggml.model"] == "gpt2" and field["tokenizer.ggml.pre"] == "gpt-2"
+    assert (
+        len(field["tokenizer.ggml.tokens"]) == ROWS and field["tokenizer.ggml.eos_token_id"] == 261
+    )
+    assert field["tokenizer.ggml.token_type"][261] == 3 and "t h" in field["tokenizer.ggml.merges"]
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out", gguf_file="model.gguf")
+    own = transformers.GPT2TokenizerFast.from_pretrained(tmp_path / "theirs")
+    text = "the other, thin 3 things\n"
+    assert theirs(text)["input_ids"] == own(text)["input_ids"]
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [("f16", 5e-4), ("bf16", 4e-3), ("q8_0", 5e-3)])
+def test_shorter_formats_are_near_and_norms_stay_exact(
+    tmp_path: Path, monkeypatch, dtype: str, bound: float
+) -> None:
+    model, out = exported("llama", tmp_path, monkeypatch, "--dtype", dtype)
+    found = {t.name: t for t in gguf.GGUFReader(out / "model.gguf").tensors}
+    state = model.state_dict()
+    down = found["blk.1.ffn_down.weight"]
+    assert down.tensor_type.name == ("F16" if dtype == "q8_0" else dtype.upper())  # 80 is no 32s
+    table = found["token_embd.weight"]
+    values = gguf.quants.dequantize(table.data, table.tensor_type)
+    expected = state["model.embed_tokens.weight"].numpy()
+    assert 0 < np.abs(values - expected).max() / np.abs(expected).max() < bound
+    norm = found["blk.0.attn_norm.weight"]
+    assert norm.tensor_type.name == "F32"
+    assert np.array_equal(norm.data, state["model.layers.0.input_layernorm.weight"].numpy())
+
+
+def test_rows_without_a_token_get_a_name(tmp_path: Path, monkeypatch) -> None:
+    gpt2(vocab_size=270).save_pretrained(tmp_path / "theirs")
+    tokenizer_files(tmp_path / "theirs", "vocab.json", "merges.txt")
+    assert tool(convert.main, monkeypatch, tmp_path / "theirs", tmp_path / "ours") == 0
+    assert tool(convert.main, monkeypatch, tmp_path / "ours", tmp_path / "out", "--to", "gguf") == 0
+    fields = gguf.GGUFReader(tmp_path / "out" / "model.gguf").fields
+    assert fields["tokenizer.ggml.tokens"].contents()[-1] == "[PAD269]"
+    assert fields["tokenizer.ggml.token_type"].contents()[-1] == 5
+
+
+def test_what_cannot_be_said_is_refused(tmp_path: Path, monkeypatch, capsys: Capture) -> None:
+    exported("gpt2", tmp_path, monkeypatch)
+    ours, no = tmp_path / "ours", tmp_path / "no"
+    for words, code, said in (
+        (("--to", "llama2c"), 4, "llama2.c does not compute the family GPT-2"),
+        (("--to", "llama2c", "--dtype", "f16"), 2, "no format of --to llama2c"),
+        (("--dtype", "q8_0"), 2, "no format of --to huggingface"),
+        (("--to", "gguf", "--family", "llama"), 4, "Llama has no"),
+    ):
+        assert tool(convert.main, monkeypatch, ours, no, *words) == code
+        assert said in capsys.readouterr().err and not no.exists()
+    assert tool(convert.main, monkeypatch, tmp_path / "theirs", no, "--to", "gguf") == 2
+    assert tool(convert.main, monkeypatch, ours, no, "--to", "gguf", "--dry-run") == 0
+    assert "blk.1.attn_qkv.weight [144, 48]" in capsys.readouterr().out and not no.exists()
+    assert ModelConfig().vocab_size is None
