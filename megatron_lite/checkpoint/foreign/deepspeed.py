@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from megatron_lite.checkpoint.foreign.megatron_args import args_of, model_of
-from megatron_lite.checkpoint.foreign.megatron_names import megatron_names
+from megatron_lite.checkpoint.foreign.megatron_names import is_gated, megatron_names
 from megatron_lite.checkpoint.foreign.model import ForeignModel, ForeignTensor, fit_model, with_rows
 from megatron_lite.checkpoint.foreign.records import UnreadTensor
 from megatron_lite.checkpoint.foreign.torch_file import TorchFile, open_torch_file
@@ -242,7 +242,7 @@ def _joined(
     if len(tensor.shape) <= dim:
         raise CheckpointError(f"{file.path}: {name} is {list(tensor.shape)}, no matrix")
     shape = tuple(n * tp if d == dim else n for d, n in enumerate(tensor.shape))
-    gated = model.swiglu and "linear_fc1" in name
+    gated = is_gated(model) and "linear_fc1" in name
     return ForeignTensor(TensorForm(tensor.dtype, shape), _reader(shares, dim, gated=gated))
 
 

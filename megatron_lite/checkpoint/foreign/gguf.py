@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_lite.blueprint.figure.transformer import figure_of
 from megatron_lite.checkpoint.huggingface.conversion import Conversion
 from megatron_lite.checkpoint.huggingface.exporting import Export, plan_export
 from megatron_lite.checkpoint.huggingface.names import FusedPart, Names
@@ -250,7 +251,7 @@ def _describe(
     writer.add_head_count(model.num_attention_heads)
     writer.add_head_count_kv(model.num_kv_heads)
     writer.add_vocab_size(model.vocab_size)
-    if model.normalization == "RMSNorm":
+    if figure_of(model, model.vocab_size or 1).final_norm.function == "RMSNorm":
         writer.add_layer_norm_rms_eps(model.norm_epsilon)
     else:
         writer.add_layer_norm_eps(model.norm_epsilon)
@@ -260,7 +261,8 @@ def _describe(
         writer.add_key_length(model.head_size)
         writer.add_value_length(model.head_size)
     if export.architecture.name == "gptneox":
-        writer.add_parallel_residual(use=bool(getattr(model, "parallel_residual", True)))
+        said = export.inner.family.config_out(model, eod=None, dtype="float32")
+        writer.add_parallel_residual(use=bool(said["use_parallel_residual"]))
     if vocabulary is not None:
         vocabulary.describe(writer, gguf, rows=model.vocab_size or 0)
     if eod is not None:

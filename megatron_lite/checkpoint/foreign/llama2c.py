@@ -76,7 +76,7 @@ def plan_llama2c(plan: Export, kind: str, dtype: str | None) -> Llama2cExport:
         "--rotary-base": (model.rotary_base, 10000.0),
         "--kv-channels": (model.head_size * model.num_attention_heads, model.hidden_size),
         "rope scaling": (scaling.get("rope_type", "default"), "default"),
-        "biases": (model.add_bias_linear, False),
+        "biases": (said.get("mlp_bias", False), False),
     }
     if kind == "llama":
         lacks += [
