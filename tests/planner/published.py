@@ -64,7 +64,9 @@ def error(run: Run, **device: float) -> float:
 
 @cache
 def _drawn(run: Run) -> tuple[Blueprint, PlanInputs]:
-    config = parse(f"{run.flags} --train-iters 1 --lr 1e-4 --dry-run".split()).config
+    # their trainers are not ours, and were not compiled
+    flags = f"{run.flags} --train-iters 1 --lr 1e-4 --dry-run --no-torch-compile"
+    config = parse(flags.split()).config
     asked = PlanInputs(config.parallel, config.precision, config.train.micro_batch_size)
     return draw_up(config, run.gpus), asked
 
