@@ -256,7 +256,7 @@ def test_what_gpt2_cannot_express_is_refused_by_its_flag(tmp_path, monkeypatch, 
     assert alone(*flags, "--mock-data", "--train-iters", "2", "--save", str(run),
                  "--save-interval", "2").rc == 0  # fmt: skip
     capsys.readouterr()
-    assert tool(convert.main, monkeypatch, run, tmp_path / "out") == 4
+    assert tool(convert.main, monkeypatch, run, tmp_path / "out", "--family", "gpt2") == 4
     said = capsys.readouterr().err
     assert f"GPT-2 has no {flags[-2] if len(flags) > 1 else flags[0]}" in said, said
     assert not (tmp_path / "out").exists()

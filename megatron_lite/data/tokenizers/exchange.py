@@ -92,8 +92,8 @@ def files_for_huggingface(data: DataConfig, *, positions: int) -> dict[str, byte
         return files_beside_model(given if given.is_dir() else given.parent)
     if data.tokenizer_type != "GPT2BPETokenizer":
         raise DataError(
-            f"--tokenizer-type {data.tokenizer_type} has no form in a GPT-2 folder: add "
-            "--no-tokenizer to write the model alone"
+            f"--tokenizer-type {data.tokenizer_type} has no form in a folder of Hugging Face's: "
+            "add --no-tokenizer to write the model alone"
         )
     vocab_bytes = read_bytes(data.vocab_file, "--vocab-file")
     merge_bytes = read_bytes(data.merge_file, "--merge-file")
