@@ -200,6 +200,41 @@ def test_what_is_no_whole_number_stays_none(text: str) -> None:
     assert "takes a whole number" in error(["--train-samples", text])
 
 
+@pytest.mark.parametrize(
+    ("words", "text", "compiled"),
+    [
+        ("", "", "auto"),
+        ("--torch-compile", "torch_compile: true", "on"),
+        ("--torch-compile on", "torch_compile: on", "on"),
+        ("--torch-compile=auto", "torch_compile: auto", "auto"),
+        ("--torch-compile off", "torch_compile: off", "off"),
+        ("--no-torch-compile", "torch_compile: false", "off"),
+        ("--torch_compile --bf16", 'torch_compile: "on"', "on"),
+    ],
+)
+def test_what_is_compiled_is_asked_in_words_or_as_a_switch(
+    words: str, text: str, compiled: str, tmp_path: Path
+) -> None:
+    """Older config files have a bool there, and YAML reads a bare on or off as one."""
+    file = tmp_path / "run.yaml"
+    file.write_text(f"precision: {{{text}}}\n", encoding="utf-8")
+    for argv in (words.split(), ["--config", str(file)]):
+        precision = parse(argv).config.precision
+        assert precision.torch_compile == compiled
+        assert precision.compiles(on_gpu=True) == (compiled != "off")
+        assert precision.compiles(on_gpu=False) == (compiled == "on")
+
+
+def test_a_wrong_word_for_what_is_compiled_is_refused_with_the_right_ones(tmp_path: Path) -> None:
+    assert "--torch-compile takes one of auto, on, off; got 'inductor'" in error(
+        ["--torch-compile", "inductor"]
+    )
+    file = tmp_path / "run.yaml"
+    file.write_text("precision: {torch_compile: inductor}\n", encoding="utf-8")
+    said = error(["--config", str(file)])
+    assert "takes one of auto, on, off; got 'inductor'" in said and str(file) in said
+
+
 def test_equal_duplicates_are_fine() -> None:
     parsed = parse(["--lr=1e-4", "--lr=0.0001", "--layernorm-epsilon=1e-6", "--norm-epsilon=1e-6"])
     assert parsed.config.learning_rate.lr == 1e-4

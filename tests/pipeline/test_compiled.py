@@ -5,14 +5,18 @@ A product that waits for its W keeps factors beyond the life of the graphs that 
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from megatron_lite.checkpoint.manifest import read_manifest
+from megatron_lite.checkpoint.progress import Progress
 from megatron_lite.kernels.compiled import Compiler
 from megatron_lite.train.assemble import assemble
 from megatron_lite.train.step import train_step
 from tests.support.axes import BF16, CHUNKS, FULL, PP, SCHEDULE, SP, TP, ZERO
+from tests.support.checkpoints import save, train
 from tests.support.spawn import spawn
 from tests.support.tiny import context, draw, make_batches, tiny_config
 
@@ -80,3 +84,25 @@ def test_compiled_pieces_train_alike_under_every_schedule(backend: str, names: l
         for name, (plain, compiled) in rank.items():
             rel = 2e-2 if name == "bf16" else 1e-5  # a fused kernel rounds once, not at every op
             assert compiled == pytest.approx(plain, rel=rel), name
+
+
+@pytest.mark.ci
+def test_names_in_a_checkpoint_are_those_of_a_run_that_is_not_compiled(tmp_path: Path) -> None:
+    """Modules, tensors and the optimizer's states: nobody sees the compiler around a piece."""
+    names: dict[str, list[list[str]]] = {}
+    for switch in ("off", "on"):
+        config = tiny_config(precision__torch_compile=switch, model__hidden_dropout=0.1)
+        blueprint = draw(config, 1)
+        compiler = Compiler("eager")  # traced, and run as traced
+        run = assemble(config, blueprint, context(blueprint, 0), compiler=compiler)
+        train(config, blueprint, run, 1)
+        assert compiler.failure is None and bool(compiler.pieces) == (switch == "on")
+        save(run, tmp_path / switch, Progress(1, 1, lr_samples=1, optimizer_steps=1))
+        (folder,) = (tmp_path / switch).glob("iter_*")
+        names[switch] = [
+            [name for stage in run.pipeline.stages.values() for name in stage.module.state_dict()],
+            [piece.spec.name for local in run.parameters for piece in local.pieces],
+            sorted(read_manifest(folder).tensors),
+        ]
+    assert names["on"] == names["off"] and all(names["on"])
+    assert not any("_orig_mod" in name for kind in names["on"] for name in kind)
