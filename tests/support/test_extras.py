@@ -16,7 +16,7 @@ from tests.support import extras
 from tests.support.extras import extra_of, named_in_setup, needs, needs_program
 from tests.support.places import ROOT
 
-OURS = {"megatron_lite", "tests", "benchmarks", "setup"}
+OURS = {"megatron_lite", "tests", "benchmarks", "examples", "setup"}
 ASKS = ("needs", "import_module", "__import__")
 
 
