@@ -74,6 +74,7 @@ OPTIMIZERS: Registry[Callable[[OptimConfig, Tensor], Treatment]] = Registry(
     {
         "adam": lambda optim, tensor: _adam(optim),
         "sgd": lambda optim, tensor: MOMENTUM if optim.sgd_momentum else PLAIN_SGD,
+        "apex-adam": lambda optim, tensor: replace(ADAM, rule="apex-adam"),
     },
 )
 """A row may look at the tensor's kind and shape: several rules in one run."""

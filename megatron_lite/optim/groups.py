@@ -79,7 +79,9 @@ class Groups:
     def new_state(self, spec: Spec, master: Tensor) -> dict[str, Tensor]:
         """State before the first update of these values, a whole tensor or rows of one."""
         how = self.treatment(spec)
-        self._rule(how.rule)  # one that is not there is told before the first step
+        rule = self._rule(how.rule)  # one that is not there is told before the first step
+        if hasattr(rule, "check"):
+            rule.check(master.device)
         return {
             state.name: master.new_zeros(
                 state.of(master.shape), dtype=_NARROW.get(state.storage, master.dtype)

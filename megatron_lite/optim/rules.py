@@ -9,13 +9,15 @@ from torch import Tensor
 
 from megatron_lite.config.sections.optim import OptimConfig
 from megatron_lite.optim.adam import AdamW
+from megatron_lite.optim.apex import ApexAdamW
 from megatron_lite.optim.sgd import SGD
 
 
 class UpdateRule(Protocol):
     """How parameters change; no communication here.
 
-    Which states it keeps of each, and of what shape, stands in blueprint/optimizers.py.
+    Which states it keeps of each, and of what shape, stands in blueprint/optimizers.py.  One that
+    cannot run everywhere has check(device), too: ConfigError, before the first step, where it cannot.
     """
 
     def update(
@@ -40,4 +42,5 @@ class UpdateRule(Protocol):
 RULES: dict[str, Callable[[OptimConfig], UpdateRule]] = {
     "adam": lambda o: AdamW(beta1=o.adam_beta1, beta2=o.adam_beta2, eps=o.adam_eps),
     "sgd": lambda o: SGD(momentum=o.sgd_momentum),
+    "apex-adam": lambda o: ApexAdamW(beta1=o.adam_beta1, beta2=o.adam_beta2, eps=o.adam_eps),
 }

@@ -146,7 +146,8 @@ def test_what_makes_no_sense_is_said_at_the_start() -> None:
     assert "--exp-avg-dtype bf16 needs --use-precision-aware-optimizer; add it" in said
     said = problems(*ASKED, "--optimizer", "sgd")
     assert "--exp-avg-dtype bf16 --exp-avg-sq-dtype bf16 is about the moments of" in said
-    assert "--optimizer sgd has none" in said
+    assert "--optimizer sgd has none that can be" in said
+    assert "--optimizer apex-adam has none" in problems(*ASKED, "--optimizer", "apex-adam")
     said = problems("--use-precision-aware-optimizer")
     assert "--use-precision-aware-optimizer: changes nothing; moments are fp32 without" in said
     assert problems(*ASKED) == ""

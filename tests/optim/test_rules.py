@@ -150,9 +150,9 @@ def test_sgd_is_its_formula_and_torchs_at_every_step(momentum, weight_decay) -> 
 
 def test_several_tensors_are_updated_as_if_alone() -> None:
     optim = OptimConfig(sgd_momentum=0.9)
-    assert set(RULES) == {"adam", "sgd"}
-    for name, make in RULES.items():
-        rule = make(optim)
+    assert set(RULES) == {"adam", "sgd", "apex-adam"}
+    for name in ("adam", "sgd"):  # the third has a file of its own
+        rule = RULES[name](optim)
         tensors = [drawn((n, 2))[0] for n in (1, 4, 3)]
         gradients = [drawn((n, 2))[1][0] for n in (1, 4, 3)]
         together = [t.clone() for t in tensors]

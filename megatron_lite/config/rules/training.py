@@ -218,7 +218,7 @@ def moments(config: RunConfig, world_size: int) -> Iterator[str]:
     elif narrow and o.optimizer != "adam":
         yield (
             f"{narrow} is about the moments of --optimizer adam, and --optimizer {o.optimizer} has "
-            "none of that name; drop it with --use-precision-aware-optimizer"
+            "none that can be; drop it with --use-precision-aware-optimizer"
         )
 
 

@@ -10,8 +10,8 @@ from typing import Literal
 class OptimConfig:
     """Update rule, weight decay and clipping."""
 
-    optimizer: str = field(default="adam", metadata={"rows": ("adam", "sgd")})
-    """Update rule; adam is AdamW (decoupled weight decay)."""
+    optimizer: str = field(default="adam", metadata={"rows": ("adam", "sgd", "apex-adam")})
+    """Update rule; adam is AdamW (decoupled weight decay), apex-adam the same by apex's kernel on a GPU."""
 
     weight_decay: float = 0.01
     """Weight decay of matrices, decoupled with adam, coupled with sgd; biases and norms have none."""
