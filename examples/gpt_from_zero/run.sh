@@ -30,8 +30,7 @@ RUN=(--adam-beta1 0.9 --adam-beta2 0.98 --weight-decay 0.01 --clip-grad 1.0 --lr
     --init-method-std 0.02 --seed 1234)
 if [[ $FULL == 1 ]]; then
     GPUS=${GPUS:-1} STEPS=${STEPS:-300000} VOCAB=32768
-    RUN+=(--num-layers 24 --hidden-size 1024 --num-attention-heads 16 --seq-length 256
-        --max-position-embeddings 256 --bf16 --micro-batch-size 56 --global-batch-size 560
+    RUN+=(--preset gpt-from-zero-300m --bf16 --micro-batch-size 56 --global-batch-size 560
         --lr 4e-4 --lr-warmup-iters 1500 --log-interval 200 --eval-interval 400 --eval-iters 10
         --save-interval 1000 --keep-last 5)
 else
@@ -45,7 +44,7 @@ fi
 
 if [[ $FULL == 1 && $DRY_RUN == 1 ]]; then
     exec "$PYTHON" "$ROOT/tools/plan.py" --hardware "${HARDWARE:-a100-40g}" --gpus-per-node "$GPUS" \
-        "${RUN[@]}" --train-iters "$STEPS" --vocab-size "$VOCAB" --save "$OUT/whole" --load "$OUT/whole"
+        "${RUN[@]}" --train-iters "$STEPS" --save "$OUT/whole" --load "$OUT/whole"
 fi
 [[ $DRY_RUN == 0 ]] || die "DRY_RUN=$DRY_RUN is for FULL=1: the small run is started, it takes minutes"
 [[ $FULL == 0 || -n $TEXT ]] || die "FULL=1 and TEXT is not set: TEXT=FOLDER with news, crawler, zhihu and en.jsonl"

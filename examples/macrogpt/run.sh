@@ -23,17 +23,14 @@ step() { printf '\n== %s  [%d s]\n' "$1" "$SECONDS"; }
 . "$ROOT/examples/signals.sh"
 
 # -- what is trained ---------------------------------------------------------------------------------
-# Llama: RMSNorm, SwiGLU twelve times as wide as the stream, rotary positions, no bias, a head of its own
-MODEL=(--normalization RMSNorm --norm-epsilon 1e-5 --swiglu --disable-bias-linear
-    --position-embedding-type rope --untie-embeddings-and-output-weights --init-method-std 0.02
-    --hidden-dropout 0 --attention-dropout 0)
+# Llama: RMSNorm, SwiGLU twelve times as wide as the stream, rotary positions, no bias, a head of its own; small, the
+# preset's parts with sizes of their own
+MODEL=(--preset macrogpt-1.3b)
 # fp16 with fp32 masters, and a loss scale that starts where 16 bits can follow
 RUN=(--fp16 --initial-loss-scale 65536 --clip-grad 1.0 --weight-decay 0.0
     --adam-beta1 0.9 --adam-beta2 0.999 --lr-decay-style linear --lr-warmup-fraction 0.01)
 if [[ $FULL == 1 ]]; then
     GPUS=${GPUS:-1} STEPS=${STEPS:-10000} STEPS_NEXT=${STEPS_NEXT:-10000}
-    MODEL+=(--num-layers 32 --hidden-size 1024 --ffn-hidden-size 12288 --num-attention-heads 32
-        --seq-length 2048 --max-position-embeddings 2048)
     RUN+=(--micro-batch-size 4 --global-batch-size 128 --lr 3e-4 --recompute-granularity full
         --recompute-method uniform --recompute-num-layers 1 --loss-scale-window 100
         --log-interval 20 --save-interval 384 --eval-interval 384 --eval-iters 10)
@@ -49,7 +46,7 @@ fi
 
 if [[ $FULL == 1 && $DRY_RUN == 1 ]]; then
     exec "$PYTHON" "$ROOT/tools/plan.py" --hardware "${HARDWARE:-a100-80g}" --gpus-per-node "$GPUS" \
-        "${MODEL[@]}" "${RUN[@]}" --train-iters "$STEPS" --vocab-size 64076 --make-vocab-size-divisible-by 4 \
+        "${MODEL[@]}" "${RUN[@]}" --train-iters "$STEPS" --make-vocab-size-divisible-by 4 \
         --tokenizer-type GPTSentencePieceTokenizer --save "$OUT/run-1" --keep-last "$KEEP"
 fi
 [[ $DRY_RUN == 0 ]] || die "DRY_RUN=$DRY_RUN is for FULL=1: the small run is started, it takes minutes"

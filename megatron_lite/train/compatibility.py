@@ -77,7 +77,7 @@ def check_tokenizer(manifest: Manifest, now: dict[str, Any], *, allowed: bool) -
             f"{where} was trained with a vocabulary of {before['vocab_size']} ids "
             f"({_padded(before)}), this run's tokenizer has {now['vocab_size']} ({_padded(now)}): "
             "give the tokenizer it was trained with; its files lie in the checkpoint's folder "
-            "tokenizer/"
+            f"tokenizer/{_more_rows(before['vocab_size'], now['vocab_size'])}"
         )
     differ = [
         f"tokenizer {name}: {before[name]} -> {now[name]}"
@@ -91,6 +91,10 @@ def check_tokenizer(manifest: Manifest, now: dict[str, Any], *, allowed: bool) -
             f"{ALLOW_DIFFERENCES}"
         )
     return [f"{ALLOW_DIFFERENCES}: {line}" for line in differ]
+
+
+def _more_rows(before: int, now: int) -> str:
+    return f"; if its model had more rows than ids, give --vocab-size {before}" * (before > now)
 
 
 def _padded(tokenizer: dict[str, Any]) -> str:

@@ -26,10 +26,11 @@ VARIANT = ModelConfig(
     untie_embeddings_and_output_weights=True, kv_channels=16,
 )  # fmt: skip
 
-MODELS = {
-    name: ModelConfig(**{key.removeprefix("model."): value for key, value in values.items()})
-    for name, values in PRESETS.items()
-} | {"variant": VARIANT}
+MODELS = {name: PRESETS[name].model for name in (
+    *(name for name in PRESETS if name.startswith("gpt")),
+    "llama2-7b", "llama3.2-1b", "mistral-7b", "qwen2.5-0.5b", "qwen3-0.6b", "open-gpt-6.8m",
+)} | {"variant": VARIANT}  # fmt: skip
+"""One preset of each family; the other sizes differ in numbers alone."""
 
 
 def locals_of(
@@ -68,7 +69,7 @@ def built(
 
 @pytest.mark.parametrize("pp", [1, 2])
 @pytest.mark.parametrize("name", MODELS)
-def test_every_stage_of_every_preset_equals_the_table(name: str, pp: int) -> None:
+def test_every_stage_of_a_preset_equals_the_table(name: str, pp: int) -> None:
     model = MODELS[name]
     tp = 1 if pp == 1 else min(n for n in (2, 5) if model.num_attention_heads % n == 0)
     assert model.vocab_size is not None

@@ -13,6 +13,7 @@ import pytest
 from megatron_lite.config.errors import ConfigError
 from megatron_lite.config.flags.legacy import LEGACY, MEGATRON_DEFAULTS, OURS_ONLY
 from megatron_lite.config.flags.parser import ParsedFlags, parse, spellings
+from megatron_lite.config.flags.presets import PRESETS
 from megatron_lite.config.flags.settings import FlagSetting, documentation, sections, settings
 from megatron_lite.config.rules.table import problems
 from megatron_lite.config.sections.run import RunConfig
@@ -311,7 +312,11 @@ def test_help_names_every_flag_but_the_refused(capsys: pytest.CaptureFixture[str
 def test_presets_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         parse(["--list-presets"])
-    assert "gpt3-175b         96   12288      96      2048" in capsys.readouterr().out
+    listed = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
+    assert listed["gpt3-175b"].split()[1:] == [
+        "96", "12288", "96", "2048", "50257", "arXiv:2005.14165,", "table", "2.1"
+    ]  # fmt: skip
+    assert {"preset", *PRESETS} == set(listed)
 
 
 def test_importing_the_config_imports_neither_torch_nor_numpy() -> None:

@@ -11,7 +11,9 @@ from collections.abc import Iterator, Mapping
 def imply(values: dict[str, object], origin: dict[str, str]) -> list[str]:
     """Fill in what follows; values and origin by section.field."""
     notices = []
-    for key, value, because, notice in (*_gelu(values, origin), *_recompute(values)):
+    for key, value, because, notice in (
+        *_gelu(values, origin), *_recompute(values), *_vocabulary(values, origin)
+    ):  # fmt: skip
         values[key], origin[key] = value, because
         notices.append(notice)
     return notices
@@ -48,3 +50,22 @@ def _recompute(values: Mapping[str, object]) -> Iterator[tuple[str, object, str,
             yield key, value, because, (
                 f"--recompute-granularity full without {flag}: {value} is taken"
             )  # fmt: skip
+
+
+def _vocabulary(
+    values: Mapping[str, object], origin: Mapping[str, str]
+) -> Iterator[tuple[str, object, str, str]]:
+    """A preset's vocabulary is what its model was trained with; a tokenizer's file says another."""
+    because, rows = origin["model.vocab_size"], values["model.vocab_size"]
+    if not because.startswith("preset "):
+        return
+    gpt2 = values["data.tokenizer_type"] == "GPT2BPETokenizer"
+    key, flag = (
+        ("data.vocab_file", "--vocab-file") if gpt2
+        else ("data.tokenizer_model", "--tokenizer-model")
+    )  # fmt: skip
+    if values[key] is not None:
+        yield "model.vocab_size", None, f"implied by {flag}", (
+            f"{because}: its vocabulary of {rows:,} gives way to the ids of the tokenizer in {flag}; "
+            "--vocab-size asks for more rows"
+        )  # fmt: skip
