@@ -77,7 +77,7 @@ def check_tokenizer(manifest: Manifest, now: dict[str, Any], *, allowed: bool) -
             f"{where} was trained with a vocabulary of {before['vocab_size']} ids "
             f"({_padded(before)}), this run's tokenizer has {now['vocab_size']} ({_padded(now)}): "
             "give the tokenizer it was trained with; its files lie in the checkpoint's folder "
-            f"tokenizer/{_more_rows(before['vocab_size'], now['vocab_size'])}"
+            f"tokenizer/{_more_rows(before['vocab_size'], now)}"
         )
     differ = [
         f"tokenizer {name}: {before[name]} -> {now[name]}"
@@ -93,8 +93,10 @@ def check_tokenizer(manifest: Manifest, now: dict[str, Any], *, allowed: bool) -
     return [f"{ALLOW_DIFFERENCES}: {line}" for line in differ]
 
 
-def _more_rows(before: int, now: int) -> str:
-    return f"; if its model had more rows than ids, give --vocab-size {before}" * (before > now)
+def _more_rows(before: int, now: dict[str, Any]) -> str:
+    if before <= now["vocab_size"] or now["type"] == "NullTokenizer":
+        return ""
+    return f"; if its model had more rows than ids, give --vocab-size {before}"
 
 
 def _padded(tokenizer: dict[str, Any]) -> str:

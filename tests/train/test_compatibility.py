@@ -9,12 +9,14 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from megatron_lite.checkpoint.manifest import read_manifest
 from megatron_lite.cli import generate as generate_tool
 from megatron_lite.config.errors import CheckpointError, DataError
+from megatron_lite.train.compatibility import check_tokenizer
 from tests.support.corpora import growing, write_pair
 from tests.support.tokenizers import write_gpt2
 from tests.train.runs import Outcome, alone, curve, steps
@@ -113,6 +115,14 @@ def test_another_vocabulary_size_is_refused_with_both(trained) -> None:
     assert done.rc == CheckpointError.exit_code
     assert "a vocabulary of 61 ids (padded to 64)" in done.err
     assert "this run's tokenizer has 71 (padded to 72)" in done.err
+    assert "--vocab-size" not in done.err
+
+
+def test_rows_that_no_id_has_are_asked_for_again() -> None:
+    manifest = SimpleNamespace(iteration=3, tokenizer={"vocab_size": 1000})
+    now = {"type": "GPT2BPETokenizer", "vocab_size": 300}
+    with pytest.raises(CheckpointError, match=r"more rows than ids, give --vocab-size 1000$"):
+        check_tokenizer(manifest, now, allowed=False)
 
 
 @pytest.fixture
