@@ -215,6 +215,7 @@ def _tried(config: RunConfig, talk: Talk) -> Compiler:
     failures = [f"on rank {rank}: {text.strip()}" for rank, text in enumerate(said) if text.strip()]
     if failures:
         compiler.give_up(failures[0])
+    compiler.warn = talk.log.warn_here  # from here on a rank may be alone with a failure
     return compiler
 
 

@@ -38,6 +38,11 @@ class Log:
             for line in lines:
                 print(f"WARNING: {line}", file=sys.stderr, flush=True)
 
+    def warn_here(self, *lines: str) -> None:
+        """Print on this rank's stderr what no other rank may know."""
+        for line in lines:
+            print(f"WARNING: rank {self.ctx.rank}: {line}", file=sys.stderr, flush=True)
+
     def write(self, record: TelemetryRecord) -> None:
         """Into metrics.jsonl, TensorBoard and W&B (rank 0)."""
         self.writers.write(record)
