@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 
 from megatron_lite.blueprint.figure.parts import FORMAT_BYTES, Format, Tensor
 from megatron_lite.config.errors import ConfigError
@@ -63,16 +64,17 @@ PLAIN_SGD = Treatment("sgd")
 MOMENTUM = Treatment("sgd", (State("momentum"),))
 
 
-def _adam(optim: OptimConfig) -> Treatment:
-    """Adam's, its moments in the formats that were asked for."""
-    kept = zip(ADAM.states, optim.moments, strict=True)
+@cache  # asked for every tensor of every layout that a search looks at
+def _adam(*moments: Format) -> Treatment:
+    """Adam's, its moments in these formats."""
+    kept = zip(ADAM.states, moments, strict=True)
     return replace(ADAM, states=tuple(replace(state, storage=name) for state, name in kept))
 
 
 OPTIMIZERS: Registry[Callable[[OptimConfig, Tensor], Treatment]] = Registry(
     "optim.optimizer",
     {
-        "adam": lambda optim, tensor: _adam(optim),
+        "adam": lambda optim, tensor: _adam(*optim.moments),
         "sgd": lambda optim, tensor: MOMENTUM if optim.sgd_momentum else PLAIN_SGD,
         "apex-adam": lambda optim, tensor: replace(ADAM, rule="apex-adam"),
     },
