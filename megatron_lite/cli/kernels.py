@@ -9,10 +9,11 @@ python tools/kernels.py --bench --preset gpt2-124m --bf16 --micro-batch-size 4 -
 from __future__ import annotations
 
 import json
+import math
 import statistics
 import sys
 import time
-from argparse import ArgumentTypeError, Namespace
+from argparse import ArgumentTypeError, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple, NoReturn
@@ -71,7 +72,7 @@ def main() -> int:
 
 
 def _parser() -> ToolParser:
-    parser = ToolParser(description=__doc__)
+    parser = ToolParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument(
         "--device", default="cuda" if torch.cuda.is_available() else "cpu",
         choices=["cpu", "cuda", "meta"], help="what to choose for, and to measure on",
@@ -113,8 +114,8 @@ def _context(config: RunConfig, own: Namespace) -> StageContext:
 def _sizes(context: StageContext, config: RunConfig, own: Namespace) -> Sizes:
     if own.device == "meta" or (own.device == "cuda" and not torch.cuda.is_available()):
         raise ConfigError(f"--bench --device {own.device}: there is nothing to measure on; use cpu")
-    if own.seconds <= 0.0:
-        raise ConfigError(f"--seconds {own.seconds:g} must be above 0")
+    if not 0.0 < own.seconds < math.inf:
+        raise ConfigError(f"--seconds {own.seconds:g} must be above 0 and finite")
     model = context.model
     assert model.vocab_size is not None
     return Sizes(

@@ -98,7 +98,8 @@ def _cross_entropy(sizes: Sizes) -> list[Any]:
 
 def _cross_entropy_gradients(sizes: Sizes) -> list[Any]:
     logits, labels, part, _ = _cross_entropy(sizes)
-    return [logits, labels, part, None, torch.ones(labels.shape, device=sizes.device), None]
+    offset = logits.float().logsumexp(-1)
+    return [logits, labels, part, offset, torch.ones(labels.shape, device=sizes.device), None]
 
 
 def _weight_gradient(sizes: Sizes) -> list[Any]:

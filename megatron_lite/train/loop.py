@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Iterator
 
-from megatron_lite.config.errors import ConfigError, NumericsError, StorageError
+from megatron_lite.config.errors import NumericsError, StorageError
 from megatron_lite.optim.groups import Rates
 from megatron_lite.telemetry.record import EvaluationRecord, RanksRecord
 from megatron_lite.telemetry.summary import never_ran
@@ -160,8 +160,8 @@ def _its_last_record(session: Session) -> Iterator[None]:
         yield
     except BaseException:
         step, session.unheard = session.unheard, None
-        if step is not None and step.step.begun.attempt.numbers.is_there:
-            with contextlib.suppress(ConfigError):
+        with contextlib.suppress(Exception):  # what failed first counts; a device may be broken
+            if step is not None and step.step.begun.attempt.numbers.is_there:
                 result = hear(session.run, step.step)
                 if result is not None:
                     _record(session, step.fed, result)

@@ -127,6 +127,18 @@ def test_a_bad_step_ends_as_in_a_run_that_waits(both, case: str) -> None:
     assert found["rc"] == rc and said in found["err"], found["err"]
 
 
+def test_a_device_that_fails_the_next_step_hides_no_failure_by_the_record_before(
+    monkeypatch: pytest.MonkeyPatch, data: list[str], folder: Path
+) -> None:
+    def broken(copy: HostCopy) -> bool:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(ahead, "BESIDE_THE_HOST", LATE)
+    monkeypatch.setattr(HostCopy, "is_there", property(broken))
+    found = told([*data, *EIGHT], folder, "step7.forward:0:error3")
+    assert found["rc"] == 3 and "FATAL[3] rank=0 step=6" in found["err"], found["err"]
+
+
 WAITS = {
     "--fp16": ("--fp16 --initial-loss-scale 65536", "", 0),
     "--on-spike skip": ("--on-spike skip", "step7.gradient:0:spike-again", 0),
