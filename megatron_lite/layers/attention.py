@@ -109,11 +109,11 @@ class SelfAttention(nn.Module):
 
     def _split(self, fused: Tensor, at: ForwardContext) -> tuple[Tensor, Tensor, Tensor]:
         """fused: [s, b, (n + 2m)d/tp] -> q [b, n/tp, s, d] and k, v [b, m/tp, s, d], normed and turned."""
-        rotated, base = self.core.rotated, self.context.model.rotary_base
+        rotated, model = self.core.rotated, self.context.model
         angles = None
         if rotated:
-            of = ("angles", rotated, base)
-            angles = at.once(of, lambda: rotary_tables(rotated, base, at.encoded))
+            of = ("angles", rotated, model)
+            angles = at.once(of, lambda: rotary_tables(rotated, model, at.encoded))
         if not self.normed:
             return self.split_rotate(fused, self.heads, self.kv_heads, angles)  # type: ignore[no-any-return]
         q, k, v = self.split_rotate(fused, self.heads, self.kv_heads, None)

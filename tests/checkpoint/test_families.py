@@ -160,7 +160,7 @@ def in_one(change: Any) -> Change:
     return lambda folder: (one_file(folder), weights(change)(folder))
 
 
-STRETCHED = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}
+STRETCHED = {"rope_type": "longrope", "rope_theta": 1e4, "factor": 4.0}
 REFUSED: dict[str, tuple[Change, list[str]]] = {
     "an unknown family": (setting(model_type="t5"), ["model_type 't5'", "gpt2, llama"]),
     "no family": (setting(model_type=["llama"]), ["model_type ['llama']", "gpt2, llama"]),
@@ -170,7 +170,11 @@ REFUSED: dict[str, tuple[Change, list[str]]] = {
     ),
     "stretched positions": (
         setting(rope_parameters=STRETCHED),
-        ["rope_parameters.rope_type 'yarn': only 'default'", "rope_parameters.factor '4.0'"],
+        ["rope_type 'longrope': only default, linear, llama3 are known", "rope_parameters.factor '4.0'"],
+    ),
+    "no factor": (
+        setting(rope_parameters={"rope_type": "linear", "rope_theta": 1e4}),
+        ["rope_parameters.factor is missing, which rope_type 'linear' needs"],
     ),
     "two ways to turn": (
         setting(rope_scaling={"type": "linear", "factor": 2.0}), ["say different things"]
@@ -237,6 +241,7 @@ LIKE_LLAMA = dataclasses.replace(
     GPT, position_embedding_type="rope", normalization="RMSNorm", swiglu=True, add_bias_linear=False,
     group_query_attention=True, num_query_groups=2, untie_embeddings_and_output_weights=True,
 )  # fmt: skip
+LLAMA31 = {"rope_scaling_type": "llama3"}
 OTHERWISE: dict[str, list[dict[str, Any]]] = {
     "num_layers": [{"num_layers": 3}],
     "hidden_size": [{"hidden_size": 96}],
@@ -253,6 +258,11 @@ OTHERWISE: dict[str, list[dict[str, Any]]] = {
     ],
     "rotary_base": [{"rotary_base": 5e5}],
     "rotary_percent": [{"rotary_percent": 0.5}],
+    "rope_scaling_type": [{"rope_scaling_type": kind} for kind in ("linear", "llama3")],
+    "rope_scaling_factor": [LLAMA31 | {"rope_scaling_factor": 32.0}],
+    "rope_original_length": [LLAMA31 | {"rope_original_length": 12}],
+    "rope_low_freq_factor": [LLAMA31 | {"rope_low_freq_factor": 2.0}],
+    "rope_high_freq_factor": [LLAMA31 | {"rope_high_freq_factor": 5.0}],
     "normalization": [{"normalization": "LayerNorm"}, {"normalization": "RMSNorm"}],
     "norm_epsilon": [{"norm_epsilon": 3e-6}],
     "apply_layernorm_1p": [{"apply_layernorm_1p": True}],

@@ -170,7 +170,7 @@ SPOILED: dict[str, tuple[Callable[[Path], object], str]] = {
     "experts": (_args(num_experts=8), "args.num_experts 8"),
     "layers": (_args(num_layers=3), "args.num_layers is 3"),
     "width": (_args(hidden_size=30), "in the file"),
-    "rope": (_args(use_rope_scaling=True), "args.use_rope_scaling"),
+    "rope": (_args(rotary_interleaved=True), "args.rotary_interleaved"),
     "position": (_args(position_embedding_type="yarn"), "position_embedding_type yarn"),
     "elsewhere": (_metadata(_elsewhere), "only a plain *.distcp"),
     "swapped": (_metadata(_swapped), "the folder is a mix of two"),

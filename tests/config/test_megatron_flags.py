@@ -95,6 +95,14 @@ MAPPED = {
     "--use-flash-attn-triton": {"precision.attention_backend": "flash"},
     "--use-flash-attn-builder": {"precision.attention_backend": "flash"},
     "--use-rotary-position-embeddings": {"model.position_embedding_type": "rope"},
+    "--use-rope-scaling --rope-scaling-factor 32": {
+        "model.rope_scaling_type": "llama3",
+        "model.rope_scaling_factor": 32.0,
+    },
+    "--rotary-seq-len-interpolation-factor 2": {
+        "model.rope_scaling_type": "linear",
+        "model.rope_scaling_factor": 2.0,
+    },
     "--num-key-value-heads 8": {
         "model.num_query_groups": 8,
         "model.group_query_attention": True,
@@ -118,7 +126,6 @@ REFUSED = {
     "--load-tag global_step5": "use --ckpt-step",
     "--train-weighted-split-paths a": "use --train-data-path",
     "--rotary-interleaved": "drop it",
-    "--rotary-seq-len-interpolation-factor 2": "use --rotary-base",
     "--data-impl cached": "takes only mmap or infer here",
     "--num-experts 8": "takes only 1 here",
     "--activations-checkpoint-method custom": "takes only uniform or block here",

@@ -50,7 +50,8 @@ WORKS = """
 --position-embedding-type --profile --profile-ranks --profile-step-end --profile-step-start
 --rampup-batch-size --recompute-activations --recompute-granularity --recompute-method
 --recompute-modules --recompute-num-layers --rerun-mode --reset-attention-mask
---reset-position-ids --rotary-base --rotary-percent --save --save-interval --save-retain-interval
+--reset-position-ids --rope-scaling-factor --rotary-base --rotary-percent
+--rotary-seq-len-interpolation-factor --use-rope-scaling --save --save-interval --save-retain-interval
 --seed --seq-length --sequence-parallel --sgd-momentum --skip-train --split --start-weight-decay
 --step-batch-size-schedule --straggler-minmax-count --swiglu --tensor-model-parallel-size
 --tensorboard-dir --tensorboard-log-interval --tensorboard-queue-size --test-data-path
@@ -133,8 +134,7 @@ REFUSED = """
 --no-decoupled-weight-decay --cpu-optimizer --partition-activations --checkpoint-in-cpu
 --train-data-exact-num-epochs --load-tag --decrease-batch-size-if-needed
 --train-weighted-split-paths --valid-weighted-split-paths --test-weighted-split-paths
---rotary-interleaved --rotary-seq-len-interpolation-factor --use-rope-scaling
---rope-scaling-factor --squared-relu --use-torch-fsdp2 --data-parallel-sharding-strategy
+--rotary-interleaved --squared-relu --use-torch-fsdp2 --data-parallel-sharding-strategy
 --fp8-format --fp8-recipe --full-validation --multi-latent-attention --no-initialization
 --qk-l2-norm --qk-clip --quick-geglu --attention-output-gate
 --activation-func-clamp-value --window-attn-skip-freq

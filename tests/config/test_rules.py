@@ -103,6 +103,32 @@ BAD = [
     ("--group-query-attention", 1, "--group-query-attention needs --num-query-groups"),
     ("--num-query-groups 4", 1, "--num-query-groups 4 has no effect without --group-query"),
     ("--position-embedding-type rope --rotary-percent 0.4", 1, "of 8 channels per head is 3"),
+    (
+        "--rotary-base 5e5",
+        1,
+        "--rotary-base 500000.0 has no say with --position-embedding-type learned",
+    ),
+    (
+        "--use-rope-scaling",
+        1,
+        "--rope-scaling-type llama3 has no say with --position-embedding-type",
+    ),
+    (
+        "--position-embedding-type rope --rope-scaling-factor 4",
+        1,
+        "--rope-scaling-factor 4.0 has no say with --rope-scaling-type none, only with linear or llama3",
+    ),
+    (
+        "--position-embedding-type rope --rope-scaling-type linear --rope-original-length 64",
+        1,
+        "--rope-original-length 64 has no say with --rope-scaling-type linear, only with llama3",
+    ),
+    (
+        "--position-embedding-type rope --use-rope-scaling --rope-low-freq-factor 4",
+        1,
+        "must be below",
+    ),
+    ("--rope-scaling-factor 0.5", 1, "--rope-scaling-factor 0.5 must be at least 1"),
     ("--max-position-embeddings 32", 1, "--max-position-embeddings 32 is below --seq-length 64"),
     (
         "--pipeline-model-parallel-size 3",

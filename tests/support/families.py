@@ -20,8 +20,11 @@ GATED = SIZES | {
 
 TINY: Mapping[str, tuple[str, Mapping[str, Any]]] = MappingProxyType({
     "llama": ("Llama", GATED),
-    "llama-tied": ("Llama", GATED | {"tie_word_embeddings": True}),
-    "llama-biases": ("Llama", GATED | {"attention_bias": True, "mlp_bias": True}),
+    "llama-tied": ("Llama", GATED | {"tie_word_embeddings": True, "rope_parameters": {
+        "rope_type": "llama3", "rope_theta": 5000.0, "factor": 4.0, "low_freq_factor": 1.5,
+        "high_freq_factor": 3.0, "original_max_position_embeddings": 9}}),
+    "llama-biases": ("Llama", GATED | {"attention_bias": True, "mlp_bias": True, "rope_parameters": {
+        "rope_type": "linear", "rope_theta": 5000.0, "factor": 2.5}}),
     "mistral": ("Mistral", GATED | {"sliding_window": 7, "head_dim": 10}),
     "mistral-whole": ("Mistral", GATED | {"sliding_window": None}),
     "gpt_neox": ("GPTNeoX", SIZES | {"rope_parameters": {

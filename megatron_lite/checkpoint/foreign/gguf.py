@@ -118,11 +118,10 @@ def plan_gguf(plan: Export, kind: str, dtype: str | None) -> GGUFExport:
             f"GGUF has no architecture for {plan.family.title} here: it has {', '.join(_ARCHITECTURES)}"
         )
     library()
-    said = plan.family.config_out(plan.model, eod=None, dtype="float32")
-    scaling = said.get("rope_scaling") or said.get("rope_parameters") or {}
-    if scaling.get("rope_type", "default") != "default":
+    if plan.model.rope_scaling_type != "none":
         raise CheckpointError(
-            f"rope scaling {scaling['rope_type']!r} is not written to GGUF here: export to Hugging Face's"
+            f"--rope-scaling-type {plan.model.rope_scaling_type} is not written to GGUF here: export to "
+            "Hugging Face's"
         )
     architecture = _ARCHITECTURES[kind]
     names = Names(

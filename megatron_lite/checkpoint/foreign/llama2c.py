@@ -70,12 +70,11 @@ def plan_llama2c(plan: Export, kind: str, dtype: str | None) -> Llama2cExport:
     model = plan.model
     lacks = [] if kind == "llama" else [f"the family {plan.family.title}"]
     said = plan.family.config_out(model, eod=None, dtype="float32")
-    scaling = said.get("rope_scaling") or said.get("rope_parameters") or {}
     wanted = {
         "--norm-epsilon": (model.norm_epsilon, 1e-5),
         "--rotary-base": (model.rotary_base, 10000.0),
         "--kv-channels": (model.head_size * model.num_attention_heads, model.hidden_size),
-        "rope scaling": (scaling.get("rope_type", "default"), "default"),
+        "--rope-scaling-type": (model.rope_scaling_type, "none"),
         "biases": (said.get("mlp_bias", False), False),
     }
     if kind == "llama":

@@ -23,8 +23,6 @@ _NOTHING: dict[str, tuple[Any, ...]] = {
     "onnx_safe": (None, False),
     "apply_residual_connection_post_layernorm": (None, False),
     "rotary_interleaved": (None, False),
-    "use_rope_scaling": (None, False),
-    "rotary_seq_len_interpolation_factor": (None, 1),
     "rope_type": (None, "rope"),
     "mrope_section": (None,),
     "no_rope_freq": (None,),
@@ -84,6 +82,7 @@ def model_of(args: ConfigFile) -> ModelConfig:
         position_embedding_type=rotary,
         rotary_base=args.number("rotary_base", 10000.0),
         rotary_percent=args.number("rotary_percent", 1.0),
+        **_scaling(args, rotary),
         normalization="RMSNorm" if kind.lower() == "rmsnorm" else "LayerNorm",
         norm_epsilon=args.share(_first(args, "norm_epsilon", "layernorm_epsilon"), 1e-5),
         apply_layernorm_1p=args.flag("apply_layernorm_1p", default=False),
@@ -122,6 +121,21 @@ def _rotary(args: ConfigFile) -> Literal["learned_absolute", "rope", "none"]:
         f"args.position_embedding_type {str(said)[:40]}: ours are learned_absolute, rope, none"
     )
     return "rope"
+
+
+def _scaling(args: ConfigFile, positions: str) -> dict[str, Any]:
+    """Fields of --rope-scaling-type: Megatron's two ways, which have no say without rotary positions."""
+    slowed = args.get("use_rope_scaling") is True
+    nearer = args.get("rotary_seq_len_interpolation_factor") not in (None, 1)
+    if positions != "rope" or not (slowed or nearer):
+        return {}
+    if slowed and nearer:
+        args.refuse(
+            "args.use_rope_scaling and args.rotary_seq_len_interpolation_factor: only one is built here"
+        )
+    key = "rope_scaling_factor" if slowed else "rotary_seq_len_interpolation_factor"
+    factor = args.number(key, 8.0)
+    return {"rope_scaling_type": "llama3" if slowed else "linear", "rope_scaling_factor": factor}
 
 
 def _gelu(args: ConfigFile, *, bias: bool) -> Literal["tanh", "erf"]:

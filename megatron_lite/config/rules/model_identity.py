@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from megatron_lite.config.flags.settings import settings
-from megatron_lite.config.sections.model import ModelConfig
+from megatron_lite.config.sections.model import SCALING, ModelConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +34,22 @@ class Trait:
 
 
 REQUIRED = object()
+
+
+def _scaling(name: str, before: object) -> Trait:
+    """A parameter of --rope-scaling-type, which counts where the type has it."""
+
+    def of(model: ModelConfig) -> object:
+        rope = model.position_embedding_type == "rope"
+        return getattr(model, name) if rope and model.rope_scaling_type in SCALING[name] else None
+
+    return Trait(name, of, before, _OTHER_SCALE)
+
+
+_OTHER_SCALE = (
+    "channels turn at other speeds, as lengths beyond the trained one need; the loss is worse until "
+    "the model was trained on"
+)
 
 
 def _if_rope(value: Callable[[ModelConfig], object]) -> Callable[[ModelConfig], object]:
@@ -77,6 +93,11 @@ COMPARED: tuple[Trait, ...] = (
         1.0,
         "other channels of a head are turned; the loss is worse until the model was trained on",
     ),
+    Trait("rope_scaling_type", _if_rope(lambda m: m.rope_scaling_type), "none", _OTHER_SCALE),
+    _scaling("rope_scaling_factor", 8.0),
+    _scaling("rope_original_length", 8192),
+    _scaling("rope_low_freq_factor", 1.0),
+    _scaling("rope_high_freq_factor", 4.0),
     Trait(
         "window_size",
         lambda m: f"{m.window - 1},0" if m.window else "-1,0",

@@ -46,6 +46,7 @@ OF_THE_MODEL: tuple[Rule, ...] = (
     Rule(layout.query_groups, (_HEADS, _GROUPS)),
     Rule(layout.tensor_parallel_heads, (_TP, _HIDDEN, _HEADS, _GROUPS, "model.ffn_hidden_size")),
     Rule(layout.rotary_channels, (_HIDDEN, _HEADS, "model.kv_channels", "model.rotary_percent")),
+    Rule(layout.rope_scaling),
     Rule(layout.attention_window),
     Rule(layout.positions, (_SEQ, "model.max_position_embeddings")),
 )

@@ -9,6 +9,17 @@ from typing import Literal
 WINDOW = re.compile(r"\(?\s*(-1|[0-9]{1,9})\s*,\s*(-1|0)\s*\)?", re.ASCII)
 """--window-size as Megatron takes it; -1 is no bound, which causal attention is on the right."""
 
+SCALING = {
+    "rope_scaling_factor": ("linear", "llama3"),
+    "rope_original_length": ("llama3",),
+    "rope_low_freq_factor": ("llama3",),
+    "rope_high_freq_factor": ("llama3",),
+}
+"""Parameters of --rope-scaling-type -> the types that have them."""
+
+ROTARY = ("rotary_base", "rope_scaling_type", *SCALING)
+"""Fields that are refused without rotary positions."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
@@ -60,6 +71,22 @@ class ModelConfig:
 
     rotary_percent: float = 1.0
     """Share of a head's channels that are rotated."""
+
+    rope_scaling_type: Literal["none", "linear", "llama3"] = "none"
+    """How rotary positions reach beyond the trained length: `linear` divides them all by the factor,
+    `llama3` slow channels' alone (Llama 3.1 and 3.2)."""
+
+    rope_scaling_factor: float = 8.0
+    """How many times the trained length --rope-scaling-type aims at."""
+
+    rope_original_length: int = 8192
+    """llama3: the trained length, whose share a channel's wavelength is measured as."""
+
+    rope_low_freq_factor: float = 1.0
+    """llama3: channels with fewer turns than this in the trained length are slowed by the whole factor."""
+
+    rope_high_freq_factor: float = 4.0
+    """llama3: channels with more turns than this in the trained length stay; between, it goes over."""
 
     normalization: Literal["LayerNorm", "RMSNorm"] = field(
         default="LayerNorm", metadata={"case_insensitive": True}
