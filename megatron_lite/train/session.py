@@ -27,7 +27,7 @@ from megatron_lite.data.build import Datasets
 from megatron_lite.data.identity import Identity
 from megatron_lite.kernels.compiled import Compiler
 from megatron_lite.parallel.calls.checking import Checker
-from megatron_lite.parallel.collectives import gather_text
+from megatron_lite.parallel.collectives import all_reduce, gather_text
 from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.rendezvous.heartbeat import Presence
 from megatron_lite.rendezvous.launch import (
@@ -213,8 +213,10 @@ def _tried(config: RunConfig, talk: Talk) -> Compiler:
         failure = compiler.try_on(talk.ctx.device)
     said = gather_text(f"{failure or ''}\n", talk.ctx.world, talk.ctx.device)
     failures = [f"on rank {rank}: {text.strip()}" for rank, text in enumerate(said) if text.strip()]
-    if failures:
-        compiler.give_up(failures[0])
+    failed = torch.tensor(float(failure is not None), device=talk.ctx.device)
+    if all_reduce(failed, talk.ctx.world).item():
+        # only rank 0 knows what the others said, and only it speaks
+        compiler.give_up(failures[0] if failures else "on a rank")
     compiler.warn = talk.log.warn_here  # from here on a rank may be alone with a failure
     return compiler
 
