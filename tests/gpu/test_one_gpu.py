@@ -1,8 +1,8 @@
 """One GPU equals the CPU: losses of a tiny model, dropout masks, weights, every kernel."""
 
+import importlib.util
 from dataclasses import replace
 
-import importlib.util
 import pytest
 import torch
 from torch._dynamo.utils import counters
