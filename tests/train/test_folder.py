@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +23,7 @@ from megatron_lite.telemetry.summary import describe_losses
 from megatron_lite.train import program
 from megatron_lite.train.ending.faults import NoFaults
 from megatron_lite.train.folder import of_the_run, of_this_start, require_own
-from tests.support.folders import renamed
+from tests.support.folders import removed, renamed
 from tests.support.launch import TINY, start
 from tests.train.runs import alone, argv, evaluations, records, run_main, steps
 
@@ -147,8 +146,8 @@ def test_no_checkpoint_appears_in_a_folder_that_was_taken_over(
     [
         ("stop", renamed),
         pytest.param("warn", renamed, marks=pytest.mark.ci),
-        pytest.param("stop", shutil.rmtree, marks=pytest.mark.ci),
-        pytest.param("both", shutil.rmtree, marks=pytest.mark.ci),
+        pytest.param("stop", removed, marks=pytest.mark.ci),
+        pytest.param("both", removed, marks=pytest.mark.ci),
     ],
 )
 def test_a_folder_lost_in_mid_run_is_noticed_before_the_next_checkpoint(
