@@ -157,7 +157,7 @@ def _op(found: _Looked, sizes: Sizes | None, seconds: float) -> dict[str, Any]:
     ways = [(row, row.run, "") for row in rows_of(op)]
     if found.compiler is not None:
         row = found.choice.implementation
-        ways.insert(0, (row, found.compiler.piece(op, row.run), _COMPILED))
+        ways.insert(0, (row, found.compiler.piece(op, row.run, row.uncompiled), _COMPILED))
     said = [_row(row, compiled, found) for row, _, compiled in ways]
     if sizes is not None and op in EXAMPLES:
         for (_, run, _), of in zip(ways, said, strict=True):

@@ -36,7 +36,7 @@ def _trial(x: Tensor, weight: Tensor) -> Tensor:
 
 
 class Compiler:
-    """Compiles pieces by a backend of torch.compile, until one fails: from then on all run as they are.
+    """Compiles pieces by a backend of torch.compile, until one fails: from then on all run without it.
 
     warn: told of that, once.  failure: why nothing is compiled any more.  pieces: their names.
     """
@@ -58,12 +58,17 @@ class Compiler:
             return in_words(error)
         return None
 
-    def piece(self, name: str, run: Callable[..., Any]) -> Callable[..., Any]:
-        """run(...), a function of tensors, compiled when it is first called."""
+    def piece(
+        self, name: str, run: Callable[..., Any], uncompiled: Callable[..., Any] | None = None
+    ) -> Callable[..., Any]:
+        """run(...), a function of tensors, compiled when it is first called.
+
+        uncompiled: what takes its place where nothing is compiled any more; run itself by default.
+        """
         if name not in self.pieces:
             self.pieces.append(name)
         if run not in self._made:
-            self._made[run] = self._piece(name, run)
+            self._made[run] = self._piece(name, run, uncompiled or run)
         return self._made[run]
 
     def give_up(self, failure: str) -> None:
@@ -74,7 +79,9 @@ class Compiler:
             "- see that a C++ compiler and, on a GPU, Triton work, or say --no-torch-compile"
         )
 
-    def _piece(self, name: str, run: Callable[..., Any]) -> Callable[..., Any]:
+    def _piece(
+        self, name: str, run: Callable[..., Any], uncompiled: Callable[..., Any]
+    ) -> Callable[..., Any]:
         compiled: Callable[..., Any] | None = None
 
         @functools.wraps(run)
@@ -83,14 +90,14 @@ class Compiler:
             if inputs[0].is_meta:
                 return run_fused(name, run, inputs)
             if self.failure is not None:
-                return run(*inputs)
+                return uncompiled(*inputs)
             try:
                 compiled = compiled or self._compile(run)
                 return compiled(*inputs)
             except _NOT_THE_COMPILERS:
                 raise
             except Exception as error:
-                result = run(*inputs)  # what is not the compiler's fault fails here, too
+                result = uncompiled(*inputs)  # what is not the compiler's fault fails here, too
                 self.give_up(f"on {name}: {in_words(error)}")
                 return result
 

@@ -55,6 +55,12 @@ def _padding_logit(dtype: torch.dtype) -> float:
     return max(-1e30, torch.finfo(dtype).min)
 
 
+def _mask_padding(logits: Tensor, part: VocabularyPart) -> None:
+    real = part.real(logits.shape[-1])
+    if real < logits.shape[-1]:
+        logits[..., real:] = _padding_logit(logits.dtype)
+
+
 def _blocks(logits: Tensor, *beside: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Rows of logits [..., v] and of what is [...] beside them, as [rows, v] and [rows, 1] views."""
     rows = max(_BLOCK // logits.shape[-1], 1)
@@ -69,9 +75,8 @@ def scores(logits: Tensor, labels: Tensor, part: VocabularyPart, entropy: bool) 
 
     fp32 logits become log probabilities: subtracting twice would round twice.
     """
-    real, wide = part.real(logits.shape[-1]), logits.dtype == torch.float32
-    if real < logits.shape[-1]:
-        logits[..., real:] = _padding_logit(logits.dtype)
+    wide = logits.dtype == torch.float32
+    _mask_padding(logits, part)
     local, _ = part.local(labels, logits.shape[-1])
     found: list[tuple[Tensor, ...]] = []
     for block, label in _blocks(logits, local):
@@ -98,9 +103,12 @@ def gradients(
 ) -> Tensor:
     """The gradient of -log p(label) times dy fp32 [s, b], written over the logits that scores() left.
 
+    Those that scores_at_once() left do, too: padding is overwritten here as well.
+
     offset: logits - offset are log probabilities of the whole vocabulary.
     entropy: of each token, and its gradient, which is added.
     """
+    _mask_padding(logits, part)
     local, elsewhere = part.local(labels, logits.shape[-1])
     beside = [local, elsewhere.float() - 1.0, dy]
     beside += [*(entropy or ()), *(() if offset is None else (offset,))]
@@ -140,13 +148,15 @@ def gradients_at_once(
     logits: Tensor,
     labels: Tensor,
     part: VocabularyPart,
-    offset: Tensor,
+    offset: Tensor | None,
     dy: Tensor,
     entropy: tuple[Tensor, Tensor] | None,
 ) -> Tensor:
     """The same without blocks, to be compiled: each logit is read once and written over."""
     local, elsewhere = part.local(labels, logits.shape[-1])
-    log_p = _masked(logits, part) - offset[..., None]
+    log_p = _masked(logits, part)
+    if offset is not None:
+        log_p = log_p - offset[..., None]
     factor = dy[..., None]
     if entropy is not None:
         value, dh = entropy

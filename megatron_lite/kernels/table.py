@@ -47,6 +47,7 @@ class Implementation:
     for_segments: it is for documents alone, and not worth a word where there are none.
     fusible: a pure function of tensors without a matrix product or communication in it: what
     --torch-compile makes one kernel of (compiled.py).
+    uncompiled: what runs instead once the compiler failed, where that is not run itself.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Implementation:
     usable: Callable[[Need], str | None]
     for_segments: bool = False
     fusible: bool = False
+    uncompiled: Callable[..., Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,6 +179,10 @@ def _pointwise(run: Callable[..., Any]) -> list[Implementation]:
     return [Implementation("reference", run, _always, fusible=True)]
 
 
+def _one_kernel(run: Callable[..., Any], uncompiled: Callable[..., Any]) -> Implementation:
+    return Implementation("at-once", run, _in_registers, fusible=True, uncompiled=uncompiled)
+
+
 TABLE: dict[str, list[Implementation]] = {
     "linear_forward": [Implementation("reference", reference.linear_forward, _always)],
     "linear_input_gradient": [
@@ -202,11 +208,11 @@ TABLE: dict[str, list[Implementation]] = {
     "gelu_erf": _pointwise(reference.gelu_erf),
     "swiglu": _pointwise(reference.swiglu),
     "cross_entropy": [
-        Implementation("at-once", cross_entropy.scores_at_once, _in_registers, fusible=True),
+        _one_kernel(cross_entropy.scores_at_once, cross_entropy.scores),
         Implementation("reference", cross_entropy.scores, _always),
     ],
     "cross_entropy_gradients": [
-        Implementation("at-once", cross_entropy.gradients_at_once, _in_registers, fusible=True),
+        _one_kernel(cross_entropy.gradients_at_once, cross_entropy.gradients),
         Implementation("reference", cross_entropy.gradients, _always),
     ],
     "dropout": _pointwise(dropout),

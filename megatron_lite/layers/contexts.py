@@ -80,9 +80,10 @@ class StageContext:
         choice = chosen(op, replace(self.need(), storage=storage), self.precision.kernel)
         if choice.why not in self.kernels:
             self.kernels.append(choice.why)
-        if self.compiler is None or not (choice.implementation.fusible and computes):
-            return choice.run
-        return self.compiler.piece(op, choice.run)
+        row = choice.implementation
+        if self.compiler is None or not (row.fusible and computes):
+            return row.run
+        return self.compiler.piece(op, row.run, row.uncompiled)
 
     @property
     def tp(self) -> Axis:

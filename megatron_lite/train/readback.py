@@ -14,9 +14,8 @@ class HostCopy:
 
     def __init__(self, numbers: Tensor) -> None:
         on_gpu = numbers.device.type == "cuda"
-        where = (
-            "cpu" if on_gpu else numbers.device
-        )  # the tensors of a rehearsal stay without values
+        # elsewhere they stay where they are: a rehearsal's tensors have no values
+        where = "cpu" if on_gpu else numbers.device
         self._host = torch.empty_like(numbers, device=where, pin_memory=on_gpu)
         self._host.copy_(numbers, non_blocking=True)
         self._done = torch.cuda.Event() if on_gpu else None
