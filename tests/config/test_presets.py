@@ -10,6 +10,7 @@ import pytest
 from megatron_lite.blueprint.figure.parts import POSITIONS
 from megatron_lite.blueprint.parameters import parameter_table, total_size
 from megatron_lite.blueprint.stages import cut_stages
+from megatron_lite.checkpoint.huggingface.rotary_keys import rotary_out
 from megatron_lite.config.flags.parser import parse
 from megatron_lite.config.flags.presets import PRESETS
 from megatron_lite.config.rules.table import model_problems
@@ -91,6 +92,20 @@ def test_a_command_line_with_nothing_but_a_preset_is_that_model() -> None:
     """Nothing that flags imply changes it."""
     for name, row in PRESETS.items():
         assert model_of(name) == row.model, name
+
+
+@pytest.mark.parametrize(
+    ("name", "factor"), [("llama3-405b", 8.0), ("llama3.2-1b", 32.0), ("llama3.2-3b", 32.0)]
+)
+def test_llama_is_stretched_as_in_its_released_config(name: str, factor: float) -> None:
+    """As config.json of Llama 3.1 and 3.2 has it; 3 has no scaling."""
+    model = model_of(name)
+    assert rotary_out(model)["rope_scaling"] == {
+        "rope_type": "llama3", "factor": factor, "original_max_position_embeddings": 8192,
+        "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    }  # fmt: skip
+    assert (model.seq_length, model.num_positions) == (8192, 131072)
+    assert model_of("llama3-8b").rope_scaling_type == "none"
 
 
 @pytest.mark.parametrize(

@@ -65,10 +65,17 @@ def _llama2(layers: int, hidden: int, heads: int, ffn: int, groups: int | None =
 
 
 def _llama3(
-    source: str, layers: int, hidden: int, heads: int, ffn: int, *, tied: bool = False
-) -> Preset:
-    return _llama(source, layers, hidden, heads, ffn=ffn, groups=8, tied=tied,
-                  sequence=8192, vocabulary=128256, rotary_base=500000.0)  # fmt: skip
+    source: str, layers: int, hidden: int, heads: int, ffn: int, *,
+    tied: bool = False, stretched: float | None = None,
+) -> Preset:  # fmt: skip
+    """stretched: its factor from the 8,192 tokens of a sample to 131,072 positions, of 3.1 on."""
+    scaled: dict[str, object] = {} if stretched is None else {
+        "max_position_embeddings": 131072, "rope_scaling_type": "llama3",
+        "rope_scaling_factor": stretched, "rope_original_length": 8192,
+        "rope_low_freq_factor": 1.0, "rope_high_freq_factor": 4.0,
+    }  # fmt: skip
+    return _llama(source, layers, hidden, heads, ffn=ffn, groups=8, tied=tied, sequence=8192,
+                  vocabulary=128256, rotary_base=500000.0, **scaled)  # fmt: skip
 
 
 def _qwen25(
@@ -95,7 +102,7 @@ def _qwen3(layers: int, hidden: int, heads: int, ffn: int, *, tied: bool = False
 _GPT2 = "Radford et al. 2019, table 2"
 _GPT3 = "arXiv:2005.14165, table 2.1"
 _BABY = "github.com/DLLXW/baby-llama2-chinese"
-_LLAMA32 = "config.json of Llama-3.2, without its rope_scaling: its original length"
+_LLAMA32 = "config.json of Llama-3.2"
 
 PRESETS: Mapping[str, Preset] = {
     "gpt2-124m": _gpt(_GPT2, 12, 768, 12, sequence=1024),
@@ -117,13 +124,12 @@ PRESETS: Mapping[str, Preset] = {
     "llama2-70b": _llama2(80, 8192, 64, 28672, groups=8),
     "llama3-8b": _llama3("config.json of Meta-Llama-3-8B", 32, 4096, 32, 14336),
     "llama3-70b": _llama3("config.json of Meta-Llama-3-70B", 80, 8192, 64, 28672),
-    # Llama 3.1; it was stretched to 131,072 tokens after it was trained at this length
     "llama3-405b": _llama3(
-        "arXiv:2407.21783, table 3, without the rope_scaling of Llama-3.1: its original length",
-        126, 16384, 128, 53248,
+        "arXiv:2407.21783, table 3; config.json of Llama-3.1-405B", 126, 16384, 128, 53248,
+        stretched=8.0,
     ),
-    "llama3.2-1b": _llama3(_LLAMA32, 16, 2048, 32, 8192, tied=True),
-    "llama3.2-3b": _llama3(_LLAMA32, 28, 3072, 24, 8192, tied=True),
+    "llama3.2-1b": _llama3(_LLAMA32, 16, 2048, 32, 8192, tied=True, stretched=32.0),
+    "llama3.2-3b": _llama3(_LLAMA32, 28, 3072, 24, 8192, tied=True, stretched=32.0),
     "mistral-7b": _llama(
         "arXiv:2310.06825, table 1; config.json of Mistral-7B-v0.1", 32, 4096, 32, ffn=14336,
         groups=8, sequence=8192, vocabulary=32000, max_position_embeddings=32768,
