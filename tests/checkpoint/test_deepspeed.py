@@ -21,7 +21,8 @@ Tensors = dict[str, torch.Tensor]
 
 def args_of(kind: str, tp: int) -> argparse.Namespace:
     """What Megatron-DeepSpeed keeps of its command line."""
-    llama = kind == "llama"
+    llama = kind != "gpt"
+    parts: dict[str, object] = {"qk_layernorm": True, "add_qkv_bias": True, "window_size": [5, 0]}
     return argparse.Namespace(
         num_layers=LAYERS, hidden_size=H, num_attention_heads=HEADS, ffn_hidden_size=F,
         num_key_value_heads=GROUPS if llama else HEADS, max_position_embeddings=POSITIONS,
@@ -29,13 +30,14 @@ def args_of(kind: str, tp: int) -> argparse.Namespace:
         normalization="rmsnorm" if llama else "layernorm", swiglu=llama, add_bias_linear=not llama,
         bias_gelu_fusion=not llama, untie_embeddings_and_output_weights=llama, hidden_dropout=0.0,
         attention_dropout=0.0, init_method_std=0.02, tensor_model_parallel_size=tp, num_experts=[1],
+        use_rope_scaling=kind == "parts", **(parts if kind == "parts" else {}),
     )  # fmt: skip
 
 
 def canonical(kind: str) -> Tensors:
     """A model's tensors by our names."""
     torch.manual_seed(2)
-    llama = kind == "llama"
+    llama = kind != "gpt"
     kv = D * (GROUPS if llama else HEADS)
     shapes: dict[str, tuple[int, ...]] = {"embedding.tokens.weight": (ROWS, H)}
     if not llama:
@@ -52,8 +54,10 @@ def canonical(kind: str) -> Tensors:
     for n in range(LAYERS):
         for name, shape in matrices.items():
             shapes[f"blocks.{n}.{name}.weight"] = shape
-            if not llama:
+            if not llama or (kind == "parts" and name[-2:] in (".q", ".k", ".v")):
                 shapes[f"blocks.{n}.{name}.bias"] = shape[:1]
+        if kind == "parts":
+            shapes |= {f"blocks.{n}.attention.{name}_norm.weight": (D,) for name in "qk"}
     if llama:
         shapes["head.weight"] = (ROWS, H)
     return {name: torch.randn(shape) for name, shape in shapes.items()}
@@ -62,7 +66,7 @@ def canonical(kind: str) -> Tensors:
 def layer_of(ours: Tensors, layer: int, rank: int, tp: int, kind: str) -> Tensors:
     """One layer's file of one rank, head by head and half by half."""
     get = {n.removeprefix(f"blocks.{layer}."): t for n, t in ours.items()}
-    groups = GROUPS if kind == "llama" else HEADS
+    groups = HEADS if kind == "gpt" else GROUPS
     found = {}
     for leaf in ("weight", "bias"):
         if f"attention.q.{leaf}" not in get:
@@ -75,7 +79,8 @@ def layer_of(ours: Tensors, layer: int, rank: int, tp: int, kind: str) -> Tensor
             for p in ("gate", "up")
             if f"mlp.{p}.{leaf}" in get
         ]
-        found[f"mlp.dense_h_to_4h.{leaf}"] = torch.cat(up)
+        if up:
+            found[f"mlp.dense_h_to_4h.{leaf}"] = torch.cat(up)
     for theirs, name in (
         ("self_attention.dense", "attention.output"),
         ("mlp.dense_4h_to_h", "mlp.down"),
@@ -86,6 +91,8 @@ def layer_of(ours: Tensors, layer: int, rank: int, tp: int, kind: str) -> Tensor
     for theirs, name in (
         ("input_layernorm", "attention_norm"),
         ("post_attention_layernorm", "mlp_norm"),
+        ("self_attention.q_layernorm", "attention.q_norm"),
+        ("self_attention.k_layernorm", "attention.k_norm"),
     ):
         found |= {f"{theirs}.{leaf}": get[f"{name}.{leaf}"] for leaf in ("weight", "bias")
                   if f"{name}.{leaf}" in get}  # fmt: skip
@@ -104,13 +111,11 @@ def write(folder: Path, kind: str, tp: int, *, pipeline: bool, args: object = No
         norm = {
             n.removeprefix("final_norm."): t for n, t in ours.items() if n.startswith("final_norm.")
         }
-        head = (ours["head.weight"] if kind == "llama" else ours["embedding.tokens.weight"]).chunk(
-            tp
-        )[rank]
+        head = ours.get("head.weight", ours["embedding.tokens.weight"]).chunk(tp)[rank]
         layers = [layer_of(ours, n, rank, tp, kind) for n in range(LAYERS)]
         state = {"args": args or args_of(kind, tp), "iteration": 20, "module": None}
         if pipeline:
-            key = "lm_head.weight" if kind == "llama" else "word_embeddings.weight"
+            key = "lm_head.weight" if kind != "gpt" else "word_embeddings.weight"
             files = {1: table, **{3 + n: layer for n, layer in enumerate(layers)},
                      4 + LAYERS: norm, 5 + LAYERS: {key: head.clone()}}  # fmt: skip
             for number, content in files.items():
@@ -124,7 +129,7 @@ def write(folder: Path, kind: str, tp: int, *, pipeline: bool, args: object = No
             }
             encoder |= {f"final_layernorm.{leaf}": t for leaf, t in norm.items()}
             model = {"embedding": embedding, "encoder": encoder}
-            if kind == "llama":
+            if kind != "gpt":
                 model["output_layer"] = {"weight": head.clone()}
             state["module"] = {"language_model": model}
         torch.save(state, inside / f"mp_rank_{rank:02d}_model_states.pt")
@@ -133,7 +138,7 @@ def write(folder: Path, kind: str, tp: int, *, pipeline: bool, args: object = No
 
 @pytest.mark.parametrize("pipeline", [True, False], ids=["layers", "ranks"])
 @pytest.mark.parametrize("tp", [1, 2])
-@pytest.mark.parametrize("kind", ["gpt", "llama"])
+@pytest.mark.parametrize("kind", ["gpt", "llama", "parts"])
 def test_every_tensor_is_put_together(tmp_path: Path, kind: str, tp: int, pipeline: bool) -> None:
     ours = write(tmp_path, kind, tp, pipeline=pipeline)
     found = open_deepspeed(tmp_path)
@@ -141,9 +146,10 @@ def test_every_tensor_is_put_together(tmp_path: Path, kind: str, tp: int, pipeli
     assert parts.keys() == ours.keys()
     for name, tensor in ours.items():
         assert torch.equal(parts[name], tensor), name
-    assert found.model.gelu == "tanh" and found.model.num_kv_heads == (
-        GROUPS if kind == "llama" else HEADS
-    )
+    groups = HEADS if kind == "gpt" else GROUPS
+    assert found.model.gelu == "tanh" and found.model.num_kv_heads == groups
+    felt = (found.model.window, found.model.rope_scaling_type)
+    assert felt == ((6, "llama3") if kind == "parts" else (None, "none"))
 
 
 def test_it_becomes_a_run(tmp_path: Path, monkeypatch, capsys: Capture) -> None:

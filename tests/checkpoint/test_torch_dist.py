@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -19,7 +20,16 @@ from megatron_lite.checkpoint.foreign.torch_dist import open_torch_dist
 from megatron_lite.checkpoint.foreign.torch_file import open_torch_file
 from megatron_lite.cli import convert
 from megatron_lite.config.errors import CheckpointError
-from tests.checkpoint.megatron_writer import FFN, GROUPS, HEADS, HIDDEN, LAYERS, ROWS, arguments
+from tests.checkpoint.megatron_writer import (
+    BASE,
+    FFN,
+    GROUPS,
+    HEADS,
+    HIDDEN,
+    LAYERS,
+    ROWS,
+    arguments,
+)
 from tests.support.extras import needs
 from tests.support.huggingface import our_logits, tool
 from tests.support.mutations import mutations
@@ -37,7 +47,7 @@ def computes_its_logits(source: Path, ours: Path, monkeypatch: pytest.MonkeyPatc
     assert difference < 1e-5, difference
 
 
-@pytest.mark.parametrize("kind", ["gpt", "llama"])
+@pytest.mark.parametrize("kind", BASE)
 def test_what_megatron_core_wrote_computes_its_logits(
     tmp_path: Path, monkeypatch, kind: str
 ) -> None:
@@ -45,8 +55,22 @@ def test_what_megatron_core_wrote_computes_its_logits(
     computes_its_logits(kept, tmp_path / "ours", monkeypatch)
 
 
+def test_each_of_its_parts_is_read_and_felt(tmp_path: Path, monkeypatch) -> None:
+    kept = ROOT / "tests/fixtures/megatron_core_0.16.1/parts"
+    model = open_torch_dist(kept).model
+    assert (model.qk_layernorm, model.add_qkv_bias, model.window) == (True, True, 6)
+    assert (model.rope_scaling_type, model.rope_scaling_factor) == ("llama3", 4.0)
+    for n, part in enumerate(({"window_size": None}, {"use_rope_scaling": False})):
+        other = tmp_path / f"other{n}"
+        shutil.copytree(kept, other)
+        args = argparse.Namespace(**{**vars(arguments("parts")), **part})
+        torch.save({"args": args, "iteration": 7}, other / "iter_0000007" / "common.pt")
+        with pytest.raises(AssertionError, match="tensor"):
+            computes_its_logits(other, tmp_path / f"ours{n}", monkeypatch)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["gpt", "llama"])
+@pytest.mark.parametrize("kind", BASE)
 def test_so_does_what_the_installed_one_writes(tmp_path: Path, monkeypatch, kind: str) -> None:
     needs("megatron.core")
     words = [sys.executable, "-m", "tests.checkpoint.megatron_writer", kind, str(tmp_path / kind)]
@@ -170,6 +194,12 @@ SPOILED: dict[str, tuple[Callable[[Path], object], str]] = {
     "experts": (_args(num_experts=8), "args.num_experts 8"),
     "layers": (_args(num_layers=3), "args.num_layers is 3"),
     "width": (_args(hidden_size=30), "in the file"),
+    "ahead": (_args(window_size=(4, 2)), "args.window_size (4, 2)"),
+    "some windows": (
+        _args(window_size=[4, 0], window_attn_skip_freq=2), "args.window_attn_skip_freq 2"
+    ),
+    "another norm": (_args(qk_l2_norm=True), "args.qk_l2_norm True"),
+    "no norms": (_args(qk_layernorm=True), "q_layernorm.weight: missing"),
     "rope": (_args(rotary_interleaved=True), "args.rotary_interleaved"),
     "position": (_args(position_embedding_type="yarn"), "position_embedding_type yarn"),
     "elsewhere": (_metadata(_elsewhere), "only a plain *.distcp"),

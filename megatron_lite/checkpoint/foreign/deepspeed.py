@@ -9,7 +9,6 @@ above its rows of what is gated.  Layers are known by what they hold: their numb
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from megatron_lite.checkpoint.foreign.megatron_args import args_of, model_of
 from megatron_lite.checkpoint.foreign.megatron_names import is_gated, megatron_names
-from megatron_lite.checkpoint.foreign.model import ForeignModel, ForeignTensor, fit_model, with_rows
+from megatron_lite.checkpoint.foreign.model import ForeignModel, ForeignTensor, fit_model
 from megatron_lite.checkpoint.foreign.records import UnreadTensor
 from megatron_lite.checkpoint.foreign.torch_file import TorchFile, open_torch_file
 from megatron_lite.checkpoint.tensor_file import TensorForm
@@ -104,15 +103,10 @@ def open_deepspeed(path: Path, *, vocab_size: int | None = None) -> ForeignModel
     shards = _from_layers(folder, tp) if layers else _from_ranks(states, tp, folder)
     tensors = {name: _joined(name, shares, tp, model) for name, shares in shards.items()}
     _tie(tensors, model, folder)
-    if vocab_size is not None:
-        model = dataclasses.replace(model, vocab_size=vocab_size)
-        tables = ("embedding.word_embeddings.weight", "output_layer.weight")
-        tensors = with_rows(tensors, tables, vocab_size, folder)
-    notice = (
-        f"iteration {str(said.get('iteration', 'unknown'))[:20]} of {_TITLE} becomes iteration 0: weights "
-        "only, the optimizer's state is left out"
-    )
-    return fit_model(folder, _TITLE, model, megatron_names(model), tensors, notices=[notice])
+    return fit_model(
+        folder, _TITLE, model, megatron_names(model), tensors,
+        iteration=said.get("iteration"), vocab_size=vocab_size,
+    )  # fmt: skip
 
 
 # -- files --------------------------------------------------------------------------------------

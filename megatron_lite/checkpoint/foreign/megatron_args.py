@@ -12,12 +12,12 @@ from typing import Any, Literal
 from megatron_lite.checkpoint.foreign.records import Record
 from megatron_lite.checkpoint.huggingface.config_file import ConfigFile
 from megatron_lite.config.errors import CheckpointError
-from megatron_lite.config.sections.model import ModelConfig
+from megatron_lite.config.sections.model import WINDOW, ModelConfig
 
 _NOTHING: dict[str, tuple[Any, ...]] = {
     "num_experts": (None, 1, [1]),
     "multi_latent_attention": (None, False),
-    "qk_layernorm": (None, False),
+    "qk_l2_norm": (None, False),
     "squared_relu": (None, False),
     "quick_geglu": (None, False),
     "onnx_safe": (None, False),
@@ -26,7 +26,6 @@ _NOTHING: dict[str, tuple[Any, ...]] = {
     "rope_type": (None, "rope"),
     "mrope_section": (None,),
     "no_rope_freq": (None,),
-    "window_size": (None,),
     "mtp_num_layers": (None, 0),
     "heterogeneous_layers_config_path": (None,),
     "hybrid_override_pattern": (None,),
@@ -36,6 +35,7 @@ _NOTHING: dict[str, tuple[Any, ...]] = {
     "glu_linear_offset": (None, 0.0),
     "activation_func_clamp_value": (None,),
     "softmax_scale": (None,),
+    "experimental_attention_variant": (None,),
     "add_bias_linear_fc": (None,),
 }
 """What changes the numbers and is not taken from here -> its values that change none."""
@@ -66,7 +66,8 @@ def model_of(args: ConfigFile) -> ModelConfig:
     bias = args.flag("add_bias_linear", default=True)
     kind = args.choice("normalization", {n: n for n in ("LayerNorm", "RMSNorm", "layernorm", "rmsnorm")},
                        "LayerNorm")  # fmt: skip
-    groups, rotary = _groups(args, heads), _rotary(args)
+    groups, rotary, window = _groups(args, heads), _rotary(args), _window(args)
+    qkv_bias = args.flag("add_qkv_bias", default=False)
     tied = not args.flag("untie_embeddings_and_output_weights", default=False)
     model = ModelConfig(
         num_layers=layers,
@@ -83,12 +84,15 @@ def model_of(args: ConfigFile) -> ModelConfig:
         rotary_base=args.number("rotary_base", 10000.0),
         rotary_percent=args.number("rotary_percent", 1.0),
         **_scaling(args, rotary),
+        window_size=window,
         normalization="RMSNorm" if kind.lower() == "rmsnorm" else "LayerNorm",
         norm_epsilon=args.share(_first(args, "norm_epsilon", "layernorm_epsilon"), 1e-5),
+        qk_layernorm=args.flag("qk_layernorm", default=False),
         apply_layernorm_1p=args.flag("apply_layernorm_1p", default=False),
         swiglu=args.flag("swiglu", default=False),
         gelu=_gelu(args, bias=bias),
         add_bias_linear=bias,
+        add_qkv_bias=qkv_bias and not bias,
         untie_embeddings_and_output_weights=not tied,
         hidden_dropout=args.share("hidden_dropout", 0.1),
         attention_dropout=args.share("attention_dropout", 0.1),
@@ -121,6 +125,23 @@ def _rotary(args: ConfigFile) -> Literal["learned_absolute", "rope", "none"]:
         f"args.position_embedding_type {str(said)[:40]}: ours are learned_absolute, rope, none"
     )
     return "rope"
+
+
+def _window(args: ConfigFile) -> str | None:
+    """LEFT,RIGHT of every layer's attention, a pair in the file."""
+    said = args.get("window_size")
+    if said is None:
+        return None
+    found = WINDOW.fullmatch(str(tuple(said) if isinstance(said, list) else said))
+    if found is None:
+        args.refuse(f"args.window_size {str(said)[:40]}: no LEFT,RIGHT with RIGHT 0 or -1")
+        return None
+    if args.get("window_attn_skip_freq") is not None:
+        skipped = str(args.get("window_attn_skip_freq"))[:40]
+        args.refuse(
+            f"args.window_attn_skip_freq {skipped}: here all layers have the window, or none"
+        )
+    return f"{found[1]},{found[2]}"
 
 
 def _scaling(args: ConfigFile, positions: str) -> dict[str, Any]:

@@ -35,6 +35,8 @@ def megatron_names(model: ModelConfig) -> Names:
                 part: FusedPart("self_attention.linear_qkv", number, by_head=True)
                 for number, part in enumerate(parts)
             },
+            "attention.q_norm": "self_attention.q_layernorm",
+            "attention.k_norm": "self_attention.k_layernorm",
             "attention.output": "self_attention.linear_proj",
             "mlp_norm": "pre_mlp_layernorm",
             **up,

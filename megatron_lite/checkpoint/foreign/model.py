@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 from torch import Tensor
 
+from megatron_lite.blueprint.figure.parts import TOKENS
 from megatron_lite.checkpoint.foreign.records import UnreadTensor
 from megatron_lite.checkpoint.foreign.torch_file import TorchFile
 from megatron_lite.checkpoint.huggingface.conversion import Conversion, conversions
@@ -38,12 +39,12 @@ class ForeignTensor(NamedTuple):
         return ForeignTensor(form, lambda: self.read()[:count])
 
 
-def with_rows(
-    tensors: Mapping[str, ForeignTensor], tables: Sequence[str], rows: int, path: Path
+def _with_rows(
+    tensors: Mapping[str, ForeignTensor], rows: int, model: ModelConfig, names: Names, path: Path
 ) -> dict[str, ForeignTensor]:
     """The same with so many rows of the tables of tokens; CheckpointError where they have fewer."""
     found = dict(tensors)
-    for name in tables:
+    for name in (names.source(f"{TOKENS}.weight", model).name, names.head):
         if name in found:
             held = found[name].form.shape
             if not held or not 0 < rows <= held[0]:
@@ -54,7 +55,7 @@ def with_rows(
     return found
 
 
-@dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class ForeignModel:
     """A checkpoint that was looked through but for its numbers, and fits its model whole.
 
@@ -89,12 +90,18 @@ def fit_model(
     names: Names,
     tensors: Mapping[str, ForeignTensor],
     *,
+    iteration: object,
+    vocab_size: int | None = None,
     notices: Sequence[str] = (),
 ) -> ForeignModel:
     """The model with its tensors: each is there in its shape, and no other.
 
+    iteration: what the file says of it, None for nothing; vocab_size: keep so many rows of the tables.
     Raises CheckpointError that lists what is missing, too many or of another shape.
     """
+    if vocab_size is not None:
+        model = dataclasses.replace(model, vocab_size=vocab_size)
+        tensors = _with_rows(tensors, vocab_size, model, names, path)
     if model.num_layers > 100 * (
         len(tensors) + 1
     ):  # before a table is made of what the file claims
@@ -128,4 +135,9 @@ def fit_model(
             f"{path} is no {title} model of its own sizes ({len(wrong)} tensors): take it from where it "
             "came once more\n  " + "\n  ".join(wrong[:_SHOWN]) + more
         )
-    return ForeignModel(path, title, model, wanted, tensors, tuple(notices))
+    reached = "unknown" if iteration is None else str(iteration)[:20]
+    notice = (
+        f"iteration {reached} of {title} becomes iteration 0: weights only, the optimizer's state is left "
+        "out"
+    )
+    return ForeignModel(path, title, model, wanted, tensors, (notice, *notices))

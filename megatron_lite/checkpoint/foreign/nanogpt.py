@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from megatron_lite.checkpoint.foreign.model import ForeignModel, ForeignTensor, fit_model, with_rows
+from megatron_lite.checkpoint.foreign.model import ForeignModel, ForeignTensor, fit_model
 from megatron_lite.checkpoint.foreign.records import UnreadTensor
 from megatron_lite.checkpoint.foreign.torch_file import TorchFile, open_torch_file
 from megatron_lite.checkpoint.huggingface.config_file import ConfigFile
@@ -53,16 +53,14 @@ def open_nanogpt(path: Path, *, vocab_size: int | None = None) -> ForeignModel:
     model = _model(ConfigFile(args, path, TITLE, inside="model_args."), untied=untied)
     if not untied:
         del tensors[_HEAD]
-    if vocab_size is not None:
-        model = dataclasses.replace(model, vocab_size=vocab_size)
-        tensors = with_rows(tensors, (_HEAD, _TABLE), vocab_size, path)
     notices = [
-        f"iteration {str(file.value.get('iter_num', 'unknown'))[:20]} of {TITLE} becomes iteration 0: "
-        "weights only, the optimizer's state is left out",
         "GELU is the exact one, as in today's nanoGPT; for a file of its first months, whose GELU was the "
         "tanh form, write `gelu: tanh` in the new config.yaml",
     ]
-    return fit_model(path, TITLE, model, _NAMES, tensors, notices=notices)
+    return fit_model(
+        path, TITLE, model, _NAMES, tensors,
+        iteration=file.value.get("iter_num"), vocab_size=vocab_size, notices=notices,
+    )  # fmt: skip
 
 
 def _tensors(file: TorchFile, weights: Mapping[Any, Any]) -> dict[str, ForeignTensor]:

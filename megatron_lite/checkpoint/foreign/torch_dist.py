@@ -9,7 +9,6 @@ Layers are one tensor with the layer as its first dim, or one each with its numb
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import re
@@ -23,7 +22,7 @@ from torch import Tensor
 from megatron_lite.checkpoint.choice import POINTER
 from megatron_lite.checkpoint.foreign.megatron_args import args_of, model_of
 from megatron_lite.checkpoint.foreign.megatron_names import megatron_names
-from megatron_lite.checkpoint.foreign.model import ForeignModel, ForeignTensor, fit_model, with_rows
+from megatron_lite.checkpoint.foreign.model import ForeignModel, ForeignTensor, fit_model
 from megatron_lite.checkpoint.foreign.pickle_reader import PickleError, read_pickle
 from megatron_lite.checkpoint.foreign.records import DTYPES_NAMED, Named, Record, UnreadTensor
 from megatron_lite.checkpoint.foreign.torch_file import LARGEST_PICKLE, open_torch_file
@@ -106,15 +105,10 @@ def open_torch_dist(path: Path, *, vocab_size: int | None = None) -> ForeignMode
     tensors: dict[str, ForeignTensor] = {}
     for whole in _globals(folder):
         tensors |= _by_layer(whole, model.num_layers)
-    if vocab_size is not None:
-        model = dataclasses.replace(model, vocab_size=vocab_size)
-        tables = ("embedding.word_embeddings.weight", "output_layer.weight")
-        tensors = with_rows(tensors, tables, vocab_size, folder)
-    notice = (
-        f"iteration {str(common.get('iteration', 'unknown'))[:20]} of {_TITLE} becomes iteration 0: "
-        "weights only, the optimizer's state is left out"
-    )
-    return fit_model(folder, _TITLE, model, megatron_names(model), tensors, notices=[notice])
+    return fit_model(
+        folder, _TITLE, model, megatron_names(model), tensors,
+        iteration=common.get("iteration"), vocab_size=vocab_size,
+    )  # fmt: skip
 
 
 def _check_backend(folder: Path) -> None:
