@@ -15,16 +15,17 @@ import sys
 import time
 from argparse import ArgumentTypeError, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 
-from megatron_lite.config.errors import ConfigError
+from megatron_lite.config.errors import ConfigError, all_together
 from megatron_lite.config.exit import ToolParser, run_tool
 from megatron_lite.config.extensions import add_extend_flag, extend
-from megatron_lite.config.flags.parser import parse
+from megatron_lite.config.flags.parser import ParsedFlags, parse
+from megatron_lite.config.rules.table import model_problems
 from megatron_lite.config.sections.model import ModelConfig
 from megatron_lite.config.sections.run import RunConfig
 from megatron_lite.kernels.compiled import Compiler
@@ -49,9 +50,10 @@ def main() -> int:
     """Read the flags, look at every row, print."""
     own, flags = _parser().parse_known_args()
     extend(own.extend)
-    config = parse(flags).config
+    parsed = parse(flags)
+    config = parsed.config
     require_known(config.precision.kernel)
-    context, measured_at = _context(config, own), None
+    context, measured_at = _context(parsed, own), None
     if own.bench:
         measured_at = _sizes(context, config, own)
     ops = own.op or list(TABLE)
@@ -96,12 +98,23 @@ def _capability(text: str) -> tuple[int, int]:
     return int(major), int(minor)
 
 
-def _context(config: RunConfig, own: Namespace) -> StageContext:
+def _model(parsed: ParsedFlags) -> ModelConfig:
+    """The one that the flags name, or a small one with what they say of it."""
+    model = parsed.config.model
+    if model.num_layers > 0:
+        model = replace(model, vocab_size=model.vocab_size or _SMALL.vocab_size)
+    else:
+        asked = [f.name for f in fields(model) if parsed.origin[f"model.{f.name}"] != "default"]
+        model = replace(_SMALL, **{name: getattr(model, name) for name in asked})
+    if problems := model_problems(model):
+        raise all_together(problems, "with the model")
+    return model
+
+
+def _context(parsed: ParsedFlags, own: Namespace) -> StageContext:
     """What the layers of one rank would choose with, on a device that need not be here."""
     ctx = replace(ParallelContext.serial(), device=torch.device(own.device))
-    model = config.model if config.model.num_layers > 0 else _SMALL
-    if model.vocab_size is None:
-        model = replace(model, vocab_size=_SMALL.vocab_size)
+    config, model = parsed.config, _model(parsed)
     assert model.vocab_size is not None
     elsewhere = own.device == "cuda" and not torch.cuda.is_available()
     return StageContext(
@@ -122,7 +135,8 @@ def _sizes(context: StageContext, config: RunConfig, own: Namespace) -> Sizes:
         tokens=model.seq_length, samples=config.train.micro_batch_size, hidden=model.hidden_size,
         heads=model.num_attention_heads, kv_heads=model.num_kv_heads, head_size=model.head_size,
         ffn=model.ffn_size, vocabulary=model.vocab_size, dropout=model.hidden_dropout,
-        documents=4 if config.data.reset_attention_mask else 1, device=context.ctx.device, dtype=context.dtype,
+        window=model.window, documents=4 if config.data.reset_attention_mask else 1,
+        device=context.ctx.device, dtype=context.dtype,
     )  # fmt: skip
 
 
@@ -173,8 +187,8 @@ def _op(found: _Looked, sizes: Sizes | None, seconds: float) -> dict[str, Any]:
 
 def _row(row: Implementation, compiled: str, found: _Looked) -> dict[str, Any]:
     reason = row.usable(found.need)
-    if row.for_segments and not found.need.segments:
-        reason = "is for documents (--reset-attention-mask)"
+    if row.for_masks and not (found.need.segments or found.need.window):
+        reason = "is for documents (--reset-attention-mask) and windows (--window-size)"
     chosen_one = row.name == found.choice.implementation.name
     return {
         "name": row.name + compiled,

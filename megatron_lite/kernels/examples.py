@@ -20,7 +20,7 @@ from megatron_lite.kernels.segments import Segments
 class Sizes:
     """Of a model and a micro batch of it; what is drawn lies on the device in the format dtype.
 
-    documents: in a row; where it is one, nothing is packed.
+    documents: in a row; where it is one, nothing is packed.  window: tokens that one sees, None for all.
     """
 
     tokens: int
@@ -32,6 +32,7 @@ class Sizes:
     ffn: int
     vocabulary: int
     documents: int
+    window: int | None
     dropout: float
     device: torch.device
     dtype: torch.dtype
@@ -68,7 +69,8 @@ def _attention(sizes: Sizes) -> list[Any]:
         sizes.draw(sizes.samples, heads, sizes.tokens, d)
         for heads in (sizes.heads, sizes.kv_heads, sizes.kv_heads)
     )
-    return [q, k, v, AttentionCall(segments=_segments(sizes) if sizes.documents > 1 else None)]
+    segments = _segments(sizes) if sizes.documents > 1 else None
+    return [q, k, v, AttentionCall(segments=segments, window=sizes.window)]
 
 
 def _segments(sizes: Sizes) -> Segments:

@@ -10,18 +10,23 @@ import torch
 from torch import Tensor
 
 from megatron_lite.kernels.attention import AttentionCall
-from megatron_lite.kernels.documents import packed, unpacked, varlen
+from megatron_lite.kernels.documents import is_cached, packed, unpacked, varlen
 from megatron_lite.kernels.vendor import sdpa, seed_mask
 
 
 def flash(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Tensor:
-    """flash-attn 2 (extra "flash-attn"), documents by its varlen; shapes as reference.attention."""
+    """flash-attn 2 (extra "flash-attn"), documents by its varlen; shapes as reference.attention.
+
+    Its masks are aligned bottom right, as ours.
+    """
     seed_mask(call, q.device)
     package: Any = importlib.import_module("flash_attn")
-    options = {
+    options: dict[str, Any] = {
         "dropout_p": call.dropout, "softmax_scale": call.scale, "causal": True,
         "deterministic": torch.are_deterministic_algorithms_enabled(),
     }  # fmt: skip
+    if call.window is not None:
+        options["window_size"] = (call.window - 1, 0)
     segments = call.segments
     if segments is None:
         rows = (x.transpose(1, 2) for x in (q, k, v))
@@ -43,11 +48,9 @@ def _activate_flash_4() -> None:
 def flash_4(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Tensor:
     """FlashAttention 4 (package flash-attn-4) in the place of torch's; shapes as reference.attention."""
     _activate_flash_4()
-    if call.segments is not None:
+    if call.segments is not None or call.window is not None:
         return varlen(q, k, v, call)
-    if (
-        1 < q.shape[-2] != k.shape[-2]
-    ):  # several tokens after a cached prefix: a mask, which it has not
+    if q.shape[-2] > 1 and is_cached(q, k):  # several tokens at once: a mask, which it has not
         return sdpa(q, k, v, call)
     attention: Any = importlib.import_module("torch.nn.attention")
     with attention.sdpa_kernel(attention.SDPBackend.FLASH_ATTENTION):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -38,6 +38,12 @@ class Segments:
         number = self._numbers().view(self.rows, 1, self.length)
         return (number[..., :, None] == number[..., None, :]).tril_()
 
+    @classmethod
+    def whole(cls, rows: int, length: int, device: torch.device) -> Segments:
+        """Rows that are one segment each."""
+        borders = torch.arange(rows + 1, dtype=torch.int32, device=device) * length
+        return cls(borders, length, rows, length)
+
     @cached_property
     def starts(self) -> Tensor:
         """int32 [rows, length]: where in its row a token's segment begins."""
@@ -45,14 +51,19 @@ class Segments:
         begins = self.cu_seqlens[self._numbers() - 1]
         return begins.view(self.rows, self.length) - rows[:, None] * self.length
 
-    @property
-    def block_mask(self) -> Any:
-        """FlexAttention's BlockMask, made on first use: once for all layers, those run again too."""
-        return (self._kept_by or self)._block_mask
+    def block_mask(self, window: int | None = None) -> Any:
+        """FlexAttention's BlockMask, made on first use: once for all layers, those run again too.
+
+        window: tokens that one sees, itself included; see AttentionCall.
+        """
+        kept = (self._kept_by or self)._block_masks
+        if window not in kept:
+            kept[window] = block_mask(_no_further(self.starts, window))
+        return kept[window]
 
     @cached_property
-    def _block_mask(self) -> Any:
-        return block_mask(self.starts)
+    def _block_masks(self) -> dict[int | None, Any]:
+        return {}
 
     def afresh(self) -> Segments:
         """The same, of which nothing has been made yet."""
@@ -70,8 +81,22 @@ class Segments:
         return torch.searchsorted(self.cu_seqlens, place, right=True, out_int32=True)
 
 
+@lru_cache(maxsize=8)
+def window_mask(rows: int, length: int, window: int, device: torch.device) -> Any:
+    """FlexAttention's BlockMask of a causal window over whole rows, made once for all micro batches."""
+    return Segments.whole(rows, length, device).block_mask(window)
+
+
+def _no_further(starts: Tensor, window: int | None) -> Tensor:
+    """starts [b, s] moved to where a token's window begins, if that is later in its row."""
+    if window is None:
+        return starts
+    place = torch.arange(starts.shape[1], dtype=torch.int32, device=starts.device)
+    return torch.maximum(starts, place - (window - 1))
+
+
 def block_mask(starts: Tensor) -> Any:
-    """FlexAttention's BlockMask of causal segments, from Segments.starts [b, s].
+    """FlexAttention's BlockMask of causal segments: query i of a row sees keys from starts [b, s] on.
 
     Only a number for every pair of tiles is made, never one for every pair of tokens, and nothing is
     read from the device.  Its tensors' shapes do not depend on the segments: one compiled kernel
@@ -80,7 +105,7 @@ def block_mask(starts: Tensor) -> Any:
     length, device = starts.shape[1], starts.device
     tile = torch.arange(-(-length // TILE), device=device)
     query, key = tile[:, None], tile
-    # segments begin later and later along a row: a tile's first token sees furthest back
+    # starts grow along a row, a window's, too: a tile's first token sees furthest back
     furthest = starts[:, ::TILE, None]
     nearest = starts[:, (tile * TILE + TILE - 1).clamp(max=length - 1), None]
     seen = (key <= query) & (key >= furthest // TILE)

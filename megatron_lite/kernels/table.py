@@ -44,7 +44,7 @@ class Need:
 class Implementation:
     """One way to run an op; usable() returns None, or the reason why not.
 
-    for_segments: it is for documents alone, and not worth a word where there are none.
+    for_masks: it is for documents and windows alone, and not worth a word where there are none.
     fusible: a pure function of tensors without a matrix product or communication in it: what
     --torch-compile makes one kernel of (compiled.py).
     uncompiled: what runs instead once the compiler failed, where that is not run itself.
@@ -53,7 +53,7 @@ class Implementation:
     name: str
     run: Callable[..., Any]
     usable: Callable[[Need], str | None]
-    for_segments: bool = False
+    for_masks: bool = False
     fusible: bool = False
     uncompiled: Callable[..., Any] | None = None
 
@@ -85,8 +85,6 @@ def _on_a_gpu(need: Need) -> str | None:
         return "needs a GPU"
     if need.dtype not in (torch.float16, torch.bfloat16):
         return f"needs fp16 or bf16, not {need.dtype}"
-    if need.window:
-        return "has no window"
     return "has no layer scaling" if need.layer_scaling else None
 
 
@@ -95,6 +93,12 @@ def _flash_shapes(need: Need, largest: int = 256) -> str | None:
         return f"needs sm80 or newer, not sm{need.capability[0]}{need.capability[1]}"
     if need.head_size is not None and (need.head_size % 8 or need.head_size > largest):
         return f"wants heads of 8, 16, ... {largest} features, not {need.head_size}"
+    return None
+
+
+def _torchs_window(need: Need) -> str | None:
+    if need.window and not documents.varlen_options(documents.varlen_attn()).windows:
+        return "has no window before torch 2.11"
     return None
 
 
@@ -112,8 +116,8 @@ def _flash(need: Need) -> str | None:
     reason = _on_a_gpu(need) or _flash_shapes(need)
     if reason is not None:
         return reason
-    # of torch's own, only a dense mask has dropout between documents
-    alone = need.segments and need.dropout > 0.0
+    # of torch's own, only a dense mask has dropout between documents, or in a window
+    alone = (need.segments or need.window) and need.dropout > 0.0
     if need.backend == "auto" and (need.capability or (0, 0)) >= (9, 0) and not alone:
         return "torch's own is faster from sm90 on; --attention-backend flash takes it"
     return _importable("flash_attn")
@@ -126,6 +130,8 @@ def _flash_4(need: Need) -> str | None:
         return f"needs sm90 or sm100, not sm{need.capability[0]}{need.capability[1]}"
     if need.dropout > 0.0:
         return "has no attention dropout"
+    if reason := _torchs_window(need):
+        return reason
     return _on_a_gpu(need) or _flash_shapes(need, 128) or _importable("flash_attn.cute.interface")
 
 
@@ -145,7 +151,7 @@ def _flex(need: Need) -> str | None:
 def _varlen(need: Need) -> str | None:
     if need.dropout > 0.0:
         return _on_a_gpu(need) or "has no attention dropout"
-    return _on_a_gpu(need) or _flash_shapes(need)
+    return _torchs_window(need) or _on_a_gpu(need) or _flash_shapes(need)
 
 
 def _sdpa(need: Need) -> str | None:
@@ -197,8 +203,8 @@ TABLE: dict[str, list[Implementation]] = {
     "attention": [
         Implementation("flash-attn-4", flash.flash_4, _flash_4),
         Implementation("flash-attn", flash.flash, _flash),
-        Implementation("torch-flex", documents.flex, _flex, for_segments=True),
-        Implementation("torch-varlen", documents.varlen, _varlen, for_segments=True),
+        Implementation("torch-flex", documents.flex, _flex, for_masks=True),
+        Implementation("torch-varlen", documents.varlen, _varlen, for_masks=True),
         Implementation("torch-sdpa", vendor.sdpa, _sdpa),
         Implementation("reference", reference.attention, _always),
     ],
@@ -241,7 +247,7 @@ def choose(op: str, need: Need, names: list[str] | None = None) -> Choice:
         rows = [row for name in names for row in rows if row.name == name]
     passed_over: list[str] = []
     for row in rows:
-        if row.for_segments and not need.segments:
+        if row.for_masks and not (need.segments or need.window):
             continue
         reason = row.usable(need)
         if reason is None:

@@ -92,10 +92,10 @@ def uses_flash(model: ModelConfig, precision: PrecisionConfig, *, on_gpu: bool) 
     return on_gpu or model.attention_dropout == 0.0
 
 
-def _dense_documents(model: ModelConfig, precision: PrecisionConfig, *, on_gpu: bool) -> bool:
-    """Whether documents are kept apart by a mask, and not by their borders; see kernels/table.py.
+def _dense_mask(model: ModelConfig, precision: PrecisionConfig, *, on_gpu: bool) -> bool:
+    """Whether documents and windows are kept by a mask, not by borders and a number; see kernels/table.py.
 
-    The package flash-attn, which has attention dropout between borders, is not counted on.
+    The package flash-attn, which has attention dropout with them, is not counted on.
     """
     by_borders = (
         on_gpu and precision.name != "fp32" and model.attention_dropout == 0.0
@@ -226,8 +226,8 @@ def _core(
     gradients = 2 * qkv
     if uses_flash(model, precision, on_gpu=on_gpu):
         # log of the sum, fp32; torch's own copy of a mask, which it adds to the scores
-        masked = core.window is not None or (
-            segments and _dense_documents(model, precision, on_gpu=on_gpu)
+        masked = (segments or core.window is not None) and _dense_mask(
+            model, precision, on_gpu=on_gpu
         )
         bias = tokens * model.seq_length * w if masked else 0.0
         return tokens * heads * 4.0 + bias, gradients
@@ -260,7 +260,7 @@ def shared_mask_bytes(
     Kernels that take their borders make none.  The layers that run together share it
     (kernels/segments.py); a fused kernel keeps its own copy.
     """
-    if not _dense_documents(model, precision, on_gpu=on_gpu):
+    if not _dense_mask(model, precision, on_gpu=on_gpu):
         return 0.0
     again = "core_attn" in RecomputePlan.from_config(parallel).modules
     if uses_flash(model, precision, on_gpu=on_gpu) and not again:

@@ -68,11 +68,27 @@ def test_what_is_compiled_stands_beside_what_is_not(run) -> None:
     assert [row["name"] for row in op["rows"]] == ["reference, compiled", "reference", "liger"]
 
 
+def test_without_a_model_flags_of_its_parts_count_all_the_same(run, monkeypatch) -> None:
+    def asked(words: str) -> dict[str, object]:
+        (op,) = json.loads(run(f"--json --op attention {words}"))["ops"]
+        return {row["name"]: row["reason"] for row in op["rows"]} | {"runs": op["runs"]}
+
+    gpu = "--device cuda --bf16 --no-torch-compile"
+    assert asked(gpu)["runs"] == "torch-sdpa"
+    assert "is for documents" in asked(gpu)["torch-varlen"]
+    assert asked(f"{gpu} --window-size 63,0")["runs"] == "torch-varlen"
+    assert asked("--device cpu --attention-dropout 0.1")["runs"] == "reference"
+    windows = []
+    monkeypatch.setattr(kernels, "_seconds", lambda run, inputs, *_: windows.append(inputs[3]) or 1)
+    asked("--device cpu --bench --window-size 63,0")
+    assert {call.window for call in windows} == {64}
+
+
 @pytest.mark.parametrize("op", EXAMPLES)
 def test_an_example_is_what_the_op_takes_in_any_format(op) -> None:
     sizes = kernels.Sizes(
         tokens=6, samples=2, hidden=16, heads=4, kv_heads=2, head_size=4, ffn=24, vocabulary=11,
-        documents=3, dropout=0.5, device=torch.device("cpu"), dtype=torch.bfloat16,
+        documents=3, window=4, dropout=0.5, device=torch.device("cpu"), dtype=torch.bfloat16,
     )  # fmt: skip
     for row in (row for row in TABLE[op] if row.fusible or row is TABLE[op][-1]):
         found = row.run(*EXAMPLES[op](sizes))
@@ -91,6 +107,7 @@ def test_an_example_is_what_the_op_takes_in_any_format(op) -> None:
         ("--kernel ligre", "--kernel ligre: no op has such a row"),
         ("--device cpu --kernel liger", "--kernel rms_norm=liger cannot run: needs a GPU"),
         ("--colour red", "--colour"),
+        ("--window-size 4,1", "--window-size 4,1 is not LEFT,RIGHT"),
     ],
 )
 def test_what_cannot_be_is_refused(words, said, run) -> None:

@@ -231,9 +231,13 @@ def test_a_wrong_word_for_what_is_compiled_is_refused_with_the_right_ones(tmp_pa
         ["--torch-compile", "inductor"]
     )
     file = tmp_path / "run.yaml"
-    file.write_text("precision: {torch_compile: inductor}\n", encoding="utf-8")
-    said = error(["--config", str(file)])
-    assert "takes one of auto, on, off; got 'inductor'" in said and str(file) in said
+    for word, told in (
+        ("inductor", "takes one of auto, on, off; got 'inductor'"),
+        ("1", "takes one of auto, on, off, or true or false; got 1"),
+    ):
+        file.write_text(f"precision: {{torch_compile: {word}}}\n", encoding="utf-8")
+        said = error(["--config", str(file)])
+        assert told in said and str(file) in said
 
 
 def test_equal_duplicates_are_fine() -> None:

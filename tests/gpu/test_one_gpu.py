@@ -22,7 +22,7 @@ from megatron_lite.train.measuring.device import be_deterministic
 from megatron_lite.train.measuring.waits import DeviceWaits
 from megatron_lite.train.step import begin_step, train_step
 from tests.support.axes import BF16
-from tests.support.kernels import INPUTS, packed_rows, run_with_gradients
+from tests.support.kernels import INPUTS, MASKED, packed_rows, run_with_gradients
 from tests.support.tiny import draw, make_batches, tiny_config
 
 pytestmark = [
@@ -107,10 +107,10 @@ def test_every_kernel_equals_its_reference(op, inputs, dtype):
     tried = 0
     for row in TABLE[op][:-1]:
         need = Need(
-            device, dtype, segments=inputs == "documents", backend="flash",
-            capability=torch.cuda.get_device_capability(),
+            device, dtype, backend="flash", capability=torch.cuda.get_device_capability(),
+            **MASKED.get(inputs, {}),
         )  # fmt: skip
-        if row.usable(need) is None and (inputs == "documents" or not row.for_segments):
+        if row.usable(need) is None and (inputs in MASKED or not row.for_masks):
             tried += 1
             found = run_with_gradients(row, inputs, device, dtype)
             for ours, theirs in zip(found, expected, strict=True):

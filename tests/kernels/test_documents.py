@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 import types
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from megatron_lite.kernels.segments import TILE, Segments
 from megatron_lite.kernels.table import PREFERENCES, Need, choose
 from tests.support.kernels import (
     LENGTH,
+    MASKED,
     VARLEN,
     arguments,
     flash_on_a_cpu,
@@ -34,6 +36,7 @@ HOPPER = Need(torch.device("cuda"), torch.bfloat16, capability=(9, 0), length=81
 AMPERE = replace(HOPPER, capability=(8, 0))
 PACKED = replace(HOPPER, segments=True)
 DROPPED = replace(PACKED, dropout=0.1)
+WINDOW = replace(HOPPER, window=True)
 CHOICES = {
     "sm90": (HOPPER, "torch-sdpa"),
     "sm120": (replace(HOPPER, capability=(12, 0)), "torch-sdpa"),
@@ -61,6 +64,20 @@ CHOICES = {
     "documents in fp32": (replace(PACKED, dtype=torch.float32), "torch-sdpa"),
     "documents, scaled": (replace(PACKED, layer_scaling=True), "reference"),
     "documents, spelled out": (replace(PACKED, backend="unfused"), "reference"),
+    "window": (WINDOW, "torch-flex"),
+    "window of short rows": (replace(WINDOW, length=512), "torch-varlen"),
+    "window, no compiler": (replace(WINDOW, compile=False), "torch-varlen"),
+    "window on sm80": (replace(WINDOW, capability=(8, 0)), "flash-attn"),
+    "window, asked": (replace(WINDOW, backend="flash"), "flash-attn"),
+    "window by fa4": (replace(WINDOW, backend="fa4"), "flash-attn-4"),
+    "window and dropout": (replace(WINDOW, dropout=0.1), "flash-attn"),
+    "window in fp32": (replace(WINDOW, dtype=torch.float32), "torch-sdpa"),
+    "window on a cpu": (replace(WINDOW, device=torch.device("cpu"), capability=None), "torch-sdpa"),
+    "window of documents": (replace(WINDOW, segments=True), "torch-flex"),
+    "rehearsed window": (
+        replace(WINDOW, device=torch.device("meta"), compile=False),
+        "torch-varlen",
+    ),
     "rehearsed": (replace(PACKED, device=torch.device("meta"), compile=False), "torch-varlen"),
     "rehearsed, plain": (replace(AMPERE, device=torch.device("meta")), "torch-sdpa"),
 }
@@ -106,11 +123,15 @@ BORDERS = {
 }
 
 
+@pytest.mark.parametrize("window", [None, 1, 100, 128, 257])
 @pytest.mark.parametrize("borders", BORDERS.values(), ids=BORDERS.keys())
-def test_the_block_mask_is_torchs_own_of_the_dense_mask(borders: list[int]) -> None:
+def test_the_block_mask_is_torchs_own_of_the_dense_mask(
+    borders: list[int], window: int | None
+) -> None:
     packed = packed_rows(borders)
-    allowed = packed.allowed[:, 0]
-    ours = packed.block_mask
+    call = AttentionCall(segments=packed, window=window)
+    allowed = call.allowed(LENGTH, LENGTH, torch.device("cpu"))[:, 0]
+    ours = packed.block_mask(window)
     theirs = create_block_mask(
         lambda b, h, i, j: allowed[b, i, j], 2, None, LENGTH, LENGTH, device="cpu", BLOCK_SIZE=TILE
     )
@@ -144,15 +165,16 @@ class NothingRead(TorchDispatchMode):
 
 def test_the_block_mask_reads_nothing_and_makes_no_square_of_the_sequence() -> None:
     packed = packed_rows(BORDERS["borders inside of tiles"])
-    with NothingRead():
-        made = packed.block_mask
-    assert "allowed" not in vars(packed)
-    assert (
-        made
-        is packed.block_mask
-        is packed.unmasked().block_mask
-        is packed.unmasked().unmasked().block_mask
-    )
+    for window in (None, 100):
+        with NothingRead():
+            made = packed.block_mask(window)
+        assert "allowed" not in vars(packed)
+        assert (
+            made
+            is packed.block_mask(window)
+            is packed.unmasked().block_mask(window)
+            is packed.unmasked().unmasked().block_mask(window)
+        )
 
 
 def test_flex_is_compiled_once_for_changing_documents(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -195,14 +217,28 @@ def test_varlen_is_called_as_each_torch_wants_it(
     torch.testing.assert_close(documents.varlen(q, k, v, call), expected)
 
 
-def test_varlen_without_memory_is_as_large_as_a_fused_kernel() -> None:
-    q, k, v, call = arguments("documents")
+def test_varlen_is_looked_at_once_and_not_in_every_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    varlen_on_a_cpu(monkeypatch)
+    documents.varlen_options.cache_clear()
+    looked = []
+    signature = inspect.signature
+    monkeypatch.setattr(inspect, "signature", lambda run: looked.append(run) or signature(run))
+    for name in ("documents", "window"):
+        documents.varlen(*arguments(name))
+    assert len(looked) == 1
+
+
+@pytest.mark.parametrize("name", MASKED)
+def test_varlen_without_memory_is_as_large_as_a_fused_kernel(name: str) -> None:
+    q, k, v, call = arguments(name)
     with torch.device("meta"):
         y = documents.varlen(*(x.detach().to("meta") for x in (q, k, v)), call)
     assert y.shape == q.shape and y.device.type == "meta"
 
 
-def test_flash_hears_of_dropout_determinism_and_borders(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_flash_hears_of_dropout_determinism_borders_and_windows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     flash_on_a_cpu(monkeypatch)
     heard: list[dict[str, Any]] = []
 
@@ -214,13 +250,13 @@ def test_flash_hears_of_dropout_determinism_and_borders(monkeypatch: pytest.Monk
     monkeypatch.setattr(package, "flash_attn_func", noted)
     monkeypatch.setattr(package, "flash_attn_varlen_func", noted)
     q, k, v, packed = arguments("documents")
+    packed = replace(packed, window=9)
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
     for call in (AttentionCall(dropout=0.1, seed=5), replace(packed, dropout=0.1, seed=5)):
         assert torch.equal(flash.flash(q, k, v, call), q)
         assert torch.initial_seed() == 5
-    assert heard == 2 * [
-        {"dropout_p": 0.1, "softmax_scale": None, "causal": True, "deterministic": True}
-    ]
+    told = {"dropout_p": 0.1, "softmax_scale": None, "causal": True, "deterministic": True}
+    assert heard == [told, told | {"window_size": (8, 0)}]
 
 
 class Ran(TorchDispatchMode):

@@ -15,7 +15,7 @@ from megatron_lite.layers.contexts import StageContext
 from megatron_lite.layers.linear import ColumnParallelLinear
 from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.planner.head import WIDENED_BYTES
-from tests.support.kernels import INPUTS, ON_A_CPU, arguments, run_with_gradients
+from tests.support.kernels import INPUTS, MASKED, ON_A_CPU, arguments, run_with_gradients
 
 CPU = torch.device("cpu")
 HERE = [row for row in TABLE["attention"] if row.name not in ON_A_CPU]
@@ -25,7 +25,7 @@ ROWS = [
     for op, rows in TABLE.items()
     for row in rows
     for inputs in INPUTS[op]
-    if inputs == "documents" or not row.for_segments
+    if inputs in MASKED or not row.for_masks
 ]
 
 
@@ -34,7 +34,7 @@ def test_every_implementation_equals_its_reference(
     op: str, inputs: str, row: Implementation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where only a GPU has the kernel, what we make of its inputs and outputs; see ON_A_CPU."""
-    reason = row.usable(Need(CPU, torch.float32, segments=inputs == "documents"))
+    reason = row.usable(Need(CPU, torch.float32, **MASKED.get(inputs, {})))
     if reason is not None and row.name not in ON_A_CPU:
         pytest.skip(reason)
     expected = run_with_gradients(TABLE[op][-1], inputs)

@@ -167,6 +167,19 @@ def test_what_documents_take_on_top_is_counted_to_the_byte(how: str) -> None:
     assert planned_of(packed, 3) - planned_of(plain, 3) == kept_by(packed, 3) - kept_by(plain, 3)
 
 
+@pytest.mark.parametrize(("how", "dense"), [("--bf16", False), ("", True), ("--fp16", False)])
+def test_a_window_on_a_gpu_takes_nothing_on_top_where_a_fused_kernel_has_it(
+    how: str, dense: bool
+) -> None:
+    kept = []
+    for window in ("", "--window-size 15,0"):
+        config = parse(f"{SMALL} {ND} {how} {window}".split()).config
+        sections = (config.model, config.parallel, config.precision)
+        layer = figure_of(config.model, 128).layers[0]
+        kept.append(block_items(layer, *sections, micro_batch_size=2, on_gpu=True).core)
+    assert (kept[1] > kept[0]) == dense
+
+
 @pytest.mark.parametrize("how", [
     "", "--recompute-granularity selective",
     "--recompute-granularity selective --recompute-modules core_attn mlp",

@@ -25,7 +25,13 @@ from megatron_lite.kernels.table import TABLE, Implementation
 S, B, H = 7, 2, 24
 """Tokens, samples and features of the ops on hidden values."""
 
-INPUTS = {op: (op, "documents") if op == "attention" else (op,) for op in TABLE}
+MASKED = {
+    "documents": {"segments": True}, "window": {"window": True},
+    "documents in a window": {"segments": True, "window": True},
+}  # fmt: skip
+"""Inputs of attention that only kernels for masks are made for -> what Need says of them."""
+
+INPUTS = {op: (op, *MASKED) if op == "attention" else (op,) for op in TABLE}
 """Op -> the names of its inputs in arguments()."""
 
 ROWS, LENGTH = 2, 300
@@ -66,6 +72,7 @@ def arguments(op: str) -> list[Any]:
     angle = torch.rand(S, 1, 1, 3, generator=generator) * 6.0
     vocabulary = [draw(S, B, 20), torch.arange(S * B).view(S, B), VocabularyPart(0, 17)]
     attended = [draw(ROWS, heads, LENGTH, 16) for heads in (4, 2, 2)]
+    packed = packed_rows([0, 7, 131, 300, 301, 429, 600])
     joining = [hidden(), hidden(), draw(H), dropout_call()]
     return {
         "linear_forward": [hidden(), draw(16, H), draw(16)],
@@ -91,10 +98,9 @@ def arguments(op: str) -> list[Any]:
         "gelu_erf": [draw(3, 7)],
         "swiglu": [draw(3, 14)],
         "attention": [draw(2, 4, 9, 8), draw(2, 2, 9, 8), draw(2, 2, 9, 8), AttentionCall()],
-        "documents": [
-            *attended,
-            AttentionCall(segments=packed_rows([0, 7, 131, 300, 301, 429, 600])),
-        ],
+        "documents": [*attended, AttentionCall(segments=packed)],
+        "window": [*attended, AttentionCall(window=150)],
+        "documents in a window": [*attended, AttentionCall(segments=packed, window=129)],
     }[op]
 
 
@@ -143,17 +149,25 @@ def _weighted(results: tuple[Tensor, ...]) -> Iterator[Tensor]:
 
 
 def attended_by_borders(
-    q: Tensor, k: Tensor, v: Tensor, borders: Tensor, dropout: float = 0.0
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, borders: Tensor, dropout: float = 0.0,
+    window_size: tuple[int, int] = (-1, 0),
+) -> Tensor:  # fmt: skip
     """q, k, v: [b s, n, d], one document after the other -> [b s, n, d]."""
     assert dropout == 0.0, "this twin drops nothing"
     flat = [x.transpose(0, 1)[None] for x in (q, k, v)]
     ends = borders.tolist()
     pieces = [
-        reference.attention(*(x[:, :, begin:end] for x in flat), AttentionCall())[0]
+        reference.attention(*(x[:, :, begin:end] for x in flat), _within(window_size))[0]
         for begin, end in zip(ends, ends[1:], strict=False)
     ]
     return torch.cat(pieces, dim=1).transpose(0, 1)
+
+
+def _within(window_size: tuple[int, int]) -> AttentionCall:
+    """A causal call that sees as far as flash kernels are told, -1 for all."""
+    left, right = window_size
+    assert right == 0, window_size
+    return AttentionCall(window=None if left == -1 else left + 1, softmax_in_fp32=False)
 
 
 def flex_on_a_cpu(patch: pytest.MonkeyPatch, backend: Any = "aot_eager") -> None:
@@ -178,9 +192,10 @@ def _varlen_2_11(
     q: Tensor, k: Tensor, v: Tensor, cu_seq_q: Tensor, cu_seq_k: Tensor, max_q: int, max_k: int, *,
     return_aux: None = None, scale: float | None = None, window_size: tuple[int, int] = (-1, -1),
 ) -> Tensor:  # fmt: skip
-    assert window_size == (-1, 0), window_size
+    assert cu_seq_q is cu_seq_k and max_q == max_k == int(cu_seq_q.diff().max())
+    assert q.shape == k.shape == v.shape
     scaled = q if scale is None else q * (scale * q.shape[-1] ** 0.5)
-    return _varlen_2_10(scaled, k, v, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=True)
+    return attended_by_borders(scaled, k, v, cu_seq_q, window_size=window_size)
 
 
 def _varlen_2_12(
@@ -209,20 +224,23 @@ def flash_on_a_cpu(patch: pytest.MonkeyPatch) -> None:
 
     def whole(
         q: Tensor, k: Tensor, v: Tensor, dropout_p: float = 0.0,
-        softmax_scale: float | None = None, causal: bool = False, deterministic: bool = False,
+        softmax_scale: float | None = None, causal: bool = False,
+        window_size: tuple[int, int] = (-1, -1), deterministic: bool = False,
     ) -> Tensor:  # fmt: skip
-        assert causal and dropout_p == 0.0
-        call = AttentionCall(scale=softmax_scale)
+        assert causal and dropout_p == 0.0 and window_size[1] in (-1, 0)
+        call = replace(_within((window_size[0], 0)), scale=softmax_scale)
         return reference.attention(*(x.transpose(1, 2) for x in (q, k, v)), call).transpose(1, 2)
 
     def by_borders(
         q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor,
         max_seqlen_q: int, max_seqlen_k: int, dropout_p: float = 0.0,
-        softmax_scale: float | None = None, causal: bool = False, deterministic: bool = False,
+        softmax_scale: float | None = None, causal: bool = False,
+        window_size: tuple[int, int] = (-1, -1), deterministic: bool = False,
     ) -> Tensor:  # fmt: skip
         assert causal and softmax_scale is None and cu_seqlens_q is cu_seqlens_k
         assert max_seqlen_q == max_seqlen_k == int(cu_seqlens_q.diff().max())
-        return attended_by_borders(q, k, v, cu_seqlens_q, dropout_p)
+        assert window_size[1] in (-1, 0)  # causal says the same
+        return attended_by_borders(q, k, v, cu_seqlens_q, dropout_p, (window_size[0], 0))
 
     package: Any = types.ModuleType("flash_attn")
     package.flash_attn_func, package.flash_attn_varlen_func = whole, by_borders

@@ -53,6 +53,9 @@ def _one_yaml(setting: FlagSetting, value: object) -> object:
         return value
     if setting.switch and isinstance(value, bool):  # YAML 1.1 reads on and off so, too
         return "on" if value else "off"
+    if setting.switch and not isinstance(value, str):  # no quotes would help
+        choices = ", ".join(map(str, setting.choices))
+        raise ValueError(f"takes one of {choices}, or true or false; got {value!r}")
     if setting.kind is str:
         if setting.many and isinstance(value, int | float) and not isinstance(value, bool):
             return _one(setting, repr(value))  # a blend's weight
