@@ -133,7 +133,7 @@ class Blueprint:
 
     def forward_actions(self, num_microbatches: int) -> Lowered:
         """Per pp rank, the checked groups of an evaluation step."""
-        return _evaluation(self.placement, num_microbatches)
+        return forwards(self.placement, num_microbatches)
 
 
 @lru_cache(maxsize=2)  # a ramp passes each number once; neighbours never alternate
@@ -142,7 +142,8 @@ def _training(name: str, placement: Placement, num_microbatches: int) -> Lowered
 
 
 @lru_cache(maxsize=2)
-def _evaluation(placement: Placement, num_microbatches: int) -> Lowered:
+def forwards(placement: Placement, num_microbatches: int) -> Lowered:
+    """Per pp rank, the checked groups of forwards alone."""
     return _checked(forward_only_schedule(placement, num_microbatches), num_microbatches)
 
 

@@ -1,5 +1,6 @@
 """Using a trained model: sampling, KV cache and generation.
 
 Imports all above but engines, optim and planner; train and tools may import it.
-Begin with generate.py (prefill and decode), then sampling.py (pure functions of logits).
+Begin with generate.py (prefill and decode), then stages.py (one forward over tp and pp), cache.py,
+and sampling.py (pure functions of logits).
 """

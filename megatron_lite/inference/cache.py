@@ -1,37 +1,151 @@
-"""KV cache: the keys and values of every layer, stored after rotation."""
+"""Keys and values of every layer, for rows of many lengths in one batch.
+
+    whole text        token i of a row lies in slot i, its key turned by its position
+    start + recent    the first `start` tokens keep their slots, the others share a ring behind them:
+                      S S S | 7 8 5 6      keys lie unturned, each is turned by its place among those kept
+
+A forward begins with enter(): it says where the new tokens stand, and the layers find what they see.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from megatron_lite.layers.contexts import ForwardContext
+
 
 @dataclass(slots=True)
 class KeyValueCache:
-    """Grows by what each forward adds, up to `capacity` tokens; preallocated on first use."""
+    """Rows of up to `capacity` tokens; preallocated when a layer first comes.
 
+    start: tokens that stay for ever where text may be endless (arXiv:2309.17453); None: nothing is
+    ever left out, and a row ends with its capacity.  lengths: tokens that each row has seen.
+    """
+
+    rows: int
     capacity: int
-    length: int = 0
+    start: int | None = None
+    device: torch.device = torch.device("cpu")
+    lengths: list[int] = field(default_factory=list)
     _keys: dict[int, Tensor] = field(default_factory=dict)
     _values: dict[int, Tensor] = field(default_factory=dict)
 
-    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """k, v: [b, m, new, d] -> everything so far with the new part, [b, m, length + new, d]."""
-        new = k.shape[2]
+    def __post_init__(self) -> None:
+        self.lengths = self.lengths or [0] * self.rows
+        assert self.start is None or 0 <= self.start < self.capacity, (self.start, self.capacity)
+
+    def room(self, row: int) -> int:
+        """Tokens that the row can take in one forward: 0 where it is full, 1 where the ring turns."""
+        left = self.capacity - self.lengths[row]
+        return left if left > 0 else int(self.start is not None)
+
+    def free(self, row: int) -> None:
+        """Another text begins in this row."""
+        self.lengths[row] = 0
+
+    def enter(self, counts: Sequence[int], length: int | None = None) -> CacheEntry:
+        """The next forward brings so many tokens of each row, padded to a length, or to the most of them."""
+        assert all(n <= self.room(r) for r, n in enumerate(counts)), (counts, self.lengths)
+        entry = CacheEntry(self, tuple(self.lengths), tuple(counts), length or max(counts))
+        for row, count in enumerate(counts):
+            self.lengths[row] += count
+        return entry
+
+    def store(self, layer: int, k: Tensor, v: Tensor, slots: Tensor | slice) -> None:
+        """k, v: [b, m, new, d] into slots int64 [b, new], or the same stretch of all rows."""
         if layer not in self._keys:
-            shape = (*k.shape[:2], self.capacity, k.shape[3])
-            self._keys[layer], self._values[layer] = k.new_empty(shape), v.new_empty(shape)
-        end = self.length + new
-        self._keys[layer][:, :, self.length : end] = k
-        self._values[layer][:, :, self.length : end] = v
-        return self._keys[layer][:, :, :end], self._values[layer][:, :, :end]
+            # one slot more takes what is padding; zeros: a weight of 0 times no number is no number
+            shape = (*k.shape[:2], self.capacity + 1, k.shape[3])
+            self._keys[layer], self._values[layer] = k.new_zeros(shape), v.new_zeros(shape)
+        for held, new in ((self._keys[layer], k), (self._values[layer], v)):
+            if isinstance(slots, slice):
+                held[:, :, slots] = new
+            else:
+                place = slots[:, None, :, None].expand_as(new)
+                held.scatter_(2, place, new)
 
-    def advance(self, new: int) -> None:
-        """All layers have added `new` tokens."""
-        self.length += new
+    def held(self, layer: int, slots: int) -> tuple[Tensor, Tensor]:
+        """The first slots of all rows, [b, m, slots, d]."""
+        return self._keys[layer][:, :, :slots], self._values[layer][:, :, :slots]
 
-    def positions(self, new: int, device: torch.device) -> Tensor:
-        """int64 [new]: where the next tokens stand."""
-        return torch.arange(self.length, self.length + new, device=device)
+
+class CacheEntry:
+    """One forward of a cache's rows: where the new tokens stand and what they see.
+
+    positions: int64 [s] where all rows stand alike, else [s, b].
+    """
+
+    def __init__(
+        self, cache: KeyValueCache, before: tuple[int, ...], counts: tuple[int, ...], length: int
+    ) -> None:
+        self._cache, self._before, self._counts, self._length = cache, before, counts, length
+        self.unturned = cache.start is not None
+        self._after = [n + c for n, c in zip(before, counts, strict=True)]
+        self._slots_seen = max(min(max(self._after), cache.capacity), 1)
+        self._turns = max(self._after) > cache.capacity  # a ring, whose places are not in order
+        self._alike = len(set(before)) == 1 and set(counts) == {length} and not self._turns
+        if self._alike:
+            self.positions = torch.arange(before[0], self._after[0], device=cache.device)
+        else:
+            self.positions = self._numbers(lambda n: min(n, cache.capacity - 1), padding=0).t()
+
+    def _numbers(self, of: Callable[[int], int], *, padding: int) -> Tensor:
+        """int64 [b, s]: a number of each new token, which is told how many came before it."""
+        rows = [
+            [of(before + i) for i in range(count)] + [padding] * (self._length - count)
+            for before, count in zip(self._before, self._counts, strict=True)
+        ]
+        return torch.tensor(rows, device=self._cache.device)
+
+    @property
+    def context(self) -> ForwardContext:
+        """What the layers are called with."""
+        samples = torch.zeros(self._cache.rows, dtype=torch.int64, device=self._cache.device)
+        return ForwardContext(samples=samples, index=self.positions, cache=self)
+
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """k, v: [b, m, s, d] of the new tokens -> all that is held, [b, m, t, d]."""
+        if self._alike:
+            self._cache.store(layer, k, v, slice(self._before[0], self._after[0]))
+        else:
+            self._cache.store(layer, k, v, self._slots)
+        return self._cache.held(layer, self._slots_seen)
+
+    @cached_property
+    def _slots(self) -> Tensor:
+        """int64 [b, s]: where the new tokens lie, the same in all layers; padding lies behind all."""
+        return self._numbers(self._slot, padding=self._cache.capacity)
+
+    def _slot(self, token: int) -> int:
+        capacity, start = self._cache.capacity, self._cache.start or 0
+        return token if token < capacity else start + (token - start) % (capacity - start)
+
+    def key_positions(self) -> Tensor:
+        """int64 [t] where all rows stand alike, else [t, b]: the place of each slot among those kept."""
+        slots = torch.arange(self._slots_seen, device=self._cache.device)
+        if self._alike or not self._turns:
+            return slots
+        start, ring = self._cache.start or 0, self._cache.capacity - (self._cache.start or 0)
+        # the oldest of the ring, which has the first place, lies behind the newest
+        turned = torch.tensor(
+            [max(n - self._cache.capacity, 0) % ring for n in self._after], device=slots.device
+        )
+        places = start + (slots[:, None] - start - turned) % ring
+        return torch.where(slots[:, None] < start, slots[:, None], places)
+
+    def seen(self, window: int | None) -> Tensor | None:
+        """bool [b, 1, s, t]: which slots a new token sees; None: those up to its own, in order."""
+        if self._alike:
+            return None
+        keys, queries = self.key_positions(), self.positions
+        keys = (keys[:, None] if keys.dim() == 1 else keys).t()[
+            :, None, None, :
+        ]  # [1 or b, 1, 1, t]
+        queries = queries.t()[:, None, :, None]  # [b, 1, s, 1]
+        mask = keys <= queries
+        return mask if window is None else mask & (keys > queries - window)

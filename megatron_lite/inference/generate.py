@@ -1,19 +1,182 @@
-"""Prefill and decode: continuing token sequences with a decoder that holds the whole model."""
+"""Prefill and decode: continuing token sequences of any lengths, several at once.
+
+    waiting requests ─▶ a free row ─▶ the prompt in chunks ─▶ a token at a time ─▶ the row is free
+
+A row that ends makes place for the next request while the others continue.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from megatron_lite.inference.cache import KeyValueCache
-from megatron_lite.layers.contexts import ForwardContext
+from megatron_lite.inference.stages import CachedRows
 from megatron_lite.models.decoder import Decoder
+from megatron_lite.parallel.collectives import all_reduce
 
 Pick = Callable[[Tensor, Tensor], Tensor]
 """(logits fp32 [b, v], tokens so far int64 [b, t]) -> next tokens int64 [b]."""
+
+End = Literal["eod", "stop", "length", "positions"]
+"""Why nothing follows: the end-of-document token, the caller, the tokens asked for, the model's positions."""
+
+CHUNK = 512
+"""Tokens of a prompt that go in at once: the others' next tokens wait no longer than for these."""
+
+
+@dataclass(frozen=True, slots=True)
+class TextRequest:
+    """A prompt of at least one token, and how it continues.
+
+    ends: tokens after which nothing follows.  until: asked after each token, given all that were
+    generated, whether to stop; its answer must be the same on all ranks.
+    """
+
+    prompt: Sequence[int]
+    max_new_tokens: int
+    pick: Pick
+    ends: frozenset[int] = frozenset()
+    until: Callable[[Sequence[int]], bool] = lambda generated: False
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """A token that continues a request; None where it ends without one.  end: why it is the last."""
+
+    request: int
+    id: int | None
+    end: End | None
+
+
+@dataclass(slots=True)
+class GenerationSpeed:
+    """Tokens and seconds: of forwards in which a prompt goes in, and of those that only continue."""
+
+    prompt_tokens: int = 0
+    prompt_seconds: float = 0.0
+    new_tokens: int = 0
+    new_seconds: float = 0.0
+
+
+@dataclass(slots=True)
+class _Row:
+    """A request in flight; entering: tokens that have not gone in yet."""
+
+    request: int
+    asked: TextRequest
+    entering: list[int]
+    tokens: list[int]
+    generated: list[int] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class Generation:
+    """Requests that are continued in the rows of a batch.  Every rank of the model makes the same calls.
+
+    rows: at once.  keep: tokens of which a row keeps the keys and values, the first `start` of a
+    text and the latest others, so that it may be endless; 0 keeps all.
+    """
+
+    model: Decoder
+    rows: int = 1
+    chunk: int = CHUNK
+    keep: int = 0
+    start: int = 4
+    speed: GenerationSpeed = field(default_factory=GenerationSpeed)
+
+    def run(self, requests: Sequence[TextRequest]) -> Iterator[Token]:
+        """The tokens of all requests as they come, those of one in order."""
+        longest = [self._longest(asked) for asked in requests]
+        capacity = self.keep or max(longest, default=1)
+        waiting = deque(enumerate(requests))
+        places: list[_Row | None] = [None] * min(self.rows, len(requests))
+        start = self.start if self.keep else None
+        held = CachedRows(self.model, max(len(places), 1), capacity, start=start)
+        while waiting or any(places):
+            for number, row in enumerate(places):
+                if row is None and waiting:
+                    index, asked = waiting.popleft()
+                    # where positions end, the end of a prompt says more than its beginning
+                    prompt = list(asked.prompt)[-longest[index] :]
+                    held.free(number)
+                    places[number] = _Row(index, asked, list(prompt), list(prompt))
+            yield from self._step(held, places, longest)
+
+    def _step(
+        self, held: CachedRows, places: list[_Row | None], longest: Sequence[int]
+    ) -> Iterator[Token]:
+        """One forward, in which each row takes what is entering, and the tokens that come of it."""
+        began = time.perf_counter()
+        new: list[list[int]] = []
+        for number, row in enumerate(places):
+            takes = 0 if row is None else min(self.chunk, held.room(number), len(row.entering))
+            new.append([] if row is None else row.entering[:takes])
+        logits = held.forward(new)
+        entered = sum(map(len, new))
+        prefills = any(row is not None and not row.generated for row in places)
+        ready = []
+        for number, row in enumerate(places):
+            if row is not None:
+                del row.entering[: len(new[number])]
+                if not row.entering:
+                    ready.append((number, row))
+        chosen = self._chosen(held, logits, ready)
+        if prefills:
+            self.speed.prompt_tokens += entered
+            self.speed.prompt_seconds += time.perf_counter() - began
+        else:
+            self.speed.new_tokens += len(ready)
+            self.speed.new_seconds += time.perf_counter() - began
+        for (number, row), token in zip(ready, chosen, strict=True):
+            result = self._taken(row, token, full=len(row.tokens) >= longest[row.request])
+            if result.end is not None:
+                places[number] = None
+            yield result
+
+    def _chosen(
+        self, held: CachedRows, logits: Tensor | None, ready: Sequence[tuple[int, _Row]]
+    ) -> list[int]:
+        """The next token of each row that is ready, on every rank."""
+        device = held.ctx.device
+        chosen = torch.zeros(len(ready), dtype=torch.int64, device=device)
+        if logits is not None:
+            for place, (number, row) in enumerate(ready):
+                tokens = torch.tensor([row.tokens], device=device)
+                chosen[place] = row.asked.pick(logits[number : number + 1], tokens)[0]
+        if ready:
+            all_reduce(chosen, held.ctx.pp)  # zeros on the stages before the last
+        found: list[int] = chosen.tolist()  # waits for the device
+        return found
+
+    def _taken(self, row: _Row, token: int, *, full: bool) -> Token:
+        """The row continues with a token, or ends.  full: it has no position behind those it has."""
+        if token in row.asked.ends:
+            return Token(row.request, None, "eod")
+        row.generated.append(token)
+        row.tokens.append(token)
+        row.entering = [token]
+        end: End | None = None
+        if row.asked.until(row.generated):
+            end = "stop"
+        elif len(row.generated) >= row.asked.max_new_tokens:
+            end = "length"
+        elif full:
+            end = "positions"
+        return Token(row.request, token, end)
+
+    def _longest(self, asked: TextRequest) -> int:
+        """Tokens of prompt and continuation that the model has positions for."""
+        assert asked.prompt, "a prompt has at least one token (the end-of-document token, say)"
+        config = self.model.context.model
+        wanted = len(asked.prompt) + asked.max_new_tokens
+        learned = config.position_embedding_type == "learned_absolute"
+        return min(wanted, config.num_positions) if learned else wanted
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +187,6 @@ class Continuation:
     ended: bool
 
 
-@torch.no_grad()
 def generate(
     model: Decoder, prompt: Sequence[int], *, max_new_tokens: int, pick: Pick, eod: int | None
 ) -> Continuation:
@@ -32,41 +194,9 @@ def generate(
 
     Stops at eod, after max_new_tokens, or where the position table ends.
     """
-    assert prompt, "a prompt has at least one token (the end-of-document token, say)"
-    context = model.context
-    device = context.ctx.device
-    longest = _longest(model, len(prompt) + max_new_tokens)
-    cache = KeyValueCache(longest)
-    tokens = torch.tensor([list(prompt)[-longest:]], device=device)
-    logits = _forward(model, tokens, cache)
-    generated: list[int] = []
-    while len(generated) < max_new_tokens:
-        chosen = pick(logits, tokens)
-        tokens = torch.cat((tokens, chosen[:, None]), dim=1)
-        number = int(chosen[0])  # waits for the device
-        if number == eod:
-            return Continuation(generated, True)
-        generated.append(number)
-        if cache.length == longest:
-            break
-        logits = _forward(model, chosen[:, None], cache)
-    return Continuation(generated, False)
-
-
-def _longest(model: Decoder, wanted: int) -> int:
-    config = model.context.model
-    learned = config.position_embedding_type == "learned_absolute"
-    return min(wanted, config.num_positions) if learned else wanted
-
-
-def _forward(model: Decoder, new: Tensor, cache: KeyValueCache) -> Tensor:
-    """new: int64 [b, t] -> logits of the real vocabulary after the last one, fp32 [b, v]."""
-    count = new.shape[1]
-    at = ForwardContext(
-        samples=torch.zeros(new.shape[0], dtype=torch.int64, device=new.device),
-        index=cache.positions(count, new.device),
-        cache=cache,
-    )
-    logits = model(new.t(), at)[-1]
-    cache.advance(count)
-    return logits[:, : model.context.vocab_size].float()
+    ends = frozenset(() if eod is None else (eod,))
+    ids, ended = [], False
+    for token in Generation(model).run([TextRequest(prompt, max_new_tokens, pick, ends)]):
+        ids += [] if token.id is None else [token.id]
+        ended = token.end == "eod"
+    return Continuation(ids, ended)

@@ -19,6 +19,7 @@ from typing import Protocol
 import torch
 
 from megatron_lite.blueprint.batches import padded_vocab_size
+from megatron_lite.blueprint.stages import cut_stages
 from megatron_lite.checkpoint.choice import iterations, names_in
 from megatron_lite.checkpoint.description import saved_model, saved_section
 from megatron_lite.checkpoint.huggingface.folder import (
@@ -30,7 +31,13 @@ from megatron_lite.checkpoint.huggingface.folder import (
 from megatron_lite.checkpoint.manifest import NAME, TOKENIZER, Manifest
 from megatron_lite.checkpoint.store import Store
 from megatron_lite.checkpoint.tensor_file import TORCH_DTYPES
-from megatron_lite.config.errors import CheckpointError, ConfigError, DataError, NumericsError
+from megatron_lite.config.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    NumericsError,
+    all_together,
+)
 from megatron_lite.config.sections.data import DataConfig
 from megatron_lite.config.sections.model import ModelConfig
 from megatron_lite.config.sections.precision import PrecisionConfig
@@ -224,7 +231,7 @@ def load_model(
 ) -> LoadedModel:
     """The model of a run folder, of one iter_N folder of it, or of a folder of Hugging Face's.
 
-    ctx: whose tp ranks share each matrix, this process on a CPU by default.  step: that iteration
+    ctx: whose tp and pp ranks share the model, this process on a CPU by default.  step: that iteration
     of a run, the newest by default.  dtype: a key of PRECISIONS, by default the format in which the
     folder holds its weights.  Raises CheckpointError for what is no such folder or damaged.
     """
@@ -303,16 +310,17 @@ def _with_files(data: DataConfig, vocab_file: str | None, merge_file: str | None
 def build_model(
     source: ModelSource, ctx: ParallelContext, *, dtype: torch.dtype | None = None
 ) -> Decoder:
-    """The whole model, its weights read from the source in that format, or in the source's own.
+    """This rank's stage of a model, all of it where there is no pipeline, in that format, or the source's own.
 
-    Peak: the model, and one tensor of a file.  The ranks of ctx.tp share each matrix; there is no
-    pipeline.  Raises NumericsError for a value that is not finite.
+    Peak: the stage, and one tensor of a file.  The ranks of ctx.tp share each matrix, those of ctx.pp
+    the layers.  Raises NumericsError for a value that is not finite.
     """
-    assert ctx.pp.size == 1, ctx.pp
     if dtype not in (None, *PRECISIONS):
         raise ConfigError(f"{dtype}: a model computes in {', '.join(map(str, PRECISIONS))}")
     config = source.config
     assert config.vocab_size is not None
+    require_layout(config, ctx.tp.size, ctx.pp.size)
+    placed = cut_stages(_even_counts(config.num_layers, ctx.pp.size))[ctx.pp.rank]
     stage = StageContext(
         config,
         ctx,
@@ -323,7 +331,9 @@ def build_model(
         # formats in which nothing computes (fp64) are rounded
         precision=PRECISIONS.get(dtype or source.dtype, PRECISIONS[torch.float32]),
     )
-    model = Decoder(stage, range(config.num_layers), has_embedding=True, has_head=True)
+    model = Decoder(
+        stage, placed.layers, has_embedding=placed.has_embedding, has_head=placed.has_head
+    )
     slices = list(weight_slices(local_parameters(model), ctx, owned=False))
     source.fill(slices)
     for piece in slices:
@@ -334,3 +344,30 @@ def build_model(
                 "or an older checkpoint with --ckpt-step"
             )
     return model.eval()
+
+
+def require_layout(config: ModelConfig, tp: int, pp: int) -> None:
+    """ConfigError where the model's heads and layers cannot be shared by so many ranks."""
+    problems = [
+        f"{what} {number} cannot be split over --tensor-model-parallel-size {tp}: choose a divisor"
+        for what, number in (
+            ("attention heads", config.num_attention_heads),
+            ("key and value heads", config.num_kv_heads),
+            ("feed-forward features", config.ffn_size),
+        )
+        if number % tp
+    ]
+    if pp > config.num_layers:
+        problems.append(
+            f"--pipeline-model-parallel-size {pp}: the model has {config.num_layers} layers, and "
+            "every stage wants one"
+        )
+    if problems:
+        raise all_together(problems, "with the layout")
+
+
+def _even_counts(layers: int, stages: int) -> list[int]:
+    """Layers of each stage; those in the middle take what is over, as the ends have the vocabulary."""
+    whole, over = divmod(layers, stages)
+    first = (stages - over) // 2
+    return [whole + (first <= stage < first + over) for stage in range(stages)]

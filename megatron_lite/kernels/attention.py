@@ -19,6 +19,7 @@ class AttentionCall:
     seed: one generator state for the kernels that draw their own mask.
     segments: tokens of one segment alone see one another, on top of the causal mask; s = t then.
     window: tokens that one sees, itself included, on top of the causal mask; None for all before it.
+    seen: bool [b, 1, s, t] in place of all these: rows of a cache that stand at unequal lengths.
     layer_scale: query-key layer scaling: scores are divided by it before and multiplied after.
     """
 
@@ -30,9 +31,12 @@ class AttentionCall:
     softmax_in_fp32: bool = True
     segments: Segments | None = None
     window: int | None = None
+    seen: Tensor | None = None
 
     def allowed(self, queries: int, keys: int, device: torch.device) -> Tensor:
         """bool [.., s, t]: where a query may see a key; the last query is the last key."""
+        if self.seen is not None:
+            return self.seen
         if self.segments is not None:
             return self._near(self.segments.allowed)
         whole = torch.ones(queries, keys, dtype=torch.bool, device=device)

@@ -137,7 +137,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Tensor:
     if call.layer_scale != 1.0:
         scores = scores * call.layer_scale
     s, t = scores.shape[-2:]
-    if call.segments is not None or call.window is not None:
+    if call.segments is not None or call.window is not None or call.seen is not None:
         scores = torch.where(call.allowed(s, t, q.device), scores, float("-inf"))
     else:
         future = torch.ones(s, t, dtype=torch.bool, device=q.device).triu(t - s + 1)

@@ -22,6 +22,7 @@ class Need:
     storage: the number format of a linear layer's weight, where it is not dtype.
     capability: of the GPU, (9, 0) for sm90; None on a CPU.  In a rehearsal the device is meta, and this
     is of the GPU that it stands for.
+    seen: the rows of a cache stand at unequal lengths: a mask says what each sees.
     length, head_size: tokens of a row, and features of a head, where they are known.
     backend: --attention-backend.
     """
@@ -32,6 +33,7 @@ class Need:
     layer_scaling: bool = False
     segments: bool = False
     window: bool = False
+    seen: bool = False
     compile: bool = False
     storage: torch.dtype | None = None
     capability: tuple[int, int] | None = None
@@ -85,6 +87,8 @@ def _on_a_gpu(need: Need) -> str | None:
         return "needs a GPU"
     if need.dtype not in (torch.float16, torch.bfloat16):
         return f"needs fp16 or bf16, not {need.dtype}"
+    if need.seen:
+        return "takes no mask"
     return "has no layer scaling" if need.layer_scaling else None
 
 

@@ -47,7 +47,8 @@ _KERNELS = {
 def _asked(q: Tensor, k: Tensor, call: AttentionCall) -> dict[str, Any]:
     s, t = q.shape[-2], k.shape[-2]
     mask, causal = None, s == t
-    if call.segments is not None or (call.window is not None and call.window < t):
+    narrow = call.window is not None and call.window < t
+    if call.segments is not None or call.seen is not None or narrow:
         mask, causal = call.allowed(s, t, q.device), False
     elif s != t and s > 1:
         # torch aligns is_causal top left; a cached prefix needs bottom right

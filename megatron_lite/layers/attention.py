@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -10,11 +11,11 @@ from torch import Tensor, nn
 from megatron_lite.blueprint.figure.parts import Core, Matrix, Norm
 from megatron_lite.kernels.attention import AttentionCall
 from megatron_lite.kernels.random import feature_bits, keep_mask, key, token_numbers
-from megatron_lite.kernels.reference import split_rotate
+from megatron_lite.kernels.reference import rotate, split_rotate
 from megatron_lite.kernels.segments import Segments
 from megatron_lite.kernels.table import PREFERENCES, Choice, Need, choose
 from megatron_lite.kernels.vendor import sdpa_kernel
-from megatron_lite.layers.contexts import ForwardContext, StageContext, StepDropout
+from megatron_lite.layers.contexts import ForwardContext, LayerCache, StageContext, StepDropout
 from megatron_lite.layers.dropout import key_index
 from megatron_lite.layers.linear import ColumnParallelLinear, RowParallelLinear
 from megatron_lite.layers.norm import NormLayer
@@ -22,7 +23,9 @@ from megatron_lite.layers.recompute import recomputed_part
 from megatron_lite.layers.rotary import rotary_tables
 
 
-def attention_need(context: StageContext, *, training: bool, segments: bool = False) -> Need:
+def attention_need(
+    context: StageContext, *, training: bool, segments: bool = False, seen: bool = False
+) -> Need:
     """What an attention kernel must cope with here; with dropout only while training."""
     model, precision = context.model, context.precision
     backend = "unfused" if not precision.masked_softmax_fusion else precision.attention_backend
@@ -31,14 +34,16 @@ def attention_need(context: StageContext, *, training: bool, segments: bool = Fa
         dropout=model.attention_dropout if training else 0.0,
         layer_scaling=model.apply_query_key_layer_scaling,
         window=any(core.window for core in context.figure.layers[0].of(Core)),
-        segments=segments, length=model.seq_length, head_size=model.head_size, backend=backend,
+        segments=segments, seen=seen, length=model.seq_length, head_size=model.head_size, backend=backend,
     )  # fmt: skip
 
 
-def choose_attention(context: StageContext, *, training: bool, segments: bool = False) -> Choice:
+def choose_attention(
+    context: StageContext, *, training: bool, segments: bool = False, seen: bool = False
+) -> Choice:
     """The attention kernel for this context."""
     model = context.model
-    need = attention_need(context, training=training, segments=segments)
+    need = attention_need(context, training=training, segments=segments, seen=seen)
     choice = choose("attention", need, PREFERENCES[need.backend])
     if model.attention_softmax_in_fp32 or choice.implementation.name == "reference":
         return choice
@@ -68,6 +73,11 @@ def attention_line(context: StageContext, micro_batch_size: int, *, segments: bo
     return f"{choice.why} ({sdpa_kernel(q, k, v, call)})"
 
 
+def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x: [b, n, s, d] -> the same, turned as rotate does."""
+    return rotate(x.permute(2, 0, 1, 3), cos, sin).permute(1, 2, 0, 3)
+
+
 class SelfAttention(nn.Module):
     """Causal self-attention of block `layer`; n/tp query heads, m/tp key and value heads here.
 
@@ -95,36 +105,62 @@ class SelfAttention(nn.Module):
             for training in (False, True)
             for apart in (False, True)
         }
+        self.ragged = choose_attention(context, training=False, seen=True).run
 
     def forward(self, x: Tensor, at: ForwardContext) -> Tensor:
         """x: [s/tp, b, h] with sequence parallelism, else [s, b, h] -> the same, without output.late_bias."""
         fused = self.qkv(x)  # [s, b, (n + 2m)d/tp]
         q, k, v = self._split(fused, at)  # [b, n/tp, s, d]
-        if at.cache is not None:
-            k, v = at.cache.extend(self.layer, k, v)  # type: ignore[attr-defined]
         run = self.kernels[at.dropout is not None, at.segments is not None]
-        call = self._call(at, q.shape[2], k.shape[2])
+        seen = None
+        if at.cache is not None:
+            k, v, seen = self._remembered(at, at.cache, k, v)
+            run = run if seen is None else self.ragged
+        call = self._call(at, q.shape[2], k.shape[2], seen)
         y = recomputed_part(self.context.recompute, "core_attn", run, q, k, v, call)
         return self.output(y.permute(2, 0, 1, 3).flatten(2))
 
     def _split(self, fused: Tensor, at: ForwardContext) -> tuple[Tensor, Tensor, Tensor]:
         """fused: [s, b, (n + 2m)d/tp] -> q [b, n/tp, s, d] and k, v [b, m/tp, s, d], normed and turned."""
-        rotated, model = self.core.rotated, self.context.model
-        angles = None
-        if rotated:
-            of = ("angles", rotated, model)
-            angles = at.once(of, lambda: rotary_tables(rotated, model, at.encoded))
-        if not self.normed:
+        angles = self._angles(at, "angles", lambda: at.encoded)
+        later = angles is not None and at.cache is not None and at.cache.unturned
+        if not self.normed and not later:
             return self.split_rotate(fused, self.heads, self.kv_heads, angles)  # type: ignore[no-any-return]
         q, k, v = self.split_rotate(fused, self.heads, self.kv_heads, None)
-        # in the order of memory, in which attention then leaves its output for the next product
-        q, k = (
-            norm(x.permute(2, 0, 1, 3)).permute(1, 2, 0, 3)
-            for norm, x in ((self.q_norm, q), (self.k_norm, k))
-        )
-        return (*(self.rotate_heads(q, k, *angles) if angles else (q, k)), v)
+        if self.normed:
+            # in the order of memory, in which attention then leaves its output for the next product
+            q, k = (
+                norm(x.permute(2, 0, 1, 3)).permute(1, 2, 0, 3)
+                for norm, x in ((self.q_norm, q), (self.k_norm, k))
+            )
+        if angles is None:
+            return q, k, v
+        return (_turned(q, *angles), k, v) if later else (*self.rotate_heads(q, k, *angles), v)
 
-    def _call(self, at: ForwardContext, queries: int, keys: int) -> AttentionCall:
+    def _angles(
+        self, at: ForwardContext, name: str, positions: Callable[[], Tensor]
+    ) -> tuple[Tensor, Tensor] | None:
+        """cos and sin of positions, made once for all layers; None where positions are not rotary."""
+        rotated, model = self.core.rotated, self.context.model
+        if not rotated:
+            return None
+        of = (name, rotated, model)
+        return at.once(of, lambda: rotary_tables(rotated, model, positions()))
+
+    def _remembered(
+        self, at: ForwardContext, cache: LayerCache, k: Tensor, v: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """k and v of all that the cache holds, [b, m/tp, t, d], and what is seen of it: see AttentionCall."""
+        k, v = cache.extend(self.layer, k, v)
+        angles = self._angles(at, "key angles", cache.key_positions) if cache.unturned else None
+        if angles is not None:
+            k = _turned(k, *angles)
+        window = self.core.window
+        return k, v, at.once(("seen", window), lambda: cache.seen(window))
+
+    def _call(
+        self, at: ForwardContext, queries: int, keys: int, seen: Tensor | None
+    ) -> AttentionCall:
         model, context = self.context.model, self.context
         dropout = at.dropout if model.attention_dropout > 0.0 else None
         rate = 0.0 if dropout is None else model.attention_dropout
@@ -151,6 +187,7 @@ class SelfAttention(nn.Module):
             softmax_in_fp32=model.attention_softmax_in_fp32,
             segments=at.segments,
             window=self.core.window,
+            seen=seen,
         )
 
     def _seed(self, dropout: StepDropout, first_sample: int, first_head: int) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -115,6 +115,27 @@ class StepDropout(NamedTuple):
     features: Tensor
 
 
+class LayerCache(Protocol):
+    """Keys and values of what came before, for one forward that continues it.
+
+    unturned: they are held before they are turned by rotary positions.
+    """
+
+    unturned: bool
+
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """k, v: [b, m, s, d] of the new tokens -> all that is held, [b, m, t, d]."""
+        ...
+
+    def key_positions(self) -> Tensor:
+        """int64 [t] or [t, b]: by what each key that is held unturned is turned."""
+        ...
+
+    def seen(self, window: int | None) -> Tensor | None:
+        """bool [b, 1, s, t]: what a new token sees; None: all up to itself, or as far back as the window."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class ForwardContext:
     """What a forward of one micro batch needs besides activations; every stage has it.
@@ -131,7 +152,7 @@ class ForwardContext:
     first_sample: int = 0
     dropout: StepDropout | None = None
     segments: Segments | None = None
-    cache: object | None = None
+    cache: LayerCache | None = None
     restarted: Tensor | None = None
     _made: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False)
 

@@ -44,7 +44,7 @@ ONE_READER: Mapping[str, tuple[str, ...]] = {
     "make_vocab_size_divisible_by": (
         "megatron_lite/blueprint/draw_up.py",
         "megatron_lite/blueprint/plan.py",  # says it
-        "megatron_lite/inference/model.py",  # a checkpoint's model, on one rank
+        "megatron_lite/inference/model.py",  # a checkpoint's model, without a run
     ),
 }
 """A field of a config -> the files outside config/ that read it; others ask those."""

@@ -1,0 +1,109 @@
+"""One forward of rows of a batch through every stage of a pipeline, for the logits behind each row.
+
+rows      0 1 | 2 3        as many groups as there are stages, so that all of them have work:
+groups     0  |  1         a group is a micro batch with a cache of its own, in which each stage
+                           keeps the layers it has
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from megatron_lite.blueprint.draw_up import forwards
+from megatron_lite.blueprint.stages import round_robin
+from megatron_lite.inference.cache import KeyValueCache
+from megatron_lite.layers.outputs import Outputs
+from megatron_lite.models.decoder import Decoder
+from megatron_lite.parallel.collectives import all_gather
+from megatron_lite.pipeline.executor import Executor
+from megatron_lite.pipeline.mail import Mail
+from megatron_lite.pipeline.stage import MicroBatch, Scored, Stage
+
+
+class CachedRows:
+    """Rows of a batch that continue by some tokens at a time, over tp and pp.
+
+    Collective over the ranks of the model: each makes the same calls.  rows: at once; capacity,
+    start: see KeyValueCache.
+    """
+
+    def __init__(
+        self, model: Decoder, rows: int, capacity: int, *, start: int | None = None
+    ) -> None:
+        context = model.context
+        self.model, self.ctx, self.rows = model, context.ctx, rows
+        pp = self.ctx.pp
+        self._group = -(-rows // pp.size)
+        self._caches = [
+            KeyValueCache(self._group, capacity, start, context.ctx.device)
+            for _ in range(-(-rows // self._group))
+        ]
+        placement = round_robin(pp.size)
+        stage = Stage(
+            index=pp.rank, module=model, is_first=model.has_embedding, is_last=model.has_head,
+            score=self._note, gradients=context.gradients,
+        )  # fmt: skip
+        self._actions = forwards(placement, len(self._caches))[pp.rank]
+        self._executor = Executor({pp.rank: stage}, Mail(pp, placement), _no_backward)
+        self._noted: list[Tensor] = []
+
+    @property
+    def gives_logits(self) -> bool:
+        """Whether this rank holds the head."""
+        return self.model.has_head
+
+    def room(self, row: int) -> int:
+        """Tokens that the row can take in one forward."""
+        return self._caches[row // self._group].room(row % self._group)
+
+    def length(self, row: int) -> int:
+        """Tokens that the row has seen."""
+        return self._caches[row // self._group].lengths[row % self._group]
+
+    def free(self, row: int) -> None:
+        """Another text begins in this row."""
+        self._caches[row // self._group].free(row % self._group)
+
+    @torch.no_grad()
+    def forward(self, new: Sequence[Sequence[int]]) -> Tensor | None:
+        """The next tokens of each row, some of them none -> fp32 logits [rows, v] after the last of each.
+
+        None on a stage without the head; of a row without new tokens they mean nothing.
+        """
+        size, most = self._group, max(map(len, new))
+        padded = [list(row) + [0] * (most - len(row)) for row in new]
+        padded += [[0] * most] * (size * len(self._caches) - len(padded))
+        tokens = torch.tensor(padded, device=self.ctx.device).t()  # [s, rows]
+        counts = [len(row) for row in new] + [0] * (tokens.shape[1] - len(new))
+        last = torch.tensor([max(n - 1, 0) for n in counts], device=self.ctx.device)
+        batches = []
+        for group, cache in enumerate(self._caches):
+            mine = slice(group * size, group * size + size)
+            here = tokens[:, mine]
+            # who scores is told which token is asked for in the labels' place
+            entry = cache.enter(counts[mine], most)
+            batches.append(MicroBatch(here, last[mine], last[mine], entry.context))
+        hidden = self.model.context.model.hidden_size
+        self._executor.mail.expect((most, size, hidden), self.model.context.dtype, self.ctx.device)
+        self._executor.run(self._actions, batches, None)
+        noted, self._noted = self._noted, []
+        return torch.cat(noted)[: self.rows] if noted else None
+
+    def _note(self, outputs: Outputs, batch: MicroBatch) -> Scored:
+        """Outputs of [s, b, h]: only those of each row's last token are multiplied with the head."""
+        context = self.model.context
+        index = batch.labels[None, :, None].expand(1, -1, outputs.x.shape[-1])
+        asked = dataclasses.replace(outputs, x=outputs.x.gather(0, index))
+        logits = asked.logits()[0]  # [b, v/tp]
+        whole = all_gather(logits.t().contiguous(), context.tp).t()
+        self._noted.append(whole[:, : context.vocab_size].float())
+        zero = outputs.x.new_zeros(())
+        return Scored(zero, zero)
+
+
+def _no_backward(stage: int, left: Sequence[Tensor] | None) -> None:
+    raise AssertionError(f"stage {stage} has no backward here")
