@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 from megatron_lite.blueprint.batches import BatchSchedule, batch_schedule, padded_vocab_size
-from megatron_lite.blueprint.figure.parts import Figure, Format, Tensor
+from megatron_lite.blueprint.figure.parts import Figure, Tensor
 from megatron_lite.blueprint.figure.transformer import figure_of
 from megatron_lite.blueprint.flops import flops_per_token
 from megatron_lite.blueprint.grid import RankGrid
+from megatron_lite.blueprint.holdings import Holding, holding
 from megatron_lite.blueprint.length import Length, run_length
-from megatron_lite.blueprint.optimizers import State, check_states, state_bytes, treatment
-from megatron_lite.blueprint.parameters import (
-    ParamSpec,
-    held_by,
-    rank_size,
-    table_of,
-    total_size,
-)
+from megatron_lite.blueprint.optimizers import State, check_states, treatment
+from megatron_lite.blueprint.parameters import ParamSpec, table_of, total_size
 from megatron_lite.blueprint.schedules import SCHEDULES
 from megatron_lite.blueprint.schedules.actions import Lowered, Schedule
 from megatron_lite.blueprint.schedules.check import check_schedule
@@ -37,7 +32,7 @@ from megatron_lite.config.sections.train import TrainConfig
 GPT2_VOCABULARY = 50257
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Blueprint:
     """Everything that follows from a RunConfig and a world size, the same on every rank.
 
@@ -96,32 +91,25 @@ class Blueprint:
         """Parameters of the model, padding included, tied ones once."""
         return total_size(self.parameters)
 
-    def rank_parameters(self, pp_rank: int) -> int:
-        """Parameters in the memory of one rank (any tp and dp) of a pp rank."""
-        return rank_size(self.parameters, self._held(pp_rank), self.grid.tp)
+    def held(self, pp_rank: int) -> Holding:
+        """What one rank (any tp and dp) of a pp rank holds."""
+        return self._holdings[pp_rank]
 
-    def rank_formats(self, pp_rank: int) -> dict[Format | None, int]:
-        """The same by the number format they are stored in; None: the run's."""
-        found: dict[Format | None, int] = {}
-        for spec in held_by(self.parameters, self._held(pp_rank)):
-            kind = spec.tensor.storage
-            found[kind] = found.get(kind, 0) + spec.local_size(self.grid.tp)
-        return found
-
-    def rank_state_bytes(self, pp_rank: int) -> int:
-        """Of optimizer state, masters apart, of all that a rank (any tp) of a pp rank holds.
-
-        Where ranks of dp share it, together.
-        """
-        held = held_by(self.parameters, self._held(pp_rank))
-        return sum(state_bytes(self.optim, spec.tensor, self.grid.tp) for spec in held)
+    @cached_property
+    def _holdings(self) -> tuple[Holding, ...]:
+        return tuple(
+            holding(
+                self.parameters,
+                {stage.index for stage in self.stages_of(pp_rank)},
+                tp=self.grid.tp,
+                optim=self.optim,
+            )
+            for pp_rank in range(self.grid.pp)
+        )
 
     def states(self, tensor: Tensor) -> tuple[State, ...]:
         """What the optimizer keeps of a canonical tensor, its fp32 master apart."""
         return treatment(self.optim, tensor).states
-
-    def _held(self, pp_rank: int) -> list[int]:
-        return [stage.index for stage in self.stages_of(pp_rank)]
 
     def compute(self, num_microbatches: int) -> Schedule:
         """The training schedule before lowering, to simulate or draw."""

@@ -95,9 +95,9 @@ def treatment(optim: OptimConfig, tensor: Tensor) -> Treatment:
     return how
 
 
-def state_bytes(optim: OptimConfig, tensor: Tensor, tp: int) -> int:
-    """What all states of a tensor take on one of so many tp ranks."""
-    local, states = tensor.local(tp), treatment(optim, tensor).states
+def state_bytes(optim: OptimConfig, tensor: Tensor, local: Sequence[int]) -> int:
+    """What all states of a tensor take where it has these local sizes."""
+    states = treatment(optim, tensor).states
     return sum(math.prod(state.of(local)) * FORMAT_BYTES[state.storage] for state in states)
 
 

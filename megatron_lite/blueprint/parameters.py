@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from megatron_lite.blueprint.figure.heads import VOCABULARY
 from megatron_lite.blueprint.figure.parts import Figure, Tensor
@@ -61,10 +62,11 @@ def parameter_table(
     head: str = VOCABULARY,
 ) -> tuple[ParamSpec, ...]:
     """All parameters, stage by stage in the modules' order; head: a row of HEADS."""
-    return table_of(figure_of(model, padded_vocab_size, head), stages)
+    return table_of(figure_of(model, padded_vocab_size, head), tuple(stages))
 
 
-def table_of(figure: Figure, stages: Sequence[StageLayers]) -> tuple[ParamSpec, ...]:
+@lru_cache(maxsize=8)  # a search asks for the same table once per micro batch size
+def table_of(figure: Figure, stages: tuple[StageLayers, ...]) -> tuple[ParamSpec, ...]:
     """The same of any figure."""
     return tuple(spec for stage in stages for spec in _stage_parameters(figure, stage))
 
@@ -72,20 +74,6 @@ def table_of(figure: Figure, stages: Sequence[StageLayers]) -> tuple[ParamSpec, 
 def total_size(table: Iterable[ParamSpec]) -> int:
     """Parameters of the model, padding included, each counted once."""
     return sum(spec.size for spec in table if not spec.replica)
-
-
-def rank_size(table: Iterable[ParamSpec], held_stages: Iterable[int], tp: int) -> int:
-    """Parameters one rank keeps in memory: its tp share of the stages it holds, replicas included.
-
-    A rank that holds the first and the last stage shares one tied embedding between them.
-    """
-    return sum(spec.local_size(tp) for spec in held_by(table, held_stages))
-
-
-def held_by(table: Iterable[ParamSpec], held_stages: Iterable[int]) -> Iterable[ParamSpec]:
-    """What a rank of these stages holds, each tensor once."""
-    held = set(held_stages)
-    return {spec.name: spec for spec in table if spec.stage in held}.values()
 
 
 def stage_tensors(figure: Figure, stage: StageLayers) -> Iterator[Tensor]:

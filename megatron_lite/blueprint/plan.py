@@ -57,7 +57,7 @@ def _parameters(blueprint: Blueprint) -> Iterator[str]:
     yield f"{blueprint.num_parameters:,} in all"
     for pp_rank in range(blueprint.grid.pp):
         stages = "; ".join(_stage(stage) for stage in blueprint.stages_of(pp_rank))
-        yield f"{blueprint.rank_parameters(pp_rank):,} per rank of pp {pp_rank}: {stages}"
+        yield f"{blueprint.held(pp_rank).parameters:,} per rank of pp {pp_rank}: {stages}"
 
 
 def _stage(stage: StageLayers) -> str:

@@ -187,25 +187,20 @@ def _rank_memory(
     pp_rank: int,
 ) -> RankMemory:
     model, stages = blueprint.model, blueprint.stages_of(pp_rank)
-    parameters = blueprint.rank_parameters(pp_rank)
+    owned = blueprint.held(pp_rank)
     stream = layer_input_bytes(model, asked)
     held, waiting = {}, stage_waiting(blueprint, asked, pp_rank)
     for stage in stages:
         of_stage = [items[layer] for layer in stage.layers]
         blocks = stage_bytes(
             of_stage, asked.parallel, layer_input=stream, shared=_mask_bytes(model, asked),
-            tables=rotary_bytes((blueprint.figure.layers[layer] for layer in stage.layers), model),
+            tables=rotary_bytes(blueprint.figure.kinds(stage.layers), model),
         )  # fmt: skip
         held[stage.index] = _held(blueprint, asked, stage, blocks, waiting[stage.index])
     worst = _worst(schedule, pp_rank, held)
-    kinds = static_bytes(
-        blueprint.rank_formats(pp_rank),
-        blueprint.rank_state_bytes(pp_rank),
-        asked,
-        blueprint.replicas,
-    )
+    kinds = static_bytes(owned.formats, owned.state_bytes, asked, blueprint.replicas)
     messages = 4 * stream if blueprint.grid.pp > 1 else 0.0
-    reducing, gathering = _data_parallel_buffers(blueprint, asked, parameters)
+    reducing, gathering = _data_parallel_buffers(blueprint, asked, owned.parameters)
     working = worst.activations + worst.recomputed + worst.logits + worst.workspace
     if max(reducing, gathering) > working + messages:
         # when the last gradients are reduced, or parameters gathered, activations are gone
@@ -219,7 +214,7 @@ def _rank_memory(
     kinds["context"] = CONTEXT_BYTES if asked.on_gpu else 0.0
     kinds["fragmentation"] = FRAGMENTATION * sum(kinds.values()) if asked.on_gpu else 0.0
     layers = tuple(n for stage in stages for n in stage.layers)
-    return RankMemory(pp_rank, kinds, parameters, layers, worst.live)
+    return RankMemory(pp_rank, kinds, owned.parameters, layers, worst.live)
 
 
 @dataclass(frozen=True, slots=True)
@@ -262,7 +257,7 @@ def _held(
     kept, stream = blocks.kept, layer_input_bytes(model, asked)
     workspace = blocks.backward
     workspace += _passing(asked) * max(
-        (largest_matrix(blueprint.figure.layers[layer], tp) for layer in stage.layers), default=0.0
+        (largest_matrix(layer, tp) for layer in blueprint.figure.kinds(stage.layers)), default=0.0
     )
     masked = model.hidden_dropout > 0.0 and not asked.precision.compiles(on_gpu=asked.on_gpu)
     if stage.has_embedding and masked:

@@ -49,7 +49,7 @@ def sent_bytes(
         "pp": num_microbatches * _messages(blueprint, stages) * layer_input_bytes(
             blueprint.model, asked
         ),
-        "dp": _ring(blueprint.replicas) * blueprint.rank_parameters(at.pp) * (
+        "dp": _ring(blueprint.replicas) * blueprint.held(at.pp).parameters * (
             wide + (element_bytes(asked.precision) if shared > 1 else wide)
         ),
         "tied": tied * wide,  # both ends hold it: two passes of a half

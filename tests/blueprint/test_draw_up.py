@@ -62,7 +62,7 @@ def test_one_process_is_a_grid_and_a_pipeline_too() -> None:
     assert blueprint.grid.world_size == 1
     ((*_, before_last, last),) = blueprint.actions(2)
     assert (str(before_last[0]), str(last[0])) == ("0REDUCE_GRAD1", "0B1")
-    assert blueprint.rank_parameters(0) == blueprint.num_parameters
+    assert blueprint.held(0).parameters == blueprint.num_parameters
 
 
 def test_ranks_left_over_are_replicas() -> None:

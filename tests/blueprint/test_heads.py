@@ -35,7 +35,7 @@ def test_a_scalar_head_is_one_row_on_every_tp_rank_and_nothing_else(untied: bool
     assert not any(spec.replica for spec in scalar.parameters)
     table = 32 * words.padded_vocab_size
     assert words.num_parameters - scalar.num_parameters == (table if untied else 0) - 32
-    assert words.rank_parameters(1) - scalar.rank_parameters(1) == table // 2 - 32
+    assert words.held(1).parameters - scalar.held(1).parameters == table // 2 - 32
 
 
 def test_its_flops_are_two_per_weight_and_threefold_in_training() -> None:

@@ -7,14 +7,11 @@ import dataclasses
 import pytest
 
 from megatron_lite.blueprint.figure.parts import Tensor
-from megatron_lite.blueprint.parameters import (
-    ParamSpec,
-    parameter_table,
-    rank_size,
-    total_size,
-)
+from megatron_lite.blueprint.holdings import holding
+from megatron_lite.blueprint.parameters import ParamSpec, parameter_table, total_size
 from megatron_lite.blueprint.stages import cut_stages
 from megatron_lite.config.sections.model import ModelConfig
+from megatron_lite.config.sections.optim import OptimConfig
 from tests.blueprint.configs import GPT3_175B
 
 SMALL = ModelConfig(num_layers=2, hidden_size=8, num_attention_heads=4, seq_length=6)
@@ -23,6 +20,10 @@ SMALL = ModelConfig(num_layers=2, hidden_size=8, num_attention_heads=4, seq_leng
 def table(model: ModelConfig, pp: int = 1, vocab: int = 51200) -> tuple[ParamSpec, ...]:
     stages = cut_stages((model.num_layers // pp,) * pp)
     return parameter_table(model, stages, padded_vocab_size=vocab)
+
+
+def held(specs: tuple[ParamSpec, ...], stages: list[int], tp: int) -> int:
+    return holding(specs, stages, tp=tp, optim=OptimConfig()).parameters
 
 
 @pytest.mark.parametrize("pp", [1, 8])
@@ -47,8 +48,7 @@ def test_llama_3_8b_has_8_030_261_248_parameters() -> None:
 
 @pytest.mark.parametrize(("stage", "billions"), [(0, 2.823), (3, 2.719), (7, 2.798)])
 def test_users_ranks_hold_what_megatron_reports(stage: int, billions: float) -> None:
-    held = rank_size(table(GPT3_175B, 8), [stage], tp=8)
-    assert round(held / 1e9, 3) == billions
+    assert round(held(table(GPT3_175B, 8), [stage], 8) / 1e9, 3) == billions
 
 
 def test_names_shapes_and_cuts_of_a_small_model() -> None:
@@ -108,11 +108,11 @@ def test_the_tied_copy_on_the_last_stage_is_a_replica_counted_once() -> None:
     copies = [spec for spec in split if spec.name == "embedding.tokens.weight"]
     assert [(spec.stage, spec.replica) for spec in copies] == [(0, False), (1, True)]
     assert total_size(split) == total_size(whole)
-    assert rank_size(split, [0], 1) + rank_size(split, [1], 1) == total_size(whole) + 16 * 8
-    assert rank_size(split, [0, 1], 1) == total_size(whole)
+    assert held(split, [0], 1) + held(split, [1], 1) == total_size(whole) + 16 * 8
+    assert held(split, [0, 1], 1) == total_size(whole)
 
 
 def test_tp_ranks_together_hold_the_model_and_copies_of_what_is_not_cut() -> None:
     specs = table(SMALL, vocab=16)
     whole = sum(s.size for s in specs if s.tp_dim is None)
-    assert 4 * rank_size(specs, [0], 4) == total_size(specs) + 3 * whole
+    assert 4 * held(specs, [0], 4) == total_size(specs) + 3 * whole

@@ -121,7 +121,7 @@ def test_a_checkpoint_that_lacks_the_states_of_some_kinds_is_refused_with_the_fi
 
 def test_sgd_without_momentum_keeps_nothing() -> None:
     config = tiny_config(optim__optimizer="sgd", optim__sgd_momentum=0.0)
-    assert draw(config, 1).rank_state_bytes(0) == 0
+    assert draw(config, 1).held(0).state_bytes == 0
 
 
 @pytest.mark.parametrize(
@@ -152,7 +152,7 @@ def test_the_plan_counts_the_states_that_are_there(ranks, changes, toy) -> None:
                 state = [s for s in actor.run.engine.state(owned=False)]
                 held += [s.data.nbytes for s in state if not s.name.startswith(MASTER)]
         shared = 1 if config.parallel.use_distributed_optimizer else grid.dp
-        assert sum(held) == blueprint.rank_state_bytes(pp) * shared
+        assert sum(held) == blueprint.held(pp).state_bytes * shared
         assert planned[pp].kinds["moments"] == pytest.approx(sum(held) / grid.dp)
 
 

@@ -54,7 +54,10 @@ class Tensor:
     @property
     def tp_dim(self) -> int | None:
         """The dim that is cut over tp, None where each tp rank has it whole."""
-        return dict(self.cuts).get("tp")
+        for axis, dim in self.cuts:
+            if axis == "tp":
+                return dim
+        return None
 
     def local(self, tp: int) -> tuple[int, ...]:
         """The shape on one of so many tp ranks."""
@@ -295,6 +298,10 @@ class Figure:
     layers: tuple[Parts, ...]
     head: Parts
     tied: bool
+
+    def kinds(self, layers: Iterable[int]) -> list[Parts]:
+        """The layers of these that differ, each once."""
+        return list({id(parts): parts for parts in (self.layers[n] for n in layers)}.values())
 
     def total(self, value: Callable[[Parts], float], layers: Iterable[int] | None = None) -> float:
         """The sum of a value over these layers, or over all; like layers are computed once."""

@@ -1,0 +1,39 @@
+"""What a rank holds of the parameters and of the optimizer's state, counted once per Blueprint."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+
+from megatron_lite.blueprint.figure.parts import Format
+from megatron_lite.blueprint.optimizers import state_bytes
+from megatron_lite.blueprint.parameters import ParamSpec
+from megatron_lite.config.sections.optim import OptimConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Holding:
+    """Of one rank, any tp and dp, that has some of the stages; replicas included.
+
+    formats: parameters by the number format they are stored in, None for the run's.
+    state_bytes: of optimizer state, masters apart; where ranks of dp share it, together.
+    """
+
+    parameters: int
+    formats: Mapping[Format | None, int]
+    state_bytes: int
+
+
+def holding(
+    table: Iterable[ParamSpec], stages: Collection[int], *, tp: int, optim: OptimConfig
+) -> Holding:
+    """What these stages hold, each tensor once: a rank that has both ends has one tied embedding."""
+    held = {spec.name: spec.tensor for spec in table if spec.stage in stages}
+    formats: dict[Format | None, int] = {}
+    states = 0
+    for tensor in held.values():
+        local = tensor.local(tp)
+        formats[tensor.storage] = formats.get(tensor.storage, 0) + math.prod(local)
+        states += state_bytes(optim, tensor, local)
+    return Holding(sum(formats.values()), formats, states)
