@@ -179,6 +179,16 @@ def layer_input_bytes(model: ModelConfig, asked: PlanInputs) -> float:
     return tokens * model.hidden_size * element_bytes(asked.precision) / split
 
 
+def static_total(blueprint: Blueprint, asked: PlanInputs, pp_rank: int) -> float:
+    """Bytes that a rank of a pp rank holds at every moment."""
+    return sum(_static(blueprint, asked, pp_rank).values())
+
+
+def _static(blueprint: Blueprint, asked: PlanInputs, pp_rank: int) -> dict[str, float]:
+    held = blueprint.held(pp_rank)
+    return static_bytes(held.formats, held.state_bytes, asked, blueprint.replicas)
+
+
 def _rank_memory(
     blueprint: Blueprint,
     asked: PlanInputs,
@@ -187,7 +197,7 @@ def _rank_memory(
     pp_rank: int,
 ) -> RankMemory:
     model, stages = blueprint.model, blueprint.stages_of(pp_rank)
-    owned = blueprint.held(pp_rank)
+    parameters = blueprint.held(pp_rank).parameters
     stream = layer_input_bytes(model, asked)
     held, waiting = {}, stage_waiting(blueprint, asked, pp_rank)
     for stage in stages:
@@ -198,9 +208,9 @@ def _rank_memory(
         )  # fmt: skip
         held[stage.index] = _held(blueprint, asked, stage, blocks, waiting[stage.index])
     worst = _worst(schedule, pp_rank, held)
-    kinds = static_bytes(owned.formats, owned.state_bytes, asked, blueprint.replicas)
+    kinds = _static(blueprint, asked, pp_rank)
     messages = 4 * stream if blueprint.grid.pp > 1 else 0.0
-    reducing, gathering = _data_parallel_buffers(blueprint, asked, owned.parameters)
+    reducing, gathering = _data_parallel_buffers(blueprint, asked, parameters)
     working = worst.activations + worst.recomputed + worst.logits + worst.workspace
     if max(reducing, gathering) > working + messages:
         # when the last gradients are reduced, or parameters gathered, activations are gone
@@ -214,7 +224,7 @@ def _rank_memory(
     kinds["context"] = CONTEXT_BYTES if asked.on_gpu else 0.0
     kinds["fragmentation"] = FRAGMENTATION * sum(kinds.values()) if asked.on_gpu else 0.0
     layers = tuple(n for stage in stages for n in stage.layers)
-    return RankMemory(pp_rank, kinds, owned.parameters, layers, worst.live)
+    return RankMemory(pp_rank, kinds, parameters, layers, worst.live)
 
 
 @dataclass(frozen=True, slots=True)
@@ -348,7 +358,8 @@ def _data_parallel_buffers(
 def _worst(schedule: Schedule, pp_rank: int, held: Mapping[int, _Held]) -> _Moment:
     """The moment of a rank's actions that holds most."""
     live, deferred = dict.fromkeys(held, 0), dict.fromkeys(held, 0)
-    now, worst = 0.0, _Moment(live=dict(live))
+    totals = {id(m): m.total for of in held.values() for m in (of.forward, *of.backward)}
+    now, most, worst = 0.0, 0.0, _Moment(live=dict(live))
     for op, stage, _ in schedule.lists[pp_rank]:
         of = held[stage]
         if op is Op.F:
@@ -362,9 +373,10 @@ def _worst(schedule: Schedule, pp_rank: int, held: Mapping[int, _Held]) -> _Mome
         else:
             moments = of.backward
         for moment in moments:
-            if now + moment.total > worst.total:
+            if now + totals[id(moment)] > most:
                 together = {s: live[s] + deferred[s] for s in live}
                 worst = replace(moment, activations=now + moment.activations, live=together)
+                most = worst.total
         if op is not Op.F:
             live[stage] -= 1
             now -= of.kept

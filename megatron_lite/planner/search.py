@@ -20,7 +20,7 @@ from megatron_lite.config.sections.parallel import ParallelConfig
 from megatron_lite.planner.advice import LayoutVariant
 from megatron_lite.planner.forecast import Forecast, forecast
 from megatron_lite.planner.hardware import Cluster
-from megatron_lite.planner.memory import PlanInputs, memory
+from megatron_lite.planner.memory import PlanInputs, memory, static_total
 
 Name = Literal["1f1b", "interleaved", "zb-h1", "zb-v"]
 Granularity = Literal["full", "selective"]
@@ -60,11 +60,16 @@ def search(
             forbidden += 1
             continue
         drawn[key] = blueprint
-        for parallel in _memory_choices(layout, model.num_layers):
-            tried = dataclasses.replace(asked, parallel=parallel, micro_batch_size=micro_batch_size)
-            # the ends need most, nearly always; where they fit, the forecast asks all
-            ends = memory(blueprint, tried, pp_ranks={0, blueprint.grid.pp - 1})
-            needed = max(rank.total for rank in ends)
+        # the ends need most, nearly always; where they fit, the forecast asks all
+        ends = {0, blueprint.grid.pp - 1}
+        choices = list(_memory_choices(layout, model.num_layers))
+        kept = dataclasses.replace(asked, parallel=layout, micro_batch_size=micro_batch_size)
+        if max(static_total(blueprint, kept, rank) for rank in ends) >= least:
+            too_large += len(choices)  # no choice changes this, and another layout misses by less
+            continue
+        for parallel in choices:
+            tried = dataclasses.replace(kept, parallel=parallel)
+            needed = max(rank.total for rank in memory(blueprint, tried, pp_ranks=ends))
             plan = None
             if needed <= cluster.device.memory_bytes:
                 plan = forecast(blueprint, tried, cluster, simulated=False)
