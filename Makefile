@@ -71,7 +71,7 @@ parity-all: setup ## all layouts, up to 8 processes; writes docs/parity.md
 	$(PY) -m tests.parity --all --write docs/parity.md
 
 bench: setup ## tokens/s of a small GPT beside a plain PyTorch loop; with AGAINST=<commit>, beside that commit
-	OMP_NUM_THREADS= $(PY) benchmarks/$(if $(AGAINST),bench_against.py train "$(AGAINST)",bench_train.py)
+	env -u OMP_NUM_THREADS $(PY) benchmarks/$(if $(AGAINST),bench_against.py train "$(AGAINST)",bench_train.py)
 
 bench-parallel: setup ## tp2, pp2, dp2 beside DDP, FSDP2, DTensor, torch's pipelining; or AGAINST=<commit>
 	OMP_NUM_THREADS=1 $(PY) benchmarks/$(if $(AGAINST),bench_against.py parallel "$(AGAINST)",bench_parallel.py)
@@ -83,7 +83,7 @@ bench-gpu: setup ## on one GPU, beside compiled GPT-2 and Hugging Face; ONLY=124
 	$(PY) benchmarks/bench_gpu.py $(if $(ONLY),--only $(ONLY))
 
 bench-checkpoint: setup ## 300M parameters with Adam saved and loaded: stall and GB/s beside torch.save and DCP
-	OMP_NUM_THREADS= $(PY) -W ignore benchmarks/bench_checkpoint.py
+	env -u OMP_NUM_THREADS $(PY) -W ignore benchmarks/bench_checkpoint.py
 
 bench-data: setup ## the data side beside its named baselines: indices, start-up, preprocessing
 	@for file in benchmarks/bench_data_*.py; do echo "== $$file"; $(PY) -W ignore $$file; done
@@ -94,7 +94,7 @@ bench-schedules: setup ## CPU seconds to lower 1536 micro batches beside torch.d
 
 .PHONY: bench-plan
 bench-plan: setup ## the planner, calibrated on small runs here, beside measured step times of others
-	OMP_NUM_THREADS= $(PY) benchmarks/bench_plan.py
+	env -u OMP_NUM_THREADS $(PY) benchmarks/bench_plan.py
 
 flags: setup ## write docs/FLAGS.md anew from the config sections
 	$(PY) tools/flags.py

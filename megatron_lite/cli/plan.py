@@ -36,11 +36,11 @@ from megatron_lite.config.sections.run import RunConfig
 from megatron_lite.optim.learning_rate import LearningRateSchedule
 from megatron_lite.planner import advice, draw, hardware, report, search
 from megatron_lite.planner.corpus import epochs
-from megatron_lite.planner.cost import StageTimes
 from megatron_lite.planner.curve import Point, run_curve
 from megatron_lite.planner.forecast import Forecast, forecast, measured
 from megatron_lite.planner.hardware import Cluster
 from megatron_lite.planner.memory import PlanInputs
+from megatron_lite.planner.work import StageTimes
 from megatron_lite.storage.disk import Disk
 from megatron_lite.storage.outputs import check_outputs, write_output
 

@@ -13,9 +13,10 @@ from megatron_lite.blueprint.schedules.actions import Op
 from megatron_lite.blueprint.schedules.simulate import Simulation, simulate
 from megatron_lite.config.pipeline import SPLIT_BACKWARD
 from megatron_lite.config.sections.parallel import ParallelConfig
-from megatron_lite.planner.cost import Costs, StageTimes, Work
+from megatron_lite.planner.cost import Costs
 from megatron_lite.planner.hardware import Cluster
 from megatron_lite.planner.memory import PlanInputs, RankMemory, memory
+from megatron_lite.planner.work import StageTimes, Work
 
 DAY = 86400.0
 
