@@ -241,6 +241,8 @@ def _export(source: Path, target: Path, asked: argparse.Namespace) -> None:
     export = plan_export(
         found.store, found.manifest, model, _FORMATS.get(asked.dtype), family=asked.family
     )
+    if export.model.rotary_base != model.rotary_base:
+        print(f"NOTE: --rope-scaling-type ntk goes out as its base, {export.model.rotary_base:.9g}")
     if asked.to in _ONE_FILE:
         _export_one_file(found, export, target, asked)
         return

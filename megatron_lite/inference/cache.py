@@ -24,7 +24,9 @@ class KeyValueCache:
     """Rows of up to `capacity` tokens; preallocated when a layer first comes.
 
     start: tokens that stay for ever where text may be endless (arXiv:2309.17453); None: nothing is
-    ever left out, and a row ends with its capacity.  lengths: tokens that each row has seen.
+    ever left out, and a row ends with its capacity.  lengths: tokens that each row has seen;
+    wholes: that it will have seen in the end, its capacity where nobody says, by which positions are
+    scaled from the first token on (--rope-scaling-type).
     """
 
     rows: int
@@ -32,11 +34,13 @@ class KeyValueCache:
     start: int | None = None
     device: torch.device = torch.device("cpu")
     lengths: list[int] = field(default_factory=list)
+    wholes: list[int] = field(default_factory=list)
     _keys: dict[int, Tensor] = field(default_factory=dict)
     _values: dict[int, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.lengths = self.lengths or [0] * self.rows
+        self.wholes = self.wholes or [self.capacity] * self.rows
         assert self.start is None or 0 <= self.start < self.capacity, (self.start, self.capacity)
 
     def room(self, row: int) -> int:
@@ -44,9 +48,11 @@ class KeyValueCache:
         left = self.capacity - self.lengths[row]
         return left if left > 0 else int(self.start is not None)
 
-    def free(self, row: int) -> None:
-        """Another text begins in this row."""
+    def free(self, row: int, whole: int | None = None) -> None:
+        """Another text begins in this row, which will have so many tokens."""
         self.lengths[row] = 0
+        # no position lies behind the capacity, however long a text with a ring becomes
+        self.wholes[row] = min(whole or self.capacity, self.capacity)
 
     def enter(self, counts: Sequence[int], length: int | None = None) -> CacheEntry:
         """The next forward brings so many tokens of each row, padded to a length, or to the most of them."""
@@ -106,7 +112,9 @@ class CacheEntry:
     def context(self) -> ForwardContext:
         """What the layers are called with."""
         samples = torch.zeros(self._cache.rows, dtype=torch.int64, device=self._cache.device)
-        return ForwardContext(samples=samples, index=self.positions, cache=self)
+        return ForwardContext(
+            samples=samples, index=self.positions, cache=self, length=tuple(self._cache.wholes)
+        )
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """k, v: [b, m, s, d] of the new tokens -> all that is held, [b, m, t, d]."""

@@ -104,7 +104,7 @@ class Generation:
                     index, asked = waiting.popleft()
                     # where positions end, the end of a prompt says more than its beginning
                     prompt = list(asked.prompt)[-longest[index] :]
-                    held.free(number)
+                    held.free(number, longest[index])
                     places[number] = _Row(index, asked, list(prompt), list(prompt))
             yield from self._step(held, places, longest)
 
@@ -192,7 +192,8 @@ def generate(
 ) -> Continuation:
     """Continue one prompt of at least one token, reusing keys and values.
 
-    Stops at eod, after max_new_tokens, or where the position table ends.
+    Stops at eod, after max_new_tokens, or where the position table ends.  Positions that are scaled by
+    length (--rope-scaling-type) are so from the first token on for prompt and max_new_tokens together.
     """
     ends = frozenset(() if eod is None else (eod,))
     ids, ended = [], False

@@ -64,9 +64,9 @@ class CachedRows:
         """Tokens that the row has seen."""
         return self._caches[row // self._group].lengths[row % self._group]
 
-    def free(self, row: int) -> None:
-        """Another text begins in this row."""
-        self._caches[row // self._group].free(row % self._group)
+    def free(self, row: int, whole: int | None = None) -> None:
+        """Another text begins in this row, which will have so many tokens; see KeyValueCache."""
+        self._caches[row // self._group].free(row % self._group, whole)
 
     @torch.no_grad()
     def forward(self, new: Sequence[Sequence[int]]) -> Tensor | None:

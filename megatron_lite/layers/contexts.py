@@ -145,6 +145,8 @@ class ForwardContext:
     dropout: of the step, None where nothing is dropped: in evaluation, and at rate 0.
     segments: documents that do not see one another, None where all of a row sees all before it.
     restarted: int64 [s, b], positions in the segment; None: those in the sample.
+    length: tokens that the whole text will have, of each sample where they differ; None: those of
+    this forward.  Scaling by length goes by it (--rope-scaling-type), from the first token on.
     """
 
     samples: Tensor
@@ -154,6 +156,7 @@ class ForwardContext:
     segments: Segments | None = None
     cache: LayerCache | None = None
     restarted: Tensor | None = None
+    length: int | tuple[int, ...] | None = None
     _made: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def afresh(self) -> ForwardContext:
@@ -178,6 +181,13 @@ class ForwardContext:
         Dropout masks use `index`.
         """
         return self.index if self.restarted is None else self.restarted
+
+    @property
+    def whole(self) -> int | tuple[int, ...] | None:
+        """Tokens of the whole text; None where a cache grows to nobody knows what."""
+        if self.length is not None or self.cache is not None:
+            return self.length
+        return len(self.index)
 
     def unmasked(self) -> ForwardContext:
         """The same without a dense mask of its segments: what is made of it lives as long as it does."""

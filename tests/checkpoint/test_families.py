@@ -160,7 +160,7 @@ def in_one(change: Any) -> Change:
     return lambda folder: (one_file(folder), weights(change)(folder))
 
 
-STRETCHED = {"rope_type": "longrope", "rope_theta": 1e4, "factor": 4.0}
+STRETCHED = {"rope_type": "su", "rope_theta": 1e4, "factor": 4.0}
 REFUSED: dict[str, tuple[Change, list[str]]] = {
     "an unknown family": (setting(model_type="t5"), ["model_type 't5'", "gpt2, llama"]),
     "no family": (setting(model_type=["llama"]), ["model_type ['llama']", "gpt2, llama"]),
@@ -170,7 +170,17 @@ REFUSED: dict[str, tuple[Change, list[str]]] = {
     ),
     "stretched positions": (
         setting(rope_parameters=STRETCHED),
-        ["rope_type 'longrope': only default, linear, llama3 are known", "rope_parameters.factor '4.0'"],
+        ["rope_type 'su': only default, linear, dynamic, yarn, llama3, longrope are known",
+         "rope_parameters.factor '4.0'"],
+    ),
+    "factors that are none": (
+        setting(rope_parameters={"rope_type": "longrope", "factor": 2.0, "short_factor": [1.0, 0.0, 1.0, 1.0]}),
+        ["rope_parameters.short_factor [1.0, 0.0, 1.0, 1.0]: no list", "rope_parameters.long_factor None"],
+    ),
+    "too many factors": (
+        setting(rope_parameters={"rope_type": "longrope", "factor": 2.0, "short_factor": [1.0] * 4,
+                                 "long_factor": [1.0] * 5}),
+        ["--rope-long-factors has 5 numbers, and 8 of 8 channels per head are rotated: give 4"],
     ),
     "no factor": (
         setting(rope_parameters={"rope_type": "linear", "rope_theta": 1e4}),
@@ -241,7 +251,12 @@ LIKE_LLAMA = dataclasses.replace(
     GPT, position_embedding_type="rope", normalization="RMSNorm", swiglu=True, add_bias_linear=False,
     group_query_attention=True, num_query_groups=2, untie_embeddings_and_output_weights=True,
 )  # fmt: skip
-LLAMA31 = {"rope_scaling_type": "llama3"}
+LLAMA31, YARN = {"rope_scaling_type": "llama3"}, {"rope_scaling_type": "yarn"}
+LONGROPE = {
+    "rope_scaling_type": "longrope",
+    "rope_short_factors": "1.0,1.0,1.0,1.0",
+    "rope_long_factors": "1.0,2.0,3.0,4.0",
+}
 OTHERWISE: dict[str, list[dict[str, Any]]] = {
     "num_layers": [{"num_layers": 3}],
     "hidden_size": [{"hidden_size": 96}],
@@ -258,9 +273,21 @@ OTHERWISE: dict[str, list[dict[str, Any]]] = {
     ],
     "rotary_base": [{"rotary_base": 5e5}],
     "rotary_percent": [{"rotary_percent": 0.5}],
-    "rope_scaling_type": [{"rope_scaling_type": kind} for kind in ("linear", "llama3")],
+    "rope_scaling_type": [
+        {"rope_scaling_type": kind} for kind in ("linear", "ntk", "dynamic", "yarn", "llama3")
+    ] + [LONGROPE],
     "rope_scaling_factor": [LLAMA31 | {"rope_scaling_factor": 32.0}],
-    "rope_original_length": [LLAMA31 | {"rope_original_length": 12}],
+    "rope_original_length": [
+        kind | {"rope_original_length": 12} for kind in (LLAMA31, YARN, {"rope_scaling_type": "dynamic"})
+    ],
+    "rope_beta_fast": [YARN | {"rope_beta_fast": 16.0}],
+    "rope_beta_slow": [YARN | {"rope_beta_slow": 2.0}],
+    "rope_whole_channels": [YARN | {"rope_whole_channels": False}],
+    "rope_attention_factor": [
+        YARN | {"rope_attention_factor": 1.5}, LONGROPE | {"rope_attention_factor": 0.5},
+    ],
+    "rope_short_factors": [LONGROPE | {"rope_short_factors": "1.0,1.0,1.0,2.0"}],
+    "rope_long_factors": [LONGROPE | {"rope_long_factors": "1.0,2.0,3.0,5.0"}],
     "rope_low_freq_factor": [LLAMA31 | {"rope_low_freq_factor": 2.0}],
     "rope_high_freq_factor": [LLAMA31 | {"rope_high_freq_factor": 5.0}],
     "normalization": [{"normalization": "LayerNorm"}, {"normalization": "RMSNorm"}],

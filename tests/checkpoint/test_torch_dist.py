@@ -201,7 +201,7 @@ SPOILED: dict[str, tuple[Callable[[Path], object], str]] = {
     "another norm": (_args(qk_l2_norm=True), "args.qk_l2_norm True"),
     "no norms": (_args(qk_layernorm=True), "q_layernorm.weight: missing"),
     "rope": (_args(rotary_interleaved=True), "args.rotary_interleaved"),
-    "position": (_args(position_embedding_type="yarn"), "position_embedding_type yarn"),
+    "position": (_args(position_embedding_type="mrope"), "position_embedding_type mrope"),
     "elsewhere": (_metadata(_elsewhere), "only a plain *.distcp"),
     "swapped": (_metadata(_swapped), "the folder is a mix of two"),
     "no place": (_metadata(lambda m: m.storage_data.clear()), "does not say of every tensor"),

@@ -46,6 +46,8 @@ NATIVE = """
 --no-bias-dropout-fusion | --no-gradient-accumulation-fusion | --hidden-dropout 0.1
 --attention-dropout 0.1 | --group-query-attention | --num-query-groups 8
 --position-embedding-type rope | --position-embedding-type learned_absolute
+--yarn-rotary-scaling-factor 4 | --yarn-original-max-position-embeddings 64
+--yarn-beta-fast 16 | --yarn-beta-slow 2 | --no-yarn-correction-range-round-to-int
 --rotary-base 10000 | --rotary-percent 0.5 | --manual-gc | --manual-gc-interval 10
 --accumulate-allreduce-grads-in-fp32 | --no-accumulate-allreduce-grads-in-fp32
 --calculate-per-token-loss | --tensorboard-log-interval 5 | --kv-channels 128

@@ -116,17 +116,54 @@ BAD = [
     (
         "--position-embedding-type rope --rope-scaling-factor 4",
         1,
-        "--rope-scaling-factor 4.0 has no say with --rope-scaling-type none, only with linear or llama3",
+        "--rope-scaling-factor 4.0 has no say with --rope-scaling-type none, only with linear, ntk, dynamic, "
+        "yarn, llama3, longrope; choose",
     ),
     (
         "--position-embedding-type rope --rope-scaling-type linear --rope-original-length 64",
         1,
-        "--rope-original-length 64 has no say with --rope-scaling-type linear, only with llama3",
+        "--rope-original-length 64 has no say with --rope-scaling-type linear, only with llama3, "
+        "dynamic, yarn, longrope",
     ),
     (
         "--position-embedding-type rope --use-rope-scaling --rope-low-freq-factor 4",
         1,
-        "must be below",
+        "--rope-low-freq-factor 4.0 must be below --rope-high-freq-factor 4.0",
+    ),
+    (
+        "--position-embedding-type rope --rope-scaling-type yarn --rope-beta-fast 1",
+        1,
+        "--rope-beta-slow 1.0 must be below --rope-beta-fast 1.0",
+    ),
+    (
+        "--position-embedding-type rope --rope-scaling-type yarn --rotary-base 1",
+        1,
+        "--rope-scaling-type yarn needs --rotary-base above 1, not 1.0",
+    ),
+    (
+        "--position-embedding-type rope --rope-scaling-type ntk --rotary-percent 0.25",
+        1,
+        "needs at least 4 rotated channels per head, this model has 2",
+    ),
+    (
+        "--position-embedding-type rope --rope-scaling-type longrope",
+        1,
+        "--rope-scaling-type longrope needs --rope-long-factors: 4 numbers with commas between",
+    ),
+    (
+        "--position-embedding-type rope --rope-scaling-type longrope --rope-short-factors 1,1,1,0",
+        1,
+        "--rope-short-factors 1,1,1,0 is no list of numbers above 0",
+    ),
+    (
+        "--position-embedding-type rope --rope-scaling-type longrope --rope-short-factors 1,nan,1,0",
+        1,
+        "--rope-short-factors 1,nan,1,0 is no list of numbers above 0",
+    ),
+    (
+        "--position-embedding-type rope --rope-scaling-type longrope --rope-long-factors 1,2,3",
+        1,
+        "--rope-long-factors has 3 numbers, and 8 of 8 channels per head are rotated: give 4",
     ),
     ("--rope-scaling-factor 0.5", 1, "--rope-scaling-factor 0.5 must be at least 1"),
     ("--max-position-embeddings 32", 1, "--max-position-embeddings 32 is below --seq-length 64"),

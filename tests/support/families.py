@@ -30,9 +30,13 @@ TINY: Mapping[str, tuple[str, Mapping[str, Any]]] = MappingProxyType({
     "gpt_neox": ("GPTNeoX", SIZES | {"rope_parameters": {
         "rope_type": "default", "rope_theta": 5000.0, "partial_rotary_factor": 0.5}}),
     "gpt_neox-in-turn": ("GPTNeoX", SIZES | {"use_parallel_residual": False, "rope_parameters": {
-        "rope_type": "default", "rope_theta": 5000.0, "partial_rotary_factor": 1.0}}),
-    "qwen3": ("Qwen3", GATED | {"head_dim": 10}),
-    "qwen2": ("Qwen2", GATED | {"tie_word_embeddings": True}),
+        "rope_type": "dynamic", "rope_theta": 5000.0, "factor": 2.0, "partial_rotary_factor": 1.0}}),
+    "qwen3": ("Qwen3", GATED | {"head_dim": 10, "rope_parameters": {
+        "rope_type": "longrope", "rope_theta": 5000.0, "factor": 2.5, "original_max_position_embeddings": 9,
+        "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4], "long_factor": [1.0, 1.5, 2.0, 2.5, 3.0]}}),
+    "qwen2": ("Qwen2", GATED | {"tie_word_embeddings": True, "rope_parameters": {
+        "rope_type": "yarn", "rope_theta": 5000.0, "factor": 2.5, "original_max_position_embeddings": 9,
+        "beta_fast": 1.5, "beta_slow": 0.25}}),
 })  # fmt: skip
 """Name -> transformers' model, and its config."""
 

@@ -74,11 +74,9 @@ def _function(model: ModelConfig) -> Literal["gelu", "gelu_erf", "swiglu"]:
 
 def _layer(model: ModelConfig) -> Parts:
     h, f, bias = model.hidden_size, model.ffn_size, model.add_bias_linear
-    rotary = model.position_embedding_type == "rope"
     core = Core(
         "attention.core", model.num_attention_heads, model.num_kv_heads, model.head_size,
-        rotated=int(model.head_size * model.rotary_percent) // 2 * 2 if rotary else 0,
-        window=model.window,
+        rotated=model.rotated_channels, window=model.window,
     )  # fmt: skip
     qkv = (
         ("attention.q", core.queries),

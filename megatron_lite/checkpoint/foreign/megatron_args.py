@@ -6,6 +6,7 @@ of them otherwise (num_key_value_heads, use_rotary_position_embeddings, layernor
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any, Literal
 
@@ -66,7 +67,8 @@ def model_of(args: ConfigFile) -> ModelConfig:
     bias = args.flag("add_bias_linear", default=True)
     kind = args.choice("normalization", {n: n for n in ("LayerNorm", "RMSNorm", "layernorm", "rmsnorm")},
                        "LayerNorm")  # fmt: skip
-    groups, rotary, window = _groups(args, heads), _rotary(args), _window(args)
+    groups, window = _groups(args, heads), _window(args)
+    rotary, yarn = _rotary(args)
     qkv_bias = args.flag("add_qkv_bias", default=False)
     tied = not args.flag("untie_embeddings_and_output_weights", default=False)
     model = ModelConfig(
@@ -83,7 +85,7 @@ def model_of(args: ConfigFile) -> ModelConfig:
         position_embedding_type=rotary,
         rotary_base=args.number("rotary_base", 10000.0),
         rotary_percent=args.number("rotary_percent", 1.0),
-        **_scaling(args, rotary),
+        **_scaling(args, rotary, yarn=yarn),
         window_size=window,
         normalization="RMSNorm" if kind.lower() == "rmsnorm" else "LayerNorm",
         norm_epsilon=args.share(_first(args, "norm_epsilon", "layernorm_epsilon"), 1e-5),
@@ -114,17 +116,19 @@ def _groups(args: ConfigFile, heads: int) -> int:
     return args.size("num_query_groups") if args.get("group_query_attention") is True else heads
 
 
-def _rotary(args: ConfigFile) -> Literal["learned_absolute", "rope", "none"]:
-    """How positions are known."""
+def _rotary(args: ConfigFile) -> tuple[Literal["learned_absolute", "rope", "none"], bool]:
+    """How positions are known; whether they are scaled by YaRN, which is a kind of its own there."""
     old = args.get("use_rotary_position_embeddings") is True
     said = args.get("position_embedding_type", "rope" if old else "learned_absolute")
     said = said.args[0] if isinstance(said, Record) and said.args else said  # an enum's member
+    if said == "yarn":
+        return "rope", True
     if said in ("rope", "none", "learned_absolute") and not (old and said == "none"):
-        return "rope" if old else said
+        return "rope" if old else said, False
     args.refuse(
         f"args.position_embedding_type {str(said)[:40]}: ours are learned_absolute, rope, none"
     )
-    return "rope"
+    return "rope", False
 
 
 def _window(args: ConfigFile) -> str | None:
@@ -144,19 +148,46 @@ def _window(args: ConfigFile) -> str | None:
     return f"{found[1]},{found[2]}"
 
 
-def _scaling(args: ConfigFile, positions: str) -> dict[str, Any]:
-    """Fields of --rope-scaling-type: Megatron's two ways, which have no say without rotary positions."""
+def _scaling(args: ConfigFile, positions: str, *, yarn: bool) -> dict[str, Any]:
+    """Fields of --rope-scaling-type: Megatron's three ways, which have no say without rotary positions."""
     slowed = args.get("use_rope_scaling") is True
     nearer = args.get("rotary_seq_len_interpolation_factor") not in (None, 1)
-    if positions != "rope" or not (slowed or nearer):
+    if positions != "rope" or not (slowed or nearer or yarn):
         return {}
-    if slowed and nearer:
+    if slowed + nearer + yarn > 1:
         args.refuse(
-            "args.use_rope_scaling and args.rotary_seq_len_interpolation_factor: only one is built here"
+            "args.use_rope_scaling, args.rotary_seq_len_interpolation_factor and "
+            "args.position_embedding_type yarn: only one of them is built here"
         )
+    if yarn:
+        return _yarn(args)
     key = "rope_scaling_factor" if slowed else "rotary_seq_len_interpolation_factor"
     factor = args.number(key, 8.0)
     return {"rope_scaling_type": "llama3" if slowed else "linear", "rope_scaling_factor": factor}
+
+
+def _yarn(args: ConfigFile) -> dict[str, Any]:
+    """What Megatron calls yarn_*, its attention factor made of two numbers as in DeepSeek's models."""
+    factor, attention = args.number("yarn_rotary_scaling_factor", 1.0), None
+    keys = ("yarn_mscale", "yarn_mscale_all_dim")
+    if None not in (said := [args.get(key) for key in keys]):
+        above, below = (
+            0.0 if value == 0 else args.number(key, 1.0)
+            for key, value in zip(keys, said, strict=True)
+        )
+        stretch = 0.1 * math.log(max(factor, 1.0))
+        attention = (above * stretch + 1.0) / (below * stretch + 1.0)
+    if args.number("rotary_percent", 1.0) != 1:
+        args.refuse("args.rotary_percent: with YaRN all channels are turned")
+    return {
+        "rope_scaling_type": "yarn",
+        "rope_scaling_factor": factor,
+        "rope_original_length": args.size("yarn_original_max_position_embeddings", 4096),
+        "rope_beta_fast": args.number("yarn_beta_fast", 32.0),
+        "rope_beta_slow": args.number("yarn_beta_slow", 1.0),
+        "rope_whole_channels": args.flag("yarn_correction_range_round_to_int", default=True),
+        "rope_attention_factor": attention,
+    }
 
 
 def _gelu(args: ConfigFile, *, bias: bool) -> Literal["tanh", "erf"]:

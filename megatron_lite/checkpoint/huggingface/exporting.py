@@ -19,6 +19,7 @@ from megatron_lite.checkpoint.huggingface.families import family_for
 from megatron_lite.checkpoint.huggingface.family import Family
 from megatron_lite.checkpoint.huggingface.folder import CONFIG, INDEX, ONE_FILE
 from megatron_lite.checkpoint.huggingface.names import Names
+from megatron_lite.checkpoint.huggingface.rotary_keys import with_plain_base
 from megatron_lite.checkpoint.manifest import Manifest
 from megatron_lite.checkpoint.store import Store
 from megatron_lite.checkpoint.tensor_file import TORCH_DTYPES, TensorForm, write_bytes, write_stream
@@ -80,7 +81,7 @@ def plan_export(
     program instead of its own.
     Raises CheckpointError naming every flag that none of them can express.
     """
-    folder = store.folder(manifest.iteration)
+    folder, model = store.folder(manifest.iteration), with_plain_base(model)
     chosen = family_for(model, family, str(folder))
     wanted = conversions(names or chosen.names, model)
     stored = {

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 from megatron_lite.checkpoint.huggingface.config_file import ConfigFile
-from megatron_lite.config.sections.model import SCALING, ModelConfig
+from megatron_lite.config.sections.model import SCALING, ModelConfig, numbers
+from megatron_lite.layers.rotary import ntk_base
 
 _SHARE = "partial_rotary_factor"
 
@@ -25,7 +30,7 @@ def rotary_in(
         config.refuse(f"rope_parameters {today} and rope_scaling {scaling} say different things")
     rope = config.below("rope_parameters" if today else "rope_scaling")
     found = rope.number("rope_theta", before)
-    scaled = _scaling_in(rope, config.size("max_position_embeddings", 1))
+    scaled = _scaling_in(config, rope)
     if share is not None:
         turned = _share(rope, _SHARE, turned)
     rope.refuse_unknown()
@@ -40,12 +45,21 @@ _KEYS = {
     "rope_original_length": "original_max_position_embeddings",
     "rope_low_freq_factor": "low_freq_factor",
     "rope_high_freq_factor": "high_freq_factor",
+    "rope_beta_fast": "beta_fast",
+    "rope_beta_slow": "beta_slow",
+    "rope_whole_channels": "truncate",
+    "rope_attention_factor": "attention_factor",
+    "rope_short_factors": "short_factor",
+    "rope_long_factors": "long_factor",
 }
-"""Our field -> its key, which types that have the field must say."""
+"""Our field -> its key."""
+
+_TYPES = ("linear", "dynamic", "yarn", "llama3", "longrope")
+"""Values of rope_type that we compute; ours are called the same."""
 
 
-def _scaling_in(rope: ConfigFile, longest: int) -> dict[str, Any]:
-    """Fields of --rope-scaling-type; longest: positions of the model, trained ones where none are said."""
+def _scaling_in(config: ConfigFile, rope: ConfigFile) -> dict[str, Any]:
+    """Fields of --rope-scaling-type, from rope_parameters and from beside them."""
     kind = rope.get("rope_type", rope.get("type", "default"))
     rope.get("type")
     if kind == "default":
@@ -54,26 +68,75 @@ def _scaling_in(rope: ConfigFile, longest: int) -> dict[str, Any]:
         known = ", ".join(("default", *_TYPES))
         rope.refuse(f"{rope.inside}rope_type {kind!r}: only {known} are known here")
         return {}
+    longest = config.size("max_position_embeddings", 1)
     found: dict[str, Any] = {"rope_scaling_type": kind}
-    for field, kinds in SCALING.items():
-        if kind not in kinds:
-            continue
-        key = _KEYS[field]
-        if field == "rope_original_length":
-            found[field] = rope.size(key, longest)
-        elif rope.get(key) is None:
-            rope.refuse(f"{rope.inside}{key} is missing, which rope_type {kind!r} needs")
-        else:
-            found[field] = rope.number(key, 1.0)
-    if found.get("rope_scaling_factor", 1.0) < 1:
+    if kind == "dynamic":  # transformers has no other key for it
+        found["rope_original_length"] = longest
+    elif kind != "linear":
+        own = config.get("original_max_position_embeddings")  # this one wins in transformers, too
+        source = rope if own is None else config
+        rope.get("original_max_position_embeddings")
+        found["rope_original_length"] = source.size("original_max_position_embeddings", longest)
+    stretch = longest / found.get("rope_original_length", longest)
+    optional = {"factor": max(stretch, 1.0)} if kind in ("yarn", "longrope") else {}
+    found["rope_scaling_factor"] = _needed(rope, "factor", kind, optional)
+    if found["rope_scaling_factor"] < 1:
         rope.refuse(f"{rope.inside}factor {rope.get('factor')!r}: less than 1 shortens")
-    if found.get("rope_low_freq_factor", 0.0) >= found.get("rope_high_freq_factor", 1.0):
-        rope.refuse(f"{rope.inside}low_freq_factor must be below high_freq_factor")
+    if kind == "llama3":
+        found["rope_low_freq_factor"] = _needed(rope, "low_freq_factor", kind)
+        found["rope_high_freq_factor"] = _needed(rope, "high_freq_factor", kind)
+    if kind == "yarn":
+        found |= _yarn_in(rope, found["rope_scaling_factor"])
+    if kind == "longrope":
+        found |= {
+            name: _list(rope, _KEYS[name]) for name in ("rope_short_factors", "rope_long_factors")
+        }
+        found["rope_attention_factor"] = _if_said(rope, "attention_factor")
     return found
 
 
-_TYPES = ("linear", "llama3")
-"""Values of rope_type that we compute; ours are called the same."""
+def _yarn_in(rope: ConfigFile, factor: float) -> dict[str, Any]:
+    """What only YaRN has; DeepSeek's mscale and mscale_all_dim are another way to say attention_factor."""
+    said = {key: _if_said(rope, key) for key in ("attention_factor", "mscale", "mscale_all_dim")}
+    attention = said["attention_factor"]
+    if attention is None and said["mscale"] and said["mscale_all_dim"]:
+        above, below = (
+            0.1 * said[key] * math.log(factor) + 1.0 for key in ("mscale", "mscale_all_dim")
+        )
+        attention = above / below
+    return {
+        "rope_beta_fast": _if_said(rope, "beta_fast") or 32.0,
+        "rope_beta_slow": _if_said(rope, "beta_slow") or 1.0,
+        "rope_whole_channels": rope.flag("truncate", default=True),
+        "rope_attention_factor": attention,
+    }  # fmt: skip
+
+
+def _needed(
+    rope: ConfigFile, key: str, kind: str, otherwise: Mapping[str, float] = MappingProxyType({})
+) -> float:
+    """A number that a type needs, unless something else follows where it is not said."""
+    if rope.get(key) is None and key not in otherwise:
+        rope.refuse(f"{rope.inside}{key} is missing, which rope_type {kind!r} needs")
+        return 1.0
+    return rope.number(key, 1.0) if rope.get(key) is not None else otherwise[key]
+
+
+def _if_said(rope: ConfigFile, key: str) -> float | None:
+    return None if rope.get(key) is None else rope.number(key, 1.0)
+
+
+def _list(rope: ConfigFile, key: str) -> str:
+    """Numbers above 0, as --rope-short-factors and its like are written."""
+    found = rope.get(key)
+    if (
+        not isinstance(found, list)
+        or not found
+        or not all(type(one) in (int, float) and 0 < one < float("inf") for one in found)
+    ):
+        rope.refuse(f"{rope.inside}{key} {str(found)[:40]}: no list of numbers above 0")
+        return "1.0"
+    return ",".join(repr(float(one)) for one in found)
 
 
 def _share(config: ConfigFile, key: str, default: float) -> float:
@@ -100,9 +163,35 @@ def rotary_out(
     before: dict[str, Any] = {base: model.rotary_base}
     kind = model.rope_scaling_type
     if kind in _TYPES:
-        scaled = {_KEYS[name]: getattr(model, name) for name, of in SCALING.items() if kind in of}
-        before["rope_scaling"] = {"rope_type": kind, **scaled}
+        before["rope_scaling"] = {"rope_type": kind, **_scaling_out(model)}
         today.update(before["rope_scaling"])
+    if kind == "dynamic":  # transformers has no other key for the length beyond which it scales
+        before["max_position_embeddings"] = model.rope_original_length
     if share is not None:
         today[_SHARE] = before[share] = model.rotary_percent
     return {"rope_parameters": today, **before}
+
+
+def _scaling_out(model: ModelConfig) -> dict[str, Any]:
+    """The parameters of the type, by their keys."""
+    kind, found = model.rope_scaling_type, {}
+    for name, kinds in SCALING.items():
+        value = getattr(model, name)
+        if (
+            kind not in kinds
+            or value is None
+            or (kind, name) == ("dynamic", "rope_original_length")
+        ):
+            continue
+        listed = name in ("rope_short_factors", "rope_long_factors")
+        found[_KEYS[name]] = list(numbers(value) or ()) if listed else value
+    return found
+
+
+def with_plain_base(model: ModelConfig) -> ModelConfig:
+    """The same with ntk's enlarged base as --rotary-base: what other programs have words for."""
+    if model.rope_scaling_type != "ntk":
+        return model
+    base = ntk_base(model.rotary_base, model.rope_scaling_factor, model.rotated_channels)
+    factor = ModelConfig().rope_scaling_factor
+    return replace(model, rope_scaling_type="none", rope_scaling_factor=factor, rotary_base=base)

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from megatron_lite.config.batch_schedule import parse_schedule
 from megatron_lite.config.errors import ConfigError
 from megatron_lite.config.pipeline import SPLIT_BACKWARD, pipeline
-from megatron_lite.config.sections.model import ROTARY, SCALING, WINDOW, ModelConfig
+from megatron_lite.config.sections.model import WINDOW
 from megatron_lite.config.sections.run import RunConfig
 from megatron_lite.config.sections.train import TrainConfig
 
@@ -113,43 +113,6 @@ def query_groups(config: RunConfig, world_size: int) -> Iterator[str]:
         )
     elif groups is not None and groups != heads and not m.group_query_attention:
         yield f"--num-query-groups {groups} has no effect without --group-query-attention; add it"
-
-
-def rotary_channels(config: RunConfig, world_size: int) -> Iterator[str]:
-    """Rotary positions turn pairs of channels."""
-    m = config.model
-    rotated = int(m.head_size * m.rotary_percent)
-    if m.position_embedding_type == "rope" and (rotated < 2 or rotated % 2):
-        yield (
-            f"--position-embedding-type rope turns pairs, but --rotary-percent {m.rotary_percent} "
-            f"of {m.head_size} channels per head is {rotated}; it must be even and at least 2"
-        )
-
-
-def rope_scaling(config: RunConfig, world_size: int) -> Iterator[str]:
-    """What is said of rotary positions has a say."""
-    m = config.model
-    for name in ROTARY if m.position_embedding_type != "rope" else ():
-        if (value := getattr(m, name)) != getattr(_DEFAULTS, name):
-            yield (
-                f"--{name.replace('_', '-')} {value} has no say with --position-embedding-type "
-                f"{m.position_embedding_type}; add --position-embedding-type rope, or drop it"
-            )
-    kind = m.rope_scaling_type
-    for name, kinds in SCALING.items() if m.position_embedding_type == "rope" else ():
-        if kind not in kinds and (value := getattr(m, name)) != getattr(_DEFAULTS, name):
-            yield (
-                f"--{name.replace('_', '-')} {value} has no say with --rope-scaling-type {kind}, only "
-                f"with {' or '.join(kinds)}; add --rope-scaling-type {kinds[0]}, or drop it"
-            )
-    if kind == "llama3" and m.rope_low_freq_factor >= m.rope_high_freq_factor:
-        yield (
-            f"--rope-low-freq-factor {m.rope_low_freq_factor} must be below --rope-high-freq-factor "
-            f"{m.rope_high_freq_factor}: slow channels have fewer turns than fast ones"
-        )
-
-
-_DEFAULTS = ModelConfig()
 
 
 def positions(config: RunConfig, world_size: int) -> Iterator[str]:

@@ -98,6 +98,17 @@ COMPARED: tuple[Trait, ...] = (
     _scaling("rope_original_length", 8192),
     _scaling("rope_low_freq_factor", 1.0),
     _scaling("rope_high_freq_factor", 4.0),
+    _scaling("rope_beta_fast", 32.0),
+    _scaling("rope_beta_slow", 1.0),
+    _scaling("rope_whole_channels", True),
+    Trait(
+        "rope_attention_factor",
+        _if_rope(lambda m: m.rotary_scale),
+        None,
+        "attention is sharper or flatter; the loss is worse until the model was trained on",
+    ),
+    _scaling("rope_short_factors", None),
+    _scaling("rope_long_factors", None),
     Trait(
         "window_size",
         lambda m: f"{m.window - 1},0" if m.window else "-1,0",

@@ -8,7 +8,7 @@ from types import MappingProxyType
 
 from megatron_lite.config.errors import ConfigError, all_together
 from megatron_lite.config.flags.settings import settings
-from megatron_lite.config.rules import layout, training
+from megatron_lite.config.rules import layout, rotary, training
 from megatron_lite.config.rules.ranges import out_of_range
 from megatron_lite.config.sections.model import ModelConfig
 from megatron_lite.config.sections.run import RunConfig
@@ -21,6 +21,7 @@ _LAYERS = "model.num_layers"
 _HIDDEN = "model.hidden_size"
 _HEADS = "model.num_attention_heads"
 _GROUPS = "model.num_query_groups"
+_CHANNELS = (_HIDDEN, _HEADS, "model.kv_channels", "model.rotary_percent")
 _SEQ = "model.seq_length"
 _BATCH = (*_WORLD, "train.micro_batch_size", "train.global_batch_size")
 _STAGES = (
@@ -45,8 +46,8 @@ OF_THE_MODEL: tuple[Rule, ...] = (
     Rule(layout.heads_divide_hidden, (_HIDDEN, _HEADS)),
     Rule(layout.query_groups, (_HEADS, _GROUPS)),
     Rule(layout.tensor_parallel_heads, (_TP, _HIDDEN, _HEADS, _GROUPS, "model.ffn_hidden_size")),
-    Rule(layout.rotary_channels, (_HIDDEN, _HEADS, "model.kv_channels", "model.rotary_percent")),
-    Rule(layout.rope_scaling),
+    Rule(rotary.rotary_channels, _CHANNELS),
+    Rule(rotary.rope_scaling, _CHANNELS),
     Rule(layout.attention_window),
     Rule(layout.positions, (_SEQ, "model.max_position_embeddings")),
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, field
 from typing import Literal
@@ -10,15 +11,33 @@ WINDOW = re.compile(r"\(?\s*(-1|[0-9]{1,9})\s*,\s*(-1|0)\s*\)?", re.ASCII)
 """--window-size as Megatron takes it; -1 is no bound, which causal attention is on the right."""
 
 SCALING = {
-    "rope_scaling_factor": ("linear", "llama3"),
-    "rope_original_length": ("llama3",),
+    "rope_scaling_factor": ("linear", "ntk", "dynamic", "yarn", "llama3", "longrope"),
+    "rope_original_length": ("llama3", "dynamic", "yarn", "longrope"),
     "rope_low_freq_factor": ("llama3",),
     "rope_high_freq_factor": ("llama3",),
+    "rope_beta_fast": ("yarn",),
+    "rope_beta_slow": ("yarn",),
+    "rope_whole_channels": ("yarn",),
+    "rope_attention_factor": ("yarn", "longrope"),
+    "rope_short_factors": ("longrope",),
+    "rope_long_factors": ("longrope",),
 }
 """Parameters of --rope-scaling-type -> the types that have them."""
 
+BY_LENGTH = frozenset({"dynamic", "longrope"})
+"""Types whose frequencies depend on how long a text is."""
+
 ROTARY = ("rotary_base", "rope_scaling_type", *SCALING)
 """Fields that are refused without rotary positions."""
+
+
+def numbers(text: str | None) -> tuple[float, ...] | None:
+    """Numbers with commas between, as longrope's factors are written; None where there are none."""
+    try:
+        found = tuple(float(word) for word in (text or "").split(","))
+    except ValueError:
+        return None
+    return found if all(map(math.isfinite, found)) else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,21 +91,52 @@ class ModelConfig:
     rotary_percent: float = 1.0
     """Share of a head's channels that are rotated."""
 
-    rope_scaling_type: Literal["none", "linear", "llama3"] = "none"
-    """How rotary positions reach beyond the trained length: `linear` divides them all by the factor,
-    `llama3` slow channels' alone (Llama 3.1 and 3.2)."""
+    rope_scaling_type: Literal["none", "linear", "ntk", "dynamic", "yarn", "llama3", "longrope"] = (
+        "none"
+    )
+    """How rotary positions reach beyond the trained length: `linear` divides them all by the factor, `ntk`
+    enlarges the base, `dynamic` the more so the longer a text is, `yarn` and `llama3` divide slow channels
+    alone, `longrope` every channel by a number of its own; see docs/guides/long-context.md."""
 
-    rope_scaling_factor: float = 8.0
+    rope_scaling_factor: float = field(
+        default=8.0, metadata={"aliases": ["--yarn-rotary-scaling-factor"]}
+    )
     """How many times the trained length --rope-scaling-type aims at."""
 
-    rope_original_length: int = 8192
-    """llama3: the trained length, whose share a channel's wavelength is measured as."""
+    rope_original_length: int = field(
+        default=8192, metadata={"aliases": ["--yarn-original-max-position-embeddings"]}
+    )
+    """llama3, yarn: the trained length, whose share a channel's wavelength is measured as; dynamic, longrope:
+    texts beyond it are scaled."""
 
     rope_low_freq_factor: float = 1.0
     """llama3: channels with fewer turns than this in the trained length are slowed by the whole factor."""
 
     rope_high_freq_factor: float = 4.0
     """llama3: channels with more turns than this in the trained length stay; between, it goes over."""
+
+    rope_beta_fast: float = field(default=32.0, metadata={"aliases": ["--yarn-beta-fast"]})
+    """yarn: channels with more turns than this in the trained length stay; between, it goes over."""
+
+    rope_beta_slow: float = field(default=1.0, metadata={"aliases": ["--yarn-beta-slow"]})
+    """yarn: channels with fewer turns than this in the trained length are slowed by the whole factor."""
+
+    rope_whole_channels: bool = field(
+        default=True,
+        metadata={"aliases": ["--yarn-correction-range-round-to-int"],
+                  "aliases_off": ["--no-yarn-correction-range-round-to-int"]},
+    )  # fmt: skip
+    """yarn: where it begins and ends to go over is rounded to whole channels (not so in gpt-oss)."""
+
+    rope_attention_factor: float | None = None
+    """yarn, longrope: what turned queries and keys are multiplied by; by default what the papers derive from
+    the factor, 0.1 ln(factor) + 1 and sqrt(1 + ln(factor) / ln(trained length))."""
+
+    rope_short_factors: str | None = None
+    """longrope: what each pair of channels is slowed by in texts up to the trained length, commas between."""
+
+    rope_long_factors: str | None = None
+    """longrope: the same in longer texts."""
 
     normalization: Literal["LayerNorm", "RMSNorm"] = field(
         default="LayerNorm", metadata={"case_insensitive": True}
@@ -151,6 +201,24 @@ class ModelConfig:
         if not self.group_query_attention:
             return self.num_attention_heads
         return self.num_query_groups or self.num_attention_heads
+
+    @property
+    def rotary_scale(self) -> float:
+        """What turned queries and keys are multiplied by, as --rope-attention-factor says or by default."""
+        if self.rope_scaling_type not in SCALING["rope_attention_factor"]:
+            return 1.0
+        if self.rope_attention_factor is not None:
+            return self.rope_attention_factor
+        stretch = math.log(self.rope_scaling_factor)
+        if self.rope_scaling_type == "yarn":  # arXiv:2309.00071 § 3.4
+            return 0.1 * stretch + 1.0
+        return math.sqrt(1.0 + stretch / math.log(self.rope_original_length))  # arXiv:2402.13753
+
+    @property
+    def rotated_channels(self) -> int:
+        """Channels of a head that rotary positions turn."""
+        rotary = self.position_embedding_type == "rope"
+        return int(self.head_size * self.rotary_percent) // 2 * 2 if rotary else 0
 
     @property
     def window(self) -> int | None:
