@@ -97,13 +97,12 @@ def _scaling_in(config: ConfigFile, rope: ConfigFile) -> dict[str, Any]:
 
 def _yarn_in(rope: ConfigFile, factor: float) -> dict[str, Any]:
     """What only YaRN has; DeepSeek's mscale and mscale_all_dim are another way to say attention_factor."""
-    said = {key: _if_said(rope, key) for key in ("attention_factor", "mscale", "mscale_all_dim")}
-    attention = said["attention_factor"]
-    if attention is None and said["mscale"] and said["mscale_all_dim"]:
-        above, below = (
-            0.1 * said[key] * math.log(factor) + 1.0 for key in ("mscale", "mscale_all_dim")
-        )
-        attention = above / below
+    attention, above, below = (
+        _if_said(rope, key) for key in ("attention_factor", "mscale", "mscale_all_dim")
+    )
+    if attention is None and above is not None and below is not None:
+        stretch = 0.1 * math.log(factor)
+        attention = (above * stretch + 1.0) / (below * stretch + 1.0)
     return {
         "rope_beta_fast": _if_said(rope, "beta_fast") or 32.0,
         "rope_beta_slow": _if_said(rope, "beta_slow") or 1.0,
