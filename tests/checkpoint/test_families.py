@@ -173,15 +173,6 @@ REFUSED: dict[str, tuple[Change, list[str]]] = {
         ["rope_type 'su': only default, linear, dynamic, yarn, llama3, longrope are known",
          "rope_parameters.factor '4.0'"],
     ),
-    "factors that are none": (
-        setting(rope_parameters={"rope_type": "longrope", "factor": 2.0, "short_factor": [1.0, 0.0, 1.0, 1.0]}),
-        ["rope_parameters.short_factor [1.0, 0.0, 1.0, 1.0]: no list", "rope_parameters.long_factor None"],
-    ),
-    "too many factors": (
-        setting(rope_parameters={"rope_type": "longrope", "factor": 2.0, "short_factor": [1.0] * 4,
-                                 "long_factor": [1.0] * 5}),
-        ["--rope-long-factors has 5 numbers, and 8 of 8 channels per head are rotated: give 4"],
-    ),
     "no factor": (
         setting(rope_parameters={"rope_type": "linear", "rope_theta": 1e4}),
         ["rope_parameters.factor is missing, which rope_type 'linear' needs"],

@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_lite.blueprint.rotary import ntk_base
 from megatron_lite.checkpoint.foreign.gguf import plan_gguf
 from megatron_lite.checkpoint.foreign.llama2c import plan_llama2c
 from megatron_lite.checkpoint.foreign.megatron_args import args_of, model_of
 from megatron_lite.checkpoint.huggingface.llama import LLAMA
 from megatron_lite.config.errors import CheckpointError
 from megatron_lite.config.sections.model import BY_LENGTH, ModelConfig
-from megatron_lite.layers.rotary import ntk_base, rotary_frequencies, rotary_tables
+from megatron_lite.layers.rotary import rotary_frequencies, rotary_tables
 from tests.support.extras import needs
 
 NAMES = {
@@ -137,7 +138,7 @@ def test_each_sample_goes_by_its_own_length(kind: Any) -> None:
         for found, alone in zip(both, rotary_tables(16, model, index, length), strict=True):
             assert torch.equal(found[:, sample], alone[:, 0])
     assert not torch.equal(both[0][:, 0], both[0][:, 1])
-    with pytest.raises(AssertionError, match="length of a text must be known"):
+    with pytest.raises(AssertionError, match="length of the whole text must be known"):
         rotary_tables(16, model, index)
 
 

@@ -8,9 +8,9 @@ from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
+from megatron_lite.blueprint.rotary import scaled_base
 from megatron_lite.checkpoint.huggingface.config_file import ConfigFile
-from megatron_lite.config.sections.model import SCALING, ModelConfig, numbers
-from megatron_lite.layers.rotary import ntk_base
+from megatron_lite.config.sections.model import SCALING, ModelConfig, listed_numbers
 
 _SHARE = "partial_rotary_factor"
 
@@ -183,7 +183,7 @@ def _scaling_out(model: ModelConfig) -> dict[str, Any]:
         ):
             continue
         listed = name in ("rope_short_factors", "rope_long_factors")
-        found[_KEYS[name]] = list(numbers(value) or ()) if listed else value
+        found[_KEYS[name]] = list(listed_numbers(value) or ()) if listed else value
     return found
 
 
@@ -191,6 +191,6 @@ def with_plain_base(model: ModelConfig) -> ModelConfig:
     """The same with ntk's enlarged base as --rotary-base: what other programs have words for."""
     if model.rope_scaling_type != "ntk":
         return model
-    base = ntk_base(model.rotary_base, model.rope_scaling_factor, model.rotated_channels)
+    base = scaled_base(model, model.rotated_channels)
     factor = ModelConfig().rope_scaling_factor
     return replace(model, rope_scaling_type="none", rope_scaling_factor=factor, rotary_base=base)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from megatron_lite.config.sections.model import ROTARY, SCALING, ModelConfig, numbers
+from megatron_lite.config.sections.model import ROTARY, SCALING, ModelConfig, listed_numbers
 from megatron_lite.config.sections.run import RunConfig
 
 _DEFAULTS = ModelConfig()
@@ -76,7 +76,7 @@ def _a_factor_for_each_pair(m: ModelConfig) -> Iterator[str]:
         "--rope-short-factors": m.rope_short_factors,
         "--rope-long-factors": m.rope_long_factors,
     }.items():
-        found = numbers(text)
+        found = listed_numbers(text)
         if text is None:
             yield (
                 f"--rope-scaling-type longrope needs {flag}: {pairs} numbers with commas between, one for "

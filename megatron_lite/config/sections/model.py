@@ -31,7 +31,7 @@ ROTARY = ("rotary_base", "rope_scaling_type", *SCALING)
 """Fields that are refused without rotary positions."""
 
 
-def numbers(text: str | None) -> tuple[float, ...] | None:
+def listed_numbers(text: str | None) -> tuple[float, ...] | None:
     """Numbers with commas between, as longrope's factors are written; None where there are none."""
     try:
         found = tuple(float(word) for word in (text or "").split(","))
