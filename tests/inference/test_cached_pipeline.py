@@ -42,24 +42,25 @@ def loaded(folder: Path, ctx: ParallelContext | None = None) -> Decoder:
     return build_model(find_model(folder, ctx), ctx)
 
 
-def whole_forward(model: Decoder, text: Sequence[int]) -> torch.Tensor:
-    """fp32 logits after the last token, [v], without a cache."""
+def whole_forward(model: Decoder, text: Sequence[int], whole: int) -> torch.Tensor:
+    """fp32 logits after the last token, [v], without a cache; whole: tokens that the text will have."""
     index = torch.arange(len(text))
-    at = ForwardContext(samples=torch.zeros(1, dtype=torch.int64), index=index)
+    at = ForwardContext(samples=torch.zeros(1, dtype=torch.int64), index=index, length=whole)
     with torch.no_grad():
         return model(torch.tensor(text)[:, None], at)[-1, 0, : model.context.vocab_size].float()
 
 
-def next_token(model: Decoder, seen: Sequence[int], text: Sequence[int]) -> int:
-    return int(likeliest(whole_forward(model, seen)[None], torch.tensor([text])))
+def next_token(model: Decoder, seen: Sequence[int], text: Sequence[int], whole: int) -> int:
+    return int(likeliest(whole_forward(model, seen, whole)[None], torch.tensor([text])))
 
 
 def uncached(model: Decoder) -> Texts:
     """What follows each prompt."""
     texts = [list(prompt) for prompt in PROMPTS]
     for text, new in zip(texts, NEW, strict=True):
+        whole = len(text) + new
         for _ in range(new):
-            text.append(next_token(model, text, text))
+            text.append(next_token(model, text, text, whole))
     return [text[len(prompt) :] for text, prompt in zip(texts, PROMPTS, strict=True)]
 
 
@@ -152,7 +153,7 @@ def test_beyond_it_each_token_sees_the_first_and_the_latest_ones(tmp_path, name)
     text = list(prompt)
     while len(text) < len(prompt) + 8 * keep:
         seen = text if len(text) <= keep else text[:start] + text[start - keep :]
-        text.append(next_token(model, seen, text))
+        text.append(next_token(model, seen, text, keep))
     assert found == text[len(prompt) :]
     assert len(set(found)) > 8
 

@@ -29,7 +29,8 @@ TINY: Mapping[str, tuple[str, Mapping[str, Any]]] = MappingProxyType({
     "mistral-whole": ("Mistral", GATED | {"sliding_window": None}),
     "gpt_neox": ("GPTNeoX", SIZES | {"rope_parameters": {
         "rope_type": "default", "rope_theta": 5000.0, "partial_rotary_factor": 0.5}}),
-    "gpt_neox-in-turn": ("GPTNeoX", SIZES | {"use_parallel_residual": False, "rope_parameters": {
+    "gpt_neox-in-turn": ("GPTNeoX", SIZES | {
+        "use_parallel_residual": False, "max_position_embeddings": 11, "rope_parameters": {
         "rope_type": "dynamic", "rope_theta": 5000.0, "factor": 2.0, "partial_rotary_factor": 1.0}}),
     "qwen3": ("Qwen3", GATED | {"head_dim": 10, "rope_parameters": {
         "rope_type": "longrope", "rope_theta": 5000.0, "factor": 2.5, "original_max_position_embeddings": 9,
