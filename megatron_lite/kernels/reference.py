@@ -84,24 +84,30 @@ def add_dropout_then(norm: _Norm) -> Callable[..., tuple[Tensor, Tensor]]:
     return run
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x: [s, b, n, d] -> the same with its first r channels rotated pairwise (i, i + r/2), in fp32.
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    """x: [s, b, n, d] -> the same with its first r channels rotated pairwise, in fp32 (arXiv:2104.09864).
 
-    The two-halves form of rotary positions (arXiv:2104.09864) that GPT-NeoX and Llama use.
-    cos, sin: fp32 [s, 1 or b, 1, r/2].
+    Pairs are (i, i + r/2) of the two halves, as GPT-NeoX and Llama have them; interleaved, neighbours
+    (2i, 2i + 1), as the paper has.  cos, sin: fp32 [s, 1 or b, 1, r/2].
     """
     half = cos.shape[-1]
+    if interleaved:
+        turning, rest = x.float().split([2 * half, x.shape[-1] - 2 * half], dim=-1)
+        first, second = turning.unflatten(-1, (half, 2)).unbind(-1)
+        pairs = torch.stack((first * cos - second * sin, second * cos + first * sin), dim=-1)
+        return torch.cat((pairs.flatten(-2), rest), dim=-1).to(x.dtype)
     first, second, rest = x.float().split([half, half, x.shape[-1] - 2 * half], dim=-1)
     turned = torch.cat((first * cos - second * sin, second * cos + first * sin, rest), dim=-1)
     return turned.to(x.dtype)
 
 
 def split_rotate(
-    fused: Tensor, heads: int, kv_heads: int, angles: tuple[Tensor, Tensor] | None
-) -> tuple[Tensor, Tensor, Tensor]:
+    fused: Tensor, heads: int, kv_heads: int, angles: tuple[Tensor, Tensor] | None,
+    interleaved: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """fused: [s, b, (n + 2m)d] -> q [b, n, s, d] and k, v [b, m, s, d]; q and k rotated by the angles.
 
-    angles: cos and sin of rotate; None where positions are not rotary.
+    angles: cos and sin of rotate; None where positions are not rotary.  interleaved: see there.
     """
     s, b, width = fused.shape
     d = width // (heads + 2 * kv_heads)
@@ -109,15 +115,19 @@ def split_rotate(
     q = q.view(s, b, heads, d)
     k, v = (y.view(s, b, kv_heads, d) for y in (k, v))
     if angles is not None:
-        q, k = rotate(q, *angles), rotate(k, *angles)
+        q, k = (rotate(x, *angles, interleaved) for x in (q, k))
     q, k, v = (y.permute(1, 2, 0, 3) for y in (q, k, v))
     return q, k, v
 
 
-def rotate_heads(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+def rotate_heads(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False
+) -> tuple[Tensor, Tensor]:
     """q: [b, n, s, d], k: [b, m, s, d] -> the same, turned as rotate does; for what split_rotate has split."""
-    turned = (rotate(x.permute(2, 0, 1, 3), cos, sin).permute(1, 2, 0, 3) for x in (q, k))
-    return next(turned), next(turned)
+    q, k = (
+        rotate(x.permute(2, 0, 1, 3), cos, sin, interleaved).permute(1, 2, 0, 3) for x in (q, k)
+    )
+    return q, k
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Tensor:

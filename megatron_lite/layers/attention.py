@@ -73,11 +73,6 @@ def attention_line(context: StageContext, micro_batch_size: int, *, segments: bo
     return f"{choice.why} ({sdpa_kernel(q, k, v, call)})"
 
 
-def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x: [b, n, s, d] -> the same, turned as rotate does."""
-    return rotate(x.permute(2, 0, 1, 3), cos, sin).permute(1, 2, 0, 3)
-
-
 class SelfAttention(nn.Module):
     """Causal self-attention of block `layer`; n/tp query heads, m/tp key and value heads here.
 
@@ -125,7 +120,10 @@ class SelfAttention(nn.Module):
         angles = self._angles(at, "angles", lambda: at.encoded)
         later = angles is not None and at.cache is not None and at.cache.unturned
         if not self.normed and not later:
-            return self.split_rotate(fused, self.heads, self.kv_heads, angles)  # type: ignore[no-any-return]
+            found: tuple[Tensor, Tensor, Tensor] = self.split_rotate(
+                fused, self.heads, self.kv_heads, angles, self.core.interleaved
+            )
+            return found
         q, k, v = self.split_rotate(fused, self.heads, self.kv_heads, None)
         if self.normed:
             # in the order of memory, in which attention then leaves its output for the next product
@@ -135,7 +133,14 @@ class SelfAttention(nn.Module):
             )
         if angles is None:
             return q, k, v
-        return (_turned(q, *angles), k, v) if later else (*self.rotate_heads(q, k, *angles), v)
+        if later:
+            return self._turned(q, *angles), k, v
+        return (*self.rotate_heads(q, k, *angles, self.core.interleaved), v)
+
+    def _turned(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """x: [b, n, s, d] -> the same, turned as rotate does."""
+        turned = rotate(x.permute(2, 0, 1, 3), cos, sin, self.core.interleaved)
+        return turned.permute(1, 2, 0, 3)
 
     def _angles(
         self, at: ForwardContext, name: str, positions: Callable[[], Tensor]
@@ -154,7 +159,7 @@ class SelfAttention(nn.Module):
         k, v = cache.extend(self.layer, k, v)
         angles = self._angles(at, "key angles", cache.key_positions) if cache.unturned else None
         if angles is not None:
-            k = _turned(k, *angles)
+            k = self._turned(k, *angles)
         window = self.core.window
         return k, v, at.once(("seen", window), lambda: cache.seen(window))
 

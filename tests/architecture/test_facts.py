@@ -20,6 +20,7 @@ OF_A_FIGURE = frozenset(
         "add_bias_linear",
         "add_qkv_bias",
         "window_size",
+        "rotary_interleaved",
         "qk_layernorm",
         "parallel_residual",
         "normalization",

@@ -264,6 +264,7 @@ OTHERWISE: dict[str, list[dict[str, Any]]] = {
     ],
     "rotary_base": [{"rotary_base": 5e5}],
     "rotary_percent": [{"rotary_percent": 0.5}],
+    "rotary_interleaved": [{"rotary_interleaved": True}],
     "rope_scaling_type": [
         {"rope_scaling_type": kind} for kind in ("linear", "ntk", "dynamic", "yarn", "llama3")
     ] + [LONGROPE],

@@ -60,7 +60,9 @@ def test_each_of_its_parts_is_read_and_felt(tmp_path: Path, monkeypatch) -> None
     model = open_torch_dist(kept).model
     assert (model.qk_layernorm, model.add_qkv_bias, model.window) == (True, True, 6)
     assert (model.rope_scaling_type, model.rope_scaling_factor) == ("llama3", 4.0)
-    for n, part in enumerate(({"window_size": None}, {"use_rope_scaling": False})):
+    for n, part in enumerate(
+        ({"window_size": None}, {"use_rope_scaling": False}, {"rotary_interleaved": True})
+    ):
         other = tmp_path / f"other{n}"
         shutil.copytree(kept, other)
         args = argparse.Namespace(**{**vars(arguments("parts")), **part})
@@ -200,7 +202,7 @@ SPOILED: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "another norm": (_args(qk_l2_norm=True), "args.qk_l2_norm True"),
     "no norms": (_args(qk_layernorm=True), "q_layernorm.weight: missing"),
-    "rope": (_args(rotary_interleaved=True), "args.rotary_interleaved"),
+    "rope": (_args(mrope_section=[4, 4]), "args.mrope_section"),
     "position": (_args(position_embedding_type="mrope"), "position_embedding_type mrope"),
     "elsewhere": (_metadata(_elsewhere), "only a plain *.distcp"),
     "swapped": (_metadata(_swapped), "the folder is a mix of two"),

@@ -127,7 +127,7 @@ REFUSED = {
     "--train-data-exact-num-epochs 1": "--train-samples",
     "--load-tag global_step5": "use --ckpt-step",
     "--train-weighted-split-paths a": "use --train-data-path",
-    "--rotary-interleaved": "drop it",
+    "--squared-relu": "use GELU",
     "--data-impl cached": "takes only mmap or infer here",
     "--num-experts 8": "takes only 1 here",
     "--activations-checkpoint-method custom": "takes only uniform or block here",

@@ -16,7 +16,7 @@ from megatron_lite.config.flags.parser import parse, spellings
 from megatron_lite.config.rules.table import check_config
 
 WORKS = """
---qk-layernorm --window-size --add-qkv-bias
+--qk-layernorm --window-size --add-qkv-bias --rotary-interleaved
 --accumulate-allreduce-grads-in-fp32 --adam-beta1 --adam-beta2 --adam-eps --apply-layernorm-1p
 --decoupled-lr --decoupled-min-lr
 --apply-query-key-layer-scaling --async-save --attention-backend --attention-dropout
@@ -134,7 +134,7 @@ REFUSED = """
 --no-decoupled-weight-decay --cpu-optimizer --partition-activations --checkpoint-in-cpu
 --train-data-exact-num-epochs --load-tag --decrease-batch-size-if-needed
 --train-weighted-split-paths --valid-weighted-split-paths --test-weighted-split-paths
---rotary-interleaved --squared-relu --use-torch-fsdp2 --data-parallel-sharding-strategy
+--squared-relu --use-torch-fsdp2 --data-parallel-sharding-strategy
 --fp8-format --fp8-recipe --full-validation --multi-latent-attention --no-initialization
 --qk-l2-norm --qk-clip --quick-geglu --attention-output-gate
 --activation-func-clamp-value --window-attn-skip-freq

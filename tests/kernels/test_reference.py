@@ -16,6 +16,7 @@ from megatron_lite.kernels.cross_entropy import VocabularyPart
 from megatron_lite.kernels.dropout import DropoutCall, dropout
 from megatron_lite.kernels.products import added_weight_gradient
 from megatron_lite.kernels.table import TABLE
+from tests.support.extras import needs
 from tests.support.kernels import IN_PLACE, B, S, arguments, dropout_call, weighted
 
 M32, M64 = (1 << 32) - 1, (1 << 64) - 1
@@ -169,6 +170,33 @@ def test_every_reference_equals_its_formula(op: str) -> None:
         found.append([*results, *(x.grad for x in tensors if x.grad is not None)])
     for ours, theirs in zip(*found, strict=True):
         torch.testing.assert_close(ours.double(), theirs, rtol=2e-5, atol=2e-5)
+
+
+def test_interleaved_pairs_are_neighbours_as_complex_numbers() -> None:
+    """Two channels of eight do not turn."""
+    fused, n, m, angles = arguments("split_rotate")
+    q, k, v = reference.split_rotate(fused, n, m, angles, True)
+    heads = fused.view(S, B, n + 2 * m, 8).permute(1, 2, 0, 3)
+    turn = torch.complex(*(part.double() for part in angles)).permute(1, 2, 0, 3)
+    pairs = torch.view_as_complex(heads[..., :6].double().unflatten(-1, (3, 2)).contiguous())
+    turned = torch.cat((torch.view_as_real(pairs * turn).flatten(-2), heads[..., 6:]), dim=-1)
+    expected = turned[:, :n], turned[:, n : n + m], heads[:, n + m :]
+    for ours, theirs in zip((q, k, v), expected, strict=True):
+        torch.testing.assert_close(ours.double(), theirs.double(), rtol=1e-5, atol=1e-5)
+    plain = reference.split_rotate(fused, n, m, None)[:2]
+    for ours, theirs in zip(reference.rotate_heads(*plain, *angles, True), (q, k), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_pairs_turn_as_in_megatron_core(interleaved: bool) -> None:
+    core = needs("megatron.core.models.common.embeddings.rope_utils")
+    x, angle = torch.randn(S, B, 4, 8), torch.rand(S, 1, 1, 3) * 6.0
+    twice = torch.stack((angle, angle), -1).flatten(-2) if interleaved else angle.repeat(1, 1, 1, 2)
+    theirs = core._apply_rotary_pos_emb_bshd(x, twice, rotary_interleaved=interleaved)
+    ours = reference.rotate(x, angle.cos(), angle.sin(), interleaved)
+    torch.testing.assert_close(ours, theirs)
 
 
 def test_a_weight_gradient_goes_into_its_accumulator_in_fp32() -> None:

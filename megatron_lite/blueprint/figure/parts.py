@@ -154,7 +154,8 @@ class Matrix:
 class Core:
     """Attention between q, k, v and its output: `heads` queries share `kv_heads` keys and values.
 
-    rotated: channels of a head that rotary positions turn; 0 for none.
+    rotated: channels of a head that rotary positions turn; 0 for none.  interleaved: neighbours turn
+    together, not one of each half of them.
     window: tokens that one sees, itself included; None for all before it.
     """
 
@@ -163,6 +164,7 @@ class Core:
     kv_heads: int
     head_size: int
     rotated: int = 0
+    interleaved: bool = False
     window: int | None = None
 
     def seen(self, seq_length: int) -> int:

@@ -76,7 +76,7 @@ def _layer(model: ModelConfig) -> Parts:
     h, f, bias = model.hidden_size, model.ffn_size, model.add_bias_linear
     core = Core(
         "attention.core", model.num_attention_heads, model.num_kv_heads, model.head_size,
-        rotated=model.rotated_channels, window=model.window,
+        rotated=model.rotated_channels, interleaved=model.rotary_interleaved, window=model.window,
     )  # fmt: skip
     qkv = (
         ("attention.q", core.queries),

@@ -129,7 +129,7 @@ def plan_gguf(plan: Export, kind: str, dtype: str | None) -> GGUFExport:
         block={**_NORMS, **(_FUSED if architecture.fused else _APART), **_REST},
     )  # fmt: skip
     inner = plan_export(
-        plan.store, plan.manifest, plan.model, torch.float32, family=kind, names=names
+        plan.store, plan.manifest, plan.trained, torch.float32, family=kind, names=names
     )
     notices = []
     export = GGUFExport(inner, architecture, dtype or "f32", ())

@@ -19,6 +19,7 @@ from megatron_lite.checkpoint.huggingface.families import family_for
 from megatron_lite.checkpoint.huggingface.family import Family
 from megatron_lite.checkpoint.huggingface.folder import CONFIG, INDEX, ONE_FILE
 from megatron_lite.checkpoint.huggingface.names import Names
+from megatron_lite.checkpoint.huggingface.pairs import by_halves, core_of, with_halves
 from megatron_lite.checkpoint.huggingface.rotary_keys import with_plain_base
 from megatron_lite.checkpoint.manifest import Manifest
 from megatron_lite.checkpoint.store import Store
@@ -32,12 +33,14 @@ from megatron_lite.storage.disk import Disk
 class Export:
     """A checkpoint that a family can express, and what it will be.
 
+    trained: the model of the checkpoint; model: the same as it is written, see pairs.py.
     stored: our name -> the name of its most exact copy (the fp32 master, where there is one).
     """
 
     store: Store
     manifest: Manifest
     family: Family
+    trained: ModelConfig
     model: ModelConfig
     conversions: Sequence[Conversion]
     stored: Mapping[str, str]
@@ -54,10 +57,13 @@ class Export:
 
     def tensor(self, conversion: Conversion) -> Tensor:
         """One Hugging Face tensor, put together from the checkpoint's pieces."""
+        core = core_of(self.trained)
 
         def fill(parts: Sequence[tuple[str, Tensor]]) -> None:
             slices = [_slice(self.stored[name], part) for name, part in parts]
             self.store.load(self.manifest, slices)
+            for name, part in parts:
+                by_halves(name, part, core)
 
         return conversion.join(self.dtype, fill)
 
@@ -81,7 +87,8 @@ def plan_export(
     program instead of its own.
     Raises CheckpointError naming every flag that none of them can express.
     """
-    folder, model = store.folder(manifest.iteration), with_plain_base(model)
+    folder, trained = store.folder(manifest.iteration), model
+    model = with_plain_base(with_halves(model))
     chosen = family_for(model, family, str(folder))
     wanted = conversions(names or chosen.names, model)
     stored = {
@@ -96,7 +103,7 @@ def plan_export(
     )  # fmt: skip
     if dtype is None:
         dtype = TORCH_DTYPES[manifest.tensors[next(iter(stored.values()))].dtype]
-    return Export(store, manifest, chosen, model, wanted, stored, dtype)
+    return Export(store, manifest, chosen, trained, model, wanted, stored, dtype)
 
 
 def export_folder(

@@ -35,7 +35,6 @@ REFUSED: tuple[Legacy, ...] = (
     refused("--train-weighted-split-paths", "use --train-data-path w1 P1 w2 P2 ..."),
     refused("--valid-weighted-split-paths", "use --valid-data-path w1 P1 w2 P2 ..."),
     refused("--test-weighted-split-paths", "use --test-data-path w1 P1 w2 P2 ..."),
-    refused("--rotary-interleaved", "rotary pairs are the two halves of a head; drop it"),
     refused("--squared-relu", "not built; use GELU or --swiglu"),
     refused("--use-torch-fsdp2", "not built; use --use-distributed-optimizer"),
     refused("--data-parallel-sharding-strategy", "not built; use --use-distributed-optimizer"),

@@ -93,6 +93,12 @@ COMPARED: tuple[Trait, ...] = (
         1.0,
         "other channels of a head are turned; the loss is worse until the model was trained on",
     ),
+    Trait(
+        "rotary_interleaved",
+        _if_rope(lambda m: m.rotary_interleaved),
+        False,
+        "other channels of a head turn together; the loss is worse until the model was trained on",
+    ),
     Trait("rope_scaling_type", _if_rope(lambda m: m.rope_scaling_type), "none", _OTHER_SCALE),
     _scaling("rope_scaling_factor", 8.0),
     _scaling("rope_original_length", 8192),

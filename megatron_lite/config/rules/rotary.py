@@ -29,8 +29,9 @@ def rope_scaling(config: RunConfig, world_size: int) -> Iterator[str]:
     m = config.model
     for name in ROTARY if m.position_embedding_type != "rope" else ():
         if (value := getattr(m, name)) != getattr(_DEFAULTS, name):
+            said = "" if value is True else f" {value}"
             yield (
-                f"--{name.replace('_', '-')} {value} has no say with --position-embedding-type "
+                f"--{name.replace('_', '-')}{said} has no say with --position-embedding-type "
                 f"{m.position_embedding_type}; add --position-embedding-type rope, or drop it"
             )
     if m.position_embedding_type != "rope":

@@ -27,7 +27,7 @@ SCALING = {
 BY_LENGTH = frozenset({"dynamic", "longrope"})
 """Types whose frequencies depend on how long a text is."""
 
-ROTARY = ("rotary_base", "rope_scaling_type", *SCALING)
+ROTARY = ("rotary_base", "rotary_interleaved", "rope_scaling_type", *SCALING)
 """Fields that are refused without rotary positions."""
 
 
@@ -90,6 +90,9 @@ class ModelConfig:
 
     rotary_percent: float = 1.0
     """Share of a head's channels that are rotated."""
+
+    rotary_interleaved: bool = False
+    """Rotate neighbouring channels of a head together (0 1, 2 3, ...), not one of each of its halves."""
 
     rope_scaling_type: Literal["none", "linear", "ntk", "dynamic", "yarn", "llama3", "longrope"] = (
         "none"
