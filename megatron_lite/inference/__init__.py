@@ -1,4 +1,4 @@
-"""Using a trained model: sampling, KV cache and generation.
+"""Using a trained model: sampling, KV cache and generation; what it is worth in evaluating/.
 
 Imports all above but engines, optim and planner; train and tools may import it.
 Begin with generate.py (prefill and decode), then stages.py (one forward over tp and pp), cache.py,

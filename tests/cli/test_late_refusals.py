@@ -42,6 +42,7 @@ TOOLS: dict[str, tuple[str, list[str], str]] = {
     "convert": ("", [ABSENT], ""),
     "extend_vocabulary": ("", [ABSENT, ABSENT], ""),
     "demo_corpus": ("", [], ""),
+    "evaluate": ("--json", ["--load", ABSENT, "--text", ABSENT], ".json"),
 }
 
 

@@ -1,0 +1,278 @@
+"""What a trained model is worth, in one process or over the ranks of torchrun.
+
+python tools/evaluate.py --load RUN_FOLDER --text held_out.txt               perplexity, bits per byte
+python tools/evaluate.py --load HUGGING_FACE_FOLDER --tokens corpus_text_document --stride 512
+python tools/launch.py --nproc_per_node 4 tools/evaluate.py --load RUN_FOLDER --tokens PREFIX \\
+    --tensor-model-parallel-size 2 --pipeline-model-parallel-size 2
+
+Further ranks share the texts.  A file in RUN_FOLDER/evaluations keeps what was found.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from tqdm import tqdm
+
+from megatron_lite.blueprint.draw_up import draw_grid
+from megatron_lite.config.errors import ConfigError, StorageError
+from megatron_lite.config.exit import ToolParser, run_tool
+from megatron_lite.config.extensions import add_extend_flag, extend
+from megatron_lite.config.rules import layout
+from megatron_lite.config.sections.model import ModelConfig
+from megatron_lite.config.sections.parallel import ParallelConfig
+from megatron_lite.config.sections.run import RunConfig
+from megatron_lite.data.provenance import ALLOW_MISMATCH
+from megatron_lite.inference.evaluating.corpora import PerplexityOf
+from megatron_lite.inference.evaluating.examinee import Advance, Examinee, Measure
+from megatron_lite.inference.evaluating.results import (
+    EVALUATIONS,
+    as_json,
+    json_text,
+    keep_record,
+    table,
+)
+from megatron_lite.inference.evaluating.scorer import Scorer
+from megatron_lite.inference.model import (
+    PRECISIONS,
+    CheckpointSource,
+    ModelSource,
+    build_model,
+    find_model,
+)
+from megatron_lite.parallel.context import ParallelContext
+from megatron_lite.rendezvous.heartbeat import Presence
+from megatron_lite.rendezvous.launch import (
+    Launch,
+    choose_device,
+    gather_ranks,
+    read_launch,
+    start_process_group,
+    stop_process_group,
+)
+from megatron_lite.storage.disk import Disk
+from megatron_lite.storage.outputs import check_folder, check_outputs, write_output
+from megatron_lite.train.ending.failures import Failures, end_process
+
+_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in PRECISIONS}
+
+
+def main() -> int:
+    """Join the other ranks, if there are any, load, measure, say and keep what was found."""
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # our one line says more of a lost rank
+    asked = _parse(sys.argv[1:])
+    launch = read_launch()
+    parallel = _parallel(asked)
+    measures, disk = _measures(asked), Disk()
+    if asked.json and launch.rank == 0:
+        check_outputs("--json", [asked.json], disk)
+    if launch.world_size == 1:
+        device = choose_device(launch, use_cpu=asked.use_cpu, backend=None)
+        _check_layout(parallel, 1)
+        return _evaluate(asked, measures, ParallelContext.serial(device), lambda: None, disk)
+    failures = Failures(
+        launch.rank, folder=None, debug=asked.debug, speaks_first=launch.local_rank == 0
+    )
+    try:
+        presence = _join(asked, parallel, launch, failures)
+        grid = draw_grid(parallel, launch.world_size)
+        ctx = ParallelContext.from_grid(grid, launch.rank, failures.device)
+        code = _evaluate(asked, measures, ctx, presence.tick, disk)
+    except BaseException as error:
+        end_process(failures.report(error))
+    stop_process_group()
+    presence.leave()
+    return code
+
+
+def _parallel(asked: argparse.Namespace) -> ParallelConfig:
+    return ParallelConfig(
+        tensor_model_parallel_size=asked.tensor_model_parallel_size,
+        pipeline_model_parallel_size=asked.pipeline_model_parallel_size,
+    )
+
+
+def _join(
+    asked: argparse.Namespace, parallel: ParallelConfig, launch: Launch, failures: Failures
+) -> Presence:
+    """All ranks have come; a lost one ends the others with its name."""
+    _check_layout(parallel, launch.world_size)
+    failures.device = choose_device(launch, use_cpu=asked.use_cpu, backend=None)
+    world = gather_ranks(launch, parallel, end=failures.lost)
+    failures.presence = world.presence
+    start_process_group(launch, parallel, failures.device, world)
+    return world.presence
+
+
+def _check_layout(
+    parallel: ParallelConfig, world_size: int, model: ModelConfig | None = None
+) -> None:
+    """ConfigError where the ranks do not make this grid, or the model does not divide over it."""
+    config = RunConfig(model=model or ModelConfig(), parallel=parallel)
+    sizes = (parallel.tp, parallel.pp)
+    problems = [f"--*-model-parallel-size {sizes} must be at least 1"] if min(sizes) < 1 else []
+    problems = problems or list(layout.world(config, world_size))
+    if model is not None:
+        problems += layout.tensor_parallel_heads(config, world_size)
+        if parallel.pp > model.num_layers:
+            problems.append(
+                f"--pipeline-model-parallel-size {parallel.pp} is more than the model's "
+                f"{model.num_layers} layers"
+            )
+    if problems:
+        raise ConfigError("; ".join(problems))
+
+
+def _evaluate(
+    asked: argparse.Namespace,
+    measures: Sequence[Measure],
+    ctx: ParallelContext,
+    tick: Callable[[], None],
+    disk: Disk,
+) -> int:
+    began = time.monotonic()
+    source = find_model(Path(asked.load), ctx, step=asked.ckpt_step)
+    _check_layout(_parallel(asked), ctx.world_size, source.config)
+    tokenizer, said = source.tokenizer(
+        asked.vocab_file, asked.merge_file, allowed=asked.allow_tokenizer_mismatch
+    )
+    for measure in measures:
+        said = [*said, *measure.look(source.config, tokenizer)]
+    first = ctx.rank == 0
+    keeper = Keeper.of(source, disk) if first else None
+    for line in (*source.notices, *said, *(keeper.notices if keeper else ())) if first else ():
+        print(f"WARNING: {line}", file=sys.stderr)
+    dtype = None if asked.dtype is None else _DTYPES[asked.dtype]
+    model = build_model(source, ctx, dtype=dtype)
+    examinee = Examinee(
+        Scorer(model, asked.batch_size), tokenizer, progress=functools.partial(_bar, first, tick)
+    )
+    results = [measure.run(examinee) for measure in measures]
+    if keeper is not None:
+        for result in results:
+            print("\n".join(["", table(result.rows), *result.notes]))
+        head = {
+            "load": asked.load, "iteration": keeper.iteration,
+            "time": time.strftime("%Y-%m-%d %H:%M:%S"), "seconds": time.monotonic() - began,
+            "dtype": str(model.context.dtype).removeprefix("torch."), "batch_size": asked.batch_size,
+            "tp": ctx.tp.size, "pp": ctx.pp.size, "dp": ctx.dp.size,
+        }  # fmt: skip
+        keeper.keep(as_json(head, results), asked.json)
+    return 0
+
+
+def _measures(asked: argparse.Namespace) -> list[Measure]:
+    found: list[Measure] = [
+        PerplexityOf(
+            flag, path, window=asked.window, stride=asked.stride, first=asked.first_token,
+            allowed=asked.allow_tokenizer_mismatch,
+        )
+        for flag, paths in (("--text", asked.text), ("--tokens", asked.tokens))
+        for path in paths
+    ]  # fmt: skip
+    if not found:
+        raise ConfigError("nothing is asked: give --text FILE or --tokens PREFIX")
+    return found
+
+
+@contextmanager
+def _bar(
+    shown: bool, tick: Callable[[], None], what: str, total: int, unit: str
+) -> Iterator[Advance]:
+    """On a terminal, with the time left; other ranks hear that this one gets on."""
+    with tqdm(total=total, desc=what, unit=f" {unit}", disable=None if shown else True) as bar:
+
+        def advance(done: int) -> None:
+            tick()
+            bar.update(done)
+
+        yield advance
+
+
+@dataclass(frozen=True, slots=True)
+class Keeper:
+    """Where results go beside the terminal: the run folder, if the model is of one that takes files."""
+
+    disk: Disk
+    run: Path | None = None
+    iteration: int | None = None
+    notices: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, source: ModelSource, disk: Disk) -> Keeper:
+        """Looks whether a file can be written there."""
+        if not isinstance(source, CheckpointSource):
+            return cls(disk)
+        run, iteration = source.store.root, source.manifest.iteration
+        try:
+            check_folder("--load", run / EVALUATIONS, disk)
+        except (ConfigError, StorageError) as error:
+            return cls(disk, iteration=iteration, notices=(f"the run keeps no record: {error}",))
+        return cls(disk, run, iteration)
+
+    def keep(self, record: Mapping[str, Any], asked: str | None) -> None:
+        """Into the run and the file that was asked for."""
+        if asked:
+            write_output(asked, json_text(record), self.disk)
+            print(f"\nwritten to {asked}")
+        if self.run is not None and self.iteration is not None:
+            print(f"\nkept in {keep_record(self.run, self.iteration, record, self.disk)}")
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = ToolParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add(
+        "--load",
+        required=True,
+        help="run folder, one iter_N folder of it, or one of Hugging Face's",
+    )
+    add("--ckpt-step", type=int, help="this iteration instead of the newest")
+    measured = parser.add_argument_group("what is measured")
+    add = measured.add_argument
+    add("--text", nargs="+", action="extend", default=[], help="files of text, a document each")
+    add(
+        "--tokens",
+        nargs="+",
+        action="extend",
+        default=[],
+        help="token files (.bin and .idx): prefixes",
+    )
+    add("--window", type=int, help="tokens that the model sees; all its positions by default")
+    add("--stride", type=int, help="tokens from one window to the next; half a window by default")
+    add("--first-token", help="seen before each document: eod (default), none, or an id")
+    how = parser.add_argument_group("how")
+    add = how.add_argument
+    add("--tensor-model-parallel-size", type=int, default=1, help="ranks that share each matrix")
+    add("--pipeline-model-parallel-size", type=int, default=1, help="ranks that share the layers")
+    add("--batch-size", type=int, default=8, help="rows of a forward; results do not depend on it")
+    add("--dtype", choices=_DTYPES, help="as the weights are kept by default")
+    add("--use-cpu", action="store_true")
+    add("--vocab-file", help="instead of the one the run was trained with")
+    add("--merge-file", help="instead of the one the run was trained with")
+    add(ALLOW_MISMATCH, action="store_true", help="with another tokenizer than the model's own")
+    add("--json", help="a file for the results")
+    add_extend_flag(parser)
+    asked = parser.parse_args(argv)
+    extend(asked.extend)
+    if asked.batch_size < 1:
+        raise ConfigError(f"--batch-size {asked.batch_size} must be at least 1")
+    return asked
+
+
+def start() -> NoReturn:
+    """Run it, and end the process with its exit code."""
+    sys.exit(run_tool(main, results=True))
+
+
+if __name__ == "__main__":
+    start()

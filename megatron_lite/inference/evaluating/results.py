@@ -1,0 +1,83 @@
+"""What an evaluation found: a table for people, JSON for programs, a file in the run folder."""
+
+from __future__ import annotations
+
+import json
+import math
+import secrets
+import time
+import unicodedata
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megatron_lite.storage.disk import Disk
+from megatron_lite.storage.outputs import write_output
+
+EVALUATIONS = "evaluations"
+"""In a run folder: a file for each call of tools/evaluate.py, beside the training's own records."""
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """One measure of one file or folder.
+
+    rows: what is printed: a heading, then a line each; values: what JSON gets; notes: said below.
+    """
+
+    kind: str
+    source: str
+    rows: Sequence[Sequence[str]]
+    values: Mapping[str, Any]
+    notes: Sequence[str] = field(default=())
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Columns side by side: the first to the left, numbers to the right; wide characters take two places."""
+    widths = [max(_width(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        cells = [row[0] + " " * (widths[0] - _width(row[0]))]
+        cells += [
+            " " * (width - _width(cell)) + cell
+            for cell, width in zip(row[1:], widths[1:], strict=True)
+        ]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def _width(text: str) -> int:
+    return sum(2 if unicodedata.east_asian_width(letter) in "WF" else 1 for letter in text)
+
+
+def as_json(head: Mapping[str, Any], results: Sequence[Result]) -> dict[str, Any]:
+    """head: what was evaluated, and how."""
+    found = [{"kind": one.kind, "source": one.source, **one.values} for one in results]
+    made: dict[str, Any] = _encoded({**head, "results": found})
+    return made
+
+
+def _encoded(value: Any) -> Any:
+    """JSON has no NaN and no infinity: they are strings, as in metrics.jsonl."""
+    if isinstance(value, Mapping):
+        return {str(name): _encoded(entry) for name, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_encoded(entry) for entry in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    return value
+
+
+def keep_record(run: Path, iteration: int, record: Mapping[str, Any], disk: Disk) -> Path:
+    """A file of its own in the run folder, which replaces none; nothing else of the run is touched."""
+    moment = time.strftime("%Y-%m-%d_%H-%M-%S")
+    name = f"iter_{iteration:07d}_{moment}_{secrets.token_hex(3)}.json"
+    write_output(run / EVALUATIONS / name, json_text(record), disk)
+    return run / EVALUATIONS / name
+
+
+def json_text(record: Mapping[str, Any]) -> bytes:
+    """As it is written."""
+    text = json.dumps(record, ensure_ascii=False, allow_nan=False, indent=1)
+    return text.encode() + b"\n"

@@ -1,0 +1,117 @@
+"""What evaluate.py says, keeps and refuses; the numbers are those of tests/inference."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron_lite.cli import convert, evaluate
+from megatron_lite.inference.model import load_model
+from tests.support.corpora import write_pair
+from tests.support.extras import needs
+from tests.support.huggingface import tool, weights
+
+needs("transformers")
+Capture = pytest.CaptureFixture[str]
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "held out.txt"
+    path.write_text("the thin inner hint that this ether tin, the thing in other words then.")
+    return path
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+def test_a_run_keeps_each_evaluation_beside_its_own_records(
+    tmp_path: Path, monkeypatch, folder: Path, text: Path, capsys: Capture
+) -> None:
+    run = tmp_path / "run"
+    assert tool(convert.main, monkeypatch, folder, run) == 0
+    (run / "metrics.jsonl").write_text('{"kind": "save"}\n')
+    before = contents(run)
+    told = tmp_path / "new" / "told.json"
+    words = ["--text", text, "--window", 16, "--use-cpu"]
+    capsys.readouterr()
+    assert tool(evaluate.main, monkeypatch, "--load", run, *words, "--json", told) == 0
+    out = capsys.readouterr().out
+    assert tool(evaluate.main, monkeypatch, "--load", run / "iter_0000000", *words) == 0
+    assert tool(evaluate.main, monkeypatch, "--load", folder, *words) == 0
+    after = contents(run)
+    kept = sorted(set(after) - set(before))
+    assert {name: after[name] for name in before} == before and len(kept) == 2
+    assert all(name.startswith("evaluations/iter_0000000_") for name in kept)
+    record = json.loads(told.read_text())
+    assert record in [json.loads(after[name]) for name in kept]
+    (found,) = record["results"]
+    assert (record["iteration"], record["dtype"], record["tp"]) == (0, "float32", 1)
+    assert (found["window"], found["stride"], found["size"]) == (16, 8, 71)
+    line = next(line for line in out.splitlines() if line.startswith(str(text)))
+    assert line.split()[-4:] == [str(found["tokens"]), f"{found['loss']:.4f}",
+                                 f"{found['perplexity']:,.3f}", f"{found['bits_per_byte']:.4f}"]  # fmt: skip
+    assert "stride 8: beyond a first window a token sees 9 to 16 before it" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        ([], 2, "nothing is asked: give --text FILE"),
+        (["--text", "no/such"], 3, "--text no/such cannot be read: No such file"),
+        (["--tokens", "no/such"], 3, "no/such.idx does not exist"),
+        (["--text", "HERE/latin.txt"], 3, "latin.txt:3 is not UTF-8"),
+        (["--text", "HERE/empty.txt"], 3, "empty.txt holds no token to score"),
+        (["--tokens", "HERE/other"], 3, "but the model's tokenizer is"),
+        (["--text", "HERE/latin.txt", "--batch-size", 0], 2, "--batch-size 0 must be at least 1"),
+        (["--text", "HERE/good.txt", "--window", 25], 2, "at most the model's 24 positions"),
+        (["--text", "HERE/good.txt", "--tensor-model-parallel-size", 2], 2, "does not divide 1 ranks"),
+        (["--text", "HERE/good.txt", "--json", "HERE"], 2, "is a folder"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_evaluated_is_refused_before_weights_are_read(
+    tmp_path: Path, monkeypatch, folder: Path, capsys: Capture, words, code: int, said: str
+) -> None:
+    weights(lambda t: t["transformer.wte.weight"][3].fill_(float("nan")))(folder)
+    (tmp_path / "latin.txt").write_bytes(b"one\ntwo\nth\xffree\n")
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "good.txt").write_text("the thin")
+    write_pair(tmp_path / "other", [[1, 2, 3]])
+    facts = {"tokenizer": {"type": "GPT2BPETokenizer", "fingerprint": "0" * 32, "vocab_size": 99}}
+    (tmp_path / "other.meta.json").write_text(json.dumps(facts))
+    words = [str(word).replace("HERE", str(tmp_path)) for word in words]
+    assert tool(evaluate.main, monkeypatch, "--load", folder, "--use-cpu", *words) == code
+    err = capsys.readouterr().err
+    assert err.startswith(f"FATAL[{code}] ") and said in err and "Traceback" not in err
+
+
+def test_a_model_that_cannot_be_split_so_is_refused(folder: Path) -> None:
+    model = load_model(folder).model.context.model
+    for tp, pp, said in (
+        (2, 1, "--num-attention-heads 3 cannot be split"),
+        (1, 3, "model's 2 layers"),
+    ):
+        parallel = evaluate.ParallelConfig(
+            tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp
+        )
+        with pytest.raises(evaluate.ConfigError, match=said):
+            evaluate._check_layout(parallel, tp * pp, model)
+
+
+def test_a_run_that_takes_no_file_is_evaluated_all_the_same(
+    tmp_path: Path, monkeypatch, folder: Path, text: Path, capsys: Capture
+) -> None:
+    run = tmp_path / "run"
+    assert tool(convert.main, monkeypatch, folder, run) == 0
+    (run / "evaluations").touch()
+    assert tool(evaluate.main, monkeypatch, "--load", run, "--text", text, "--use-cpu") == 0
+    out, err = capsys.readouterr()
+    assert "perplexity of" in out and "kept in" not in out
+    assert "WARNING: the run keeps no record: " in err and (run / "evaluations").is_file()
