@@ -33,13 +33,13 @@ from megatron_lite.config.sections.parallel import ParallelConfig
 from megatron_lite.config.sections.run import RunConfig
 from megatron_lite.data.provenance import ALLOW_MISMATCH
 from megatron_lite.inference.evaluating.corpora import PerplexityOf
-from megatron_lite.inference.evaluating.examinee import Advance, Examinee, Measure
+from megatron_lite.inference.evaluating.examinee import Advance, Examinee, Trial
 from megatron_lite.inference.evaluating.results import (
     EVALUATIONS,
     as_json,
     json_text,
     keep_record,
-    table,
+    side_by_side,
 )
 from megatron_lite.inference.evaluating.scorer import Scorer
 from megatron_lite.inference.model import (
@@ -72,13 +72,13 @@ def main() -> int:
     asked = _parse(sys.argv[1:])
     launch = read_launch()
     parallel = _parallel(asked)
-    measures, disk = _measures(asked), Disk()
+    trials, disk = _trials(asked), Disk()
     if asked.json and launch.rank == 0:
         check_outputs("--json", [asked.json], disk)
     if launch.world_size == 1:
         device = choose_device(launch, use_cpu=asked.use_cpu, backend=None)
         _check_layout(parallel, 1)
-        return _evaluate(asked, measures, ParallelContext.serial(device), lambda: None, disk)
+        return _evaluate(asked, trials, ParallelContext.serial(device), lambda: None, disk)
     failures = Failures(
         launch.rank, folder=None, debug=asked.debug, speaks_first=launch.local_rank == 0
     )
@@ -86,7 +86,7 @@ def main() -> int:
         presence = _join(asked, parallel, launch, failures)
         grid = draw_grid(parallel, launch.world_size)
         ctx = ParallelContext.from_grid(grid, launch.rank, failures.device)
-        code = _evaluate(asked, measures, ctx, presence.tick, disk)
+        code = _evaluate(asked, trials, ctx, presence.tick, disk)
     except BaseException as error:
         end_process(failures.report(error))
     stop_process_group()
@@ -134,7 +134,7 @@ def _check_layout(
 
 def _evaluate(
     asked: argparse.Namespace,
-    measures: Sequence[Measure],
+    trials: Sequence[Trial],
     ctx: ParallelContext,
     tick: Callable[[], None],
     disk: Disk,
@@ -145,8 +145,8 @@ def _evaluate(
     tokenizer, said = source.tokenizer(
         asked.vocab_file, asked.merge_file, allowed=asked.allow_tokenizer_mismatch
     )
-    for measure in measures:
-        said = [*said, *measure.look(source.config, tokenizer)]
+    for trial in trials:
+        said = [*said, *trial.look(source.config, tokenizer)]
     first = ctx.rank == 0
     keeper = Keeper.of(source, disk) if first else None
     for line in (*source.notices, *said, *(keeper.notices if keeper else ())) if first else ():
@@ -156,22 +156,22 @@ def _evaluate(
     examinee = Examinee(
         Scorer(model, asked.batch_size), tokenizer, progress=functools.partial(_bar, first, tick)
     )
-    results = [measure.run(examinee) for measure in measures]
+    results = [trial.run(examinee) for trial in trials]
     if keeper is not None:
         for result in results:
-            print("\n".join(["", table(result.rows), *result.notes]))
+            print("\n".join(["", side_by_side(result.rows), *result.notes]))
         head = {
             "load": asked.load, "iteration": keeper.iteration,
             "time": time.strftime("%Y-%m-%d %H:%M:%S"), "seconds": time.monotonic() - began,
             "dtype": str(model.context.dtype).removeprefix("torch."), "batch_size": asked.batch_size,
-            "tp": ctx.tp.size, "pp": ctx.pp.size, "dp": ctx.dp.size,
+            "tp": ctx.tp.size, "pp": ctx.pp.size, "ranks": ctx.world_size,
         }  # fmt: skip
         keeper.keep(as_json(head, results), asked.json)
     return 0
 
 
-def _measures(asked: argparse.Namespace) -> list[Measure]:
-    found: list[Measure] = [
+def _trials(asked: argparse.Namespace) -> list[Trial]:
+    found: list[Trial] = [
         PerplexityOf(
             flag, path, window=asked.window, stride=asked.stride, first=asked.first_token,
             allowed=asked.allow_tokenizer_mismatch,

@@ -25,9 +25,9 @@ from megatron_lite.inference.evaluating.perplexity import (
     Document,
     Perplexity,
     choose_window,
-    measure,
-    rows_of,
-    spans,
+    measure_perplexity,
+    window_rows,
+    windows_over,
 )
 from megatron_lite.inference.evaluating.scorer import Scorer
 from megatron_lite.inference.model import build_model, find_model, load_model
@@ -62,15 +62,15 @@ def measured(
     model = build_model(find_model(path, ctx), ctx, dtype=torch.float32)
     given = [Document(np.array(tokens), 10 * len(tokens)) for tokens in documents]
     scorer = Scorer(model, batch_size)
-    return measure(scorer, "some", given, window=window, stride=stride)
+    return measure_perplexity(scorer, "some", given, window=window, stride=stride)
 
 
 def test_the_windows_of_ten_tokens_by_hand() -> None:
     """Nine inputs, each of which predicts the next token."""
-    assert list(spans(9, 4, 2)) == [(0, 4, 4), (2, 6, 2), (4, 8, 2), (6, 9, 1)]
-    assert list(spans(9, 4, 4)) == [(0, 4, 4), (4, 8, 4), (8, 9, 1)]
-    assert list(spans(9, 100, 3)) == [(0, 9, 9)] and list(spans(0, 4, 2)) == []
-    rows = list(rows_of(np.arange(100, 110), 4, 2))
+    assert list(windows_over(9, 4, 2)) == [(0, 4, 4), (2, 6, 2), (4, 8, 2), (6, 9, 1)]
+    assert list(windows_over(9, 4, 4)) == [(0, 4, 4), (4, 8, 4), (8, 9, 1)]
+    assert list(windows_over(9, 100, 3)) == [(0, 9, 9)] and list(windows_over(0, 4, 2)) == []
+    rows = list(window_rows(np.arange(100, 110), 4, 2))
     assert [row.tokens.tolist() for row in rows] == [
         [100, 101, 102, 103], [102, 103, 104, 105], [104, 105, 106, 107], [106, 107, 108]]  # fmt: skip
     assert [row.targets.tolist() for row in rows] == [
@@ -83,7 +83,7 @@ def test_every_token_is_scored_once_and_sees_what_was_promised() -> None:
         for stride in range(1, window + 1):
             tokens = np.arange(length)
             targets = []
-            for number, row in enumerate(rows_of(tokens, window, stride)):
+            for number, row in enumerate(window_rows(tokens, window, stride)):
                 assert len(row.tokens) <= window
                 for position, target in zip(row.positions, row.targets, strict=True):
                     assert row.tokens[position] == target - 1
@@ -258,4 +258,4 @@ def test_what_cannot_be_measured_is_refused(folder: Path, tmp_path: Path) -> Non
         with torch.no_grad():
             model.final_norm.weight.fill_(float("inf"))
         given = [Document(np.array([1, 2, 3]), None)]
-        measure(Scorer(model), "some", given, window=4, stride=4)
+        measure_perplexity(Scorer(model), "some", given, window=4, stride=4)

@@ -19,7 +19,7 @@ from megatron_lite.inference.evaluating.perplexity import (
     Document,
     Perplexity,
     choose_window,
-    measure,
+    measure_perplexity,
     with_first,
 )
 from megatron_lite.inference.evaluating.results import Result
@@ -108,7 +108,7 @@ def prefix_of(path: str) -> str:
 
 @dataclass(slots=True)
 class PerplexityOf:
-    """The measure of one file: a text (flag --text), or a pair of token files (--tokens).
+    """The trial of one file: a text (flag --text), or a pair of token files (--tokens).
 
     window, stride, first: as asked, None by default; allowed: a pair may have been made with another
     tokenizer than the model's.
@@ -169,7 +169,7 @@ class PerplexityOf:
         """Collective over the model's ranks."""
         window, stride = self._sliding
         with examinee.progress(Path(self.path).name, self._total, "tokens") as told:
-            found = measure(
+            found = measure_perplexity(
                 examinee.scorer, self.path, self._documents, window=window, stride=stride, told=told
             )
         assert found.tokens == self._total, (found.tokens, self._total)

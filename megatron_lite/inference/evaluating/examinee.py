@@ -1,4 +1,4 @@
-"""The model under test, with what every measure needs beside it."""
+"""The model under test, with what every trial needs beside it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from megatron_lite.models.decoder import Decoder
 Advance = Callable[[int], object]
 """So many more are done."""
 
-Progress = Callable[[str, int, str], AbstractContextManager[Advance]]
+Bars = Callable[[str, int, str], AbstractContextManager[Advance]]
 """(what, how many in all, of which unit) -> a bar while they are done."""
 
 
@@ -31,7 +31,7 @@ class Examinee:
 
     scorer: Scorer
     tokenizer: Tokenizer
-    progress: Progress = unseen
+    progress: Bars = unseen
 
     @property
     def model(self) -> Decoder:
@@ -39,7 +39,7 @@ class Examinee:
         return self.scorer.model
 
 
-class Measure(Protocol):
+class Trial(Protocol):
     """One thing that is measured, of one file or folder."""
 
     def look(self, model: ModelConfig, tokenizer: Tokenizer) -> Sequence[str]:

@@ -18,10 +18,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from megatron_lite.config.errors import ConfigError, NumericsError
-from megatron_lite.inference.evaluating.scorer import Ids, Row, Scorer
+from megatron_lite.inference.evaluating.scorer import Ids, ScoredRow, Scorer
 
 
-class Span(NamedTuple):
+class Window(NamedTuple):
     """A window's inputs [begin, end) of a document with its first token, of which `scored` are targets:
     the last ones that its inputs predict."""
 
@@ -30,20 +30,20 @@ class Span(NamedTuple):
     scored: int
 
 
-def spans(inputs: int, window: int, stride: int) -> Iterator[Span]:
+def windows_over(inputs: int, window: int, stride: int) -> Iterator[Window]:
     """The windows over so many inputs, each of which predicts one token."""
     done = begin = 0
     while done < inputs:
         end = min(begin + window, inputs)
-        yield Span(begin, end, end - done)
+        yield Window(begin, end, end - done)
         done, begin = end, begin + stride
 
 
-def rows_of(tokens: Ids, window: int, stride: int) -> Iterator[Row]:
+def window_rows(tokens: Ids, window: int, stride: int) -> Iterator[ScoredRow]:
     """The windows of a document; its first token is seen and not scored."""
-    for begin, end, scored in spans(len(tokens) - 1, window, stride):
+    for begin, end, scored in windows_over(len(tokens) - 1, window, stride):
         positions = np.arange(end - begin - scored, end - begin)
-        yield Row(tokens[begin:end], positions, tokens[begin + 1 + positions])
+        yield ScoredRow(tokens[begin:end], positions, tokens[begin + 1 + positions])
 
 
 class Document(NamedTuple):
@@ -112,7 +112,7 @@ def choose_window(
     return window, step
 
 
-def measure(
+def measure_perplexity(
     scorer: Scorer,
     file: str,
     documents: Iterable[Document],
@@ -152,13 +152,13 @@ class _Counted:
     documents: int = 0
     size: int | None = 0
 
-    def rows(self, documents: Iterable[Document], window: int, stride: int) -> Iterator[Row]:
+    def rows(self, documents: Iterable[Document], window: int, stride: int) -> Iterator[ScoredRow]:
         for document in documents:
             if len(document.tokens) > 1:
                 self.documents += 1
                 known = self.size is not None and document.size is not None
                 self.size = (self.size or 0) + (document.size or 0) if known else None
-                yield from rows_of(document.tokens, window, stride)
+                yield from window_rows(document.tokens, window, stride)
 
 
 def with_first(first: int | None, tokens: Sequence[int] | Ids) -> Ids:

@@ -21,7 +21,7 @@ EVALUATIONS = "evaluations"
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """One measure of one file or folder.
+    """One trial of one file or folder.
 
     rows: what is printed: a heading, then a line each; values: what JSON gets; notes: said below.
     """
@@ -33,7 +33,7 @@ class Result:
     notes: Sequence[str] = field(default=())
 
 
-def table(rows: Sequence[Sequence[str]]) -> str:
+def side_by_side(rows: Sequence[Sequence[str]]) -> str:
     """Columns side by side: the first to the left, numbers to the right; wide characters take two places."""
     widths = [max(_width(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = []

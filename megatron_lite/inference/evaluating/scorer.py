@@ -38,7 +38,7 @@ _LOGITS_BYTES = 1 << 28
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class ScoredRow:
     """tokens: what the model sees; targets[i] is to come after tokens[positions[i]]."""
 
     tokens: Ids
@@ -95,14 +95,14 @@ class Scorer:
         ctx = self.context.ctx
         return ctx.dp.size * self.batch_size * (4 * ctx.pp.size if ctx.pp.size > 1 else 1)
 
-    def stream(self, rows: Iterable[Row]) -> Iterator[RowScores]:
+    def stream(self, rows: Iterable[ScoredRow]) -> Iterator[RowScores]:
         """The scores of each row, in their order; holds one round of them."""
         rest = iter(rows)
         while held := list(islice(rest, self.round_size)):
             yield from self._round(held)
 
     def all(
-        self, rows: Sequence[Row], told: Callable[[int], object] = lambda done: None
+        self, rows: Sequence[ScoredRow], told: Callable[[int], object] = lambda done: None
     ) -> list[RowScores]:
         """The same of rows that are all there, the longest first: little is padded, and what does not
         fit into memory shows at once.  told: the number of rows of each finished round."""
@@ -114,7 +114,7 @@ class Scorer:
             told(len(held))
         return [found[n] for n in range(len(rows))]
 
-    def _round(self, rows: Sequence[Row]) -> list[RowScores]:
+    def _round(self, rows: Sequence[ScoredRow]) -> list[RowScores]:
         ctx = self.context.ctx
         mine = range(ctx.dp.rank, len(rows), ctx.dp.size)
         ends = np.cumsum([len(row.targets) for row in rows])
@@ -132,12 +132,12 @@ class Scorer:
             for row, end in zip(rows, ends, strict=True)
         ]  # fmt: skip
 
-    def _forward(self, rows: Sequence[Row]) -> Tensor | None:
+    def _forward(self, rows: Sequence[ScoredRow]) -> Tensor | None:
         """float64 [2, targets] of these rows on the last stage, None on others."""
         width = min(self.batch_size, len(rows))  # of each micro batch: messages have one shape
         length = max(len(row.tokens) for row in rows)
         parts = [rows[start : start + width] for start in range(0, len(rows), width)]
-        batches = [self._micro_batch(part, width, length) for part in parts]
+        batches = [self._microbatch(part, width, length) for part in parts]
         context = self.context
         self._pipeline.mail.expect(
             (length, width, context.model.hidden_size), context.dtype, context.ctx.device
@@ -153,7 +153,7 @@ class Scorer:
             self._actions[num_microbatches] = lowered[pp.rank]
         return self._actions[num_microbatches]
 
-    def _micro_batch(self, rows: Sequence[Row], width: int, length: int) -> MicroBatch:
+    def _microbatch(self, rows: Sequence[ScoredRow], width: int, length: int) -> MicroBatch:
         tokens = np.zeros((length, width), np.int64)
         for place, row in enumerate(rows):
             tokens[: len(row.tokens), place] = row.tokens
