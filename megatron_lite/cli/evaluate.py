@@ -28,12 +28,11 @@ from megatron_lite.config.errors import ConfigError, StorageError
 from megatron_lite.config.exit import ToolParser, run_tool
 from megatron_lite.config.extensions import add_extend_flag, extend
 from megatron_lite.config.rules import layout
-from megatron_lite.config.sections.model import ModelConfig
 from megatron_lite.config.sections.parallel import ParallelConfig
 from megatron_lite.config.sections.run import RunConfig
 from megatron_lite.data.provenance import ALLOW_MISMATCH
 from megatron_lite.inference.evaluating.corpora import PerplexityOf
-from megatron_lite.inference.evaluating.examinee import Advance, Examinee, Trial
+from megatron_lite.inference.evaluating.examinee import Advance, Exam, Examinee
 from megatron_lite.inference.evaluating.results import (
     EVALUATIONS,
     as_json,
@@ -48,6 +47,7 @@ from megatron_lite.inference.model import (
     ModelSource,
     build_model,
     find_model,
+    require_layout,
 )
 from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.rendezvous.heartbeat import Presence
@@ -72,13 +72,13 @@ def main() -> int:
     asked = _parse(sys.argv[1:])
     launch = read_launch()
     parallel = _parallel(asked)
-    trials, disk = _trials(asked), Disk()
+    exams, disk = _exams(asked), Disk()
     if asked.json and launch.rank == 0:
         check_outputs("--json", [asked.json], disk)
     if launch.world_size == 1:
         device = choose_device(launch, use_cpu=asked.use_cpu, backend=None)
         _check_layout(parallel, 1)
-        return _evaluate(asked, trials, ParallelContext.serial(device), lambda: None, disk)
+        return _evaluate(asked, exams, ParallelContext.serial(device), lambda: None, disk)
     failures = Failures(
         launch.rank, folder=None, debug=asked.debug, speaks_first=launch.local_rank == 0
     )
@@ -86,7 +86,7 @@ def main() -> int:
         presence = _join(asked, parallel, launch, failures)
         grid = draw_grid(parallel, launch.world_size)
         ctx = ParallelContext.from_grid(grid, launch.rank, failures.device)
-        code = _evaluate(asked, trials, ctx, presence.tick, disk)
+        code = _evaluate(asked, exams, ctx, presence.tick, disk)
     except BaseException as error:
         end_process(failures.report(error))
     stop_process_group()
@@ -113,40 +113,31 @@ def _join(
     return world.presence
 
 
-def _check_layout(
-    parallel: ParallelConfig, world_size: int, model: ModelConfig | None = None
-) -> None:
-    """ConfigError where the ranks do not make this grid, or the model does not divide over it."""
-    config = RunConfig(model=model or ModelConfig(), parallel=parallel)
+def _check_layout(parallel: ParallelConfig, world_size: int) -> None:
+    """ConfigError where the ranks do not make this grid."""
     sizes = (parallel.tp, parallel.pp)
-    problems = [f"--*-model-parallel-size {sizes} must be at least 1"] if min(sizes) < 1 else []
-    problems = problems or list(layout.world(config, world_size))
-    if model is not None:
-        problems += layout.tensor_parallel_heads(config, world_size)
-        if parallel.pp > model.num_layers:
-            problems.append(
-                f"--pipeline-model-parallel-size {parallel.pp} is more than the model's "
-                f"{model.num_layers} layers"
-            )
+    if min(sizes) < 1:
+        raise ConfigError(f"--*-model-parallel-size {sizes} must be at least 1")
+    problems = list(layout.world(RunConfig(parallel=parallel), world_size))
     if problems:
         raise ConfigError("; ".join(problems))
 
 
 def _evaluate(
     asked: argparse.Namespace,
-    trials: Sequence[Trial],
+    exams: Sequence[Exam],
     ctx: ParallelContext,
     tick: Callable[[], None],
     disk: Disk,
 ) -> int:
     began = time.monotonic()
     source = find_model(Path(asked.load), ctx, step=asked.ckpt_step)
-    _check_layout(_parallel(asked), ctx.world_size, source.config)
+    require_layout(source.config, ctx.tp.size, ctx.pp.size)
     tokenizer, said = source.tokenizer(
         asked.vocab_file, asked.merge_file, allowed=asked.allow_tokenizer_mismatch
     )
-    for trial in trials:
-        said = [*said, *trial.look(source.config, tokenizer)]
+    for exam in exams:
+        said = [*said, *exam.look(source.config, tokenizer)]
     first = ctx.rank == 0
     keeper = Keeper.of(source, disk) if first else None
     for line in (*source.notices, *said, *(keeper.notices if keeper else ())) if first else ():
@@ -156,7 +147,7 @@ def _evaluate(
     examinee = Examinee(
         Scorer(model, asked.batch_size), tokenizer, progress=functools.partial(_bar, first, tick)
     )
-    results = [trial.run(examinee) for trial in trials]
+    results = [exam.run(examinee) for exam in exams]
     if keeper is not None:
         for result in results:
             print("\n".join(["", side_by_side(result.rows), *result.notes]))
@@ -170,8 +161,8 @@ def _evaluate(
     return 0
 
 
-def _trials(asked: argparse.Namespace) -> list[Trial]:
-    found: list[Trial] = [
+def _exams(asked: argparse.Namespace) -> list[Exam]:
+    found: list[Exam] = [
         PerplexityOf(
             flag, path, window=asked.window, stride=asked.stride, first=asked.first_token,
             allowed=asked.allow_tokenizer_mismatch,

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from megatron_lite.cli import convert, evaluate
-from megatron_lite.inference.model import load_model
 from tests.support.corpora import write_pair
 from tests.support.extras import needs
 from tests.support.huggingface import tool, weights
@@ -90,19 +89,6 @@ def test_what_cannot_be_evaluated_is_refused_before_weights_are_read(
     assert tool(evaluate.main, monkeypatch, "--load", folder, "--use-cpu", *words) == code
     err = capsys.readouterr().err
     assert err.startswith(f"FATAL[{code}] ") and said in err and "Traceback" not in err
-
-
-def test_a_model_that_cannot_be_split_so_is_refused(folder: Path) -> None:
-    model = load_model(folder).model.context.model
-    for tp, pp, said in (
-        (2, 1, "--num-attention-heads 3 cannot be split"),
-        (1, 3, "model's 2 layers"),
-    ):
-        parallel = evaluate.ParallelConfig(
-            tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp
-        )
-        with pytest.raises(evaluate.ConfigError, match=said):
-            evaluate._check_layout(parallel, tp * pp, model)
 
 
 def test_a_run_that_takes_no_file_is_evaluated_all_the_same(

@@ -108,7 +108,7 @@ def prefix_of(path: str) -> str:
 
 @dataclass(slots=True)
 class PerplexityOf:
-    """The trial of one file: a text (flag --text), or a pair of token files (--tokens).
+    """The exam of one file: a text (flag --text), or a pair of token files (--tokens).
 
     window, stride, first: as asked, None by default; allowed: a pair may have been made with another
     tokenizer than the model's.

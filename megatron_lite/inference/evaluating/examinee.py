@@ -1,4 +1,4 @@
-"""The model under test, with what every trial needs beside it."""
+"""The model under test, with what every exam needs beside it."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Examinee:
         return self.scorer.model
 
 
-class Trial(Protocol):
+class Exam(Protocol):
     """One thing that is measured, of one file or folder."""
 
     def look(self, model: ModelConfig, tokenizer: Tokenizer) -> Sequence[str]:

@@ -21,7 +21,7 @@ EVALUATIONS = "evaluations"
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """One trial of one file or folder.
+    """One exam of one file or folder.
 
     rows: what is printed: a heading, then a line each; values: what JSON gets; notes: said below.
     """

@@ -167,6 +167,8 @@ class Scorer:
         at = ForwardContext(
             samples=torch.zeros(width, dtype=torch.int64, device=device),
             index=torch.arange(length, device=device),
+            # of each row its own: how far another one is longer must not change its numbers
+            length=tuple([len(row.tokens) for row in rows] + [1] * (width - len(rows))),
         )
         on_device = torch.from_numpy(tokens).to(device)
         extras = {name: torch.from_numpy(array).to(device) for name, array in asked.items()}
