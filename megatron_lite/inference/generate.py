@@ -66,13 +66,122 @@ class GenerationSpeed:
 
 @dataclass(slots=True)
 class _Row:
-    """A request in flight; entering: tokens that have not gone in yet."""
+    """A request in flight; entering: tokens that have not gone in yet; longest: of all it may have."""
 
     request: int
     asked: TextRequest
+    longest: int
     entering: list[int]
     tokens: list[int]
     generated: list[int] = field(default_factory=list)
+
+
+class RunningBatch:
+    """Rows of a batch that requests join and leave while the others continue.
+
+    Every rank of the model makes the same calls.  capacity, start: see KeyValueCache; without start
+    a request must fit.
+    """
+
+    def __init__(
+        self, model: Decoder, rows: int, capacity: int, *, start: int | None = None,
+        chunk: int = CHUNK, speed: GenerationSpeed | None = None,
+    ) -> None:  # fmt: skip
+        self._held = CachedRows(model, rows, capacity, start=start)
+        self._chunk, self.speed = chunk, speed or GenerationSpeed()
+        self._places: list[_Row | None] = [None] * rows
+
+    @property
+    def has_place(self) -> bool:
+        """Whether another request can join."""
+        return None in self._places
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing to continue."""
+        return not any(self._places)
+
+    def join(self, request: int, asked: TextRequest) -> None:
+        """The request, under its number, takes a place that is free."""
+        place, longest = self._places.index(None), longest_text(self._held.model, asked)
+        # where positions end, the end of a prompt says more than its beginning
+        prompt = list(asked.prompt)[-longest:]
+        self._held.free(place, longest)
+        self._places[place] = _Row(request, asked, longest, list(prompt), list(prompt))
+
+    def leave(self, request: int) -> None:
+        """Nothing more of it is wanted."""
+        self._places = [row if row and row.request != request else None for row in self._places]
+
+    def step(self) -> list[Token]:
+        """One forward, in which each row takes what is entering, and the tokens that come of it."""
+        began, held, places = time.perf_counter(), self._held, self._places
+        new: list[list[int]] = []
+        for number, row in enumerate(places):
+            takes = 0 if row is None else min(self._chunk, held.room(number), len(row.entering))
+            new.append([] if row is None else row.entering[:takes])
+        logits = held.forward(new)
+        entered = sum(map(len, new))
+        prefills = any(row is not None and not row.generated for row in places)
+        ready = []
+        for number, row in enumerate(places):
+            if row is not None:
+                del row.entering[: len(new[number])]
+                if not row.entering:
+                    ready.append((number, row))
+        chosen = self._chosen(logits, ready)
+        if prefills:
+            self.speed.prompt_tokens += entered
+            self.speed.prompt_seconds += time.perf_counter() - began
+        else:
+            self.speed.new_tokens += len(ready)
+            self.speed.new_seconds += time.perf_counter() - began
+        found = []
+        for (number, row), token in zip(ready, chosen, strict=True):
+            found.append(_taken(row, token))
+            if found[-1].end is not None:
+                places[number] = None
+        return found
+
+    def _chosen(self, logits: Tensor | None, ready: Sequence[tuple[int, _Row]]) -> list[int]:
+        """The next token of each row that is ready, on every rank."""
+        ctx = self._held.ctx
+        chosen = torch.zeros(len(ready), dtype=torch.int64, device=ctx.device)
+        if logits is not None:
+            for place, (number, row) in enumerate(ready):
+                tokens = torch.tensor([row.tokens], device=ctx.device)
+                chosen[place] = row.asked.pick(logits[number : number + 1], tokens)[0]
+        if ready:
+            all_reduce(chosen, ctx.pp)  # zeros on the stages before the last
+        found: list[int] = chosen.tolist()  # waits for the device
+        return found
+
+
+def _taken(row: _Row, token: int) -> Token:
+    """The row continues with a token, or ends."""
+    if token in row.asked.ends:
+        return Token(row.request, None, "eod")
+    full = len(row.tokens) >= row.longest  # it has no position behind those it has
+    row.generated.append(token)
+    row.tokens.append(token)
+    row.entering = [token]
+    end: End | None = None
+    if row.asked.until(row.generated):
+        end = "stop"
+    elif len(row.generated) >= row.asked.max_new_tokens:
+        end = "length"
+    elif full:
+        end = "positions"
+    return Token(row.request, token, end)
+
+
+def longest_text(model: Decoder, asked: TextRequest) -> int:
+    """Tokens of prompt and continuation that the model has positions for."""
+    assert asked.prompt, "a prompt has at least one token (the end-of-document token, say)"
+    config = model.context.model
+    wanted = len(asked.prompt) + asked.max_new_tokens
+    learned = config.position_embedding_type == "learned_absolute"
+    return min(wanted, config.num_positions) if learned else wanted
 
 
 @dataclass(slots=True)
@@ -92,91 +201,16 @@ class Generation:
 
     def run(self, requests: Sequence[TextRequest]) -> Iterator[Token]:
         """The tokens of all requests as they come, those of one in order."""
-        longest = [self._longest(asked) for asked in requests]
-        capacity = self.keep or max(longest, default=1)
+        longest = [longest_text(self.model, asked) for asked in requests]
+        batch = RunningBatch(
+            self.model, max(min(self.rows, len(requests)), 1), self.keep or max(longest, default=1),
+            start=self.start if self.keep else None, chunk=self.chunk, speed=self.speed,
+        )  # fmt: skip
         waiting = deque(enumerate(requests))
-        places: list[_Row | None] = [None] * min(self.rows, len(requests))
-        start = self.start if self.keep else None
-        held = CachedRows(self.model, max(len(places), 1), capacity, start=start)
-        while waiting or any(places):
-            for number, row in enumerate(places):
-                if row is None and waiting:
-                    index, asked = waiting.popleft()
-                    # where positions end, the end of a prompt says more than its beginning
-                    prompt = list(asked.prompt)[-longest[index] :]
-                    held.free(number, longest[index])
-                    places[number] = _Row(index, asked, list(prompt), list(prompt))
-            yield from self._step(held, places, longest)
-
-    def _step(
-        self, held: CachedRows, places: list[_Row | None], longest: Sequence[int]
-    ) -> Iterator[Token]:
-        """One forward, in which each row takes what is entering, and the tokens that come of it."""
-        began = time.perf_counter()
-        new: list[list[int]] = []
-        for number, row in enumerate(places):
-            takes = 0 if row is None else min(self.chunk, held.room(number), len(row.entering))
-            new.append([] if row is None else row.entering[:takes])
-        logits = held.forward(new)
-        entered = sum(map(len, new))
-        prefills = any(row is not None and not row.generated for row in places)
-        ready = []
-        for number, row in enumerate(places):
-            if row is not None:
-                del row.entering[: len(new[number])]
-                if not row.entering:
-                    ready.append((number, row))
-        chosen = self._chosen(held, logits, ready)
-        if prefills:
-            self.speed.prompt_tokens += entered
-            self.speed.prompt_seconds += time.perf_counter() - began
-        else:
-            self.speed.new_tokens += len(ready)
-            self.speed.new_seconds += time.perf_counter() - began
-        for (number, row), token in zip(ready, chosen, strict=True):
-            result = self._taken(row, token, full=len(row.tokens) >= longest[row.request])
-            if result.end is not None:
-                places[number] = None
-            yield result
-
-    def _chosen(
-        self, held: CachedRows, logits: Tensor | None, ready: Sequence[tuple[int, _Row]]
-    ) -> list[int]:
-        """The next token of each row that is ready, on every rank."""
-        device = held.ctx.device
-        chosen = torch.zeros(len(ready), dtype=torch.int64, device=device)
-        if logits is not None:
-            for place, (number, row) in enumerate(ready):
-                tokens = torch.tensor([row.tokens], device=device)
-                chosen[place] = row.asked.pick(logits[number : number + 1], tokens)[0]
-        if ready:
-            all_reduce(chosen, held.ctx.pp)  # zeros on the stages before the last
-        found: list[int] = chosen.tolist()  # waits for the device
-        return found
-
-    def _taken(self, row: _Row, token: int, *, full: bool) -> Token:
-        """The row continues with a token, or ends.  full: it has no position behind those it has."""
-        if token in row.asked.ends:
-            return Token(row.request, None, "eod")
-        row.generated.append(token)
-        row.tokens.append(token)
-        row.entering = [token]
-        end: End | None = None
-        if row.asked.until(row.generated):
-            end = "stop"
-        elif len(row.generated) >= row.asked.max_new_tokens:
-            end = "length"
-        elif full:
-            end = "positions"
-        return Token(row.request, token, end)
-
-    def _longest(self, asked: TextRequest) -> int:
-        """Tokens of prompt and continuation that the model has positions for."""
-        assert asked.prompt, "a prompt has at least one token (the end-of-document token, say)"
-        config = self.model.context.model
-        wanted = len(asked.prompt) + asked.max_new_tokens
-        learned = config.position_embedding_type == "learned_absolute"
-        return min(wanted, config.num_positions) if learned else wanted
+        while waiting or not batch.is_empty:
+            while waiting and batch.has_place:
+                batch.join(*waiting.popleft())
+            yield from batch.step()
 
 
 @dataclass(frozen=True, slots=True)
