@@ -12,6 +12,7 @@ import torch
 from megatron_lite.cli import convert
 from megatron_lite.config.sections.model import ModelConfig
 from tests.support.extras import needs
+from tests.support.families import tiny
 from tests.support.huggingface import gpt2, random_tokens, tokenizer_files, tool
 
 gguf = needs("gguf")
@@ -39,9 +40,11 @@ def random_model(kind: str) -> Any:
     return model
 
 
-def exported(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *words: object) -> Any:
+def exported(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *words: object, model: Any = None
+) -> Any:
     """The model, and the folder with its model.gguf."""
-    model = random_model(kind)
+    model = model or random_model(kind)
     model.save_pretrained(tmp_path / "theirs")
     tokenizer_files(tmp_path / "theirs", "vocab.json", "merges.txt")
     assert tool(convert.main, monkeypatch, tmp_path / "theirs", tmp_path / "ours") == 0
@@ -65,6 +68,79 @@ def test_transformers_reads_it_back_with_equal_logits_and_greedy_tokens(
     greedy = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     start = tokens[:, :8]
     assert torch.equal(model.generate(start, **greedy), back.generate(start, **greedy))
+
+
+class NeoX:
+    """A GPT-NeoX as llama.cpp computes it, of nothing but what a file says: sizes, and tensors by name."""
+
+    def __init__(self, path: Path) -> None:
+        reader = gguf.GGUFReader(path)
+        self.said = {name: field.contents() for name, field in reader.fields.items()}
+        self.tensors = {t.name: torch.tensor(t.data) for t in reader.tensors}
+        assert self.said["general.architecture"] == "gptneox"
+
+    def size(self, name: str) -> Any:
+        return self.said[f"gptneox.{name}"]
+
+    def linear(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        tensors = self.tensors
+        return torch.nn.functional.linear(x, tensors[f"{name}.weight"], tensors.get(f"{name}.bias"))
+
+    def norm(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        weight, bias = (self.tensors[f"{name}.{leaf}"] for leaf in ("weight", "bias"))
+        epsilon = self.size("attention.layer_norm_epsilon")
+        return torch.nn.functional.layer_norm(x, x.shape[-1:], weight, bias, epsilon)
+
+    def turn(self, x: torch.Tensor) -> torch.Tensor:
+        """[b, s, n, d]: the first channels of a head, each with the one half of them further on."""
+        turned = self.size("rope.dimension_count")
+        speeds = self.size("rope.freq_base") ** (-torch.arange(0, turned, 2) / turned)
+        angles = torch.arange(x.shape[1])[:, None, None] * speeds
+        a, b, rest = x.split([turned // 2, turned // 2, x.shape[-1] - turned], -1)
+        cos, sin = angles.cos(), angles.sin()
+        return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], -1)
+
+    def attention(self, layer: str, x: torch.Tensor) -> torch.Tensor:
+        heads = self.size("attention.head_count")
+        q, k, v = self.linear(f"{layer}.attn_qkv", x).unflatten(-1, (3, heads, -1)).unbind(2)
+        q, k, v = (part.transpose(1, 2) for part in (self.turn(q), self.turn(k), v))
+        attend = torch.nn.functional.scaled_dot_product_attention
+        seen = attend(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
+        return self.linear(f"{layer}.attn_output", seen)
+
+    def mlp(self, layer: str, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(
+            f"{layer}.ffn_down",
+            torch.nn.functional.gelu(self.linear(f"{layer}.ffn_up", x)),
+        )
+
+    def __call__(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = self.tensors["token_embd.weight"][tokens]
+        for n in range(self.size("block_count")):
+            layer = f"blk.{n}"
+            seen = self.attention(layer, self.norm(f"{layer}.attn_norm", x))
+            before = x if self.size("use_parallel_residual") else x + seen
+            x = x + seen + self.mlp(layer, self.norm(f"{layer}.ffn_norm", before))
+        return self.linear("output", self.norm("output_norm", x))
+
+
+@pytest.mark.parametrize("name", ["gpt_neox", "gpt_neox-in-turn"])
+def test_gpt_neox_is_computed_from_what_the_file_says(
+    tmp_path: Path, monkeypatch, capsys: Capture, name: str
+) -> None:
+    """transformers reads no such GGUF: gguf's reader and a forward of our own do."""
+    model, out = exported("gpt_neox", tmp_path, monkeypatch, model=tiny(name))
+    assert "llama.cpp computes GELU by tanh" in capsys.readouterr().out
+    found = NeoX(out / "model.gguf")
+    tokens = random_tokens(263)
+    with torch.no_grad():
+        expected = model(tokens).logits
+        assert (found(tokens) - expected).abs().max() / expected.abs().max() < 1e-5
+        text = tokens[:, :8]
+        for _ in range(8):
+            text = torch.cat([text, found(text)[:, -1:].argmax(-1)], 1)
+    greedy = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    assert torch.equal(model.generate(tokens[:, :8], **greedy), text)
 
 
 def test_its_tokens_cut_a_text_as_the_tokenizer_did(tmp_path: Path, monkeypatch) -> None:

@@ -25,7 +25,6 @@ from megatron_lite.checkpoint.huggingface.exporting import Export, plan_export
 from megatron_lite.checkpoint.huggingface.names import FusedPart, Names
 from megatron_lite.config.errors import CheckpointError, ConfigError, NumericsError
 from megatron_lite.config.extras import how_to_install
-from megatron_lite.config.sections.model import ModelConfig
 from megatron_lite.storage.disk import Disk, DiskFile
 
 MODEL_GGUF = "model.gguf"
@@ -92,12 +91,7 @@ class GGUFExport:
     def positions(self) -> int:
         """The longest text: within a window, where there is one."""
         model = self.inner.model
-        return min(model.num_positions, _window(model) or model.num_positions)
-
-
-def _window(model: ModelConfig) -> int | None:
-    window = getattr(model, "window", None)
-    return window if isinstance(window, int) else None
+        return min(model.num_positions, model.window or model.num_positions)
 
 
 def library() -> Any:
@@ -132,6 +126,11 @@ def plan_gguf(plan: Export, kind: str, dtype: str | None) -> GGUFExport:
         plan.store, plan.manifest, plan.trained, torch.float32, family=kind, names=names
     )
     notices = []
+    if inner.model.gelu == "erf" and not inner.model.swiglu:
+        notices.append(
+            "llama.cpp computes GELU by tanh, the model has the exact one: activations there differ by "
+            "less than 0.001"
+        )
     export = GGUFExport(inner, architecture, dtype or "f32", ())
     if export.positions < plan.model.num_positions:
         notices.append(
