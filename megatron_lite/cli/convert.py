@@ -46,6 +46,7 @@ from megatron_lite.config.extensions import add_extend_flag, extend
 from megatron_lite.data.provenance import ALLOW_MISMATCH, end_of_document, made_with
 from megatron_lite.data.tokenizers.build import build_tokenizer
 from megatron_lite.data.tokenizers.exchange import files_beside_model, files_for_huggingface
+from megatron_lite.data.tokenizers.sentencepiece_folder import unlike_transformers
 from megatron_lite.data.tokenizers.statements import compare_statements, read_vocabulary
 from megatron_lite.data.tokenizers.tokens import TOKENIZER_BIN, tokenizer_bin, vocabulary_of
 from megatron_lite.data.vocabulary import folder_tokenizer
@@ -330,6 +331,8 @@ def _tokenizer(
         print("NOTE: the checkpoint names no tokenizer: only the model is written")
         return {}, eod
     files = files_for_huggingface(data, positions=found.config.num_positions)
+    for line in unlike_transformers(files):
+        print(f"NOTE: {line}")
     try:
         maker = made_with(build_tokenizer(data), data)
     except ConfigError as error:  # a library that only using it needs

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_lite.config.errors import CheckpointError, ConfigError
+from megatron_lite.config.errors import CheckpointError, ConfigError, DataError
 from megatron_lite.config.sections.data import DataConfig
 from megatron_lite.data.provenance import ALLOW_MISMATCH, MadeWith, made_with
 from megatron_lite.data.tokenizers.base import Tokenizer
@@ -74,7 +74,8 @@ def check_vocabulary(
 class FolderTokenizer:
     """The tokenizer that lies beside a model of Hugging Face's, held against its config.json.
 
-    eos: the token that its files say ends a document; facts: what a manifest keeps of it.
+    eos: the token that its files say ends a document; facts: what a manifest keeps of it; rows: of
+    the model.
     tokenizer: None where there is none, or where a library is missing that only using it needs, as
     unseen then says.  notices: what differs and does not matter.
     """
@@ -85,10 +86,11 @@ class FolderTokenizer:
     tokenizer: Tokenizer | None
     unseen: ConfigError | None
     notices: tuple[str, ...]
+    rows: int
 
     def section(self, folder: Path) -> dict[str, Any]:
         """Fields of the data section that names its files in this folder; none where there is none."""
-        return section_for(self.files, folder, eos=self.eos)
+        return section_for(self.files, folder, eos=self.eos, rows=self.rows)
 
 
 def folder_tokenizer(
@@ -105,8 +107,8 @@ def folder_tokenizer(
     rows, positions: of the model.  Raises DataError where files contradict each other or the model.
     """
     vocabulary = read_vocabulary(files, str(folder))
-    eos, _ = vocabulary.special.get("eos", (None, ""))
-    section = section_for(files, folder, eos=eos)
+    eos, named = vocabulary.special.get("eos", (None, ""))
+    section = section_for(files, folder, eos=eos, rows=rows)
     tokenizer = unseen = None
     facts: dict[str, Any] = {}
     if section:
@@ -117,6 +119,11 @@ def folder_tokenizer(
             unseen = error
         else:
             maker = made_with(tokenizer, data)
+            if maker.eod is not None and vocabulary.eos not in (None, maker.eod):
+                raise DataError(
+                    f"{folder}: {named} names the eos_token {eos!r}, id {vocabulary.eos}; the tokenizer "
+                    f"ends documents with id {maker.eod}: correct it, or add --no-tokenizer"
+                )
             facts = {"type": maker.type, "fingerprint": maker.fingerprint, "vocab_size": rows}
             facts |= {} if maker.eod is None else {"eod": maker.eod}
     notices = compare_statements(
@@ -126,4 +133,4 @@ def folder_tokenizer(
     ends = [end for end in ends_of(config) if end < rows]
     if ends and "eod" not in facts:  # nothing else would know it
         facts |= {"vocab_size": rows, "eod": ends[0]}
-    return FolderTokenizer(files, eos, facts, tokenizer, unseen, tuple(notices))
+    return FolderTokenizer(files, eos, facts, tokenizer, unseen, tuple(notices), rows)

@@ -12,11 +12,18 @@ from megatron_lite.config.sections.data import DataConfig
 from megatron_lite.data.tokenizers.base import LARGEST_FILE, read_bytes, read_vocab
 from megatron_lite.data.tokenizers.gpt2_bpe import GPT2_EOD, gpt2_tokenizer_json, read_merges
 from megatron_lite.data.tokenizers.huggingface import ALONG
+from megatron_lite.data.tokenizers.sentencepiece_folder import (
+    ADDED,
+    MODEL,
+    TYPES,
+    model_files,
+    model_section,
+)
 from megatron_lite.storage.reading import read_plain
 
 FILES = (
     "vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json",
-    "special_tokens_map.json", "added_tokens.json", *ALONG,
+    "special_tokens_map.json", ADDED, MODEL, *ALONG,
 )  # fmt: skip
 """What Hugging Face may keep beside a model."""
 
@@ -35,11 +42,12 @@ def files_beside_model(folder: Path) -> dict[str, bytes]:
 
 
 def section_for(
-    files: Mapping[str, bytes], folder: Path, *, eos: str | None = None
+    files: Mapping[str, bytes], folder: Path, *, eos: str | None = None, rows: int | None = None
 ) -> dict[str, Any]:
     """Fields of the data section for a folder with these files; nothing where they are no tokenizer.
 
     eos: the token that the files say ends a document; GPT2BPETokenizer knows only its own.
+    rows: of the model, where there is one.
     """
     names = set(files)
     if {"vocab.json", "merges.txt"} <= names and eos in (None, GPT2_EOD) and _cuts_as_gpt2(files):
@@ -58,6 +66,8 @@ def section_for(
             f"{why}, and there is no tokenizer.json: let transformers write one (save_pretrained), "
             "or add --no-tokenizer"
         )
+    if MODEL in names:
+        return model_section(files, folder, eos=eos, rows=rows)
     return {}
 
 
@@ -85,11 +95,15 @@ def files_for_huggingface(data: DataConfig, *, positions: int) -> dict[str, byte
     """The files for a folder of Hugging Face; positions: the longest text, in tokens.
 
     A folder that came from there is copied as it is; GPT-2's two files get the three that today's
-    transformers wants besides.  Raises DataError for tokenizers of another kind.
+    transformers wants besides, a SentencePiece file its tokenizer_config.json.  Raises DataError for
+    tokenizers of another kind.
     """
     if data.tokenizer_type == "HuggingFaceTokenizer" and data.tokenizer_model is not None:
         given = Path(data.tokenizer_model)
         return files_beside_model(given if given.is_dir() else given.parent)
+    if data.tokenizer_type in TYPES:
+        beside = files_beside_model(Path(data.tokenizer_model or "").parent)
+        return model_files(data, beside, positions=positions)
     if data.tokenizer_type != "GPT2BPETokenizer":
         raise DataError(
             f"--tokenizer-type {data.tokenizer_type} has no form in a folder of Hugging Face's: "
@@ -97,9 +111,9 @@ def files_for_huggingface(data: DataConfig, *, positions: int) -> dict[str, byte
         )
     vocab_bytes = read_bytes(data.vocab_file, "--vocab-file")
     merge_bytes = read_bytes(data.merge_file, "--merge-file")
-    beside = Path(data.vocab_file or "").parent
-    if Path(data.vocab_file or "").name == "vocab.json" and (beside / "tokenizer.json").is_file():
-        return files_beside_model(beside)
+    folder = Path(data.vocab_file or "").parent
+    if Path(data.vocab_file or "").name == "vocab.json" and (folder / "tokenizer.json").is_file():
+        return files_beside_model(folder)
     vocab = read_vocab(data.vocab_file)
     special = {"content": GPT2_EOD, "lstrip": False, "normalized": True, "rstrip": False,
                "single_word": False}  # fmt: skip

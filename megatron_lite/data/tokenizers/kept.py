@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from megatron_lite.config.sections.data import DataConfig
 from megatron_lite.data.tokenizers.base import read_bytes
-from megatron_lite.data.tokenizers.huggingface import ALONG, BESIDE, find_tokenizer_json
+from megatron_lite.data.tokenizers.exchange import FILES
+from megatron_lite.data.tokenizers.huggingface import find_tokenizer_json
+from megatron_lite.data.tokenizers.sentencepiece_folder import MODEL, TYPES
 
 
 class KeptFile(NamedTuple):
@@ -21,21 +23,27 @@ class KeptFile(NamedTuple):
     setting: str | None
 
 
+def _beside(main: Path, *, but: Sequence[str]) -> list[KeptFile]:
+    """What else lies in a folder of Hugging Face's: it belongs to an export."""
+    beside = (main.with_name(name) for name in FILES if name not in but)
+    return [KeptFile(path.name, str(path), None) for path in beside if path.is_file()]
+
+
 def _gpt2(data: DataConfig) -> list[KeptFile]:
+    vocab, merges = Path(data.vocab_file or ""), Path(data.merge_file or "")
+    names = ("vocab.json", "merges.txt")
+    theirs = (vocab.name, merges.name) == names and vocab.parent == merges.parent
     return [
         KeptFile("vocab.json", data.vocab_file, "vocab_file"),
         KeptFile("merges.txt", data.merge_file, "merge_file"),
+        *(_beside(vocab, but=names) if theirs else ()),
     ]
 
 
 def _hugging_face(data: DataConfig) -> list[KeptFile]:
     main = find_tokenizer_json(data.tokenizer_model)
-    # some name the end of a document, others belong to an export
-    beside = (main.with_name(name) for name in (*BESIDE, *ALONG))
-    return [
-        KeptFile("tokenizer.json", str(main), "tokenizer_model"),
-        *(KeptFile(path.name, str(path), None) for path in beside if path.is_file()),
-    ]
+    kept = KeptFile("tokenizer.json", str(main), "tokenizer_model")
+    return [kept, *_beside(main, but=["tokenizer.json"])]
 
 
 def _one_model(data: DataConfig) -> list[KeptFile]:
@@ -44,12 +52,16 @@ def _one_model(data: DataConfig) -> list[KeptFile]:
     return [KeptFile(name[-99:] or "model", data.tokenizer_model, "tokenizer_model")]
 
 
+def _sentencepiece(data: DataConfig) -> list[KeptFile]:
+    path = Path(data.tokenizer_model or "")
+    others = ("tokenizer.json", "vocab.json", "merges.txt", MODEL)  # would be another tokenizer
+    return [*_one_model(data), *(_beside(path, but=others) if path.name == MODEL else ())]
+
+
 _FILES: dict[str, Callable[[DataConfig], list[KeptFile]]] = {
     "GPT2BPETokenizer": _gpt2,
     "HuggingFaceTokenizer": _hugging_face,
-    "SentencePieceTokenizer": _one_model,
-    "GPTSentencePieceTokenizer": _one_model,
-    "Llama2Tokenizer": _one_model,
+    **dict.fromkeys(TYPES, _sentencepiece),
     "TikTokenizer": _one_model,
     "NullTokenizer": lambda data: [],
 }

@@ -32,7 +32,7 @@ from megatron_lite.data.tokenizers.fit import check_whole_model
 _FLAG = "--tokenizer-model"
 CHATGLM_SPECIALS = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop")
 MEGATRON_SPECIALS = ("<CLS>", "<SEP>", "<EOD>", "<MASK>")
-_EOD = "<EOD>"
+EOD = "<EOD>"
 
 
 def gigatoken_json(content: bytes) -> str:
@@ -113,6 +113,12 @@ class GPTSentencePieceTokenizer(EngineTokenizer):
         return number
 
     @property
+    def named_pieces(self) -> dict[str, str]:
+        """bos, eos, unk, pad -> its piece, of those that the model has."""
+        ids = {kind: getattr(self._model, f"{kind}_id")() for kind in ("bos", "eos", "unk", "pad")}
+        return {kind: self._model.id_to_piece(n) for kind, n in ids.items() if n >= 0}
+
+    @property
     def unknown(self) -> int | None:
         """The piece for what the model does not know."""
         return int(self._model.unk_id())
@@ -150,7 +156,7 @@ class SentencePieceTokenizer(GPTSentencePieceTokenizer):
     @property
     def eod(self) -> int:
         """The id of <EOD>, appended or a piece of the model."""
-        return self._specials.get(_EOD, int(self._model.piece_to_id(_EOD)))
+        return self._specials.get(EOD, int(self._model.piece_to_id(EOD)))
 
 
 class Llama2Tokenizer(GPTSentencePieceTokenizer):

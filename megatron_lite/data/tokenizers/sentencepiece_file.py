@@ -1,7 +1,8 @@
 """The pieces of a SentencePiece .model file, read and appended to; the rest of it is left as it is.
 
 A model is a protobuf message: field 1 is a piece (text 1, score 2, kind 3), 2 the trainer's settings
-(of which 3 is the kind of model), 3 the normaliser.  https://protobuf.dev/programming-guides/encoding
+(of which 3 is the kind of model), 3 the normaliser (2 replaced characters, 3 a space in front, 4 spaces
+made one).  https://protobuf.dev/programming-guides/encoding
 """
 
 from __future__ import annotations
@@ -34,12 +35,19 @@ class _Field(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class ModelFile:
-    """A model's pieces in the order of their ids; rest: the bytes of all other fields."""
+    """A model's pieces in the order of their ids; rest: the bytes of all other fields.
+
+    What happens to a text before it is cut: whether characters are replaced, a space is put in front,
+    and several spaces become one.
+    """
 
     pieces: tuple[ModelPiece, ...]
     raw_pieces: bytes
     rest: bytes
     is_bpe: bool
+    replaces: bool
+    space_in_front: bool
+    joins_spaces: bool
 
     @classmethod
     def read(cls, content: bytes, where: str) -> ModelFile:
@@ -49,6 +57,8 @@ class ModelFile:
             pieces = tuple(_piece(field.value) for field in fields if field.number == 1)
             trainer = next((f.value for f in fields if f.number == 2), b"")
             kind = next((f.value for f in _fields(trainer) if f.number == 3), 1)
+            normalizer = next((f.value for f in fields if f.number == 3), b"")
+            before = {f.number: f.value for f in _fields(normalizer)}
         except (ValueError, struct.error, TypeError) as error:
             raise DataError(f"{where} is no SentencePiece model: {error}") from error
         return cls(
@@ -56,6 +66,9 @@ class ModelFile:
             b"".join(field.raw for field in fields if field.number == 1),
             b"".join(field.raw for field in fields if field.number != 1),
             kind == _BPE,
+            replaces=bool(before.get(2)),
+            space_in_front=bool(before.get(3, 1)),
+            joins_spaces=bool(before.get(4, 1)),
         )
 
     def with_pieces(self, added: Sequence[ModelPiece]) -> bytes:

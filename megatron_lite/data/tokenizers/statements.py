@@ -1,6 +1,6 @@
 """What the files of one folder say about its vocabulary, compared with each other and with a model.
 
-vocab.json, tokenizer.json, added_tokens.json ─▶ ids, and the id of every token
+vocab.json, tokenizer.json or tokenizer.model, added_tokens.json ─▶ ids, and the id of every token
 tokenizer_config.json, special_tokens_map.json ─▶ special tokens by name, the longest text
 config.json ─▶ rows, eos_token_id, positions
 """
@@ -16,6 +16,7 @@ from typing import Any
 
 from megatron_lite.config.errors import DataError
 from megatron_lite.data.tokenizers.huggingface import BESIDE, token_name
+from megatron_lite.data.tokenizers.sentencepiece_file import ModelFile
 
 SPECIAL_KINDS = ("eos", "bos", "unk", "pad", "sep", "cls", "mask")
 ENDLESS = 1 << 40  # transformers writes 1e30 where no length is known
@@ -54,7 +55,7 @@ def read_vocabulary(files: Mapping[str, bytes], where: str) -> StatedVocabulary:
     special: dict[str, tuple[str, str]] = {}
     longest = None
     for name in (name for name in BESIDE if name in files):
-        found = _json(files[name], f"{where}/{name}")
+        found = json_object(files[name], f"{where}/{name}")
         for kind in SPECIAL_KINDS:
             named = token_name(found, f"{kind}_token", Path(where) / name)
             if named is None:
@@ -78,10 +79,12 @@ def _statements(files: Mapping[str, bytes], where: str) -> Iterator[tuple[str, s
     """(file, token, id) wherever one is said."""
     for name in ("vocab.json", "added_tokens.json"):
         if name in files:
-            yield from ((name, *item) for item in _numbers(_json(files[name], f"{where}/{name}")))
+            yield from (
+                (name, *item) for item in _numbers(json_object(files[name], f"{where}/{name}"))
+            )
     if "tokenizer.json" in files:
         name = "tokenizer.json"
-        found = _json(files[name], f"{where}/{name}")
+        found = json_object(files[name], f"{where}/{name}")
         vocab = (found.get("model") or {}).get("vocab")
         if isinstance(vocab, dict):
             yield from ((name, *item) for item in _numbers(vocab))
@@ -89,9 +92,13 @@ def _statements(files: Mapping[str, bytes], where: str) -> Iterator[tuple[str, s
             yield from ((name, str(entry[0]), number) for number, entry in enumerate(vocab))
         for token in found.get("added_tokens") or ():
             yield name, str(token.get("content")), int(token.get("id"))
+    elif "tokenizer.model" in files:
+        name = "tokenizer.model"
+        pieces = ModelFile.read(files[name], f"{where}/{name}").pieces
+        yield from ((name, piece.text, number) for number, piece in enumerate(pieces))
     if "tokenizer_config.json" in files:
         name = "tokenizer_config.json"
-        added = _json(files[name], f"{where}/{name}").get("added_tokens_decoder") or {}
+        added = json_object(files[name], f"{where}/{name}").get("added_tokens_decoder") or {}
         for number, token in added.items():
             yield name, str(token.get("content")), int(number)
 
@@ -100,7 +107,8 @@ def _numbers(found: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
     return ((token, number) for token, number in found.items() if type(number) is int)
 
 
-def _json(content: bytes, path: str) -> dict[str, Any]:
+def json_object(content: bytes, path: str) -> dict[str, Any]:
+    """What a file holds; DataError where it is no JSON object."""
     try:
         found = json.loads(content)
     except (ValueError, RecursionError) as error:

@@ -15,6 +15,7 @@ from megatron_lite.config.sections.data import DataConfig
 from megatron_lite.data.tokenizers.base import read_bytes
 from megatron_lite.data.tokenizers.exchange import files_for_huggingface
 from megatron_lite.data.tokenizers.gpt2_bpe import GPT2_EOD
+from megatron_lite.data.tokenizers.sentencepiece_folder import TYPES
 
 _NORMAL, _UNKNOWN, _CONTROL, _UNUSED, _BYTE = 1, 2, 3, 5, 6
 """Types of a token; no text becomes a control token, an unused one is a row without any."""
@@ -84,12 +85,10 @@ def _cuts_like_gpt2(content: bytes | None) -> bool:
 
 # -- SentencePiece ------------------------------------------------------------------------------
 
-_SENTENCEPIECE = ("GPTSentencePieceTokenizer", "SentencePieceTokenizer", "Llama2Tokenizer")
-
 
 def vocabulary_of(data: DataConfig, *, positions: int) -> GGUFVocabulary | None:
     """The tokens of a run's tokenizer; None where GGUF has no form for it that we know of."""
-    if data.tokenizer_type in _SENTENCEPIECE:
+    if data.tokenizer_type in TYPES:
         return sentencepiece_vocabulary(data)
     own = data.tokenizer_type == "GPT2BPETokenizer" and data.vocab_file and data.merge_file
     if own or data.tokenizer_type == "HuggingFaceTokenizer":
