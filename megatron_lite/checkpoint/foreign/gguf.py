@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_lite.blueprint.figure.parts import Activation
 from megatron_lite.blueprint.figure.transformer import figure_of
 from megatron_lite.checkpoint.huggingface.conversion import Conversion
 from megatron_lite.checkpoint.huggingface.exporting import Export, plan_export
@@ -126,7 +127,8 @@ def plan_gguf(plan: Export, kind: str, dtype: str | None) -> GGUFExport:
         plan.store, plan.manifest, plan.trained, torch.float32, family=kind, names=names
     )
     notices = []
-    if inner.model.gelu == "erf" and not inner.model.swiglu:
+    layer = figure_of(inner.model, inner.model.vocab_size or 1).layers[0]
+    if any(activation.function == "gelu_erf" for activation in layer.of(Activation)):
         notices.append(
             "llama.cpp computes GELU by tanh, the model has the exact one: activations there differ by "
             "less than 0.001"
