@@ -1,144 +1,209 @@
-"""Continue a prompt with a trained model, in one process: of a checkpoint of any layout, or of Hugging Face's.
+"""Continue prompts with a trained model: of a checkpoint of any layout, or of Hugging Face's.
 
 python tools/generate.py --load RUN_FOLDER --prompt "Return the" --max-new-tokens 60
-python tools/generate.py --load HUGGING_FACE_FOLDER --prompt "Return the" --temperature 0
+python tools/generate.py --load HUGGING_FACE_FOLDER --prompt "Return the" --temperature 0 --stream
 python tools/generate.py --load RUN_FOLDER/iter_0001000 --prompt-file prompts.txt    one prompt a line
+python tools/generate.py --load RUN_FOLDER --start FILE:chapter.txt --num-samples 4 --jsonl
+python tools/launch.py --nproc_per_node 4 tools/generate.py --load RUN_FOLDER --prompt "Return the" \\
+    --tensor-model-parallel-size 2 --pipeline-model-parallel-size 2
+
+Texts go to stdout, how fast they came to stderr.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
+from dataclasses import dataclass
 from typing import NoReturn
 
-import torch
-
-from megatron_lite.config.errors import ConfigError
+from megatron_lite.cli.speaking.model import (
+    Speaker,
+    add_cache_flags,
+    add_model_flags,
+    add_sampling_flags,
+    load_speaker,
+    sampling_of,
+)
+from megatron_lite.cli.speaking.prompts import add_prompt_flags, prompts_of
+from megatron_lite.cli.speaking.ranks import add_layout_flags, on_ranks
+from megatron_lite.config.errors import all_together
 from megatron_lite.config.exit import ToolParser, run_tool
-from megatron_lite.config.extensions import add_extend_flag, extend
-from megatron_lite.data.provenance import ALLOW_MISMATCH
-from megatron_lite.inference.generate import generate
-from megatron_lite.inference.model import PRECISIONS, build_model, find_model
-from megatron_lite.inference.sampling import sample
+from megatron_lite.config.extensions import extend
+from megatron_lite.inference.generate import CHUNK, Generation, TextRequest, Token
+from megatron_lite.inference.sampling import Sampler, Sampling
+from megatron_lite.inference.texts import TextStream
 from megatron_lite.parallel.context import ParallelContext
-from megatron_lite.storage.reading import read_plain
-
-_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in PRECISIONS}
+from megatron_lite.rendezvous.heartbeat import Presence
 
 
 def main() -> int:
     """Load, continue every prompt, print."""
-    asked = _parse(sys.argv[1:])
-    device = torch.device("cuda" if torch.cuda.is_available() and not asked.use_cpu else "cpu")
-    ctx = ParallelContext.serial(device)
-    source = find_model(Path(asked.load), ctx, step=asked.ckpt_step)
-    tokenizer, said = source.tokenizer(
-        asked.vocab_file, asked.merge_file, allowed=asked.allow_tokenizer_mismatch
-    )
-    for line in (*source.notices, *said):
-        print(f"WARNING: {line}", file=sys.stderr)
-    dtype = None if asked.dtype is None else _DTYPES[asked.dtype]
-    model = build_model(source, ctx, dtype=dtype)
-    generator = torch.Generator(device=device).manual_seed(asked.seed)
+    asked, settings = _parse(sys.argv[1:])
+    return on_ranks(asked, lambda ctx, presence: _speak(asked, settings, ctx, presence))
 
-    def pick(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-        return sample(
-            logits[:, : tokenizer.vocab_size],  # rows that no id gives mean nothing
-            tokens,
-            temperature=asked.temperature,
-            top_k=asked.top_k,
-            top_p=asked.top_p,
-            repetition_penalty=asked.repetition_penalty,
-            generator=generator,
-        )
 
-    rounds = (prompt for _ in range(asked.num_samples) for prompt in asked.prompt)
-    for number, prompt in enumerate(rounds):
-        ids = tokenizer.encode(prompt) or [tokenizer.eod]
-        answer = generate(
-            model, ids, max_new_tokens=asked.max_new_tokens, pick=pick, eod=tokenizer.eod
-        )
-        if not answer.ended and len(answer.ids) < asked.max_new_tokens:
-            print(
-                f"WARNING: {len(answer.ids)} of --max-new-tokens {asked.max_new_tokens}: the model has "
-                f"{model.context.model.num_positions} positions, and the prompt is {len(ids)} tokens",
-                file=sys.stderr,
-            )
-        if number:
-            print("-" * 80)
-        print(prompt + tokenizer.decode(answer.ids), flush=True)
+@dataclass(slots=True)
+class _Answer:
+    """One continuation as it comes."""
+
+    prompt: str
+    sample: int
+    ids: list[int]
+    stream: TextStream
+    new: int = 0
+    end: str | None = None
+
+    def take(self, generated: Sequence[int]) -> bool:
+        """A token has come; whether a stop text has."""
+        self.stream.add(generated[-1])
+        return self.stream.found
+
+    def close(self, token: Token) -> None:
+        self.new += token.id is not None
+        if token.end is not None:
+            self.end = token.end
+            self.stream.finish()
+
+
+def _speak(
+    asked: argparse.Namespace, settings: Sampling, ctx: ParallelContext, presence: Presence
+) -> int:
+    speaker = load_speaker(asked, ctx)
+    answers = _answers(asked, speaker)
+    generation = Generation(
+        speaker.model, rows=1 if asked.stream else asked.batch_size, chunk=asked.prefill_chunk,
+        keep=asked.cache_tokens, start=asked.sink_tokens,
+    )  # fmt: skip
+    printer = _Printer(asked, answers) if ctx.rank == 0 else None
+    for token in generation.run([_request(asked, settings, speaker, one) for one in answers]):
+        presence.tick()
+        answer = answers[token.request]
+        answer.close(token)
+        if token.end == "positions" and ctx.rank == 0:
+            _warn_of_positions(asked, speaker, answer)
+        if printer is not None:
+            printer.heard(token.request)
+    if ctx.rank == 0:
+        print(generation.speed.describe(), file=sys.stderr)
     return 0
 
 
-def _parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = ToolParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--load",
-        required=True,
-        help="run folder, one iter_N folder of it, or one of Hugging Face's",
+def _answers(asked: argparse.Namespace, speaker: Speaker) -> list[_Answer]:
+    """All continuations in the order in which they are printed."""
+    tokenizer = speaker.tokenizer
+    prompts = [(text, tokenizer.encode(text) or [tokenizer.eod]) for text in asked.prompts]
+    return [
+        _Answer(text, sample, ids, TextStream(tokenizer, ids, asked.stop or ()))
+        for sample in range(asked.num_samples)
+        for text, ids in prompts
+    ]
+
+
+def _request(
+    asked: argparse.Namespace, settings: Sampling, speaker: Speaker, answer: _Answer
+) -> TextRequest:
+    tokenizer = speaker.tokenizer
+    return TextRequest(
+        answer.ids, asked.max_new_tokens,
+        Sampler(settings, tokenizer.vocab_size, asked.seed, answer.sample),
+        ends=frozenset((tokenizer.eod,)), until=answer.take,
+    )  # fmt: skip
+
+
+def _warn_of_positions(asked: argparse.Namespace, speaker: Speaker, answer: _Answer) -> None:
+    print(
+        f"WARNING: {answer.new} of --max-new-tokens {asked.max_new_tokens}: the model has "
+        f"{speaker.model.context.model.num_positions} positions, and the prompt is "
+        f"{len(answer.ids)} tokens",
+        file=sys.stderr,
     )
-    parser.add_argument("--ckpt-step", type=int, help="this iteration instead of the newest")
-    parser.add_argument("--prompt", nargs="+", action="extend", help="texts to continue")
-    parser.add_argument("--prompt-file", help="one prompt a line, empty lines left out; - is stdin")
+
+
+class _Printer:
+    """Prints continuations in their order: as they come with --stream, else each when it is whole."""
+
+    def __init__(self, asked: argparse.Namespace, answers: Sequence[_Answer]) -> None:
+        self._asked, self._answers = asked, answers
+        self._printed = self._characters = 0
+
+    def heard(self, index: int) -> None:
+        """A token of a request has come."""
+        if self._asked.stream:
+            answer = self._answers[index]
+            if not self._characters:
+                self._begin(answer)
+            new = answer.stream.text[self._characters - 1 :]
+            print(new, end="" if answer.end is None else "\n", flush=True)
+            self._characters = 0 if answer.end is not None else self._characters + len(new)
+            self._printed += answer.end is not None
+            return
+        while self._printed < len(self._answers) and self._answers[self._printed].end is not None:
+            self._whole(self._answers[self._printed])
+            self._printed += 1
+
+    def _begin(self, answer: _Answer) -> None:
+        if self._printed:
+            print("-" * 80)
+        print(answer.prompt, end="")
+        self._characters = 1  # one more than were printed
+
+    def _whole(self, answer: _Answer) -> None:
+        if self._asked.jsonl:
+            found = {"prompt": answer.prompt, "sample": answer.sample, "text": answer.stream.text,
+                     "tokens": answer.new, "end": answer.end}  # fmt: skip
+            print(json.dumps(found, ensure_ascii=False), flush=True)
+            return
+        if self._printed:
+            print("-" * 80)
+        print(answer.prompt + answer.stream.text, flush=True)
+
+
+def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, Sampling]:
+    parser = ToolParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_model_flags(parser)
+    add_prompt_flags(parser)
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--num-samples", type=int, default=1, help="continuations per prompt")
-    parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest")
-    parser.add_argument("--top-k", type=int, default=0, help="keep the k likeliest; 0 keeps all")
-    parser.add_argument("--top-p", type=float, default=1.0, help="keep this much probability")
-    parser.add_argument("--repetition-penalty", type=float, default=1.0)
-    parser.add_argument("--seed", type=int, default=1234)
-    parser.add_argument("--vocab-file", help="instead of the one the run was trained with")
-    parser.add_argument("--merge-file", help="instead of the one the run was trained with")
+    parser.add_argument("--stop", nargs="+", action="extend", help="texts that end a continuation")
+    add_sampling_flags(parser)
+    parser.add_argument("--stream", action="store_true", help="print each token as it comes")
+    parser.add_argument("--jsonl", action="store_true", help="print one JSON object a line")
+    parser.add_argument("--batch-size", type=int, default=8, help="continuations at once")
     parser.add_argument(
-        ALLOW_MISMATCH, action="store_true", help="speak with another tokenizer than its own"
+        "--prefill-chunk", type=int, default=CHUNK, help="tokens of a prompt that go in at once"
     )
-    parser.add_argument("--dtype", choices=_DTYPES, help="as the weights are kept by default")
-    parser.add_argument("--use-cpu", action="store_true")
-    add_extend_flag(parser)
+    add_cache_flags(parser)
+    add_layout_flags(parser)
     asked = parser.parse_args(argv)
     extend(asked.extend)
-    asked.prompt = [_text(prompt) for prompt in asked.prompt or []]
-    if asked.prompt_file is not None:
-        asked.prompt += _prompts(asked.prompt_file)
-    asked.prompt = asked.prompt or [""]
-    if asked.max_new_tokens < 1 or asked.num_samples < 1:
-        raise ConfigError("--max-new-tokens and --num-samples must be at least 1")
-    return asked
+    settings = sampling_of(asked)
+    _check(asked)
+    asked.prompts = prompts_of(asked)
+    return asked, settings
 
 
-def _text(prompt: str) -> str:
-    """The prompt as it was typed, in UTF-8; a locale without UTF-8 hands its bytes over one by one."""
-    try:
-        return prompt.encode("utf-8", "surrogateescape").decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"--prompt {prompt!r} is not UTF-8 ({error.reason})") from None
-
-
-_PROMPT_BYTES = 1 << 28  # of a --prompt-file
-
-
-def _prompts(path: str) -> list[str]:
-    """The lines of --prompt-file."""
-    try:
-        content = sys.stdin.buffer.read() if path == "-" else read_plain(path, _PROMPT_BYTES)
-    except OSError as error:
-        raise ConfigError(
-            f"--prompt-file {path} cannot be read: {error.strerror} - a pipe goes to `--prompt-file -`"
-        ) from None
-    prompts = []
-    for number, line in enumerate(content.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
-        try:
-            prompts.append(line.removesuffix(b"\r").decode("utf-8"))
-        except UnicodeDecodeError as error:
-            raise ConfigError(
-                f"--prompt-file {path}:{number} is not UTF-8 ({error.reason}): save it as UTF-8"
-            ) from None
-    found = [prompt for prompt in prompts if prompt]
-    if not found:
-        raise ConfigError(f"--prompt-file {path} holds no prompt: write one a line")
-    return found
+def _check(asked: argparse.Namespace) -> None:
+    problems = [
+        f"--{name.replace('_', '-')} {getattr(asked, name)} must be at least 1"
+        for name in ("max_new_tokens", "num_samples", "batch_size", "prefill_chunk")
+        if getattr(asked, name) < 1
+    ]
+    if asked.stream and asked.jsonl:
+        problems.append("--stream prints text as it comes, --jsonl whole lines: choose one")
+    if (
+        asked.prompt_file == "-"
+        and asked.tensor_model_parallel_size * asked.pipeline_model_parallel_size > 1
+    ):
+        problems.append(
+            "--prompt-file -: several ranks share one stdin: write the prompts to a file"
+        )
+    if "" in (asked.stop or ()):
+        problems.append("--stop '' is in every text: leave it out")
+    if problems:
+        raise all_together(problems, "on the command line")
 
 
 def start() -> NoReturn:

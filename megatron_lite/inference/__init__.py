@@ -2,5 +2,5 @@
 
 Imports all above but engines, optim and planner; train and tools may import it.
 Begin with generate.py (prefill and decode), then stages.py (one forward over tp and pp), cache.py,
-and sampling.py (pure functions of logits).
+sampling.py (pure functions of logits), and texts.py (tokens become text).
 """

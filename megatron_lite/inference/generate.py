@@ -16,6 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from megatron_lite.config.errors import ConfigError
 from megatron_lite.inference.stages import CachedRows
 from megatron_lite.models.decoder import Decoder
 from megatron_lite.parallel.collectives import all_reduce
@@ -62,6 +63,17 @@ class GenerationSpeed:
     prompt_seconds: float = 0.0
     new_tokens: int = 0
     new_seconds: float = 0.0
+
+    def describe(self) -> str:
+        """One line."""
+        parts = []
+        for name, tokens, seconds in (
+            ("prefill", self.prompt_tokens, self.prompt_seconds),
+            ("decode", self.new_tokens, self.new_seconds),
+        ):
+            rate = f"{tokens / seconds:,.1f} tokens/s" if seconds > 0 else "none"
+            parts.append(f"{name} {tokens:,} tokens, {rate}")
+        return "; ".join(parts)
 
 
 @dataclass(slots=True)
@@ -198,6 +210,19 @@ class Generation:
     keep: int = 0
     start: int = 4
     speed: GenerationSpeed = field(default_factory=GenerationSpeed)
+
+    def __post_init__(self) -> None:
+        """ConfigError where a text cannot lose its middle."""
+        if self.keep and not 0 <= self.start < self.keep:
+            raise ConfigError(
+                f"--sink-tokens {self.start} must be at least 0 and below --cache-tokens {self.keep}: "
+                "the others are the latest"
+            )
+        if self.keep and self.model.context.model.position_embedding_type == "learned_absolute":
+            raise ConfigError(
+                f"--cache-tokens {self.keep}: this model has learned positions, which stay with what is "
+                "kept of a token; only rotary ones can be counted anew - leave it out"
+            )
 
     def run(self, requests: Sequence[TextRequest]) -> Iterator[Token]:
         """The tokens of all requests as they come, those of one in order."""

@@ -1,60 +1,104 @@
 """The next token from logits: pure functions, each one filter of the distribution.
 
-Order: repetition penalty, temperature, top-k, top-p, then one draw.  A filter returns new logits
-with -inf where a token is out; it never changes what it was given.
+Order: repetition penalty, temperature, top-k, top-p, min-p, then one draw.  A filter returns new
+logits with -inf where a token is out; it never changes what it was given.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from megatron_lite.config.errors import all_together
+from megatron_lite.kernels.random import uniform
 
 
-def sample(
-    logits: Tensor,
-    tokens: Tensor,
-    *,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    repetition_penalty: float = 1.0,
-    generator: torch.Generator | None = None,
-) -> Tensor:
-    """logits: [b, v], tokens so far: int64 [b, t] -> next tokens, int64 [b].
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How tokens are drawn; ConfigError for a value out of its range.
 
-    temperature 0 takes the likeliest token and draws nothing; top_k 0 and top_p 1 keep all.
-    Raises ConfigError for a value out of its range.  The same generator state gives the same draw.
+    temperature 0 takes the likeliest token and draws nothing; top_k 0, top_p 1 and min_p 0 keep all.
     """
-    check_settings(temperature, top_k, top_p, repetition_penalty)
-    if repetition_penalty != 1.0:
-        logits = penalize_repetition(logits, tokens, repetition_penalty)
-    if temperature == 0.0:
-        return logits.argmax(dim=-1)
-    logits = logits.float() / temperature
-    if 0 < top_k < logits.shape[-1]:
-        logits = keep_top_k(logits, top_k)
-    if top_p < 1.0:
-        logits = keep_top_p(logits, top_p)
-    return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator).squeeze(-1)
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+
+    def __post_init__(self) -> None:
+        problems = []
+        if not (math.isfinite(self.temperature) and self.temperature >= 0.0):
+            problems.append(
+                f"--temperature {self.temperature} must be 0 (the likeliest token) or above"
+            )
+        if self.top_k < 0:
+            problems.append(f"--top-k {self.top_k} must be 0 (keep all) or above")
+        if not 0.0 < self.top_p <= 1.0:
+            problems.append(f"--top-p {self.top_p} must be above 0 and at most 1 (keep all)")
+        if not 0.0 <= self.min_p <= 1.0:
+            problems.append(f"--min-p {self.min_p} must be from 0 (keep all) to 1")
+        if not (math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0.0):
+            problems.append(
+                f"--repetition-penalty {self.repetition_penalty} must be above 0; 1 is none"
+            )
+        if problems:
+            raise all_together(problems, "with sampling")
+
+    def filtered(self, logits: Tensor, tokens: Tensor) -> Tensor:
+        """logits: [b, v], tokens so far: int64 [b, t] -> fp32 [b, v] of what may be drawn."""
+        if self.repetition_penalty != 1.0:
+            logits = penalize_repetition(logits, tokens, self.repetition_penalty)
+        logits = logits.float()
+        if self.temperature == 0.0:
+            return keep_top_k(logits, 1)
+        # the largest is 0: the smallest temperature leaves it so
+        coldest = max(self.temperature, torch.finfo(torch.float32).tiny)
+        logits = (logits - logits.amax(dim=-1, keepdim=True)) / coldest
+        if 0 < self.top_k < logits.shape[-1]:
+            logits = keep_top_k(logits, self.top_k)
+        if self.top_p < 1.0:
+            logits = keep_top_p(logits, self.top_p)
+        return keep_min_p(logits, self.min_p) if self.min_p > 0.0 else logits
 
 
-def check_settings(temperature: float, top_k: int, top_p: float, repetition_penalty: float) -> None:
-    """ConfigError with every value that is out of range."""
-    problems = []
-    if not (math.isfinite(temperature) and temperature >= 0.0):
-        problems.append(f"--temperature {temperature} must be 0 (the likeliest token) or above")
-    if top_k < 0:
-        problems.append(f"--top-k {top_k} must be 0 (keep all) or above")
-    if not 0.0 < top_p <= 1.0:
-        problems.append(f"--top-p {top_p} must be above 0 and at most 1 (keep all)")
-    if not (math.isfinite(repetition_penalty) and repetition_penalty > 0.0):
-        problems.append(f"--repetition-penalty {repetition_penalty} must be above 0; 1 is none")
-    if problems:
-        raise all_together(problems, "with sampling")
+@dataclass(frozen=True, slots=True)
+class Sampler:
+    """Draws a text's tokens: each is a function of its distribution, the seed, the sample and its place.
+
+    So a text is the same whatever else is in the batch, and on every rank.  ids: those that may be
+    drawn are 0 .. ids - 1: rows that no id gives mean nothing.
+    """
+
+    settings: Sampling
+    ids: int
+    seed: int = 0
+    sample: int = 0
+
+    def __call__(self, logits: Tensor, tokens: Tensor) -> Tensor:
+        """logits: fp32 [b, v], tokens so far: int64 [b, t] -> next tokens, int64 [b]."""
+        logits = logits[:, : self.ids]
+        if self.settings.temperature == 0.0 and self.settings.repetition_penalty == 1.0:
+            return logits.argmax(dim=-1)
+        places = torch.full((len(logits),), uniform(self.seed, self.sample, tokens.shape[1]))
+        return drawn_at(self.settings.filtered(logits, tokens), places)
+
+
+def drawn_at(logits: Tensor, places: Tensor) -> Tensor:
+    """logits: fp32 [b, v], places: in [0, 1) [b] -> int64 [b]: where each place falls among the probabilities.
+
+    The distribution function is in fp64: of a large vocabulary an fp32 sum forgets the last tokens.
+    """
+    probabilities = logits.softmax(dim=-1).double()
+    below = probabilities.cumsum(dim=-1)  # [b, v]
+    wanted = places.to(below) * below[:, -1]
+    found = torch.searchsorted(below, wanted[:, None], right=True).squeeze(-1)
+    # a product that was rounded up to the sum itself falls behind all
+    last = probabilities.shape[-1] - 1 - (probabilities > 0).int().flip(-1).argmax(dim=-1)
+    return found.minimum(last)
 
 
 def penalize_repetition(logits: Tensor, tokens: Tensor, penalty: float) -> Tensor:
@@ -81,3 +125,10 @@ def keep_top_p(logits: Tensor, p: float) -> Tensor:
     out = before >= p
     out[..., 0] = False
     return logits.scatter(-1, indices, ordered.masked_fill(out, -torch.inf))
+
+
+def keep_min_p(logits: Tensor, p: float) -> Tensor:
+    """logits [b, v] -> [b, v] with the tokens left that are at least p times as likely as the likeliest
+    (arXiv:2407.01082)."""
+    least = logits.amax(dim=-1, keepdim=True) + math.log(p)
+    return logits.masked_fill(logits < least, -torch.inf)

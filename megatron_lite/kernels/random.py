@@ -36,6 +36,11 @@ def key(*parts: int | str) -> int:
     return _signed(int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little"))
 
 
+def uniform(*parts: int | str) -> float:
+    """A number in [0, 1) of any coordinates, on the host."""
+    return ((key(*parts) & _MASK64) >> 11) * 2.0**-53
+
+
 def _mix64(z: Tensor) -> Tensor:
     """SplitMix64's output function, in place on int64 (wrapping)."""
     z ^= (z >> 30) & ((1 << 34) - 1)

@@ -164,7 +164,7 @@ class SelfAttention(nn.Module):
         return k, v, at.once(("seen", window), lambda: cache.seen(window))
 
     def _call(
-        self, at: ForwardContext, queries: int, keys: int, seen: Tensor | None
+        self, at: ForwardContext, queries: int, keys: int, seen: Tensor | None = None
     ) -> AttentionCall:
         model, context = self.context.model, self.context
         dropout = at.dropout if model.attention_dropout > 0.0 else None

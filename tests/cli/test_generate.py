@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import io
+import json
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -19,6 +22,7 @@ from megatron_lite.cli import generate
 from megatron_lite.config.exit import run_tool
 from megatron_lite.inference.model import build_model, find_model
 from megatron_lite.parallel.context import ParallelContext
+from tests.support.spawn import spawn
 from tests.support.tokenizers import write_gpt2
 from tests.train.runs import alone
 
@@ -147,3 +151,104 @@ def test_no_id_is_sampled_that_the_tokenizer_lacks(spoken: Path, tmp_path, monke
     assert done.rc == 0, done.err
     assert run(monkeypatch, "--load", tmp_path / "run", "--temperature", "50",
                "--max-new-tokens", "15") == 0  # fmt: skip
+
+
+def jsonl(text: str) -> list[dict[str, object]]:
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def test_a_batch_says_what_each_prompt_says_alone(spoken: Path, monkeypatch, capsys) -> None:
+    words = ["--load", spoken / "run", "--jsonl", "--num-samples", 2, "--seed", 5]
+    words += ["--top-k", 200, "--top-p", 0.99, "--min-p", 1e-6, "--repetition-penalty", 1.1]
+    prompts = ["the", "a longer one", "x"]
+    assert run(monkeypatch, *words, "--prompt", *prompts, "--batch-size", 4) == 0
+    out, err = capsys.readouterr()
+    together = jsonl(out)
+    assert [(one["prompt"], one["sample"]) for one in together] == [
+        (prompt, sample) for sample in (0, 1) for prompt in prompts
+    ]
+    assert re.search(r"^prefill \d+ tokens, [\d,.]+ tokens/s; decode \d+ tokens, [\d,.]+ tokens/s$",
+                     err, re.MULTILINE)  # fmt: skip
+    assert len({one["text"] for one in together}) == 6
+    alone = []
+    for prompt in prompts:
+        assert run(monkeypatch, *words, "--prompt", prompt, "--prefill-chunk", 2) == 0
+        alone += jsonl(capsys.readouterr().out)
+    alone.sort(key=lambda one: (one["sample"], prompts.index(one["prompt"])))
+    assert alone == together
+    assert run(monkeypatch, *words, "--prompt", *prompts, "--seed", 6) == 0
+    assert jsonl(capsys.readouterr().out) != together
+
+
+def test_a_stream_says_the_same_as_the_whole(spoken: Path, monkeypatch, capsys) -> None:
+    words = ["--load", spoken / "run", "--prompt", "the", "other", "--num-samples", 2]
+    assert run(monkeypatch, *words) == 0
+    whole = capsys.readouterr().out
+    assert run(monkeypatch, *words, "--stream") == 0
+    assert capsys.readouterr().out == whole
+
+
+def test_a_start_is_a_text_or_a_whole_file(spoken: Path, tmp_path, monkeypatch, capsys) -> None:
+    words = ["--load", spoken / "run", "--temperature", 0, "--jsonl"]
+    (tmp_path / "story").write_bytes("one\n\n他 two\n".encode())
+    for given, prompt in (("a text", "a text"), (f"FILE:{tmp_path}/story", "one\n\n他 two\n")):
+        assert run(monkeypatch, *words, "--start", given) == 0
+        assert [one["prompt"] for one in jsonl(capsys.readouterr().out)] == [prompt]
+    (tmp_path / "story").write_bytes(b"ok\xff")
+    for given, said in (
+        ("story", "byte 2 is not UTF-8"),
+        ("missing", "cannot be read: No such file"),
+    ):
+        assert run(monkeypatch, *words, "--start", f"FILE:{tmp_path}/{given}") == 2
+        assert said in capsys.readouterr().err
+
+
+def test_a_stop_text_ends_a_continuation(spoken: Path, monkeypatch, capsys) -> None:
+    words = ["--load", spoken / "run", "--prompt", "the", "--jsonl", "--temperature", 0]
+    assert run(monkeypatch, *words) == 0
+    (whole,) = jsonl(capsys.readouterr().out)
+    assert whole["end"] == "length" and whole["tokens"] == 5
+    stop = whole["text"][2:4]
+    assert run(monkeypatch, *words, "--stop", "not there", stop) == 0
+    (cut,) = jsonl(capsys.readouterr().out)
+    assert cut["end"] == "stop" and cut["text"] == whole["text"][: whole["text"].index(stop)]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--stream", "--jsonl"], "choose one"),
+        (["--stop", ""], "--stop '' is in every text"),
+        (["--batch-size", "0", "--top-p", "0.5"], "--batch-size 0 must be at least 1"),
+        (["--top-p", "0", "--min-p", "2"], "2 problems with sampling"),
+        (["--tensor-model-parallel-size", "2"], "are 2 ranks, 1 were started"),
+        (["--prompt-file", "-", "--pipeline-model-parallel-size", "2"], "share one stdin"),
+        (["--cache-tokens", "4"], "--sink-tokens 4 must be at least 0 and below --cache-tokens 4"),
+        (["--cache-tokens", "9"], "this model has learned positions"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_is_refused(spoken: Path, monkeypatch, capsys, words, said) -> None:
+    assert run(monkeypatch, "--load", spoken / "run", *words) == 2
+    out, err = capsys.readouterr()
+    assert said in err and err.startswith("FATAL[2] ") and not out
+
+
+def spoken_by(rank: int, ranks: int, folder: Path) -> str:
+    """Standard output of a rank that torchrun started."""
+    sys.argv = [
+        "generate.py", "--load", str(folder / "run"), "--use-cpu", "--max-new-tokens", "5", "--jsonl",
+        "--prompt", "the", "a longer one", "x", "--tensor-model-parallel-size", "2",
+        "--pipeline-model-parallel-size", "2",
+    ]  # fmt: skip
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        assert generate.main() == 0
+    return out.getvalue()
+
+
+@pytest.mark.ci
+def test_ranks_of_tp_and_pp_say_what_one_says(spoken: Path, monkeypatch, capsys) -> None:
+    words = ["--load", spoken / "run", "--jsonl", "--prompt", "the", "a longer one", "x"]
+    assert run(monkeypatch, *words) == 0
+    expected = capsys.readouterr().out
+    assert spawn(spoken_by, 4, spoken, join=False) == [expected, "", "", ""]

@@ -1,0 +1,87 @@
+"""The flags that say which model speaks, and how; shared by all tools that let one speak."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+from megatron_lite.config.extensions import add_extend_flag
+from megatron_lite.data.provenance import ALLOW_MISMATCH
+from megatron_lite.data.tokenizers.base import Tokenizer
+from megatron_lite.inference.model import PRECISIONS, ModelSource, build_model, find_model
+from megatron_lite.inference.sampling import Sampling
+from megatron_lite.models.decoder import Decoder
+from megatron_lite.parallel.context import ParallelContext
+
+_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in PRECISIONS}
+
+
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    """Which model, and its tokenizer."""
+    parser.add_argument(
+        "--load",
+        required=True,
+        help="run folder, one iter_N folder of it, or one of Hugging Face's",
+    )
+    parser.add_argument("--ckpt-step", type=int, help="this iteration instead of the newest")
+    parser.add_argument("--vocab-file", help="instead of the one the run was trained with")
+    parser.add_argument("--merge-file", help="instead of the one the run was trained with")
+    parser.add_argument(
+        ALLOW_MISMATCH, action="store_true", help="speak with another tokenizer than its own"
+    )
+    parser.add_argument("--dtype", choices=_DTYPES, help="as the weights are kept by default")
+    parser.add_argument("--use-cpu", action="store_true")
+    add_extend_flag(parser)
+
+
+def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
+    """How its tokens are drawn."""
+    parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest")
+    parser.add_argument("--top-k", type=int, default=0, help="keep the k likeliest; 0 keeps all")
+    parser.add_argument("--top-p", type=float, default=1.0, help="keep this much probability")
+    parser.add_argument(
+        "--min-p", type=float, default=0.0, help="keep what is so likely beside the likeliest"
+    )
+    parser.add_argument("--repetition-penalty", type=float, default=1.0)
+    parser.add_argument("--seed", type=int, default=1234)
+
+
+def add_cache_flags(parser: argparse.ArgumentParser) -> None:
+    """What is kept of a long text."""
+    parser.add_argument(
+        "--cache-tokens", type=int, default=0,
+        help="keep only so many tokens in mind, the first and the latest: text may be endless",
+    )  # fmt: skip
+    parser.add_argument(
+        "--sink-tokens", type=int, default=4, help="of --cache-tokens, the first ones of the text"
+    )
+
+
+def sampling_of(asked: argparse.Namespace) -> Sampling:
+    """ConfigError for a value out of its range."""
+    return Sampling(
+        temperature=asked.temperature, top_k=asked.top_k, top_p=asked.top_p, min_p=asked.min_p,
+        repetition_penalty=asked.repetition_penalty,
+    )  # fmt: skip
+
+
+class Speaker(NamedTuple):
+    """A model that was loaded, its tokenizer, and where both are from."""
+
+    source: ModelSource
+    model: Decoder
+    tokenizer: Tokenizer
+
+
+def load_speaker(asked: argparse.Namespace, ctx: ParallelContext) -> Speaker:
+    """Of the flags of add_model_flags; rank 0 says what there is to say about them."""
+    source = find_model(Path(asked.load), ctx, step=asked.ckpt_step)
+    tokenizer, said = source.tokenizer(
+        asked.vocab_file, asked.merge_file, allowed=asked.allow_tokenizer_mismatch
+    )
+    for line in (*source.notices, *said) if ctx.rank == 0 else ():
+        print(f"WARNING: {line}", file=sys.stderr)
+    dtype = None if asked.dtype is None else _DTYPES[asked.dtype]
+    return Speaker(source, build_model(source, ctx, dtype=dtype), tokenizer)

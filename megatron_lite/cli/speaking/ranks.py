@@ -1,0 +1,76 @@
+"""A tool that uses a model, in one process or over the ranks of tp and pp that torchrun started."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable
+
+from megatron_lite.blueprint.draw_up import draw_grid
+from megatron_lite.config.errors import ConfigError
+from megatron_lite.config.sections.parallel import ParallelConfig
+from megatron_lite.parallel.context import ParallelContext
+from megatron_lite.rendezvous.heartbeat import Alone, Presence
+from megatron_lite.rendezvous.launch import (
+    Launch,
+    choose_device,
+    gather_ranks,
+    read_launch,
+    start_process_group,
+    stop_process_group,
+)
+from megatron_lite.train.ending.failures import Failures, end_process
+
+RanksWork = Callable[[ParallelContext, Presence], int]
+"""What the ranks do; returns the exit code.  presence: to be told of progress."""
+
+
+def add_layout_flags(parser: argparse.ArgumentParser) -> None:
+    """How the model is shared by the ranks."""
+    for axis in ("tensor", "pipeline"):
+        parser.add_argument(
+            f"--{axis}-model-parallel-size", type=int, default=1, help="ranks that share the model"
+        )
+
+
+def on_ranks(asked: argparse.Namespace, work: RanksWork) -> int:
+    """Join the other ranks, where there are any, and work; a lost rank ends the others with its name.
+
+    asked: with the flags of add_layout_flags, use_cpu and debug.
+    """
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # our one line says more of a lost rank
+    launch = read_launch()
+    parallel = ParallelConfig(
+        tensor_model_parallel_size=asked.tensor_model_parallel_size,
+        pipeline_model_parallel_size=asked.pipeline_model_parallel_size,
+    )
+    _check_ranks(parallel, launch)
+    device = choose_device(launch, use_cpu=asked.use_cpu, backend=None)
+    if launch.world_size == 1:
+        return work(ParallelContext.serial(device), Alone())
+    failures = Failures(
+        launch.rank, folder=None, debug=asked.debug, speaks_first=launch.local_rank == 0
+    )
+    try:
+        failures.device = device
+        world = gather_ranks(launch, parallel, end=failures.lost)
+        failures.presence = world.presence
+        start_process_group(launch, parallel, device, world)
+        grid = draw_grid(parallel, launch.world_size)
+        code = work(ParallelContext.from_grid(grid, launch.rank, device), world.presence)
+    except BaseException as error:
+        end_process(failures.report(error))
+    stop_process_group()
+    world.presence.leave()
+    return code
+
+
+def _check_ranks(parallel: ParallelConfig, launch: Launch) -> None:
+    if min(parallel.tp, parallel.pp) < 1:
+        raise ConfigError("--*-model-parallel-size must be at least 1")
+    if parallel.tp * parallel.pp != launch.world_size:
+        raise ConfigError(
+            f"--tensor-model-parallel-size {parallel.tp} x --pipeline-model-parallel-size {parallel.pp} "
+            f"are {parallel.tp * parallel.pp} ranks, {launch.world_size} were started: tools/launch.py "
+            f"--nproc_per_node {parallel.tp * parallel.pp} starts them"
+        )
