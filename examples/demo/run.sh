@@ -7,16 +7,13 @@ set -euo pipefail
 
 ROOT=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/../.." && pwd)
 DEMO=${DEMO:-$ROOT/demo}
-PYTHON=${PYTHON:-python3}
-export PYTHON OMP_NUM_THREADS=1
+# shellcheck source=examples/pipeline.sh
+. "$ROOT/examples/pipeline.sh"
 TRAIN=$ROOT/examples/gpt3/train_gpt3_175b_distributed.sh
 VOCAB_FILE=$DEMO/tokenizer/gpt2-vocab.json
 MERGE_FILE=$DEMO/tokenizer/gpt2-merges.txt
 RUN=$DEMO/run
 
-step() { printf '\n== %s  [%d s]\n' "$1" "$SECONDS"; }
-# shellcheck source=examples/signals.sh
-. "$ROOT/examples/signals.sh"
 train() { passing_signals_on bash "$TRAIN" "$RUN" "$RUN/tensorboard" "$VOCAB_FILE" "$MERGE_FILE"; }
 
 rm -rf -- "$DEMO/text" "$DEMO/tokenizer" "$DEMO/tokens" "$RUN"

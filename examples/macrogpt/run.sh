@@ -13,14 +13,9 @@ set -euo pipefail
 ROOT=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/../.." && pwd)
 OUT=${OUT:-$ROOT/demo/macrogpt}
 CACHE=${CACHE:-$ROOT/demo/packages}
-PYTHON=${PYTHON:-python3}
 FULL=${FULL:-0} DRY_RUN=${DRY_RUN:-0} TEXT=${TEXT:-}
-export PYTHON OMP_NUM_THREADS=1
-
-die() { printf 'FATAL[2] rank=- step=-: %s\n' "$1" >&2; exit 2; }
-step() { printf '\n== %s  [%d s]\n' "$1" "$SECONDS"; }
-# shellcheck source=examples/signals.sh
-. "$ROOT/examples/signals.sh"
+# shellcheck source=examples/pipeline.sh
+. "$ROOT/examples/pipeline.sh"
 
 # -- what is trained ---------------------------------------------------------------------------------
 # Llama: RMSNorm, SwiGLU twelve times as wide as the stream, rotary positions, no bias, a head of its own; small, the

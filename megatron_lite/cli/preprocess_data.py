@@ -18,7 +18,6 @@ from tqdm import tqdm
 
 from megatron_lite.config.errors import ConfigError
 from megatron_lite.config.exit import ToolParser, run_tool
-from megatron_lite.config.sections.data import DataConfig
 from megatron_lite.data.preparing.encode import Job
 from megatron_lite.data.preparing.input_flags import add_input_flags, longest_line
 from megatron_lite.data.preparing.inputs import find_inputs
@@ -26,8 +25,8 @@ from megatron_lite.data.preparing.preprocess import preprocess, shard_prefix
 from megatron_lite.data.preparing.ray_engine import preprocess_on_ray
 from megatron_lite.data.preparing.room import check_pairs
 from megatron_lite.data.preparing.summary import Summary
+from megatron_lite.data.preparing.tokenizer_flags import add_tokenizer_flags, tokenizer_section
 from megatron_lite.data.provenance import KeyCounts
-from megatron_lite.data.tokenizers.build import TOKENIZERS
 from megatron_lite.data.tokenizers.engines import AUTO, TOKENIZER_ENGINES
 from megatron_lite.storage.disk import Disk
 
@@ -48,15 +47,7 @@ def parse_arguments() -> argparse.Namespace:
         "--shard", metavar="I/N", help="only the I-th of N parts, I from 1; merge_datasets.py joins"
     )
     add = parser.add_argument_group("tokenizer").add_argument
-    add("--tokenizer-type", default="GPT2BPETokenizer", help=", ".join(TOKENIZERS))
-    add("--vocab-file", help="gpt2-vocab.json")
-    add("--merge-file", help="gpt2-merges.txt")
-    add("--tokenizer-model", help="folder or file of the other tokenizers")
-    add("--vocab-size", type=int, help="for NullTokenizer; cuts TikTokenizer's .json")
-    add("--tiktoken-pattern", help="v1, v2, gpt2, cl100k or o200k; by the file's name")
-    add("--tiktoken-num-special-tokens", type=int, default=1000, help="before the ranks of a .json")
-    add("--tiktoken-special-tokens", nargs="+", default=[], help="names of the first of them")
-    add("--chatglm-special-tokens", action="store_true", help="ChatGLM2's five, appended")
+    add_tokenizer_flags(add)
     add(
         "--tokenizer-engine",
         choices=TOKENIZER_ENGINES,
@@ -282,16 +273,7 @@ def main() -> int:
     # read by the libraries that have threads of their own; before they are imported
     os.environ["RAYON_NUM_THREADS"] = str(workers)
     job = Job(
-        data=DataConfig(
-            tokenizer_type=arguments.tokenizer_type,
-            vocab_file=arguments.vocab_file,
-            merge_file=arguments.merge_file,
-            tokenizer_model=arguments.tokenizer_model,
-            tiktoken_pattern=arguments.tiktoken_pattern,
-            tiktoken_num_special_tokens=arguments.tiktoken_num_special_tokens,
-            tiktoken_special_tokens=arguments.tiktoken_special_tokens,
-            chatglm_special_tokens=arguments.chatglm_special_tokens,
-        ),
+        data=tokenizer_section(arguments),
         vocab_size=arguments.vocab_size,
         keys=tuple(arguments.json_keys),
         append_eod=arguments.append_eod,

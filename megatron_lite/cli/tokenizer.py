@@ -13,18 +13,13 @@ from typing import NoReturn
 
 from megatron_lite.config.errors import ConfigError
 from megatron_lite.config.exit import ToolParser, run_tool
-from megatron_lite.config.sections.data import DataConfig
 from megatron_lite.data.preparing.input_flags import add_input_flags
 from megatron_lite.data.preparing.reading import corpus_texts
+from megatron_lite.data.preparing.tokenizer_flags import add_tokenizer_flags, tokenizer_section
 from megatron_lite.data.tokenizers.base import Tokenizer
-from megatron_lite.data.tokenizers.build import TOKENIZERS, build_tokenizer
+from megatron_lite.data.tokenizers.build import build_tokenizer
 from megatron_lite.data.tokenizers.examining import changed_from, measure, pieces_of
 from megatron_lite.data.tokenizers.training import TextSample, longest_line_of
-
-_FILES = (
-    "tokenizer_type", "vocab_file", "merge_file", "tokenizer_model", "chatglm_special_tokens",
-    "tiktoken_pattern", "tiktoken_num_special_tokens", "tiktoken_special_tokens",
-)  # fmt: skip
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -34,15 +29,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     add = parser.add_argument
-    add("--tokenizer-type", default="GPT2BPETokenizer", help=", ".join(TOKENIZERS))
-    add("--vocab-file", help="gpt2-vocab.json")
-    add("--merge-file", help="gpt2-merges.txt")
-    add("--tokenizer-model", help="folder or file of the other tokenizers")
-    add("--vocab-size", type=int, help="for NullTokenizer; cuts TikTokenizer's .json")
-    add("--tiktoken-pattern", help="v1, v2, gpt2, cl100k or o200k; by the file's name")
-    add("--tiktoken-num-special-tokens", type=int, default=1000, help="before the ranks of a .json")
-    add("--tiktoken-special-tokens", nargs="+", default=[], help="names of the first of them")
-    add("--chatglm-special-tokens", action="store_true", help="ChatGLM2's five, appended")
+    add_tokenizer_flags(add)
     add("--text", nargs="+", action="extend", default=[], help="show these, piece by piece")
     add("--most-pieces", type=int, default=200, help="of each text (%(default)s)")
     add_input_flags(add, keys="all of them are looked at", required=False)
@@ -57,8 +44,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
 def main() -> int:
     """Build it, show each text, measure the corpus."""
     asked = parse_arguments(sys.argv[1:])
-    data = DataConfig(**{name: getattr(asked, name) for name in _FILES})
-    tokenizer = build_tokenizer(data, vocab_size=asked.vocab_size)
+    tokenizer = build_tokenizer(tokenizer_section(asked), vocab_size=asked.vocab_size)
     print(f"{asked.tokenizer_type}: {tokenizer.vocab_size} ids")
     for text in asked.text:
         show(tokenizer, text, asked.most_pieces)
