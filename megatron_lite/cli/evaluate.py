@@ -2,6 +2,7 @@
 
 python tools/evaluate.py --load RUN_FOLDER --text held_out.txt               perplexity, bits per byte
 python tools/evaluate.py --load HUGGING_FACE_FOLDER --tokens corpus_text_document --stride 512
+python tools/evaluate.py --load RUN_FOLDER --ceval CEVAL_FOLDER --mmlu MMLU_FOLDER     5-shot, by letters
 python tools/launch.py --nproc_per_node 4 tools/evaluate.py --load RUN_FOLDER --tokens PREFIX \\
     --tensor-model-parallel-size 2 --pipeline-model-parallel-size 2
 
@@ -33,6 +34,9 @@ from megatron_lite.config.sections.run import RunConfig
 from megatron_lite.data.provenance import ALLOW_MISMATCH
 from megatron_lite.inference.evaluating.corpora import PerplexityOf
 from megatron_lite.inference.evaluating.examinee import Advance, Exam, Examinee
+from megatron_lite.inference.evaluating.multiple_choice import MultipleChoice
+from megatron_lite.inference.evaluating.problems import WordProblems
+from megatron_lite.inference.evaluating.question_files import CEVAL, MMLU
 from megatron_lite.inference.evaluating.results import (
     EVALUATIONS,
     as_json,
@@ -170,8 +174,26 @@ def _exams(asked: argparse.Namespace) -> list[Exam]:
         for flag, paths in (("--text", asked.text), ("--tokens", asked.tokens))
         for path in paths
     ]  # fmt: skip
+    found += [
+        MultipleChoice(known, folder, asked.exam_split, shots=asked.shots, limit=asked.limit)
+        for known, folders in ((CEVAL, asked.ceval), (MMLU, asked.mmlu))
+        for folder in folders
+    ]
+    found += [
+        WordProblems(
+            path,
+            asked.gsm8k_examples,
+            shots=asked.shots,
+            limit=asked.limit,
+            max_new_tokens=asked.max_new_tokens,
+        )
+        for path in asked.gsm8k
+    ]
     if not found:
-        raise ConfigError("nothing is asked: give --text FILE or --tokens PREFIX")
+        raise ConfigError(
+            "nothing is asked: give --text FILE, --tokens PREFIX, --ceval FOLDER, --mmlu FOLDER or "
+            "--gsm8k FILE"
+        )
     return found
 
 
@@ -241,6 +263,32 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--window", type=int, help="tokens that the model sees; all its positions by default")
     add("--stride", type=int, help="tokens from one window to the next; half a window by default")
     add("--first-token", help="seen before each document: eod (default), none, or an id")
+    add(
+        "--ceval",
+        nargs="+",
+        action="extend",
+        default=[],
+        help="folders in C-Eval's layout: dev/, val/",
+    )
+    add(
+        "--mmlu",
+        nargs="+",
+        action="extend",
+        default=[],
+        help="folders in MMLU's layout: dev/, test/",
+    )
+    add("--exam-split", choices=["val", "test"], help="C-Eval's val and MMLU's test by default")
+    add(
+        "--gsm8k",
+        nargs="+",
+        action="extend",
+        default=[],
+        help="files of JSON lines in GSM8K's form",
+    )
+    add("--gsm8k-examples", help="a file of the same form, whose first problems are shown solved")
+    add("--max-new-tokens", type=int, default=256, help="of a solution")
+    add("--shots", type=int, default=5, help="examples before each question, in file order")
+    add("--limit", type=int, help="at most so many questions of each file")
     how = parser.add_argument_group("how")
     add = how.add_argument
     add("--tensor-model-parallel-size", type=int, default=1, help="ranks that share each matrix")
@@ -255,8 +303,16 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     add_extend_flag(parser)
     asked = parser.parse_args(argv)
     extend(asked.extend)
-    if asked.batch_size < 1:
-        raise ConfigError(f"--batch-size {asked.batch_size} must be at least 1")
+    least = {
+        "--batch-size": (asked.batch_size, 1),
+        "--shots": (asked.shots, 0),
+        "--max-new-tokens": (asked.max_new_tokens, 1),
+    }
+    if asked.limit is not None:
+        least["--limit"] = (asked.limit, 1)
+    for flag, (given, at_least) in least.items():
+        if given < at_least:
+            raise ConfigError(f"{flag} {given} must be at least {at_least}")
     return asked
 
 

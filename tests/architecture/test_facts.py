@@ -72,6 +72,7 @@ OF_OTHER_SAMPLES: Mapping[str, str] = {
     "megatron_lite/train/reading.py": "which samples a rank reads, and in which order",
     "megatron_lite/train/step.py": "the tokens, and the samples, of all ranks",
     "megatron_lite/inference/evaluating/scorer.py": "which rows a rank scores",
+    "megatron_lite/inference/evaluating/problems.py": "which problems a rank solves",
     "megatron_lite/train/measuring/timeline.py": "a rank's place, in words",
     "megatron_lite/rehearsal/rehearse.py": "a rank's place, in words",
 }

@@ -73,6 +73,11 @@ def test_a_run_keeps_each_evaluation_beside_its_own_records(
         (["--text", "HERE/good.txt", "--window", 25], 2, "at most the model's 24 positions"),
         (["--text", "HERE/good.txt", "--tensor-model-parallel-size", 2], 2, "does not divide 1 ranks"),
         (["--text", "HERE/good.txt", "--json", "HERE"], 2, "is a folder"),
+        (["--ceval", "HERE"], 3, "holds no val/<subject>_val.csv"),
+        (["--mmlu", "HERE", "--exam-split", "val"], 3, "holds no val/<subject>_val.csv"),
+        (["--gsm8k", "HERE/good.txt"], 3, "--gsm8k HERE/good.txt:1 is no JSON"),
+        (["--ceval", "HERE", "--shots", -1], 2, "--shots -1 must be at least 0"),
+        (["--ceval", "HERE", "--limit", 0], 2, "--limit 0 must be at least 1"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_evaluated_is_refused_before_weights_are_read(
@@ -88,6 +93,7 @@ def test_what_cannot_be_evaluated_is_refused_before_weights_are_read(
     words = [str(word).replace("HERE", str(tmp_path)) for word in words]
     assert tool(evaluate.main, monkeypatch, "--load", folder, "--use-cpu", *words) == code
     err = capsys.readouterr().err
+    said = said.replace("HERE", str(tmp_path))
     assert err.startswith(f"FATAL[{code}] ") and said in err and "Traceback" not in err
 
 

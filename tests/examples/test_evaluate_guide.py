@@ -13,6 +13,7 @@ import pytest
 
 from megatron_lite.cli import convert, evaluate
 from megatron_lite.inference.model import load_model
+from tests.support.ceval_toy import write_exam
 from tests.support.corpora import write_pair
 from tests.support.extras import needs
 from tests.support.huggingface import gpt2, tokenizer_files, tool
@@ -32,13 +33,22 @@ def commands() -> list[list[str]]:
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with a run, a model of Hugging Face's, and what the guide measures."""
     needs("transformers")
-    gpt2(n_head=4).save_pretrained(tmp_path / "gpt2")
+    gpt2(n_head=4, n_positions=200).save_pretrained(tmp_path / "gpt2")
     tokenizer_files(tmp_path / "gpt2", "vocab.json", "merges.txt")
     assert tool(convert.main, monkeypatch, tmp_path / "gpt2", tmp_path / "run") == 0
     text = "the thin inner hint that this ether tin, the thing in other words then."
     (tmp_path / "held_out.txt").write_text(text)
     ids = load_model(tmp_path / "run").tokenizer.encode(text)
     write_pair(tmp_path / "held_out_text_document", [[*ids, 261], [*ids[:9], 261]])
+    write_exam(tmp_path / "ceval")
+    for split in ("dev", "test"):
+        (tmp_path / "mmlu" / split).mkdir(parents=True)
+        lines = "Which is first?,a,b,c,d,A\n" * 5
+        (tmp_path / "mmlu" / split / f"virology_{split}.csv").write_text(lines)
+    (tmp_path / "gsm8k").mkdir()
+    for split in ("train", "test"):
+        problem = json.dumps({"question": "Two and two?", "answer": "2+2=4\n#### 4"})
+        (tmp_path / "gsm8k" / f"{split}.jsonl").write_text(f"{problem}\n{problem}\n")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -66,6 +76,8 @@ def test_the_guide_goes_as_printed(
     assert first in found[-1], "a layout changed a number"
     (told,) = json.loads((place / "perplexity.json").read_text())["results"]
     assert (told["window"], told["stride"]) == (16, 4)
+    told = json.loads((place / "choices.json").read_text())["results"]
+    assert [one["questions"] for one in told] == [120, 5]
     assert len(list((place / "run" / "evaluations").iterdir())) == sum(
         "run" in w for w in commands()
     )

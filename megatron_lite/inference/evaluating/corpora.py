@@ -62,7 +62,7 @@ def pair_documents(
     dataset: IndexedDataset, tokenizer: Tokenizer, first: int | None, *, rows: int
 ) -> Iterator[Document]:
     """The documents of a pair; rows: ids that the model has rows for.  DataError for another id."""
-    bounds, eod = dataset.document_indices, _end(tokenizer)
+    bounds, eod = dataset.document_indices, end_of(tokenizer)
     for start, stop in zip(bounds[:-1], bounds[1:], strict=True):
         parts = dataset[int(start) : int(stop)]
         tokens = np.concatenate(parts).astype(np.int64) if parts else np.zeros(0, np.int64)
@@ -78,7 +78,7 @@ def pair_documents(
 def first_token(asked: str | None, tokenizer: Tokenizer, rows: int) -> int | None:
     """The token that is seen before a document's own: the one that ends documents, an id, or none."""
     if asked in (None, "eod"):
-        return _end(tokenizer)
+        return end_of(tokenizer)
     if asked == "none":
         return None
     assert asked is not None
@@ -87,7 +87,8 @@ def first_token(asked: str | None, tokenizer: Tokenizer, rows: int) -> int | Non
     return int(asked)
 
 
-def _end(tokenizer: Tokenizer) -> int | None:
+def end_of(tokenizer: Tokenizer) -> int | None:
+    """The token that ends documents, if there is one."""
     try:
         return tokenizer.eod
     except DataError:  # it ends no documents
@@ -155,7 +156,7 @@ class PerplexityOf:
         mine = MadeWith(
             fingerprint=tokenizer.fingerprint(),
             vocab_size=tokenizer.vocab_size,
-            eod=_end(tokenizer),
+            eod=end_of(tokenizer),
         )
         said = require_same(
             {dataset.prefix: maker_of(dataset)}, mine, allowed=self.allowed,
