@@ -201,6 +201,8 @@ for node in ast.parse(open("setup.py", encoding="utf-8").read()).body:
     if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "EXTRAS":
         print(*ast.literal_eval(node.value)["oracles"], sep="\n")')
     say "left out, as they need a CUDA compiler: flash-attn, transformer-engine, apex"
+    command -v chromium >/dev/null ||
+        say "no chromium on PATH, so the tests of the page will be skipped: apt-get install chromium"
 }
 
 # Programs, activate scripts and pyvenv.cfg hold the path of their environment: at $NEW, let it be $VENV.
