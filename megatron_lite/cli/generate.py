@@ -29,6 +29,7 @@ from megatron_lite.cli.speaking.model import (
 )
 from megatron_lite.cli.speaking.prompts import add_prompt_flags, prompts_of
 from megatron_lite.cli.speaking.ranks import add_layout_flags, on_ranks
+from megatron_lite.config.context_length import length_lines
 from megatron_lite.config.errors import all_together
 from megatron_lite.config.exit import ToolParser, run_tool
 from megatron_lite.config.extensions import extend
@@ -77,6 +78,8 @@ def _speak(
         speaker.model, rows=1 if asked.stream else asked.batch_size, chunk=asked.prefill_chunk,
         keep=asked.cache_tokens, start=asked.sink_tokens,
     )  # fmt: skip
+    if ctx.rank == 0:
+        _say_lengths(asked, speaker, answers)
     printer = _Printer(asked, answers) if ctx.rank == 0 else None
     for token in generation.run([_request(asked, settings, speaker, one) for one in answers]):
         presence.tick()
@@ -111,6 +114,17 @@ def _request(
         Sampler(settings, tokenizer.vocab_size, asked.seed, answer.sample),
         ends=frozenset((tokenizer.eod,)), until=answer.take,
     )  # fmt: skip
+
+
+def _say_lengths(
+    asked: argparse.Namespace, speaker: Speaker, answers: Sequence[_Answer]
+) -> None:
+    """For which length positions are scaled, and which texts go beyond the trained one."""
+    longest = asked.cache_tokens or sys.maxsize  # positions count what is kept
+    lengths = {min(len(one.ids) + asked.max_new_tokens, longest) for one in answers}
+    for length in sorted(lengths):
+        for line in length_lines(speaker.model.context.model, length):
+            print(line, file=sys.stderr)
 
 
 def _warn_of_positions(asked: argparse.Namespace, speaker: Speaker, answer: _Answer) -> None:

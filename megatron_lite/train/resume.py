@@ -12,10 +12,12 @@ from typing import Any
 
 from megatron_lite.blueprint.batches import BatchSchedule
 from megatron_lite.blueprint.figure.parts import HEAD
+from megatron_lite.checkpoint.description import saved_model
 from megatron_lite.checkpoint.manifest import NAME, Manifest
 from megatron_lite.checkpoint.progress import Progress
 from megatron_lite.checkpoint.store import Store
 from megatron_lite.checkpoint.tensor_file import SAFETENSORS_NAMES
+from megatron_lite.config.context_length import stretch_warnings
 from megatron_lite.config.errors import CheckpointError, NumericsError
 from megatron_lite.config.objectives import LANGUAGE_MODEL
 from megatron_lite.config.rules.model_identity import named
@@ -92,6 +94,8 @@ def resume(
     schedules = curves(fresh if checkpoint.finetune else manifest.progress.goes_on(fresh))
     changes = check_model(manifest, run.context.model, store.folder(manifest.iteration),
                           allowed=named(checkpoint.allow_model_change))  # fmt: skip
+    before = saved_model(manifest, store.folder(manifest.iteration), head=None)
+    warnings += tuple(stretch_warnings(before, run.context.model))
     told, fresh_head = check_objective(
         manifest, objective, store.folder(manifest.iteration), goes_on=keeps
     )

@@ -54,5 +54,23 @@ def _rows(name: str, shared: dict[str, Any]) -> list[Layout]:
     ]
 
 
-FAMILY_LAYOUTS = {name: _layouts(name, parts) for name, parts in PARTS.items()}
+_ROPE = LLAMA | {"model__rope_scaling_factor": 4.0}
+_SHORT = {"model__rope_original_length": 8}
+SCALING: Mapping[str, Mapping[str, Any]] = MappingProxyType({
+    "yarn": _SHORT | {"model__rope_beta_fast": 2.0, "model__rope_beta_slow": 0.5},
+    "longrope": _SHORT | {
+        "model__rope_short_factors": "1,1,1,1", "model__rope_long_factors": "1,1.5,2,4"},
+    "dynamic": _SHORT, "llama3": _SHORT, "linear": {}, "ntk": {},
+})  # fmt: skip
+"""--rope-scaling-type -> its parameters, of positions that samples go beyond."""
+
+FAMILY_LAYOUTS = {name: _layouts(name, parts) for name, parts in PARTS.items()} | {
+    "scaling": [
+        layout(
+            f"tp2-pp2-sp-recompute-{kind}", tp=2, pp=2, **SP, **EVERY_LAYER,
+            shared=_ROPE | dict(parts) | {"model__rope_scaling_type": kind},
+        )
+        for kind, parts in SCALING.items()
+    ]
+}  # fmt: skip
 """Family -> its layouts; the first has the most in it."""

@@ -156,7 +156,7 @@ COMPARED: tuple[Trait, ...] = (
 _HOW = {"group_query_attention": False}  # how num_query_groups counts
 """Further fields the compared ones are derived from, with their value where a checkpoint has none."""
 
-_FOLLOWING = ("kv_channels", "num_query_groups", "ffn_hidden_size")
+_FOLLOWING = ("kv_channels", "num_query_groups", "ffn_hidden_size", "rope_attention_factor")
 """Those that follow from the others unless given."""
 
 CHANGEABLE: Mapping[str, str] = MappingProxyType({t.name: t.then for t in COMPARED if t.then})

@@ -1,0 +1,35 @@
+"""generate.py says for which length positions are scaled, and where a text leaves the trained one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megatron_lite.cli import generate
+from tests.support.extras import needs
+from tests.support.families import tiny
+from tests.support.huggingface import tokenizer_files, tool
+
+needs("transformers")
+
+
+@pytest.mark.parametrize(
+    ("kind", "told"),
+    [
+        ("default", "WARNING: 32 tokens are 8 more than the 24 that this model was trained for"),
+        ("dynamic", "--rope-scaling-type dynamic: positions are scaled as beyond 24 tokens, for a text of 32"),
+    ],
+)  # fmt: skip
+def test_a_text_beyond_the_trained_length(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], kind: str, told: str
+) -> None:  # fmt: skip
+    said = {"rope_type": kind, "rope_theta": 1e4} | ({"factor": 2.0} if kind == "dynamic" else {})
+    tiny("llama", rope_parameters=said).save_pretrained(tmp_path)
+    tokenizer_files(tmp_path, "vocab.json", "merges.txt")
+    words = ["--load", tmp_path, "--use-cpu", "--prompt", "qqqqqqqq", "--max-new-tokens"]
+    assert tool(generate.main, monkeypatch, *words, 24) == 0
+    assert told in capsys.readouterr().err
+    assert tool(generate.main, monkeypatch, *words, 16) == 0
+    assert "WARNING: 24" not in (err := capsys.readouterr().err)
+    assert ("positions are as in texts up to 24 tokens" in err) == (kind == "dynamic")
