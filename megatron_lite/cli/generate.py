@@ -116,9 +116,7 @@ def _request(
     )  # fmt: skip
 
 
-def _say_lengths(
-    asked: argparse.Namespace, speaker: Speaker, answers: Sequence[_Answer]
-) -> None:
+def _say_lengths(asked: argparse.Namespace, speaker: Speaker, answers: Sequence[_Answer]) -> None:
     """For which length positions are scaled, and which texts go beyond the trained one."""
     longest = asked.cache_tokens or sys.maxsize  # positions count what is kept
     lengths = {min(len(one.ids) + asked.max_new_tokens, longest) for one in answers}
