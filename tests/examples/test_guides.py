@@ -207,3 +207,30 @@ def test_the_fine_tune_guide_goes_as_printed(tmp_path: Path) -> None:
     assert "final evaluation of the trained model: 10 batches of the validation set\n" in said
     back = transformers.GPT2LMHeadModel.from_pretrained(folder / "tuned-hf")
     assert back.config.n_embd == 32 and back.config.eos_token_id == size - 1
+
+
+@pytest.mark.slow
+def test_the_long_context_guide_goes_as_printed(tmp_path: Path) -> None:
+    """With lengths and steps of a tiny model in the place of the first block's."""
+    transformers = needs("transformers")
+    folder = checkout(tmp_path)
+    for name in ("books", "held_out"):
+        small_text(folder / f"{name}.jsonl", documents=60)
+        lines = [json.loads(line)["text"] for line in (folder / f"{name}.jsonl").open()]
+        whole = [json.dumps({"text": " ".join(lines[at::4])}) for at in range(4)]
+        (folder / f"{name}.jsonl").write_text("\n".join(whole) + "\n")
+    size = vocabulary(folder / "llama")
+    config = transformers.LlamaConfig(
+        vocab_size=size, max_position_embeddings=32, hidden_size=32, num_hidden_layers=2,
+        intermediate_size=48, num_attention_heads=2, bos_token_id=size - 1, eos_token_id=size - 1,
+    )  # fmt: skip
+    transformers.LlamaForCausalLM(config).save_pretrained(folder / "llama")
+    sizes, *blocks = commands("long-context")
+    assert re.fullmatch(r"FROM=\d+ TO=\d+ STEPS=\d+\n", sizes)
+    said = follow(folder, ["FROM=32 TO=128 STEPS=20", *blocks])
+    assert "iteration       20/      20" in said and "more than the 32" not in said
+    assert said.count("perplexity of") == 3
+    back = transformers.LlamaForCausalLM.from_pretrained(folder / "long-hf").config
+    assert back.max_position_embeddings == 128
+    assert back.rope_parameters["rope_type"] == "yarn" and back.rope_parameters["factor"] == 4.0
+    assert back.rope_parameters["original_max_position_embeddings"] == 32

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_lite.config.context_length import beyond_trained
 from megatron_lite.config.errors import ConfigError, DataError
 from megatron_lite.config.sections.model import ModelConfig
 from megatron_lite.data.indexed import IndexedDataset, bin_path
@@ -139,7 +140,8 @@ class PerplexityOf:
             said = self._look_at_pair(tokenizer, first, model.vocab_size)
         if self._total < 1:
             raise DataError(f"{self.flag} {self.path} holds no token to score")
-        return said
+        beyond = beyond_trained(model, min(self._sliding[0], self._total))
+        return [*said, *([] if beyond is None else [f"--window: {beyond}"])]
 
     def _look_at_text(self, tokenizer: Tokenizer, first: int | None) -> Sequence[str]:
         document = text_document(read_text(self.path, self.flag), tokenizer, first)
