@@ -215,9 +215,9 @@ def test_the_long_context_guide_goes_as_printed(tmp_path: Path) -> None:
     transformers = needs("transformers")
     folder = checkout(tmp_path)
     for name in ("books", "held_out"):
-        small_text(folder / f"{name}.jsonl", documents=60)
+        small_text(folder / f"{name}.jsonl", documents=160)
         lines = [json.loads(line)["text"] for line in (folder / f"{name}.jsonl").open()]
-        whole = [json.dumps({"text": " ".join(lines[at::4])}) for at in range(4)]
+        whole = [json.dumps({"text": " ".join(lines[at::40])}) for at in range(40)]
         (folder / f"{name}.jsonl").write_text("\n".join(whole) + "\n")
     size = vocabulary(folder / "llama")
     config = transformers.LlamaConfig(
@@ -227,8 +227,8 @@ def test_the_long_context_guide_goes_as_printed(tmp_path: Path) -> None:
     transformers.LlamaForCausalLM(config).save_pretrained(folder / "llama")
     sizes, *blocks = commands("long-context")
     assert re.fullmatch(r"FROM=\d+ TO=\d+ STEPS=\d+\n", sizes)
-    said = follow(folder, ["FROM=32 TO=128 STEPS=20", *blocks])
-    assert "iteration       20/      20" in said and "more than the 32" not in said
+    said = follow(folder, ["FROM=32 TO=128 STEPS=30", *blocks])
+    assert "iteration       30/      30" in said and "more than the 32" not in said
     assert said.count("perplexity of") == 3
     back = transformers.LlamaForCausalLM.from_pretrained(folder / "long-hf").config
     assert back.max_position_embeddings == 128
