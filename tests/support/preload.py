@@ -5,6 +5,7 @@ import gc
 import numpy.random  # noqa: F401
 import pytest  # noqa: F401  the files that checks lie in import it
 import torch
+import torch._dynamo  # with the first dispatch mode that a check enters
 import torch.distributed.tensor  # torch.testing imports it with the first comparison
 
 # torch.autograd imports it, and all of sympy, with the first backward that is given a gradient
