@@ -17,6 +17,7 @@ EXTRAS = {
     "tiktoken": ["tiktoken>=0.7"],
     "zstd": ["zstandard>=0.22"],
     "parquet": ["pyarrow>=15"],
+    "chat": ["jinja2>=3.1"],
     "ray": ["ray>=2.40"],
     "gguf": ["gguf>=0.10"],
     "tensorboard": ["tensorboard>=2.14"],
@@ -42,7 +43,7 @@ EXTRAS = {
 # What `make setup` installs, and the extra "test": every library that `make test` and `make test-ci` ask.
 TEST = [
     "tokenizers", "fast", "sentencepiece", "tiktoken", "zstd", "parquet", "tensorboard", "plot",
-    "huggingface", "gguf", "serve", "bench", "dev",
+    "huggingface", "gguf", "chat", "serve", "bench", "dev",
 ]  # fmt: skip
 
 

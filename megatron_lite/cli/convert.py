@@ -251,7 +251,7 @@ def _export(source: Path, target: Path, asked: argparse.Namespace) -> None:
     eod = found.manifest.tokenizer.get("eod")
     if not asked.no_tokenizer:
         files, eod = _tokenizer(asked, found)
-    rows, kept = model.vocab_size, str(found.kept)
+    rows, kept = model.vocab_size, str(found.tokenizer_folder)
     assert rows is not None
     words = read_vocabulary(files, kept)
     said = compare_statements(

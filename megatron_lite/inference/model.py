@@ -87,6 +87,11 @@ class ModelSource(Protocol):
         """How its token table is stored, as the weights that training used are."""
         ...
 
+    @property
+    def tokenizer_folder(self) -> Path:
+        """Where its tokenizer's files lie, and those that say how it is spoken with."""
+        ...
+
     def tokenizer(
         self, vocab_file: str | None = None, merge_file: str | None = None, *, allowed: bool = False
     ) -> tuple[Tokenizer, list[str]]:
@@ -117,7 +122,7 @@ class CheckpointSource:
         return f"checkpoint {self.manifest.iteration}"
 
     @property
-    def kept(self) -> Path:
+    def tokenizer_folder(self) -> Path:
         """Where its tokenizer's files lie, if it keeps any."""
         return self.store.folder(self.manifest.iteration) / TOKENIZER
 
@@ -130,7 +135,9 @@ class CheckpointSource:
     def data(self, vocab_file: str | None, merge_file: str | None) -> DataConfig:
         """The section that names its tokenizer; GPT-2's where other files are given."""
         folder = self.store.folder(self.manifest.iteration)
-        kept = from_kept(saved_section(self.manifest, DataConfig, "data", folder), self.kept)
+        kept = from_kept(
+            saved_section(self.manifest, DataConfig, "data", folder), self.tokenizer_folder
+        )
         return _with_files(kept, vocab_file, merge_file)
 
     def check_tokenizer(self, maker: MadeWith, *, foreign: bool, allowed: bool) -> list[str]:
@@ -167,6 +174,11 @@ class FolderSource:
     def where(self) -> str:
         """The folder."""
         return str(self.found.path)
+
+    @property
+    def tokenizer_folder(self) -> Path:
+        """The same folder."""
+        return self.found.path
 
     @property
     def config(self) -> ModelConfig:

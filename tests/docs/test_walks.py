@@ -9,32 +9,18 @@ from __future__ import annotations
 
 import contextlib
 import io
-import os
 import re
 import runpy
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.support.places import ROOT
+from tests.docs.walking import GUIDES, NEXT, blocks, in_shell, read
 
-GUIDES = ROOT / "docs/guides"
 LANGUAGES = ("how-a-step-works", "how-a-step-works.zh-CN")
 """The first one is run."""
-NEXT = "\x1e"
 FRACTION = re.compile(r"-?\d+\.\d+(?:e[+-]\d+)?")
-
-
-def read(guide: str) -> str:
-    return (GUIDES / f"{guide}.md").read_text(encoding="utf-8")
-
-
-def blocks(text: str) -> list[tuple[str, str]]:
-    """(language, code) of each."""
-    return re.findall(r"^```(\w+)\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE)
 
 
 def prose(text: str) -> str:
@@ -64,24 +50,6 @@ def in_python(codes: list[str], folder: Path) -> list[list[str]]:
     with contextlib.redirect_stdout(said):
         runpy.run_path(str(program))
     return [part.strip("\n").splitlines() for part in said.getvalue().split(NEXT)]
-
-
-def in_shell(codes: list[str], folder: Path) -> list[list[str]]:
-    """The same of shell, in a folder that has the tools."""
-    for name in ("tools", "megatron_lite"):
-        (folder / name).symlink_to(ROOT / name)
-    (folder / "python").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
-    (folder / "python").chmod(0o755)
-    script = "\nprintf '\\036'\n".join(["set -euo pipefail", *codes])
-    done = subprocess.run(
-        ["bash", "-c", script],
-        cwd=folder,
-        env={"PATH": f"{folder}:{os.environ['PATH']}", "HOME": str(folder), "OMP_NUM_THREADS": "1",
-             "PYTHONPATH": str(folder)},
-        capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
-    return [part.strip("\n").splitlines() for part in done.stdout.split(NEXT)[1:]]
 
 
 def alike(printed: str, said: str) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from megatron_lite.config.errors import DataError
@@ -26,6 +26,11 @@ class Tokenizer(Protocol):
     @property
     def eod(self) -> int:
         """Id that ends a document; DataError where the vocabulary has none."""
+        ...
+
+    @property
+    def special_ids(self) -> Mapping[str, int]:
+        """Tokens that no text gives, whatever it spells, by what they are written as."""
         ...
 
     @property

@@ -12,7 +12,7 @@ import importlib.metadata
 import os
 import resource
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -322,6 +322,11 @@ class EngineTokenizer:
     """The encoding half of a tokenizer: one text by the reference, many by the fastest engine."""
 
     choice: EngineChoice
+
+    @property
+    def special_ids(self) -> Mapping[str, int]:
+        """Tokens that no text gives, whatever it spells, by what they are written as."""
+        return {}
 
     @property
     def unknown(self) -> int | None:

@@ -8,7 +8,7 @@ installed does it; a plain version with the `regex` package where there is none,
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 
 from megatron_lite.config.errors import DataError
@@ -222,6 +222,11 @@ class GPT2BPETokenizer(EngineTokenizer):
                 f"--vocab-file {self._vocab_file} has no {GPT2_EOD!r}, the end-of-document token"
             )
         return self._vocab[GPT2_EOD]
+
+    @property
+    def special_ids(self) -> Mapping[str, int]:
+        """<|endoftext|>."""
+        return {GPT2_EOD: self._vocab[GPT2_EOD]} if GPT2_EOD in self._vocab else {}
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of the ids; <|endoftext|> is written out, broken UTF-8 becomes U+FFFD."""

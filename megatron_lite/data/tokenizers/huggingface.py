@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +103,11 @@ class HuggingFaceTokenizer(EngineTokenizer):
         self._bytewise = "ByteLevel" in json.dumps(
             [found.get("pre_tokenizer"), found.get("decoder")]
         )
+        self._special = {
+            str(token["content"]): int(token["id"])
+            for token in found.get("added_tokens") or []
+            if token.get("special")
+        }
         self._named_eos()
         self._fast.no_truncation()
         self._fast.no_padding()
@@ -138,6 +143,11 @@ class HuggingFaceTokenizer(EngineTokenizer):
             f"{_FLAG} {self._file} has no end-of-document token: neither eos_token in "
             f"tokenizer_config.json nor one of {', '.join(EOD_NAMES)}"
         )
+
+    @property
+    def special_ids(self) -> Mapping[str, int]:
+        """The added tokens that tokenizer.json calls special."""
+        return self._special
 
     def _named_eos(self) -> int | None:
         """The id of the eos_token that the files beside name; DataError where it has none."""

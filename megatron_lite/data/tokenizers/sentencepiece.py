@@ -8,7 +8,7 @@ Llama2Tokenizer begins every text with the model's begin.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -100,6 +100,13 @@ class GPTSentencePieceTokenizer(EngineTokenizer):
     def specials(self) -> dict[str, int]:
         """The appended tokens."""
         return dict(self._specials)
+
+    @property
+    def special_ids(self) -> Mapping[str, int]:
+        """Control pieces, and what is appended."""
+        model = self._model
+        control = (n for n in range(model.get_piece_size()) if model.is_control(n))
+        return {str(model.id_to_piece(n)): n for n in control} | self._specials
 
     @property
     def eod(self) -> int:

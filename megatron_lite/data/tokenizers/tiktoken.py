@@ -10,7 +10,7 @@ import base64
 import binascii
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -205,6 +205,11 @@ class TikTokenizer(EngineTokenizer):
     def vocab_size(self) -> int:
         """Ranks and special tokens; ids between them that are never given count."""
         return self._vocabulary.size
+
+    @property
+    def special_ids(self) -> Mapping[str, int]:
+        """Those behind or before the ranks."""
+        return self._vocabulary.specials
 
     @property
     def eod(self) -> int:

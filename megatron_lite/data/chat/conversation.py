@@ -1,0 +1,170 @@
+"""One renderer from messages to token ids, whoever asks: chat, server and fine-tuning.
+
+Special tokens are ids from the beginning.  Text of a message that looks like one stays text:
+
+    built-in formats      say which piece is a token and which is text
+    a model's template    gives one string, so every special token that a message spells is parted by
+                          a guard character first; what is found afterwards is the template's own
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_lite.config.errors import ConfigError, DataError
+from megatron_lite.data.chat.formats import BOS, CHAT_FORMATS, EOS, Message, Special, check_messages
+from megatron_lite.data.chat.templates import (
+    Sandbox,
+    ends_of_generation,
+    named_tokens,
+    template_file,
+    template_of,
+)
+from megatron_lite.data.tokenizers.base import Tokenizer
+
+_GUARDS = [chr(n) for n in range(0xFDD0, 0xFDF0)]
+"""Noncharacters: no text has a reason to hold one."""
+
+
+@dataclass(frozen=True, slots=True)
+class ChatVocabulary:
+    """Text and special tokens of a tokenizer as ids."""
+
+    tokenizer: Tokenizer
+    special: Mapping[str, int]
+    bos: int
+    eos: int
+
+    def text(self, text: str) -> list[int]:
+        """Ids of a piece of text, without what the tokenizer puts before every text."""
+        return self.tokenizer.encode(text)[len(self.tokenizer.encode("")) :] if text else []
+
+    def token(self, name: Special) -> int:
+        """The id of a special token."""
+        if name in (BOS, EOS):
+            return self.bos if name == BOS else self.eos
+        if name.name not in self.special:
+            raise ConfigError(
+                f"the tokenizer has no special token {name.name}, which this chat template needs: "
+                f"choose another --chat-template of {', '.join(CHAT_FORMATS)}, or a file"
+            )
+        return self.special[name.name]
+
+
+@dataclass(frozen=True, slots=True)
+class Renderer:
+    """ids(): a conversation as the model was trained to read it; ends: after these an answer is over.
+
+    name: which template, for people.
+    """
+
+    name: str
+    vocabulary: ChatVocabulary
+    ends: frozenset[int]
+    template: str | None = None
+    variables: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    sandbox: Sandbox = dataclasses.field(default_factory=Sandbox)
+
+    def ids(self, messages: Sequence[Message]) -> list[int]:
+        """Up to where the assistant's next answer begins."""
+        check_messages(messages)
+        if self.template is None:
+            pieces = CHAT_FORMATS[self.name].pieces(messages)
+            return [
+                token
+                for piece in _joined(pieces)
+                for token in (
+                    self.vocabulary.text(piece)
+                    if isinstance(piece, str)
+                    else [self.vocabulary.token(piece)]
+                )
+            ]
+        return self._rendered(self.template, messages)
+
+    def _rendered(self, template: str, messages: Sequence[Message]) -> list[int]:
+        special = sorted(self.vocabulary.special, key=len, reverse=True)
+        guard = _unused(template, *(message.content for message in messages))
+        guarded = [
+            {"role": message.role, "content": _guarded(message.content, special, guard)}
+            for message in messages
+        ]
+        variables = {**self.variables, "messages": guarded, "add_generation_prompt": True}
+        text = self.sandbox.render(template, variables, self.name)
+        if not special:
+            return self.vocabulary.text(text.replace(guard, ""))
+        found: list[int] = []
+        for part in re.split(f"({'|'.join(map(re.escape, special))})", text):
+            if part in self.vocabulary.special:
+                found.append(self.vocabulary.special[part])
+            else:
+                found += self.vocabulary.text(part.replace(guard, ""))
+        return found
+
+
+def _joined(pieces: Iterator[str | Special]) -> Iterator[str | Special]:
+    """Texts that follow one another are one text: a tokenizer may join across them."""
+    text = ""
+    for piece in pieces:
+        if isinstance(piece, str):
+            text += piece
+            continue
+        yield from (text, piece)
+        text = ""
+    yield text
+
+
+def _unused(*texts: str) -> str:
+    """A guard that none of the texts holds."""
+    for guard in _GUARDS:
+        if not any(guard in text for text in texts):
+            return guard
+    raise DataError(
+        "the conversation holds every noncharacter from U+FDD0 to U+FDEF: leave one out"
+    )
+
+
+def _guarded(content: str, special: Sequence[str], guard: str) -> str:
+    """The content, in which no special token stands, nor with what a template puts around it."""
+    for token in special:
+        content = content.replace(token, token[0] + guard + token[1:])
+    body = content.strip()
+    if not body:
+        return content
+    front, behind = content[: content.index(body)], content[content.index(body) + len(body) :]
+    within = any(body in token for token in special)
+    opens = within or any(body.startswith(t[n:]) for t in special for n in range(1, len(t)))
+    closes = any(body.endswith(t[:n]) for t in special for n in range(1, len(t)))
+    return f"{front}{guard if opens else ''}{body}{guard if closes else ''}{behind}"
+
+
+def renderer_of(tokenizer: Tokenizer, folder: Path, asked: str | None = None) -> Renderer:
+    """The template that is asked for, a name of CHAT_FORMATS or a file; by default the one in the folder.
+
+    Where there is none, ChatML if the tokenizer has its tokens, else plain.  folder: of the
+    tokenizer's files.
+    """
+    special = tokenizer.special_ids
+    named = named_tokens(folder)
+    bos = special.get(named.get("bos_token", ""), special.get("<s>", tokenizer.eod))
+    vocabulary = ChatVocabulary(tokenizer, special, bos, tokenizer.eod)
+    ends = ends_of_generation(folder, tokenizer.vocab_size) | {tokenizer.eod}
+    found = None if asked is not None else template_of(folder)
+    if asked is not None and asked not in CHAT_FORMATS:
+        if not Path(asked).is_file():
+            raise ConfigError(
+                f"--chat-template {asked} is no file, and none of {', '.join(CHAT_FORMATS)}"
+            )
+        found = template_file(Path(asked)), Path(asked)
+    if found is not None:
+        template, path = found
+        return Renderer(str(path), vocabulary, frozenset(ends), template, named)
+    known = all(token in special for token in CHAT_FORMATS["chatml"].needs)
+    name = asked or ("chatml" if known else "plain")
+    for token in CHAT_FORMATS[name].needs:
+        vocabulary.token(Special(token))  # raises before anything is said
+    ends |= {vocabulary.token(token) for token in CHAT_FORMATS[name].ends}
+    return Renderer(name, vocabulary, frozenset(ends))

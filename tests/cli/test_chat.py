@@ -1,0 +1,132 @@
+"""A conversation in the terminal, by the tool's stdin."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_lite.cli import chat
+from megatron_lite.data.chat.formats import Message
+from megatron_lite.inference.generate import Generation
+from megatron_lite.inference.model import load_model
+from tests.support.extras import needs
+from tests.support.huggingface import gpt2, tokenizer_files, tool
+
+needs("transformers")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("gpt2")
+    gpt2(n_positions=60).save_pretrained(path)
+    tokenizer_files(path, "vocab.json", "merges.txt")
+    return path
+
+
+def talk(monkeypatch, capsys, folder: Path, *lines: str, words=()) -> tuple[list[str], str]:
+    """What the model said, an answer each, and what the tool said."""
+    monkeypatch.setattr("sys.stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
+    prompts: list[list[int]] = []
+    run = Generation.run
+
+    def noted(generation: Generation, requests):
+        prompts.extend(list(request.prompt) for request in requests)
+        yield from run(generation, requests)
+
+    monkeypatch.setattr(Generation, "run", noted)
+    argv = ["--load", folder, "--use-cpu", "--temperature", 0, "--max-new-tokens", 3, *words]
+    assert tool(chat.main, monkeypatch, *argv) == 0
+    monkeypatch.setattr(Generation, "run", run)
+    out, err = capsys.readouterr()
+    talk.prompts, talk.out = prompts, out
+    return [
+        message["content"] for message in json.loads((folder / "said.json").read_text())["messages"]
+    ], err
+
+
+def test_a_conversation_is_told_whole_and_saved(monkeypatch, capsys, folder: Path) -> None:
+    save = f"/save {folder / 'said.json'}"
+    messages, err = talk(
+        monkeypatch, capsys, folder, "the", "", "//in", save, words=["--system", "Be brief."]
+    )
+    assert "chat template: plain" in err and "5 messages in" in err
+    assert [messages[0], messages[1], messages[3]] == ["Be brief.", "the", "/in"]
+    assert talk.out == f"{messages[2]}\n{messages[4]}\n"
+    tokenizer = load_model(folder).tokenizer
+    first = [*tokenizer.encode("Be brief.\nthe"), 261]
+    assert talk.prompts[0] == first
+    said = tokenizer.encode(messages[2])
+    assert talk.prompts[1] == [*first, *said, 261, *tokenizer.encode("/in"), 261]
+    with torch.no_grad():
+        answer = (
+            gpt2(n_positions=60)
+            .generate(torch.tensor([first]), max_new_tokens=3, do_sample=False, pad_token_id=261)[
+                0, len(first) :
+            ]
+            .tolist()
+        )
+    assert messages[2] == tokenizer.decode([n for n in answer if n != 261])
+
+
+def test_commands_forget_and_tell_anew(monkeypatch, capsys, folder: Path) -> None:
+    save = f"/save {folder / 'said.json'}"
+    messages, err = talk(
+        monkeypatch, capsys, folder, "one", "/reset", "/shout", "/save /nowhere/at/all\0", "/system 你好",
+        "two", save, "/exit", "three",
+    )  # fmt: skip
+    assert messages[:2] == ["你好", "two"] and len(messages) == 3
+    assert "/shout is no command: /reset, /system, /save, /exit" in err and "not saved: " in err
+    assert len(talk.prompts) == 2  # nothing after /exit
+
+
+def test_text_that_spells_the_end_of_a_document_does_not_end_it(
+    monkeypatch, capsys, folder
+) -> None:
+    save = f"/save {folder / 'said.json'}"
+    messages, _ = talk(monkeypatch, capsys, folder, "a <|endoftext|> b", save)
+    assert messages[0] == "a <|endoftext|> b"
+    assert talk.prompts[0].count(261) == 1  # the template's own
+
+
+def test_ctrl_c_ends_an_answer_and_not_the_conversation(monkeypatch, capsys, folder: Path) -> None:
+    def broken_off(generation: Generation, requests):
+        requests[0].until([requests[0].prompt[0]])
+        raise KeyboardInterrupt
+        yield
+
+    speaker = load_model(folder).tokenizer
+    monkeypatch.setattr(Generation, "run", broken_off)
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"the\n/save {folder / 'said.json'}\n"))
+    assert tool(chat.main, monkeypatch, "--load", folder, "--use-cpu") == 0
+    said = [Message(**one) for one in json.loads((folder / "said.json").read_text())["messages"]]
+    assert said == [
+        Message("user", "the"),
+        Message("assistant", speaker.decode(speaker.encode("the")[:1])),
+    ]
+
+
+def test_a_full_conversation_says_so(monkeypatch, capsys, folder: Path) -> None:
+    save = f"/save {folder / 'said.json'}"
+    _, err = talk(monkeypatch, capsys, folder, "x" * 58, save, words=["--max-new-tokens", 5])
+    assert "has filled the model's 60 positions: /reset" in err
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (["--max-new-tokens", 0], 2, "--max-new-tokens 0 must be at least 1"),
+        (["--chat-template", "chatml"], 2, "has no special token <|im_start|>"),
+        (["--chat-template", "none"], 2, "--chat-template none is no file"),
+        (["--min-p", 2], 2, "--min-p 2.0"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_is_refused_at_the_start(
+    monkeypatch, capsys, folder, words, code, said
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("hello\n"))
+    assert tool(chat.main, monkeypatch, "--load", folder, "--use-cpu", *words) == code
+    assert said in capsys.readouterr().err
