@@ -32,12 +32,15 @@ def core_forward(layer: Parts, seq_length: int, attention: Attention = "full") -
     """FLOPs per token of scores and weighted values alone: 4 * s * n * d, half if causal.
 
     Of a window w < s full is 4 * w * n * d, and causal what lies in the band: s^2 less (s - w)^2.
+    Of groups of S2-attention (while training) full is their squares, and causal half of these.
     """
-    return sum(_pairs(core, seq_length, attention) * core.queries for core in layer.of(Core))
+    return sum(int(_pairs(core, seq_length, attention) * core.queries) for core in layer.of(Core))
 
 
-def _pairs(core: Core, s: int, attention: Attention) -> int:
+def _pairs(core: Core, s: int, attention: Attention) -> float:
     """FLOPs per token and channel: 4 for each token that is seen."""
+    if core.group is not None:
+        return (4 if attention == "full" else 2) * core.pairs(s) / s
     seen = core.seen(s)
     return 4 * seen if attention == "full" else 2 * (s * s - (s - seen) ** 2) // s
 

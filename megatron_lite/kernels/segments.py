@@ -19,8 +19,8 @@ class Segments:
     """Which tokens of [rows, length] see one another: those of one segment, none of which crosses rows.
 
     cu_seqlens: int32 [n + 1] on the device, cumulative lengths 0, ..., rows * length of the segments,
-    row after row: what kernels for sequences of many lengths call cu_seqlens of q and k.  longest: the
-    most tokens of one (their max_seqlen), known without the device.
+    row after row: what kernels for sequences of many lengths call cu_seqlens of q and k.  longest: no
+    segment has more tokens (their max_seqlen), known without the device.
     """
 
     cu_seqlens: Tensor
@@ -28,6 +28,9 @@ class Segments:
     rows: int
     length: int
     _kept_by: Segments | None = field(default=None, repr=False, compare=False)
+    _cut: dict[tuple[int, int], Segments] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     @cached_property
     def allowed(self) -> Tensor:
@@ -64,6 +67,25 @@ class Segments:
     @cached_property
     def _block_masks(self) -> dict[int | None, Any]:
         return {}
+
+    def within(self, size: int, shift: int) -> Segments:
+        """Cut once more, at `shift` of each row and every `size` tokens from there; made on first use, kept."""
+        if (size, shift) not in self._cut:
+            if self._kept_by is not None:
+                made = self._kept_by.within(size, shift).unmasked()
+            else:
+                made = replace(
+                    self, cu_seqlens=self._cut_at(size, shift), longest=min(self.longest, size)
+                )
+            self._cut[size, shift] = made
+        return self._cut[size, shift]
+
+    def _cut_at(self, size: int, shift: int) -> Tensor:
+        device = self.cu_seqlens.device
+        inside = torch.arange(shift, self.length, size, dtype=torch.int32, device=device)
+        rows = torch.arange(self.rows, dtype=torch.int32, device=device) * self.length
+        borders = (rows[:, None] + inside).flatten()
+        return torch.cat((self.cu_seqlens, borders)).sort().values
 
     def afresh(self) -> Segments:
         """The same, of which nothing has been made yet."""

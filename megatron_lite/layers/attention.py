@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from megatron_lite.kernels.attention import AttentionCall
 from megatron_lite.kernels.random import feature_bits, keep_mask, key, token_numbers
 from megatron_lite.kernels.reference import rotate, split_rotate
 from megatron_lite.kernels.segments import Segments
+from megatron_lite.kernels.shifted import Groups, shifted_sparse
 from megatron_lite.kernels.table import PREFERENCES, Choice, Need, choose
 from megatron_lite.kernels.vendor import sdpa_kernel
 from megatron_lite.layers.contexts import ForwardContext, LayerCache, StageContext, StepDropout
@@ -54,9 +56,13 @@ def choose_attention(
 def attention_line(context: StageContext, micro_batch_size: int, *, segments: bool) -> str:
     """Which attention kernel training runs, and why: where torch chooses among its own, which of them."""
     choice = choose_attention(context, training=True, segments=segments)
+    core = context.figure.layers[0].named("attention.core", Core)
+    if core.group is not None:
+        moved = f"in {core.heads - core.still} of {core.heads} heads moved by {core.group // 2}"
+        told = f"training in groups of {core.group} tokens, {moved} (--s2-attention)"
+        choice = replace(choice, why=f"{choice.why}; {told}")
     if choice.implementation.name != "torch-sdpa":
         return choice.why
-    core = context.figure.layers[0].named("attention.core", Core)
     model, device, tp = context.model, context.ctx.device, context.tp.size
     features = (core.queries + 2 * core.keys) // tp
     fused = torch.empty(
@@ -100,6 +106,8 @@ class SelfAttention(nn.Module):
             for training in (False, True)
             for apart in (False, True)
         }
+        still = min(max(self.core.still - context.tp.rank * self.heads, 0), self.heads)
+        self.groups = None if self.core.group is None else Groups(self.core.group, still)
         self.ragged = choose_attention(context, training=False, seen=True).run
 
     def forward(self, x: Tensor, at: ForwardContext) -> Tensor:
@@ -107,6 +115,8 @@ class SelfAttention(nn.Module):
         fused = self.qkv(x)  # [s, b, (n + 2m)d/tp]
         q, k, v = self._split(fused, at)  # [b, n/tp, s, d]
         run = self.kernels[at.dropout is not None, at.segments is not None]
+        if self.groups is not None and at.training:
+            run = partial(shifted_sparse, run, self.groups)
         seen = None
         if at.cache is not None:
             k, v, seen = self._remembered(at, at.cache, k, v)

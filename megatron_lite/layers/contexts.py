@@ -143,6 +143,7 @@ class ForwardContext:
     samples: int64 [b], numbers in the global training stream; index: int64 [s] or [s, b], positions
     in the sample; first_sample: samples[0] on the host.
     dropout: of the step, None where nothing is dropped: in evaluation, and at rate 0.
+    training: whether this is a training step's, in which attention may see less; False in evaluation.
     segments: documents that do not see one another, None where all of a row sees all before it.
     restarted: int64 [s, b], positions in the segment; None: those in the sample.
     length: tokens that the whole text will have, of each sample where they differ; None: those of
@@ -152,6 +153,7 @@ class ForwardContext:
     samples: Tensor
     index: Tensor
     first_sample: int = 0
+    training: bool = False
     dropout: StepDropout | None = None
     segments: Segments | None = None
     cache: LayerCache | None = None

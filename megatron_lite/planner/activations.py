@@ -135,7 +135,7 @@ def block_items(
     for one in cores:
         kept, gradients = _core(
             one, model, parallel, precision, micro_batch_size=micro_batch_size, on_gpu=on_gpu,
-            segments=segments, qkv=qkv / len(cores),
+            segments=segments, qkv=qkv / len(cores), normed=bool(of_heads),
         )  # fmt: skip
         core, core_gradients = core + kept, max(core_gradients, gradients)
     gathered = 2 * tokens * w * h + (2 * split * w * h if parallel.splits_sequence else 0.0)
@@ -218,6 +218,7 @@ def _core(
     on_gpu: bool,
     segments: bool,
     qkv: float,
+    normed: bool,
 ) -> tuple[float, float]:
     """(kept beside q, k and v, added by backward) of attention; qkv: bytes of q, k and v."""
     w = element_bytes(precision)
@@ -229,22 +230,39 @@ def _core(
         masked = (segments or core.window is not None) and _dense_mask(
             model, precision, on_gpu=on_gpu
         )
-        bias = tokens * model.seq_length * w if masked else 0.0
-        return tokens * heads * 4.0 + bias, gradients
-    square = tokens * model.seq_length * heads
+        masks = (
+            1 if core.group is None else 2
+        )  # of the heads whose groups are moved, and the others
+        bias = masks * tokens * model.seq_length * w if masked else 0.0
+        turned = bool(core.rotated or normed)
+        more = 0.0 if core.group is None else tokens * w * queries  # groups' outputs
+        if core.group is not None and not segments:
+            more += w * _grouped(core, tokens, parallel.tp, micro_batch_size, turned=turned)
+        return tokens * heads * 4.0 + bias + more, gradients
+    square = tokens * core.pairs(model.seq_length) / model.seq_length * heads
     wide = 4.0 if model.attention_softmax_in_fp32 else float(w)
     # softmax's output; its 16-bit copy, or the dropout mask and what is left after it; who may look
-    kept = square * wide + (0.0 if segments else model.seq_length**2)
+    looks = model.seq_length**2 if core.group is None else 2.25 * core.group**2
+    kept = square * wide + (0.0 if segments else looks)
     if model.attention_dropout > 0.0:
         kept += square * (1.0 + w)
     elif wide != w:
         kept += square * w
     # products want [b n, s, d]: views of the fused tensor are copied where there are several samples
-    if micro_batch_size > 1 or core.kv_heads < core.heads:
+    if micro_batch_size > 1 or core.kv_heads < core.heads or core.group is not None:
         kept += tokens * w * 3 * queries - qkv
     elif not core.rotated:  # the scaled q; a rotated one it takes the place of
         kept += tokens * w * queries
     return kept, square * (wide + max(wide, float(w))) + gradients
+
+
+def _grouped(core: Core, tokens: float, tp: int, samples: int, *, turned: bool) -> float:
+    """Elements of q, k and v that a fused kernel keeps on top of these, or less, where groups are its rows."""
+    queries, keys = core.queries / tp, core.keys / tp
+    if samples == 1:  # groups are views; of moved heads both ends are copied
+        return (core.group or 0) * (queries + 2 * keys) / 2
+    # groups are copies, and what they were cut from is free
+    return -tokens * (queries + keys) if turned else 0.0
 
 
 def shared_mask_bytes(
@@ -265,7 +283,8 @@ def shared_mask_bytes(
     again = "core_attn" in RecomputePlan.from_config(parallel).modules
     if uses_flash(model, precision, on_gpu=on_gpu) and not again:
         return 0.0
-    return float(model.seq_length**2 * micro_batch_size) / parallel.cp
+    masks = 1 if model.group_size is None else 2
+    return float(masks * model.seq_length**2 * micro_batch_size) / parallel.cp
 
 
 @dataclass(frozen=True, slots=True)

@@ -195,17 +195,19 @@ class Costs:
     def _core(self, core: Core) -> tuple[float, float]:
         """Attention between q, k, v and its output, forward and backward."""
         model, device = self.model, self.device
-        square = self.tokens * model.seq_length * core.heads / self.tp
+        share = core.pairs(model.seq_length) / model.seq_length**2
+        square = self.tokens * model.seq_length * core.heads / self.tp * share
         flops = 4.0 * square * core.head_size
         if uses_flash(model, self.asked.precision, on_gpu=self.asked.on_gpu):
             rate = device.matmul_tflops * 1e12 * device.attention
             forward = flops / 2 / rate * self.slow  # the causal half
             return forward + device.launch_seconds, 2.5 * forward + 2 * device.launch_seconds
         # two batched products whose square operand goes through memory, softmax, dropout
-        # their inner dimensions are a head and the sequence
-        share = (device.efficiency(core.head_size) + device.efficiency(model.seq_length)) / 2
+        # their inner dimensions are a head and the sequence, or a group of it
+        seen = core.group or model.seq_length
+        reached = (device.efficiency(core.head_size) + device.efficiency(seen)) / 2
         products = max(
-            flops / (device.matmul_tflops * 1e12 * share) * self.slow,
+            flops / (device.matmul_tflops * 1e12 * reached) * self.slow,
             self._moving(square, 2.0),
         )
         # the softmax reads and writes; dropout reads, writes and makes a mask that backward reads

@@ -29,11 +29,15 @@ def permutation(size: int, seed: int) -> npt.NDArray[np.int64]:
 
 
 def to_device(
-    batch: Batch, device: torch.device, *, dropout: StepDropout | None = None
+    batch: Batch,
+    device: torch.device,
+    *,
+    training: bool = False,
+    dropout: StepDropout | None = None,
 ) -> MicroBatch:
     """[b, s+1] tokens on the host -> tokens and labels [s, b] on the device, and all that goes with them.
 
-    dropout: the training step's; None in evaluation.
+    training: whether it is for a training step.  dropout: the step's; None in evaluation.
     """
     tokens = _columns(batch.tokens, device)  # [s + 1, b]
     mask = _columns(batch.loss_mask, device)
@@ -41,6 +45,7 @@ def to_device(
         samples=_sent(batch.sample_numbers, device),
         index=torch.arange(tokens.shape[0] - 1, device=device),
         first_sample=int(batch.sample_numbers[0]),
+        training=training,
         dropout=dropout,
         segments=_segments(batch, device),
         restarted=None if batch.positions is None else _columns(batch.positions, device),

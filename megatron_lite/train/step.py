@@ -148,7 +148,7 @@ def begin_step(run: Run, batches: Sequence[Batch], vote: StopVote = NO_VOTE) -> 
     told = numbers_to_device([_own_weight(run, batches), *map(float, vote)], device)
     weight, votes = _whole_weight(run, told[0]), told[1:]
     dropout = step_dropout(run.context, run.progress.step)
-    micro = [to_device(b, device, dropout=dropout) for b in batches]
+    micro = [to_device(b, device, training=True, dropout=dropout) for b in batches]
     run.expect_messages(batches[0])
     beside = _second_passes(run, batches, micro)
     attempt = _attempt(run, run.pipeline, micro, weight, votes)

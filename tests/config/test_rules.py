@@ -49,6 +49,8 @@ def found(words: str, world_size: int = 1) -> list[str]:
         ("--load c --finetune", 1),
         ("--profile --profile-ranks 1", 2),
         ("--swiglu", 1),
+        ("--s2-attention --attention-dropout 0", 1),
+        ("--s2-attention --s2-group-size 64 --attention-dropout 0 --sequence-parallel", 1),
         ("--position-embedding-type rope", 1),
         ("--pipeline-schedule 1f1b --num-virtual-stages-per-pipeline-rank 1", 1),
     ],
@@ -103,6 +105,30 @@ BAD = [
     ("--group-query-attention", 1, "--group-query-attention needs --num-query-groups"),
     ("--num-query-groups 4", 1, "--num-query-groups 4 has no effect without --group-query"),
     ("--position-embedding-type rope --rotary-percent 0.4", 1, "of 8 channels per head is 3"),
+    ("--s2-group-size 8", 1, "--s2-group-size 8 has no effect without --s2-attention; add it"),
+    (
+        "--s2-attention --attention-dropout 0 --s2-group-size 24",
+        1,
+        "--s2-group-size 24 must be even and divide --seq-length 64, since groups are moved by half of "
+        "one; choose from 2, 4, 8, 16, 32, 64",
+    ),
+    (
+        "--s2-attention --attention-dropout 0 --seq-length 60",
+        1,
+        "--s2-group-size 15, a quarter of --seq-length 60, must be even and divide --seq-length 60",
+    ),
+    (
+        "--s2-attention --attention-dropout 0 --num-attention-heads 1",
+        1,
+        "moves the groups of half of the heads, and --num-attention-heads is 1",
+    ),
+    ("--s2-attention", 1, "--attention-dropout is 0.1; give --attention-dropout 0"),
+    (
+        "--s2-attention --attention-dropout 0 --window-size 7,0",
+        1,
+        "--s2-attention and --window-size 7,0 both say what a token sees; drop one",
+    ),
+    ("--rotary-interleaved", 1, "--rotary-interleaved has no say with --position-embedding-type"),
     (
         "--rotary-base 5e5",
         1,

@@ -27,6 +27,7 @@ PARTS: Mapping[str, Mapping[str, Any]] = MappingProxyType({
         "model__parallel_residual": True, "model__gelu": "erf",
     },
     "qwen2": LLAMA | {"model__add_qkv_bias": True},
+    "s2": LLAMA | {"model__s2_attention": True, "model__attention_dropout": 0.0},
     "interleaved": LLAMA | {"model__rotary_interleaved": True, "model__rotary_percent": 0.5},
 })  # fmt: skip
 """Family -> what its models have."""

@@ -103,6 +103,19 @@ def test_more_recomputation_keeps_less_and_takes_longer() -> None:
     assert times == sorted(times)
 
 
+@pytest.mark.parametrize("backend", ["auto", "unfused"])
+def test_groups_of_s2_attention_cost_their_share_of_the_attention(backend: str) -> None:
+    """A quarter of the sample each, less two quarters of one in half of the heads: 15/64 of the square."""
+    flags = f"--seq-length 8192 --attention-dropout 0 --attention-backend {backend}"
+    full, groups = (planned(f"{flags} {more}") for more in ("", "--s2-attention"))
+    (of_full, of_groups) = (plan.costs.layer(0) for plan in (full, groups))
+    share = of_groups.forward.attention / of_full.forward.attention
+    assert share == pytest.approx(15 / 64, rel=0.1)
+    assert of_groups.forward.products == of_full.forward.products
+    assert groups.rates.step_seconds < full.rates.step_seconds
+    assert groups.worst.total <= full.worst.total * 1.1
+
+
 def variant_of(config: RunConfig, world: int) -> advice.LayoutVariant:
     def variant(parallel: ParallelConfig, micro_batch_size: int) -> Blueprint:
         train = dataclasses.replace(config.train, micro_batch_size=micro_batch_size)

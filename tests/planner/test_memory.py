@@ -66,6 +66,11 @@ LAYERS = [
     f"--micro-batch-size 2 {ND} {UNFUSED} {DOCUMENTS}",
     f"--micro-batch-size 2 --bf16 {ND} {SELECTIVE} core_attn {DOCUMENTS}",
     f"--micro-batch-size 2 --bf16 {ND} --window-size 15,0",
+    f"--micro-batch-size 2 --bf16 {ND} --s2-attention",
+    f"--micro-batch-size 1 --bf16 {ND} --s2-attention --position-embedding-type rope",
+    f"--micro-batch-size 2 {ND} {LLAMA} {GROUPED} --s2-attention",
+    f"--micro-batch-size 2 {ND} {LLAMA} {UNFUSED} --s2-attention --s2-group-size 32",
+    f"--micro-batch-size 2 --bf16 {ND} --s2-attention {DOCUMENTS}",
     f"--micro-batch-size 2 --bf16 {ND} --parallel-residual",
     f"--micro-batch-size 2 --bf16 {ND} {LLAMA} {GROUPED} --qk-layernorm",
     f"--micro-batch-size 2 {ND} {LLAMA} {GROUPED} --qk-layernorm",
@@ -88,8 +93,9 @@ def kept_by(flags: str, num_layers: int) -> int:
     x = torch.randn(tokens, samples, config.model.hidden_size).to(context.dtype)
     x.requires_grad_()
     at = ForwardContext(
-        samples=torch.arange(samples), index=torch.arange(tokens), dropout=step_dropout(context, 0)
-    )
+        samples=torch.arange(samples), index=torch.arange(tokens), training=True,
+        dropout=step_dropout(context, 0),
+    )  # fmt: skip
     if config.data.reset_attention_mask:
         rows = torch.arange(0, samples * tokens + 1, tokens, dtype=torch.int32)
         at = dataclasses.replace(at, segments=Segments(rows, tokens, samples, tokens))

@@ -157,6 +157,8 @@ class Core:
     rotated: channels of a head that rotary positions turn; 0 for none.  interleaved: neighbours turn
     together, not one of each half of them.
     window: tokens that one sees, itself included; None for all before it.
+    group: tokens of a group that see one another alone while training, moved by half a group in all
+    heads but the first `still` (kernels/shifted.py); None without groups.
     """
 
     name: str
@@ -166,6 +168,20 @@ class Core:
     rotated: int = 0
     interleaved: bool = False
     window: int | None = None
+    group: int | None = None
+
+    @property
+    def still(self) -> int:
+        """Heads whose groups are not moved."""
+        return self.heads // 2
+
+    def pairs(self, seq_length: int) -> float:
+        """Scores of the mean head in a training sample: the square of it, or those of its groups."""
+        s, group = seq_length, self.group
+        if group is None:
+            return float(s * s)
+        moved = s * group - group * group / 2  # of both ends two quarters are missing
+        return (self.still * s * group + (self.heads - self.still) * moved) / self.heads
 
     def seen(self, seq_length: int) -> int:
         """Most tokens that one of so many sees."""

@@ -77,6 +77,7 @@ def _layer(model: ModelConfig) -> Parts:
     core = Core(
         "attention.core", model.num_attention_heads, model.num_kv_heads, model.head_size,
         rotated=model.rotated_channels, interleaved=model.rotary_interleaved, window=model.window,
+        group=model.group_size,
     )  # fmt: skip
     qkv = (
         ("attention.q", core.queries),

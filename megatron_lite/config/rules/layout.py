@@ -135,6 +135,37 @@ def attention_window(config: RunConfig, world_size: int) -> Iterator[str]:
         )
 
 
+def shifted_groups(config: RunConfig, world_size: int) -> Iterator[str]:
+    """S2-attention's groups have halves and fill a sample, and nothing else decides what a token sees."""
+    m = config.model
+    if m.group_size is None:
+        if m.s2_group_size is not None:
+            yield f"--s2-group-size {m.s2_group_size} has no effect without --s2-attention; add it"
+        return
+    if m.group_size % 2 or m.seq_length % max(m.group_size, 1) or not m.group_size:
+        even = [size for size in divisors(m.seq_length) if size % 2 == 0]
+        way = f"choose from {one_of(even)}" if even else "take an even --seq-length"
+        how = "" if m.s2_group_size else f", a quarter of --seq-length {m.seq_length},"
+        yield (
+            f"--s2-group-size {m.group_size}{how} must be even and divide --seq-length {m.seq_length}, since "
+            f"groups are moved by half of one; {way}"
+        )
+    if m.num_attention_heads < 2:
+        yield (
+            f"--s2-attention moves the groups of half of the heads, and --num-attention-heads is "
+            f"{m.num_attention_heads}; take 2 or more, or drop it"
+        )
+    if m.window is not None:
+        yield (
+            f"--s2-attention and --window-size {m.window_size} both say what a token sees; drop one"
+        )
+    if m.attention_dropout > 0.0:
+        yield (
+            f"--s2-attention has no attention dropout, and --attention-dropout is "
+            f"{m.attention_dropout:g}; give --attention-dropout 0"
+        )
+
+
 def pipeline_stages(config: RunConfig, world_size: int) -> Iterator[str]:
     """The schedule has as many stages per rank as it needs, and the layers come out."""
     try:

@@ -211,7 +211,7 @@ ELSEWHERE: Mapping[str, str] = MappingProxyType(
 FREE: Mapping[str, str] = MappingProxyType({
     # only new weights and training steps notice; scores divided by the layer are multiplied again
     "model": """make_vocab_size_divisible_by hidden_dropout attention_dropout init_method_std
-        apply_query_key_layer_scaling attention_softmax_in_fp32""",
+        apply_query_key_layer_scaling attention_softmax_in_fp32 s2_attention s2_group_size""",
     # numbers do not depend on the layout
     "parallel": """tensor_model_parallel_size pipeline_model_parallel_size context_parallel_size
         sequence_parallel pipeline_schedule num_layers_per_virtual_pipeline_stage

@@ -53,6 +53,7 @@ RANGES: Mapping[str, ValueRange] = {
     "model.ffn_hidden_size": _SIZE,
     "model.kv_channels": _SIZE,
     "model.num_query_groups": _SIZE,
+    "model.s2_group_size": _SIZE,
     "model.vocab_size": _SIZE,
     "model.make_vocab_size_divisible_by": _SIZE,
     "model.rotary_base": _POSITIVE,

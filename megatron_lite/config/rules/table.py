@@ -49,6 +49,7 @@ OF_THE_MODEL: tuple[Rule, ...] = (
     Rule(rotary.rotary_channels, _CHANNELS),
     Rule(rotary.rope_scaling, _CHANNELS),
     Rule(layout.attention_window),
+    Rule(layout.shifted_groups, (_SEQ, _HEADS, "model.s2_group_size")),
     Rule(layout.positions, (_SEQ, "model.max_position_embeddings")),
 )
 

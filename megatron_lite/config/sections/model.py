@@ -88,6 +88,13 @@ class ModelConfig:
     window_size: str | None = None
     """LEFT,RIGHT: tokens before and after its own that one sees (Mistral); RIGHT is 0. All by default."""
 
+    s2_attention: bool = False
+    """While training, tokens see groups alone, in half of the heads moved by half a group (S2-attention, for
+    long texts); in evaluation and in use they see all before them."""
+
+    s2_group_size: int | None = None
+    """Tokens of a group of --s2-attention; a quarter of --seq-length by default."""
+
     rotary_percent: float = 1.0
     """Share of a head's channels that are rotated."""
 
@@ -222,6 +229,13 @@ class ModelConfig:
         """Channels of a head that rotary positions turn."""
         rotary = self.position_embedding_type == "rope"
         return int(self.head_size * self.rotary_percent) // 2 * 2 if rotary else 0
+
+    @property
+    def group_size(self) -> int | None:
+        """Tokens of a group of S2-attention while training; None without."""
+        if not self.s2_attention:
+            return None
+        return self.s2_group_size or self.seq_length // 4
 
     @property
     def window(self) -> int | None:
