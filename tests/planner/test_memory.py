@@ -218,7 +218,18 @@ CI = [
     (2, 6, f"{PP2} --bf16 --pipeline-schedule zb-h1"),
     (2, 4, f"--use-distributed-optimizer --bf16 {ND} --ddp-bucket-size 2000000"),
 ]
+GROUPED_LLAMA = f"{ND} {LLAMA} --group-query-attention --num-query-groups 4"
+FAMILIES = {
+    "mistral": f"{GROUPED_LLAMA} --window-size 63,0",
+    "qwen2": f"{GROUPED_LLAMA} --add-qkv-bias",
+    "qwen3": f"{GROUPED_LLAMA} --qk-layernorm",
+    "gpt_neox": f"{ND} --position-embedding-type rope --rotary-percent 0.25 --parallel-residual "
+    "--gelu erf --untie-embeddings-and-output-weights",
+}
+"""What each family has beyond GPT-2 and Llama, which other rows have."""
+
 SLOW = [
+    *((1, 2, flags) for flags in FAMILIES.values()),
     (1, 4, "--bf16"),
     (1, 4, ND),
     (1, 4, f"--bf16 {ND} {LLAMA} --group-query-attention --num-query-groups 4 "
