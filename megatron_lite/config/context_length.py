@@ -55,7 +55,7 @@ def length_lines(model: ModelConfig, length: int) -> Iterator[str]:
 
 
 def stretch_warnings(before: ModelConfig, now: ModelConfig) -> Iterator[str]:
-    """Where training goes on with longer samples than the weights are of, and positions do not reach.
+    """Where training continues on longer samples than the weights are of, and positions do not reach.
 
     before: the checkpoint's model.  Another --rotary-base is a way to stretch, too.
     """

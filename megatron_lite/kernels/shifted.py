@@ -17,11 +17,11 @@ from torch import Tensor
 
 from megatron_lite.kernels.attention import AttentionCall
 
-Attention = Callable[[Tensor, Tensor, Tensor, AttentionCall], Tensor]
+AttentionKernel = Callable[[Tensor, Tensor, Tensor, AttentionCall], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
-class Groups:
+class ShiftedGroups:
     """size: tokens of a group, even; it divides the sequence.  still: how many of the heads are not moved."""
 
     size: int
@@ -29,7 +29,12 @@ class Groups:
 
 
 def shifted_sparse(
-    attention: Attention, groups: Groups, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall
+    attention: AttentionKernel,
+    groups: ShiftedGroups,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    call: AttentionCall,
 ) -> Tensor:
     """attention(q, k, v, call) within groups; shapes as reference.attention, s = t.
 
@@ -55,7 +60,7 @@ def shifted_sparse(
 _Heads = tuple[Tensor, Tensor, Tensor]
 
 
-def _halves(q: Tensor, k: Tensor, v: Tensor, groups: Groups) -> Iterator[tuple[_Heads, int]]:
+def _halves(q: Tensor, k: Tensor, v: Tensor, groups: ShiftedGroups) -> Iterator[tuple[_Heads, int]]:
     """q, k and v of the heads that are not moved, and of those that are by so many tokens; none is empty."""
     heads, share = q.shape[1], q.shape[1] // k.shape[1]
     if groups.still % share:  # the border is within the queries of one key
@@ -67,14 +72,14 @@ def _halves(q: Tensor, k: Tensor, v: Tensor, groups: Groups) -> Iterator[tuple[_
             yield (q[:, begin:end], k[:, keys], v[:, keys]), shift
 
 
-def _in_groups(attention: Attention, size: int, heads: _Heads, call: AttentionCall) -> Tensor:
+def _in_groups(attention: AttentionKernel, size: int, heads: _Heads, call: AttentionCall) -> Tensor:
     """Heads [b, n, s, d], cut into s / size rows each -> [b, n, s, d]."""
     q, k, v = (x.unflatten(2, (-1, size)).transpose(1, 2).flatten(0, 1) for x in heads)
     y = attention(q, k, v, call)  # [b s / size, n, size, d]
     return y.unflatten(0, (len(heads[0]), -1)).transpose(1, 2).flatten(2, 3)
 
 
-def _moved(attention: Attention, size: int, heads: _Heads, call: AttentionCall) -> Tensor:
+def _moved(attention: AttentionKernel, size: int, heads: _Heads, call: AttentionCall) -> Tensor:
     """The same with the first group's border in its middle: both ends are half a group each."""
     half = size // 2
     q, k, v = (torch.cat((x[:, :, :half], x[:, :, -half:])) for x in heads)

@@ -14,7 +14,7 @@ from megatron_lite.kernels.attention import AttentionCall
 from megatron_lite.kernels.random import feature_bits, keep_mask, key, token_numbers
 from megatron_lite.kernels.reference import rotate, split_rotate
 from megatron_lite.kernels.segments import Segments
-from megatron_lite.kernels.shifted import Groups, shifted_sparse
+from megatron_lite.kernels.shifted import ShiftedGroups, shifted_sparse
 from megatron_lite.kernels.table import PREFERENCES, Choice, Need, choose
 from megatron_lite.kernels.vendor import sdpa_kernel
 from megatron_lite.layers.contexts import ForwardContext, LayerCache, StageContext, StepDropout
@@ -107,7 +107,7 @@ class SelfAttention(nn.Module):
             for apart in (False, True)
         }
         still = min(max(self.core.still - context.tp.rank * self.heads, 0), self.heads)
-        self.groups = None if self.core.group is None else Groups(self.core.group, still)
+        self.groups = None if self.core.group is None else ShiftedGroups(self.core.group, still)
         self.ragged = choose_attention(context, training=False, seen=True).run
 
     def forward(self, x: Tensor, at: ForwardContext) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 from megatron_lite.kernels import reference
 from megatron_lite.kernels.attention import AttentionCall
 from megatron_lite.kernels.segments import Segments
-from megatron_lite.kernels.shifted import Groups, shifted_sparse
+from megatron_lite.kernels.shifted import ShiftedGroups, shifted_sparse
 from megatron_lite.kernels.table import TABLE
 from tests.support.kernels import ON_A_CPU
 
@@ -23,7 +23,7 @@ ROWS = [row for row in TABLE["attention"] if row.name != "torch-flex"]
 """FlexAttention's twin is slow, and has one case of its own."""
 
 
-def who_sees_whom(heads: int, groups: Groups, segments: Segments | None) -> Tensor:
+def who_sees_whom(heads: int, groups: ShiftedGroups, segments: Segments | None) -> Tensor:
     """bool [b, n, s, t], told pair by pair."""
     found = torch.zeros(2, heads, S, S, dtype=torch.bool)
     for row in range(2):
@@ -61,13 +61,13 @@ def packed() -> Segments:
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "groups"),
     [
-        (4, 4, Groups(8, 2)),
-        (6, 2, Groups(12, 3)),  # the border between the halves is that of two keys
-        (6, 3, Groups(4, 3)),  # and here lies within one
-        (3, 1, Groups(6, 1)),
-        (2, 1, Groups(8, 2)),  # the heads of a tp rank that has one half alone
-        (2, 2, Groups(8, 0)),
-        (4, 2, Groups(S, 2)),
+        (4, 4, ShiftedGroups(8, 2)),
+        (6, 2, ShiftedGroups(12, 3)),  # the border between the halves is that of two keys
+        (6, 3, ShiftedGroups(4, 3)),  # and here lies within one
+        (3, 1, ShiftedGroups(6, 1)),
+        (2, 1, ShiftedGroups(8, 2)),  # the heads of a tp rank that has one half alone
+        (2, 2, ShiftedGroups(8, 0)),
+        (4, 2, ShiftedGroups(S, 2)),
     ],
 )
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
@@ -92,7 +92,7 @@ def test_each_head_sees_its_groups_as_a_dense_mask_says(
 def test_flex_cuts_documents_once_more_where_groups_end(monkeypatch) -> None:
     (row,) = [row for row in TABLE["attention"] if row.name == "torch-flex"]
     ON_A_CPU[row.name](monkeypatch)
-    groups, tensors = Groups(12, 2), drawn(4, 2)
+    groups, tensors = ShiftedGroups(12, 2), drawn(4, 2)
     found = shifted_sparse(row.run, groups, *tensors, AttentionCall(segments=packed()))
     expected = masked(*tensors, who_sees_whom(4, groups, packed()))
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
@@ -104,7 +104,7 @@ def test_no_token_sees_a_later_one(documents) -> None:
     call = AttentionCall(segments=packed() if documents else None)
     for i in range(S):
         q, k, v = drawn(4, 2)
-        y = shifted_sparse(reference.attention, Groups(8, 2), q, k, v, call)
+        y = shifted_sparse(reference.attention, ShiftedGroups(8, 2), q, k, v, call)
         y[:, :, i].square().sum().backward()
         for x in (k, v):
             assert (x.grad[:, :, i + 1 :] == 0).all(), i
