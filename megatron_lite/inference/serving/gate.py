@@ -9,10 +9,10 @@ from typing import Any
 
 from megatron_lite.inference.serving.fields import RequestRefused
 
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-App = Callable[[Message, Receive, Send], Awaitable[None]]
+AsgiMessage = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[AsgiMessage]]
+Send = Callable[[AsgiMessage], Awaitable[None]]
+App = Callable[[AsgiMessage, Receive, Send], Awaitable[None]]
 
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "[::1]"})
 HEADERS = (
@@ -36,13 +36,13 @@ class Gate:
     def __init__(self, app: App, *, hosts: frozenset[str] | None, key: str | None) -> None:
         self._app, self._hosts, self._key = app, hosts, key
 
-    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: AsgiMessage, receive: Receive, send: Send) -> None:
         """One request."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
 
-        async def send_more(message: Message) -> None:
+        async def send_more(message: AsgiMessage) -> None:
             if message["type"] == "http.response.start":
                 message["headers"] = [*message.get("headers", ()), *HEADERS]
             await send(message)
@@ -54,7 +54,7 @@ class Gate:
             return
         await self._app(scope, receive, send_more)
 
-    def _check(self, scope: Message) -> None:
+    def _check(self, scope: AsgiMessage) -> None:
         headers = dict(scope["headers"])
         host = headers.get(b"host", b"").decode("latin-1").lower()
         name = host.rpartition(":")[0] if host.rpartition(":")[2].isdigit() else host
