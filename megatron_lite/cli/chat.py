@@ -25,6 +25,7 @@ from typing import NoReturn
 from megatron_lite.cli.speaking.model import (
     Speaker,
     add_cache_flags,
+    add_chat_flags,
     add_model_flags,
     add_sampling_flags,
     load_speaker,
@@ -33,8 +34,8 @@ from megatron_lite.cli.speaking.model import (
 from megatron_lite.config.errors import ConfigError, StorageError
 from megatron_lite.config.exit import ToolParser, run_tool
 from megatron_lite.config.extensions import extend
-from megatron_lite.data.chat.conversation import Renderer, renderer_of
-from megatron_lite.data.chat.formats import CHAT_FORMATS, Message
+from megatron_lite.data.chat.conversation import Renderer
+from megatron_lite.data.chat.formats import Message
 from megatron_lite.inference.generate import Generation, TextRequest
 from megatron_lite.inference.sampling import Sampler, Sampling
 from megatron_lite.inference.texts import TextStream
@@ -55,7 +56,7 @@ def main() -> int:
         )
     ctx = ParallelContext.serial(choose_device(launch, use_cpu=asked.use_cpu, backend=None))
     speaker = load_speaker(asked, ctx)
-    renderer = renderer_of(speaker.tokenizer, speaker.source.tokenizer_folder, asked.chat_template)
+    renderer = speaker.renderer(asked)
     _say(f"chat template: {renderer.name}; /reset /system /save /exit")
     chat = Chat(asked, settings, speaker, renderer, asked.system)
     try:
@@ -179,10 +180,7 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, Sampling]:
     parser = ToolParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_model_flags(parser)
     parser.add_argument("--system", help="what the model is told before the conversation")
-    parser.add_argument(
-        "--chat-template", metavar="NAME|FILE",
-        help=f"{', '.join(CHAT_FORMATS)}, or a file in Jinja; by default the model's own",
-    )  # fmt: skip
+    add_chat_flags(parser)
     parser.add_argument("--max-new-tokens", type=int, default=512, help="of an answer")
     add_sampling_flags(parser)
     add_cache_flags(parser)

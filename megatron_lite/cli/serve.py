@@ -2,6 +2,7 @@
 
 python tools/serve.py --load RUN_FOLDER --port 8000             http://127.0.0.1:8000/
 python tools/serve.py --load HUGGING_FACE_FOLDER --rows 16 --max-length 4096
+python tools/serve.py --load RUN_FOLDER --chat-template plain
 python tools/serve.py --load RUN_FOLDER --host 0.0.0.0 --api-key-file key.txt
 
 Ctrl-C or SIGTERM ends it; answers in flight have some seconds left.
@@ -22,11 +23,17 @@ from typing import NoReturn
 
 import torch
 
-from megatron_lite.cli.speaking.model import Speaker, add_model_flags, load_speaker
+from megatron_lite.cli.speaking.model import (
+    Speaker,
+    add_chat_flags,
+    add_model_flags,
+    load_speaker,
+)
 from megatron_lite.config.errors import ConfigError, MegatronLiteError, all_together
 from megatron_lite.config.exit import ToolParser, run_tool
 from megatron_lite.config.extensions import extend
 from megatron_lite.config.extras import how_to_install
+from megatron_lite.data.chat.conversation import Renderer
 from megatron_lite.inference.generate import RunningBatch
 from megatron_lite.inference.serving.asked import Served
 from megatron_lite.inference.serving.gate import LOOPBACK, Gate
@@ -51,7 +58,8 @@ def main() -> int:
     device = _device(asked)
     listening = server.bind(asked.host, asked.port)
     speaker = load_speaker(asked, ParallelContext.serial(device))
-    served = _served(asked, speaker)
+    renderer = speaker.renderer(asked)
+    served = _served(asked, speaker, renderer)
     thread = ModelThread(
         lambda: RunningBatch(speaker.model, asked.rows, served.longest, chunk=asked.prefill_chunk),
         max_waiting=asked.max_waiting,
@@ -68,6 +76,7 @@ def main() -> int:
         http.run(sockets=[listening])
     finally:
         thread.close()
+        renderer.sandbox.close()
     if thread.load.down:
         raise MegatronLiteError(
             f"the model failed {TRIES} times in a row: the reasons are above - start it again"
@@ -96,14 +105,16 @@ def _device(asked: argparse.Namespace) -> torch.device:
     return choose_device(launch, use_cpu=asked.use_cpu, backend=None)
 
 
-def _served(asked: argparse.Namespace, speaker: Speaker) -> Served:
+def _served(asked: argparse.Namespace, speaker: Speaker, renderer: Renderer) -> Served:
     tokenizer = speaker.tokenizer
+    # plain is for whoever asks for it: a model that was never taught to answer continues texts
+    chats = asked.chat_template is not None or renderer.name != "plain"
     return Served(
         name=asked.model_name or Path(asked.load).resolve().name,
         tokenizer=tokenizer,
         vocab_size=tokenizer.vocab_size,
         ends=frozenset((tokenizer.eod,)),
-        chat=None,
+        chat=renderer if chats else None,
         longest=_longest(asked.max_length, speaker.model),
         answers=asked.max_answers,
     )
@@ -159,6 +170,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("--host", default="127.0.0.1", help="where to listen; 0.0.0.0 is every network")
     add("--port", type=int, default=8000, help="0 takes one that is free")
+    add_chat_flags(parser)
     add("--model-name", help="what clients call it; the folder's name by default")
     add("--api-key-file", help="a file with the key that every request to /v1 must bring")
     add("--allowed-host", nargs="+", action="extend", default=[],

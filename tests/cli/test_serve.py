@@ -9,7 +9,13 @@ from pathlib import Path
 import pytest
 
 from megatron_lite.cli import serve
+from megatron_lite.cli.speaking.model import load_speaker
 from megatron_lite.config.exit import run_tool
+from megatron_lite.data.chat.conversation import Renderer
+from megatron_lite.data.chat.formats import Message
+from megatron_lite.inference.serving.asked import ChatTemplate
+from megatron_lite.parallel.context import ParallelContext
+from tests.inference.served import write_model
 from tests.support.extras import needs
 
 
@@ -62,3 +68,20 @@ def test_without_its_packages_the_extra_is_named(monkeypatch, capsys) -> None:
         monkeypatch.delitem(sys.modules, f"megatron_lite.inference.serving.{name}", raising=False)
     assert run(monkeypatch, "--port", 0) == 2
     assert "'.[serve]'" in capsys.readouterr().err
+
+
+def test_a_model_chats_by_its_own_template_or_the_one_asked_for(tmp_path: Path) -> None:
+    needs("transformers")
+    folder = write_model(tmp_path / "tiny")
+
+    def chat(*words: str) -> ChatTemplate | None:
+        asked = serve._parse(["--load", str(folder), "--use-cpu", *words])
+        speaker = load_speaker(asked, ParallelContext.serial())
+        return serve._served(asked, speaker, speaker.renderer(asked)).chat
+
+    assert chat() is None  # a model that was never taught to answer
+    plain = chat("--chat-template", "plain")
+    assert plain is not None and plain.ids([Message("user", "in")])
+    (folder / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    own = chat()
+    assert isinstance(own, Renderer) and own.name.endswith("chat_template.jinja")

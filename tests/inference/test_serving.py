@@ -15,6 +15,8 @@ import torch
 
 from megatron_lite.cli import generate
 from megatron_lite.config.exit import run_tool
+from megatron_lite.data.chat.conversation import Renderer, renderer_of
+from megatron_lite.data.chat.formats import Message
 from megatron_lite.inference.generate import Generation, TextRequest
 from megatron_lite.inference.sampling import Sampler, Sampling
 from megatron_lite.layers.contexts import ForwardContext
@@ -38,20 +40,14 @@ def model(folder):
     return loaded(folder)
 
 
-class Plain:
-    """The simplest template: each message a line."""
-
-    def __init__(self, tokenizer) -> None:
-        self._tokenizer, self.ends = tokenizer, frozenset((tokenizer.eod,))
-
-    def ids(self, messages) -> list[int]:
-        said = [f"{message['role']}: {message['content']}\n" for message in messages]
-        return self._tokenizer.encode("".join(said) + "assistant:")
+@pytest.fixture(scope="module")
+def renderer(model, folder) -> Renderer:
+    return renderer_of(model[1], folder, "plain")
 
 
 @pytest.fixture(scope="module")
-def server(model) -> Iterator[Server]:
-    with serving(*model, chat=Plain(model[1])) as found:
+def server(model, renderer) -> Iterator[Server]:
+    with serving(*model, chat=renderer) as found:
         yield found
 
 
@@ -63,10 +59,11 @@ def gentle(server) -> Iterator[None]:
 
 
 def greedy(model, prompt, new: int = 12) -> list[int]:
-    """What follows by the likeliest tokens, of the library that generate.py uses."""
+    """What follows a text or ids by the likeliest tokens, of the library that generate.py uses."""
     decoder, tokenizer = model
     pick = Sampler(Sampling(temperature=0.0), tokenizer.vocab_size)
-    asked = TextRequest(tokenizer.encode(prompt), new, pick, frozenset((tokenizer.eod,)))
+    ids = tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+    asked = TextRequest(ids, new, pick, frozenset((tokenizer.eod,)))
     return [t.id for t in Generation(decoder).run([asked]) if t.id is not None]
 
 
@@ -82,6 +79,19 @@ def test_a_completion_is_what_generate_py_says(server, folder, monkeypatch, caps
     texts = [choice["text"] for choice in answer["choices"]]
     assert ("-" * 80 + "\n").join(f"{text}\n" for text in texts) == expected
     assert [choice["index"] for choice in answer["choices"]] == [0, 1, 2, 3]
+
+
+def test_a_conversation_is_read_as_chat_py_reads_it(server, model, renderer) -> None:
+    turns = [("system", "the"), ("user", "the inner"), ("assistant", "thing"), ("user", "in<eod>")]
+    ids = renderer.ids([Message(*turn) for turn in turns])
+    messages = [{"role": role, "content": content} for role, content in turns]
+    status, answer = server.ask(CHAT, {"messages": messages, "temperature": 0, "max_tokens": 9})
+    assert status == 200, answer
+    expected = greedy(model, ids, 9)
+    assert answer["choices"][0]["message"]["content"] == model[1].decode(expected)
+    assert answer["usage"]["prompt_tokens"] == len(ids)
+    status, answer = server.ask(CHAT, {"messages": messages[:3]})
+    assert status == 400 and "the last message must be of user" in answer["error"]["message"]
 
 
 def test_a_stream_says_the_same_and_counts(server, model) -> None:

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from megatron_lite.config.extensions import add_extend_flag
+from megatron_lite.data.chat.conversation import Renderer, renderer_of
+from megatron_lite.data.chat.formats import CHAT_FORMATS
 from megatron_lite.data.provenance import ALLOW_MISMATCH
 from megatron_lite.data.tokenizers.base import Tokenizer
 from megatron_lite.inference.model import PRECISIONS, ModelSource, build_model, find_model
@@ -48,6 +50,14 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=1234)
 
 
+def add_chat_flags(parser: argparse.ArgumentParser) -> None:
+    """How a conversation is written for it."""
+    parser.add_argument(
+        "--chat-template", metavar="NAME|FILE",
+        help=f"{', '.join(CHAT_FORMATS)}, or a file in Jinja; by default the model's own",
+    )  # fmt: skip
+
+
 def add_cache_flags(parser: argparse.ArgumentParser) -> None:
     """What is kept of a long text."""
     parser.add_argument(
@@ -73,6 +83,10 @@ class Speaker(NamedTuple):
     source: ModelSource
     model: Decoder
     tokenizer: Tokenizer
+
+    def renderer(self, asked: argparse.Namespace) -> Renderer:
+        """Of its conversations, by --chat-template."""
+        return renderer_of(self.tokenizer, self.source.tokenizer_folder, asked.chat_template)
 
 
 def load_speaker(asked: argparse.Namespace, ctx: ParallelContext) -> Speaker:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from megatron_lite.data.chat.formats import Message
 from megatron_lite.data.tokenizers.base import Tokenizer
 from megatron_lite.inference.sampling import Sampling
 from megatron_lite.inference.serving.fields import Fields, RequestRefused, valid_text
@@ -28,11 +29,13 @@ WITHOUT_EFFECT = (
 class ChatTemplate(Protocol):
     """How a conversation is written for a model."""
 
-    ends: frozenset[int]
-    """Ids that end an answer."""
+    @property
+    def ends(self) -> frozenset[int]:
+        """Ids that end an answer."""
+        ...
 
-    def ids(self, messages: Sequence[dict[str, str]]) -> list[int]:
-        """Of a conversation up to where the answer begins; ConfigError for one that cannot be written."""
+    def ids(self, messages: Sequence[Message]) -> list[int]:
+        """Of a conversation up to where the answer begins; DataError for one that cannot be written."""
         ...
 
 
@@ -90,7 +93,10 @@ def conversation(given: dict[str, Any], served: Served) -> Asked:
     fields = Fields(given)
     _check_model(fields, served)
     if served.chat is None:
-        raise RequestRefused(400, f"{served.name} has no chat template: ask /v1/completions")
+        raise RequestRefused(
+            400, f"{served.name} has no chat template: ask /v1/completions, or serve it with "
+            "--chat-template",
+        )  # fmt: skip
     prompt = served.chat.ids(_messages(fields.take("messages")))
     limit = fields.whole("max_tokens", None, low=1, high=served.longest)
     limit = fields.whole("max_completion_tokens", limit, low=1, high=served.longest)
@@ -210,7 +216,7 @@ def _ids(prompt: Any, served: Served) -> list[int]:
     return prompt
 
 
-def _messages(given: Any) -> list[dict[str, str]]:
+def _messages(given: Any) -> list[Message]:
     if not isinstance(given, list) or not given:
         raise RequestRefused(
             400, "messages must be a list of at least one message", param="messages"
@@ -225,7 +231,7 @@ def _messages(given: Any) -> list[dict[str, str]]:
             content = "".join(_part(part, f"{where}.content") for part in content)
         fields.ignore("name", "refusal")
         fields.end()
-        found.append({"role": role, "content": valid_text(content, f"{where}.content")})
+        found.append(Message(role, valid_text(content, f"{where}.content")))
     return found
 
 
