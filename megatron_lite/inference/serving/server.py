@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import socket
+from typing import Any
 
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -39,7 +39,7 @@ class Connection(H11Protocol):  # type: ignore[misc, unused-ignore]  # untyped w
 
     head_seconds = 10.0
 
-    def connection_made(self, transport: asyncio.Transport) -> None:
+    def connection_made(self, transport: Any) -> None:
         """Begin to watch."""
         super().connection_made(transport)
         self._watch(_BUSY)
