@@ -12,7 +12,7 @@ import torch
 from megatron_lite.cli import convert
 from megatron_lite.config.sections.model import ModelConfig
 from tests.support.extras import needs
-from tests.support.families import tiny
+from tests.support.families import TINY, tiny
 from tests.support.huggingface import gpt2, random_tokens, tokenizer_files, tool
 
 gguf = needs("gguf")
@@ -129,7 +129,10 @@ def test_gpt_neox_is_computed_from_what_the_file_says(
     tmp_path: Path, monkeypatch, capsys: Capture, name: str
 ) -> None:
     """transformers reads no such GGUF: gguf's reader and a forward of our own do."""
-    model, out = exported("gpt_neox", tmp_path, monkeypatch, model=tiny(name))
+    scaled = TINY[name][1]["rope_parameters"]
+    unscaled = {key: scaled[key] for key in ("rope_theta", "partial_rotary_factor")}
+    model = tiny(name, rope_parameters={"rope_type": "default", **unscaled})
+    model, out = exported("gpt_neox", tmp_path, monkeypatch, model=model)
     assert "llama.cpp computes GELU by tanh" in capsys.readouterr().out
     found = NeoX(out / "model.gguf")
     tokens = random_tokens(263)
