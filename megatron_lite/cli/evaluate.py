@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,14 +23,11 @@ from typing import Any, NoReturn
 
 from tqdm import tqdm
 
-from megatron_lite.blueprint.draw_up import draw_grid
+from megatron_lite.cli.speaking.model import add_model_flags, dtype_of
+from megatron_lite.cli.speaking.ranks import add_layout_flags, on_ranks
 from megatron_lite.config.errors import ConfigError, StorageError
 from megatron_lite.config.exit import ToolParser, run_tool
-from megatron_lite.config.extensions import add_extend_flag, extend
-from megatron_lite.config.rules import layout
-from megatron_lite.config.sections.parallel import ParallelConfig
-from megatron_lite.config.sections.run import RunConfig
-from megatron_lite.data.provenance import ALLOW_MISMATCH
+from megatron_lite.config.extensions import extend
 from megatron_lite.inference.evaluating.corpora import PerplexityOf
 from megatron_lite.inference.evaluating.examinee import Advance, Exam, Examinee
 from megatron_lite.inference.evaluating.multiple_choice import MultipleChoice
@@ -46,7 +42,6 @@ from megatron_lite.inference.evaluating.results import (
 )
 from megatron_lite.inference.evaluating.scorer import Scorer
 from megatron_lite.inference.model import (
-    PRECISIONS,
     CheckpointSource,
     ModelSource,
     build_model,
@@ -54,77 +49,22 @@ from megatron_lite.inference.model import (
     require_layout,
 )
 from megatron_lite.parallel.context import ParallelContext
-from megatron_lite.rendezvous.heartbeat import Presence
-from megatron_lite.rendezvous.launch import (
-    Launch,
-    choose_device,
-    gather_ranks,
-    read_launch,
-    start_process_group,
-    stop_process_group,
-)
+from megatron_lite.rendezvous.launch import read_launch
 from megatron_lite.storage.disk import Disk
 from megatron_lite.storage.outputs import check_folder, check_outputs, write_output
-from megatron_lite.train.ending.failures import Failures, end_process
-
-_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in PRECISIONS}
 
 
 def main() -> int:
     """Join the other ranks, if there are any, load, measure, say and keep what was found."""
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # our one line says more of a lost rank
     asked = _parse(sys.argv[1:])
-    launch = read_launch()
-    parallel = _parallel(asked)
     exams, disk = _exams(asked), Disk()
-    if asked.json and launch.rank == 0:
+    if asked.json and read_launch().rank == 0:
         check_outputs("--json", [asked.json], disk)
-    if launch.world_size == 1:
-        device = choose_device(launch, use_cpu=asked.use_cpu, backend=None)
-        _check_layout(parallel, 1)
-        return _evaluate(asked, exams, ParallelContext.serial(device), lambda: None, disk)
-    failures = Failures(
-        launch.rank, folder=None, debug=asked.debug, speaks_first=launch.local_rank == 0
+    return on_ranks(
+        asked,
+        lambda ctx, presence: _evaluate(asked, exams, ctx, presence.tick, disk),
+        further=True,
     )
-    try:
-        presence = _join(asked, parallel, launch, failures)
-        grid = draw_grid(parallel, launch.world_size)
-        ctx = ParallelContext.from_grid(grid, launch.rank, failures.device)
-        code = _evaluate(asked, exams, ctx, presence.tick, disk)
-    except BaseException as error:
-        end_process(failures.report(error))
-    stop_process_group()
-    presence.leave()
-    return code
-
-
-def _parallel(asked: argparse.Namespace) -> ParallelConfig:
-    return ParallelConfig(
-        tensor_model_parallel_size=asked.tensor_model_parallel_size,
-        pipeline_model_parallel_size=asked.pipeline_model_parallel_size,
-    )
-
-
-def _join(
-    asked: argparse.Namespace, parallel: ParallelConfig, launch: Launch, failures: Failures
-) -> Presence:
-    """All ranks have come; a lost one ends the others with its name."""
-    _check_layout(parallel, launch.world_size)
-    failures.device = choose_device(launch, use_cpu=asked.use_cpu, backend=None)
-    world = gather_ranks(launch, parallel, end=failures.lost)
-    failures.presence = world.presence
-    start_process_group(launch, parallel, failures.device, world)
-    return world.presence
-
-
-def _check_layout(parallel: ParallelConfig, world_size: int) -> None:
-    """ConfigError where the ranks do not make this grid."""
-    sizes = (parallel.tp, parallel.pp)
-    if min(sizes) < 1:
-        raise ConfigError(f"--*-model-parallel-size {sizes} must be at least 1")
-    problems = list(layout.world(RunConfig(parallel=parallel), world_size))
-    if problems:
-        raise ConfigError("; ".join(problems))
 
 
 def _evaluate(
@@ -146,8 +86,7 @@ def _evaluate(
     keeper = Keeper.of(source, disk) if first else None
     for line in (*source.notices, *said, *(keeper.notices if keeper else ())) if first else ():
         print(f"WARNING: {line}", file=sys.stderr)
-    dtype = None if asked.dtype is None else _DTYPES[asked.dtype]
-    model = build_model(source, ctx, dtype=dtype)
+    model = build_model(source, ctx, dtype=dtype_of(asked))
     examinee = Examinee(
         Scorer(model, asked.batch_size), tokenizer, progress=functools.partial(_bar, first, tick)
     )
@@ -243,13 +182,8 @@ class Keeper:
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = ToolParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add(
-        "--load",
-        required=True,
-        help="run folder, one iter_N folder of it, or one of Hugging Face's",
-    )
-    add("--ckpt-step", type=int, help="this iteration instead of the newest")
+    add_model_flags(parser)
+    add_layout_flags(parser)
     measured = parser.add_argument_group("what is measured")
     add = measured.add_argument
     add("--text", nargs="+", action="extend", default=[], help="files of text, a document each")
@@ -289,18 +223,9 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--max-new-tokens", type=int, default=256, help="of a solution")
     add("--shots", type=int, default=5, help="examples before each question, in file order")
     add("--limit", type=int, help="at most so many questions of each file")
-    how = parser.add_argument_group("how")
-    add = how.add_argument
-    add("--tensor-model-parallel-size", type=int, default=1, help="ranks that share each matrix")
-    add("--pipeline-model-parallel-size", type=int, default=1, help="ranks that share the layers")
+    add = parser.add_argument
     add("--batch-size", type=int, default=8, help="rows of a forward; results do not depend on it")
-    add("--dtype", choices=_DTYPES, help="as the weights are kept by default")
-    add("--use-cpu", action="store_true")
-    add("--vocab-file", help="instead of the one the run was trained with")
-    add("--merge-file", help="instead of the one the run was trained with")
-    add(ALLOW_MISMATCH, action="store_true", help="with another tokenizer than the model's own")
     add("--json", help="a file for the results")
-    add_extend_flag(parser)
     asked = parser.parse_args(argv)
     extend(asked.extend)
     least = {

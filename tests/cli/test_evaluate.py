@@ -71,7 +71,7 @@ def test_a_run_keeps_each_evaluation_beside_its_own_records(
         (["--tokens", "HERE/other"], 3, "but the model's tokenizer is"),
         (["--text", "HERE/latin.txt", "--batch-size", 0], 2, "--batch-size 0 must be at least 1"),
         (["--text", "HERE/good.txt", "--window", 25], 2, "at most the model's 24 positions"),
-        (["--text", "HERE/good.txt", "--tensor-model-parallel-size", 2], 2, "does not divide 1 ranks"),
+        (["--text", "HERE/good.txt", "--tensor-model-parallel-size", 2], 2, "are 2 ranks, 1 were started"),
         (["--text", "HERE/good.txt", "--json", "HERE"], 2, "is a folder"),
         (["--ceval", "HERE"], 3, "holds no val/<subject>_val.csv"),
         (["--mmlu", "HERE", "--exam-split", "val"], 3, "holds no val/<subject>_val.csv"),

@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+
 from megatron_lite.config.extensions import add_extend_flag
 from megatron_lite.data.chat.conversation import Renderer, renderer_of
 from megatron_lite.data.chat.formats import CHAT_FORMATS
@@ -89,6 +91,11 @@ class Speaker(NamedTuple):
         return renderer_of(self.tokenizer, self.source.tokenizer_folder, asked.chat_template)
 
 
+def dtype_of(asked: argparse.Namespace) -> torch.dtype | None:
+    """What --dtype names; None: as the weights are kept."""
+    return None if asked.dtype is None else _DTYPES[asked.dtype]
+
+
 def load_speaker(asked: argparse.Namespace, ctx: ParallelContext) -> Speaker:
     """Of the flags of add_model_flags; rank 0 says what there is to say about them."""
     source = find_model(Path(asked.load), ctx, step=asked.ckpt_step)
@@ -97,5 +104,4 @@ def load_speaker(asked: argparse.Namespace, ctx: ParallelContext) -> Speaker:
     )
     for line in (*source.notices, *said) if ctx.rank == 0 else ():
         print(f"WARNING: {line}", file=sys.stderr)
-    dtype = None if asked.dtype is None else _DTYPES[asked.dtype]
-    return Speaker(source, build_model(source, ctx, dtype=dtype), tokenizer)
+    return Speaker(source, build_model(source, ctx, dtype=dtype_of(asked)), tokenizer)

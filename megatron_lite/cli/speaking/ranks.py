@@ -33,10 +33,11 @@ def add_layout_flags(parser: argparse.ArgumentParser) -> None:
         )
 
 
-def on_ranks(asked: argparse.Namespace, work: RanksWork) -> int:
+def on_ranks(asked: argparse.Namespace, work: RanksWork, *, further: bool = False) -> int:
     """Join the other ranks, where there are any, and work; a lost rank ends the others with its name.
 
-    asked: with the flags of add_layout_flags, use_cpu and debug.
+    asked: with the flags of add_layout_flags, use_cpu and debug.  further: whether more ranks than
+    share the model may come, as data-parallel ones.
     """
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # our one line says more of a lost rank
     launch = read_launch()
@@ -44,7 +45,7 @@ def on_ranks(asked: argparse.Namespace, work: RanksWork) -> int:
         tensor_model_parallel_size=asked.tensor_model_parallel_size,
         pipeline_model_parallel_size=asked.pipeline_model_parallel_size,
     )
-    _check_ranks(parallel, launch)
+    _check_ranks(parallel, launch, further=further)
     device = choose_device(launch, use_cpu=asked.use_cpu, backend=None)
     if launch.world_size == 1:
         return work(ParallelContext.serial(device), Alone())
@@ -65,12 +66,13 @@ def on_ranks(asked: argparse.Namespace, work: RanksWork) -> int:
     return code
 
 
-def _check_ranks(parallel: ParallelConfig, launch: Launch) -> None:
+def _check_ranks(parallel: ParallelConfig, launch: Launch, *, further: bool) -> None:
     if min(parallel.tp, parallel.pp) < 1:
         raise ConfigError("--*-model-parallel-size must be at least 1")
-    if parallel.tp * parallel.pp != launch.world_size:
+    share = parallel.tp * parallel.pp
+    if launch.world_size % share if further else launch.world_size != share:
         raise ConfigError(
             f"--tensor-model-parallel-size {parallel.tp} x --pipeline-model-parallel-size {parallel.pp} "
-            f"are {parallel.tp * parallel.pp} ranks, {launch.world_size} were started: tools/launch.py "
-            f"--nproc_per_node {parallel.tp * parallel.pp} starts them"
+            f"are {share} ranks, {launch.world_size} were started: tools/launch.py --nproc_per_node "
+            f"{share}{', or a multiple of it,' if further else ''} starts them"
         )
