@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +145,50 @@ def test_gpt_neox_is_computed_from_what_the_file_says(
             text = torch.cat([text, found(text)[:, -1:].argmax(-1)], 1)
     greedy = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     assert torch.equal(model.generate(tokens[:, :8], **greedy), text)
+
+
+def frequencies(path: Path) -> torch.Tensor:
+    """As llama.cpp computes them of what a file says (its ggml_rope_yarn_corr_dims for YaRN)."""
+    reader = gguf.GGUFReader(path)
+    said = {name.split(".", 1)[1]: f.contents() for name, f in reader.fields.items() if "." in name}
+    channels, base = said["rope.dimension_count"], said["rope.freq_base"]
+    pair = torch.arange(channels // 2, dtype=torch.float64)
+    found = base ** (-2.0 * pair / channels)
+    divisors = [torch.tensor(t.data) for t in reader.tensors if t.name == "rope_freqs.weight"]
+    if divisors:
+        return found / divisors[0]
+    factor = said.get("rope.scaling.factor", 1.0)
+    if said.get("rope.scaling.type") != "yarn":
+        return found / factor
+
+    def turning(beta: float) -> float:
+        wavelength = said["rope.scaling.original_context_length"] / (beta * 2 * math.pi)
+        return channels * math.log(wavelength) / (2 * math.log(base))
+
+    low = max(math.floor(turning(said["rope.scaling.yarn_beta_fast"])), 0)
+    high = min(math.ceil(turning(said["rope.scaling.yarn_beta_slow"])), channels - 1)
+    kept = 1.0 - ((pair - low) / max(high - low, 1e-3)).clamp(0.0, 1.0)
+    return found * kept + found / factor * (1.0 - kept)
+
+
+@pytest.mark.parametrize("name", ["llama-tied", "llama-biases", "qwen2"])
+def test_scaled_positions_turn_as_the_model_turns_them(
+    tmp_path: Path, monkeypatch, name: str
+) -> None:
+    """llama3, linear and yarn; never loaded by llama.cpp itself."""
+    model, out = exported("", tmp_path, monkeypatch, model=tiny(name))
+    expected = model.model.rotary_emb.inv_freq
+    found = frequencies(out / "model.gguf")
+    torch.testing.assert_close(found.float(), expected, rtol=1e-5, atol=0.0)
+
+
+@pytest.mark.parametrize(("name", "said"), [("qwen3", "longrope"), ("gpt_neox-in-turn", "dynamic")])
+def test_scalings_without_words_there_are_refused(
+    tmp_path: Path, monkeypatch, capsys: Capture, name: str, said: str
+) -> None:
+    with pytest.raises(AssertionError, match="assert 4 == 0"):
+        exported("", tmp_path, monkeypatch, model=tiny(name))
+    assert f"--rope-scaling-type {said} is not written to GGUF: GGUF has" in capsys.readouterr().err
 
 
 def test_its_tokens_cut_a_text_as_the_tokenizer_did(tmp_path: Path, monkeypatch) -> None:

@@ -21,6 +21,12 @@ from torch import Tensor
 
 from megatron_lite.blueprint.figure.parts import Activation
 from megatron_lite.blueprint.figure.transformer import figure_of
+from megatron_lite.checkpoint.foreign.gguf_rotary import (
+    ROPE_FREQS,
+    check_rotary,
+    describe_rotary,
+    rope_freqs,
+)
 from megatron_lite.checkpoint.huggingface.conversion import Conversion
 from megatron_lite.checkpoint.huggingface.exporting import Export, plan_export
 from megatron_lite.checkpoint.huggingface.names import FusedPart, Names
@@ -113,12 +119,8 @@ def plan_gguf(plan: Export, kind: str, dtype: str | None) -> GGUFExport:
             f"GGUF has no architecture for {plan.family.title} here: it has {', '.join(_ARCHITECTURES)}"
         )
     library()
-    if plan.model.rope_scaling_type != "none":
-        raise CheckpointError(
-            f"--rope-scaling-type {plan.model.rope_scaling_type} is not written to GGUF here: export to "
-            "Hugging Face's"
-        )
     architecture = _ARCHITECTURES[kind]
+    check_rotary(plan.model, architecture.name)
     names = Names(
         prefix="", outside=_OUTSIDE, layer="blk.{}.",
         block={**_NORMS, **(_FUSED if architecture.fused else _APART), **_REST},
@@ -166,6 +168,9 @@ def export_gguf(
             conversion.theirs, shape if packed else conversion.shape,
             np.dtype(np.uint8 if packed else kind.name.replace("F", "float")), bytes_of, raw_dtype=kind,
         )  # fmt: skip
+    divisors = rope_freqs(export.inner.model)
+    if divisors is not None:
+        writer.add_tensor_info(ROPE_FREQS, divisors.shape, divisors.dtype, divisors.nbytes)
     with disk.create(folder / MODEL_GGUF) as file:
         sink = _Sink(file)
         writer.fout, writer.state = [sink], type(writer.state).EMPTY
@@ -177,6 +182,9 @@ def export_gguf(
             values = _values(export, conversion)
             data = gguf.quants.quantize(values, kinds[conversion.theirs])
             sink.write(np.ascontiguousarray(data).data)
+            sink.pad(writer.data_alignment)
+        if divisors is not None:
+            sink.write(divisors.data)
             sink.pad(writer.data_alignment)
         file.fsync()
     return MODEL_GGUF
@@ -256,8 +264,7 @@ def _describe(
     else:
         writer.add_layer_norm_eps(model.norm_epsilon)
     if model.position_embedding_type == "rope":
-        writer.add_rope_freq_base(model.rotary_base)
-        writer.add_rope_dimension_count(int(model.head_size * model.rotary_percent) // 2 * 2)
+        describe_rotary(model, writer, gguf)
         writer.add_key_length(model.head_size)
         writer.add_value_length(model.head_size)
     if export.architecture.name == "gptneox":
