@@ -1,11 +1,13 @@
-"""Imported once by the forkserver, so that ranks start with what they need already in memory."""
+"""Imported once by the forkserver, so that ranks start with what they need already in memory.
+
+Not torch._dynamo: it reads CXX while it is imported, and a rank may be given another.
+"""
 
 import gc
 
 import numpy.random  # noqa: F401
 import pytest  # noqa: F401  the files that checks lie in import it
 import torch
-import torch._dynamo  # with the first dispatch mode that a check enters
 import torch.distributed.tensor  # torch.testing imports it with the first comparison
 
 # torch.autograd imports it, and all of sympy, with the first backward that is given a gradient
