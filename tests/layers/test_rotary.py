@@ -210,7 +210,7 @@ def test_megatrons_ways_at_once_are_refused() -> None:
 @pytest.mark.parametrize(
     ("plan", "named"),
     [
-        (lambda p: plan_gguf(p, "llama", None), "--rope-scaling-type llama3"),
+        (lambda p: plan_gguf(p, "qwen2", None), "--rope-scaling-type llama3"),
         (lambda p: plan_llama2c(p, "llama", None), "--rope-scaling-type llama3, only none"),
     ],
 )
