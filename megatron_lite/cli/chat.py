@@ -31,6 +31,7 @@ from megatron_lite.cli.speaking.model import (
     load_speaker,
     sampling_of,
 )
+from megatron_lite.config.context_length import beyond_trained
 from megatron_lite.config.errors import ConfigError, StorageError
 from megatron_lite.config.exit import ToolParser, run_tool
 from megatron_lite.config.extensions import extend
@@ -89,6 +90,7 @@ class Chat:
     renderer: Renderer
     system: str | None
     turns: list[Message] = field(default_factory=list)
+    warned: bool = False
 
     @property
     def messages(self) -> list[Message]:
@@ -142,6 +144,7 @@ class Chat:
         """The model answers, word by word; an answer that was broken off is kept as far as it came."""
         self.turns.append(Message("user", text))
         ids = self.renderer.ids(self.messages)
+        self._warn_beyond(len(ids))
         stream = TextStream(self.speaker.tokenizer, ids)
 
         def heard(generated: Sequence[int]) -> bool:
@@ -169,6 +172,14 @@ class Chat:
             _say(f"the conversation has filled the model's {positions} positions: /reset")
         elif end == "length":
             _say(f"cut off after --max-new-tokens {self.asked.max_new_tokens}")
+
+    def _warn_beyond(self, tokens: int) -> None:
+        """Once, when so many are more than the model was trained for."""
+        kept = min(tokens, self.asked.cache_tokens or tokens)
+        warning = beyond_trained(self.speaker.model.context.model, kept)
+        if warning is not None and not self.warned:
+            self.warned = True
+            _say(f"WARNING: the conversation: {warning}; /reset begins anew")
 
 
 def _utf8(text: str) -> str:

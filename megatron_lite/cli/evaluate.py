@@ -23,11 +23,12 @@ from typing import Any, NoReturn
 
 from tqdm import tqdm
 
-from megatron_lite.cli.speaking.model import add_model_flags, dtype_of
+from megatron_lite.cli.speaking.model import add_model_flags, load_speaker
 from megatron_lite.cli.speaking.ranks import add_layout_flags, on_ranks
 from megatron_lite.config.errors import ConfigError, StorageError
 from megatron_lite.config.exit import ToolParser, run_tool
 from megatron_lite.config.extensions import extend
+from megatron_lite.data.tokenizers.base import Tokenizer
 from megatron_lite.inference.evaluating.corpora import PerplexityOf
 from megatron_lite.inference.evaluating.examinee import Advance, Exam, Examinee
 from megatron_lite.inference.evaluating.multiple_choice import MultipleChoice
@@ -35,17 +36,15 @@ from megatron_lite.inference.evaluating.problems import WordProblems
 from megatron_lite.inference.evaluating.question_files import CEVAL, MMLU
 from megatron_lite.inference.evaluating.results import (
     EVALUATIONS,
-    as_json,
     json_text,
     keep_record,
+    record_of,
     side_by_side,
 )
 from megatron_lite.inference.evaluating.scorer import Scorer
 from megatron_lite.inference.model import (
     CheckpointSource,
     ModelSource,
-    build_model,
-    find_model,
     require_layout,
 )
 from megatron_lite.parallel.context import ParallelContext
@@ -74,24 +73,22 @@ def _evaluate(
     tick: Callable[[], None],
     disk: Disk,
 ) -> int:
-    began = time.monotonic()
-    source = find_model(Path(asked.load), ctx, step=asked.ckpt_step)
-    require_layout(source.config, ctx.tp.size, ctx.pp.size)
-    tokenizer, said = source.tokenizer(
-        asked.vocab_file, asked.merge_file, allowed=asked.allow_tokenizer_mismatch
-    )
-    for exam in exams:
-        said = [*said, *exam.look(source.config, tokenizer)]
-    first = ctx.rank == 0
-    keeper = Keeper.of(source, disk) if first else None
-    for line in (*source.notices, *said, *(keeper.notices if keeper else ())) if first else ():
-        print(f"WARNING: {line}", file=sys.stderr)
-    model = build_model(source, ctx, dtype=dtype_of(asked))
+    began, first, keeper = time.monotonic(), ctx.rank == 0, Keeper(disk)
+
+    def look(source: ModelSource, tokenizer: Tokenizer) -> list[str]:
+        nonlocal keeper
+        require_layout(source.config, ctx.tp.size, ctx.pp.size)
+        said = [line for exam in exams for line in exam.look(source.config, tokenizer)]
+        if first:
+            keeper = Keeper.of(source, disk)
+        return [*said, *keeper.notices]
+
+    model, tokenizer = load_speaker(asked, ctx, look)[1:]
     examinee = Examinee(
         Scorer(model, asked.batch_size), tokenizer, progress=functools.partial(_bar, first, tick)
     )
     results = [exam.run(examinee) for exam in exams]
-    if keeper is not None:
+    if first:
         for result in results:
             print("\n".join(["", side_by_side(result.rows), *result.notes]))
         head = {
@@ -100,7 +97,7 @@ def _evaluate(
             "dtype": str(model.context.dtype).removeprefix("torch."), "batch_size": asked.batch_size,
             "tp": ctx.tp.size, "pp": ctx.pp.size, "ranks": ctx.world_size,
         }  # fmt: skip
-        keeper.keep(as_json(head, results), asked.json)
+        keeper.keep(record_of(head, results), asked.json)
     return 0
 
 

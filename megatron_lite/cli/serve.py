@@ -29,6 +29,7 @@ from megatron_lite.cli.speaking.model import (
     add_model_flags,
     load_speaker,
 )
+from megatron_lite.config.context_length import beyond_trained
 from megatron_lite.config.errors import ConfigError, MegatronLiteError, all_together
 from megatron_lite.config.exit import ToolParser, run_tool
 from megatron_lite.config.extensions import extend
@@ -130,6 +131,8 @@ def _longest(wanted: int | None, model: Decoder) -> int:
         raise ConfigError(
             f"--max-length {wanted}: the model has {known} learned positions - at most {known}"
         )
+    if (warning := beyond_trained(config, wanted)) is not None:
+        print(f"WARNING: --max-length: {warning}", file=sys.stderr)
     return wanted
 
 

@@ -21,8 +21,8 @@ from megatron_lite.inference.stages import CachedRows
 from megatron_lite.models.decoder import Decoder
 from megatron_lite.parallel.collectives import all_reduce
 
-Pick = Callable[[Tensor, Tensor], Tensor]
-"""(logits fp32 [b, v], tokens so far int64 [b, t]) -> next tokens int64 [b]."""
+Pick = Callable[[Tensor, Sequence[int]], Tensor]
+"""(logits fp32 [1, v], the text's tokens so far) -> its next one, int64 [1]."""
 
 End = Literal["eod", "stop", "length", "positions"]
 """Why nothing follows: the end-of-document token, the caller, the tokens asked for, the model's positions."""
@@ -161,8 +161,7 @@ class RunningBatch:
         chosen = torch.zeros(len(ready), dtype=torch.int64, device=ctx.device)
         if logits is not None:
             for place, (number, row) in enumerate(ready):
-                tokens = torch.tensor([row.tokens], device=ctx.device)
-                chosen[place] = row.asked.pick(logits[number : number + 1], tokens)[0]
+                chosen[place] = row.asked.pick(logits[number : number + 1], row.tokens)[0]
         if ready:
             all_reduce(chosen, ctx.pp)  # zeros on the stages before the last
         found: list[int] = chosen.tolist()  # waits for the device

@@ -7,6 +7,7 @@ logits with -inf where a token is out; it never changes what it was given.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -48,10 +49,13 @@ class Sampling:
         if problems:
             raise all_together(problems, "with sampling")
 
-    def filtered(self, logits: Tensor, tokens: Tensor) -> Tensor:
-        """logits: [b, v], tokens so far: int64 [b, t] -> fp32 [b, v] of what may be drawn."""
+    def filtered(self, logits: Tensor, tokens: Sequence[int]) -> Tensor:
+        """logits: [b, v], all of one text whose tokens so far these are -> fp32 [b, v] of what may be drawn."""
         if self.repetition_penalty != 1.0:
-            logits = penalize_repetition(logits, tokens, self.repetition_penalty)
+            seen = torch.tensor([tokens], dtype=torch.int64, device=logits.device).expand(
+                len(logits), -1
+            )
+            logits = penalize_repetition(logits, seen, self.repetition_penalty)
         logits = logits.float()
         if self.temperature == 0.0:
             return keep_top_k(logits, 1)
@@ -78,12 +82,12 @@ class Sampler:
     seed: int = 0
     sample: int = 0
 
-    def __call__(self, logits: Tensor, tokens: Tensor) -> Tensor:
-        """logits: fp32 [b, v], tokens so far: int64 [b, t] -> next tokens, int64 [b]."""
+    def __call__(self, logits: Tensor, tokens: Sequence[int]) -> Tensor:
+        """logits: fp32 [1, v], tokens so far -> the next one, int64 [1]."""
         logits = logits[:, : self.ids]
         if self.settings.temperature == 0.0 and self.settings.repetition_penalty == 1.0:
             return logits.argmax(dim=-1)
-        places = torch.full((len(logits),), uniform(self.seed, self.sample, tokens.shape[1]))
+        places = torch.full((len(logits),), uniform(self.seed, self.sample, len(tokens)))
         return drawn_at(self.settings.filtered(logits, tokens), places)
 
 

@@ -8,7 +8,8 @@ groups     0  |  1         a group is a micro batch with a cache of its own, in 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +25,35 @@ from megatron_lite.pipeline.mail import Mail
 from megatron_lite.pipeline.stage import MicroBatch, Scored, Stage
 
 
+class ForwardPipeline:
+    """This rank's stage of a model in a pipeline that only looks.
+
+    score: takes the outputs of each micro batch on the stage with the head.
+    """
+
+    def __init__(self, model: Decoder, score: Callable[[Any, MicroBatch], object]) -> None:
+        context, pp = model.context, model.context.ctx.pp
+        self._context, self._placement = context, round_robin(pp.size)
+
+        def scored(outputs: Any, batch: MicroBatch) -> Scored:
+            score(outputs, batch)
+            zero = outputs.x.new_zeros(())
+            return Scored(zero, zero)
+
+        stage = Stage(
+            index=pp.rank, module=model, is_first=model.has_embedding, is_last=model.has_head,
+            score=scored, gradients=context.gradients,
+        )  # fmt: skip
+        self._executor = Executor({pp.rank: stage}, Mail(pp, self._placement), _no_backward)
+
+    def run(self, batches: Sequence[MicroBatch]) -> None:
+        """Collective over the ranks of the model; all micro batches have the same shape."""
+        context, pp = self._context, self._context.ctx.pp
+        shape = (*batches[0].tokens.shape, context.model.hidden_size)
+        self._executor.mail.expect(shape, context.dtype, context.ctx.device)
+        self._executor.run(forwards(self._placement, len(batches))[pp.rank], batches, None)
+
+
 class CachedRows:
     """Rows of a batch that continue by some tokens at a time, over tp and pp.
 
@@ -34,21 +64,13 @@ class CachedRows:
     def __init__(
         self, model: Decoder, rows: int, capacity: int, *, start: int | None = None
     ) -> None:
-        context = model.context
-        self.model, self.ctx, self.rows = model, context.ctx, rows
-        pp = self.ctx.pp
-        self._group = -(-rows // pp.size)
+        self.model, self.ctx, self.rows = model, model.context.ctx, rows
+        self._group = -(-rows // self.ctx.pp.size)
         self._caches = [
-            KeyValueCache(self._group, capacity, start, context.ctx.device)
+            KeyValueCache(self._group, capacity, start, self.ctx.device)
             for _ in range(-(-rows // self._group))
         ]
-        placement = round_robin(pp.size)
-        stage = Stage(
-            index=pp.rank, module=model, is_first=model.has_embedding, is_last=model.has_head,
-            score=self._note, gradients=context.gradients,
-        )  # fmt: skip
-        self._actions = forwards(placement, len(self._caches))[pp.rank]
-        self._executor = Executor({pp.rank: stage}, Mail(pp, placement), _no_backward)
+        self._forwards = ForwardPipeline(model, self._note)
         self._noted: list[Tensor] = []
 
     @property
@@ -87,13 +109,11 @@ class CachedRows:
             # who scores is told which token is asked for in the labels' place
             entry = cache.enter(counts[mine], most)
             batches.append(MicroBatch(here, last[mine], last[mine], entry.context))
-        hidden = self.model.context.model.hidden_size
-        self._executor.mail.expect((most, size, hidden), self.model.context.dtype, self.ctx.device)
-        self._executor.run(self._actions, batches, None)
+        self._forwards.run(batches)
         noted, self._noted = self._noted, []
         return torch.cat(noted)[: self.rows] if noted else None
 
-    def _note(self, outputs: Outputs, batch: MicroBatch) -> Scored:
+    def _note(self, outputs: Outputs, batch: MicroBatch) -> None:
         """Outputs of [s, b, h]: only those of each row's last token are multiplied with the head."""
         context = self.model.context
         index = batch.labels[None, :, None].expand(1, -1, outputs.x.shape[-1])
@@ -101,8 +121,6 @@ class CachedRows:
         logits = asked.logits()[0]  # [b, v/tp]
         whole = all_gather(logits.t().contiguous(), context.tp).t()
         self._noted.append(whole[:, : context.vocab_size].float())
-        zero = outputs.x.new_zeros(())
-        return Scored(zero, zero)
 
 
 def _no_backward(stage: int, left: Sequence[Tensor] | None) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -45,10 +47,17 @@ def rotary_frequencies(
     """Angle of one position, fp64 [r/2], as --rope-scaling-type asks for it."""
     pairs = torch.arange(0, channels, 2, dtype=torch.float64, device=device)
     plain = scaled_base(model, channels, length) ** -(pairs / channels)
-    divided = frequency_divisors(model, channels, length)
-    if divided is None:
-        return plain
-    by = torch.tensor(divided, dtype=torch.float64)
-    if plain.device.type == "cuda":
-        by = by.pin_memory()  # a copy from other memory waits for the device
-    return plain / by.to(plain.device, non_blocking=True)
+    by = _divisors(model, channels, length, pinned=plain.device.type == "cuda")
+    return plain if by is None else plain / by.to(plain.device, non_blocking=True)
+
+
+@lru_cache(maxsize=64)  # a step asks for the same once per micro batch
+def _divisors(
+    model: ModelConfig, channels: int, length: int | None, *, pinned: bool
+) -> Tensor | None:
+    """fp64 [r/2] on the host.  pinned: a copy from other memory would wait for a GPU."""
+    found = frequency_divisors(model, channels, length)
+    if found is None:
+        return None
+    divisors = torch.tensor(found, dtype=torch.float64)
+    return divisors.pin_memory() if pinned else divisors

@@ -239,7 +239,7 @@ def record_json(record: TelemetryRecord) -> str:
     for entry in fields(record):
         value = getattr(record, entry.name)
         if entry.name not in _UNUSUAL or value != _UNUSUAL[entry.name]:
-            values[entry.name] = _encode(value)
+            values[entry.name] = as_json(value)
     return json.dumps(values, allow_nan=False)
 
 
@@ -296,16 +296,19 @@ def complete_lines(path: Path) -> list[str]:
     return text.split("\n")[:-1]
 
 
-def _encode(value: object) -> object:
-    if isinstance(value, dict):
-        return {name: _encode(entry) for name, entry in value.items()}
+def as_json(value: object) -> object:
+    """The same in JSON's words: a number that is not finite is a string, see the head of this file."""
+    if isinstance(value, Mapping):
+        return {str(name): as_json(entry) for name, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [as_json(entry) for entry in value]
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
     return value
 
 
 def _decode(value: Any, type_name: str) -> Any:
-    """Undo `_encode` and say so when the JSON type does not fit the field."""
+    """Undo `as_json` and say so when the JSON type does not fit the field."""
     if type_name == "dict[str, float]" and isinstance(value, dict):
         return {name: _decode(entry, "float") for name, entry in value.items()}
     allowed = {part.strip() for part in type_name.split("|")}

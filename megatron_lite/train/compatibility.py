@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_lite.checkpoint.description import saved_model, saved_objective
+from megatron_lite.checkpoint.description import saved_objective
 from megatron_lite.checkpoint.manifest import Manifest
 from megatron_lite.config.errors import CheckpointError, DataError
 from megatron_lite.config.objectives import OBJECTIVES
@@ -19,13 +19,14 @@ ALLOW_DIFFERENCES = "--allow-data-change"
 
 
 def check_model(
-    manifest: Manifest, now: ModelConfig, folder: Path, *, allowed: Sequence[str]
+    before: ModelConfig, now: ModelConfig, folder: Path, *, allowed: Sequence[str]
 ) -> list[str]:
     """Notices; raises CheckpointError where a weight would mean something else than it was trained for.
 
-    allowed: fields of the model that may differ.  Tensors are compared elsewhere, by shape.
+    before: the checkpoint's model, of this folder.  allowed: fields of the model that may differ.
+    Tensors are compared elsewhere, by shape.
     """
-    differ = model_differences(saved_model(manifest, folder, head=None), now)
+    differ = model_differences(before, now)
     refused = [found for found in differ if found.trait.name not in allowed]
     if refused:
         names = ",".join(found.trait.name for found in refused if found.trait.then)

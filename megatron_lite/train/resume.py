@@ -92,13 +92,11 @@ def resume(
     keeps = checkpoint.keep_optim or not checkpoint.finetune
     with_optimizer = checkpoint.load_optim and keeps
     schedules = curves(fresh if checkpoint.finetune else manifest.progress.goes_on(fresh))
-    changes = check_model(manifest, run.context.model, store.folder(manifest.iteration),
-                          allowed=named(checkpoint.allow_model_change))  # fmt: skip
-    before = saved_model(manifest, store.folder(manifest.iteration), head=None)
-    warnings += tuple(stretch_warnings(before, run.context.model))
-    told, fresh_head = check_objective(
-        manifest, objective, store.folder(manifest.iteration), goes_on=keeps
-    )
+    folder, model = store.folder(manifest.iteration), run.context.model
+    before = saved_model(manifest, folder, head=None)
+    changes = check_model(before, model, folder, allowed=named(checkpoint.allow_model_change))
+    warnings += tuple(stretch_warnings(before, model))
+    told, fresh_head = check_objective(manifest, objective, folder, goes_on=keeps)
     notices = (
         told + changes + check_tokenizer(manifest, tokenizer, allowed=checkpoint.allow_data_change)
     )

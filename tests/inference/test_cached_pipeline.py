@@ -32,9 +32,9 @@ FAMILIES = ("gpt2", *TINY)
 Texts = list[list[int]]
 
 
-def likeliest(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+def likeliest(logits: torch.Tensor, tokens: Sequence[int]) -> torch.Tensor:
     """Of those that are not among the latest eight: a tiny model would say one again and again."""
-    return logits.scatter(-1, tokens[:, -8:], -torch.inf).argmax(-1)
+    return logits.scatter(-1, torch.tensor([tokens[-8:]]), -torch.inf).argmax(-1)
 
 
 def loaded(folder: Path, ctx: ParallelContext | None = None) -> Decoder:
@@ -51,7 +51,7 @@ def whole_forward(model: Decoder, text: Sequence[int], whole: int) -> torch.Tens
 
 
 def next_token(model: Decoder, seen: Sequence[int], text: Sequence[int], whole: int) -> int:
-    return int(likeliest(whole_forward(model, seen, whole)[None], torch.tensor([text])))
+    return int(likeliest(whole_forward(model, seen, whole)[None], text))
 
 
 def uncached(model: Decoder) -> Texts:

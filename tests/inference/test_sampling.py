@@ -21,7 +21,6 @@ from megatron_lite.inference.sampling import (
 from megatron_lite.kernels.random import uniform
 
 OUT = -math.inf
-NONE = torch.zeros(1, 0, dtype=torch.int64)
 
 
 def logits_of(*probabilities: float) -> torch.Tensor:
@@ -30,18 +29,18 @@ def logits_of(*probabilities: float) -> torch.Tensor:
 
 def drawn(logits: torch.Tensor, count: int, **settings: float) -> torch.Tensor:
     """int64 [count] draws from logits [1, v]."""
-    left = Sampling(**settings).filtered(logits, NONE)
+    left = Sampling(**settings).filtered(logits, [])
     places = torch.tensor([uniform(7, n) for n in range(count)], dtype=torch.float64)
     return drawn_at(left.expand(count, -1), places)
 
 
-def one(logits: torch.Tensor, tokens: torch.Tensor, **settings: float) -> int:
+def one(logits: torch.Tensor, tokens: list[int], **settings: float) -> int:
     return int(Sampler(Sampling(**settings), logits.shape[-1])(logits, tokens))
 
 
 def test_temperature_zero_is_argmax() -> None:
     logits = torch.tensor([[1.0, 3.0, 2.0], [5.0, 0.0, 4.0]])
-    tokens = torch.zeros(2, 1, dtype=torch.int64)
+    tokens = [0]
     assert Sampler(Sampling(temperature=0.0), 3)(logits, tokens).tolist() == [1, 0]
     # also the limit: nothing overflows on the way
     for temperature in (1e-3, 1e-30, 5e-324):
@@ -81,7 +80,7 @@ def test_repetition_penalty_counts_a_token_once_and_knows_the_sign() -> None:
 
 def test_repetition_penalty_acts_on_the_likeliest_token_too() -> None:
     logits = torch.tensor([[3.0, 2.0]])
-    seen = torch.tensor([[0]])
+    seen = [0]
     assert one(logits, seen, temperature=0.0) == 0
     assert one(logits, seen, temperature=0.0, repetition_penalty=2.0) == 1
 
@@ -138,7 +137,7 @@ def test_a_place_at_the_very_end_draws_a_token_that_may_be() -> None:
 
 def test_a_draw_is_a_function_of_seed_sample_and_place() -> None:
     logits = torch.randn(1, 100, generator=torch.Generator().manual_seed(0))
-    texts = [torch.zeros(1, n, dtype=torch.int64) for n in range(50)]
+    texts = [[0] * n for n in range(50)]
 
     def text(seed: int, sample: int) -> list[int]:
         sampler = Sampler(Sampling(), 100, seed, sample)
@@ -152,7 +151,7 @@ def test_a_draw_is_a_function_of_seed_sample_and_place() -> None:
 def test_ids_that_the_tokenizer_lacks_are_never_drawn() -> None:
     logits = torch.zeros(1, 10)
     logits[0, 5:] = 50.0
-    tokens = torch.zeros(1, 1, dtype=torch.int64)
+    tokens = [0]
     for settings in (Sampling(temperature=0.0), Sampling(temperature=9.0)):
         assert int(Sampler(settings, 5)(logits, tokens)) < 5
 

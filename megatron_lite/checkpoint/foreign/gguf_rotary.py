@@ -1,8 +1,9 @@
 """Scaled rotary positions in GGUF's words.
 
 linear, yarn    metadata, from which llama.cpp computes the frequencies anew
-ntk             a base, which is all that it is
 llama3          rope_freqs.weight: what llama.cpp's llama divides the frequency of each pair by
+
+ntk has become a base before a model comes here (huggingface/rotary_keys.py).
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_lite.blueprint.rotary import frequency_divisors, scaled_base
+from megatron_lite.blueprint.rotary import frequency_divisors
 from megatron_lite.config.errors import CheckpointError
 from megatron_lite.config.sections.model import ModelConfig
 
@@ -24,7 +25,7 @@ ROPE_FREQS = "rope_freqs.weight"
 def check_rotary(model: ModelConfig, architecture: str) -> None:
     """CheckpointError where llama.cpp has no words for how positions are scaled."""
     kind, why = model.rope_scaling_type, None
-    if kind not in ("none", "linear", "ntk", "yarn", "llama3"):
+    if kind not in ("none", "linear", "yarn", "llama3"):
         why = "GGUF has none for it"
     elif kind == "llama3" and architecture != "llama":
         why = f"llama.cpp reads its {ROPE_FREQS} in llama alone, not in {architecture}"
@@ -47,9 +48,8 @@ def _is_derived(model: ModelConfig) -> bool:
 
 def describe_rotary(model: ModelConfig, writer: Any, gguf: Any) -> None:
     """Into a GGUFWriter."""
-    channels = model.rotated_channels
-    writer.add_rope_freq_base(scaled_base(model, channels))
-    writer.add_rope_dimension_count(channels)
+    writer.add_rope_freq_base(model.rotary_base)
+    writer.add_rope_dimension_count(model.rotated_channels)
     if model.rope_scaling_type not in ("linear", "yarn"):
         return
     writer.add_rope_scaling_type(gguf.RopeScalingType[model.rope_scaling_type.upper()])

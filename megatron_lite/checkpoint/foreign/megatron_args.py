@@ -6,14 +6,13 @@ of them otherwise (num_key_value_heads, use_rotary_position_embeddings, layernor
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any, Literal
 
 from megatron_lite.checkpoint.foreign.records import Record
 from megatron_lite.checkpoint.huggingface.config_file import ConfigFile
 from megatron_lite.config.errors import CheckpointError
-from megatron_lite.config.sections.model import WINDOW, ModelConfig
+from megatron_lite.config.sections.model import WINDOW, ModelConfig, yarn_scale
 
 _NOTHING: dict[str, tuple[Any, ...]] = {
     "num_experts": (None, 1, [1]),
@@ -175,8 +174,7 @@ def _yarn(args: ConfigFile) -> dict[str, Any]:
             0.0 if value == 0 else args.number(key, 1.0)
             for key, value in zip(keys, said, strict=True)
         )
-        stretch = 0.1 * math.log(max(factor, 1.0))
-        attention = (above * stretch + 1.0) / (below * stretch + 1.0)
+        attention = yarn_scale(factor, above) / yarn_scale(factor, below)
     if args.number("rotary_percent", 1.0) != 1:
         args.refuse("args.rotary_percent: with YaRN all channels are turned")
     return {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import replace
 from types import MappingProxyType
@@ -10,7 +9,7 @@ from typing import Any
 
 from megatron_lite.blueprint.rotary import scaled_base
 from megatron_lite.checkpoint.huggingface.config_file import ConfigFile
-from megatron_lite.config.sections.model import SCALING, ModelConfig, listed_numbers
+from megatron_lite.config.sections.model import SCALING, ModelConfig, listed_numbers, yarn_scale
 
 _SHARE = "partial_rotary_factor"
 
@@ -101,8 +100,7 @@ def _yarn_in(rope: ConfigFile, factor: float) -> dict[str, Any]:
         _if_said(rope, key) for key in ("attention_factor", "mscale", "mscale_all_dim")
     )
     if attention is None and above is not None and below is not None:
-        stretch = 0.1 * math.log(factor)
-        attention = (above * stretch + 1.0) / (below * stretch + 1.0)
+        attention = yarn_scale(factor, above) / yarn_scale(factor, below)
     return {
         "rope_beta_fast": _if_said(rope, "beta_fast") or 32.0,
         "rope_beta_slow": _if_said(rope, "beta_slow") or 1.0,

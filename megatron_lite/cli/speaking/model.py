@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
-
-import torch
 
 from megatron_lite.config.extensions import add_extend_flag
 from megatron_lite.data.chat.conversation import Renderer, renderer_of
@@ -91,17 +90,20 @@ class Speaker(NamedTuple):
         return renderer_of(self.tokenizer, self.source.tokenizer_folder, asked.chat_template)
 
 
-def dtype_of(asked: argparse.Namespace) -> torch.dtype | None:
-    """What --dtype names; None: as the weights are kept."""
-    return None if asked.dtype is None else _DTYPES[asked.dtype]
+Look = Callable[[ModelSource, Tokenizer], Sequence[str]]
+"""Checks what a model is to be used for before its weights are read; returns what to say about it."""
 
 
-def load_speaker(asked: argparse.Namespace, ctx: ParallelContext) -> Speaker:
+def load_speaker(
+    asked: argparse.Namespace, ctx: ParallelContext, look: Look = lambda source, tokenizer: ()
+) -> Speaker:
     """Of the flags of add_model_flags; rank 0 says what there is to say about them."""
     source = find_model(Path(asked.load), ctx, step=asked.ckpt_step)
     tokenizer, said = source.tokenizer(
         asked.vocab_file, asked.merge_file, allowed=asked.allow_tokenizer_mismatch
     )
-    for line in (*source.notices, *said) if ctx.rank == 0 else ():
+    said = [*source.notices, *said, *look(source, tokenizer)]
+    for line in said if ctx.rank == 0 else ():
         print(f"WARNING: {line}", file=sys.stderr)
-    return Speaker(source, build_model(source, ctx, dtype=dtype_of(asked)), tokenizer)
+    dtype = None if asked.dtype is None else _DTYPES[asked.dtype]
+    return Speaker(source, build_model(source, ctx, dtype=dtype), tokenizer)

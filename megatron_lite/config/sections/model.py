@@ -40,6 +40,11 @@ def listed_numbers(text: str | None) -> tuple[float, ...] | None:
     return found if all(map(math.isfinite, found)) else None
 
 
+def yarn_scale(factor: float, weight: float = 1.0) -> float:
+    """What YaRN multiplies turned queries and keys by (arXiv:2309.00071 § 3.4); weight: DeepSeek's mscale."""
+    return 0.1 * weight * math.log(max(factor, 1.0)) + 1.0
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
     """The model's sizes and parts."""
@@ -219,9 +224,9 @@ class ModelConfig:
             return 1.0
         if self.rope_attention_factor is not None:
             return self.rope_attention_factor
+        if self.rope_scaling_type == "yarn":
+            return yarn_scale(self.rope_scaling_factor)
         stretch = math.log(self.rope_scaling_factor)
-        if self.rope_scaling_type == "yarn":  # arXiv:2309.00071 § 3.4
-            return 0.1 * stretch + 1.0
         return math.sqrt(1.0 + stretch / math.log(self.rope_original_length))  # arXiv:2402.13753
 
     @property

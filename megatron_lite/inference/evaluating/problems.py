@@ -13,7 +13,6 @@ from decimal import Decimal
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from megatron_lite.config.errors import ConfigError, DataError
 from megatron_lite.config.sections.model import ModelConfig
@@ -22,6 +21,8 @@ from megatron_lite.inference.evaluating.corpora import end_of, read_text
 from megatron_lite.inference.evaluating.examinee import Examinee
 from megatron_lite.inference.evaluating.results import Result
 from megatron_lite.inference.generate import Generation, TextRequest
+from megatron_lite.inference.sampling import Sampler, Sampling
+from megatron_lite.inference.texts import TextStream
 from megatron_lite.parallel.collectives import all_reduce
 
 # a minus behind a digit or a bracket takes away
@@ -98,11 +99,6 @@ def problem_prompt(examples: Sequence[Problem], problem: Problem) -> str:
     return "".join(shown) + problem.asked()
 
 
-def likeliest_of(vocab_size: int) -> Callable[[Tensor, Tensor], Tensor]:
-    """Greedy: logits [b, v] -> int64 [b]; rows that no id gives mean nothing."""
-    return lambda logits, tokens: logits[:, :vocab_size].argmax(dim=-1)
-
-
 def continue_greedily(
     examinee: Examinee,
     prompts: Sequence[Sequence[int]],
@@ -118,11 +114,12 @@ def continue_greedily(
     ctx, tokenizer = examinee.model.context.ctx, examinee.tokenizer
     end = end_of(tokenizer)
     ends = frozenset(() if end is None else (end,))
+    greedy = Sampler(Sampling(temperature=0.0), tokenizer.vocab_size)
     mine = range(ctx.dp.rank, len(prompts), ctx.dp.size)
     requests = [
         TextRequest(
-            prompts[n], max_new_tokens[n], likeliest_of(tokenizer.vocab_size), ends,
-            _until(tokenizer, stops[n]),
+            prompts[n], max_new_tokens[n], greedy, ends,
+            _until(TextStream(tokenizer, prompts[n], stops[n])),
         )
         for n in mine
     ]  # fmt: skip
@@ -144,16 +141,12 @@ def continue_greedily(
     return texts
 
 
-def _until(tokenizer: Tokenizer, stops: Sequence[str]) -> Callable[[Sequence[int]], bool]:
-    """Whether one of these stands at the end of what was generated.
-
-    A token is some bytes at least, so no more tokens than that hold a stop.
-    """
-    longest = max((len(stop.encode()) for stop in stops), default=0)
+def _until(stream: TextStream) -> Callable[[Sequence[int]], bool]:
+    """Whether one of its stop texts has come."""
 
     def stands(generated: Sequence[int]) -> bool:
-        text = tokenizer.decode(list(generated[-longest - 1 :])) if longest else ""
-        return any(stop in text for stop in stops)
+        stream.add(generated[-1])
+        return stream.found
 
     return stands
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import secrets
 import time
 import unicodedata
@@ -14,6 +13,7 @@ from typing import Any
 
 from megatron_lite.storage.disk import Disk
 from megatron_lite.storage.outputs import write_output
+from megatron_lite.telemetry.record import as_json
 
 EVALUATIONS = "evaluations"
 """In a run folder: a file for each call of tools/evaluate.py, beside the training's own records."""
@@ -51,22 +51,10 @@ def _width(text: str) -> int:
     return sum(2 if unicodedata.east_asian_width(letter) in "WF" else 1 for letter in text)
 
 
-def as_json(head: Mapping[str, Any], results: Sequence[Result]) -> dict[str, Any]:
-    """head: what was evaluated, and how."""
+def record_of(head: Mapping[str, Any], results: Sequence[Result]) -> dict[str, Any]:
+    """What is kept of them.  head: what was evaluated, and how."""
     found = [{"kind": one.kind, "source": one.source, **one.values} for one in results]
-    made: dict[str, Any] = _encoded({**head, "results": found})
-    return made
-
-
-def _encoded(value: Any) -> Any:
-    """JSON has no NaN and no infinity: they are strings, as in metrics.jsonl."""
-    if isinstance(value, Mapping):
-        return {str(name): _encoded(entry) for name, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_encoded(entry) for entry in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
-    return value
+    return {**head, "results": found}
 
 
 def keep_record(run: Path, iteration: int, record: Mapping[str, Any], disk: Disk) -> Path:
@@ -79,5 +67,5 @@ def keep_record(run: Path, iteration: int, record: Mapping[str, Any], disk: Disk
 
 def json_text(record: Mapping[str, Any]) -> bytes:
     """As it is written."""
-    text = json.dumps(record, ensure_ascii=False, allow_nan=False, indent=1)
+    text = json.dumps(as_json(record), ensure_ascii=False, allow_nan=False, indent=1)
     return text.encode() + b"\n"

@@ -11,25 +11,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from megatron_lite.blueprint.schedules.actions import Action
-from megatron_lite.blueprint.schedules.forward_only import forward_only_schedule
-from megatron_lite.blueprint.schedules.lower import lower
-from megatron_lite.blueprint.stages import round_robin
+from megatron_lite.inference.stages import ForwardPipeline
 from megatron_lite.layers.contexts import ForwardContext, StageContext
 from megatron_lite.layers.cross_entropy import token_losses
 from megatron_lite.layers.outputs import Outputs
 from megatron_lite.models.decoder import Decoder
 from megatron_lite.parallel.collectives import MAX, MIN, all_reduce
-from megatron_lite.pipeline.executor import Executor
-from megatron_lite.pipeline.mail import Mail
-from megatron_lite.pipeline.stage import MicroBatch, Scored, Stage
+from megatron_lite.pipeline.stage import MicroBatch
 
 Ids = npt.NDArray[np.int64]
 
@@ -54,10 +48,6 @@ class RowScores:
     likeliest: npt.NDArray[np.bool_]
 
 
-def _nothing_to_reduce(stage: int, pending: Sequence[Tensor] | None) -> None:
-    """There is no backward."""
-
-
 @dataclass(slots=True)
 class Scorer:
     """Scores rows with this rank's part of a model; all ranks call it with the same rows.
@@ -67,22 +57,11 @@ class Scorer:
 
     model: Decoder
     batch_size: int = 8
-    _pipeline: Executor = field(init=False)
-    _actions: dict[int, Sequence[Sequence[Action]]] = field(default_factory=dict)
+    _forwards: ForwardPipeline = field(init=False)
     _found: list[Tensor] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        pp = self.context.ctx.pp
-        stage = Stage(
-            index=pp.rank,
-            module=self.model,
-            is_first=self.model.has_embedding,
-            is_last=self.model.has_head,
-            score=self._score,
-            gradients=self.context.gradients,
-        )
-        mail = Mail(pp, round_robin(pp.size))
-        self._pipeline = Executor({pp.rank: stage}, mail, _nothing_to_reduce)
+        self._forwards = ForwardPipeline(self.model, self._score)
 
     @property
     def context(self) -> StageContext:
@@ -138,20 +117,9 @@ class Scorer:
         length = max(len(row.tokens) for row in rows)
         parts = [rows[start : start + width] for start in range(0, len(rows), width)]
         batches = [self._microbatch(part, width, length) for part in parts]
-        context = self.context
-        self._pipeline.mail.expect(
-            (length, width, context.model.hidden_size), context.dtype, context.ctx.device
-        )
         self._found.clear()
-        self._pipeline.run(self._actions_of(len(batches)), batches, None)
+        self._forwards.run(batches)
         return torch.cat(self._found, dim=1) if self._found else None
-
-    def _actions_of(self, num_microbatches: int) -> Sequence[Sequence[Action]]:
-        if num_microbatches not in self._actions:
-            pp = self.context.ctx.pp
-            lowered = lower(forward_only_schedule(round_robin(pp.size), num_microbatches))
-            self._actions[num_microbatches] = lowered[pp.rank]
-        return self._actions[num_microbatches]
 
     def _microbatch(self, rows: Sequence[ScoredRow], width: int, length: int) -> MicroBatch:
         tokens = np.zeros((length, width), np.int64)
@@ -174,10 +142,8 @@ class Scorer:
         extras = {name: torch.from_numpy(array).to(device) for name, array in asked.items()}
         return MicroBatch(on_device, on_device, on_device, at, extras)
 
-    def _score(self, outputs: Any, batch: MicroBatch) -> Scored:
+    def _score(self, outputs: Outputs, batch: MicroBatch) -> None:
         self._found.append(scores_at(outputs, batch.extras))
-        zero = outputs.x.new_zeros(())
-        return Scored(zero, zero)
 
 
 def scores_at(outputs: Outputs, asked: Mapping[str, Tensor]) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -42,20 +43,21 @@ class Picker:
         self._sampler = Sampler(settings.sampling, ids, settings.seed, number)
         self.chance: Chance | None = None
 
-    def __call__(self, logits: Tensor, tokens: Tensor) -> Tensor:
-        """logits: fp32 [1, v], tokens so far: [1, t] -> int64 [1]."""
+    def __call__(self, logits: Tensor, tokens: Sequence[int]) -> Tensor:
+        """See Pick."""
         logits = logits[:, : self._ids]
-        chosen = self._sampler(self._weighed(logits, tokens[:, self._prompt :]), tokens)
+        chosen = self._sampler(self._weighed(logits, tokens[self._prompt :]), tokens)
         top = self._settings.top
         self.chance = None if top is None else _chance(logits, chosen, top)
         return chosen
 
-    def _weighed(self, logits: Tensor, answer: Tensor) -> Tensor:
+    def _weighed(self, logits: Tensor, answer: Sequence[int]) -> Tensor:
         """Less of what the answer has said, and the biases: OpenAI's formula."""
         settings = self._settings
         if settings.presence_penalty or settings.frequency_penalty:
+            said = torch.tensor([answer], dtype=torch.int64, device=logits.device)
             counts = torch.zeros_like(logits).scatter_add_(
-                1, answer, torch.ones_like(answer, dtype=logits.dtype)
+                1, said, torch.ones_like(said, dtype=logits.dtype)
             )
             logits = logits - settings.frequency_penalty * counts
             logits = logits - settings.presence_penalty * (counts > 0)
