@@ -20,3 +20,12 @@ from tests.parity.families import FAMILY_LAYOUTS
 def test_equals_the_serial_run(entry) -> None:
     difference = compare(entry)
     assert passes(entry, difference), dataclasses.asdict(difference)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "entry", [entries[0] for entries in FAMILY_LAYOUTS.values()], ids=lambda entry: entry.name
+)
+def test_equals_the_serial_run_with_its_pieces_compiled(entry) -> None:
+    difference = compare(entry, compile_by="aot_eager")
+    assert passes(entry, difference), dataclasses.asdict(difference)
