@@ -22,7 +22,8 @@ from megatron_lite.config.sections.model import ModelConfig
 class ParamSpec:
     """A tensor of the whole model and the stage that holds it; shapes are global.
 
-    replica: a second copy (tied embedding on the head's stage), not counted in the model's size.
+    replica: another copy (tied embedding on the head's stage, what all stages share), not counted in the
+    model's size.
     """
 
     tensor: Tensor
@@ -78,6 +79,7 @@ def total_size(table: Iterable[ParamSpec]) -> int:
 
 def stage_tensors(figure: Figure, stage: StageLayers) -> Iterator[Tensor]:
     """The canonical tensors that a stage holds, in the modules' order."""
+    yield from figure.shared.tensors()
     if stage.has_embedding:
         yield from figure.embedding.tensors()
     elif stage.has_head and figure.tied:
@@ -93,4 +95,5 @@ def _stage_parameters(figure: Figure, stage: StageLayers) -> Iterator[ParamSpec]
     lent = stage.has_head and figure.tied and not stage.has_embedding
     table = {tensor.name for tensor in figure.tokens.tensors()} if lent else set()
     for tensor in stage_tensors(figure, stage):
-        yield ParamSpec(tensor, stage.index, replica=tensor.name in table)
+        copied = tensor.name in table or (tensor.stages and not stage.has_embedding)
+        yield ParamSpec(tensor, stage.index, replica=copied)

@@ -1,7 +1,7 @@
 """How --rope-scaling-type changes the frequencies base^(-2j/r) of r rotated channels, as plain numbers.
 
-ntk and dynamic enlarge the base, the others divide each frequency by a number of its own.  Some go by
-the length of the whole text.
+ntk, dynamic and clex enlarge the base, the others divide each frequency by a number of its own.  Some go by
+the length of the whole text.  What clex has learned comes on top, see layers/stretching.py.
 """
 
 from __future__ import annotations
@@ -21,7 +21,19 @@ def scaled_base(model: ModelConfig, channels: int, length: int | None = None) ->
     if kind == "dynamic":  # 1 up to the trained length; then it grows, to factor + 1 at twice that
         stretch = max(_known(length) / model.rope_original_length, 1.0)
         return ntk_base(model.rotary_base, factor * stretch - (factor - 1.0), channels)
+    if kind == "clex":
+        return clex_base(model, channels, stretch_of(model, _known(length)))
     return model.rotary_base
+
+
+def clex_base(model: ModelConfig, channels: int, stretch: float) -> float:
+    """The base that CLEX starts from, at a stretch from 1 on (arXiv:2310.16450)."""
+    return ntk_base(model.rotary_base, 2.0 * stretch - 1.0, channels)
+
+
+def stretch_of(model: ModelConfig, length: int) -> int:
+    """How many times the trained length a text needs; 1 within it."""
+    return -(-length // model.rope_original_length)
 
 
 def ntk_base(base: float, factor: float, channels: int) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -125,7 +126,7 @@ class GradientBuckets:
         coming = None if pending_wgrads is None else Counter(pending_wgrads)
         for bucket in self.buckets:
             bucket.missing = sum(
-                _reports(local) if coming is None else coming[local.parameter]
+                _reports(local) if coming is None or local.late else coming[local.parameter]
                 for local in bucket.locals
             )
         # Complete buckets start now and may not queue behind one that waits for a deferred wgrad.
@@ -234,7 +235,7 @@ def _grouped(parameters: Sequence[LocalParameter], bucket_size: int) -> list[lis
         kind = local.over, local.parameter.dtype
         group = open_groups.get(kind)
         full = group is not None and sum(p.parameter.numel() for p in group) >= bucket_size
-        if group is None or full or local.tied_across_stages:
+        if group is None or full or local.tied_across_stages or local.late:
             group = open_groups[kind] = []
             groups.append(group)
         group.append(local)
@@ -242,7 +243,12 @@ def _grouped(parameters: Sequence[LocalParameter], bucket_size: int) -> list[lis
 
 
 def _reports(local: LocalParameter) -> int:
-    """How often one backward reports a gradient for it; 0 where it is frozen."""
+    """How often one backward reports a gradient for it; 0 where it is frozen.
+
+    maxsize where it comes after all of them, so that its bucket waits for finish().
+    """
+    if local.late:
+        return sys.maxsize
     return local.grads_per_backward if local.parameter.requires_grad else 0
 
 

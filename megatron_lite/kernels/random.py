@@ -77,6 +77,13 @@ def normal(
     return out
 
 
+def some_of(size: int, count: int, seed_key: int) -> Tensor:
+    """int64 [count]: so many different numbers below size, ascending; on the host."""
+    bits = _mix64((torch.arange(size, dtype=torch.int64) + 1) * _GOLDEN + seed_key)
+    found: Tensor = bits.argsort(stable=True)[:count].sort().values
+    return found
+
+
 def _murmur32(x: Tensor) -> Tensor:
     """MurmurHash3's finaliser, in place on int32, but for its last shift (masks read the high bits)."""
     x ^= (x >> 16) & 0xFFFF

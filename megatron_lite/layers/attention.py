@@ -160,7 +160,7 @@ class SelfAttention(nn.Module):
         if not rotated:
             return None
         of = (name, rotated, model)
-        return at.once(of, lambda: rotary_tables(rotated, model, positions(), at.whole))
+        return at.once(of, lambda: rotary_tables(rotated, model, positions(), at.whole, at.slowed))
 
     def _remembered(
         self, at: ForwardContext, cache: LayerCache, k: Tensor, v: Tensor

@@ -146,6 +146,7 @@ class ForwardContext:
     training: whether this is a training step's, in which attention may see less; False in evaluation.
     segments: documents that do not see one another, None where all of a row sees all before it.
     restarted: int64 [s, b], positions in the segment; None: those in the sample.
+    slowed: fp64 [r/2] or [b, r/2], what learned rotary frequencies are multiplied by; see stretching.py.
     length: tokens that the whole text will have, of each sample where they differ; None: those of
     this forward.  Scaling by length goes by it (--rope-scaling-type), from the first token on.
     """
@@ -159,6 +160,7 @@ class ForwardContext:
     cache: LayerCache | None = None
     restarted: Tensor | None = None
     length: int | tuple[int, ...] | None = None
+    slowed: Tensor | None = None
     _made: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def afresh(self) -> ForwardContext:

@@ -15,12 +15,20 @@ TextLength = int | tuple[int, ...] | None
 
 
 def rotary_tables(
-    channels: int, model: ModelConfig, index: Tensor, length: TextLength = None
+    channels: int,
+    model: ModelConfig,
+    index: Tensor,
+    length: TextLength = None,
+    factors: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """cos and sin, fp32 [s, 1 or b, 1, r/2], for positions index [s] or [s, b]; r rotated channels."""
+    """cos and sin, fp32 [s, 1 or b, 1, r/2], for positions index [s] or [s, b]; r rotated channels.
+
+    factors: [r/2] or [b, r/2], of frequencies: what was learned of them.
+    """
     if index.dim() == 1:
         index = index[:, None]
-    angle = index[..., None].double() * _of_each(channels, model, length, index.device)
+    each = _of_each(channels, model, length, index.device)
+    angle = index[..., None].double() * (each if factors is None else each * factors)
     cos, sin = angle.cos(), angle.sin()
     if (scale := model.rotary_scale) != 1.0:
         cos, sin = cos * scale, sin * scale

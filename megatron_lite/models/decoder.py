@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from megatron_lite.blueprint.figure.parts import Slowing
 from megatron_lite.layers.around import around
 from megatron_lite.layers.contexts import ForwardContext, StageContext
 from megatron_lite.layers.cross_entropy import Scoring
@@ -17,6 +19,7 @@ from megatron_lite.layers.linear import Products
 from megatron_lite.layers.norm import NormLayer
 from megatron_lite.layers.outputs import Outputs
 from megatron_lite.layers.recompute import recomputed
+from megatron_lite.layers.stretching import RotarySlowing
 from megatron_lite.models.gpt import GPTBlock
 from megatron_lite.parallel.context import Axis
 from megatron_lite.parallel.layer_hooks import LayerHooks
@@ -53,8 +56,8 @@ class Head(nn.Module):
 class Decoder(nn.Module):
     """The layers of one stage; parameters are named canonically but for the fused q/k/v and gate/up.
 
-    table: the token table of another stage on this rank; a tied head multiplies with it, not with
-    a copy.
+    lender: another stage on this rank, whose token table a tied head multiplies with, not with a copy;
+    and whose learned frequencies this one uses.
     """
 
     def __init__(
@@ -64,26 +67,35 @@ class Decoder(nn.Module):
         *,
         has_embedding: bool,
         has_head: bool,
-        table: nn.Parameter | None = None,
+        lender: Decoder | None = None,
     ) -> None:
         super().__init__()
         self.context, self.has_embedding, self.has_head = context, has_embedding, has_head
         self.tied = context.figure.tied
         self.hooks: dict[str, LayerHooks] = {}
+        self.borrowed: set[str] = set()
+        slowing = context.figure.slowing
+        self.rotary = None if slowing is None else self._slowing(slowing, lender)
         if has_embedding or (has_head and self.tied):
             self.embedding = Embedding(context, lookup=has_embedding)
-        self.borrows_table = table is not None and has_head and self.tied
         if has_embedding:
             self.dropout = HiddenDropout(context, EMBEDDING_LAYER, "embedding")
             self.drop = context.choose("dropout")
-        if table is not None and self.borrows_table:
-            self.embedding.tokens.weight = table
+        if lender is not None and lender.has_embedding and has_head and self.tied:
+            self.embedding.tokens.weight = lender.embedding.tokens.weight
+            self.borrowed.add("embedding.tokens.weight")
         self.blocks = nn.ModuleDict({str(layer): GPTBlock(context, layer) for layer in layers})
         if has_head:
             self.products, self.scoring = Products.chosen(context), Scoring.chosen(context)
             self.final_norm = NormLayer(context, context.figure.final_norm)
             if not self.tied:
                 self.head = Head(context)
+
+    def _slowing(self, part: Slowing, lender: Decoder | None) -> RotarySlowing:
+        if lender is None or lender.rotary is None:
+            return RotarySlowing(self.context, part)
+        self.borrowed |= {f"rotary.{name}" for name, _ in lender.rotary.named_parameters()}
+        return lender.rotary
 
     @property
     def output_weight(self) -> nn.Parameter:
@@ -105,6 +117,8 @@ class Decoder(nn.Module):
     ) -> Tensor:
         """x: tokens int64 [s, b] on the first stage, else [s/tp, b, h] -> hidden, or with a head
         what score makes of its outputs; without score those: logits [s, b, v/tp], or [s, b, n]."""
+        if self.rotary is not None:
+            at = replace(at, slowed=self.rotary.factors(at))
         if self.has_embedding:
             x = around(self.hooks.get("embedding"), self._embed, x, at)
             if torch.is_grad_enabled() and not x.requires_grad:
@@ -126,10 +140,12 @@ class Decoder(nn.Module):
         blocks, plan = list(self.blocks.items()), self.context.recompute
         axis = self.context.tp if plan.split else Axis("none")
         here = at.afresh()
+        learned = at.slowed is not None and at.slowed.requires_grad
 
         def run(positions: range, x: Tensor) -> Tensor:
-            # a dense mask is made once for these layers and lives as long as their graph
-            own = here.unmasked()
+            # a dense mask is made once for these layers and lives as long as their graph, and so do
+            # angles through which a gradient flows
+            own = (here.afresh() if learned else here).unmasked()
             for index in positions:
                 name, block = blocks[index]
                 x = around(self.hooks.get(name), block, x, own)

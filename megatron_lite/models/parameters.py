@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from megatron_lite.blueprint.figure.parts import TOKENS, Matrix, Norm, Table, Tensor
+from megatron_lite.blueprint.figure.parts import TOKENS, Matrix, Norm, Slowing, Table, Tensor
 from megatron_lite.layers.contexts import StageContext
 from megatron_lite.models.decoder import Decoder
 from megatron_lite.parallel.shard import LocalParameter, ParameterPiece
@@ -20,7 +20,7 @@ def local_parameters(model: Decoder) -> list[LocalParameter]:
     context = model.context
     found = []
     for name, parameter in model.named_parameters():
-        if name == TOKEN_TABLE and model.borrows_table:
+        if name in model.borrowed:
             continue
         specs = list(_specs(model, name))
         tied = name == TOKEN_TABLE and model.tied
@@ -29,19 +29,24 @@ def local_parameters(model: Decoder) -> list[LocalParameter]:
             LocalParameter(
                 parameter=parameter,
                 pieces=tuple(_pieces(specs, parameter, context)),
-                grad_summed_over=("tp",) if _is_share(specs[0], context) else (),
+                grad_summed_over=tuple(_shared_over(specs[0], context)),
                 tied_across_stages=twin,
-                replica=twin and not model.has_embedding,
+                replica=(twin and not model.has_embedding)
+                or (specs[0].stages and context.ctx.pp.rank > 0),
                 grads_per_backward=_grads_per_backward(model) if tied and not twin else 1,
+                late=specs[0].stages,
             )
         )
     return found
 
 
-def _is_share(tensor: Tensor, context: StageContext) -> bool:
-    """Whether the tp ranks' gradients of a tensor that each has whole are shares of its gradient."""
+def _shared_over(tensor: Tensor, context: StageContext) -> Iterator[str]:
+    """The axes whose ranks have a tensor whole, and of its gradient a share each."""
+    if tensor.stages and context.ctx.pp.size > 1:
+        yield "pp"
     share = (tensor.sequence and context.sequence_parallel) or tensor.heads
-    return share and context.tp.size > 1
+    if share and context.tp.size > 1:
+        yield "tp"
 
 
 def _grads_per_backward(model: Decoder) -> int:
@@ -56,7 +61,7 @@ def _specs(model: Decoder, name: str) -> Iterator[Tensor]:
     """The canonical tensors fused in a parameter; every module that holds one knows its part."""
     path, _, leaf = name.rpartition(".")
     part = model.get_submodule(path).part
-    assert isinstance(part, Norm | Matrix | Table), path
+    assert isinstance(part, Norm | Matrix | Table | Slowing), path
     prefix = path.removesuffix(part.name)
     for tensor in part.tensors():
         if tensor.name.endswith(f".{leaf}"):

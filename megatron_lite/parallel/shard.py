@@ -72,11 +72,12 @@ class LocalParameter:
     over: the axis whose ranks hold the same weights: its gradient is summed over it, and its state
     may be shared there.
     grad_summed_over: further axes over which its gradient must be summed, because each rank has only its
-    share of the sequence.
+    share: of the sequence, of the heads, of the layers.
     pieces leave out the padding rows of the vocabulary.
     tied_across_stages: a copy lives on another stage (tied embedding); gradients of both are summed.
     replica: the copy that norms and checkpoints do not count.
     grads_per_backward: how often one backward reports a gradient for it.
+    late: its gradient is made of all backwards of a step, after them.
     """
 
     parameter: nn.Parameter
@@ -86,6 +87,7 @@ class LocalParameter:
     tied_across_stages: bool = False
     replica: bool = False
     grads_per_backward: int = 1
+    late: bool = False
 
     @property
     def spec(self) -> Spec:

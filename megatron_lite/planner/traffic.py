@@ -40,7 +40,8 @@ def sent_bytes(
     wide = 4 if parallel.accumulate_allreduce_grads_in_fp32 else element_bytes(asked.precision)
     shared = blueprint.replicas if parallel.use_distributed_optimizer else 1
     tied = _tied_elements(blueprint, stages, at.tp) / shared
-    split = sum(_split_elements(blueprint, asked, stage) for stage in stages) / shared
+    common = float(blueprint.figure.shared.size) / shared
+    split = sum(_split_elements(blueprint, asked, stage) for stage in stages) / shared + common
     tokens = blueprint.model.seq_length * asked.micro_batch_size / parallel.cp
     scored = _scored_bytes(blueprint, asked, tokens) * any(stage.has_head for stage in stages)
     return {
@@ -48,7 +49,7 @@ def sent_bytes(
         * (passes * whole + num_microbatches * scored + 2 * split * wide),
         "pp": num_microbatches * _messages(blueprint, stages) * layer_input_bytes(
             blueprint.model, asked
-        ),
+        ) + _ring(grid.pp) * 2 * common * wide,
         "dp": _ring(blueprint.replicas) * blueprint.held(at.pp).parameters * (
             wide + (element_bytes(asked.precision) if shared > 1 else wide)
         ),
@@ -151,6 +152,7 @@ def _split_elements(blueprint: Blueprint, asked: PlanInputs, stage: StageLayers)
     """Elements whose gradient is each tp rank's share, of the sequence or of the heads, summed once a step."""
     split = asked.parallel.splits_sequence
     whole = (
-        t for t in stage_tensors(blueprint.figure, stage) if t.tp_dim is None and (split or t.heads)
-    )
+        t for t in stage_tensors(blueprint.figure, stage)
+        if t.tp_dim is None and not t.stages and (split or t.heads)
+    )  # fmt: skip
     return float(sum(math.prod(tensor.shape) for tensor in whole))

@@ -92,7 +92,8 @@ def assemble(
         for index, decoder in decoders.items()
     }
     reasons = ahead.waits_because(config, held) if ctx.device.type in ahead.BESIDE_THE_HOST else ()
-    return Run(
+    slowing = next(iter(decoders.values())).rotary
+    run = Run(
         blueprint=blueprint,
         ctx=ctx,
         context=context,
@@ -107,6 +108,9 @@ def assemble(
         runs_ahead=ctx.device.type in ahead.BESIDE_THE_HOST and not reasons,
         waits_because=reasons,
     )
+    if slowing is not None:
+        run.late_gradients = slowing.finish
+    return run
 
 
 def _decoders(
@@ -119,7 +123,7 @@ def _decoders(
     """The modules of this rank's stages, by stage; their parameters are not filled."""
     assert config.model.vocab_size is not None, "the tool reads it from the tokenizer"
     made: dict[int, Decoder] = {}
-    table = None
+    first: Decoder | None = None
     for placed in blueprint.stages_of(ctx.pp.rank):
         context = StageContext(
             model=config.model,
@@ -143,10 +147,9 @@ def _decoders(
             placed.layers,
             has_embedding=placed.has_embedding,
             has_head=placed.has_head,
-            table=table,
+            lender=first,
         )
-        if placed.has_embedding:
-            table = decoder.embedding.tokens.weight
+        first = first or decoder
     return made
 
 

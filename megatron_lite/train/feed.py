@@ -17,6 +17,7 @@ import torch
 from megatron_lite.data.batch import Batch
 from megatron_lite.kernels.segments import Segments
 from megatron_lite.layers.contexts import ForwardContext, StepDropout
+from megatron_lite.layers.stretching import StepStretch
 from megatron_lite.pipeline.stage import MicroBatch
 
 
@@ -34,13 +35,17 @@ def to_device(
     *,
     training: bool = False,
     dropout: StepDropout | None = None,
+    stretch: StepStretch | None = None,
 ) -> MicroBatch:
     """[b, s+1] tokens on the host -> tokens and labels [s, b] on the device, and all that goes with them.
 
-    training: whether it is for a training step.  dropout: the step's; None in evaluation.
+    training: whether it is for a training step.  dropout, stretch: the step's; None in evaluation.
     """
     tokens = _columns(batch.tokens, device)  # [s + 1, b]
     mask = _columns(batch.loss_mask, device)
+    restarted = None if batch.positions is None else _columns(batch.positions, device)
+    if stretch is not None:
+        restarted = stretch.positions if restarted is None else stretch.positions[restarted]
     positions = ForwardContext(
         samples=_sent(batch.sample_numbers, device),
         index=torch.arange(tokens.shape[0] - 1, device=device),
@@ -48,7 +53,8 @@ def to_device(
         training=training,
         dropout=dropout,
         segments=_segments(batch, device),
-        restarted=None if batch.positions is None else _columns(batch.positions, device),
+        restarted=restarted,
+        length=None if stretch is None else stretch.length,
     )
     extras = {name: _sent(values, device) for name, values in batch.extras.items()}
     return MicroBatch(tokens[:-1], tokens[1:], mask, positions, extras)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_lite.blueprint.batches import BatchSchedule
-from megatron_lite.blueprint.figure.parts import HEAD
+from megatron_lite.blueprint.figure.parts import HEAD, SLOWING
 from megatron_lite.checkpoint.description import saved_model
 from megatron_lite.checkpoint.manifest import NAME, Manifest
 from megatron_lite.checkpoint.progress import Progress
@@ -32,8 +32,8 @@ from megatron_lite.train.health.replay import Watched
 from megatron_lite.train.run import Run
 from megatron_lite.train.schedules import Schedules
 
-_OWN = f"{HEAD}."
-"""Begin of the names that belong to a head alone."""
+_OWN, _SLOWING = f"{HEAD}.", f"{SLOWING}."
+"""Begin of the names that belong to a head alone, and of what is learned of rotary frequencies."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +107,12 @@ def resume(
         notices += said
     if with_optimizer:
         notices += _other_formats(run, manifest)
-    fill_run(run, store, manifest, optimizer=with_optimizer, head=not fresh_head)
+    known = before.rope_scaling_type == "clex" or model.rope_scaling_type != "clex"
+    if not known:
+        notices.append(
+            "--rope-scaling-type clex: what it learns starts anew, which is no other than ntk"
+        )
+    fill_run(run, store, manifest, optimizer=with_optimizer, head=not fresh_head, slowing=known)
     _require_finite(run, manifest, checkpoint.load)
     loaded = (
         f"  successfully loaded checkpoint from {checkpoint.load} at iteration {manifest.iteration}"
@@ -199,17 +204,21 @@ def _other_formats(run: Run, manifest: Manifest) -> list[str]:
 
 
 def fill_run(
-    run: Run, store: Store, manifest: Manifest, *, optimizer: bool, head: bool = True
-) -> None:
+    run: Run, store: Store, manifest: Manifest, *, optimizer: bool,
+    head: bool = True, slowing: bool = True,
+) -> None:  # fmt: skip
     """Weights, masters and, where asked for, moments from whatever layout and precision was saved.
 
-    head: whether the head's matrix is among them; else it keeps its first values.
+    head, slowing: whether the head's matrix, and what is learned of rotary frequencies, are among them;
+    else they keep their first values.
     """
+    new = tuple(prefix for prefix, stored in ((_OWN, head), (_SLOWING, slowing)) if not stored)
     state = run.engine.state(owned=False)
     moments = [s for s in state if not s.name.startswith(MASTER)] if optimizer else []
+    moments = [s for s in moments if not s.name.partition(".")[2].startswith(_SLOWING) or slowing]
 
     def load(weights: list[NamedSlice]) -> None:
-        stored = [w for w in weights if head or not w.name.removeprefix(MASTER).startswith(_OWN)]
+        stored = [w for w in weights if not w.name.removeprefix(MASTER).startswith(new)]
         store.load(manifest, [*exact_slices(stored, manifest.tensors), *moments])
 
     run.engine.fill(load, masters=True)

@@ -29,7 +29,8 @@ class Run:
     """The Blueprint made real on this rank: what one training step needs.
 
     parameters: this rank's, stage by stage; progress: the only part that changes by itself.
-    before_reduce: called when all backwards of a step are done.  second_passes: through the same
+    late_gradients: makes those that are made of all backwards of a step; before_reduce: called when
+    all gradients of this rank are there.  second_passes: through the same
     schedule with other objectives, in some steps.
     runs_ahead: whether the host enqueues a step before it has heard of the one before (train/ahead.py);
     waits_because: why it does not, on a device where it could.
@@ -45,6 +46,7 @@ class Run:
     progress: Progress = field(default_factory=Progress)
     timers: RunTimers = field(default_factory=lambda: RunTimers(level=0))
     guards: Guards = field(default_factory=Guards)
+    late_gradients: Callable[[], None] = _nothing
     before_reduce: Callable[[], None] = _nothing
     second_passes: list[SecondPass] = field(default_factory=list)
     runs_ahead: bool = False

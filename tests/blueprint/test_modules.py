@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -29,7 +30,7 @@ VARIANT = ModelConfig(
 MODELS = {name: PRESETS[name].model for name in (
     *(name for name in PRESETS if name.startswith("gpt")),
     "llama2-7b", "llama3.2-1b", "mistral-7b", "qwen2.5-0.5b", "qwen3-0.6b", "open-gpt-6.8m",
-)} | {"variant": VARIANT}  # fmt: skip
+)} | {"variant": VARIANT, "learned frequencies": replace(VARIANT, rope_scaling_type="clex")}  # fmt: skip
 """One preset of each family; the other sizes differ in numbers alone."""
 
 
@@ -41,6 +42,7 @@ def locals_of(
     ctx = ParallelContext(
         torch.device("meta"),
         tp=Axis("tp", 0, tp, tuple(range(tp))),
+        pp=Axis("pp", stage.index, pp, tuple(range(pp))),
         tied=Axis("tied", size=pp),
     )
     context = StageContext(

@@ -48,6 +48,7 @@ def test_what_older_checkpoints_meant_is_what_this_version_asks_for_by_default()
         "rope_low_freq_factor": 1.0, "rope_high_freq_factor": 4.0,
         "rope_beta_fast": 32.0, "rope_beta_slow": 1.0, "rope_whole_channels": True,
         "rope_attention_factor": None, "rope_short_factors": None, "rope_long_factors": None,
+        "rope_clex_width": 1,
         "window_size": None, "qk_layernorm": False, "parallel_residual": False,
         "normalization": "LayerNorm", "norm_epsilon": 1e-5, "layernorm_bias": True, "apply_layernorm_1p": False,
         "swiglu": False, "gelu": "tanh", "add_bias_linear": True, "add_qkv_bias": False,

@@ -43,7 +43,7 @@ BAD = [
     (
         "--position-embedding-type rope --rope-scaling-factor 4",
         "--rope-scaling-factor 4.0 has no say with --rope-scaling-type none, only with linear, ntk, "
-        "dynamic, yarn, llama3, longrope; choose",
+        "dynamic, yarn, llama3, longrope, clex; choose",
     ),
     (
         "--position-embedding-type rope --rope-scaling-type linear --rope-original-length 64",
@@ -81,6 +81,16 @@ BAD = [
     (
         "--position-embedding-type rope --rope-scaling-type longrope --rope-long-factors 1,2,3",
         "--rope-long-factors has 3 numbers, and 8 of 8 channels per head are rotated: give 4",
+    ),
+    (
+        "--position-embedding-type rope --rope-scaling-type clex --rope-scaling-factor 2.5",
+        "--rope-scaling-factor 2.5: with --rope-scaling-type clex it is the largest of the whole stretches",
+    ),
+    (
+        "--position-embedding-type rope --rope-scaling-type clex --rope-original-length 2 "
+        "--rope-scaling-factor 4",
+        "--seq-length 64 is more than --rope-original-length 2 x --rope-scaling-factor 4 = 8, and clex "
+        "spreads samples within that: give a factor of 32",
     ),
     ("--rope-scaling-factor 0.5", "--rope-scaling-factor 0.5 must be at least 1"),
 ]

@@ -16,9 +16,9 @@ from megatron_lite.blueprint.grid import RankGrid
 from megatron_lite.config.errors import ConfigError
 from megatron_lite.inference.generate import Generation, TextRequest, Token
 from megatron_lite.inference.model import build_model, find_model, require_layout
-from megatron_lite.layers.contexts import ForwardContext
 from megatron_lite.models.decoder import Decoder
 from megatron_lite.parallel.context import ParallelContext
+from tests.support.decoding import likeliest, whole_forward
 from tests.support.extras import needs
 from tests.support.families import TINY, tiny
 from tests.support.huggingface import gpt2
@@ -32,22 +32,9 @@ FAMILIES = ("gpt2", *TINY)
 Texts = list[list[int]]
 
 
-def likeliest(logits: torch.Tensor, tokens: Sequence[int]) -> torch.Tensor:
-    """Of those that are not among the latest eight: a tiny model would say one again and again."""
-    return logits.scatter(-1, torch.tensor([tokens[-8:]]), -torch.inf).argmax(-1)
-
-
 def loaded(folder: Path, ctx: ParallelContext | None = None) -> Decoder:
     ctx = ctx or ParallelContext.serial()
     return build_model(find_model(folder, ctx), ctx)
-
-
-def whole_forward(model: Decoder, text: Sequence[int], whole: int) -> torch.Tensor:
-    """fp32 logits after the last token, [v], without a cache; whole: tokens that the text will have."""
-    index = torch.arange(len(text))
-    at = ForwardContext(samples=torch.zeros(1, dtype=torch.int64), index=index, length=whole)
-    with torch.no_grad():
-        return model(torch.tensor(text)[:, None], at)[-1, 0, : model.context.vocab_size].float()
 
 
 def next_token(model: Decoder, seen: Sequence[int], text: Sequence[int], whole: int) -> int:

@@ -8,12 +8,17 @@ from types import MappingProxyType
 from typing import Any
 
 from tests.parity.layouts import (
+    CHUNKS2,
     EVERY_LAYER,
     EXACT,
     LLAMA,
+    OVERLAP_GATHER,
     SELECTIVE,
     SP,
     UNTIED,
+    ZB_H1,
+    ZB_V,
+    ZERO,
     Layout,
     Tolerance,
     layout,
@@ -65,6 +70,9 @@ SCALING: Mapping[str, Mapping[str, Any]] = MappingProxyType({
 })  # fmt: skip
 """--rope-scaling-type -> its parameters, of positions that samples go beyond."""
 
+CLEX = _ROPE | _SHORT | {"model__rope_scaling_type": "clex"}
+"""What its stages learn together has a gradient of all layers."""
+
 FAMILY_LAYOUTS = {name: _layouts(name, parts) for name, parts in PARTS.items()} | {
     "scaling": [
         layout(
@@ -72,6 +80,15 @@ FAMILY_LAYOUTS = {name: _layouts(name, parts) for name, parts in PARTS.items()} 
             shared=_ROPE | dict(parts) | {"model__rope_scaling_type": kind},
         )
         for kind, parts in SCALING.items()
-    ]
+    ],
+    "clex": [
+        *_layouts("clex", CLEX),
+        layout("pp2-zb-v-clex", pp=2, shared=CLEX, **ZB_V),
+        layout("tp2-pp2-zb-h1-clex", tp=2, pp=2, shared=CLEX, **ZB_H1),
+        layout("pp2-dp2-interleaved-zero-clex", pp=2, dp=2, shared=CLEX,
+               **CHUNKS2, **ZERO, **OVERLAP_GATHER),
+        layout("pp3-head-alone-clex", pp=3, shared=CLEX,
+               parallel__pipeline_model_parallel_layout="Ettt|t|L"),
+    ],
 }  # fmt: skip
 """Family -> its layouts; the first has the most in it."""

@@ -13,6 +13,7 @@ from megatron_lite.data.batch import Batch
 from megatron_lite.train.assemble import assemble
 from megatron_lite.train.run import Run
 from megatron_lite.train.step import evaluation_step, train_step
+from tests.support.engines import named
 from tests.support.tiny import context, draw, tiny_config
 from tests.train.runs import alone
 
@@ -61,14 +62,10 @@ def made(length: int, weights: Run | None = None, **scaling: Any) -> Run:
     run = assemble(config, blueprint, context(blueprint, 0))
     if weights is not None:
         with torch.no_grad():
-            for new, old in zip(_parameters(run), _parameters(weights), strict=True):
-                new.copy_(old)
+            old = named(weights.engine.weights(owned=False))
+            for name, tensor in named(run.engine.weights(owned=False)).items():
+                tensor.copy_(old.get(name, tensor))
     return run
-
-
-def _parameters(run: Run) -> list[torch.Tensor]:
-    (stage,) = run.pipeline.stages.values()
-    return list(stage.module.parameters())
 
 
 def tuned(run: Run, steps: int, first: int, lr: float) -> Run:
@@ -90,7 +87,8 @@ def loss_beyond(run: Run) -> float:
 
 SCALED: dict[str, dict[str, Any]] = {
     "yarn": {"rope_original_length": SHORT}, "llama3": {"rope_original_length": SHORT},
-    "dynamic": {"rope_original_length": SHORT}, "linear": {}, "ntk": {},
+    "dynamic": {"rope_original_length": SHORT}, "clex": {"rope_original_length": SHORT},
+    "linear": {}, "ntk": {},
 }  # fmt: skip
 
 
@@ -110,6 +108,10 @@ def test_a_model_of_64_tokens_reaches_256_by_scaling_and_not_without() -> None:
         assert loss_beyond(run) < 0.5 * plain, kind
     after = loss_beyond(tuned(stretched["yarn"], 15, 10**5, 1e-3))
     assert np.exp(after) <= 1.2 * np.exp(before)
+    clex = {"rope_scaling_type": "clex", "rope_scaling_factor": 4.0, **SCALED["clex"]}
+    spread = tuned(made(SHORT, short, **clex), 30, 10**5, 1e-3)
+    learned = loss_beyond(made(LONG, spread, **clex))
+    assert np.exp(learned) <= 1.2 * np.exp(before), "it reaches 256 by samples of 64"
 
 
 ROPE = ["--position-embedding-type", "rope"]

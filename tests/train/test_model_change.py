@@ -11,7 +11,9 @@ import pytest
 
 from megatron_lite.checkpoint.description import saved_model
 from megatron_lite.checkpoint.manifest import NAME, read_manifest
+from megatron_lite.cli import convert
 from megatron_lite.config.errors import CheckpointError
+from tests.support.huggingface import tool
 from tests.train.runs import Outcome, alone, steps
 
 ROPE = ["--position-embedding-type", "rope"]
@@ -99,6 +101,47 @@ def test_changes_that_were_asked_for_are_told_and_others_still_refused(
     done = resumed(data, trained, *changed, "--allow-model-change", "rotary_base")
     assert done.rc == CheckpointError.exit_code and "--rotary-base" not in done.err
     assert "--norm-epsilon: 1e-05 -> 1e-06" in done.err
+
+
+@pytest.mark.ci
+def test_what_clex_learns_starts_anew_goes_on_exactly_and_stays_here(
+    data: list[str], trained: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    clex = [
+        "--rope-scaling-type",
+        "clex",
+        "--rope-scaling-factor",
+        "4",
+        "--rope-original-length",
+        "16",
+    ]
+    asked = ["--allow-model-change", "rope_scaling_type"]
+    refused = resumed(data, trained, *clex)
+    assert refused.rc == CheckpointError.exit_code
+    assert "--rope-scaling-type: none -> clex" in refused.err
+    once = resumed(
+        data, trained, *clex, *asked, "--exit-interval", "4", "--save", str(tmp_path / "once")
+    )
+    assert once.rc == 0, once.err
+    assert (
+        "--rope-scaling-type clex: what it learns starts anew, which is no other than ntk"
+        in once.out
+    )
+    parts = str(tmp_path / "parts")
+    assert resumed(data, trained, *clex, *asked, "--save", parts).rc == 0
+    later = resumed(data, Path(parts), *clex, "--exit-interval", "4", "--save", parts)
+    assert later.rc == 0, later.err
+    assert "starts anew" not in later.out and later.state_hash == once.state_hash
+    manifest = read_manifest(tmp_path / "parts" / "iter_0000004")
+    assert {"rotary.up", "rotary.down", "exp_avg.rotary.down"} <= manifest.tensors.keys()
+    back = resumed(data, Path(parts), "--allow-model-change", "rope_scaling_type")
+    assert back.rc == 0, "what was learned of frequencies is left out"
+    out = tmp_path / "out"
+    assert (
+        tool(convert.main, monkeypatch, parts, out, "--no-tokenizer") == CheckpointError.exit_code
+    )
+    assert "has no --rope-scaling-type clex" in capsys.readouterr().err
 
 
 def test_a_field_that_an_older_checkpoint_lacks_is_its_version_s_default(

@@ -40,6 +40,10 @@ def after_flip(rank, ranks, changes, flipped_rank, target):
     return None
 
 
+CLEX = {
+    "model__position_embedding_type": "rope", "model__rope_scaling_type": "clex",
+    "model__rope_original_length": 8,
+}  # fmt: skip
 NO_MAJORITY = "ranks {} of {} differ, and no majority tells who is right"
 CASES = {
     "a weight over dp": (2, {}, 1, "blocks.1.attention.k.weight", NO_MAJORITY.format("0, 1", "dp")),
@@ -55,6 +59,7 @@ CASES = {
                                        NO_MAJORITY.format("0, 1", "tp")),
     "the tied table": (2, {PP: 2}, 1, "embedding.tokens.weight",
                        NO_MAJORITY.format("0, 1", "tied")),
+    "what all stages share": (2, {PP: 2} | CLEX, 1, "rotary.up", NO_MAJORITY.format("0, 1", "pp")),
     "a moment of the tied table, sharded": (
         4, {PP: 2} | GATHER, 3, "exp_avg.embedding.tokens.weight",
         NO_MAJORITY.format("1, 3", "tied"),

@@ -21,8 +21,9 @@ Cut = Literal["rows", "columns"]
 """Which side of a matrix tp splits: its outputs (column-parallel) or its inputs (row-parallel)."""
 
 
-Init = Literal["normal", "into stream", "ones", "zeros"]
-"""How a tensor starts; "into stream": normal, smaller, since it is added to the residual stream (GPT-2)."""
+Init = Literal["normal", "into stream", "fan in", "ones", "zeros"]
+"""How a tensor starts; "into stream": normal, smaller, since it is added to the residual stream (GPT-2);
+"fan in": even within 1 / sqrt(inputs)."""
 
 Format = Literal["fp32", "fp16", "bf16"]
 """Of numbers in memory."""
@@ -38,6 +39,7 @@ class Tensor:
     cuts: (axis of the rank grid, dim that it splits); every rank of the other axes has the tensor whole.
     sequence: it meets tokens that sequence parallelism splits, so that a rank's gradient is its share.
     heads: it meets heads that tp splits, with the same effect at any tp.
+    stages: every stage of a pipeline has a copy, whose gradient is that stage's share.
     storage: its number format where that is not the run's, in which it is computed with all the same.
     """
 
@@ -48,6 +50,7 @@ class Tensor:
     cuts: tuple[tuple[str, int], ...] = ()
     sequence: bool = False
     heads: bool = False
+    stages: bool = False
     vocabulary: bool = False
     storage: Format | None = None
 
@@ -267,8 +270,28 @@ class Table:
         )  # fmt: skip
 
 
-Part = Norm | Matrix | Core | Activation | Table
-PartT = TypeVar("PartT", Norm, Matrix, Core, Activation, Table)
+@dataclass(frozen=True, slots=True)
+class Slowing:
+    """How fast rotary frequencies fall as texts grow: two matrices, the same for all layers (CLEX).
+
+    pairs: of rotated channels; width: hidden features.
+    """
+
+    name: str
+    pairs: int
+    width: int
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Of its two products; the second starts at zero, which is no change of what NTK gives."""
+        up = Tensor(
+            f"{self.name}.up", (self.width, self.pairs), "weight", "fan in", heads=True, stages=True
+        )
+        yield up
+        yield replace(up, name=f"{self.name}.down", shape=(self.pairs, self.width), init="zeros")
+
+
+Part = Norm | Matrix | Core | Activation | Table | Slowing
+PartT = TypeVar("PartT", Norm, Matrix, Core, Activation, Table, Slowing)
 
 
 @dataclass(frozen=True, slots=True)
@@ -299,6 +322,7 @@ class Parts:
         return sum(math.prod(tensor.shape) for tensor in self.tensors())
 
 
+SLOWING = "rotary"
 Q_NORM, K_NORM = "attention.q_norm", "attention.k_norm"
 TOKENS, POSITIONS, HEAD, FINAL_NORM = (
     "embedding.tokens", "embedding.positions", "head", "final_norm",
@@ -310,12 +334,14 @@ class Figure:
     """A model from its tokens to its outputs: logits, or what another head makes.
 
     tied: the head multiplies with the token table; `head` then holds the final norm alone.
+    shared: what every stage of a pipeline has.
     """
 
     embedding: Parts
     layers: tuple[Parts, ...]
     head: Parts
     tied: bool
+    shared: Parts = Parts(())
 
     def kinds(self, layers: Iterable[int]) -> list[Parts]:
         """The layers of these that differ, each once."""
@@ -341,6 +367,11 @@ class Figure:
         """The table of learned positions, where there is one."""
         tables = [table for table in self.embedding.of(Table) if table.name == POSITIONS]
         return tables[0] if tables else None
+
+    @property
+    def slowing(self) -> Slowing | None:
+        """What is learned of rotary frequencies, where anything is."""
+        return next(iter(self.shared.of(Slowing)), None)
 
     @property
     def output(self) -> Table:

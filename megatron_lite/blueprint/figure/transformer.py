@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import lru_cache
 from typing import Literal
@@ -12,6 +13,7 @@ from megatron_lite.blueprint.figure.parts import (
     K_NORM,
     POSITIONS,
     Q_NORM,
+    SLOWING,
     TOKENS,
     Activation,
     Core,
@@ -19,6 +21,7 @@ from megatron_lite.blueprint.figure.parts import (
     Matrix,
     Norm,
     Parts,
+    Slowing,
     Table,
 )
 from megatron_lite.config.errors import ConfigError
@@ -44,7 +47,14 @@ def figure_of(model: ModelConfig, padded_vocab_size: int, head: str = VOCABULARY
         layers=(_layer(model),) * model.num_layers,
         head=Parts(end),
         tied=output is None,
+        shared=Parts(tuple(_shared(model))),
     )
+
+
+def _shared(model: ModelConfig) -> Iterator[Slowing]:
+    if model.position_embedding_type == "rope" and model.rope_scaling_type == "clex":
+        channels = model.rotated_channels
+        yield Slowing(SLOWING, channels // 2, model.rope_clex_width * channels)
 
 
 def _norm(model: ModelConfig, name: str, *, heads: int = 0) -> Norm:

@@ -194,6 +194,7 @@ OURS_ONLY = frozenset(
         "model.rope_attention_factor",
         "model.rope_short_factors",
         "model.rope_long_factors",
+        "model.rope_clex_width",
         "model.parallel_residual",
         "guards.on_non_finite",
         "guards.loss_spike_factor",

@@ -115,6 +115,7 @@ COMPARED: tuple[Trait, ...] = (
     ),
     _scaling("rope_short_factors", None),
     _scaling("rope_long_factors", None),
+    _scaling("rope_clex_width", 1),
     Trait(
         "window_size",
         lambda m: f"{m.window - 1},0" if m.window else "-1,0",

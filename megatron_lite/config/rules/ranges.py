@@ -65,6 +65,7 @@ RANGES: Mapping[str, ValueRange] = {
     "model.rope_beta_fast": _POSITIVE,
     "model.rope_beta_slow": _POSITIVE,
     "model.rope_attention_factor": _POSITIVE,
+    "model.rope_clex_width": _SIZE,
     "model.norm_epsilon": _BELOW_ONE,
     "model.hidden_dropout": _SHARE,
     "model.attention_dropout": _SHARE,

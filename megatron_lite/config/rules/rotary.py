@@ -43,7 +43,7 @@ def rope_scaling(config: RunConfig, world_size: int) -> Iterator[str]:
                 f"--{name.replace('_', '-')} {value} has no say with --rope-scaling-type {kind}, only "
                 f"with {', '.join(kinds)}; choose --rope-scaling-type from them, or drop it"
             )
-    if kind in ("ntk", "dynamic") and m.rotated_channels == 2:
+    if kind in ("ntk", "dynamic", "clex") and m.rotated_channels == 2:
         yield (
             f"--rope-scaling-type {kind} needs at least 4 rotated channels per head, this model has 2: "
             "take linear, or wider heads"
@@ -52,6 +52,24 @@ def rope_scaling(config: RunConfig, world_size: int) -> Iterator[str]:
         yield from _slow_below_fast(m)
     if kind == "longrope":
         yield from _a_factor_for_each_pair(m)
+    if kind == "clex":
+        yield from _whole_stretches(m)
+
+
+def _whole_stretches(m: ModelConfig) -> Iterator[str]:
+    """CLEX draws how many times the trained length a step's samples are spread over."""
+    factor, original = m.rope_scaling_factor, m.rope_original_length
+    if factor < 2 or factor != int(factor):
+        yield (
+            f"--rope-scaling-factor {factor:g}: with --rope-scaling-type clex it is the largest of the "
+            "whole stretches that are learned, from 2 on"
+        )
+    elif m.seq_length > original * factor:
+        yield (
+            f"--seq-length {m.seq_length} is more than --rope-original-length {original} x "
+            f"--rope-scaling-factor {factor:g} = {original * factor:g}, and clex spreads samples within "
+            f"that: give a factor of {-(-m.seq_length // original)}, or shorter samples"
+        )
 
 
 def _slow_below_fast(m: ModelConfig) -> Iterator[str]:

@@ -11,8 +11,8 @@ WINDOW = re.compile(r"\(?\s*(-1|[0-9]{1,9})\s*,\s*(-1|0)\s*\)?", re.ASCII)
 """--window-size as Megatron takes it; -1 is no bound, which causal attention is on the right."""
 
 SCALING = {
-    "rope_scaling_factor": ("linear", "ntk", "dynamic", "yarn", "llama3", "longrope"),
-    "rope_original_length": ("llama3", "dynamic", "yarn", "longrope"),
+    "rope_scaling_factor": ("linear", "ntk", "dynamic", "yarn", "llama3", "longrope", "clex"),
+    "rope_original_length": ("llama3", "dynamic", "yarn", "longrope", "clex"),
     "rope_low_freq_factor": ("llama3",),
     "rope_high_freq_factor": ("llama3",),
     "rope_beta_fast": ("yarn",),
@@ -21,10 +21,11 @@ SCALING = {
     "rope_attention_factor": ("yarn", "longrope"),
     "rope_short_factors": ("longrope",),
     "rope_long_factors": ("longrope",),
+    "rope_clex_width": ("clex",),
 }
 """Parameters of --rope-scaling-type -> the types that have them."""
 
-BY_LENGTH = frozenset({"dynamic", "longrope"})
+BY_LENGTH = frozenset({"dynamic", "longrope", "clex"})
 """Types whose frequencies depend on how long a text is."""
 
 ROTARY = ("rotary_base", "rotary_interleaved", "rope_scaling_type", *SCALING)
@@ -106,12 +107,13 @@ class ModelConfig:
     rotary_interleaved: bool = False
     """Rotate neighbouring channels of a head together (0 1, 2 3, ...), not one of each of its halves."""
 
-    rope_scaling_type: Literal["none", "linear", "ntk", "dynamic", "yarn", "llama3", "longrope"] = (
-        "none"
-    )
+    rope_scaling_type: Literal[
+        "none", "linear", "ntk", "dynamic", "yarn", "llama3", "longrope", "clex"
+    ] = "none"
     """How rotary positions reach beyond the trained length: `linear` divides them all by the factor, `ntk`
     enlarges the base, `dynamic` the more so the longer a text is, `yarn` and `llama3` divide slow channels
-    alone, `longrope` every channel by a number of its own; see docs/guides/long-context.md."""
+    alone, `longrope` every channel by a number of its own, `clex` learns how channels slow down as texts grow;
+    see docs/guides/long-context.md."""
 
     rope_scaling_factor: float = field(
         default=8.0, metadata={"aliases": ["--yarn-rotary-scaling-factor"]}
@@ -121,8 +123,8 @@ class ModelConfig:
     rope_original_length: int = field(
         default=8192, metadata={"aliases": ["--yarn-original-max-position-embeddings"]}
     )
-    """llama3, yarn: the trained length, whose share a channel's wavelength is measured as; dynamic, longrope:
-    texts beyond it are scaled."""
+    """llama3, yarn: the trained length, whose share a channel's wavelength is measured as; dynamic, longrope,
+    clex: texts beyond it are scaled."""
 
     rope_low_freq_factor: float = 1.0
     """llama3: channels with fewer turns than this in the trained length are slowed by the whole factor."""
@@ -152,6 +154,9 @@ class ModelConfig:
 
     rope_long_factors: str | None = None
     """longrope: the same in longer texts."""
+
+    rope_clex_width: int = 1
+    """clex: hidden features of what is learned, in multiples of the rotated channels of a head."""
 
     normalization: Literal["LayerNorm", "RMSNorm"] = field(
         default="LayerNorm", metadata={"case_insensitive": True}

@@ -3,6 +3,7 @@
     dp     all weights; without the distributed optimizer their masters and moments, too
     tp     what is not cut over it: norms, row biases, positions; with masters and moments
     tied   the token table of the first and of the last stage; with masters and moments
+    pp     what all stages share: learned rotary frequencies; with masters and moments
 
 Each copy becomes one integer; two all-reduces per axis tell whether all agree.  Only where they do
 not are the integers gathered, to say who differs.
@@ -73,6 +74,7 @@ def _copies(run: Run) -> Iterator[tuple[Axis, list[NamedSlice]]]:
     for axis, held in (
         (run.ctx.tp, [local for local in run.parameters if local.tp_dim is None]),
         (run.ctx.tied, [local for local in run.parameters if local.tied_across_stages]),
+        (run.ctx.pp, [local for local in run.parameters if local.late]),
     ):
         names = {piece.name for local in held for piece in local.pieces}
         theirs = [s for s in state if s.name.partition(".")[2] in names]
