@@ -8,7 +8,7 @@ torchrun in one process with four things added:
 
 - what is wrong on the command line of tools/pretrain_gpt.py is told once, before any rank is started
 - the exit code is that of the rank of this host that failed first by itself, 6 where a rank was lost,
-  75 where the run was asked to stop (0 where --exit-code-on-preemption says so)
+  75 where the run was asked to stop (0 where --exit-code-on-preemption says so, and of tools/serve.py)
 - a host that does not come within --distributed-timeout-minutes is named, and so are two that
   think they are the same; every host must start as many ranks as the others
 - SIGUSR1 and SIGXCPU reach the ranks as SIGTERM does; SIGHUP not under nohup
@@ -23,6 +23,7 @@ import json
 import logging
 import os
 import re
+import signal
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -46,7 +47,8 @@ from megatron_lite.train.ending.stop import stop_signals
 
 USUAL_SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT"
 LOST = DistributedError.exit_code
-TRAINER = "pretrain_gpt.py"
+TRAINER, SERVER = "pretrain_gpt.py", "serve.py"
+SERVER_ENDS = (signal.SIGINT, signal.SIGTERM)
 
 
 def main() -> int:
@@ -77,6 +79,8 @@ def main() -> int:
     except SignalException as stopped:
         if folder is not None and _stamp(folder) != before:
             return int(json.loads((folder / "ended.json").read_bytes())["exit_code"])
+        if Path(asked.training_script).name == SERVER and stopped.sigval in SERVER_ENDS:
+            return 0  # that is how a server ends
         return 128 + int(stopped.sigval)
     except DistError as error:
         first = (str(error).splitlines() or [""])[0][:200]

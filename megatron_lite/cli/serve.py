@@ -4,6 +4,7 @@ python tools/serve.py --load RUN_FOLDER --port 8000             http://127.0.0.1
 python tools/serve.py --load HUGGING_FACE_FOLDER --rows 16 --max-length 4096
 python tools/serve.py --load RUN_FOLDER --chat-template plain
 python tools/serve.py --load RUN_FOLDER --host 0.0.0.0 --api-key-file key.txt
+python tools/launch.py --nproc_per_node 2 tools/serve.py --load RUN_FOLDER --tensor-model-parallel-size 2
 
 Ctrl-C or SIGTERM ends it; answers in flight have some seconds left.
 """
@@ -16,12 +17,12 @@ import ipaddress
 import signal
 import socket
 import sys
+import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import NoReturn
-
-import torch
+from typing import NamedTuple, NoReturn
 
 from megatron_lite.cli.speaking.model import (
     Speaker,
@@ -29,60 +30,148 @@ from megatron_lite.cli.speaking.model import (
     add_model_flags,
     load_speaker,
 )
+from megatron_lite.cli.speaking.ranks import add_layout_flags, on_ranks
 from megatron_lite.config.context_length import beyond_trained
 from megatron_lite.config.errors import ConfigError, MegatronLiteError, all_together
 from megatron_lite.config.exit import ToolParser, run_tool
 from megatron_lite.config.extensions import extend
 from megatron_lite.config.extras import how_to_install
 from megatron_lite.data.chat.conversation import Renderer
-from megatron_lite.inference.generate import RunningBatch
 from megatron_lite.inference.serving.asked import Served
 from megatron_lite.inference.serving.gate import LOOPBACK, Gate
 from megatron_lite.inference.serving.model_thread import TRIES, ModelThread
+from megatron_lite.inference.serving.orders import (
+    Leader,
+    LeadingBatch,
+    OrderLine,
+    SharedBatch,
+    follow,
+)
 from megatron_lite.models.decoder import Decoder
 from megatron_lite.parallel.context import ParallelContext
-from megatron_lite.rendezvous.launch import choose_device, read_launch
+from megatron_lite.rendezvous.heartbeat import Presence
 from megatron_lite.storage.reading import read_plain
+from megatron_lite.train.ending.failures import end_process
 
 LONGEST = 4096
 """--max-length where the model's own length is larger."""
+FAREWELL_SECONDS = 1.0
 _KEY_BYTES = 4096
 
 
 def main() -> int:
     """Listen, load, answer until asked to stop."""
     asked = _parse(sys.argv[1:])
+    farewell = _Farewell()
+    return on_ranks(
+        asked, lambda ctx, presence: _work(asked, ctx, presence, farewell), farewell=farewell.say
+    )
+
+
+def _work(
+    asked: argparse.Namespace, ctx: ParallelContext, presence: Presence, farewell: _Farewell
+) -> int:
+    """Of rank 0 to serve, of the others to follow."""
+    front = _front(asked) if ctx.rank == 0 else None
+    speaker = load_speaker(asked, ctx)
+    longest = _longest(asked.max_length, speaker.model)
+    line = OrderLine.between(ctx, presence.reached)
+    size = (speaker.model, asked.rows, longest)
+    if front is not None:
+        return _lead(asked, speaker, front, line, size, farewell)
+    stop = _signals()
+    batch = SharedBatch(*size, chunk=asked.prefill_chunk)
+    follow(batch, line, ids=speaker.tokenizer.vocab_size, stop=stop.is_set)
+    return 0
+
+
+class _Front(NamedTuple):
+    """What clients meet: HTTP's modules, the socket, the key."""
+
+    app: ModuleType
+    server: ModuleType
+    listening: socket.socket
+    key: str | None
+
+
+def _front(asked: argparse.Namespace) -> _Front:
     app, server = (
         _optional(f"megatron_lite.inference.serving.{name}") for name in ("app", "server")
     )
     key = None if asked.api_key_file is None else _key(asked.api_key_file)
-    device = _device(asked)
-    listening = server.bind(asked.host, asked.port)
-    speaker = load_speaker(asked, ParallelContext.serial(device))
+    return _Front(app, server, server.bind(asked.host, asked.port), key)
+
+
+def _lead(
+    asked: argparse.Namespace, speaker: Speaker, front: _Front, line: OrderLine,
+    size: tuple[Decoder, int, int], farewell: _Farewell,
+) -> int:  # fmt: skip
+    """Serve, with the other ranks where there are any."""
     renderer = speaker.renderer(asked)
-    served = _served(asked, speaker, renderer)
-    thread = ModelThread(
-        lambda: RunningBatch(speaker.model, asked.rows, served.longest, chunk=asked.prefill_chunk),
-        max_waiting=asked.max_waiting,
-        given_up=lambda: setattr(http, "should_exit", True),
-    )
-    limits = app.RequestLimits(asked.max_body_bytes, asked.body_seconds, asked.request_seconds)
+    served = _served(asked, speaker, renderer, longest=size[2])
     hosts = LOOPBACK | set(asked.allowed_host) if _is_loopback(asked.host) else None
-    routes = app.build_app(app.Service(served, thread, limits))
-    http = server.make_server(Gate(routes, hosts=hosts, key=key))
-    _say(asked, served, listening, open_to_all=hosts is None and key is None)
-    signal.signal(signal.SIGTERM, lambda number, frame: None)  # the server hears it, and ends
+    several = line.axis.size > 1
+
+    def stop() -> None:
+        http.should_exit = True
+
+    leader = Leader(line, stop)
+
+    def make_batch() -> SharedBatch:
+        chunk = asked.prefill_chunk
+        return (
+            LeadingBatch(leader, *size, chunk=chunk) if several else SharedBatch(*size, chunk=chunk)
+        )
+
+    thread = ModelThread(
+        make_batch,
+        max_waiting=asked.max_waiting, given_up=stop, tries=1 if several else TRIES,
+        rest=leader.rest if several else None,
+    )  # fmt: skip
+    limits = front.app.RequestLimits(
+        asked.max_body_bytes, asked.body_seconds, asked.request_seconds
+    )
+    routes = front.app.build_app(front.app.Service(served, thread, limits))
+    http = front.server.make_server(Gate(routes, hosts=hosts, key=front.key))
+    _say(asked, served, front.listening, open_to_all=hosts is None and front.key is None)
+    _signals()  # the server hears them, too, and ends
+    farewell.thread = thread
     thread.start()
     try:
-        http.run(sockets=[listening])
+        http.run(sockets=[front.listening])
     finally:
-        thread.close()
+        ended = thread.close()
         renderer.sandbox.close()
-    if thread.load.down:
+    if several and thread.failure is not None:
+        raise thread.failure
+    if thread.load.down or not ended:
         raise MegatronLiteError(
             f"the model failed {TRIES} times in a row: the reasons are above - start it again"
-        )
+            if ended else "the model's step does not end: look at its device - start it again"
+        )  # fmt: skip
+    leader.end()
     return 0
+
+
+class _Farewell:
+    """What clients hear where a lost rank ends this one in the middle of a step."""
+
+    def __init__(self) -> None:
+        self.thread: ModelThread | None = None
+
+    def say(self) -> None:
+        """End all answers, and leave them a moment to reach those who wait for them."""
+        if self.thread is not None:
+            self.thread.give_up()
+            time.sleep(FAREWELL_SECONDS)
+
+
+def _signals() -> threading.Event:
+    """Set by Ctrl-C or SIGTERM, which then does nothing else."""
+    asked = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, frame: asked.set())
+    return asked
 
 
 def _optional(module: str) -> ModuleType:
@@ -96,17 +185,9 @@ def _optional(module: str) -> ModuleType:
         ) from None
 
 
-def _device(asked: argparse.Namespace) -> torch.device:
-    launch = read_launch()
-    if launch.world_size > 1:
-        raise ConfigError(
-            f"WORLD_SIZE={launch.world_size} in the environment: a model is served by one process - "
-            "start it without a launcher"
-        )
-    return choose_device(launch, use_cpu=asked.use_cpu, backend=None)
-
-
-def _served(asked: argparse.Namespace, speaker: Speaker, renderer: Renderer) -> Served:
+def _served(
+    asked: argparse.Namespace, speaker: Speaker, renderer: Renderer, *, longest: int
+) -> Served:
     tokenizer = speaker.tokenizer
     # plain is for whoever asks for it: a model that was never taught to answer continues texts
     chats = asked.chat_template is not None or renderer.name != "plain"
@@ -116,7 +197,7 @@ def _served(asked: argparse.Namespace, speaker: Speaker, renderer: Renderer) -> 
         vocab_size=tokenizer.vocab_size,
         ends=frozenset((tokenizer.eod,)),
         chat=renderer if chats else None,
-        longest=_longest(asked.max_length, speaker.model),
+        longest=longest,
         answers=asked.max_answers,
     )
 
@@ -131,7 +212,8 @@ def _longest(wanted: int | None, model: Decoder) -> int:
         raise ConfigError(
             f"--max-length {wanted}: the model has {known} learned positions - at most {known}"
         )
-    if (warning := beyond_trained(config, wanted)) is not None:
+    warning = beyond_trained(config, wanted)
+    if warning is not None and model.context.ctx.rank == 0:
         print(f"WARNING: --max-length: {warning}", file=sys.stderr)
     return wanted
 
@@ -171,6 +253,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = ToolParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_model_flags(parser)
     add = parser.add_argument
+    add_layout_flags(parser)
     add("--host", default="127.0.0.1", help="where to listen; 0.0.0.0 is every network")
     add("--port", type=int, default=8000, help="0 takes one that is free")
     add_chat_flags(parser)
@@ -217,8 +300,8 @@ def _check(asked: argparse.Namespace) -> None:
 
 
 def start() -> NoReturn:
-    """Run it, and end the process with its exit code."""
-    sys.exit(run_tool(main))
+    """Run it, and end the process with its exit code; see pretrain_gpt.py for why at once."""
+    end_process(run_tool(main))
 
 
 if __name__ == "__main__":

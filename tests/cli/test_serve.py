@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import signal
 import socket
 import sys
 from pathlib import Path
 
 import pytest
+from torch.distributed.elastic.multiprocessing.api import SignalException
 
-from megatron_lite.cli import serve
+from megatron_lite.cli import launch, serve
 from megatron_lite.cli.speaking.model import load_speaker
 from megatron_lite.config.exit import run_tool
 from megatron_lite.data.chat.conversation import Renderer
@@ -17,6 +19,8 @@ from megatron_lite.inference.serving.asked import ChatTemplate
 from megatron_lite.parallel.context import ParallelContext
 from tests.inference.served import write_model
 from tests.support.extras import needs
+from tests.support.launch import set_environment
+from tests.support.places import ROOT
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
@@ -47,18 +51,32 @@ def test_an_address_that_is_taken_and_a_key_that_is_none(
     assert "must hold one key" in capsys.readouterr().err
 
 
-def test_several_ranks_are_refused(monkeypatch, capsys) -> None:
-    needs("fastapi")
-    needs("uvicorn")
-    for name, value in {
-        "RANK": "0",
-        "WORLD_SIZE": "2",
-        "MASTER_ADDR": "a",
-        "MASTER_PORT": "1",
-    }.items():
-        monkeypatch.setenv(name, value)
-    assert run(monkeypatch, "--port", 0) == 2
-    assert "WORLD_SIZE=2" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("started", "words", "said"),
+    [(2, [], "are 1 ranks, 2 were started"),
+     (1, ["--tensor-model-parallel-size", 2], "are 2 ranks, 1 were started")],
+    ids=["more", "fewer"],
+)  # fmt: skip
+def test_ranks_that_the_model_is_not_cut_for_are_refused(
+    monkeypatch, capsys, started, words, said
+) -> None:
+    names = {"RANK": 0, "WORLD_SIZE": started, "MASTER_ADDR": "a", "MASTER_PORT": 1}
+    set_environment(monkeypatch, {name: str(value) for name, value in names.items()})
+    assert run(monkeypatch, "--port", 0, *words) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_launcher_that_is_asked_to_stop_ends_as_the_server_does(monkeypatch) -> None:
+    def stopped(asked: object) -> None:
+        raise SignalException("stop", signal.SIGTERM)
+
+    monkeypatch.setattr(launch, "_run", stopped)
+    codes = {}
+    for script in ("serve.py", "generate.py"):
+        words = ["launch.py", "--nproc_per_node", "2", str(ROOT / "tools" / script)]
+        monkeypatch.setattr(sys, "argv", words)
+        codes[script] = run_tool(launch.main)
+    assert codes == {"serve.py": 0, "generate.py": 143}
 
 
 def test_without_its_packages_the_extra_is_named(monkeypatch, capsys) -> None:
@@ -77,7 +95,7 @@ def test_a_model_chats_by_its_own_template_or_the_one_asked_for(tmp_path: Path) 
     def chat(*words: str) -> ChatTemplate | None:
         asked = serve._parse(["--load", str(folder), "--use-cpu", *words])
         speaker = load_speaker(asked, ParallelContext.serial())
-        return serve._served(asked, speaker, speaker.renderer(asked)).chat
+        return serve._served(asked, speaker, speaker.renderer(asked), longest=9).chat
 
     assert chat() is None  # a model that was never taught to answer
     plain = chat("--chat-template", "plain")

@@ -26,7 +26,7 @@ LONGEST = 96
 
 def write_model(folder: Path) -> Path:
     """A GPT-2 of Hugging Face's with 262 ids and LONGEST positions."""
-    gpt2(n_positions=LONGEST).save_pretrained(folder)
+    gpt2(n_positions=LONGEST, n_head=4).save_pretrained(folder)
     tokenizer_files(folder, "vocab.json", "merges.txt")
     return folder
 

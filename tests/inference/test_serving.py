@@ -242,7 +242,7 @@ def test_a_model_that_only_fails_is_given_up(model, capfd) -> None:
     with serving(*model) as server:
         server.conduct.crashes = 10
         found = [server.ask(COMPLETIONS, {"prompt": "the"})[0] for _ in range(4)]
-        assert found == [500, 500, 500, 503]
+        assert found == [500, 500, 503, 503]
         assert server.ask("/health")[0] == 503
     assert "3 times in a row: it is given up" in capfd.readouterr().err
 

@@ -1,4 +1,4 @@
-"""launch(ranks, argv): the real tools/pretrain_gpt.py on gloo ranks, with a deadline and no orphans.
+"""launch(ranks, argv): the real tools/pretrain_gpt.py, or another, on gloo ranks, and no orphans.
 
 Ranks come from the preloaded forkserver, so they start in a moment, but are processes of their own:
 own session, own stdout and stderr in files, real signals, real exit codes.
@@ -11,6 +11,7 @@ own session, own stdout and stderr in files, real signals, real exit codes.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 import signal
 import sys
@@ -83,7 +84,7 @@ class StillAlive(AssertionError):
     """Ranks ran past the deadline (they have been killed), or left processes behind."""
 
 
-def _rank_main(argv: Sequence[str], env: dict[str, str], out: str, err: str) -> None:
+def _rank_main(tool: str, argv: Sequence[str], env: dict[str, str], out: str, err: str) -> None:
     os.setsid()  # what this rank starts can be found and ended with it
     for descriptor, path in ((1, out), (2, err)):
         opened = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
@@ -93,10 +94,8 @@ def _rank_main(argv: Sequence[str], env: dict[str, str], out: str, err: str) -> 
     for name in LAUNCHER_NAMES:
         os.environ.pop(name, None)
     os.environ.update(env)
-    sys.argv = [str(TOOL), *argv]
-    from megatron_lite.cli import pretrain_gpt
-
-    sys.exit(pretrain_gpt.run())
+    sys.argv = [str(TOOL.with_name(f"{tool}.py")), *argv]
+    importlib.import_module(f"megatron_lite.cli.{tool}").start()
 
 
 @dataclass
@@ -203,6 +202,7 @@ def start(
     fault: str | None = None,
     only: Sequence[int] | None = None,
     outputs: dict[str, str] | None = None,
+    tool: str = "pretrain_gpt",
 ) -> Running:
     """Start the ranks; argv and env may be functions of the rank, a None in env unsets the name.
 
@@ -225,6 +225,7 @@ def start(
         process = _context().Process(
             target=_rank_main,
             args=(
+                tool,
                 list(argv(rank) if callable(argv) else argv),
                 {name: value for name, value in given.items() if value is not None},
                 *(str(Path(folder.name) / f"{rank}.{stream}") for stream in ("out", "err")),

@@ -33,11 +33,18 @@ def add_layout_flags(parser: argparse.ArgumentParser) -> None:
         )
 
 
-def on_ranks(asked: argparse.Namespace, work: RanksWork, *, further: bool = False) -> int:
+def on_ranks(
+    asked: argparse.Namespace,
+    work: RanksWork,
+    *,
+    further: bool = False,
+    farewell: Callable[[], None] = lambda: None,
+) -> int:
     """Join the other ranks, where there are any, and work; a lost rank ends the others with its name.
 
     asked: with the flags of add_layout_flags, use_cpu and debug.  further: whether more ranks than
-    share the model may come, as data-parallel ones.
+    share the model may come, as data-parallel ones.  farewell: called before a lost rank ends this
+    process, whatever its main thread is at.
     """
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # our one line says more of a lost rank
     launch = read_launch()
@@ -52,9 +59,14 @@ def on_ranks(asked: argparse.Namespace, work: RanksWork, *, further: bool = Fals
     failures = Failures(
         launch.rank, folder=None, debug=asked.debug, speaks_first=launch.local_rank == 0
     )
+
+    def lost(verdict: str) -> None:
+        farewell()
+        failures.lost(verdict)
+
     try:
         failures.device = device
-        world = gather_ranks(launch, parallel, end=failures.lost)
+        world = gather_ranks(launch, parallel, end=lost)
         failures.presence = world.presence
         start_process_group(launch, parallel, device, world)
         grid = draw_grid(parallel, launch.world_size)

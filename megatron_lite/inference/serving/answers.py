@@ -33,6 +33,8 @@ class AnswerChoice:
                 raise RequestRefused(
                     500, "the model failed while it answered; it begins again: ask again"
                 )
+            if event.why == "down":
+                raise RequestRefused(503, "the model is not served any more")
             new = self.stream.finish()
             self.finish = "stop" if self.stream.found else event.why
         else:

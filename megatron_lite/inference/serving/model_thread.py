@@ -3,11 +3,13 @@
     submit ─▶ waiting, first come first served ─▶ a row of the running batch ─▶ deliver tokens, Ending
 
 A failure of the model ends the jobs that were in the batch, each with what went wrong; those that
-wait go on in a new batch.  Three in a row without a token between them, and nothing is tried again.
+wait go on in a new batch.  Three in a row without a token between them, and nothing is tried again;
+one is enough where other ranks share the model, which do not begin anew with this one.
 """
 
 from __future__ import annotations
 
+import gc
 import sys
 import threading
 import time
@@ -22,6 +24,9 @@ from megatron_lite.inference.serving.picking import Chance, Picker
 TRIES = 3
 """Failures of the model without a token between them after which it is given up."""
 
+REST_SECONDS = 2.0
+"""Between two looks after the other ranks while nothing is asked."""
+
 
 @dataclass(frozen=True, slots=True)
 class AnswerToken:
@@ -35,7 +40,7 @@ class AnswerToken:
 class Ending:
     """Nothing follows: the answer is whole, it reached its length, or the model failed."""
 
-    why: str  # "stop", "length" or "failed"
+    why: str  # "stop", "length", "failed", or "down" where nothing is tried again
 
 
 class AnswerJob:
@@ -74,7 +79,8 @@ class ModelThread:
     """Carries out jobs, in as many rows at once as its batch has.
 
     make_batch: a new, empty one, at the start and after a failure.  given_up: called once when
-    nothing is tried again.
+    nothing is tried again, after so many failures in a row.  rest: called now and then, where
+    nothing is asked; None: the thread sleeps.
     """
 
     def __init__(
@@ -83,8 +89,12 @@ class ModelThread:
         *,
         max_waiting: int,
         given_up: Callable[[], None] = lambda: None,
+        tries: int = TRIES,
+        rest: Callable[[], None] | None = None,
     ) -> None:
         self._make_batch, self._max_waiting, self._given_up = make_batch, max_waiting, given_up
+        self._tries, self._rest = tries, rest
+        self.failure: BaseException | None = None  # the one after which nothing is tried again
         self._waiting: deque[AnswerJob] = deque()
         self._running: dict[int, AnswerJob] = {}
         self._numbered = 0
@@ -115,30 +125,47 @@ class ModelThread:
             waiting = sum(not job.cancelled for job in self._waiting)
             return Load(len(self._running), waiting, self._crashes, self._down)
 
-    def close(self, seconds: float = 10.0) -> None:
-        """End what is in flight; the thread stops after its step."""
+    def close(self, seconds: float = 10.0) -> bool:
+        """End what is in flight; the thread stops after its step.  Returns whether it has."""
         with self._changed:
             self._closing = True
             self._changed.notify()
         self._thread.join(seconds)
+        return not self._thread.is_alive()
+
+    def give_up(self) -> None:
+        """End all answers, from another thread: the step that this one is in may never end."""
+        with self._changed:
+            self._down = True
+            self._changed.notify()
+        self._end_all(running_only=False)
+        self._given_up()
 
     def _serve(self) -> None:
         while not (self._closing or self._down):
             try:
                 self._carry_on(self._make_batch())
-            except Exception as error:
+            except BaseException as error:  # whatever it is: those who wait must hear of it
                 self._crashed(error)
+            gc.collect()  # a batch refers to itself, and the next one needs the memory of its cache
         self._end_all(running_only=False)
 
     def _carry_on(self, batch: RunningBatch) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._closing or self._waiting or self._running)
-                if self._closing:
+                self._changed.wait_for(
+                    lambda: self._closing or self._down or self._waiting or self._running,
+                    None if self._rest is None else REST_SECONDS,
+                )
+                if self._closing or self._down:
                     return
                 self._leave(batch)
                 self._join(batch)
-            for token in [] if batch.is_empty else batch.step():
+            if batch.is_empty:
+                if self._rest is not None:
+                    self._rest()
+                continue
+            for token in batch.step():
                 self._hand_on(token)
 
     def _leave(self, batch: RunningBatch) -> None:
@@ -158,7 +185,9 @@ class ModelThread:
     def _hand_on(self, token: Token) -> None:
         self._vain = 0
         with self._changed:
-            job = self._running[token.request]
+            job = self._running.get(token.request)
+            if job is None:  # it was given up
+                return
             if token.end is not None:
                 del self._running[token.request]
         if token.id is not None:
@@ -166,20 +195,25 @@ class ModelThread:
         if token.end is not None:
             job.deliver(Ending("stop" if token.end == "eod" else "length"))
 
-    def _crashed(self, error: Exception) -> None:
+    def _crashed(self, error: BaseException) -> None:
         with self._changed:
+            if self._down:  # given up from outside, and now its step has ended, too
+                return
             self._crashes += 1
             self._vain += 1
-            self._down = self._vain >= TRIES
+            self._down = self._vain >= self._tries or not isinstance(error, Exception)
             running = len(self._running)
+        times = f"{self._vain} times in a row: it" if self._vain > 1 else "it"
         print(
             f"ERROR: the model failed with {running} answers in flight, which end here; "
-            + (f"{TRIES} times in a row: it is given up" if self._down else "it begins again"),
+            + (f"{times} is given up" if self._down else "it begins again"),
             file=sys.stderr,
         )
-        traceback.print_exception(error)
+        if self._tries > 1:  # of the only one the program's end speaks
+            traceback.print_exception(error)
         self._end_all(running_only=not self._down)
         if self._down:
+            self.failure = error
             self._given_up()
         else:
             time.sleep(0.1 * self._vain)
@@ -191,5 +225,6 @@ class ModelThread:
             if not running_only:
                 jobs += self._waiting
                 self._waiting.clear()
+            ending = Ending("down" if self._down or self._closing else "failed")
         for job in jobs:
-            job.deliver(Ending("failed"))
+            job.deliver(ending)

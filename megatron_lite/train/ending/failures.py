@@ -14,7 +14,7 @@ import time
 import traceback
 from pathlib import Path
 from types import FrameType
-from typing import Protocol
+from typing import NoReturn, Protocol
 
 import torch
 
@@ -196,7 +196,7 @@ def failed_collective(error: RuntimeError) -> bool:
     return isinstance(error, torch.distributed.DistError) or any(sign in text for sign in SIGNS)
 
 
-def end_process(code: int) -> None:
+def end_process(code: int) -> NoReturn:
     """End without destructors: those of a process group wait for ranks that are gone."""
     settle_output()
     os._exit(code)
