@@ -38,6 +38,8 @@ Arrived = tuple[int, AnswerToken | Ending]
 DRAIN = 32
 """A body that is too long is read up to so many times the limit, so that its sender hears why."""
 
+LOOKS = ["GET", "HEAD"]
+
 
 @dataclass(frozen=True, slots=True)
 class RequestLimits:
@@ -227,11 +229,11 @@ def build_app(service: Service) -> FastAPI:
     app = FastAPI(title="megatron_lite", docs_url=None, redoc_url=None, openapi_url=None)
     page = files("megatron_lite.inference.serving").joinpath("page.html").read_text("utf-8")
 
-    @app.get("/")
+    @app.api_route("/", methods=LOOKS)
     async def show_page() -> Response:
         return HTMLResponse(page)
 
-    @app.get("/health")
+    @app.api_route("/health", methods=LOOKS)
     async def health() -> Response:
         load = service.model.load
         said = {"running": load.running, "waiting": load.waiting, "crashes": load.crashes}
@@ -239,11 +241,11 @@ def build_app(service: Service) -> FastAPI:
             return JSONResponse({"status": "down", **said}, 503)
         return JSONResponse({"status": "ok", **said})
 
-    @app.get("/v1/models")
+    @app.api_route("/v1/models", methods=LOOKS)
     async def models() -> Response:
         return JSONResponse({"object": "list", "data": [service.card]})
 
-    @app.get("/v1/models/{name:path}")
+    @app.api_route("/v1/models/{name:path}", methods=LOOKS)
     async def model(name: str) -> Response:
         if name != service.served.name:
             raise RequestRefused(
@@ -274,7 +276,8 @@ def _add_errors(app: FastAPI) -> None:
     @app.exception_handler(HTTPException)
     async def no_route(request: Request, error: HTTPException) -> Response:
         said = f"{request.method} {request.url.path}: {error.detail}"
-        return JSONResponse(RequestRefused(error.status_code, said).body, error.status_code)
+        body = RequestRefused(error.status_code, said).body
+        return JSONResponse(body, error.status_code, error.headers)
 
     @app.exception_handler(ClientDisconnect)
     async def left(request: Request, error: ClientDisconnect) -> Response:

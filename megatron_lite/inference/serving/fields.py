@@ -115,7 +115,9 @@ class Fields:
         left = sorted(self.given.keys() - self._taken)
         if left:
             raise RequestRefused(
-                400, f"{_short(left[0])} is no field that is known here", param=left[0][:100]
+                400,
+                f"{_short(left[0])} is no field that is known here",
+                param=_short(left[0])[1:-1],
             )
 
 

@@ -47,7 +47,7 @@ class OrderLine:
         group = dist.new_group(backend="gloo", timeout=_PATIENCE) if world.size > 1 else None
         return cls(Axis("orders", world.rank, world.size, world.ranks, group), heard)
 
-    def exchange(self, kind: int, words: bytes = b"", *, stop: bool = False) -> Order:
+    def exchange(self, kind: int, words: bytes = b"", *, stop: bool = False) -> RankOrder:
         """What rank 0 says, on every rank; the others say 0 and no words."""
         head = all_reduce(torch.tensor([kind, len(words), int(stop)]), self.axis)
         kind, length, stops = head.tolist()
@@ -58,11 +58,11 @@ class OrderLine:
             words = bytes(all_reduce(letters, self.axis).numpy())
         self._count += 1
         self.heard(self._count)
-        return Order(kind, json.loads(words) if length else [], stop=stops > 0)
+        return RankOrder(kind, json.loads(words) if length else [], stop=stops > 0)
 
 
 @dataclass(frozen=True, slots=True)
-class Order:
+class RankOrder:
     """changes: texts that join or leave, in their order.  stop: a rank is asked to stop."""
 
     kind: int
