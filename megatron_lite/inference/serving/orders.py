@@ -25,7 +25,7 @@ from megatron_lite.inference.serving.picking import Picker, Settings, share_chan
 from megatron_lite.parallel.collectives import all_reduce
 from megatron_lite.parallel.context import Axis, ParallelContext
 
-_PATIENCE = timedelta(days=7)  # nobody asks for a night: who is lost is the business of the watch
+_PATIENCE = timedelta(days=7)  # no request for a night is no failure: the watch finds who is lost
 _REST, _STEP, _END = range(3)
 
 
