@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
 from megatron_lite.blueprint.batches import BatchSchedule, batch_schedule, padded_vocab_size
+from megatron_lite.blueprint.figure.adapters import with_adapters
 from megatron_lite.blueprint.figure.parts import Figure, Tensor
 from megatron_lite.blueprint.figure.transformer import figure_of
 from megatron_lite.blueprint.flops import flops_per_token
@@ -91,6 +92,11 @@ class Blueprint:
         """Parameters of the model, padding included, tied ones once."""
         return total_size(self.parameters)
 
+    @property
+    def num_trained(self) -> int:
+        """Those of them that are not frozen."""
+        return total_size(spec for spec in self.parameters if not spec.tensor.frozen)
+
     def held(self, pp_rank: int) -> Holding:
         """What one rank (any tp and dp) of a pp rank holds."""
         return self._holdings[pp_rank]
@@ -161,7 +167,7 @@ def draw_up(config: RunConfig, world_size: int) -> Blueprint:
     batches = batch_schedule(train, seq_length=model.seq_length, dp=grid.dp)
     length = run_length(train, batches)
     head = OBJECTIVES[train.objective].head
-    figure = figure_of(model, padded, head)
+    figure = with_adapters(figure_of(model, padded, head), config.lora, model)
     parameters = table_of(figure, stages)
     check_states(config.optim, (spec.tensor for spec in parameters), grid.tp)
     return Blueprint(
@@ -177,8 +183,8 @@ def draw_up(config: RunConfig, world_size: int) -> Blueprint:
         length=length,
         parameters=parameters,
         optim=config.optim,
-        flops_per_token_full=flops_per_token(model, padded, attention="full", head=head),
-        flops_per_token_causal=flops_per_token(model, padded, attention="causal", head=head),
+        flops_per_token_full=flops_per_token(model, padded, attention="full", figure=figure),
+        flops_per_token_causal=flops_per_token(model, padded, attention="causal", figure=figure),
         notes=tuple(notes),
     )
 

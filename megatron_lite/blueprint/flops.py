@@ -24,8 +24,18 @@ Recompute = Literal["full", "selective"]
 
 def layer_forward(layer: Parts, seq_length: int, attention: Attention = "full") -> int:
     """FLOPs of one layer's forward per token."""
-    products = sum(2 * matrix.size for matrix in layer.of(Matrix))
+    products = sum(2 * matrix.size for matrix in layer.of(Matrix)) + _beside(layer)
     return products + core_forward(layer, seq_length, attention)
+
+
+def layer_weights(layer: Parts) -> int:
+    """FLOPs of its weight gradients per token: none of what is frozen."""
+    return sum(2 * matrix.size for matrix in layer.of(Matrix) if not matrix.frozen) + _beside(layer)
+
+
+def _beside(layer: Parts) -> int:
+    """FLOPs of its adapters' forward."""
+    return sum(2 * matrix.adapter.size for matrix in layer.of(Matrix) if matrix.adapter)
 
 
 def core_forward(layer: Parts, seq_length: int, attention: Attention = "full") -> int:
@@ -50,6 +60,11 @@ def head_forward(figure: Figure) -> int:
     return 2 * figure.output.size
 
 
+def head_weights(figure: Figure) -> int:
+    """FLOPs per token of its gradient."""
+    return 0 if figure.output.frozen else head_forward(figure)
+
+
 def cores_forward(figure: Figure, seq_length: int, attention: Attention = "full") -> int:
     """Those of all attention cores."""
     return int(figure.total(lambda layer: core_forward(layer, seq_length, attention)))
@@ -62,15 +77,22 @@ def flops_per_token(
     attention: Attention = "full",
     recompute: Recompute | None = None,
     head: str = VOCABULARY,
+    figure: Figure | None = None,
 ) -> int:
     """FLOPs of forward and backward per token; with recompute, of what the hardware really does.
 
+    figure: of what is built and trained, all of the model by default.
+
     full recompute runs every block's forward a second time, selective only the core of attention.
     """
-    figure, s = figure_of(model, padded_vocab_size, head), model.seq_length
+    figure, s = figure or figure_of(model, padded_vocab_size, head), model.seq_length
     layers = int(figure.total(lambda layer: layer_forward(layer, s, attention)))
-    again = {None: 0, "selective": cores_forward(figure, s, attention), "full": layers}
-    return 3 * (layers + head_forward(figure)) + again[recompute]
+    cores = cores_forward(figure, s, attention)
+    # an input's gradient repeats forward's products, and attention's core has two factors
+    inputs, weights = layers + cores, int(figure.total(layer_weights))
+    again = {None: 0, "selective": cores, "full": layers}
+    heads = 2 * head_forward(figure) + head_weights(figure)
+    return layers + inputs + weights + heads + again[recompute]
 
 
 def flops_per_step(

@@ -16,13 +16,20 @@ from megatron_lite.config.sections.optim import OptimConfig
 class Holding:
     """Of one rank, any tp and dp, that has some of the stages; replicas included.
 
-    formats: parameters by the number format they are stored in, None for the run's.
+    formats: parameters by the number format they are stored in, None for the run's; trained: likewise,
+    of those that are not frozen.
     state_bytes: of optimizer state, masters apart; where ranks of dp share it, together.
     """
 
     parameters: int
     formats: Mapping[Format | None, int]
+    trained: Mapping[Format | None, int]
     state_bytes: int
+
+    @property
+    def num_trained(self) -> int:
+        """Parameters that are not frozen."""
+        return sum(self.trained.values())
 
 
 def holding(
@@ -31,9 +38,12 @@ def holding(
     """What these stages hold, each tensor once: a rank that has both ends has one tied embedding."""
     held = {spec.name: spec.tensor for spec in table if spec.stage in stages}
     formats: dict[Format | None, int] = {}
+    trained: dict[Format | None, int] = {}
     states = 0
     for tensor in held.values():
         local = tensor.local(tp)
         formats[tensor.storage] = formats.get(tensor.storage, 0) + math.prod(local)
+        if not tensor.frozen:
+            trained[tensor.storage] = trained.get(tensor.storage, 0) + math.prod(local)
         states += state_bytes(optim, tensor, local)
-    return Holding(sum(formats.values()), formats, states)
+    return Holding(sum(formats.values()), formats, trained, states)

@@ -59,6 +59,9 @@ class Treatment:
         return self.needs_whole_matrix or summed
 
 
+FOR_GOOD = 1 << 62
+"""The first update of what is frozen for good."""
+FROZEN = Treatment("frozen", first_update=FOR_GOOD)
 ADAM = Treatment("adam", (State("exp_avg"), State("exp_avg_sq")))
 PLAIN_SGD = Treatment("sgd")
 MOMENTUM = Treatment("sgd", (State("momentum"),))
@@ -84,6 +87,8 @@ OPTIMIZERS: Registry[Callable[[OptimConfig, Tensor], Treatment]] = Registry(
 
 def treatment(optim: OptimConfig, tensor: Tensor) -> Treatment:
     """How the run's optimizer updates a tensor."""
+    if tensor.frozen:
+        return FROZEN
     how = OPTIMIZERS[optim.optimizer](optim, tensor)
     if not isinstance(how, Treatment) or len({state.name for state in how.states}) < len(
         how.states

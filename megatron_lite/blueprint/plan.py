@@ -55,6 +55,9 @@ def _model(blueprint: Blueprint) -> Iterator[str]:
 
 def _parameters(blueprint: Blueprint) -> Iterator[str]:
     yield f"{blueprint.num_parameters:,} in all"
+    if blueprint.num_trained < blueprint.num_parameters:
+        share = blueprint.num_trained / blueprint.num_parameters
+        yield f"{blueprint.num_trained:,} of them are trained ({share:.2%}), the others frozen"
     for pp_rank in range(blueprint.grid.pp):
         stages = "; ".join(_stage(stage) for stage in blueprint.stages_of(pp_rank))
         yield f"{blueprint.held(pp_rank).parameters:,} per rank of pp {pp_rank}: {stages}"

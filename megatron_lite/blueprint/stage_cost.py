@@ -5,7 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from megatron_lite.blueprint.figure.parts import Figure, Parts
-from megatron_lite.blueprint.flops import core_forward, head_forward, layer_forward
+from megatron_lite.blueprint.flops import (
+    core_forward,
+    head_forward,
+    head_weights,
+    layer_forward,
+    layer_weights,
+)
 from megatron_lite.blueprint.schedules.actions import Action, Op
 from megatron_lite.blueprint.schedules.simulate import Cost
 from megatron_lite.blueprint.stages import StageLayers
@@ -26,13 +32,15 @@ def flops_cost(figure: Figure, stages: Sequence[StageLayers], seq_length: int) -
         return core_forward(layer, seq_length, "causal")
 
     def of_stage(stage: StageLayers) -> dict[Op, float]:
-        layers, cores = (figure.total(value, stage.layers) for value in (whole, core))
-        head = head_forward(figure) * stage.has_head
+        layers, cores, weights = (
+            figure.total(value, stage.layers) for value in (whole, core, layer_weights)
+        )
+        head, of_head = (value(figure) * stage.has_head for value in (head_forward, head_weights))
         return {
             Op.F: layers + head,
             Op.I: layers + cores + head,
-            Op.W: layers - cores + head,
-            Op.B: 2 * (layers + head),
+            Op.W: weights + of_head,
+            Op.B: layers + cores + weights + head + of_head,
         }
 
     costs = [of_stage(stage) for stage in stages]

@@ -11,8 +11,10 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
 
+from megatron_lite.blueprint.figure.adapters import with_adapters
 from megatron_lite.blueprint.figure.heads import VOCABULARY
-from megatron_lite.blueprint.parameters import parameter_table
+from megatron_lite.blueprint.figure.transformer import figure_of
+from megatron_lite.blueprint.parameters import table_of
 from megatron_lite.blueprint.stages import cut_stages
 from megatron_lite.checkpoint.manifest import NAME, Manifest
 from megatron_lite.checkpoint.schema import mapping
@@ -21,12 +23,14 @@ from megatron_lite.config.flags.settings import settings
 from megatron_lite.config.flags.values import from_yaml
 from megatron_lite.config.objectives import LANGUAGE_MODEL, OBJECTIVES
 from megatron_lite.config.rules.model_identity import COMPARED, defaults_before
-from megatron_lite.config.rules.table import model_problems
+from megatron_lite.config.rules.table import lora_problems, model_problems
+from megatron_lite.config.sections.lora import LoraConfig
 from megatron_lite.config.sections.model import ModelConfig
 from megatron_lite.parallel.shard import MASTER
 
 Section = TypeVar("Section")
 _SHOWN = 5
+_MOST_LAYERS = 10_000  # of a model with adapters, which may be fewer tensors than layers
 
 
 def saved_section(manifest: Manifest, kind: type[Section], name: str, folder: Path) -> Section:
@@ -50,6 +54,11 @@ def saved_objective(manifest: Manifest, folder: Path) -> str:
             f"(it has {', '.join(OBJECTIVES)}): name the file that has it with --extend"
         )
     return name
+
+
+def saved_adapters(manifest: Manifest, folder: Path) -> LoraConfig:
+    """What of --lora-* the weights are; all off where they are a whole model."""
+    return saved_section(manifest, LoraConfig, "lora", folder)
 
 
 def saved_model(manifest: Manifest, folder: Path, *, head: str | None = VOCABULARY) -> ModelConfig:
@@ -82,7 +91,9 @@ def saved_model(manifest: Manifest, folder: Path, *, head: str | None = VOCABULA
     model = ModelConfig(**values)
     if model.vocab_size is None:
         raise CheckpointError(f"{path} does not say its model's vocab_size")
-    problems = model_problems(model) or list(_misfits(model, manifest, saved_head))
+    lora = saved_adapters(manifest, folder)
+    problems = model_problems(model) or (lora_problems(lora, model) if lora.on else [])
+    problems = problems or list(_misfits(model, lora, manifest, saved_head))
     if problems:
         more = f"; and {len(problems) - _SHOWN} more" if problems[_SHOWN:] else ""
         raise CheckpointError(
@@ -113,16 +124,18 @@ def _stored(manifest: Manifest, name: str, path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is damaged: {error}") from None
 
 
-def _misfits(model: ModelConfig, manifest: Manifest, head: str) -> Iterator[str]:
-    """Weights that are missing, too many, or of another shape than the model's."""
-    if model.num_layers > len(manifest.tensors):  # before a table is made of what it claims
+def _misfits(model: ModelConfig, lora: LoraConfig, manifest: Manifest, head: str) -> Iterator[str]:
+    """Weights that are missing, too many, or of another shape than the model's, or its adapters'."""
+    few = 0 if lora.on else len(manifest.tensors)  # a table alone may have adapters
+    if model.num_layers > max(
+        few, _MOST_LAYERS * lora.on
+    ):  # before a table is made of what it claims
         yield f"num_layers {model.num_layers}, but {len(manifest.tensors)} tensors are stored"
         return
     assert model.vocab_size is not None
-    table = parameter_table(
-        model, cut_stages([model.num_layers]), padded_vocab_size=model.vocab_size, head=head
-    )
-    shapes = {spec.name: spec.shape for spec in table}
+    figure = with_adapters(figure_of(model, model.vocab_size, head), lora, model)
+    table = table_of(figure, tuple(cut_stages([model.num_layers])))
+    shapes = {spec.name: spec.shape for spec in table if not (lora.on and spec.tensor.frozen)}
     for name, shape in shapes.items():
         stored = manifest.tensors.get(name) or manifest.tensors.get(MASTER + name)
         if stored is None:

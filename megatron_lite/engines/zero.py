@@ -98,6 +98,9 @@ class ZeroEngine:
         self._overlap_gather = parallel.overlap_param_gather
         # where sharded, each replica has other rows; else the sum over tp x pp is whole on each
         self._sums = ctx.world if self.sharded else ctx.model
+        self._all = [local for held in stages.values() for local in held]
+        # what never trains has weights alone: no accumulators, masters or state
+        stages = {stage: [p for p in held if self._learns(p)] for stage, held in stages.items()}
         self._stage_of = {p.parameter: stage for stage, held in stages.items() for p in held}
         self._locals = [local for held in stages.values() for local in held]
         bucket_size = bucket_elements(parallel, ctx.replicas.size)
@@ -123,6 +126,10 @@ class ZeroEngine:
         self._turns = {self.groups.treatment(piece.spec).first_update for piece in pieces}
         self._choose_trained()
 
+    def _learns(self, local: LocalParameter) -> bool:
+        """Whether any update changes it."""
+        return not all(piece.spec.frozen for piece in local.pieces)
+
     def _trains(self, piece: ParameterPiece) -> bool:
         return self.groups.trains(piece.spec, self._steps)
 
@@ -130,7 +137,7 @@ class ZeroEngine:
         """Let autograd compute, and buckets await, gradients of what the next update changes."""
         self._trained = self.groups.trained(self._held, self._steps)
         self._frozen = [held for held in self._held if not self._trains(held.piece)]
-        for local in self._locals:
+        for local in self._all:
             local.parameter.requires_grad_(any(map(self._trains, local.pieces)))
 
     def _hold(self, local: LocalParameter) -> Iterator[_Held]:
@@ -317,7 +324,9 @@ class ZeroEngine:
     def wait_for(self, parameters: Iterable[Tensor]) -> None:
         """Wait until these parameters are all-gathered: called before a layer's forward."""
         for parameter in parameters:
-            self._buckets[self._stage_of[parameter]].wait_for(parameter)  # type: ignore[index]
+            stage = self._stage_of.get(parameter)  # type: ignore[call-overload]
+            if stage is not None:  # else it is frozen, and always whole
+                self._buckets[stage].wait_for(parameter)
 
     def layer_hooks(self, parameters: Sequence[Tensor]) -> None:
         """None needed: parameters are always whole except during an all-gather, which wait_for() ends."""
@@ -346,7 +355,7 @@ class ZeroEngine:
     def weights(self, *, owned: bool) -> Iterator[NamedSlice]:
         """The model's tensors as named slices (views): this rank's primary copies, or all it holds."""
         self.wait_for_param_gather()
-        yield from weight_slices(self._locals, self.ctx, owned=owned)
+        yield from weight_slices(self._all, self.ctx, owned=owned)
 
     def gradients(self, *, owned: bool) -> Iterator[NamedSlice]:
         """The accumulators this rank updates from, likewise; before reduce() its own sums."""

@@ -93,8 +93,8 @@ class SelfAttention(nn.Module):
         self.core = parts.named("attention.core", Core)
         self.heads = self.core.heads // context.tp.size
         self.kv_heads = self.core.kv_heads // context.tp.size
-        self.qkv = ColumnParallelLinear(context, parts.named("attention.qkv", Matrix))
-        self.output = RowParallelLinear(context, parts.named("attention.output", Matrix))
+        self.qkv = ColumnParallelLinear(context, parts.named("attention.qkv", Matrix), layer)
+        self.output = RowParallelLinear(context, parts.named("attention.output", Matrix), layer)
         norms = [part for part in parts.of(Norm) if part.heads]
         self.normed, rotated = bool(norms), self.core.rotated > 0
         self.split_rotate = context.choose("split_rotate", computes=rotated and not norms)
@@ -112,7 +112,7 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor, at: ForwardContext) -> Tensor:
         """x: [s/tp, b, h] with sequence parallelism, else [s, b, h] -> the same, without output.late_bias."""
-        fused = self.qkv(x)  # [s, b, (n + 2m)d/tp]
+        fused = self.qkv(x, at)  # [s, b, (n + 2m)d/tp]
         q, k, v = self._split(fused, at)  # [b, n/tp, s, d]
         run = self.kernels[at.dropout is not None, at.segments is not None]
         if self.groups is not None and at.training:
@@ -123,7 +123,7 @@ class SelfAttention(nn.Module):
             run = run if seen is None else self.ragged
         call = self._call(at, q.shape[2], k.shape[2], seen)
         y = recomputed_part(self.context.recompute, "core_attn", run, q, k, v, call)
-        return self.output(y.permute(2, 0, 1, 3).flatten(2))
+        return self.output(y.permute(2, 0, 1, 3).flatten(2), at)
 
     def _split(self, fused: Tensor, at: ForwardContext) -> tuple[Tensor, Tensor, Tensor]:
         """fused: [s, b, (n + 2m)d/tp] -> q [b, n/tp, s, d] and k, v [b, m/tp, s, d], normed and turned."""

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from megatron_lite.layers.cross_entropy import Scoring, VocabularyScores, score, scored_again
 from megatron_lite.layers.gradients import WeightGradients
-from megatron_lite.layers.linear import Products, TPComm
+from megatron_lite.layers.product import Products, TPComm
 from megatron_lite.parallel.collectives import Pending, all_gather
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 
+from megatron_lite.blueprint.figure.parts import Matrix
 from megatron_lite.kernels.dropout import DropoutCall
 from megatron_lite.kernels.random import feature_bits, key
 from megatron_lite.layers.contexts import ForwardContext, StageContext, StepDropout
@@ -19,15 +20,25 @@ EMBEDDING_LAYER = -1
 SITES = ("attention", "attention.output", "mlp.output")
 """Where a block drops."""
 
+ADAPTERS = tuple(
+    f"{matrix}.adapter" for matrix in ("attention.qkv", "attention.output", "mlp.up", "mlp.down")
+)
+"""Where its adapters drop what they are given (--lora-dropout)."""
 
-def _places(num_layers: int) -> list[tuple[int, str]]:
+
+def _places(num_layers: int, *, adapters: bool) -> list[tuple[int, str]]:
     blocks = [(layer, site) for layer in range(num_layers) for site in SITES]
-    return [(EMBEDDING_LAYER, "embedding"), *blocks]
+    beside = [(layer, site) for layer in range(num_layers if adapters else 0) for site in ADAPTERS]
+    return [(EMBEDDING_LAYER, "embedding"), *blocks, *beside]
 
 
-def key_index(layer: int, site: str) -> int:
-    """Where the key of a layer's site stands in StepDropout.keys."""
-    return 0 if layer == EMBEDDING_LAYER else 1 + layer * len(SITES) + SITES.index(site)
+def key_index(layer: int, site: str, num_layers: int = 0) -> int:
+    """Where the key of a layer's site stands in StepDropout.keys; num_layers: all layers, for an adapter."""
+    if layer == EMBEDDING_LAYER:
+        return 0
+    if site in SITES:
+        return 1 + layer * len(SITES) + SITES.index(site)
+    return 1 + num_layers * len(SITES) + layer * len(ADAPTERS) + ADAPTERS.index(site)
 
 
 def step_dropout(context: StageContext, step: int) -> StepDropout | None:
@@ -36,14 +47,20 @@ def step_dropout(context: StageContext, step: int) -> StepDropout | None:
     On a GPU the copies do not wait for the device.
     """
     model, device = context.model, context.ctx.device
-    if model.hidden_dropout == 0.0 and model.attention_dropout == 0.0:
+    adapters = _adapters_drop(context)
+    if model.hidden_dropout == 0.0 and model.attention_dropout == 0.0 and not adapters:
         return None
-    places = _places(model.num_layers)
+    places = _places(model.num_layers, adapters=adapters)
     keys = torch.tensor([key(context.seed, step, layer, site) for layer, site in places])
     if device.type == "cuda":
         keys = keys.pin_memory()
     features = feature_bits(torch.arange(model.hidden_size, device=device))
     return StepDropout(step, keys.to(device, non_blocking=True), features)
+
+
+def _adapters_drop(context: StageContext) -> bool:
+    matrices = (matrix for layer in context.figure.layers[:1] for matrix in layer.of(Matrix))
+    return any(matrix.adapter is not None and matrix.adapter.dropout for matrix in matrices)
 
 
 class HiddenDropout:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from megatron_lite.blueprint.figure.parts import Table
 from megatron_lite.layers.contexts import StageContext
 from megatron_lite.layers.gradients import WeightGradients
+from megatron_lite.layers.low_rank import TableAdapter
 from megatron_lite.parallel.collectives import local_slice
 from megatron_lite.parallel.regions import reduce_from_tp, reduce_to_sequence
 
@@ -40,19 +42,27 @@ class VocabParallelEmbedding(nn.Module):
         super().__init__()
         self.context, self.part = context, part
         self.weight = context.parameter(part.rows // context.tp.size, part.columns)
+        self.adapter = None if part.adapter is None else TableAdapter(context, part)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """tokens: int64 [s, b] -> [s/tp, b, h] with sequence parallelism, else [s, b, h].
 
         Every id must be below the padded vocabulary: data/ has checked that.
         """
+        x = self._look_up(tokens, self.weight)
+        if self.adapter is None or self.adapter.merged:
+            return x
+        return self.adapter(x, partial(self._look_up, tokens))
+
+    def _look_up(self, tokens: Tensor, table: nn.Parameter) -> Tensor:
+        """The tokens' rows of a table that is split over tp, summed."""
         at = self.context
         if at.tp.size == 1:
-            return _Lookup.apply(tokens, self.weight, at.gradients)
-        rows = self.weight.shape[0]
+            return _Lookup.apply(tokens, table, at.gradients)
+        rows = table.shape[0]
         local = tokens - at.tp.rank * rows
         elsewhere = (local < 0) | (local >= rows)
-        x = _Lookup.apply(local.masked_fill(elsewhere, 0), self.weight, at.gradients)
+        x = _Lookup.apply(local.masked_fill(elsewhere, 0), table, at.gradients)
         x = x.masked_fill(elsewhere[..., None], 0.0)  # also zeroes the gradient of row 0
         return reduce_to_sequence(x, at.tp) if at.sequence_parallel else reduce_from_tp(x, at.tp)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from megatron_lite.blueprint.figure.parts import Activation, Matrix
-from megatron_lite.layers.contexts import StageContext
+from megatron_lite.layers.contexts import ForwardContext, StageContext
 from megatron_lite.layers.linear import ColumnParallelLinear, RowParallelLinear
 
 
@@ -18,11 +18,14 @@ class MLP(nn.Module):
     def __init__(self, context: StageContext, layer: int) -> None:
         super().__init__()
         parts = context.figure.layers[layer]
-        self.up = ColumnParallelLinear(context, parts.named("mlp.up", Matrix))
-        self.down = RowParallelLinear(context, parts.named("mlp.down", Matrix))
+        self.up = ColumnParallelLinear(context, parts.named("mlp.up", Matrix), layer)
+        self.down = RowParallelLinear(context, parts.named("mlp.down", Matrix), layer)
         self.activation = context.choose(parts.named("mlp.activation", Activation).function)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x: [s/tp, b, h] with sequence parallelism, else [s, b, h] -> the same, without down.late_bias."""
-        y = self.up(x)  # [s, b, f/tp], or [s, b, 2f/tp] of gate and up
-        return self.down(self.activation(y))
+    def forward(self, x: Tensor, at: ForwardContext | None = None) -> Tensor:
+        """x: [s/tp, b, h] with sequence parallelism, else [s, b, h] -> the same, without down.late_bias.
+
+        at: for the dropout of adapters.
+        """
+        y = self.up(x, at)  # [s, b, f/tp], or [s, b, 2f/tp] of gate and up
+        return self.down(self.activation(y), at)

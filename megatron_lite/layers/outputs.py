@@ -10,12 +10,8 @@ from torch import Tensor
 from megatron_lite.layers import chunks
 from megatron_lite.layers.contexts import StageContext
 from megatron_lite.layers.cross_entropy import Scoring, TokenScores, token_losses, token_scores
-from megatron_lite.layers.linear import (
-    Products,
-    column_comm,
-    project_to_vocabulary,
-    project_whole,
-)
+from megatron_lite.layers.linear import project_to_vocabulary, project_whole
+from megatron_lite.layers.product import Products, column_comm
 
 
 class LossSum(NamedTuple):

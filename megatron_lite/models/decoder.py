@@ -15,9 +15,9 @@ from megatron_lite.layers.contexts import ForwardContext, StageContext
 from megatron_lite.layers.cross_entropy import Scoring
 from megatron_lite.layers.dropout import EMBEDDING_LAYER, HiddenDropout
 from megatron_lite.layers.embedding import PositionEmbedding, VocabParallelEmbedding
-from megatron_lite.layers.linear import Products
 from megatron_lite.layers.norm import NormLayer
 from megatron_lite.layers.outputs import Outputs
+from megatron_lite.layers.product import Products
 from megatron_lite.layers.recompute import recomputed
 from megatron_lite.layers.stretching import RotarySlowing
 from megatron_lite.models.gpt import GPTBlock

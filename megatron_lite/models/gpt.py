@@ -47,5 +47,5 @@ class GPTBlock(nn.Module):
             y = again("layernorm", self.mlp_norm, x)
         else:
             x, y = self.mlp_norm(x, y, bias, dropped)
-        y = again("mlp", self.mlp, y)
+        y = again("mlp", self.mlp, y, at)
         return self.add(x, y, self.mlp.down.late_bias, self.mlp_dropout.call(at))

@@ -19,8 +19,8 @@ def initialise(
     """Fill slices of weights, in place, from (seed, canonical name, i, j): equal in every layout.
 
     N(0, std) for matrices, std / sqrt(2 layers) for the projections into the stream (GPT-2), zero for
-    biases, one for norm weights, even within 1 / sqrt(inputs) where that is asked for.  tensors: the
-    model's, of which these are slices.
+    biases, one for norm weights, even within 1 / sqrt(inputs) where that is asked for; adapters as PEFT
+    begins them.  tensors: the model's, of which these are slices.
     """
     starts = {tensor.name: tensor.init for tensor in tensors}
     for piece in weights:
@@ -32,10 +32,8 @@ def initialise(
             piece.data.fill_(1.0 if init == "ones" else 0.0)
             continue
         drawn = torch.empty_like(piece.data, dtype=torch.float32)
-        normal(
-            drawn, key(seed, piece.name), offset=piece.offset, columns=piece.shape[-1],
-            std=_std(model, into_stream=init == "into stream"),
-        )  # fmt: skip
+        std = 1.0 if init == "unit normal" else _std(model, into_stream=init == "into stream")
+        normal(drawn, key(seed, piece.name), offset=piece.offset, columns=piece.shape[-1], std=std)
         piece.data.copy_(drawn)
 
 

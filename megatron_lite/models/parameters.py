@@ -7,7 +7,15 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from megatron_lite.blueprint.figure.parts import TOKENS, Matrix, Norm, Slowing, Table, Tensor
+from megatron_lite.blueprint.figure.parts import (
+    TOKENS,
+    LowRank,
+    Matrix,
+    Norm,
+    Slowing,
+    Table,
+    Tensor,
+)
 from megatron_lite.layers.contexts import StageContext
 from megatron_lite.models.decoder import Decoder
 from megatron_lite.parallel.shard import LocalParameter, ParameterPiece
@@ -61,7 +69,7 @@ def _specs(model: Decoder, name: str) -> Iterator[Tensor]:
     """The canonical tensors fused in a parameter; every module that holds one knows its part."""
     path, _, leaf = name.rpartition(".")
     part = model.get_submodule(path).part
-    assert isinstance(part, Norm | Matrix | Table | Slowing), path
+    assert isinstance(part, Norm | Matrix | Table | Slowing | LowRank), path
     prefix = path.removesuffix(part.name)
     for tensor in part.tensors():
         if tensor.name.endswith(f".{leaf}"):

@@ -142,10 +142,12 @@ def block_items(
     in_fp32 = [norm for norm in norms if norm.function == "RMSNorm" and not compiled]
     masked = model.hidden_dropout > 0.0 and not compiled
     dropped = [matrix for matrix in layer.of(Matrix) if matrix.into_stream and masked]
+    beside = [_beside(matrix, parallel, tokens, w) for matrix in layer.of(Matrix)]
     return Items(
         stream=sum(
             split * w * norm.width for norm in norms if norm not in in_fp32 and not norm.beside
-        ),
+        )
+        + sum(beside),
         norms=sum(split * w * norm.width for norm in norms),
         inner=sum(split * norm.width * 8.0 for norm in in_fp32)
         + sum(tokens / tp * _inner_of_heads(norm, w) for norm in of_heads if not compiled),
@@ -158,6 +160,18 @@ def block_items(
         core_gradients=core_gradients - mlp - split * w * h,
         gathered=gathered,
     )
+
+
+def _beside(matrix: Matrix, parallel: ParallelConfig, tokens: float, width: int) -> float:
+    """What an adapter keeps: A x of each piece, and with dropout what A is given, and the mask."""
+    adapter = matrix.adapter
+    if adapter is None:
+        return 0.0
+    split = tokens / parallel.tp if parallel.splits_sequence else tokens
+    given, ranks = (split, tokens) if matrix.cut == "rows" else (tokens, split)
+    inputs, _ = matrix.local(parallel.tp)
+    dropped = given * inputs * (width + 1) if adapter.dropout else 0.0
+    return dropped + ranks * width * adapter.rank * len(adapter.pieces)
 
 
 def _inner_of_heads(norm: Norm, width: int) -> float:
@@ -204,7 +218,11 @@ def deferred_wgrad_bytes(
     for matrix in layer.of(Matrix):
         inputs, outputs = matrix.local(parallel.tp)
         x, dy = (split, tokens) if matrix.cut == "rows" else (tokens, split)
-        elements += x * inputs + dy * outputs
+        elements += 0 if matrix.frozen else x * inputs + dy * outputs
+        if (
+            matrix.adapter is not None
+        ):  # the products of A; those of B are made at once, or as small
+            elements += x * inputs + dy * matrix.adapter.rank * len(matrix.adapter.pieces)
     return element_bytes(precision) * elements
 
 

@@ -120,7 +120,7 @@ class Costs:
 
     def _layer(self, layer: Parts) -> Passes:
         matrices, cores = layer.of(Matrix), layer.of(Core)
-        linears = {matrix: self._product(*matrix.local(self.tp)) for matrix in matrices}
+        linears = {matrix: self._linear(matrix) for matrix in matrices}
         forward, inputs, weights = (sum(seconds) for seconds in zip(*linears.values(), strict=True))
         core_forward, core_backward = (
             sum(seconds) for seconds in zip(*map(self._core, cores), strict=True)
@@ -145,6 +145,17 @@ class Costs:
             # the inputs of two column-parallel, dy of two row-parallel layers
             gathered=rings if self.asked.parallel.splits_sequence else 0.0,
         )  # fmt: skip
+
+    def _linear(self, matrix: Matrix) -> tuple[float, float, float]:
+        """Seconds of its three products, of which a frozen one lacks the last, and of its adapter's."""
+        inputs, outputs = matrix.local(self.tp)
+        forward, back, weight = self._product(inputs, outputs)
+        products = [(forward, back, 0.0 if matrix.frozen else weight)]
+        if matrix.adapter is not None:
+            ranks = matrix.adapter.rank * len(matrix.adapter.pieces)
+            products += [self._product(inputs, ranks), self._product(matrix.adapter.rank, outputs)]
+        forward, back, weight = (sum(seconds) for seconds in zip(*products, strict=True))
+        return forward, back, weight
 
     def _moves(self, layer: Parts) -> tuple[float, float]:
         """Seconds of a layer's elementwise kernels in forward and in backward."""
@@ -188,7 +199,7 @@ class Costs:
 
     def _accumulating(self, layer: Parts) -> float:
         """Adding the weight gradient to the accumulator: the sum is read and written."""
-        weights = sum(matrix.size for matrix in layer.of(Matrix))
+        weights = sum(matrix.size for matrix in layer.of(Matrix) if not matrix.frozen)
         wide = 4 if self.asked.parallel.accumulate_allreduce_grads_in_fp32 else self.width
         return self.device.moving_seconds(weights / self.tp * 2 * wide)
 
@@ -225,6 +236,7 @@ class Costs:
         forward_product, inputs, weights = (
             chunks * seconds for seconds in self._product(model.hidden_size, columns, chunks)
         )
+        weights = 0.0 if output.frozen else weights
         forward, backward = self._scoring(self.tokens * columns)
         # a head that each tp rank has whole says nothing to the others
         ring = self._all_reduce() if output.vocabulary else 0.0

@@ -151,22 +151,28 @@ def peak_microbatches(blueprint: Blueprint, num_microbatches: int) -> int:
 
 
 def static_bytes(
-    formats: Mapping[Format | None, float], states: float, asked: PlanInputs, dp: int
+    formats: Mapping[Format | None, float],
+    states: float,
+    asked: PlanInputs,
+    dp: int,
+    *,
+    trained: Mapping[Format | None, float] | None = None,
 ) -> dict[str, float]:
     """Weights, gradients, masters and moments of a rank.
 
     formats: parameters by the number format they are stored in, None for the run's; states:
-    bytes of optimizer state, of all ranks that share it.
+    bytes of optimizer state, of all ranks that share it; trained: those that are not frozen.
     """
     low = element_bytes(asked.precision)
     widths = {kind: FORMAT_BYTES[kind] if kind else low for kind in formats}
-    parameters = sum(formats.values())
+    trained = formats if trained is None else trained
+    parameters = sum(trained.values())
     in_fp32 = asked.parallel.accumulate_allreduce_grads_in_fp32
     shared = dp if asked.parallel.use_distributed_optimizer else 1
     return {
         "weights": float(sum(count * widths[kind] for kind, count in formats.items())),
         "gradients": parameters * (4 if in_fp32 else low),
-        "masters": sum(n * 4 / shared for kind, n in formats.items() if widths[kind] < 4),
+        "masters": sum(n * 4 / shared for kind, n in trained.items() if widths[kind] < 4),
         "moments": states / shared,
     }
 
@@ -186,7 +192,9 @@ def static_total(blueprint: Blueprint, asked: PlanInputs, pp_rank: int) -> float
 
 def _static(blueprint: Blueprint, asked: PlanInputs, pp_rank: int) -> dict[str, float]:
     held = blueprint.held(pp_rank)
-    return static_bytes(held.formats, held.state_bytes, asked, blueprint.replicas)
+    return static_bytes(
+        held.formats, held.state_bytes, asked, blueprint.replicas, trained=held.trained
+    )
 
 
 def _rank_memory(
@@ -210,7 +218,8 @@ def _rank_memory(
     worst = _worst(schedule, pp_rank, held)
     kinds = _static(blueprint, asked, pp_rank)
     messages = 4 * stream if blueprint.grid.pp > 1 else 0.0
-    reducing, gathering = _data_parallel_buffers(blueprint, asked, parameters)
+    trained = blueprint.held(pp_rank).num_trained
+    reducing, gathering = _data_parallel_buffers(blueprint, asked, trained)
     working = worst.activations + worst.recomputed + worst.logits + worst.workspace
     if max(reducing, gathering) > working + messages:
         # when the last gradients are reduced, or parameters gathered, activations are gone
@@ -308,8 +317,9 @@ def _passing(asked: PlanInputs) -> float:
 
 
 def largest_matrix(layer: Parts, tp: int) -> float:
-    """Elements of a layer's largest weight on one rank, q|k|v and gate|up being one each."""
-    return max((matrix.size / tp for matrix in layer.of(Matrix)), default=0.0)
+    """Elements of a layer's largest weight that is trained on one rank, q|k|v and gate|up being one each."""
+    trained = (matrix.size / tp for matrix in layer.of(Matrix) if not matrix.frozen)
+    return max(trained, default=0.0)
 
 
 def _mask_bytes(model: ModelConfig, asked: PlanInputs) -> float:

@@ -50,7 +50,7 @@ def sent_bytes(
         "pp": num_microbatches * _messages(blueprint, stages) * layer_input_bytes(
             blueprint.model, asked
         ) + _ring(grid.pp) * 2 * common * wide,
-        "dp": _ring(blueprint.replicas) * blueprint.held(at.pp).parameters * (
+        "dp": _ring(blueprint.replicas) * blueprint.held(at.pp).num_trained * (
             wide + (element_bytes(asked.precision) if shared > 1 else wide)
         ),
         "tied": tied * wide,  # both ends hold it: two passes of a half

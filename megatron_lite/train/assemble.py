@@ -17,6 +17,7 @@ from megatron_lite.kernels.compiled import Compiler
 from megatron_lite.layers.choosing import require_known, require_used
 from megatron_lite.layers.contexts import StageContext
 from megatron_lite.layers.gradients import WeightGradients
+from megatron_lite.models.adapters import begin_magnitudes
 from megatron_lite.models.decoder import Decoder
 from megatron_lite.models.initialise import initialise
 from megatron_lite.models.parameters import local_parameters
@@ -46,7 +47,7 @@ def assemble(
 
     The engine is made before the weights are filled, so that it may say where they lie.
     compiler: of what stands between two products, the default one where the config wants it.
-    Collective only in that all ranks must build alike; it communicates nothing.
+    Collective only in that all ranks must build alike; it communicates nothing but lengths of rows (dora).
     """
     timers = timers or RunTimers(level=0)
     require_known(config.precision.kernel)
@@ -71,6 +72,7 @@ def assemble(
     tensors = [spec.tensor for spec in blueprint.parameters]
     held.fill(partial(initialise, tensors=tensors, model=config.model, seed=config.train.seed))
     for decoder in decoders.values():
+        begin_magnitudes(decoder)
         decoder.hook_layers(held.layer_hooks)
         if config.precision.gradient_accumulation_fusion:
             decoder.context.gradients.attach(held.accumulators(), held.ready)

@@ -159,10 +159,11 @@ class Checkpoints:
         self.log.warn(f"iteration {step}: no checkpoint, training continues: {error}")
 
     def _snapshot(self, store: Store) -> Snapshot:
-        run = self.run
+        run, kept = self.run, self.run.adapters
+        weights = run.engine.weights(owned=True)
         return store.snapshot(
             run.progress.step,
-            weights=run.engine.weights(owned=True),
+            weights=(one for one in weights if one.name in kept) if kept else weights,
             optimizer=run.engine.state(owned=True) if self.config.save_optim else (),
             progress=run.progress,
             config=self.plain_config,

@@ -11,6 +11,7 @@ from megatron_lite.checkpoint.manifest import Manifest
 from megatron_lite.config.errors import CheckpointError, DataError
 from megatron_lite.config.objectives import OBJECTIVES
 from megatron_lite.config.rules.model_identity import model_differences
+from megatron_lite.config.sections.lora import LoraConfig
 from megatron_lite.config.sections.model import ModelConfig
 from megatron_lite.data.identity import Identity, changes
 
@@ -41,6 +42,40 @@ def check_model(
             f"{folder} holds another model's weights (checkpoint -> this command line):{lines}\n{ways}"
         )
     return [f"--allow-model-change: {found}: {found.trait.then}" for found in differ]
+
+
+def check_adapters(before: LoraConfig, now: LoraConfig, folder: Path, *, resumes: bool) -> None:
+    """Raises CheckpointError where a run cannot begin from, or resume, what a checkpoint holds.
+
+    before: what of --lora-* the weights in folder are; resumes: whether the optimizer's state continues, too.
+    """
+    if not before.on:
+        if now.on and resumes:
+            raise CheckpointError(
+                f"{folder} holds a whole model, and --lora-rank trains adapters beside it: add "
+                "--finetune, without --keep-optim, to begin with them"
+            )
+        return
+    if not now.on:
+        raise CheckpointError(
+            f"{folder} holds adapters alone (--lora-rank {before.lora_rank}): give --lora-rank and what "
+            "else they were trained with to resume, or merge them with tools/convert.py --merge"
+        )
+    differ = [
+        f"--{name.replace('_', '-')}: {_words(getattr(before, name))} -> {_words(getattr(now, name))}"
+        for name in ("lora_rank", "lora_alpha", "lora_targets", "lora_variant")
+        if getattr(before, name) != getattr(now, name)
+    ]
+    if differ:
+        lines = "".join(f"\n  {line}" for line in differ)
+        raise CheckpointError(
+            f"{folder} holds other adapters (checkpoint -> this command line):{lines}\ngive the "
+            "checkpoint's values"
+        )
+
+
+def _words(value: object) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def check_objective(

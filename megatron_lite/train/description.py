@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from megatron_lite.blueprint.draw_up import Blueprint
+from megatron_lite.config.sections.lora import LoraConfig
 from megatron_lite.config.sections.run import RunConfig
 from megatron_lite.layers.attention import attention_line
 from megatron_lite.train.reading import TokenizerFacts
@@ -52,6 +53,18 @@ def _compiled(run: Run) -> str:
     return f" > torch.compile: {', '.join(compiler.pieces)}, by {compiler.backend}"
 
 
+def _adapters(run: Run, lora: LoraConfig) -> list[str]:
+    """How much is trained where the model is frozen."""
+    if not lora.on:
+        return []
+    sizes = {spec.name: spec.size for spec in run.blueprint.parameters}
+    trained, whole = sum(sizes[name] for name in run.adapters), sum(sizes.values())
+    return [
+        f" > {lora.lora_variant} adapters of rank {lora.lora_rank} on {' '.join(lora.lora_targets)}, scale "
+        f"{lora.scale:g}: {trained:,} of {whole:,} parameters are trained ({trained / whole:.2%})"
+    ]
+
+
 def description(run: Run, blueprint: Blueprint, config: RunConfig) -> list[str]:
     """The ranks, the length, and what was chosen for this device."""
     grid, ctx = blueprint.grid, run.ctx
@@ -59,6 +72,7 @@ def description(run: Run, blueprint: Blueprint, config: RunConfig) -> list[str]:
         f"using world size: {grid.world_size}, tensor-parallel {grid.tp} x pipeline-parallel {grid.pp} "
         f"x data-parallel {grid.dp} on {ctx.device.type}, {run.context.precision.name}",
         f"setting training iterations to {blueprint.train_iters}",
+        *_adapters(run, config.lora),
         attention_line(
             run.context, config.train.micro_batch_size, segments=config.data.reset_attention_mask
         ),

@@ -12,6 +12,7 @@ from typing import Any
 
 from megatron_lite.blueprint.batches import BatchSchedule
 from megatron_lite.blueprint.figure.parts import HEAD, SLOWING
+from megatron_lite.checkpoint.base import Base
 from megatron_lite.checkpoint.description import saved_model
 from megatron_lite.checkpoint.manifest import NAME, Manifest
 from megatron_lite.checkpoint.progress import Progress
@@ -22,11 +23,17 @@ from megatron_lite.config.errors import CheckpointError, NumericsError
 from megatron_lite.config.objectives import LANGUAGE_MODEL
 from megatron_lite.config.rules.model_identity import named
 from megatron_lite.config.sections.checkpoint import CheckpointConfig
+from megatron_lite.config.sections.lora import LoraConfig
 from megatron_lite.config.sections.optim import LearningRateConfig
 from megatron_lite.engines.base import EngineProgress
 from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.parallel.shard import DTYPES, MASTER, NamedSlice, exact_slices
-from megatron_lite.train.compatibility import check_model, check_objective, check_tokenizer
+from megatron_lite.train.adapters import Beside, begin_beside, find_beside
+from megatron_lite.train.compatibility import (
+    check_model,
+    check_objective,
+    check_tokenizer,
+)
 from megatron_lite.train.health.culprit import earliest_over_ranks
 from megatron_lite.train.health.replay import Watched
 from megatron_lite.train.run import Run
@@ -40,7 +47,8 @@ _OWN, _SLOWING = f"{HEAD}.", f"{SLOWING}."
 class Resumed:
     """What was loaded: its iteration (None where training starts at 0), what to say, the curves to use.
 
-    warnings: what went wrong on the way; notices: what was done; manifest: of the checkpoint it resumes.
+    warnings: what went wrong on the way; notices: what was done; manifest: of the checkpoint it resumes;
+    base: what its adapters are trained beside, where it has some.
     """
 
     iteration: int | None
@@ -48,6 +56,7 @@ class Resumed:
     warnings: tuple[str, ...] = ()
     notices: tuple[str, ...] = ()
     manifest: Manifest | None = None
+    base: Base | None = None
 
 
 def resume(
@@ -59,12 +68,15 @@ def resume(
     open_store: Callable[[Path, ParallelContext], Store] = Store,
     *,
     objective: str = LANGUAGE_MODEL,
+    lora: LoraConfig | None = None,
+    save: Path | None = None,
     trains: bool = True,
 ) -> Resumed:
     """Fill the run from --load.  Collective over the world.
 
     curves: those of this command line, under a batch schedule; tokenizer: see check_tokenizer.
-    objective: what this run optimises; trains: whether steps follow, for which curves matter.
+    objective: what this run optimises; lora: the adapters that it trains; save: its folder, from which
+    their base is found; trains: whether steps follow, for which curves matter.
     Raises CheckpointError where there are checkpoints but none usable, or weights of other
     programs; where they are of another model, or were trained with another tokenizer or objective;
     where the curves differ from the checkpoint's and no flag says which to take.
@@ -76,24 +88,16 @@ def resume(
     manifest, found = store.newest_intact(checkpoint.ckpt_step)
     warnings = tuple(found)
     if manifest is None:
-        _require_ours(Path(checkpoint.load))
-        if checkpoint.finetune:
-            raise CheckpointError(
-                f"--finetune starts from weights, and --load {checkpoint.load} holds no checkpoint: "
-                "check the path"
-            )
-        if checkpoint.exit_on_missing_checkpoint:
-            raise CheckpointError(
-                f"--load {checkpoint.load} holds no checkpoint and --exit-on-missing-checkpoint is "
-                "set: check the path, or leave the flag out to start fresh"
-            )
-        line = f"*** no checkpoint in --load {checkpoint.load}: STARTING FRESH, from random weights ***"
+        line = _nothing_there(run, checkpoint)
         return Resumed(None, curves(fresh), (*warnings, line))
     keeps = checkpoint.keep_optim or not checkpoint.finetune
     with_optimizer = checkpoint.load_optim and keeps
     schedules = curves(fresh if checkpoint.finetune else manifest.progress.goes_on(fresh))
     folder, model = store.folder(manifest.iteration), run.context.model
     before = saved_model(manifest, folder, head=None)
+    beside = find_beside(
+        store, manifest, lora or LoraConfig(), resumes=keeps, open_store=open_store
+    )
     changes = check_model(before, model, folder, allowed=named(checkpoint.allow_model_change))
     warnings += tuple(stretch_warnings(before, model))
     told, fresh_head = check_objective(manifest, objective, folder, goes_on=keeps)
@@ -112,21 +116,45 @@ def resume(
         notices.append(
             "--rope-scaling-type clex: what it learns starts anew, which is no other than ntk"
         )
-    fill_run(run, store, manifest, optimizer=with_optimizer, head=not fresh_head, slowing=known)
+    if beside is not None and beside.fresh:
+        begin_beside(run, beside)
+    else:
+        fill_run(
+            run, store, manifest, optimizer=with_optimizer, head=not fresh_head, slowing=known,
+            beside=beside,
+        )  # fmt: skip
+    base = None if beside is None else beside.reference(save or store.root)
     _require_finite(run, manifest, checkpoint.load)
     loaded = (
         f"  successfully loaded checkpoint from {checkpoint.load} at iteration {manifest.iteration}"
     )
     if checkpoint.finetune:
         notices.append(_start_anew(run, manifest.progress, with_optimizer=with_optimizer))
-        return Resumed(None, schedules, warnings, (*notices, loaded))
+        return Resumed(None, schedules, warnings, (*notices, loaded), base=base)
     run.progress = dataclasses.replace(manifest.progress)
     if with_optimizer:
         saved = manifest.progress
         run.engine.resume(EngineProgress(saved.optimizer_steps, saved.loss_scale))
     else:
         notices.append("--no-load-optim: optimizer state and loss scale start anew")
-    return Resumed(manifest.iteration, schedules, warnings, (*notices, loaded), manifest)
+    return Resumed(manifest.iteration, schedules, warnings, (*notices, loaded), manifest, base)
+
+
+def _nothing_there(run: Run, checkpoint: CheckpointConfig) -> str:
+    """What to say of a start from random weights, where that is what --load can mean; else CheckpointError."""
+    assert checkpoint.load is not None
+    _require_ours(Path(checkpoint.load))
+    if checkpoint.finetune or run.adapters:
+        what = "--finetune starts from" if checkpoint.finetune else "adapters are trained beside"
+        raise CheckpointError(
+            f"{what} weights, and --load {checkpoint.load} holds no checkpoint: check the path"
+        )
+    if checkpoint.exit_on_missing_checkpoint:
+        raise CheckpointError(
+            f"--load {checkpoint.load} holds no checkpoint and --exit-on-missing-checkpoint is "
+            "set: check the path, or leave the flag out to start fresh"
+        )
+    return f"*** no checkpoint in --load {checkpoint.load}: STARTING FRESH, from random weights ***"
 
 
 def _start_anew(run: Run, saved: Progress, *, with_optimizer: bool) -> str:
@@ -204,21 +232,32 @@ def _other_formats(run: Run, manifest: Manifest) -> list[str]:
 
 
 def fill_run(
-    run: Run, store: Store, manifest: Manifest, *, optimizer: bool,
-    head: bool = True, slowing: bool = True,
-) -> None:  # fmt: skip
+    run: Run,
+    store: Store,
+    manifest: Manifest,
+    *,
+    optimizer: bool,
+    head: bool = True,
+    slowing: bool = True,
+    beside: Beside | None = None,
+) -> None:
     """Weights, masters and, where asked for, moments from whatever layout and precision was saved.
 
     head, slowing: whether the head's matrix, and what is learned of rotary frequencies, are among them;
     else they keep their first values.
+    beside: where all but the adapters is from, in a run that trains these.
     """
     new = tuple(prefix for prefix, stored in ((_OWN, head), (_SLOWING, slowing)) if not stored)
-    state = run.engine.state(owned=False)
+    state, adapters = run.engine.state(owned=False), run.adapters
     moments = [s for s in state if not s.name.startswith(MASTER)] if optimizer else []
     moments = [s for s in moments if not s.name.partition(".")[2].startswith(_SLOWING) or slowing]
 
     def load(weights: list[NamedSlice]) -> None:
         stored = [w for w in weights if not w.name.removeprefix(MASTER).startswith(new)]
+        if beside is not None:
+            frozen = [w for w in stored if w.name.removeprefix(MASTER) not in adapters]
+            beside.store.load(beside.manifest, exact_slices(frozen, beside.manifest.tensors))
+            stored = [w for w in stored if w.name.removeprefix(MASTER) in adapters]
         store.load(manifest, [*exact_slices(stored, manifest.tensors), *moments])
 
     run.engine.fill(load, masters=True)

@@ -52,6 +52,13 @@ class Run:
     runs_ahead: bool = False
     waits_because: tuple[str, ...] = ()
 
+    @property
+    def adapters(self) -> frozenset[str]:
+        """The tensors that are trained beside a frozen model; none where the model itself is trained."""
+        specs = self.blueprint.parameters
+        frozen = any(spec.tensor.frozen for spec in specs)
+        return frozenset(s.name for s in specs if frozen and not s.tensor.frozen)
+
     def actions(self, num_microbatches: int) -> Sequence[Sequence[Action]]:
         """This rank's lowered actions of a training step."""
         return self.blueprint.actions(num_microbatches)[self.ctx.pp.rank]

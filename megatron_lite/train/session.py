@@ -14,6 +14,7 @@ import torch
 from torch.distributed import PrefixStore
 
 from megatron_lite.blueprint.draw_up import Blueprint, draw_up, taken_up
+from megatron_lite.checkpoint.base import KEY
 from megatron_lite.checkpoint.progress import Progress
 from megatron_lite.checkpoint.snapshot import Origin
 from megatron_lite.checkpoint.store import Store
@@ -249,7 +250,8 @@ def _take_up(start: Start, run: Run, log: Log) -> Resumed:
         with told("verifying and loading the checkpoint", log.say, verified.how_far):
             resumed = resume(
                 run, config.checkpoint, config.learning_rate, curves, _tokenizer(start, run),
-                open_store, objective=config.train.objective, trains=not config.train.skip_train,
+                open_store, objective=config.train.objective, lora=config.lora,
+                save=start.folder.path, trains=not config.train.skip_train,
             )  # fmt: skip
     run.blueprint = taken_up(
         blueprint, config.train, run.progress.goes_on(blueprint.batch_schedule)
@@ -291,6 +293,8 @@ def _begin_records(
     checkpoints.plain_config = plain(of_the_run(config)) | {
         "schedules": resumed.schedules.to_json()
     }
+    if resumed.base is not None:
+        checkpoints.plain_config |= {KEY: resumed.base.to_json()}
     checkpoints.saved_at = run.progress.step
     log.writers = _writers(config, start.folder.path, resumed.iteration or 0, log)
     wait_for_all(start.world, "start", ctx.world_size)  # packages of writers are loaded on rank 0

@@ -16,8 +16,8 @@ from megatron_lite.config.flags.parser import parse
 from megatron_lite.config.sections.model import ModelConfig
 from megatron_lite.layers.contexts import StageContext
 from megatron_lite.layers.cross_entropy import Scoring
-from megatron_lite.layers.linear import Products
 from megatron_lite.layers.outputs import Outputs
+from megatron_lite.layers.product import Products
 from megatron_lite.parallel.context import Axis, ParallelContext
 from megatron_lite.rehearsal.footprint import Footprint
 from tests.support.spawn import spawn

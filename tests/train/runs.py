@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_lite.checkpoint.manifest import Manifest, read_manifest
 from megatron_lite.cli import pretrain_gpt
 from megatron_lite.telemetry.record import (
     EvaluationRecord,
@@ -102,6 +103,11 @@ def on_ranks(ranks: int, *words: str) -> Outcome:
 def records(folder: Path) -> list[TelemetryRecord]:
     """metrics.jsonl of a run folder."""
     return read_metrics(folder / "metrics.jsonl")
+
+
+def manifest(folder: Path, iteration: int) -> Manifest:
+    """What a checkpoint of a run holds."""
+    return read_manifest(folder / f"iter_{iteration:07d}")
 
 
 def steps(folder: Path) -> list[StepRecord]:

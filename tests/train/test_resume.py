@@ -14,7 +14,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_lite.checkpoint.manifest import Manifest, read_manifest
 from megatron_lite.checkpoint.store import Store
 from megatron_lite.config.errors import CheckpointError, ConfigError, NumericsError, StorageError
 from megatron_lite.data.loader import Loader
@@ -22,7 +21,7 @@ from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.telemetry.record import SaveRecord
 from tests.support.corpora import growing, write_pair
 from tests.support.launch import TOOL
-from tests.train.runs import MLiteFault, Outcome, alone, curve, on_ranks, records, steps
+from tests.train.runs import MLiteFault, Outcome, alone, curve, manifest, on_ranks, records, steps
 
 BIT_EXACT = {
     "serial": (1, ""),
@@ -44,10 +43,6 @@ def saved(data: list[str], folder: Path, *words: str, ranks: int = 1) -> Outcome
     done = on_ranks(ranks, *data, "--save", str(folder), "--save-interval", "2", *words)
     assert done.rc == 0, done.err
     return done
-
-
-def manifest(folder: Path, iteration: int) -> Manifest:
-    return read_manifest(folder / f"iter_{iteration:07d}")
 
 
 @pytest.mark.parametrize("name", BIT_EXACT)

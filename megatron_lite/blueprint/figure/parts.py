@@ -9,72 +9,70 @@ Sizes are those of the whole model; `cut` says which dim tp splits.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from types import MappingProxyType
 from typing import Literal, TypeVar
 
-Kind = Literal["weight", "bias", "norm", "embedding"]
-"""weight and embedding get weight decay, bias and norm do not."""
-
-Cut = Literal["rows", "columns"]
-"""Which side of a matrix tp splits: its outputs (column-parallel) or its inputs (row-parallel)."""
-
-
-Init = Literal["normal", "into stream", "fan in", "ones", "zeros"]
-"""How a tensor starts; "into stream": normal, smaller, since it is added to the residual stream (GPT-2);
-"fan in": even within 1 / sqrt(inputs)."""
-
-Format = Literal["fp32", "fp16", "bf16"]
-"""Of numbers in memory."""
-
-FORMAT_BYTES: Mapping[Format, int] = MappingProxyType({"fp32": 4, "fp16": 2, "bf16": 2})
-"""Of one number."""
+from megatron_lite.blueprint.figure.tensor import FORMAT_BYTES as FORMAT_BYTES
+from megatron_lite.blueprint.figure.tensor import Cut as Cut
+from megatron_lite.blueprint.figure.tensor import Format as Format
+from megatron_lite.blueprint.figure.tensor import Init as Init
+from megatron_lite.blueprint.figure.tensor import Kind as Kind
+from megatron_lite.blueprint.figure.tensor import Tensor as Tensor
 
 
 @dataclass(frozen=True, slots=True)
-class Tensor:
-    """One canonical tensor of a part, and all that its place in the ranks and its update follow from.
+class LowRank:
+    """What is added to a frozen matrix W, scale B A, with A: [rank, columns] and B: [rows, rank].
 
-    cuts: (axis of the rank grid, dim that it splits); every rank of the other axes has the tensor whole.
-    sequence: it meets tokens that sequence parallelism splits, so that a rank's gradient is its share.
-    heads: it meets heads that tp splits, with the same effect at any tp.
-    stages: every stage of a pipeline has a copy, whose gradient is that stage's share.
-    storage: its number format where that is not the run's, in which it is computed with all the same.
+    pieces: those of its matrix that have an A and a B of their own, (name, rows).
+    cut: its matrix'; A or B is cut as W is, the other is whole on every tp rank.  None: it belongs to a
+    table with a row per token; A is then [columns, rank] and cut as the table is.
+    magnitude: the length of each row of W + scale B A is trained by itself (arXiv:2402.09353).
     """
 
     name: str
-    shape: tuple[int, ...]
-    kind: Kind
-    init: Init = "normal"
-    cuts: tuple[tuple[str, int], ...] = ()
-    sequence: bool = False
-    heads: bool = False
-    stages: bool = False
-    vocabulary: bool = False
-    storage: Format | None = None
+    pieces: tuple[tuple[str, int], ...]
+    columns: int
+    cut: Cut | None
+    rank: int
+    scale: float
+    dropout: float = 0.0
+    magnitude: bool = False
 
     @property
-    def tp_dim(self) -> int | None:
-        """The dim that is cut over tp, None where each tp rank has it whole."""
-        for axis, dim in self.cuts:
-            if axis == "tp":
-                return dim
-        return None
+    def size(self) -> int:
+        """Elements of all A and B."""
+        return sum(self.rank * (rows + self.columns) for _, rows in self.pieces)
 
-    def local(self, tp: int) -> tuple[int, ...]:
-        """The shape on one of so many tp ranks."""
-        cut = self.tp_dim
-        return tuple(n // tp if dim == cut else n for dim, n in enumerate(self.shape))
+    def tensors(self) -> Iterator[Tensor]:
+        """A, B and the magnitude of every piece."""
+        by_rows, table = self.cut == "rows", self.cut is None
+        for name, rows in self.pieces:
+            a, b = f"{name}.{LORA_A}", f"{name}.{LORA_B}"
+            if table:
+                yield Tensor(
+                    a,
+                    (self.columns, self.rank),
+                    "embedding",
+                    "zeros",
+                    (("tp", 0),),
+                    vocabulary=True,
+                )
+                yield Tensor(b, (rows, self.rank), "weight", "unit normal", sequence=True)
+                continue
+            cuts: tuple[tuple[str, int], ...] = () if by_rows else (("tp", 1),)
+            yield Tensor(a, (self.rank, self.columns), "weight", "fan in", cuts, sequence=by_rows)
+            cuts = (("tp", 0),) if by_rows else ()
+            yield Tensor(b, (rows, self.rank), "weight", "zeros", cuts, sequence=not by_rows)
+            if self.magnitude:
+                yield Tensor(
+                    f"{name}.{MAGNITUDE}", (rows,), "norm", "ones", cuts, sequence=not by_rows,
+                    storage="fp32",
+                )  # fmt: skip
 
-    @property
-    def decays(self) -> bool:
-        """Whether weight decay applies."""
-        return self.kind in ("weight", "embedding")
 
-    def below(self, prefix: str) -> Tensor:
-        """The same under a longer name."""
-        return replace(self, name=prefix + self.name)
+LORA_A, LORA_B, MAGNITUDE = "lora_A", "lora_B", "lora_magnitude"
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,13 +91,14 @@ class Norm:
     """The weight is kept less one: it starts at zero."""
     heads: int = 0
     beside: bool = False
+    frozen: bool = False
 
     def tensors(self) -> Iterator[Tensor]:
         """Its weight, and its bias where it has one."""
         start: Init = "zeros" if self.less_one else "ones"
         weight = Tensor(
             f"{self.name}.weight", (self.width,), "norm", start,
-            sequence=not self.heads, heads=self.heads > 0,
+            sequence=not self.heads, heads=self.heads > 0, frozen=self.frozen,
         )  # fmt: skip
         yield weight
         if self.bias:
@@ -112,7 +111,7 @@ class Matrix:
 
     pieces: the canonical matrices that lie in it below one another, (name, rows); each is cut over
     tp by itself.  A split output has a split bias; a row-parallel matrix adds the whole bias after
-    its sum.  storage: of the weight, see Tensor.
+    its sum.  storage: of the weight, see Tensor; adapter: what is trained beside it.
     """
 
     name: str
@@ -122,6 +121,8 @@ class Matrix:
     bias: bool
     into_stream: bool = False
     storage: Format | None = None
+    frozen: bool = False
+    adapter: LowRank | None = None
 
     @property
     def rows(self) -> int:
@@ -140,17 +141,23 @@ class Matrix:
         return self.columns / tp, self.rows
 
     def tensors(self) -> Iterator[Tensor]:
-        """Weight, and bias where it has one, of every piece."""
+        """Weight, and bias where it has one, of every piece; then its adapter's."""
         init: Init = "into stream" if self.into_stream else "normal"
         by_rows = self.cut == "rows"
         for name, rows in self.pieces:
             cuts: tuple[tuple[str, int], ...] = (("tp", 0 if by_rows else 1),)
             yield Tensor(
-                f"{name}.weight", (rows, self.columns), "weight", init, cuts, storage=self.storage
-            )
+                f"{name}.weight", (rows, self.columns), "weight", init, cuts,
+                storage=self.storage, frozen=self.frozen,
+            )  # fmt: skip
             if self.bias:
                 cuts = cuts if by_rows else ()
-                yield Tensor(f"{name}.bias", (rows,), "bias", "zeros", cuts, sequence=not by_rows)
+                yield Tensor(
+                    f"{name}.bias", (rows,), "bias", "zeros", cuts,
+                    sequence=not by_rows, frozen=self.frozen,
+                )  # fmt: skip
+        if self.adapter is not None:
+            yield from self.adapter.tensors()
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,6 +258,8 @@ class Table:
     columns: int
     vocabulary: bool
     kind: Kind = "embedding"
+    frozen: bool = False
+    adapter: LowRank | None = None
 
     @property
     def size(self) -> int:
@@ -262,12 +271,15 @@ class Table:
         return self.rows / tp if self.vocabulary else self.rows
 
     def tensors(self) -> Iterator[Tensor]:
-        """Its weight."""
+        """Its weight; then its adapter's."""
         cut = self.vocabulary
         yield Tensor(
             f"{self.name}.weight", (self.rows, self.columns), self.kind,
             cuts=(("tp", 0),) if cut else (), sequence=not cut, vocabulary=self.vocabulary,
+            frozen=self.frozen,
         )  # fmt: skip
+        if self.adapter is not None:
+            yield from self.adapter.tensors()
 
 
 @dataclass(frozen=True, slots=True)

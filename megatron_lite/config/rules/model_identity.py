@@ -205,6 +205,10 @@ ELSEWHERE: Mapping[str, str] = MappingProxyType(
             )),
             "train/compatibility.py: the tokenizer",
         ),
+        **dict.fromkeys(
+            ("lora.lora_rank", "lora.lora_alpha", "lora.lora_targets", "lora.lora_variant"),
+            "train/compatibility.py: the adapters",
+        ),
     }
 )  # fmt: skip
 """section.field -> where it is compared."""
@@ -230,6 +234,8 @@ FREE: Mapping[str, str] = MappingProxyType({
     "optim": """adam_beta1 adam_beta2 adam_eps sgd_momentum clip_grad use_precision_aware_optimizer
         exp_avg_dtype exp_avg_sq_dtype""",
     "learning_rate": "override_opt_param_scheduler use_checkpoint_opt_param_scheduler",
+    # dropout is a way of training; whose adapters were the first ones is past
+    "lora": "lora_dropout lora_load",
     # masks and positions within samples are a way of training, as dropout is
     "data": """data_cache_path num_workers reset_position_ids reset_attention_mask eod_mask_loss
         verify_data mmap_bin_files allow_tokenizer_mismatch""",

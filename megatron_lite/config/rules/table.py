@@ -8,8 +8,9 @@ from types import MappingProxyType
 
 from megatron_lite.config.errors import ConfigError, all_together
 from megatron_lite.config.flags.settings import settings
-from megatron_lite.config.rules import layout, rotary, training
+from megatron_lite.config.rules import layout, lora, rotary, training
 from megatron_lite.config.rules.ranges import out_of_range
+from megatron_lite.config.sections.lora import LoraConfig
 from megatron_lite.config.sections.model import ModelConfig
 from megatron_lite.config.sections.run import RunConfig
 
@@ -64,6 +65,7 @@ OF_SIZES: tuple[Rule, ...] = (
     Rule(layout.step_schedule, (*_BATCH, _SEQ)),
     Rule(layout.one_length),
     Rule(training.objective),
+    Rule(lora.adapter_settings, ("lora.lora_rank", "lora.lora_alpha")),
     Rule(layout.one_batch, (*_BATCH, "train.rampup_batch_size", "train.train_samples")),
 )
 """What a Blueprint needs to come out."""
@@ -89,6 +91,7 @@ CONFIG_RULES: tuple[Rule, ...] = (
     Rule(training.tokenizer),
     Rule(training.saving),
     Rule(training.loading),
+    Rule(lora.base_of_adapters),
     Rule(training.profiling),
     Rule(training.weights_and_biases),
 )
@@ -154,6 +157,13 @@ def model_problems(model: ModelConfig) -> list[str]:
     return found or [problem for rule in OF_THE_MODEL for problem in rule.find(config, 1)]
 
 
+def lora_problems(asked: LoraConfig, model: ModelConfig) -> list[str]:
+    """Everything that keeps such adapters from being built beside a model, in words."""
+    config = RunConfig(model=model, lora=asked)
+    found = [problem for key, problem in out_of_range(config) if key.startswith("lora.")]
+    return found or list(lora.adapter_settings(config, 1))
+
+
 def size_problems(config: RunConfig, world_size: int) -> list[str]:
     """Everything that keeps sizes from coming out even over so many ranks, in words."""
     ranges = dict(out_of_range(config))
@@ -161,7 +171,7 @@ def size_problems(config: RunConfig, world_size: int) -> list[str]:
     return [*found, *_broken(OF_SIZES, config, world_size, ranges)]
 
 
-_SIZED = ("model", "parallel", "train")
+_SIZED = ("model", "parallel", "train", "lora")
 """Sections whose numbers are sizes."""
 
 

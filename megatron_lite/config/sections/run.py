@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from megatron_lite.config.sections.checkpoint import CheckpointConfig
 from megatron_lite.config.sections.data import DataConfig
 from megatron_lite.config.sections.guards import GuardsConfig
+from megatron_lite.config.sections.lora import LoraConfig
 from megatron_lite.config.sections.model import ModelConfig
 from megatron_lite.config.sections.optim import LearningRateConfig, OptimConfig
 from megatron_lite.config.sections.parallel import ParallelConfig
@@ -24,6 +25,7 @@ class RunConfig:
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     learning_rate: LearningRateConfig = field(default_factory=LearningRateConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     guards: GuardsConfig = field(default_factory=GuardsConfig)

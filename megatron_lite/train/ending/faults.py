@@ -188,8 +188,11 @@ class Fault:
 
     def _spoil_gradients(self, factor: float) -> None:
         assert self.run is not None
+        gradients = dict(self.run.engine.accumulators())
         for local in self.run.parameters:
-            gradient = dict(self.run.engine.accumulators())[local.parameter]
+            if local.parameter not in gradients:  # it is frozen
+                continue
+            gradient = gradients[local.parameter]
             for piece in local.pieces:
                 if self.target in ("", piece.name):
                     piece.of(gradient).add_(1.0).mul_(factor)

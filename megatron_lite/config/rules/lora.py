@@ -1,0 +1,68 @@
+"""Rules about adapters: what is adapted is there, and there is a model that they are trained beside."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from megatron_lite.config.lora_targets import (
+    TARGETS,
+    TOKEN_TABLE_TARGET,
+    WITHOUT_A_GATE,
+    target_modules,
+    unknown_targets,
+)
+from megatron_lite.config.sections.lora import LoraConfig
+from megatron_lite.config.sections.model import ModelConfig
+from megatron_lite.config.sections.run import RunConfig
+
+
+def adapter_settings(config: RunConfig, world_size: int) -> Iterator[str]:
+    """Adapters fit the model, and nothing is asked of them without a rank."""
+    lora = config.lora
+    if lora.on:
+        yield from adapter_problems(lora, config.model)
+        return
+    default = LoraConfig()
+    for flag, given in (
+        ("--lora-alpha", lora.lora_alpha != default.lora_alpha),
+        ("--lora-dropout", lora.lora_dropout != default.lora_dropout),
+        ("--lora-targets", lora.lora_targets != default.lora_targets),
+        ("--lora-variant", lora.lora_variant != default.lora_variant),
+        ("--lora-load", lora.lora_load is not None),
+    ):
+        if given:
+            yield f"{flag} needs --lora-rank, which switches adapters on"
+
+
+def base_of_adapters(config: RunConfig, world_size: int) -> Iterator[str]:
+    """Adapters are trained beside a trained model, and their run resumes with their state."""
+    if config.lora.on and config.checkpoint.load is None and not config.train.needs_no_data:
+        yield (
+            "--lora-rank trains adapters beside a trained model: give its run folder with --load and "
+            "--finetune (tools/convert.py makes one of a folder of Hugging Face's)"
+        )
+
+
+def adapter_problems(lora: LoraConfig, model: ModelConfig) -> Iterator[str]:
+    """What keeps such adapters from being built beside the model."""
+    names = lora.lora_targets
+    unknown = unknown_targets(names)
+    if unknown or not names:
+        yield (
+            f"--lora-targets {' '.join(unknown) or 'without a name'}: choose from {', '.join(TARGETS)}"
+        )
+        return
+    for name in names:
+        if not model.swiglu and "mlp.gate" in TARGETS[name] and name not in WITHOUT_A_GATE:
+            yield f"--lora-targets {name}: without --swiglu there is no gate"
+    if model.rope_scaling_type == "clex":
+        yield "--lora-rank freezes the model, and --rope-scaling-type clex learns its frequencies; use yarn"
+    if TOKEN_TABLE_TARGET not in target_modules(names, model):
+        return
+    if not model.untie_embeddings_and_output_weights:
+        yield (
+            "--lora-targets with the embedding: the model's output uses the same table, which would be "
+            "another one once merged; use linear, or --untie-embeddings-and-output-weights"
+        )
+    if lora.lora_variant == "dora":
+        yield "--lora-variant dora has no lengths for the rows of a table; use --lora-targets linear"

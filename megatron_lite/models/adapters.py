@@ -1,0 +1,46 @@
+"""The adapters of a stage's modules together: their first magnitudes, and merging them into the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from megatron_lite.layers.embedding import VocabParallelEmbedding
+from megatron_lite.layers.linear import ColumnParallelLinear, RowParallelLinear
+from megatron_lite.layers.low_rank import LowRankAdapter, TableAdapter
+
+Adapter = LowRankAdapter | TableAdapter
+
+
+def adapters(model: nn.Module) -> Iterator[tuple[Adapter, Tensor]]:
+    """Every adapter with the weight that it adds to."""
+    for module in model.modules():
+        if isinstance(module, ColumnParallelLinear | RowParallelLinear | VocabParallelEmbedding):
+            adapter: Adapter | None = module.adapter
+            if adapter is not None:
+                yield adapter, module.weight
+
+
+@torch.no_grad()
+def begin_magnitudes(model: nn.Module) -> None:
+    """Set the magnitudes to the lengths of the weights' rows, so that adapters begin by changing nothing.
+
+    Collective over tp.
+    """
+    for adapter, weight in adapters(model):
+        if isinstance(adapter, LowRankAdapter) and adapter.part.magnitude:
+            adapter.lora_magnitude.copy_(adapter.row_lengths(weight))
+
+
+def merge_adapters(model: nn.Module) -> None:
+    """Add all adapters to their weights, which are then used as they are.  Collective over tp with dora."""
+    for adapter, weight in adapters(model):
+        adapter.merge(weight)
+
+
+def unmerge_adapters(model: nn.Module) -> None:
+    """Take them out again."""
+    for adapter, weight in adapters(model):
+        adapter.unmerge(weight)
