@@ -59,7 +59,10 @@ def main() -> int:
     speaker = load_speaker(asked, ctx)
     renderer = speaker.renderer(asked)
     _say(f"chat template: {renderer.name}; /reset /system /save /exit")
-    chat = Chat(asked, settings, speaker, renderer, asked.system)
+    generation = Generation(
+        speaker.model, keep=asked.cache_tokens, start=asked.sink_tokens, remember=True
+    )
+    chat = Chat(asked, settings, speaker, renderer, generation, asked.system)
     try:
         while chat.take(_line()):
             pass
@@ -88,6 +91,7 @@ class Chat:
     settings: Sampling
     speaker: Speaker
     renderer: Renderer
+    generation: Generation
     system: str | None
     turns: list[Message] = field(default_factory=list)
     warned: bool = False
@@ -157,13 +161,10 @@ class Chat:
         request = TextRequest(
             ids, self.asked.max_new_tokens, sampler, ends=self.renderer.ends, until=heard
         )
-        generation = Generation(
-            self.speaker.model, keep=self.asked.cache_tokens, start=self.asked.sink_tokens
-        )
         end = None
         # Ctrl-C ends this answer, not the conversation
         with contextlib.suppress(KeyboardInterrupt):
-            for token in generation.run([request]):
+            for token in self.generation.run([request]):
                 end = token.end
         print(stream.finish(), flush=True)
         self.turns.append(Message("assistant", stream.text))

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from megatron_lite.cli.speaking.model import (
     add_cache_flags,
     add_model_flags,
     add_sampling_flags,
+    device_bandwidth,
     load_speaker,
     sampling_of,
 )
@@ -33,6 +35,7 @@ from megatron_lite.config.context_length import length_lines
 from megatron_lite.config.errors import all_together
 from megatron_lite.config.exit import ToolParser, run_tool
 from megatron_lite.config.extensions import extend
+from megatron_lite.inference.bound import memory_bound
 from megatron_lite.inference.generate import CHUNK, Generation, TextRequest, Token
 from megatron_lite.inference.sampling import Sampler, Sampling
 from megatron_lite.inference.texts import TextStream
@@ -90,8 +93,16 @@ def _speak(
         if printer is not None:
             printer.heard(token.request)
     if ctx.rank == 0:
-        print(generation.speed.describe(), file=sys.stderr)
+        _say_speed(asked, speaker, generation)
     return 0
+
+
+def _say_speed(asked: argparse.Namespace, speaker: Speaker, generation: Generation) -> None:
+    print(generation.speed.describe(), file=sys.stderr)
+    bound = memory_bound(speaker.model, generation.speed)
+    if bound is not None:
+        name, bandwidth = device_bandwidth(speaker.model.context.ctx.device)
+        print(bound.describe(asked.memory_bandwidth or bandwidth, name), file=sys.stderr)
 
 
 def _answers(asked: argparse.Namespace, speaker: Speaker) -> list[_Answer]:
@@ -187,6 +198,10 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, Sampling]:
     parser.add_argument(
         "--prefill-chunk", type=int, default=CHUNK, help="tokens of a prompt that go in at once"
     )
+    parser.add_argument(
+        "--memory-bandwidth", type=float, metavar="GB/S",
+        help="of this device, for how fast decoding could be at most; known of many GPUs",
+    )  # fmt: skip
     add_cache_flags(parser)
     add_layout_flags(parser)
     asked = parser.parse_args(argv)
@@ -203,6 +218,9 @@ def _check(asked: argparse.Namespace) -> None:
         for name in ("max_new_tokens", "num_samples", "batch_size", "prefill_chunk")
         if getattr(asked, name) < 1
     ]
+    bandwidth = asked.memory_bandwidth
+    if bandwidth is not None and not (math.isfinite(bandwidth) and bandwidth > 0.0):
+        problems.append(f"--memory-bandwidth {bandwidth} must be a number above 0")
     if asked.stream and asked.jsonl:
         problems.append("--stream prints text as it comes, --jsonl whole lines: choose one")
     if (

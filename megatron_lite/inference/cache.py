@@ -54,13 +54,40 @@ class KeyValueCache:
         # no position lies behind the capacity, however long a text with a ring becomes
         self.wholes[row] = min(whole or self.capacity, self.capacity)
 
+    def rewind(self, row: int, tokens: int, whole: int | None = None) -> None:
+        """Another text goes on in this row behind the first `tokens` of those it has; see free()."""
+        had = self.lengths[row]
+        assert tokens in (0, had) or tokens < had <= self.capacity, (tokens, had, self.capacity)
+        self.free(row, whole)
+        self.lengths[row] = tokens
+
+    def grow(self, capacity: int) -> None:
+        """Rows of more tokens, in which what is held stays; not where text is endless."""
+        assert self.start is None and capacity >= self.capacity, (self.start, capacity)
+        for buffers in (self._keys, self._values):
+            for layer, held in buffers.items():
+                # zeros, as in store()
+                larger = held.new_zeros(*held.shape[:2], capacity + 1, held.shape[3])
+                larger[:, :, : self.capacity] = held[:, :, : self.capacity]
+                buffers[layer] = larger
+        self.capacity = capacity
+
+    @property
+    def is_allocated(self) -> bool:
+        """Whether a layer has come."""
+        return bool(self._keys)
+
     def enter(self, counts: Sequence[int], length: int | None = None) -> CacheEntry:
         """The next forward brings so many tokens of each row, padded to a length, or to the most of them."""
         assert all(n <= self.room(r) for r, n in enumerate(counts)), (counts, self.lengths)
         entry = CacheEntry(self, tuple(self.lengths), tuple(counts), length or max(counts))
+        self.advance(counts)
+        return entry
+
+    def advance(self, counts: Sequence[int]) -> None:
+        """So many tokens of each row have come in."""
         for row, count in enumerate(counts):
             self.lengths[row] += count
-        return entry
 
     def store(self, layer: int, k: Tensor, v: Tensor, slots: Tensor | slice) -> None:
         """k, v: [b, m, new, d] into slots int64 [b, new], or the same stretch of all rows."""
@@ -138,22 +165,27 @@ class CacheEntry:
         slots = torch.arange(self._slots_seen, device=self._cache.device)
         if self._alike or not self._turns:
             return slots
-        start, ring = self._cache.start or 0, self._cache.capacity - (self._cache.start or 0)
-        # the oldest of the ring, which has the first place, lies behind the newest
-        turned = torch.tensor(
-            [max(n - self._cache.capacity, 0) % ring for n in self._after], device=slots.device
-        )
-        places = start + (slots[:, None] - start - turned) % ring
-        return torch.where(slots[:, None] < start, slots[:, None], places)
+        after = torch.tensor(self._after, device=slots.device)
+        return places_kept(slots, after, self._cache)
 
     def seen(self, window: int | None) -> Tensor | None:
         """bool [b, 1, s, t]: which slots a new token sees; None: those up to its own, in order."""
-        if self._alike:
-            return None
-        keys, queries = self.key_positions(), self.positions
-        keys = (keys[:, None] if keys.dim() == 1 else keys).t()[
-            :, None, None, :
-        ]  # [1 or b, 1, 1, t]
-        queries = queries.t()[:, None, :, None]  # [b, 1, s, 1]
-        mask = keys <= queries
-        return mask if window is None else mask & (keys > queries - window)
+        return None if self._alike else seen_slots(self.key_positions(), self.positions, window)
+
+
+def places_kept(slots: Tensor, after: Tensor, cache: KeyValueCache) -> Tensor:
+    """slots: int64 [t], after: tokens of each row, int64 [b] -> int64 [t, b], the place of each slot
+    among those kept."""
+    start, ring = cache.start or 0, cache.capacity - (cache.start or 0)
+    # the oldest of the ring, which has the first place, lies behind the newest
+    turned = (after - cache.capacity).clamp(min=0) % ring
+    places = start + (slots[:, None] - start - turned) % ring
+    return torch.where(slots[:, None] < start, slots[:, None], places)
+
+
+def seen_slots(keys: Tensor, queries: Tensor, window: int | None) -> Tensor:
+    """keys: places of what is held, int64 [t] or [t, b]; queries: int64 [s, b] -> bool [b, 1, s, t]."""
+    keys = (keys[:, None] if keys.dim() == 1 else keys).t()[:, None, None, :]  # [1 or b, 1, 1, t]
+    queries = queries.t()[:, None, :, None]  # [b, 1, s, 1]
+    mask = keys <= queries
+    return mask if window is None else mask & (keys > queries - window)

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 from megatron_lite.config.errors import ConfigError
+from megatron_lite.config.sections.model import BY_LENGTH
+from megatron_lite.inference.replay import recorder
 from megatron_lite.inference.stages import CachedRows
 from megatron_lite.models.decoder import Decoder
 from megatron_lite.parallel.collectives import all_reduce
@@ -57,12 +59,20 @@ class Token:
 
 @dataclass(slots=True)
 class GenerationSpeed:
-    """Tokens and seconds: of forwards in which a prompt goes in, and of those that only continue."""
+    """Tokens and seconds: of forwards in which a prompt goes in, and of those that only continue.
+
+    new_steps: the latter; new_seen: tokens that their rows saw, all together.  graphs: of decode
+    steps (replay.py), each recorded in a step that counts as neither.
+    """
 
     prompt_tokens: int = 0
     prompt_seconds: float = 0.0
     new_tokens: int = 0
     new_seconds: float = 0.0
+    new_steps: int = 0
+    new_seen: int = 0
+    graphs: int = 0
+    graph_seconds: float = 0.0
 
     def describe(self) -> str:
         """One line."""
@@ -73,6 +83,8 @@ class GenerationSpeed:
         ):
             rate = f"{tokens / seconds:,.1f} tokens/s" if seconds > 0 else "none"
             parts.append(f"{name} {tokens:,} tokens, {rate}")
+        if self.graphs:
+            parts.append(f"{self.graphs} graphs recorded in {self.graph_seconds:.1f} s")
         return "; ".join(parts)
 
 
@@ -92,16 +104,19 @@ class RunningBatch:
     """Rows of a batch that requests join and leave while the others continue.
 
     Every rank of the model makes the same calls.  capacity, start: see KeyValueCache; without start
-    a request must fit.
+    rows grow where a request does not fit.  remember: a request whose text begins as one that was
+    here before does goes on behind what both have.
     """
 
     def __init__(
         self, model: Decoder, rows: int, capacity: int, *, start: int | None = None,
-        chunk: int = CHUNK, speed: GenerationSpeed | None = None,
+        chunk: int = CHUNK, speed: GenerationSpeed | None = None, remember: bool = False,
     ) -> None:  # fmt: skip
-        self._held = CachedRows(model, rows, capacity, start=start)
+        self._held = CachedRows(model, rows, capacity, start=start, record=recorder(model))
         self._chunk, self.speed = chunk, speed or GenerationSpeed()
+        self._endless, self._remember = start is not None, remember
         self._places: list[_Row | None] = [None] * rows
+        self._seen: list[list[int]] = [[] for _ in range(rows)]
 
     @property
     def has_place(self) -> bool:
@@ -115,11 +130,32 @@ class RunningBatch:
 
     def join(self, request: int, asked: TextRequest) -> None:
         """The request, under its number, takes a place that is free."""
-        place, longest = self._places.index(None), longest_text(self._held.model, asked)
+        held, longest = self._held, longest_text(self._held.model, asked)
         # where positions end, the end of a prompt says more than its beginning
         prompt = list(asked.prompt)[-longest:]
-        self._held.free(place, longest)
-        self._places[place] = _Row(request, asked, longest, list(prompt), list(prompt))
+        if longest > held.capacity and not self._endless:
+            held.grow(max(longest, 2 * held.capacity))
+        free = [number for number, row in enumerate(self._places) if row is None]
+        known = [self._known(number, prompt, longest) for number in free]
+        behind = max(known)
+        place = free[known.index(behind)]
+        held.free(place, longest, behind=behind)
+        self._seen[place] = prompt[:behind]
+        self._places[place] = _Row(request, asked, longest, prompt[behind:], list(prompt))
+
+    def _known(self, place: int, prompt: Sequence[int], longest: int) -> int:
+        """Tokens that the prompt begins with whose keys and values this row has, as it would make them."""
+        held, seen = self._held, self._seen[place]
+        # the last one has to go in: what follows it is asked for
+        pairs = zip(seen, prompt[:-1], strict=False)
+        common = next(
+            (n for n, (a, b) in enumerate(pairs) if a != b), min(len(seen), len(prompt) - 1)
+        )
+        scaled = held.model.context.model.rope_scaling_type in BY_LENGTH
+        if scaled and held.whole(place) != min(longest, held.capacity):
+            return 0  # its positions are those of a text of another length
+        lost = len(seen) > held.capacity and common < len(seen)  # the ring has turned beyond it
+        return 0 if lost else common
 
     def leave(self, request: int) -> None:
         """Nothing more of it is wanted."""
@@ -132,8 +168,12 @@ class RunningBatch:
         for number, row in enumerate(places):
             takes = 0 if row is None else min(self._chunk, held.room(number), len(row.entering))
             new.append([] if row is None else row.entering[:takes])
+        graphs = held.recorded
         logits = held.forward(new)
         entered = sum(map(len, new))
+        if self._remember:
+            for seen, tokens in zip(self._seen, new, strict=True):
+                seen += tokens
         prefills = any(row is not None and not row.generated for row in places)
         ready = []
         for number, row in enumerate(places):
@@ -142,18 +182,30 @@ class RunningBatch:
                 if not row.entering:
                     ready.append((number, row))
         chosen = self._chosen(logits, ready)
-        if prefills:
-            self.speed.prompt_tokens += entered
-            self.speed.prompt_seconds += time.perf_counter() - began
-        else:
-            self.speed.new_tokens += len(ready)
-            self.speed.new_seconds += time.perf_counter() - began
+        self._count(
+            time.perf_counter() - began, entered, prefills=prefills, recorded=held.recorded > graphs
+        )
         found = []
         for (number, row), token in zip(ready, chosen, strict=True):
             found.append(_taken(row, token))
             if found[-1].end is not None:
                 places[number] = None
         return found
+
+    def _count(self, seconds: float, tokens: int, *, prefills: bool, recorded: bool) -> None:
+        """A step's tokens and time, for the kind of step that it was."""
+        speed, held = self.speed, self._held
+        if recorded:
+            speed.graphs, speed.graph_seconds = speed.graphs + 1, speed.graph_seconds + seconds
+        elif prefills:
+            speed.prompt_tokens += tokens
+            speed.prompt_seconds += seconds
+        else:
+            speed.new_tokens += tokens
+            speed.new_seconds += seconds
+            speed.new_steps += 1
+            rows = [number for number, row in enumerate(self._places) if row is not None]
+            speed.new_seen += sum(min(held.length(row), held.capacity) for row in rows)
 
     def _chosen(self, logits: Tensor | None, ready: Sequence[tuple[int, _Row]]) -> list[int]:
         """The next token of each row that is ready, on every rank."""
@@ -200,7 +252,8 @@ class Generation:
     """Requests that are continued in the rows of a batch.  Every rank of the model makes the same calls.
 
     rows: at once.  keep: tokens of which a row keeps the keys and values, the first `start` of a
-    text and the latest others, so that it may be endless; 0 keeps all.
+    text and the latest others, so that it may be endless; 0 keeps all.  remember: see RunningBatch;
+    what one run leaves in the rows another finds, unless it was broken off.
     """
 
     model: Decoder
@@ -209,6 +262,8 @@ class Generation:
     keep: int = 0
     start: int = 4
     speed: GenerationSpeed = field(default_factory=GenerationSpeed)
+    remember: bool = False
+    _left: RunningBatch | None = None
 
     def __post_init__(self) -> None:
         """ConfigError where a text cannot lose its middle."""
@@ -225,16 +280,22 @@ class Generation:
 
     def run(self, requests: Sequence[TextRequest]) -> Iterator[Token]:
         """The tokens of all requests as they come, those of one in order."""
-        longest = [longest_text(self.model, asked) for asked in requests]
-        batch = RunningBatch(
-            self.model, max(min(self.rows, len(requests)), 1), self.keep or max(longest, default=1),
-            start=self.start if self.keep else None, chunk=self.chunk, speed=self.speed,
-        )  # fmt: skip
+        batch, self._left = self._left or self._batch(requests), None
         waiting = deque(enumerate(requests))
         while waiting or not batch.is_empty:
             while waiting and batch.has_place:
                 batch.join(*waiting.popleft())
             yield from batch.step()
+        self._left = batch if self.remember else None
+
+    def _batch(self, requests: Sequence[TextRequest]) -> RunningBatch:
+        longest = [longest_text(self.model, asked) for asked in requests]
+        rows = self.rows if self.remember else min(self.rows, len(requests))
+        return RunningBatch(
+            self.model, max(rows, 1), self.keep or max(longest, default=1),
+            start=self.start if self.keep else None, chunk=self.chunk, speed=self.speed,
+            remember=self.remember,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

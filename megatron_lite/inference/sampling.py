@@ -87,7 +87,8 @@ class Sampler:
         logits = logits[:, : self.ids]
         if self.settings.temperature == 0.0 and self.settings.repetition_penalty == 1.0:
             return logits.argmax(dim=-1)
-        places = torch.full((len(logits),), uniform(self.seed, self.sample, len(tokens)))
+        place = uniform(self.seed, self.sample, len(tokens))
+        places = torch.full((len(logits),), place, device=logits.device)
         return drawn_at(self.settings.filtered(logits, tokens), places)
 
 

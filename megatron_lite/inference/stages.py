@@ -17,6 +17,7 @@ from torch import Tensor
 from megatron_lite.blueprint.draw_up import forwards
 from megatron_lite.blueprint.stages import round_robin
 from megatron_lite.inference.cache import KeyValueCache
+from megatron_lite.inference.replay import Record, ReplayedDecode
 from megatron_lite.layers.outputs import Outputs
 from megatron_lite.models.decoder import Decoder
 from megatron_lite.parallel.collectives import all_gather
@@ -58,18 +59,20 @@ class CachedRows:
     """Rows of a batch that continue by some tokens at a time, over tp and pp.
 
     Collective over the ranks of the model: each makes the same calls.  rows: at once; capacity,
-    start: see KeyValueCache.
+    start: see KeyValueCache.  record: how decode steps are recorded, where one process has the model.
     """
 
     def __init__(
-        self, model: Decoder, rows: int, capacity: int, *, start: int | None = None
-    ) -> None:
+        self, model: Decoder, rows: int, capacity: int, *, start: int | None = None,
+        record: Record | None = None,
+    ) -> None:  # fmt: skip
         self.model, self.ctx, self.rows = model, model.context.ctx, rows
         self._group = -(-rows // self.ctx.pp.size)
         self._caches = [
             KeyValueCache(self._group, capacity, start, self.ctx.device)
             for _ in range(-(-rows // self._group))
         ]
+        self._replayed = record and ReplayedDecode(model, self._caches[0], record)
         self._forwards = ForwardPipeline(model, self._note)
         self._noted: list[Tensor] = []
 
@@ -86,16 +89,40 @@ class CachedRows:
         """Tokens that the row has seen."""
         return self._caches[row // self._group].lengths[row % self._group]
 
-    def free(self, row: int, whole: int | None = None) -> None:
-        """Another text begins in this row, which will have so many tokens; see KeyValueCache."""
-        self._caches[row // self._group].free(row % self._group, whole)
+    def whole(self, row: int) -> int:
+        """Tokens that its text will have; see KeyValueCache."""
+        return self._caches[row // self._group].wholes[row % self._group]
+
+    @property
+    def capacity(self) -> int:
+        """Tokens of a row."""
+        return self._caches[0].capacity
+
+    def grow(self, capacity: int) -> None:
+        """Rows of more tokens; see KeyValueCache."""
+        for cache in self._caches:
+            cache.grow(capacity)
+
+    @property
+    def recorded(self) -> int:
+        """Graphs of decode steps that were recorded so far."""
+        return 0 if self._replayed is None else self._replayed.recorded
+
+    def free(self, row: int, whole: int | None = None, *, behind: int = 0) -> None:
+        """Another text comes into this row, which will have so many tokens, the first of which it
+        may have already; see KeyValueCache."""
+        self._caches[row // self._group].rewind(row % self._group, behind, whole)
 
     @torch.no_grad()
     def forward(self, new: Sequence[Sequence[int]]) -> Tensor | None:
         """The next tokens of each row, some of them none -> fp32 logits [rows, v] after the last of each.
 
-        None on a stage without the head; of a row without new tokens they mean nothing.
+        None on a stage without the head; of a row without new tokens they mean nothing.  The next
+        call may overwrite them.
         """
+        replayed = None if self._replayed is None else self._replayed.forward(new)
+        if replayed is not None:
+            return replayed[: self.rows]
         size, most = self._group, max(map(len, new))
         padded = [list(row) + [0] * (most - len(row)) for row in new]
         padded += [[0] * most] * (size * len(self._caches) - len(padded))

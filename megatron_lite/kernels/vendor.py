@@ -26,9 +26,21 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Tensor:
     seed_mask(call, q.device)
     asked = _asked(q, k, call)
     mask = asked["attn_mask"]
+    if q.device.type == "cuda" and q.shape[2] == 1 and mask is not None and asked["enable_gqa"]:
+        return one_query(q, k, v, asked)
     if q.device.type == "meta" and not (asked["enable_gqa"] and mask is not None):
         return _fused_on_a_gpu(q, k, v, mask, call)
     return F.scaled_dot_product_attention(q, k, v, **asked)
+
+
+def one_query(q: Tensor, k: Tensor, v: Tensor, asked: dict[str, Any]) -> Tensor:
+    """q: [b, n, 1, d], k, v: [b, m, t, d] -> [b, n, 1, d]: a group's heads are the queries of one head.
+
+    With a mask torch's fused kernels take no grouped heads, and would otherwise get copies of k and v.
+    """
+    groups = q.unflatten(1, (k.shape[1], -1)).squeeze(3)  # [b, m, n/m, d]
+    y = F.scaled_dot_product_attention(groups, k, v, **{**asked, "enable_gqa": False})
+    return y.flatten(1, 2)[:, :, None]
 
 
 def sdpa_kernel(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> str:

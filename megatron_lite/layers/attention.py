@@ -22,7 +22,6 @@ from megatron_lite.layers.dropout import key_index
 from megatron_lite.layers.linear import ColumnParallelLinear, RowParallelLinear
 from megatron_lite.layers.norm import NormLayer
 from megatron_lite.layers.recompute import recomputed_part
-from megatron_lite.layers.rotary import rotary_tables
 
 
 def attention_need(
@@ -160,7 +159,7 @@ class SelfAttention(nn.Module):
         if not rotated:
             return None
         of = (name, rotated, model)
-        return at.once(of, lambda: rotary_tables(rotated, model, positions(), at.whole, at.slowed))
+        return at.once(of, lambda: at.turning(rotated, model, positions(), at.whole, at.slowed))
 
     def _remembered(
         self, at: ForwardContext, cache: LayerCache, k: Tensor, v: Tensor

@@ -20,6 +20,7 @@ from megatron_lite.kernels.segments import Segments
 from megatron_lite.kernels.table import Need
 from megatron_lite.layers.choosing import chosen
 from megatron_lite.layers.gradients import WeightGradients
+from megatron_lite.layers.rotary import Turning, rotary_tables
 from megatron_lite.parallel.context import Axis, ParallelContext
 from megatron_lite.parallel.shard import DTYPES
 
@@ -149,6 +150,7 @@ class ForwardContext:
     slowed: fp64 [r/2] or [b, r/2], what learned rotary frequencies are multiplied by; see stretching.py.
     length: tokens that the whole text will have, of each sample where they differ; None: those of
     this forward.  Scaling by length goes by it (--rope-scaling-type), from the first token on.
+    turning: cos and sin of rotary positions.
     """
 
     samples: Tensor
@@ -161,6 +163,7 @@ class ForwardContext:
     restarted: Tensor | None = None
     length: int | tuple[int, ...] | None = None
     slowed: Tensor | None = None
+    turning: Turning = rotary_tables
     _made: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def afresh(self) -> ForwardContext:

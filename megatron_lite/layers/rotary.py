@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 
 import torch
@@ -12,6 +13,9 @@ from megatron_lite.config.sections.model import BY_LENGTH, ModelConfig
 
 TextLength = int | tuple[int, ...] | None
 """Tokens of a whole text, of each sample's where they differ; None where nothing goes by it."""
+
+Turning = Callable[[int, ModelConfig, Tensor, TextLength, Tensor | None], tuple[Tensor, Tensor]]
+"""(channels, model, index, length, factors) -> what rotary_tables makes of them."""
 
 
 def rotary_tables(

@@ -169,6 +169,9 @@ def test_a_batch_says_what_each_prompt_says_alone(spoken: Path, monkeypatch, cap
     ]
     assert re.search(r"^prefill \d+ tokens, [\d,.]+ tokens/s; decode \d+ tokens, [\d,.]+ tokens/s$",
                      err, re.MULTILINE)  # fmt: skip
+    assert re.search(
+        "^memory bound of decode: .* this CPU's bandwidth is not known", err, re.MULTILINE
+    )
     assert len({one["text"] for one in together}) == 6
     alone = []
     for prompt in prompts:
@@ -224,6 +227,7 @@ def test_a_stop_text_ends_a_continuation(spoken: Path, monkeypatch, capsys) -> N
         (["--tensor-model-parallel-size", "2"], "are 2 ranks, 1 were started"),
         (["--prompt-file", "-", "--pipeline-model-parallel-size", "2"], "share one stdin"),
         (["--cache-tokens", "4"], "--sink-tokens 4 must be at least 0 and below --cache-tokens 4"),
+        (["--memory-bandwidth", "nan"], "--memory-bandwidth nan must be a number above 0"),
         (["--cache-tokens", "9"], "this model has learned positions"),
     ],
 )  # fmt: skip

@@ -15,64 +15,32 @@ import torch
 from megatron_lite.blueprint.grid import RankGrid
 from megatron_lite.config.errors import ConfigError
 from megatron_lite.inference.generate import Generation, TextRequest, Token
-from megatron_lite.inference.model import build_model, find_model, require_layout
+from megatron_lite.inference.model import find_model, require_layout
 from megatron_lite.models.decoder import Decoder
 from megatron_lite.parallel.context import ParallelContext
-from tests.support.decoding import likeliest, whole_forward
+from tests.inference.continuing import (
+    FAMILIES,
+    PROMPTS,
+    ROTARY,
+    Texts,
+    cached,
+    loaded,
+    next_token,
+    uncached,
+    write_family,
+)
+from tests.support.decoding import likeliest
 from tests.support.extras import needs
-from tests.support.families import TINY, tiny
-from tests.support.huggingface import gpt2
+from tests.support.families import tiny
 from tests.support.spawn import spawn
 
 needs("transformers")
-
-PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6, 5, 35, 89, 79], [97], [9, 32, 38, 46, 26]]
-NEW = [5, 12, 9]
-FAMILIES = ("gpt2", *TINY)
-Texts = list[list[int]]
-
-
-def loaded(folder: Path, ctx: ParallelContext | None = None) -> Decoder:
-    ctx = ctx or ParallelContext.serial()
-    return build_model(find_model(folder, ctx), ctx)
-
-
-def next_token(model: Decoder, seen: Sequence[int], text: Sequence[int], whole: int) -> int:
-    return int(likeliest(whole_forward(model, seen, whole)[None], text))
-
-
-def uncached(model: Decoder) -> Texts:
-    """What follows each prompt."""
-    texts = [list(prompt) for prompt in PROMPTS]
-    for text, new in zip(texts, NEW, strict=True):
-        whole = len(text) + new
-        for _ in range(new):
-            text.append(next_token(model, text, text, whole))
-    return [text[len(prompt) :] for text, prompt in zip(texts, PROMPTS, strict=True)]
-
-
-def cached(model: Decoder, **how: int) -> Texts:
-    """The same by the cache."""
-    asked = [TextRequest(p, n, likeliest) for p, n in zip(PROMPTS, NEW, strict=True)]
-    found: Texts = [[] for _ in asked]
-    ends = {}
-    for token in Generation(model, **{"rows": 2, "chunk": 3, **how}).run(asked):
-        assert token.request not in ends, "an ended request continues"
-        found[token.request].append(token.id)
-        if token.end:
-            ends[token.request] = token.end
-    assert ends == dict.fromkeys(range(3), "length")
-    return found
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A model of each family with sizes that two ranks can share."""
-    made = {name: tmp_path_factory.mktemp(name) for name in FAMILIES}
-    gpt2(n_head=4, vocab_size=263).save_pretrained(made["gpt2"])
-    for name in TINY:
-        tiny(name, intermediate_size=54).save_pretrained(made[name])
-    return made
+    return {name: write_family(tmp_path_factory.mktemp(name), name) for name in FAMILIES}
 
 
 @pytest.fixture(scope="module")
@@ -120,9 +88,6 @@ def endless(model: Decoder, prompt: Sequence[int], new: int, **how: int) -> list
     return list(Generation(model, **how).run([TextRequest(prompt, new, likeliest)]))
 
 
-ROTARY = [name for name in TINY if name != "mistral"]
-
-
 @pytest.mark.parametrize("name", ROTARY)
 def test_a_window_that_holds_the_text_changes_nothing(folders, expected, name) -> None:
     assert cached(loaded(folders[name]), keep=17) == expected[name]
@@ -162,3 +127,77 @@ def test_a_layout_that_does_not_fit_says_so(folders) -> None:
     config = find_model(folders["llama"], ParallelContext.serial()).config
     with pytest.raises(ConfigError, match="(?s)4 problems.*heads 6 .*heads 2 .*54 .*has 2 layers"):
         require_layout(config, 5, 3)
+
+
+# -- what an earlier text has left --------------------------------------------------------------
+
+
+def entered(model: Decoder, prompts: Texts, new: int, **how: int) -> tuple[Texts, list[int]]:
+    """What follows prompts that come one after another, and how many tokens of each went in."""
+    generation = Generation(model, remember=True, chunk=4, **how)
+    found, went = [], []
+    for prompt in prompts:
+        before = generation.speed.prompt_tokens
+        found.append([t.id for t in generation.run([TextRequest(prompt, new, likeliest)])])
+        went.append(generation.speed.prompt_tokens - before)
+    return found, went
+
+
+def grown(model: Decoder, new: int) -> Texts:
+    """A conversation: each prompt is the text before it, with its answer, and something more."""
+    prompts = [PROMPTS[2]]
+    for more in ([7, 8], [9, 9, 9]):
+        (answer,) = uncached(model, prompts[-1:], [new])
+        prompts.append([*prompts[-1], *answer, *more])
+    # one that leaves it early, one that is its beginning, and another text
+    return [*prompts, [*prompts[1][:8], 77], prompts[0], PROMPTS[0]]
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama-tied", "mistral", "qwen2"])
+def test_a_text_goes_on_behind_what_is_remembered_of_it(folders, name) -> None:
+    model = loaded(folders[name])
+    prompts = grown(model, 3)
+    expected = uncached(model, prompts, [3] * len(prompts))
+    found, went = entered(model, prompts, 3)
+    assert found == expected
+    # the last token of an answer has not gone in before
+    assert went == [5, 3, 4, 1, 1, 12]
+
+
+def test_positions_that_go_by_the_length_are_made_anew(folders) -> None:
+    for name in ("gpt_neox-in-turn", "qwen3"):
+        model = loaded(folders[name])
+        prompts = grown(model, 3)
+        found, went = entered(model, prompts, 3)
+        assert found == uncached(model, prompts, [3] * len(prompts))
+        assert went == [len(prompt) for prompt in prompts]
+
+
+def test_a_ring_that_has_turned_goes_on_alone(folders) -> None:
+    """Its text, all of it and more, goes on; one that leaves it early begins anew."""
+    model, new = loaded(folders["llama-tied"]), 6
+    how = {"keep": 9, "start": 2}
+    first = PROMPTS[0]
+    answer = [t.id for t in endless(model, first, new, **how, chunk=1)]
+    prompts = [first, [*first, *answer, 5], [*first, 6]]
+    found, went = entered(model, prompts, new, **how)
+    alone = [[t.id for t in endless(model, p, new, **how, chunk=1)] for p in prompts]
+    assert found == alone
+    assert went == [12, 2, 13]
+
+
+def test_nothing_is_remembered_of_a_run_that_was_broken_off(folders) -> None:
+    model = loaded(folders["llama"])
+    generation = Generation(model, remember=True)
+
+    def stop(generated: Sequence[int]) -> bool:
+        raise KeyboardInterrupt
+
+    asked = TextRequest(PROMPTS[0], 5, likeliest)
+    (expected,) = uncached(model, PROMPTS[:1], [5])
+    assert [t.id for t in generation.run([asked])] == expected
+    with pytest.raises(KeyboardInterrupt):
+        list(generation.run([TextRequest(PROMPTS[0], 5, likeliest, until=stop)]))
+    before = generation.speed.prompt_tokens
+    assert [t.id for t in generation.run([asked])] == expected
+    assert generation.speed.prompt_tokens - before == len(PROMPTS[0])

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from megatron_lite.config.sections.model import ModelConfig
+from megatron_lite.inference import generate as generating
 from megatron_lite.inference.generate import Generation, TextRequest
 from megatron_lite.kernels.random import some_of
 from megatron_lite.layers.contexts import ForwardContext, StageContext
@@ -23,6 +24,7 @@ from megatron_lite.train.run import Run
 from megatron_lite.train.step import evaluation_step, train_step
 from tests.support.decoding import likeliest, whole_forward
 from tests.support.engines import named
+from tests.support.recording import record
 from tests.support.tiny import context, draw, make_batches, tiny_config
 
 MODEL = ModelConfig(
@@ -192,8 +194,10 @@ def test_learning_moves_its_weights_and_use_follows_them() -> None:
     assert losses == sorted(losses, reverse=True) and len(set(losses)) == 3
 
 
-def test_a_text_is_continued_by_the_stretch_it_will_have() -> None:
+@pytest.mark.parametrize("by", [None, record], ids=["step by step", "recorded"])
+def test_a_text_is_continued_by_the_stretch_it_will_have(monkeypatch, by) -> None:
     """Cached as uncached, within the trained 8 tokens and beyond them; in a batch as alone."""
+    monkeypatch.setattr(generating, "recorder", lambda model: by)
     (stage,) = one_rank(learned=0.05).pipeline.stages.values()
     model = stage.module.eval()
     assert isinstance(model, Decoder)

@@ -12,7 +12,8 @@ from megatron_lite.models.decoder import Decoder
 
 def likeliest(logits: torch.Tensor, tokens: Sequence[int]) -> torch.Tensor:
     """Of those that are not among the latest eight: a tiny model would say one again and again."""
-    return logits.scatter(-1, torch.tensor([tokens[-8:]]), -torch.inf).argmax(-1)
+    latest = torch.tensor([tokens[-8:]], device=logits.device)
+    return logits.scatter(-1, latest, -torch.inf).argmax(-1)
 
 
 def whole_forward(model: Decoder, text: Sequence[int], whole: int) -> torch.Tensor:

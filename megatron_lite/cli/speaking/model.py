@@ -8,6 +8,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+
+from megatron_lite.blueprint.devices import short_name
 from megatron_lite.config.extensions import add_extend_flag
 from megatron_lite.data.chat.conversation import Renderer, renderer_of
 from megatron_lite.data.chat.formats import CHAT_FORMATS
@@ -17,6 +20,7 @@ from megatron_lite.inference.model import PRECISIONS, ModelSource, build_model, 
 from megatron_lite.inference.sampling import Sampling
 from megatron_lite.models.decoder import Decoder
 from megatron_lite.parallel.context import ParallelContext
+from megatron_lite.planner.hardware import DEVICES
 
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in PRECISIONS}
 
@@ -107,3 +111,12 @@ def load_speaker(
         print(f"WARNING: {line}", file=sys.stderr)
     dtype = None if asked.dtype is None else _DTYPES[asked.dtype]
     return Speaker(source, build_model(source, ctx, dtype=dtype), tokenizer)
+
+
+def device_bandwidth(device: torch.device) -> tuple[str, float | None]:
+    """A device's name, and its memory's GB/s where a table has them."""
+    if device.type != "cuda":
+        return "this CPU", None
+    name = torch.cuda.get_device_name(device)
+    known = DEVICES.get(short_name(name) or "")
+    return name, None if known is None else known.bandwidth_gb_s
