@@ -6,10 +6,11 @@ python tools/chat.py --load RUN_FOLDER --system "You answer briefly." --chat-tem
     /reset            forget what was said
     /system TEXT      another system text, and forget what was said; without TEXT none
     /save FILE        write what was said as JSON
+    /help             these commands
     /exit             end; so does the end of the input
     //TEXT            a message that begins with a slash
 
-Ctrl-C ends an answer.  What the model says goes to stdout, all else to stderr.
+Ctrl-C ends an answer.  What the model has read of the conversation it does not read again.  What the model says goes to stdout, all else to stderr.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ def main() -> int:
     ctx = ParallelContext.serial(choose_device(launch, use_cpu=asked.use_cpu, backend=None))
     speaker = load_speaker(asked, ctx)
     renderer = speaker.renderer(asked)
-    _say(f"chat template: {renderer.name}; /reset /system /save /exit")
+    _say(f"chat template: {renderer.name}; /help /reset /system /save /exit")
     generation = Generation(
         speaker.model, keep=asked.cache_tokens, start=asked.sink_tokens, remember=True
     )
@@ -114,7 +115,7 @@ class Chat:
 
     def _command(self, name: str, rest: str) -> bool:
         commands: dict[str, Callable[[str], None]] = {
-            "reset": self._reset, "system": self._system, "save": self._save,
+            "reset": self._reset, "system": self._system, "save": self._save, "help": self._help,
         }  # fmt: skip
         if name == "exit":
             return False
@@ -124,6 +125,10 @@ class Chat:
             known = ", ".join(f"/{known}" for known in (*commands, "exit"))
             _say(f"/{name} is no command: {known}; //{name} sends it as it is")
         return True
+
+    def _help(self, rest: str) -> None:
+        assert __doc__ is not None
+        _say(__doc__.split("\n\n")[2])
 
     def _reset(self, rest: str) -> None:
         self.turns.clear()

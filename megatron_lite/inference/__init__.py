@@ -2,5 +2,6 @@
 
 Imports all above but engines, optim and planner; train and tools may import it.
 Begin with generate.py (prefill and decode), then stages.py (one forward over tp and pp), cache.py,
-sampling.py (pure functions of logits), and texts.py (tokens become text).
+fixed.py and replay.py (a decode step as a CUDA graph), sampling.py (pure functions of logits), and
+texts.py (tokens become text).
 """
