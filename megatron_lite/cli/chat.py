@@ -10,7 +10,7 @@ python tools/chat.py --load RUN_FOLDER --system "You answer briefly." --chat-tem
     /exit             end; so does the end of the input
     //TEXT            a message that begins with a slash
 
-Ctrl-C ends an answer.  What the model has read of the conversation it does not read again.  What the model says goes to stdout, all else to stderr.
+Ctrl-C ends an answer.  What the model says goes to stdout, all else to stderr.
 """
 
 from __future__ import annotations

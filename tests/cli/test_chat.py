@@ -75,8 +75,8 @@ def test_a_conversation_is_told_whole_and_saved(monkeypatch, capsys, folder: Pat
 def test_commands_forget_and_tell_anew(monkeypatch, capsys, folder: Path) -> None:
     save = f"/save {folder / 'said.json'}"
     messages, err = talk(
-        monkeypatch, capsys, folder, "/help", "one", "/reset", "/shout", "/save /nowhere/at/all\0", "/system 你好",
-        "two", save, "/exit", "three",
+        monkeypatch, capsys, folder, "/help", "one", "/reset", "/shout", "/save /nowhere/at/all\0",
+        "/system 你好", "two", save, "/exit", "three",
     )  # fmt: skip
     assert messages[:2] == ["你好", "two"] and len(messages) == 3
     assert (
