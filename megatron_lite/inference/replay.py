@@ -18,7 +18,7 @@ from megatron_lite.inference.fixed import FixedStep
 from megatron_lite.kernels.compiled import warn_on_stderr
 from megatron_lite.models.decoder import Decoder
 
-Record = Callable[[Callable[[], Tensor]], Callable[[], Tensor]]
+RecordStep = Callable[[Callable[[], Tensor]], Callable[[], Tensor]]
 """What a function of tensors does is recorded; the result does it again, into the same tensor."""
 
 LEAST_SLOTS = 256
@@ -51,7 +51,7 @@ class CudaGraphs:
         return again
 
 
-def recorder(model: Decoder) -> Record | None:
+def recorder(model: Decoder) -> RecordStep | None:
     """How decode steps of this model are recorded where it lies; None: they are not."""
     ctx = model.context.ctx
     alone = ctx.tp.size == ctx.pp.size == 1  # ranks wait for one another, which no graph does
@@ -71,7 +71,7 @@ class ReplayedDecode:
     """
 
     def __init__(
-        self, model: Decoder, cache: KeyValueCache, record: Record,
+        self, model: Decoder, cache: KeyValueCache, record: RecordStep,
         warn: Callable[[str], None] = warn_on_stderr,
     ) -> None:  # fmt: skip
         self._model, self._cache, self._record, self._warn = model, cache, record, warn

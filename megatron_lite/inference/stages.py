@@ -17,7 +17,7 @@ from torch import Tensor
 from megatron_lite.blueprint.draw_up import forwards
 from megatron_lite.blueprint.stages import round_robin
 from megatron_lite.inference.cache import KeyValueCache
-from megatron_lite.inference.replay import Record, ReplayedDecode
+from megatron_lite.inference.replay import RecordStep, ReplayedDecode
 from megatron_lite.layers.outputs import Outputs
 from megatron_lite.models.decoder import Decoder
 from megatron_lite.parallel.collectives import all_gather
@@ -64,7 +64,7 @@ class CachedRows:
 
     def __init__(
         self, model: Decoder, rows: int, capacity: int, *, start: int | None = None,
-        record: Record | None = None,
+        record: RecordStep | None = None,
     ) -> None:  # fmt: skip
         self.model, self.ctx, self.rows = model, model.context.ctx, rows
         self._group = -(-rows // self.ctx.pp.size)

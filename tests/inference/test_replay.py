@@ -11,7 +11,7 @@ from megatron_lite.inference import generate as generating
 from megatron_lite.inference import replay
 from megatron_lite.inference.bound import MemoryBound, memory_bound
 from megatron_lite.inference.generate import Generation, GenerationSpeed, TextRequest
-from megatron_lite.inference.replay import Record, recorder, slots_for
+from megatron_lite.inference.replay import RecordStep, recorder, slots_for
 from megatron_lite.inference.stages import CachedRows
 from megatron_lite.models.decoder import Decoder
 from tests.inference.continuing import FAMILIES, cached, loaded, write_family
@@ -41,7 +41,7 @@ STEPS: list[list[list[int]]] = [
 
 
 def logits(
-    model: Decoder, capacity: int, start: int | None, by: Record | None
+    model: Decoder, capacity: int, start: int | None, by: RecordStep | None
 ) -> list[torch.Tensor]:
     """Of each forward, those of rows that brought a token."""
     rows = CachedRows(model, 2, capacity, start=start, record=by)
@@ -84,7 +84,7 @@ def test_slots_that_hold_nothing_change_no_token(monkeypatch, models, name: str)
 def test_rows_that_grow_are_recorded_anew(monkeypatch, models) -> None:
     model = models("llama-tied")
 
-    def texts(by: Record | None) -> list[list[int]]:
+    def texts(by: RecordStep | None) -> list[list[int]]:
         monkeypatch.setattr(generating, "recorder", lambda model: by)
         generation, found = Generation(model, remember=True), []
         for prompt in ([3, 1, 4], [3, 1, 4, 1, 5, 9, 2, 6], [97]):
