@@ -55,7 +55,7 @@ class KeyValueCache:
         self.wholes[row] = min(whole or self.capacity, self.capacity)
 
     def rewind(self, row: int, tokens: int, whole: int | None = None) -> None:
-        """Another text goes on in this row behind the first `tokens` of those it has; see free()."""
+        """Another text continues in this row behind the first `tokens` of those it has; see free()."""
         had = self.lengths[row]
         assert tokens in (0, had) or tokens < had <= self.capacity, (tokens, had, self.capacity)
         self.free(row, whole)

@@ -105,7 +105,7 @@ class RunningBatch:
 
     Every rank of the model makes the same calls.  capacity, start: see KeyValueCache; without start
     rows grow where a request does not fit.  remember: a request whose text begins as one that was
-    here before does goes on behind what both have.
+    here before does continues behind what both have.
     """
 
     def __init__(

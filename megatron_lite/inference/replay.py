@@ -100,7 +100,7 @@ class ReplayedDecode:
             logits = made.graphs[slots]()
         except (
             Exception
-        ) as error:  # whatever it is, the same step without a graph goes on or says so
+        ) as error:  # whatever it is, the same step without a graph works or says so
             self.failed, self._made = True, None
             said = str(error).strip().splitlines() or ["no reason given"]
             self._warn(

@@ -154,7 +154,7 @@ def grown(model: Decoder, new: int) -> Texts:
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama-tied", "mistral", "qwen2"])
-def test_a_text_goes_on_behind_what_is_remembered_of_it(folders, name) -> None:
+def test_a_text_continues_behind_what_is_remembered_of_it(folders, name) -> None:
     model = loaded(folders[name])
     prompts = grown(model, 3)
     expected = uncached(model, prompts, [3] * len(prompts))
@@ -173,8 +173,8 @@ def test_positions_that_go_by_the_length_are_made_anew(folders) -> None:
         assert went == [len(prompt) for prompt in prompts]
 
 
-def test_a_ring_that_has_turned_goes_on_alone(folders) -> None:
-    """Its text, all of it and more, goes on; one that leaves it early begins anew."""
+def test_a_ring_that_has_turned_continues(folders) -> None:
+    """Its text, all of it and more, continues; one that leaves it early begins anew."""
     model, new = loaded(folders["llama-tied"]), 6
     how = {"keep": 9, "start": 2}
     first = PROMPTS[0]
