@@ -98,9 +98,7 @@ class ReplayedDecode:
                 made.graphs[slots] = self._record(lambda: made.step.logits(slots))
                 self.recorded += 1
             logits = made.graphs[slots]()
-        except (
-            Exception
-        ) as error:  # whatever it is, the same step without a graph works or says so
+        except Exception as error:  # whatever it is, the same step without a graph works or says so
             self.failed, self._made = True, None
             said = str(error).strip().splitlines() or ["no reason given"]
             self._warn(
