@@ -20,6 +20,7 @@ EXTRAS = {
     "chat": ["jinja2>=3.1"],
     "ray": ["ray>=2.40"],
     "gguf": ["gguf>=0.10"],
+    "eval": ["lm-eval>=0.4.9"],
     "tensorboard": ["tensorboard>=2.14"],
     "plot": ["matplotlib>=3.8"],
     "wandb": ["wandb>=0.17"],

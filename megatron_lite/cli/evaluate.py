@@ -31,6 +31,7 @@ from megatron_lite.config.extensions import extend
 from megatron_lite.data.tokenizers.base import Tokenizer
 from megatron_lite.inference.evaluating.corpora import PerplexityOf
 from megatron_lite.inference.evaluating.examinee import Advance, Exam, Examinee
+from megatron_lite.inference.evaluating.harness import HarnessTasks
 from megatron_lite.inference.evaluating.multiple_choice import MultipleChoice
 from megatron_lite.inference.evaluating.problems import WordProblems
 from megatron_lite.inference.evaluating.question_files import CEVAL, MMLU
@@ -125,10 +126,14 @@ def _exams(asked: argparse.Namespace) -> list[Exam]:
         )
         for path in asked.gsm8k
     ]
+    if asked.lm_eval:
+        found.append(
+            HarnessTasks(asked.lm_eval, asked.include_path, asked.num_fewshot, asked.limit)
+        )
     if not found:
         raise ConfigError(
-            "nothing is asked: give --text FILE, --tokens PREFIX, --ceval FOLDER, --mmlu FOLDER or "
-            "--gsm8k FILE"
+            "nothing is asked: give --text FILE, --tokens PREFIX, --ceval FOLDER, --mmlu FOLDER, "
+            "--gsm8k FILE or --lm-eval TASK"
         )
     return found
 
@@ -218,6 +223,9 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     add("--gsm8k-examples", help="a file of the same form, whose first problems are shown solved")
     add("--max-new-tokens", type=int, default=256, help="of a solution")
+    add("--lm-eval", nargs="+", action="extend", default=[], help="tasks of lm-eval-harness")
+    add("--include-path", help="a folder with more of its tasks, as YAML files")
+    add("--num-fewshot", type=int, help="examples before each question, instead of the tasks' own")
     add("--shots", type=int, default=5, help="examples before each question, in file order")
     add("--limit", type=int, help="at most so many questions of each file")
     add = parser.add_argument

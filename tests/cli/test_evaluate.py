@@ -73,6 +73,7 @@ def test_a_run_keeps_each_evaluation_beside_its_own_records(
         (["--text", "HERE/good.txt", "--window", 25], 2, "at most the model's 24 positions"),
         (["--text", "HERE/good.txt", "--tensor-model-parallel-size", 2], 2, "are 2 ranks, 1 were started"),
         (["--text", "HERE/good.txt", "--json", "HERE"], 2, "is a folder"),
+        (["--lm-eval", "toy"], 2, "--lm-eval needs lm-eval-harness"),
         (["--ceval", "HERE"], 3, "holds no val/<subject>_val.csv"),
         (["--mmlu", "HERE", "--exam-split", "val"], 3, "holds no val/<subject>_val.csv"),
         (["--gsm8k", "HERE/good.txt"], 3, "--gsm8k HERE/good.txt:1 is no JSON"),
