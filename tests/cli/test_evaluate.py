@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -73,7 +74,11 @@ def test_a_run_keeps_each_evaluation_beside_its_own_records(
         (["--text", "HERE/good.txt", "--window", 25], 2, "at most the model's 24 positions"),
         (["--text", "HERE/good.txt", "--tensor-model-parallel-size", 2], 2, "are 2 ranks, 1 were started"),
         (["--text", "HERE/good.txt", "--json", "HERE"], 2, "is a folder"),
-        (["--lm-eval", "toy"], 2, "--lm-eval needs lm-eval-harness"),
+        (["--lm-eval", "toy"], 2, "--lm-eval needs lm-eval-harness, the extra megatron_lite[eval]"),
+        (["--text", "HERE/good.txt", "--num-fewshot", 1], 2, "--num-fewshot is of --lm-eval: give it too"),
+        (["--text", "HERE/good.txt", "--include-path", "HERE"], 2, "--include-path is of --lm-eval: give it"),
+        (["--ceval", "HERE", "--stride", 1], 2, "--stride is of --text, --tokens: give one of them too"),
+        (["--text", "HERE/good.txt", "--shots", 5], 2, "--shots is of --ceval, --mmlu, --gsm8k: give one"),
         (["--ceval", "HERE"], 3, "holds no val/<subject>_val.csv"),
         (["--mmlu", "HERE", "--exam-split", "val"], 3, "holds no val/<subject>_val.csv"),
         (["--gsm8k", "HERE/good.txt"], 3, "--gsm8k HERE/good.txt:1 is no JSON"),
@@ -84,6 +89,7 @@ def test_a_run_keeps_each_evaluation_beside_its_own_records(
 def test_what_cannot_be_evaluated_is_refused_before_weights_are_read(
     tmp_path: Path, monkeypatch, folder: Path, capsys: Capture, words, code: int, said: str
 ) -> None:
+    monkeypatch.setitem(sys.modules, "lm_eval", None)  # as where the extra is not installed
     weights(lambda t: t["transformer.wte.weight"][3].fill_(float("nan")))(folder)
     (tmp_path / "latin.txt").write_bytes(b"one\ntwo\nth\xffree\n")
     (tmp_path / "empty.txt").touch()

@@ -224,6 +224,27 @@ def test_huggingface_files_load_from_file_or_folder(files: tuple[str, str], tmp_
             HuggingFaceTokenizer(wrong)
 
 
+def test_what_a_post_processor_puts_before_a_text_is_known_and_not_encoded(
+    files: tuple[str, str], tmp_path: Path
+) -> None:
+    tokenizers = needs("tokenizers")
+    fast = tokenizers.Tokenizer(tokenizers.models.BPE.from_file(*files))
+    fast.add_special_tokens([GPT2_EOD, "<s>"])
+    first, end = fast.token_to_id("<s>"), fast.token_to_id(GPT2_EOD)
+    for single, begins in (
+        ("<s> $A", [first]),
+        (f"<s> {GPT2_EOD} $A {GPT2_EOD}", [first, end]),
+        ("$A <s>", []),
+    ):
+        fast.post_processor = tokenizers.processors.TemplateProcessing(
+            single=single, special_tokens=[("<s>", first), (GPT2_EOD, end)]
+        )
+        fast.save(str(tmp_path / "tokenizer.json"))
+        tokenizer = HuggingFaceTokenizer(str(tmp_path))
+        assert list(tokenizer.begins) == begins and first not in tokenizer.encode("the")
+    assert GPT2BPETokenizer(*files).begins == ()
+
+
 def test_every_tokenizer_of_the_flag_is_built_and_no_other() -> None:
     assert list(TOKENIZERS) == list(get_args(TokenizerType))
 

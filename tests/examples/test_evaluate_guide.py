@@ -58,7 +58,9 @@ def test_the_guide_goes_as_printed(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     found = []
-    for words in commands():
+    here = [words for words in commands() if "--lm-eval" not in words and words[0] != "pip"]
+    assert len(commands()) - len(here) == 2  # tests/oracles/test_harness.py runs them
+    for words in here:
         assert words[0] == "python", words
         if words[1] == "tools/evaluate.py":
             capsys.readouterr()
@@ -78,6 +80,4 @@ def test_the_guide_goes_as_printed(
     assert (told["window"], told["stride"]) == (16, 4)
     told = json.loads((place / "choices.json").read_text())["results"]
     assert [one["questions"] for one in told] == [120, 5]
-    assert len(list((place / "run" / "evaluations").iterdir())) == sum(
-        "run" in w for w in commands()
-    )
+    assert len(list((place / "run" / "evaluations").iterdir())) == sum("run" in w for w in here)

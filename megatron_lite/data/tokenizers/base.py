@@ -34,6 +34,11 @@ class Tokenizer(Protocol):
         ...
 
     @property
+    def begins(self) -> Sequence[int]:
+        """What its own library puts before every text and encode does not: documents have no such token."""
+        ...
+
+    @property
     def unknown(self) -> int | None:
         """Id for what the vocabulary lacks, if it has one."""
         ...

@@ -329,6 +329,11 @@ class EngineTokenizer:
         return {}
 
     @property
+    def begins(self) -> Sequence[int]:
+        """What its own library puts before every text and encode does not."""
+        return ()
+
+    @property
     def unknown(self) -> int | None:
         """The id for what the vocabulary lacks; None where it lacks nothing, or gives nothing for it."""
         return None

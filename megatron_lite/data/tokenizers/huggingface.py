@@ -149,6 +149,14 @@ class HuggingFaceTokenizer(EngineTokenizer):
         """The added tokens that tokenizer.json calls special."""
         return self._special
 
+    @property
+    def begins(self) -> Sequence[int]:
+        """What the post-processor of tokenizer.json puts before every text."""
+        whole: list[int]
+        whole, bare = (self._fast.encode("a", add_special_tokens=add).ids for add in (True, False))
+        starts = range(len(whole) - len(bare) + 1)
+        return whole[: next((n for n in starts if whole[n : n + len(bare)] == bare), 0)]
+
     def _named_eos(self) -> int | None:
         """The id of the eos_token that the files beside name; DataError where it has none."""
         names = {}

@@ -107,7 +107,8 @@ def continue_greedily(
     stops: Sequence[Sequence[str]],
     told: Callable[[int], object] = lambda done: None,
 ) -> list[str]:
-    """What the model says behind each prompt, up to a stop, an end of document or so many tokens.
+    """What the model says behind each prompt, up to a stop, an end of document or so many tokens; special
+    tokens are no text.
 
     Collective over the model's ranks; dp ranks share the prompts, and all get all texts.
     """
@@ -133,9 +134,9 @@ def continue_greedily(
         if token.end is not None:
             told(ctx.dp.size)
     found = all_reduce(found.to(ctx.device), ctx.dp).cpu()  # waits for the device
-    texts = []
+    texts, special = [], {0, *(number + 1 for number in tokenizer.special_ids.values())}
     for row, until in zip(found.tolist(), stops, strict=True):
-        text = tokenizer.decode([number - 1 for number in row if number])
+        text = tokenizer.decode([number - 1 for number in row if number not in special])
         places = [text.find(stop) for stop in until if stop in text]
         texts.append(text[: min(places)] if places else text)
     return texts
