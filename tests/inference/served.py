@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,8 @@ class Conduct:
 
     step_seconds: float = 0.0
     crashes: int = 0  # so many steps from now on fail
+    error: type[BaseException] = RuntimeError  # with which they do
+    script: list[int] = field(default_factory=list)  # what the model says in place of its own ids
 
 
 class Conducted(RunningBatch):
@@ -44,13 +46,21 @@ class Conducted(RunningBatch):
 
     conduct = Conduct()
 
+    def __init__(self, *given: Any, **named: Any) -> None:
+        super().__init__(*given, **named)
+        self.said: dict[int, int] = {}  # the place in the script of each request
+
     def step(self) -> list[Token]:
         """One forward."""
         time.sleep(self.conduct.step_seconds)
         if self.conduct.crashes:
             self.conduct.crashes -= 1
-            raise RuntimeError("planted: the device is gone")
-        return super().step()
+            raise self.conduct.error("planted: the device is gone")
+        found = super().step()
+        for place, token in enumerate(found if self.conduct.script else []):
+            said = self.said[token.request] = self.said.get(token.request, -1) + 1
+            found[place] = replace(token, id=self.conduct.script[said])
+        return found
 
 
 @dataclass(frozen=True)

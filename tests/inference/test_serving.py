@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import socket
 import sys
 import time
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,7 +22,7 @@ from megatron_lite.data.chat.formats import Message
 from megatron_lite.inference.generate import Generation, TextRequest
 from megatron_lite.inference.sampling import Sampler, Sampling
 from megatron_lite.layers.contexts import ForwardContext
-from tests.inference.served import LONGEST, Server, loaded, serving, write_model
+from tests.inference.served import LONGEST, Conduct, Conducted, Server, loaded, serving, write_model
 from tests.support.extras import needs
 
 needs("transformers")
@@ -54,7 +56,7 @@ def server(model, renderer) -> Iterator[Server]:
 @pytest.fixture(autouse=True)
 def gentle(server) -> Iterator[None]:
     yield
-    server.conduct.step_seconds, server.conduct.crashes = 0.0, 0
+    vars(server.conduct).update(vars(Conduct()))
     server.settle(lambda: server.thread.load.running == server.thread.load.waiting == 0)
 
 
@@ -202,20 +204,63 @@ def test_short_answers_join_while_long_ones_go_on(server) -> None:
         server.conduct.step_seconds = 0.0
 
 
-def test_a_client_that_hangs_up_frees_its_rows(server) -> None:
-    server.conduct.step_seconds = 0.05
-    for stream in (True, False):
-        asked = json.dumps({"prompt": "the", "max_tokens": 80, "n": 3, "stream": stream}).encode()
-        head = (
-            f"POST {COMPLETIONS} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-        )
-        client = socket.create_connection(("127.0.0.1", server.port))
-        client.sendall(f"{head}Content-Length: {len(asked)}\r\n\r\n".encode() + asked)
-        server.settle(lambda: server.thread.load.running == 3)
-        client.close()
-        began = time.monotonic()
-        server.settle(lambda: server.thread.load.running == 0)
-        assert time.monotonic() - began < 2.0  # 80 tokens take 4 seconds
+@pytest.mark.parametrize("asked", [
+    {"prompt": "the", "max_tokens": 80, "n": 3, "stream": True},
+    {"prompt": "the", "max_tokens": 80, "n": 3},
+    {"prompt": ["x" * 90] * 3, "max_tokens": 5, "stream": True},  # its prompts are still going in
+], ids=["a stream", "an answer", "in prefill"])  # fmt: skip
+def test_a_client_that_hangs_up_frees_its_rows(server, asked) -> None:
+    server.conduct.step_seconds = 0.05 if asked["max_tokens"] == 80 else 0.5
+    client = hung(server, asked)
+    server.settle(lambda: server.thread.load.running == 3)
+    client.close()
+    began = time.monotonic()
+    server.settle(lambda: server.thread.load.running == 0)
+    assert time.monotonic() - began < 2.0  # 80 tokens take 4 seconds, 6 chunks 3
+
+
+def test_a_client_that_does_not_read_its_stream_keeps_no_other_waiting(server) -> None:
+    client = hung(server, {"prompt": "the", "max_tokens": 90, "n": 4, "stream": True})
+    assert server.ask(COMPLETIONS, {"prompt": "the", "max_tokens": 3})[0] == 200
+    client.close()
+
+
+def hung(server, asked: dict[str, object]) -> socket.socket:
+    """A client that has asked and reads nothing."""
+    body = json.dumps(asked).encode()
+    head = f"POST {COMPLETIONS} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    client = socket.create_connection(("127.0.0.1", server.port))
+    client.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+    return client
+
+
+def test_a_character_of_several_tokens_comes_whole(server, model) -> None:
+    text = "你好，世界 \U0001f600 é!"
+    server.conduct.script = model[1].encode(text)
+    asked = {"prompt": "the", "max_tokens": len(server.conduct.script), "logit_bias": {"261": -100}}
+    assert len(server.conduct.script) > 2 * len(text)
+    events = server.stream(COMPLETIONS, {**asked, "n": 2})[:-1]
+    for index in (0, 1):
+        pieces = [e["choices"][0]["text"] for e in events if e["choices"][0]["index"] == index]
+        assert "".join(pieces) == text and not any("\ufffd" in piece for piece in pieces)
+    whole = server.ask(COMPLETIONS, {**asked, "max_tokens": 4})[1]["choices"][0]["text"]
+    assert whole == "你\ufffd"  # cut within the second character
+    found = server.ask(COMPLETIONS, {**asked, "stop": "世"})[1]["choices"][0]
+    assert (found["text"], found["finish_reason"]) == ("你好，", "stop")
+
+
+def test_a_seed_gives_the_same_draws_whatever_else_is_in_the_batch(server) -> None:
+    asked = {"prompt": PROMPTS[2], "max_tokens": 25, "seed": 11, "temperature": 1.3}
+    alone = server.ask(COMPLETIONS, asked)[1]["choices"][0]["text"]
+    with ThreadPoolExecutor(9) as clients:
+        others = [
+            clients.submit(
+                server.ask, COMPLETIONS, {"prompt": "x" * 9 * n, "max_tokens": 4 + 3 * n}
+            )
+            for n in range(8)
+        ]
+        assert server.ask(COMPLETIONS, asked)[1]["choices"][0]["text"] == alone
+        assert {one.result()[0] for one in others} == {200}
 
 
 def test_a_crash_is_a_5xx_and_those_who_wait_are_served(server) -> None:
@@ -238,6 +283,37 @@ def test_a_crash_is_a_5xx_and_those_who_wait_are_served(server) -> None:
     assert server.thread.load.crashes == before + 1 and server.ask("/health")[0] == 200
 
 
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, MemoryError])
+def test_out_of_memory_is_a_5xx_and_the_next_batch_has_the_room(model, error, monkeypatch) -> None:
+    """What the failed batch held is free before the next one is made."""
+    batches: weakref.WeakSet[Conducted] = weakref.WeakSet()
+    held: list[int] = []
+    made = Conducted.__init__
+
+    def counted(self, *given, **named) -> None:
+        held.append(len(batches))
+        made(self, *given, **named)
+        batches.add(self)
+
+    monkeypatch.setattr(Conducted, "__init__", counted)
+    with serving(*model) as server, ThreadPoolExecutor(3) as clients:
+        server.conduct.step_seconds, server.conduct.error = 0.02, error
+        asked = {"prompt": "the", "max_tokens": 40, "logit_bias": {"261": -100}}
+        running = [clients.submit(server.ask, COMPLETIONS, asked) for _ in range(3)]
+        server.settle(lambda: server.thread.load.running == 3)
+        server.conduct.crashes = 1
+        assert [one.result()[0] for one in running] == [500] * 3
+        assert server.ask(COMPLETIONS, {**asked, "max_tokens": 2})[0] == 200
+    assert held == [0, 0]
+
+
+def test_what_is_no_exception_of_the_model_is_no_hang_either(model) -> None:
+    with serving(*model) as server:
+        server.conduct.crashes, server.conduct.error = 1, SystemExit
+        assert server.ask(COMPLETIONS, {"prompt": "the"})[0] == 503
+        assert server.ask(COMPLETIONS, {"prompt": "the"})[0] == 503
+
+
 def test_a_model_that_only_fails_is_given_up(model, capfd) -> None:
     with serving(*model) as server:
         server.conduct.crashes = 10
@@ -253,6 +329,8 @@ BAD = {
     "deep": (b"[" * 9000, 400, "no JSON"),
     "NaN": (b'{"temperature": NaN}', 400, "NaN"),
     "latin-1": (b'{"prompt": "\xe4"}', 400, "no JSON"),
+    "half a character's name": (b'{"\\ud800": 1}', 400, "no field"),
+    "no tokens": ({"max_tokens": 0}, 400, "max_tokens 0 must be 1 to"),
     "half a character": (b'{"prompt": "\\ud800"}', 400, "half a character"),
     "temperature": ({"temperature": 3}, 400, "temperature 3 must be"),
     "a number in quotes": ({"max_tokens": "5"}, 400, "max_tokens must be a whole number"),
@@ -302,8 +380,21 @@ def test_other_routes_methods_and_kinds_of_body(server) -> None:
     assert status == 200 and [one["id"] for one in listed["data"]] == ["tiny"]
     assert server.ask("/v1/models/tiny")[1] == listed["data"][0]
     assert server.ask("/v1/models/other")[0] == 404
+    for path in ("/", "/health", "/v1/models", "/v1/models/tiny"):
+        assert headed(server, "HEAD", path) == (200, None)
+    assert headed(server, "OPTIONS", COMPLETIONS) == (405, "POST")
+    assert headed(server, "DELETE", "/health") == (405, "GET, HEAD")
     # a foreign page whose name leads here, in a browser of this machine
     assert server.ask("/v1/models", headers={"host": f"evil.example:{server.port}"})[0] == 403
+
+
+def headed(server, method: str, path: str) -> tuple[int, str | None]:
+    """Status and what is allowed."""
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=20)
+    connection.request(method, path)
+    response = connection.getresponse()
+    connection.close()
+    return response.status, response.headers["allow"]
 
 
 def test_slow_requests_end_and_block_nobody(model, monkeypatch) -> None:
@@ -330,7 +421,7 @@ def test_slow_requests_end_and_block_nobody(model, monkeypatch) -> None:
 def test_when_too_many_wait_the_next_hears_429(model) -> None:
     with serving(*model, rows=1, max_waiting=2) as server, ThreadPoolExecutor(3) as clients:
         server.conduct.step_seconds = 0.05
-        asked = {"prompt": "the", "max_tokens": 20}
+        asked = {"prompt": "the", "max_tokens": 10}
         first = clients.submit(server.ask, COMPLETIONS, asked)
         server.settle(lambda: server.thread.load.running == 1)
         others = [clients.submit(server.ask, COMPLETIONS, asked) for _ in range(2)]
@@ -376,6 +467,21 @@ def test_the_openai_library_talks_to_it(server, model) -> None:
     text = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
     assert [c.message.content for c in whole.choices] == [text, text] and text
     assert chunks[-1].usage.completion_tokens == 9 and whole.usage.completion_tokens == 18
+    several = list(client.completions.create(
+        model="tiny", prompt=["the", "in"], n=2, max_tokens=5, seed=4, stream=True, logprobs=3,
+    ))  # fmt: skip
+    alike = client.completions.create(
+        model="tiny", prompt=["the", "in"], n=2, max_tokens=5, seed=4, logprobs=3
+    )
+    for choice in alike.choices:
+        mine = [c.choices[0] for c in several if c.choices[0].index == choice.index]
+        assert "".join(one.text for one in mine) == choice.text
+        assert mine[-1].finish_reason == choice.finish_reason
+        told = choice.logprobs
+        assert sum((one.logprobs.tokens for one in mine), []) == told.tokens
+        assert len(told.token_logprobs) == len(told.text_offset) == len(told.top_logprobs)
+    content = whole.choices[0].logprobs.content
+    assert len(content) == 9 and all(one.logprob <= 0 and one.top_logprobs == [] for one in content)
     with pytest.raises(openai.BadRequestError, match="together at most"):
         client.completions.create(model="tiny", prompt="x" * 200)
     with pytest.raises(openai.NotFoundError):
