@@ -29,7 +29,7 @@ class Row:
 
 
 FAULTS, CHECKPOINT, TRAIN = "tests/faults/test_", "tests/checkpoint/test_", "tests/train/test_"
-SERVED = "tests/inference/test_serv"
+SERVED, RANKS = (f"tests/inference/test_serv{what}.py::" for what in ("ing_faults", "ed_ranks"))
 DATA, TOOLS, CONFIG = "tests/data/test_", "tests/cli/test_", "tests/config/test_"
 
 ROWS = (
@@ -165,16 +165,15 @@ ROWS = (
         tests=(FAULTS + "start.py::test_a_world",)),
     # serving: a client hears what happened, and nobody else waits for it
     Row("V1", "the served model fails: memory, device", "5xx, a new batch serves the rest", "-",
-        "the answers in flight", tests=(SERVED + "ing.py::test_a_crash", SERVED + "ing.py::test_out_of")),
+        "the answers in flight", tests=(SERVED + "test_a_crash", SERVED + "test_out_of_memory")),
     Row("V2", "it fails again and again", "5xx, then it is given up", "70", "the answers in flight",
-        tests=(SERVED + "ing.py::test_a_model_that_only", SERVED + "ing.py::test_what_is_no_exc")),
+        tests=(SERVED + "test_a_model_that_only", SERVED + "test_what_is_no_exception")),
     Row("V3", "a rank of a served model dies", "5xx, all end, it is named", "6", "the answers in flight",
-        tests=(SERVED + "ed_ranks.py::test_a_rank_that_dies",)),
+        tests=(RANKS + "test_a_rank_that_dies",)),
     Row("V4", "a rank of a served model stands still", "503 within the timeout, named", "6",
-        "the answers in flight", tests=(SERVED + "ed_ranks.py::test_a_rank_that_stands",)),
+        "the answers in flight", tests=(RANKS + "test_a_rank_that_stands",)),
     Row("V5", "clients: malformed, huge, slow, gone", "4xx, others are served", "-",
-        tests=(SERVED + "ing.py::test_what_cannot", SERVED + "ing.py::test_slow",
-               SERVED + "ing.py::test_a_client")),
+        tests=(SERVED + "test_what_cannot", SERVED + "test_slow", SERVED + "test_a_client")),
     # output: what a run says is not the run
     Row("O1", "both outputs on a full disk", "trained, told in errors/", "0",
         tests=(FAULTS + "output.py::test_a_full_disk_under",)),
