@@ -1,4 +1,8 @@
-"""Text to Megatron's token files: `{output-prefix}_{key}_document.{bin,idx,meta.json}`."""
+"""Text to Megatron's token files: `{output-prefix}_{key}_document.{bin,idx,meta.json}`.
+
+With --chat conversations to `{output-prefix}.{bin,idx,meta.json}` and, beside them,
+`{output-prefix}_loss_mask.{bin,idx}`: which of their tokens are learned.
+"""
 
 from __future__ import annotations
 
@@ -18,13 +22,14 @@ from tqdm import tqdm
 
 from megatron_lite.config.errors import ConfigError
 from megatron_lite.config.exit import ToolParser, run_tool
+from megatron_lite.data.preparing.chat_flags import add_chat_input_flags, chat_job
 from megatron_lite.data.preparing.encode import Job
 from megatron_lite.data.preparing.input_flags import add_input_flags, longest_line
 from megatron_lite.data.preparing.inputs import find_inputs
 from megatron_lite.data.preparing.preprocess import preprocess, shard_prefix
 from megatron_lite.data.preparing.ray_engine import preprocess_on_ray
 from megatron_lite.data.preparing.room import check_pairs
-from megatron_lite.data.preparing.summary import Summary
+from megatron_lite.data.preparing.summary import Summary, chat_line
 from megatron_lite.data.preparing.tokenizer_flags import add_tokenizer_flags, tokenizer_section
 from megatron_lite.data.provenance import KeyCounts
 from megatron_lite.data.tokenizers.engines import AUTO, TOKENIZER_ENGINES
@@ -55,6 +60,7 @@ def parse_arguments() -> argparse.Namespace:
         help="library; the fastest exact one",
     )
     add("--append-eod", action="store_true", help="end every document with the EOD token")
+    add_chat_input_flags(parser.add_argument_group("conversations (--chat)").add_argument)
     add = parser.add_argument_group("output").add_argument
     add("--output-prefix", required=True, help="folder and first part of the files' names")
     add("--overwrite", action="store_true", help="replace files that are there")
@@ -188,6 +194,8 @@ def print_summary(summary: Summary) -> None:
         )
         if summary.unknown:
             print_unknown(prefix, count, summary.unknown)
+    if summary.told:
+        print(chat_line(summary))
     reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(summary.skipped.items()))
     print(f"skipped: {summary.skipped.total()} records" + (f" ({reasons})" if reasons else ""))
     read = summary.read_bytes - summary.read_before
@@ -282,9 +290,10 @@ def main() -> int:
         engine=arguments.tokenizer_engine,
         text_unit=arguments.text_unit,
         longest=longest_line(arguments),
+        chat=chat_job(arguments),
     )
     shard, prefix = parse_shard(arguments.shard), arguments.output_prefix
-    check_pairs(shard_prefix(prefix, shard) if shard else prefix, job.keys, Disk())
+    check_pairs(job, shard_prefix(prefix, shard) if shard else prefix, Disk())
     with sigterm_is_ctrl_c(), rare_collections():
         summary = (by_ray if arguments.engine == "ray" else here)(arguments, job, workers)
     print_summary(summary)

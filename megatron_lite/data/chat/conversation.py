@@ -14,6 +14,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 from megatron_lite.config.errors import ConfigError, DataError
 from megatron_lite.data.chat.formats import BOS, CHAT_FORMATS, EOS, Message, Special, check_messages
@@ -30,6 +31,10 @@ _GUARDS = [chr(n) for n in range(0xFDD0, 0xFDF0)]
 """Noncharacters: no text has a reason to hold one."""
 
 
+Rendered: TypeAlias = "str | int"
+"""A text, or the id of a special token."""
+
+
 @dataclass(frozen=True, slots=True)
 class ChatVocabulary:
     """Text and special tokens of a tokenizer as ids."""
@@ -42,6 +47,15 @@ class ChatVocabulary:
     def text(self, text: str) -> list[int]:
         """Ids of a piece of text, without what the tokenizer puts before every text."""
         return self.tokenizer.encode(text)[len(self.tokenizer.encode("")) :] if text else []
+
+    def jinja(self, template: str) -> str:
+        """A template whose bos_token and eos_token are these, whatever lies beside it."""
+        texts = {number: text for text, number in self.special.items()}
+        for name, number in (("bos_token", self.bos), ("eos_token", self.eos)):
+            if number in texts:
+                literal = texts[number].replace("\\", r"\\").replace("'", r"\'")
+                template = template.replace(name, f"'{literal}'")
+        return template
 
     def token(self, name: Special) -> int:
         """The id of a special token."""
@@ -69,40 +83,53 @@ class Renderer:
     variables: Mapping[str, str] = dataclasses.field(default_factory=dict)
     sandbox: Sandbox = dataclasses.field(default_factory=Sandbox)
 
+    def as_jinja(self) -> str:
+        """The template as a text that writes the same, for what is kept with a model."""
+        if self.template is not None:
+            return self.template
+        return self.vocabulary.jinja(CHAT_FORMATS[self.name].jinja)
+
     def ids(self, messages: Sequence[Message]) -> list[int]:
         """Up to where the assistant's next answer begins."""
         check_messages(messages)
-        if self.template is None:
-            pieces = CHAT_FORMATS[self.name].pieces(messages)
-            return [
-                token
-                for piece in _joined(pieces)
-                for token in (
-                    self.vocabulary.text(piece)
-                    if isinstance(piece, str)
-                    else [self.vocabulary.token(piece)]
-                )
-            ]
-        return self._rendered(self.template, messages)
+        return self.encode(self.pieces(messages, asks=True))
 
-    def _rendered(self, template: str, messages: Sequence[Message]) -> list[int]:
+    def encode(self, pieces: Sequence[Rendered]) -> list[int]:
+        """Ids of what pieces() gives."""
+        return [
+            token
+            for piece in pieces
+            for token in (self.vocabulary.text(piece) if isinstance(piece, str) else [piece])
+        ]
+
+    def pieces(self, messages: Sequence[Message], *, asks: bool) -> list[Rendered]:
+        """Special tokens as ids, and the texts between them, none empty.
+
+        asks: up to where the next answer begins, with what the template puts before it.
+        """
+        if self.template is not None:
+            return self._by_template(self.template, messages, asks)
+        found = CHAT_FORMATS[self.name].pieces(messages, asks)
+        return [
+            piece if isinstance(piece, str) else self.vocabulary.token(piece)
+            for piece in _joined(found)
+        ]
+
+    def _by_template(
+        self, template: str, messages: Sequence[Message], asks: bool
+    ) -> list[Rendered]:
         special = sorted(self.vocabulary.special, key=len, reverse=True)
         guard = _unused(template, *(message.content for message in messages))
         guarded = [
             {"role": message.role, "content": _guarded(message.content, special, guard)}
             for message in messages
         ]
-        variables = {**self.variables, "messages": guarded, "add_generation_prompt": True}
+        variables = {**self.variables, "messages": guarded, "add_generation_prompt": asks}
         text = self.sandbox.render(template, variables, self.name)
-        if not special:
-            return self.vocabulary.text(text.replace(guard, ""))
-        found: list[int] = []
-        for part in re.split(f"({'|'.join(map(re.escape, special))})", text):
-            if part in self.vocabulary.special:
-                found.append(self.vocabulary.special[part])
-            else:
-                found += self.vocabulary.text(part.replace(guard, ""))
-        return found
+        parts = re.split(f"({'|'.join(map(re.escape, special))})", text) if special else [text]
+        ids = self.vocabulary.special
+        found = (ids[part] if part in ids else part.replace(guard, "") for part in parts)
+        return [piece for piece in found if piece != ""]
 
 
 def _joined(pieces: Iterator[str | Special]) -> Iterator[str | Special]:
@@ -112,9 +139,12 @@ def _joined(pieces: Iterator[str | Special]) -> Iterator[str | Special]:
         if isinstance(piece, str):
             text += piece
             continue
-        yield from (text, piece)
+        if text:
+            yield text
+        yield piece
         text = ""
-    yield text
+    if text:
+        yield text
 
 
 def _unused(*texts: str) -> str:
@@ -159,6 +189,9 @@ def renderer_of(tokenizer: Tokenizer, folder: Path, asked: str | None = None) ->
                 f"--chat-template {asked} is no file, and none of {', '.join(CHAT_FORMATS)}"
             )
         found = template_file(Path(asked)), Path(asked)
+    ours = {vocabulary.jinja(form.jinja): name for name, form in CHAT_FORMATS.items()}
+    if found is not None and found[0] in ours:  # kept with a model that was trained on it
+        asked, found = ours[found[0]], None
     if found is not None:
         template, path = found
         return Renderer(str(path), vocabulary, frozenset(ends), template, named)

@@ -13,10 +13,10 @@ import os
 import signal
 import threading
 from collections import Counter, deque
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 import numpy as np
@@ -24,13 +24,17 @@ import numpy.typing as npt
 
 from megatron_lite.config.errors import DataError
 from megatron_lite.config.sections.data import DataConfig
+from megatron_lite.data.chat.conversation import Renderer, renderer_of
 from megatron_lite.data.indexed import token_dtype
+from megatron_lite.data.masks import mask_prefix
+from megatron_lite.data.preparing.chat_encode import ChatEncoder, ChatJob
 from megatron_lite.data.preparing.pair_writer import TokenBatch
 from megatron_lite.data.preparing.parts import LONGEST_LINE, RecordBatch, TextUnit
 from megatron_lite.data.preparing.records import OnBadLine, ParsedBatch, Reader, Texts, bad_line
 from megatron_lite.data.tokenizers.base import Tokenizer
 from megatron_lite.data.tokenizers.build import build_tokenizer
 from megatron_lite.data.tokenizers.engines import AUTO, Encoded
+from megatron_lite.data.tokenizers.kept import tokenizer_folder
 
 THREADED_BATCH_BYTES = 1 << 20  # per thread; larger ones cost page faults, smaller ones switches
 BATCH_BYTES = 1 << 19  # half a second of the slowest tokenizer: every worker ends at the same time
@@ -59,6 +63,7 @@ class Job:
     engine: str = AUTO
     text_unit: TextUnit | None = None
     longest: int = LONGEST_LINE
+    chat: ChatJob | None = None
 
     def tokenizer(self) -> Tokenizer:
         """Built anew."""
@@ -68,15 +73,36 @@ class Job:
         """Built anew."""
         return Reader(self.keys, self.template, self.on_bad_line, self.longest)
 
+    @property
+    def columns(self) -> list[str]:
+        """The keys of a record that are looked at."""
+        return self.reader().columns if self.chat is None else self.chat.dialogues().columns
+
+    def pairs(self, prefix: str) -> list[str]:
+        """The pairs that are written under an --output-prefix."""
+        if self.chat is not None:
+            return [prefix, mask_prefix(prefix)]
+        return [f"{prefix}_{key}_document" for key in self.keys]
+
+    def renderer(self, tokenizer: Tokenizer) -> Renderer:
+        """Of its conversations."""
+        assert self.chat is not None, "no conversations are read"
+        return renderer_of(tokenizer, tokenizer_folder(self.data), self.chat.template)
+
 
 @dataclass(frozen=True, slots=True)
 class EncodedBatch:
-    """A batch as tokens, one TokenBatch per key; the batch itself without its data."""
+    """A batch as tokens, one TokenBatch per pair; the batch itself without its data.
+
+    told: what there is to count of conversations; ends: the ids that end their answers.
+    """
 
     batch: RecordBatch
     tokens: list[TokenBatch]
     input_bytes: int
     skipped: Counter[str]
+    told: Counter[str] = field(default_factory=Counter)
+    ends: frozenset[int] = frozenset()
 
 
 class Encoder:
@@ -89,6 +115,9 @@ class Encoder:
         self._dtype = token_dtype(tokenizer.vocab_size)
         self._eod = tokenizer.eod if job.append_eod else None
         self._batches = 0
+        self._chat: ChatEncoder | None = None
+        if job.chat is not None:
+            self._chat = ChatEncoder(job.chat, job.renderer(tokenizer), self._reader)
 
     def parse(self, batch: RecordBatch) -> tuple[RecordBatch, ParsedBatch]:
         """The texts of a batch; DataError names file and line."""
@@ -107,13 +136,18 @@ class Encoder:
             self._arrange(batch, parsed, texts, ids)
             for texts, ids in zip(parsed.keys, encoded, strict=True)
         ]
-        size = len(batch.data) if batch.records is None else sum(len(t.tokens) for t in tokens)
-        bare = replace(batch, data=b"", records=None, numbers=None)
-        return EncodedBatch(bare, tokens, size, parsed.skipped)
+        return EncodedBatch(bare(batch), tokens, _input_bytes(batch, tokens), parsed.skipped)
 
     def run(self, batch: RecordBatch) -> EncodedBatch:
         """Both steps."""
-        return self.encode(self.parse(batch))
+        if self._chat is None:
+            return self.encode(self.parse(batch))
+        learned = self._chat.run(batch)
+        tokens = learned.tokens(self.tokenizer.vocab_size, self.tokenizer.eod)
+        return EncodedBatch(
+            bare(batch), tokens, _input_bytes(batch, tokens), learned.skipped, learned.told,
+            frozenset(learned.ends),
+        )  # fmt: skip
 
     def _compare(self, parsed: ParsedBatch) -> None:
         """Real text against the reference: many at the start, now and then one more."""
@@ -188,6 +222,15 @@ class Encoder:
             )
 
 
+def bare(batch: RecordBatch) -> RecordBatch:
+    """Where it is from, without its data."""
+    return replace(batch, data=b"", records=None, numbers=None)
+
+
+def _input_bytes(batch: RecordBatch, tokens: Sequence[TokenBatch]) -> int:
+    return len(batch.data) if batch.records is None else sum(len(t.tokens) for t in tokens)
+
+
 def ahead(items: Iterable[Item], depth: int = 2) -> Iterator[Item]:
     """The same items, made by a thread that is at most `depth` items ahead."""
     source, end = iter(items), object()
@@ -233,7 +276,7 @@ def encoded_batches(
 ) -> Generator[EncodedBatch, None, None]:
     """Every batch as tokens, in order; a worker that dies ends the run with a DataError at once."""
     encoder = Encoder(job, tokenizer)
-    if tokenizer.choice.engine.threaded and workers > 1:
+    if tokenizer.choice.engine.threaded and workers > 1 and job.chat is None:
         parsed = ahead(encoder.parse(batch) for batch in batches)
         yield from ahead(encoder.encode(item) for item in parsed)
     elif workers == 1:

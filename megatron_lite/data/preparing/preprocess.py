@@ -25,6 +25,8 @@ import numpy as np
 
 from megatron_lite.config.errors import ConfigError, DataError, StorageError
 from megatron_lite.data.indexed import IndexedDataset, bin_path, idx_path, token_dtype
+from megatron_lite.data.masks import MASK_DTYPE, MASK_SUFFIX
+from megatron_lite.data.preparing.chat_facts import chat_facts, chat_settings
 from megatron_lite.data.preparing.encode import (
     EncodedBatch,
     Job,
@@ -77,6 +79,8 @@ def preprocess(
 ) -> Summary:
     """Write `{output_prefix}_{key}_document.{bin,idx,meta.json}` for every key, whole or not at all.
 
+    Of conversations `{output_prefix}` and its loss mask (data/masks.py).
+
     progress is called after every batch.  ConfigError where an output is there and overwrite is
     not given, or where resume is asked for with other settings; DataError for bad input;
     StorageError for the disk.  An interrupted run leaves a hidden folder with which resume goes
@@ -93,9 +97,8 @@ def preprocess(
         if not run.published:
             threaded = run.tokenizer.choice.engine.threaded
             size = batch_bytes or batch_bytes_for(threaded, workers)
-            columns = job.reader().columns
             batches = read_batches(
-                run.parts, size, start=run.place, columns=columns, longest=job.longest
+                run.parts, size, start=run.place, columns=job.columns, longest=job.longest
             )
             with contextlib.closing(
                 encoded_batches(job, run.tokenizer, batches, workers)
@@ -153,7 +156,12 @@ class PreprocessRun:
         self.published = False
         path = Path(prefix).absolute()
         self.folder = path.with_name(f".{path.name}.partial")
-        self.prefixes = [f"{prefix}_{key}_document" for key in job.keys]
+        self.prefixes = job.pairs(prefix)
+        self.dtypes = [self.dtype] * len(self.prefixes)
+        self.ends: set[int] = set()
+        if job.chat is not None:
+            self.dtypes[1] = MASK_DTYPE
+            self.renderer = job.renderer(self.tokenizer)
         self.writers: list[PairWriter] = []
         self.summary = Summary(
             self.prefixes,
@@ -190,6 +198,7 @@ class PreprocessRun:
         summary.keys = [KeyCounts.of(fact) for fact in facts]
         summary.hashes = [fact["sha256"] for fact in facts]
         summary.skipped = Counter(facts[0]["skipped"])
+        summary.told = Counter(facts[0].get("chat", {}).get("counts", {}))
         summary.input_bytes = facts[0]["input_bytes"]
         summary.read_bytes = summary.read_before = summary.total_bytes
         _log.warning("note: --resume: the files of this run are complete; nothing to do")
@@ -259,8 +268,8 @@ class PreprocessRun:
             _log.warning("note: --resume: no interrupted run is there; starting from the beginning")
         for path in self.folder.iterdir():
             self.disk.remove(path)
-        for number in range(len(self.prefixes)):
-            self.writers.append(PairWriter(self.folder, str(number), self.dtype, self.disk))
+        for number, dtype in enumerate(self.dtypes):
+            self.writers.append(PairWriter(self.folder, str(number), dtype, self.disk))
         self.summary.keys = [writer.counts for writer in self.writers]
 
     def _continue(self, journal: dict[str, Any]) -> None:
@@ -282,6 +291,8 @@ class PreprocessRun:
         summary = self.summary
         summary.resumed = True
         summary.skipped.update(journal["skipped"])
+        summary.told.update(journal.get("told", {}))
+        self.ends.update(journal.get("ends", []))
         summary.input_bytes, summary.read_bytes = journal["input_bytes"], journal["read_bytes"]
         summary.read_before = summary.read_bytes
         summary.hashes = journal["hashes"]
@@ -289,12 +300,12 @@ class PreprocessRun:
             PairWriter(
                 self.folder,
                 str(n),
-                self.dtype,
+                dtype,
                 self.disk,
                 counts=key,
                 complete=self.published,
             )
-            for n, key in enumerate(counts)
+            for n, (key, dtype) in enumerate(zip(counts, self.dtypes, strict=True))
         ]
         summary.keys = [writer.counts for writer in self.writers]
 
@@ -303,9 +314,11 @@ class PreprocessRun:
         job = self.job
         stats = [Path(path).stat() for path in self.inputs]
         # settings that are as they were before there was a choice are not named
-        given: dict[str, str] = {"--text-unit": job.text_unit} if job.text_unit else {}
+        given: dict[str, Any] = {"--text-unit": job.text_unit} if job.text_unit else {}
         if job.longest != LONGEST_LINE:
             given["--max-line-mb"] = f"{job.longest / 2**20:g}"
+        if job.chat is not None:
+            given |= chat_settings(job.chat, self.renderer)
         return given | {
             "--input": [
                 [path, stat.st_size, stat.st_mtime_ns]
@@ -331,6 +344,8 @@ class PreprocessRun:
                 writer.counts.unknown += int(np.count_nonzero(tokens.tokens == unknown)) - ends
         summary = self.summary
         summary.skipped += result.skipped
+        summary.told += result.told
+        self.ends |= result.ends
         summary.input_bytes += result.input_bytes
         summary.read_bytes += result.batch.read
         self.place = result.batch.next
@@ -345,6 +360,8 @@ class PreprocessRun:
             "keys": [writer.mark() if stage == "tokens" else asdict(writer.counts)
                      for writer in self.writers],
             "skipped": summary.skipped,
+            "told": summary.told,
+            "ends": sorted(self.ends),
             "input_bytes": summary.input_bytes,
             "read_bytes": summary.read_bytes,
             "hashes": summary.hashes,
@@ -362,7 +379,8 @@ class PreprocessRun:
 
     def publish(self) -> None:
         """Give the files their names."""
-        for writer, prefix in zip(self.writers, self.prefixes, strict=True):
+        # a mask comes first: where its samples stand it is there
+        for writer, prefix in reversed(list(zip(self.writers, self.prefixes, strict=True))):
             writer.publish(prefix)
         for prefix, counts in zip(self.prefixes, self.summary.keys, strict=True):
             verify_written(prefix, counts)
@@ -370,8 +388,13 @@ class PreprocessRun:
     def _write_facts(self) -> None:
         """`{prefix}.meta.json`: the counts, the tokenizer and the hashes of both files."""
         summary = self.summary
+        chat: dict[str, Any] = {}
+        if self.job.chat is not None:
+            mask = {"suffix": MASK_SUFFIX, "sha256": summary.hashes[1]}
+            chat = {"chat": chat_facts(self.renderer, self.ends, summary.told), "loss_mask": mask}
         for writer, hashes in zip(self.writers, summary.hashes, strict=True):
             facts = {
+                **chat,
                 "format": 1,
                 **asdict(writer.counts),
                 "skipped": dict(summary.skipped),

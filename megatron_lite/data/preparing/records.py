@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import re
@@ -93,25 +94,36 @@ class Reader:
     def parse(self, batch: RecordBatch) -> ParsedBatch:
         """DataError names file and line of the first bad record, unless they are skipped."""
         parsed = ParsedBatch([Texts() for _ in self._keys], [], Counter())
+        take = functools.partial(self._extract, parsed.keys)
+        parsed.lines = self.walk(batch, take, parsed.skipped)
+        return parsed
+
+    def walk(
+        self, batch: RecordBatch, take: Callable[[Any, bool], None], skipped: Counter[str]
+    ) -> list[int]:
+        """Hand over every record, and whether all its texts can be encoded; returns the lines taken.
+
+        take raises BadRecord for one that it cannot use: an error, or counted where they are skipped.
+        """
         if batch.records is None:
             # line by line: to split all at once would copy the batch to fresh memory
             records: Iterator[tuple[int, Any]] = enumerate(io.BytesIO(batch.data))
             load: Callable[[Any], Any] = self._load_text if batch.plain else self._load
         else:
             records, load = enumerate(batch.records), usable
-        extract, lines = self._extract, batch.records is None
+        lines, taken = batch.records is None, []
         for number, raw in records:
             try:
                 record = load(raw)
                 if record is not None:
-                    extract(record, parsed.keys, sure=lines and type(record) is dict)
-                    parsed.lines.append(number)
+                    take(record, lines and type(record) is dict)
+                    taken.append(number)
             except BadRecord as error:
                 if not self._skip:
                     raw = raw.removesuffix(b"\n") if isinstance(raw, bytes) else raw
                     raise bad_line(batch, number, raw, str(error)) from error
-                parsed.skipped[error.reason] += 1
-        return parsed
+                skipped[error.reason] += 1
+        return taken
 
     def _load(self, line: bytes) -> Any:
         """The JSON of a line, None for an empty one."""
@@ -139,11 +151,9 @@ class Reader:
         text = line.removesuffix(b"\n").removesuffix(b"\r")
         return usable(text_record(text, self._longest))
 
-    def _extract(self, record: Any, into: Sequence[Texts], *, sure: bool) -> None:
+    def _extract(self, into: Sequence[Texts], record: Any, sure: bool) -> None:
         """sure: every text of the record can be encoded."""
-        if not isinstance(record, dict):
-            what = f"a JSON {type(record).__name__}, not an object"
-            raise BadRecord("no object", what)
+        require_object(record)
         if self._template is not None:
             text = check_text(self._template.fill(record), "the template's text")
             into[0].texts.append(text)
@@ -153,6 +163,12 @@ class Reader:
         for key, texts in zip(into, found, strict=True):
             key.texts += texts
             key.counts.append(len(texts))
+
+
+def require_object(record: Any) -> None:
+    """BadRecord for a line that is JSON, but no object."""
+    if not isinstance(record, dict):
+        raise BadRecord("no object", f"a JSON {type(record).__name__}, not an object")
 
 
 def usable(record: Any) -> Any:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_lite.config.errors import ConfigError, StorageError
-from megatron_lite.data.preparing.encode import EncodedBatch
+from megatron_lite.data.preparing.encode import EncodedBatch, Job
 from megatron_lite.storage.disk import Disk
 from megatron_lite.storage.outputs import check_outputs, check_prefix, pair_paths
 
@@ -17,16 +16,16 @@ PER_SEQUENCE, PER_DOCUMENT = 16, 16  # bytes in the index and what it is made fr
 _log = logging.getLogger(__name__)
 
 
-def check_pairs(prefix: str, keys: Sequence[str], disk: Disk) -> None:
-    """The pairs of all keys may be written under this --output-prefix; nothing was read yet."""
+def check_pairs(job: Job, prefix: str, disk: Disk) -> None:
+    """The pairs of a job may be written under this --output-prefix; nothing was read yet."""
     check_prefix("--output-prefix", prefix)
-    for key in keys:
+    for key in job.keys:
         if "/" in key:
             raise ConfigError(
                 f"--json-keys {key} would be a folder in the files' names - take its text by "
                 f"--template '{{{key}}}', and name the files by --json-keys {key.replace('/', '_')}"
             )
-    paths = [path for key in keys for path in pair_paths(f"{prefix}_{key}_document")]
+    paths = [path for pair in job.pairs(prefix) for path in pair_paths(pair)]
     check_outputs("--output-prefix", paths, disk)
 
 

@@ -77,6 +77,14 @@ def files_to_keep(data: DataConfig) -> dict[str, bytes]:
     }
 
 
+def tokenizer_folder(data: DataConfig) -> Path:
+    """Where a tokenizer's files lie, and those that say how a model is spoken with."""
+    if data.tokenizer_type == "HuggingFaceTokenizer":
+        return find_tokenizer_json(data.tokenizer_model).parent
+    file = data.vocab_file if data.tokenizer_type == "GPT2BPETokenizer" else data.tokenizer_model
+    return Path(file or "").parent
+
+
 def from_kept(data: DataConfig, folder: Path) -> DataConfig:
     """The config with the kept files in place of the original ones, where they are all there."""
     if data.tokenizer_type == "HuggingFaceTokenizer":  # the original may be gone
