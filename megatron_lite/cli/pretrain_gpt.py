@@ -19,17 +19,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 try:
-    from megatron_lite.blueprint.draw_up import draw_up
+    from megatron_lite.blueprint.draw_up import Blueprint, draw_up
+    from megatron_lite.blueprint.length import sample_counts
     from megatron_lite.blueprint.plan import describe
+    from megatron_lite.config.blend import data_sources, named_prefixes
     from megatron_lite.config.errors import ConfigError
     from megatron_lite.config.exit import failed
     from megatron_lite.config.flags.parser import ParsedFlags, parse
+    from megatron_lite.config.objectives import SFT
     from megatron_lite.config.rules import table as rules
     from megatron_lite.config.sections.parallel import ParallelConfig
     from megatron_lite.config.sections.run import RunConfig
     from megatron_lite.config.streams import outlive_output, settle_output
+    from megatron_lite.data.masks import MaskedDataset
+    from megatron_lite.data.overview import overview
     from megatron_lite.data.present import require_local_files
     from megatron_lite.data.provenance import end_of_document, made_with
+    from megatron_lite.data.sources import kind_for
+    from megatron_lite.data.taught import files_with, taught
     from megatron_lite.data.tokenizers.build import (
         build_tokenizer,
         model_vocab_size,
@@ -84,9 +91,30 @@ def main(argv: Sequence[str]) -> int:
 
 def _plan(parsed: ParsedFlags) -> int:
     config, world_size = _checked(parsed)
-    print(describe(draw_up(config, world_size)))
+    blueprint = draw_up(config, world_size)
+    print(describe(blueprint))
+    for line in _what_counts(config, blueprint):
+        print(line)
     print("dry run: every rule holds; nothing was started")
     return 0
+
+
+def _what_counts(config: RunConfig, blueprint: Blueprint) -> Sequence[str]:
+    """How many tokens of the samples count, where a mask says so and its files are named."""
+    if config.train.objective != SFT or not data_sources(config.data):
+        return []
+    elsewhere = next((p for p in named_prefixes(config.data) if not MaskedDataset.exists(p)), None)
+    if elsewhere is not None:
+        return [
+            f"NOTE: {elsewhere} is not on this machine: how many tokens count is not known here"
+        ]
+    taught(config.data)
+    datasets = kind_for(SFT).build(
+        config.data, seq_length=config.model.seq_length, seed=config.train.seed, vocab_size=None,
+        eod=None, cache_folder=None, tokenizer=None,
+        **sample_counts(config.train, blueprint.batch_schedule),
+    )  # fmt: skip
+    return [*overview(datasets), *datasets.notices]
 
 
 def _checked(parsed: ParsedFlags) -> tuple[RunConfig, int]:
@@ -177,7 +205,11 @@ def _train(parsed: ParsedFlags, launch: Launch, failures: Failures) -> int:
             asked=config.model.vocab_size,
             made_with=made_with(tokenizer, config.data),
             end_of_document=end_of_document(tokenizer),
-            files=files_to_keep(config.data),
+            files=files_with(
+                files_to_keep(config.data),
+                taught(config.data) if config.train.objective == SFT else None,
+                [tokenizer.eod],
+            ),
         )
         model = dataclasses.replace(config.model, vocab_size=tokens.vocab_size)
         filled = dataclasses.replace(config, model=model)

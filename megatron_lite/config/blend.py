@@ -200,6 +200,13 @@ def blends(data: DataConfig) -> Blends:
     return Blends(shared=parse_blend(data.data_path), split=split)
 
 
+def named_prefixes(data: DataConfig) -> list[str]:
+    """All prefixes that the flags name, each once."""
+    found = blends(data)
+    named = [*([found.shared] if found.shared else []), *found.by_split.values()]
+    return list(dict.fromkeys(prefix for blend in named for prefix in blend.prefixes))
+
+
 def _per_split(data: DataConfig) -> dict[str, Blend]:
     if data.per_split_data_args_path is None:
         lists = {"train": data.train_data_path, "valid": data.valid_data_path}

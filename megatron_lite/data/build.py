@@ -17,16 +17,14 @@ from megatron_lite.config.sections.data import DataConfig
 from megatron_lite.data.blended import BlendedDataset, BlendPlan, normalized, samples_per_dataset
 from megatron_lite.data.cache import build_or_load
 from megatron_lite.data.digest import digest_of
+from megatron_lite.data.forms import STREAM, SampleForm, SamplesPlan
 from megatron_lite.data.indexed import IndexedDataset
 from megatron_lite.data.indices import blend_index
 from megatron_lite.data.maps import FileMaps
 from megatron_lite.data.mock import MockTokens
 from megatron_lite.data.pretrain import (
     DocumentRange,
-    GPTDataset,
-    GPTPlan,
     TokenSource,
-    shortage,
     split_ranges,
 )
 from megatron_lite.data.provenance import (
@@ -41,7 +39,6 @@ from megatron_lite.storage.disk import Disk
 
 _Array = npt.NDArray[Any]
 SplitSizes: TypeAlias = "tuple[int | None, int | None, int | None]"
-GPT_ARRAYS = ("documents", "samples", "shuffle")
 OPENERS = 8  # threads that open and check files
 BLEND_ARRAYS = ("dataset", "sample", "counts")
 
@@ -77,6 +74,7 @@ class Recipe:
     disk: Disk
     maps: FileMaps
     verify: bool
+    form: SampleForm = STREAM
     notices: list[str] = field(default_factory=list)
 
     def plan(
@@ -86,9 +84,9 @@ class Recipe:
         split: str,
         documents: DocumentRange,
         samples: int | None,
-    ) -> GPTPlan:
+    ) -> SamplesPlan:
         """One file's samples of one split."""
-        return GPTPlan.draw_up(
+        return self.form.draw_up(
             source,
             name=name,
             split=split,
@@ -107,7 +105,7 @@ class Made(NamedTuple):
     digest: int
 
 
-def _make(plans: Sequence[GPTPlan], blend: BlendPlan | None, recipe: Recipe) -> Made:
+def _make(plans: Sequence[SamplesPlan], blend: BlendPlan | None, recipe: Recipe) -> Made:
     """Build the arrays of a split, or take them from the cache, all of its datasets together."""
 
     def build() -> Iterator[tuple[str, _Array]]:
@@ -130,7 +128,7 @@ def _make(plans: Sequence[GPTPlan], blend: BlendPlan | None, recipe: Recipe) -> 
         recipe.cache_folder, asked, build, recipe.disk, data=data, verify=recipe.verify
     )
     datasets = [
-        GPTDataset(plan, {part: kept.arrays[f"{number}/{part}"] for part in GPT_ARRAYS})
+        plan.dataset({part: kept.arrays[f"{number}/{part}"] for part in plan.parts})
         for number, plan in enumerate(plans)
     ]
     content = "".join(plan.source.content() for plan in plans)
@@ -163,6 +161,7 @@ def build_datasets(
     cache_folder: str | os.PathLike[str] | None,
     disk: Disk | None = None,
     tokenizer: MadeWith | None = None,
+    form: SampleForm = STREAM,
 ) -> Datasets:
     """Build or load what the run reads; a split of which 0 samples are asked for is None.
 
@@ -181,6 +180,7 @@ def build_datasets(
         disk=Disk() if disk is None else disk,
         maps=FileMaps(),
         verify=data.verify_data,
+        form=form,
     )
     asked = (train_samples, valid_samples, test_samples)
     found = blends(data)
@@ -230,7 +230,7 @@ def _per_split(
 
 def _open(prefixes: Sequence[str], recipe: Recipe) -> Opened:
     def open_one(prefix: str) -> IndexedDataset:
-        return IndexedDataset(prefix, mmap_bin=recipe.mmap_bin, maps=recipe.maps)
+        return recipe.form.open(prefix, mmap_bin=recipe.mmap_bin, maps=recipe.maps)
 
     # each waits for the disk several times; the first error in the order of the list is raised
     once = list(dict.fromkeys(prefixes))
@@ -314,7 +314,7 @@ def _with_samples(
     for k, prefix in enumerate(blend.prefixes):
         source = files[prefix]
         documents = _present(split_ranges(shares, len(source))[number])
-        why = shortage(source, documents, recipe.seq_length, None if once else samples)
+        why = recipe.form.shortage(source, documents, recipe.seq_length, None if once else samples)
         if why:
             said.append(f" > {source.prefix}: split {name} {why}")
         else:

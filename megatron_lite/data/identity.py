@@ -14,6 +14,7 @@ from megatron_lite.data.blended import BlendedDataset
 from megatron_lite.data.build import Datasets
 from megatron_lite.data.pretrain import GPTDataset
 from megatron_lite.data.samples import Samples
+from megatron_lite.data.tuning import TuningDataset
 
 _SPLITS = ("train", "valid", "test")
 Identity = dict[str, Any]
@@ -43,6 +44,8 @@ def _part(dataset: Samples, weight: float) -> dict[str, Any]:
     if isinstance(dataset, GPTDataset):
         plan = dataset.plan
         documents, epochs = list(plan.documents), [plan.epochs.epochs, plan.epochs.separate_last]
+    elif isinstance(dataset, TuningDataset):  # each epoch is what it is, however many follow
+        documents = list(dataset.plan.documents)
     return {
         "prefix": dataset.name,
         "content": dataset.content(),

@@ -301,11 +301,15 @@ class IndexedDataset:
                 raise ValueError(f"{self.prefix}: only slices of step 1 are contiguous, not {step}")
             if stop <= start:
                 return []
-            arrays = self._index
-            lengths = arrays.lengths[start:stop].astype(np.int64)
-            tokens = self._read(int(arrays.pointers[start]), int(lengths.sum()))
-            return np.split(tokens, np.cumsum(lengths)[:-1])
+            ends = np.cumsum(self._index.lengths[start:stop], dtype=np.int64)
+            return np.split(self.run(start, stop), ends[:-1])
         return self.get(key)
+
+    def run(self, start: int, stop: int) -> TokenArray:
+        """The tokens of sequences start to stop - 1, end to end; start is below stop."""
+        arrays = self._index
+        count = int(arrays.lengths[start:stop].sum(dtype=np.int64))
+        return self._read(int(arrays.pointers[start]), count)
 
     def get(self, index: int, offset: int = 0, length: int | None = None) -> TokenArray:
         """`length` tokens (the rest by default) of a sequence from token `offset` on."""

@@ -1,14 +1,13 @@
 """Token files with a mask beside them: which of a sample's tokens are learned.
 
-    PREFIX.bin  PREFIX.idx                          the samples, one sequence each
-    PREFIX_loss_mask.bin  PREFIX_loss_mask.idx      uint8 of the same lengths: 1 where a token is learned
-    PREFIX.meta.json                                names both, with their hashes
+PREFIX.bin  PREFIX.idx                          the samples, one sequence each
+PREFIX_loss_mask.bin  PREFIX_loss_mask.idx      uint8 of the same lengths: 1 where a token is learned
+PREFIX.meta.json                                names both, with their hashes
 """
 
 from __future__ import annotations
 
 import os
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +19,7 @@ from megatron_lite.data.maps import FileMaps
 MASK_SUFFIX = "_loss_mask"
 MASK_DTYPE = np.dtype(np.uint8)
 
+_TOGETHER = 1 << 14  # samples whose masks are summed at once
 _AGAIN = "write both with tools/preprocess_data.py --chat"
 
 
@@ -50,7 +50,9 @@ class MaskedDataset(IndexedDataset):
             )
         self._mask = IndexedDataset(beside, mmap_bin=mmap_bin, maps=maps)
         if self._mask.dtype != MASK_DTYPE:
-            raise DataError(f"{beside}: holds {self._mask.dtype}, no mask of {MASK_DTYPE} - {_AGAIN}")
+            raise DataError(
+                f"{beside}: holds {self._mask.dtype}, no mask of {MASK_DTYPE} - {_AGAIN}"
+            )
         mine, theirs = self.sequence_lengths, self._mask.sequence_lengths
         if not np.array_equal(mine, theirs):
             raise DataError(
@@ -78,12 +80,23 @@ class MaskedDataset(IndexedDataset):
         return f"{super().content()} {self._mask.content()}"
 
     def learned(self, start: int, stop: int, longest: int) -> npt.NDArray[np.int64]:
-        """Of samples start to stop - 1: how many of each one's first `longest` tokens are learned."""
-        counts: list[npt.NDArray[Any]] = []
-        for begin in range(start, stop, _TOGETHER):
-            masks = self._mask[begin : min(begin + _TOGETHER, stop)]
-            counts.append(np.array([m[1:longest].sum(dtype=np.int64) for m in masks], np.int64))
-        return np.concatenate(counts) if counts else np.empty(0, np.int64)
+        """Of samples start to stop - 1: how many of each one's first `longest` tokens are learned.
+
+        The first token is predicted from nothing, and never counts.
+        """
+        found = [
+            _sums(self._mask.run(begin, end), self.sequence_lengths[begin:end], longest)
+            for begin in range(start, stop, _TOGETHER)
+            for end in [min(begin + _TOGETHER, stop)]
+        ]
+        return np.concatenate(found) if found else np.empty(0, np.int64)
 
 
-_TOGETHER = 1 << 14
+def _sums(mask: TokenArray, lengths: npt.NDArray[np.int32], longest: int) -> npt.NDArray[np.int64]:
+    """Over samples end to end, without the first token of each and what is beyond `longest`."""
+    before = np.concatenate(([0], np.cumsum(mask, dtype=np.int64)))
+    sizes = lengths.astype(np.int64)
+    begins = np.cumsum(sizes) - sizes
+    first = begins + np.minimum(sizes, 1)
+    found: npt.NDArray[np.int64] = before[begins + np.minimum(sizes, longest)] - before[first]
+    return found

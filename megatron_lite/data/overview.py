@@ -9,6 +9,7 @@ from megatron_lite.data.blended import BlendedDataset
 from megatron_lite.data.build import Datasets
 from megatron_lite.data.pretrain import GPTDataset
 from megatron_lite.data.samples import Samples
+from megatron_lite.data.tuning import TuningDataset
 
 MOST_ROWS = 40  # of a split; a blend may have thousands of datasets
 _NAME_WIDTH = 48
@@ -42,6 +43,8 @@ def _share(dataset: Samples, asked: float, achieved: float, samples: int) -> Sha
     if isinstance(dataset, GPTDataset):
         tokens = samples * dataset.seq_length
         epochs = tokens / dataset.plan.tokens_per_epoch
+    elif isinstance(dataset, TuningDataset):
+        tokens, epochs = samples * dataset.plan.seq_length, samples / len(dataset.plan.rows)
     else:
         tokens, epochs = samples * (len(dataset[0].tokens) - 1), samples / len(dataset)
     return Share(dataset.name, asked, achieved, samples, tokens, epochs)
@@ -54,7 +57,22 @@ def overview(datasets: Datasets) -> list[str]:
     for (name, dataset), asked in zip(named.items(), datasets.asked, strict=True):
         if dataset is not None:
             lines += _table(name, shares(dataset, asked))
+            parts = dataset.datasets if isinstance(dataset, BlendedDataset) else [dataset]
+            lines += [_learned(part) for part in parts if isinstance(part, TuningDataset)]
     return lines
+
+
+def _learned(dataset: TuningDataset) -> str:
+    """How much of an epoch is learned, and what is not read as it is."""
+    plan, kept = dataset.plan, dataset.plan.kept
+    learned, tokens = int(kept.learned.sum()), int(kept.lengths.sum())
+    rows, length = len(plan.rows), plan.seq_length
+    full = tokens / (rows * (length + 1))
+    return (
+        f"   an epoch of {dataset.name}: {len(kept.numbers)} samples of {tokens} tokens, of which "
+        f"{learned} count ({learned / tokens:.1%}), in {rows} rows of --seq-length {length} "
+        f"({full:.1%} full); {kept.cut} are cut there, {kept.weightless} left out: nothing in them counts"
+    )
 
 
 def _table(split: str, rows: Sequence[Share]) -> list[str]:

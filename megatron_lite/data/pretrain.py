@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -18,9 +18,7 @@ from megatron_lite.data.indices import (
     sample_index,
     shuffle_index,
 )
-from megatron_lite.data.samples import Sample
-
-_Tokens = npt.NDArray[np.int64]
+from megatron_lite.data.samples import Sample, require_in_vocabulary
 
 
 class TokenSource(Protocol):
@@ -98,6 +96,7 @@ class GPTPlan:
     seq_length: int
     seed: int
     vocab_size: int | None
+    parts: tuple[str, ...] = field(default=("documents", "samples", "shuffle"), init=False)
 
     @staticmethod
     def draw_up(
@@ -157,13 +156,16 @@ class GPTPlan:
         shuffle = shuffle_index(self.epochs, random)
         return {"documents": documents, "samples": samples, "shuffle": shuffle}
 
+    def dataset(self, arrays: Arrays) -> GPTDataset:
+        """arrays: what build() gives, from a cache perhaps."""
+        return GPTDataset(self, arrays)
+
 
 class GPTDataset:
     """Samples of seq_length + 1 tokens across document borders, in Megatron's order.
 
     The last token of `dataset[i]` is the first of the sample that follows in the stream.  Token ids
     are checked against vocab_size when they are read.
-    arrays: what plan.build() gives, from a cache perhaps.
     """
 
     def __init__(self, plan: GPTPlan, arrays: Arrays) -> None:
@@ -207,14 +209,7 @@ class GPTDataset:
                 f"{self.name}: sample {sample} has {len(tokens)} tokens, not "
                 f"{self.seq_length + 1} - the files changed under an index made before; start anew"
             )
-        self._check_range(sample, tokens)
+        require_in_vocabulary(
+            tokens, self.vocab_size, f"{self.name}: sample {sample} of split {self.split}"
+        )
         return Sample(tokens)
-
-    def _check_range(self, sample: int, tokens: _Tokens) -> None:
-        low, high = int(tokens.min()), int(tokens.max())
-        if low < 0 or (self.vocab_size is not None and high >= self.vocab_size):
-            wrong = low if low < 0 else high
-            raise DataError(
-                f"{self.name}: sample {sample} of split {self.split} holds token id {wrong}, the "
-                f"vocabulary has {self.vocab_size} - use the vocabulary the data was made with"
-            )

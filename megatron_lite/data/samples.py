@@ -9,6 +9,8 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from megatron_lite.config.errors import DataError
+
 
 @dataclass(frozen=True, slots=True)
 class Sample:
@@ -38,3 +40,16 @@ class Samples(Protocol):
     def content(self) -> str:
         """Names what is read: the same for copies that lie elsewhere, for others another."""
         ...
+
+
+def require_in_vocabulary(
+    tokens: npt.NDArray[np.int64], vocab_size: int | None, where: str
+) -> None:
+    """Raise DataError for an id that the vocabulary does not have."""
+    low, high = int(tokens.min()), int(tokens.max())
+    if low < 0 or (vocab_size is not None and high >= vocab_size):
+        wrong = low if low < 0 else high
+        raise DataError(
+            f"{where} holds token id {wrong}, the vocabulary has {vocab_size} - use the vocabulary "
+            "the data was made with"
+        )

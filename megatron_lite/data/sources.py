@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -13,8 +14,11 @@ from megatron_lite.config.errors import ConfigError
 from megatron_lite.config.objectives import OBJECTIVES
 from megatron_lite.config.sections.data import DataConfig
 from megatron_lite.data.build import Datasets, build_datasets
+from megatron_lite.data.forms import SampleForm
+from megatron_lite.data.masks import MaskedDataset
 from megatron_lite.data.provenance import MadeWith
 from megatron_lite.data.samples import Sample
+from megatron_lite.data.tuning import TuningPlan, nothing_learned
 
 
 class BuildDatasets(Protocol):
@@ -55,9 +59,28 @@ def _zeros(seq_length: int) -> Sample:
     return Sample(np.zeros(seq_length + 1, dtype=np.int64))
 
 
+def build_tuning(
+    data: DataConfig, /, *, seq_length: int, eod: int | None, **asked: Any
+) -> Datasets:
+    """Rows of samples with a mask: what tools/preprocess_data.py --chat writes."""
+    draw_up = functools.partial(TuningPlan.draw_up, packing=data.sft_packing, pad=eod or 0)
+    form = SampleForm(MaskedDataset, draw_up, nothing_learned)
+    return build_datasets(data, seq_length=seq_length, eod=eod, form=form, **asked)
+
+
+def _answers(seq_length: int) -> Sample:
+    """A sample of two segments, the second half of which is learned."""
+    half = (seq_length + 1) // 2
+    borders = [0, half, seq_length] if half < seq_length else [0, seq_length]
+    mask = (np.arange(seq_length) >= half).astype(np.float32)
+    return Sample(np.zeros(seq_length + 1, np.int64), mask, np.array(borders, np.int32))
+
+
 DATASETS: dict[str, DatasetKind] = {
     # token files by the Megatron flags, or --mock-data
     "pretrain": DatasetKind(build_datasets, _zeros),
+    # the same with a loss mask beside them
+    "tuning": DatasetKind(build_tuning, _answers),
 }
 """By the name that an objective asks for (config/objectives.py)."""
 

@@ -17,6 +17,7 @@ from megatron_lite.blueprint.figure.parts import FORMAT_BYTES, Format, Matrix, P
 from megatron_lite.blueprint.schedules import SCHEDULES
 from megatron_lite.blueprint.schedules.actions import Op, Schedule
 from megatron_lite.blueprint.stages import Placement, StageLayers
+from megatron_lite.config.objectives import has_segments
 from megatron_lite.config.sections.data import DataConfig
 from megatron_lite.config.sections.model import ModelConfig
 from megatron_lite.config.sections.parallel import ParallelConfig
@@ -45,7 +46,7 @@ FRAGMENTATION = 0.05
 class PlanInputs:
     """The sections of a config that decide memory and time beside the Blueprint.
 
-    segments: whether packed documents do not see one another (--reset-attention-mask).
+    segments: whether packed documents do not see one another (--reset-attention-mask, --objective sft).
     """
 
     parallel: ParallelConfig
@@ -66,8 +67,10 @@ class PlanInputs:
     ) -> PlanInputs:
         """What a run of these sections needs."""
         return cls(
-            parallel, precision, train.micro_batch_size,
-            on_gpu=on_gpu, segments=data.reset_attention_mask,
+            parallel, precision, train.micro_batch_size, on_gpu=on_gpu,
+            segments=has_segments(
+                train.objective, reset_attention_mask=data.reset_attention_mask
+            ),
         )  # fmt: skip
 
 

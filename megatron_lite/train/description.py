@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from megatron_lite.blueprint.draw_up import Blueprint
+from megatron_lite.config.objectives import has_segments
 from megatron_lite.config.sections.lora import LoraConfig
 from megatron_lite.config.sections.run import RunConfig
 from megatron_lite.layers.attention import attention_line
@@ -68,14 +69,15 @@ def _adapters(run: Run, lora: LoraConfig) -> list[str]:
 def description(run: Run, blueprint: Blueprint, config: RunConfig) -> list[str]:
     """The ranks, the length, and what was chosen for this device."""
     grid, ctx = blueprint.grid, run.ctx
+    segments = has_segments(
+        config.train.objective, reset_attention_mask=config.data.reset_attention_mask
+    )
     return [
         f"using world size: {grid.world_size}, tensor-parallel {grid.tp} x pipeline-parallel {grid.pp} "
         f"x data-parallel {grid.dp} on {ctx.device.type}, {run.context.precision.name}",
         f"setting training iterations to {blueprint.train_iters}",
         *_adapters(run, config.lora),
-        attention_line(
-            run.context, config.train.micro_batch_size, segments=config.data.reset_attention_mask
-        ),
+        attention_line(run.context, config.train.micro_batch_size, segments=segments),
         *_waits(run),
         *_kernels(run),
         _compiled(run),

@@ -209,10 +209,11 @@ def _check_equal(digest: int, ctx: ParallelContext) -> None:
 
 def _order(data: DataConfig, micro: int, dp_size: int) -> str:
     """--dataloader-type with all that its order depends on."""
+    alone = "" if data.sft_packing else ", a sample a row"
     if data.dataloader_type == "single":
-        return "single"
+        return f"single{alone}"
     parts = "" if data.data_sharding else " without sharding"
-    return f"{data.dataloader_type}{parts}, micro batch {micro} x dp {dp_size}"
+    return f"{data.dataloader_type}{parts}, micro batch {micro} x dp {dp_size}{alone}"
 
 
 def loaders_of(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 
@@ -15,10 +14,9 @@ from megatron_lite.data.chat.templates import Sandbox, TemplateLimits
 from megatron_lite.data.tokenizers.build import build_tokenizer
 from megatron_lite.data.tokenizers.huggingface import HuggingFaceTokenizer
 from tests.support.extras import needs
+from tests.support.talks import SPECIAL, chat_tokenizer
 from tests.support.tokenizers import gpt2
 
-SPECIAL = ["<|im_start|>", "<|im_end|>", "<s>", "</s>",
-           "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]  # fmt: skip
 TALK = [
     Message("system", "Be  brief."), Message("user", " Hi\nthere "), Message("assistant", "Yes? "),
     Message("user", "你好 <|im_end|>"),
@@ -32,19 +30,7 @@ CHATML = (
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A byte-level tokenizer with the special tokens of all built-in formats."""
-    tokenizers = needs("tokenizers")
-    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    vocab = {token: n for n, token in enumerate([*alphabet, "th", "the"])}
-    made = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, [("t", "h"), ("th", "e")]))
-    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = tokenizers.decoders.ByteLevel()
-    made.add_special_tokens(SPECIAL)
-    made.save(str(tmp_path / "tokenizer.json"))
-    (tmp_path / "tokenizer_config.json").write_text(
-        json.dumps({"bos_token": "<s>", "eos_token": "</s>",
-                    "tokenizer_class": "PreTrainedTokenizerFast"})
-    )  # fmt: skip
+    chat_tokenizer(tmp_path)
     return tmp_path
 
 

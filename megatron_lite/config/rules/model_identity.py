@@ -238,7 +238,7 @@ FREE: Mapping[str, str] = MappingProxyType({
     "lora": "lora_dropout lora_load",
     # masks and positions within samples are a way of training, as dropout is
     "data": """data_cache_path num_workers reset_position_ids reset_attention_mask eod_mask_loss
-        verify_data mmap_bin_files allow_tokenizer_mismatch""",
+        sft_packing verify_data mmap_bin_files allow_tokenizer_mismatch""",
     "train": """micro_batch_size global_batch_size rampup_batch_size step_batch_size_schedule
         train_iters train_samples deterministic_mode eval_interval eval_iters exit_interval
         exit_duration_in_mins exit_signal_handler kill_switch_file exit_code_on_preemption

@@ -8,7 +8,7 @@ from types import MappingProxyType
 
 from megatron_lite.config.errors import ConfigError, all_together
 from megatron_lite.config.flags.settings import settings
-from megatron_lite.config.rules import layout, lora, rotary, training
+from megatron_lite.config.rules import layout, lora, rotary, training, tuning
 from megatron_lite.config.rules.ranges import out_of_range
 from megatron_lite.config.sections.lora import LoraConfig
 from megatron_lite.config.sections.model import ModelConfig
@@ -77,6 +77,7 @@ CONFIG_RULES: tuple[Rule, ...] = (
     Rule(training.kernels),
     Rule(training.spikes, ("guards.loss_spike_factor", "guards.grad_norm_spike_factor")),
     Rule(training.planning),
+    Rule(tuning.own_borders),
     Rule(training.length),
     Rule(training.learning_rate, ("learning_rate.lr",)),
     Rule(training.warm_up),

@@ -98,6 +98,9 @@ class DataConfig:
     eod_mask_loss: bool = False
     """No loss where the input is an end-of-document token."""
 
+    sft_packing: bool = True
+    """With --objective sft: whole samples share a row, none sees another; else each has one of its own."""
+
     verify_data: bool = False
     """Read token files and cached indices whole before training: ids, and hashes where recorded."""
 

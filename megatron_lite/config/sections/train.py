@@ -28,7 +28,7 @@ class TrainConfig:
     train_samples: int | None = None
     """Samples to train on; give this or --train-iters."""
 
-    objective: str = field(default="language-model", metadata={"rows": ("language-model",)})
+    objective: str = field(default="language-model", metadata={"rows": ("language-model", "sft")})
     """What is optimised: a row of OBJECTIVES, which says the data and the head it needs."""
 
     seed: int = 1234

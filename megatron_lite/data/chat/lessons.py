@@ -102,7 +102,8 @@ def _span(
     if begin is None or end is None or end < begin:
         return None
     special = [n for n in range(begin.piece, end.piece) if isinstance(whole[n], int)]
-    if not special:
+    behind = answered[-1] if answered else ""
+    if not special or (isinstance(behind, str) and behind.strip()):
         raise DataError(
             f"{renderer.name}: this chat template puts no special token behind an answer: a model would "
             "never learn to stop - choose another with --chat-template"

@@ -14,7 +14,7 @@ from megatron_lite.data.chat.conversation import Renderer
 from megatron_lite.data.chat.lessons import Dialogue, Lesson, lessons_of
 from megatron_lite.data.indexed import token_dtype
 from megatron_lite.data.masks import MASK_DTYPE
-from megatron_lite.data.preparing.dialogues import AUTO_SHAPE, Dialogues, Recipe
+from megatron_lite.data.preparing.dialogues import AUTO_SHAPE, AskedBy, Dialogues
 from megatron_lite.data.preparing.pair_writer import TokenBatch
 from megatron_lite.data.preparing.parts import RecordBatch
 from megatron_lite.data.preparing.records import BadRecord, Reader, require_object
@@ -33,7 +33,7 @@ class ChatJob:
 
     template: str | None = None
     shape: str = AUTO_SHAPE
-    recipe: Recipe | None = None
+    recipe: AskedBy | None = None
     seq_length: int | None = None
 
     def dialogues(self) -> Dialogues:

@@ -9,7 +9,7 @@ from typing import Any
 from megatron_lite.config.errors import ConfigError
 from megatron_lite.data.chat.formats import CHAT_FORMATS
 from megatron_lite.data.preparing.chat_encode import ChatJob
-from megatron_lite.data.preparing.dialogues import AUTO_SHAPE, SHAPES, Recipe
+from megatron_lite.data.preparing.dialogues import AUTO_SHAPE, SHAPES, AskedBy
 
 _ONLY_CHAT = ("chat_template", "chat_user", "chat_assistant", "chat_system", "seq_length")
 _NOT_CHAT = ("template", "append_eod", "text_unit")
@@ -52,7 +52,9 @@ def chat_job(asked: argparse.Namespace) -> ChatJob | None:
         if getattr(asked, name):
             raise ConfigError(f"{_flag(name)} is about texts: leave it out with --chat")
     if asked.json_keys != ["text"]:
-        raise ConfigError("--json-keys is about texts: with --chat give --chat-shape or --chat-user")
+        raise ConfigError(
+            "--json-keys is about texts: with --chat give --chat-shape or --chat-user"
+        )
     if asked.engine == "ray":
         raise ConfigError("--chat goes with --engine local; over several machines give --shard I/N")
     if asked.seq_length is not None and asked.seq_length < 1:
@@ -60,17 +62,19 @@ def chat_job(asked: argparse.Namespace) -> ChatJob | None:
     return ChatJob(asked.chat_template, asked.chat_shape, _recipe(asked), asked.seq_length)
 
 
-def _recipe(asked: argparse.Namespace) -> Recipe | None:
+def _recipe(asked: argparse.Namespace) -> AskedBy | None:
     user, assistant, system = asked.chat_user, asked.chat_assistant, asked.chat_system
     if user is None and assistant is None and system is None:
         return None
     if user is None or assistant is None:
-        raise ConfigError("--chat-user and --chat-assistant say a question and its answer: give both")
+        raise ConfigError(
+            "--chat-user and --chat-assistant say a question and its answer: give both"
+        )
     if asked.chat_shape != AUTO_SHAPE:
         raise ConfigError(
             f"--chat-shape {asked.chat_shape} and --chat-user exclude each other; give one"
         )
-    return Recipe(user, assistant, system)
+    return AskedBy(user, assistant, system)
 
 
 def _flag(name: str) -> str:

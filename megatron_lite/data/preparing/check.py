@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from megatron_lite.config.blend import blends
+from megatron_lite.config.blend import named_prefixes
 from megatron_lite.config.errors import DataError
 from megatron_lite.config.sections.data import DataConfig
 from megatron_lite.data.indexed import (
@@ -112,10 +112,8 @@ def check_hashes(prefix: str | os.PathLike[str]) -> bool:
 
 def verify_blends(data: DataConfig, *, vocab_size: int | None) -> list[str]:
     """Verify every pair a run reads (--verify-data); one line per pair, DataError for a bad one."""
-    found = blends(data)
-    named = [*([found.shared] if found.shared else []), *found.by_split.values()]
     lines = []
-    for prefix in sorted({prefix for blend in named for prefix in blend.prefixes}):
+    for prefix in sorted(named_prefixes(data)):
         report = verify(prefix, vocab_size=vocab_size)
         hashed = "hashes as recorded" if check_hashes(prefix) else "no hashes recorded"
         lines.append(f"verified {prefix}: {report.tokens:,} tokens, {hashed}")

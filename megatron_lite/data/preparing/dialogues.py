@@ -23,7 +23,7 @@ OWN_SHAPE = "own"
 
 
 @dataclass(frozen=True, slots=True)
-class Recipe:
+class AskedBy:
     """One question and its answer as templates of a record (see Template), and perhaps a system text."""
 
     user: str
@@ -34,7 +34,7 @@ class Recipe:
 class Asking:
     """Reads records by a recipe."""
 
-    def __init__(self, recipe: Recipe, *, history: bool = False) -> None:
+    def __init__(self, recipe: AskedBy, *, history: bool = False) -> None:
         self._user, self._assistant = Template(recipe.user), Template(recipe.assistant)
         self._system = None if recipe.system is None else Template(recipe.system)
         self._history = history
@@ -99,13 +99,13 @@ def _weight(found: Any, number: int) -> bool:
     """OpenAI's: 0 for an answer that is only read."""
     if found not in (None, 0, 1):
         raise BadRecord("no messages", f"message {number + 1} has the weight {found!r}, not 0 or 1")
-    return found != 0
+    return bool(found != 0)
 
 
 def _text(content: Any) -> str:
     """A text, or OpenAI's list of parts that are texts."""
     if isinstance(content, list):
-        parts = [part.get("text") if isinstance(part, dict) else part for part in content]
+        parts: list[Any] = [p.get("text") if isinstance(p, dict) else p for p in content]
         content = "".join(parts) if all(isinstance(part, str) for part in parts) else None
     if not isinstance(content, str):
         raise BadRecord("no text", f"a message is {type(content).__name__}, not text")
@@ -143,7 +143,7 @@ class Shape:
     columns: tuple[str, ...]
 
 
-def _asking(recipe: Recipe, *needs: str, history: bool = False) -> Shape:
+def _asking(recipe: AskedBy, *needs: str, history: bool = False) -> Shape:
     asking = Asking(recipe, history=history)
     return Shape(needs, asking, (*asking.columns, *(["history"] if history else [])))
 
@@ -152,13 +152,13 @@ SHAPES: dict[str, Shape] = {
     "messages": Shape(("messages",), _messages("messages", _OPENAI), ("messages",)),
     "sharegpt": Shape(("conversations",), _messages("conversations", _SHAREGPT),
                       ("conversations", "system")),
-    "alpaca": _asking(Recipe("{instruction?}\n{input?}", "{output}", "{system?}"),
+    "alpaca": _asking(AskedBy("{instruction?}\n{input?}", "{output}", "{system?}"),
                       "instruction", "output", history=True),
-    "prompt-answer": _asking(Recipe("{prompt}", "{answer}", "{system?}"), "prompt", "answer"),
-    "prompt-completion": _asking(Recipe("{prompt}", "{completion}", "{system?}"),
+    "prompt-answer": _asking(AskedBy("{prompt}", "{answer}", "{system?}"), "prompt", "answer"),
+    "prompt-completion": _asking(AskedBy("{prompt}", "{completion}", "{system?}"),
                                  "prompt", "completion"),
-    "prompt-response": _asking(Recipe("{prompt}", "{response}", "{system?}"), "prompt", "response"),
-    "question-answer": _asking(Recipe("{question}", "{answer}", "{system?}"), "question", "answer"),
+    "prompt-response": _asking(AskedBy("{prompt}", "{response}", "{system?}"), "prompt", "response"),
+    "question-answer": _asking(AskedBy("{question}", "{answer}", "{system?}"), "question", "answer"),
 }  # fmt: skip
 """--chat-shape -> how a record of it is read."""
 
@@ -166,7 +166,7 @@ SHAPES: dict[str, Shape] = {
 class Dialogues:
     """Records as conversations: of one shape, of a recipe of the user's, or each of the one it looks like."""
 
-    def __init__(self, shape: str = AUTO_SHAPE, recipe: Recipe | None = None) -> None:
+    def __init__(self, shape: str = AUTO_SHAPE, recipe: AskedBy | None = None) -> None:
         self._shape: Shape | None = None
         if recipe is not None:
             self._shape = _asking(recipe)

@@ -10,5 +10,6 @@ from megatron_lite.train.objectives.language_model import LanguageModel
 
 LOSSES: dict[str, Callable[[StageContext], Objective]] = {
     "language-model": lambda context: LanguageModel(),
+    "sft": lambda context: LanguageModel(),  # of tokens that the data's mask leaves
 }
 """A row for each of OBJECTIVES."""

@@ -1,0 +1,88 @@
+"""How the conversations of a run's data were written: what is kept with a model that learns from them.
+
+A model speaks as it was taught.  The template's text and the ids that end an answer come from the
+`.meta.json` of the data and go into every checkpoint beside the tokenizer, where chat, server and
+exports find them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from megatron_lite.config.blend import named_prefixes
+from megatron_lite.config.errors import DataError
+from megatron_lite.config.sections.data import DataConfig
+from megatron_lite.data.provenance import facts_path, read_facts
+
+TEMPLATE, GENERATION = "chat_template.jinja", "generation_config.json"
+
+
+class Taught(NamedTuple):
+    """text: the chat template; ends: ids that end an answer, sorted."""
+
+    text: str
+    ends: tuple[int, ...]
+
+
+def taught_of(prefix: str) -> Taught | None:
+    """Of one pair; None where its facts say nothing of conversations."""
+    found = (read_facts(prefix) or {}).get("chat")
+    if found is None:
+        return None
+    try:
+        text, ends = found["text"], found["ends"]
+        if not isinstance(text, str) or any(type(end) is not int for end in ends):
+            raise TypeError
+    except (KeyError, TypeError):
+        raise DataError(
+            f"{facts_path(prefix)}: its 'chat' has no 'text' of a template and no list of 'ends' - "
+            "write the pair anew with tools/preprocess_data.py --chat"
+        ) from None
+    return Taught(text, tuple(sorted(ends)))
+
+
+def taught(data: DataConfig) -> Taught | None:
+    """Of all pairs that a run reads; DataError where they were written in two ways."""
+    ways = {prefix: taught_of(prefix) for prefix in named_prefixes(data)}
+    known = {prefix: way for prefix, way in ways.items() if way is not None}
+    if not known:
+        return None
+    first, way = next(iter(known.items()))
+    for prefix, other in known.items():
+        if other.text != way.text:
+            raise DataError(
+                f"{prefix} and {first} were written with two chat templates: a model speaks in one - "
+                "preprocess both with the same --chat-template"
+            )
+    ends = sorted({end for other in known.values() for end in other.ends})
+    return Taught(way.text, tuple(ends))
+
+
+def files_with(
+    files: Mapping[str, bytes], way: Taught | None, eods: Sequence[int]
+) -> dict[str, bytes]:
+    """The files to keep with a model: those of its tokenizer, its template, and what ends its answers.
+
+    eods: the ids that end a text, besides.
+    """
+    if way is None:
+        return dict(files)
+    given = _object(files.get(GENERATION, b"{}"))
+    before = given.get("eos_token_id")
+    listed = before if isinstance(before, list) else [] if before is None else [before]
+    ends = list(dict.fromkeys([*listed, *eods, *way.ends]))
+    said = {**given, "eos_token_id": ends[0] if len(ends) == 1 else ends}
+    generation = json.dumps(said, indent=2).encode()
+    return {**files, TEMPLATE: way.text.encode(), GENERATION: generation}
+
+
+def _object(content: bytes) -> dict[str, object]:
+    try:
+        found = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{GENERATION} beside the tokenizer is no JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise DataError(f"{GENERATION} beside the tokenizer must hold one JSON object")
+    return found
