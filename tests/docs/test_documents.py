@@ -40,7 +40,7 @@ def known_flags() -> set[str]:
     for path in [*ROOT.glob("tools/*"), *ROOT.glob("examples/**/*.sh"), *ROOT.glob("examples/**/*.py"),
                  *ROOT.glob("benchmarks/*.py"), *ROOT.glob("tests/parity/*.py"),
                  *ROOT.glob("megatron_lite/config/**/*.py"), *ROOT.glob("megatron_lite/cli/**/*.py"),
-                 ROOT / "megatron_lite/data/preparing/input_flags.py",
+                 *ROOT.glob("megatron_lite/data/preparing/*_flags.py"),
                  ROOT / "tests/nightly.py"]:  # fmt: skip
         if path.suffix in (".py", ".sh"):
             text = path.read_text(encoding="utf-8")
