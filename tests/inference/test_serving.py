@@ -208,20 +208,20 @@ def test_other_routes_methods_and_kinds_of_body(server) -> None:
     assert server.ask("/v1/models/tiny")[1] == listed["data"][0]
     assert server.ask("/v1/models/other")[0] == 404
     for path in ("/", "/health", "/v1/models", "/v1/models/tiny"):
-        assert headed(server, "HEAD", path) == (200, None)
+        assert headed(server, "HEAD", path) == (200, "")
     assert headed(server, "OPTIONS", COMPLETIONS) == (405, "POST")
-    assert headed(server, "DELETE", "/health") == (405, "GET, HEAD")
+    assert headed(server, "DELETE", "/health") == (405, "GET HEAD")
     # a foreign page whose name leads here, in a browser of this machine
     assert server.ask("/v1/models", headers={"host": f"evil.example:{server.port}"})[0] == 403
 
 
-def headed(server, method: str, path: str) -> tuple[int, str | None]:
+def headed(server, method: str, path: str) -> tuple[int, str]:
     """Status and what is allowed."""
     connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=20)
     connection.request(method, path)
     response = connection.getresponse()
     connection.close()
-    return response.status, response.headers["allow"]
+    return response.status, " ".join(sorted(response.headers.get("allow", "").split(", ")))
 
 
 def test_a_key_is_asked_for_where_one_is_set(model) -> None:
