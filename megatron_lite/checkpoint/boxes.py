@@ -15,6 +15,7 @@ from torch import Tensor
 from megatron_lite.checkpoint.manifest import Manifest, StoredPiece
 from megatron_lite.config.errors import CheckpointError
 from megatron_lite.parallel.shard import NamedSlice
+from megatron_lite.storage.reading import require_plain
 
 _SHOWN = 20  # mismatches listed in one message
 
@@ -109,6 +110,7 @@ def _require_form(kept: Any, piece: StoredPiece, dtype: str, folder: Path) -> No
 
 def _open(stack: ExitStack, path: Path) -> Any:
     try:
+        require_plain(path, path.stat())  # a named pipe would be waited for
         return stack.enter_context(safe_open(path, framework="pt", device="cpu"))
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} cannot be opened: {error}") from error

@@ -18,7 +18,7 @@ from megatron_lite.checkpoint.progress import Progress
 from megatron_lite.checkpoint.schema import checked_int, items, mapping, number, wholes, word
 from megatron_lite.checkpoint.tensor_file import TORCH_DTYPES, Written
 from megatron_lite.config.errors import CheckpointError
-from megatron_lite.storage.reading import NotPlain, read_plain
+from megatron_lite.storage.reading import NotPlain, read_plain, require_plain
 
 FORMAT, VERSION = "megatron_lite", 2
 NAME = "manifest.json"
@@ -273,6 +273,7 @@ def hash_file(
 ) -> Written:
     """Size and hash of a file as it lies on the disk; read: told the bytes of every part."""
     size = 0
+    require_plain(path, path.stat())  # a named pipe would be waited for
     with path.open("rb", buffering=0) as file, Hasher(kind) as hashed:
         while data := file.read(_READ_BYTES):
             hashed.update(data)

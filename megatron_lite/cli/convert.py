@@ -49,7 +49,7 @@ from megatron_lite.data.tokenizers.exchange import files_beside_model, files_for
 from megatron_lite.data.tokenizers.sentencepiece_folder import unlike_transformers
 from megatron_lite.data.tokenizers.statements import compare_statements, read_vocabulary
 from megatron_lite.data.tokenizers.tokens import TOKENIZER_BIN, tokenizer_bin, vocabulary_of
-from megatron_lite.data.vocabulary import folder_tokenizer
+from megatron_lite.data.vocabulary import folder_tokenizer, part_of_model
 from megatron_lite.inference.model import CheckpointSource, find_checkpoint, is_huggingface
 from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.storage.disk import Disk, folder_at_once, write_atomically
@@ -180,11 +180,12 @@ def _import(source: Path, target: Path, asked: argparse.Namespace) -> None:
     found = open_folder(source)
     rows = found.model.vocab_size
     assert rows is not None
-    files = {} if asked.no_tokenizer else files_beside_model(source)
-    words = folder_tokenizer(
-        source, files, found.config, rows=rows, positions=found.model.num_positions,
-        default_ends=found.family.default_ends,
-    )  # fmt: skip
+    with part_of_model():
+        files = {} if asked.no_tokenizer else files_beside_model(source)
+        words = folder_tokenizer(
+            source, files, found.config, rows=rows, positions=found.model.num_positions,
+            default_ends=found.family.default_ends,
+        )  # fmt: skip
     data = words.section(target.absolute() / "tokenizer")
     if words.tokenizer is not None:
         print(f"end of document: {end_of_document(words.tokenizer)}")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,12 @@ from megatron_lite.data.provenance import ALLOW_MISMATCH, MadeWith, made_with
 from megatron_lite.data.tokenizers.base import Tokenizer
 from megatron_lite.data.tokenizers.build import build_tokenizer
 from megatron_lite.data.tokenizers.exchange import section_for
-from megatron_lite.data.tokenizers.statements import compare_statements, ends_of, read_vocabulary
+from megatron_lite.data.tokenizers.statements import (
+    compare_statements,
+    ends_of,
+    json_object,
+    read_vocabulary,
+)
 
 
 def trained_with(kept: Mapping[str, Any]) -> MadeWith | None:
@@ -28,6 +34,15 @@ def trained_with(kept: Mapping[str, Any]) -> MadeWith | None:
         eod=eod if type(eod) is int else None,
         ends_documents=True,
     )
+
+
+@contextmanager
+def part_of_model() -> Iterator[None]:
+    """What is wrong with a tokenizer's file in here is wrong with the model's folder that it lies in."""
+    try:
+        yield
+    except DataError as error:
+        raise CheckpointError(str(error)) from error
 
 
 def check_vocabulary(
@@ -106,6 +121,9 @@ def folder_tokenizer(
 
     rows, positions: of the model.  Raises DataError where files contradict each other or the model.
     """
+    for name in files:
+        if name.endswith(".json"):  # also those that nothing here reads: an export takes them along
+            json_object(files[name], f"{folder}/{name}")
     vocabulary = read_vocabulary(files, str(folder))
     eos, named = vocabulary.special.get("eos", (None, ""))
     section = section_for(files, folder, eos=eos, rows=rows)

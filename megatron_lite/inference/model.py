@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -46,7 +47,7 @@ from megatron_lite.data.tokenizers.base import Tokenizer
 from megatron_lite.data.tokenizers.build import asked_vocab_size, build_tokenizer
 from megatron_lite.data.tokenizers.exchange import files_beside_model
 from megatron_lite.data.tokenizers.kept import from_kept
-from megatron_lite.data.vocabulary import check_vocabulary, folder_tokenizer
+from megatron_lite.data.vocabulary import check_vocabulary, folder_tokenizer, part_of_model
 from megatron_lite.layers.contexts import StageContext
 from megatron_lite.models.decoder import Decoder
 from megatron_lite.models.parameters import TOKEN_TABLE, local_parameters
@@ -152,11 +153,13 @@ class CheckpointSource:
         self, vocab_file: str | None = None, merge_file: str | None = None, *, allowed: bool = False
     ) -> tuple[Tokenizer, list[str]]:
         """The one it keeps; the run's own files where it is older than that."""
+        foreign = _given(vocab_file, merge_file)
         data = self.data(vocab_file, merge_file)
-        tokenizer = build_tokenizer(data, vocab_size=asked_vocab_size(data, self.config.vocab_size))
-        said = self.check_tokenizer(
-            made_with(tokenizer, data), foreign=_given(vocab_file, merge_file), allowed=allowed
-        )
+        with nullcontext() if foreign else part_of_model():
+            tokenizer = build_tokenizer(
+                data, vocab_size=asked_vocab_size(data, self.config.vocab_size)
+            )
+        said = self.check_tokenizer(made_with(tokenizer, data), foreign=foreign, allowed=allowed)
         return tokenizer, said
 
     def fill(self, wanted: Sequence[NamedSlice]) -> None:
@@ -202,10 +205,11 @@ class FolderSource:
         """The one whose files lie beside the model."""
         path, rows = self.found.path, self.config.vocab_size
         assert rows is not None
-        own = folder_tokenizer(
-            path, files_beside_model(path), self.found.config, rows=rows,
-            positions=self.config.num_positions, default_ends=self.found.family.default_ends,
-        )  # fmt: skip
+        with part_of_model():
+            own = folder_tokenizer(
+                path, files_beside_model(path), self.found.config, rows=rows,
+                positions=self.config.num_positions, default_ends=self.found.family.default_ends,
+            )  # fmt: skip
         if _given(vocab_file, merge_file):
             data = _with_files(DataConfig(), vocab_file, merge_file)
             tokenizer = build_tokenizer(data)

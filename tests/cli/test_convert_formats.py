@@ -124,4 +124,4 @@ def test_tensors_go_through_memory_one_at_a_time(
         with Footprint("cpu") as allocated:
             assert tool(convert.main, monkeypatch, source, target, *words) == 0
         most[target.name] = allocated.peak
-    assert 0 < min(most.values()) and max(most.values()) <= 3 * max(sizes) < sum(sizes) / 2, most
+    assert min(most.values()) > 0 and max(most.values()) <= 3 * max(sizes) < sum(sizes) / 2, most

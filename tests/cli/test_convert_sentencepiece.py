@@ -205,6 +205,6 @@ def test_what_does_not_belong_together_is_refused(
     change, reason = SPOILED[name]
     folder = folder_of(tmp_path / "theirs", model_file, LLAMA)
     change(folder)
-    assert tool(convert.main, monkeypatch, folder, tmp_path / "ours") == 3
+    assert tool(convert.main, monkeypatch, folder, tmp_path / "ours") == 4
     assert reason in capsys.readouterr().err and not (tmp_path / "ours").exists()
     assert tool(convert.main, monkeypatch, folder, tmp_path / "ours", "--no-tokenizer") == 0

@@ -65,7 +65,7 @@ def test_what_contradicts_itself_is_not_imported(
     tmp_path: Path, monkeypatch, folder: Path, capsys: Capture, change: Change, said: str
 ) -> None:
     change(folder)
-    assert tool(convert.main, monkeypatch, folder, tmp_path / "ours") == 3
+    assert tool(convert.main, monkeypatch, folder, tmp_path / "ours") == 4
     err = capsys.readouterr().err
     assert said in err and "Traceback" not in err, err
     assert not (tmp_path / "ours").exists()

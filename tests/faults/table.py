@@ -130,6 +130,8 @@ ROWS = (
         tests=(CHECKPOINT + "store.py::test_a_newer",)),
     Row("L1b", "damage another rank finds", "the file named on all", "4",
         tests=(CHECKPOINT + "store.py::test_damage_that",)),
+    Row("L18c", "any file of a model's folder spoiled", "refused in one line", "4",
+        tests=(CHECKPOINT + "hostile_folders.py::test_a_spoiled",)),
     Row("L18b", "pickled folders in convert.py", "refused, never opened", "4",
         tests=(TOOLS + "convert.py::test_what_is_no_gpt2",)),
     Row("L23", "the same crash after restarts", "given up, explained once", "its own",

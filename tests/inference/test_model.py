@@ -159,7 +159,7 @@ def empty(folder: Path) -> list[object]:
         (a_pickle, 4, "pytorch_model.bin, a pickle"),
         (another_vocabulary, 4, "was trained with GPT2BPETokenizer"),
         (no_tokenizer, 3, "holds no tokenizer: give --vocab-file and --merge-file"),
-        (contradicted, 3, "end with id 5 by config.json"),
+        (contradicted, 4, "end with id 5 by config.json"),
         (lambda folder: ["--ckpt-step", 1], 2, "--ckpt-step 1 is for run folders"),
         (not_finite, 7, "embedding.tokens.weight holds values that are not finite"),
     ],

@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ from torch import Tensor
 from megatron_lite.checkpoint.foreign.pickle_reader import PickleError, read_pickle
 from megatron_lite.checkpoint.foreign.records import Storage, UnreadTensor
 from megatron_lite.config.errors import CheckpointError
+from megatron_lite.storage.reading import open_plain
 
 LARGEST_PICKLE = 1 << 28  # bytes
 _MAGIC, _PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
@@ -94,7 +95,7 @@ class TorchFile:
 def _mapped(path: Path) -> Iterator[mmap.mmap]:
     try:
         with (
-            path.open("rb") as file,
+            open_plain(path) as file,
             mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data,
         ):
             yield data
@@ -121,7 +122,7 @@ def open_torch_file(path: Path, *, start: int = 0, length: int | None = None) ->
             f"{path} has {size} bytes, {max(length, 1)} from {start} on are needed: it is cut off"
         )
     try:
-        with path.open("rb") as file:
+        with open_plain(path) as file:
             stretch = _Stretch(file, start, length)
             if stretch.read(4) == b"PK\x03\x04":
                 return _open_zip(path, stretch)
@@ -148,7 +149,7 @@ def _size(path: Path) -> int:
 class _Stretch(io.RawIOBase):
     """A stretch of a file as if it were one."""
 
-    def __init__(self, file: io.BufferedReader, start: int, length: int) -> None:
+    def __init__(self, file: BinaryIO, start: int, length: int) -> None:
         self.file, self.start, self.length, self.at = file, start, length, 0
 
     def seekable(self) -> bool:

@@ -25,7 +25,7 @@ from megatron_lite.config.errors import CheckpointError
 from megatron_lite.config.rules.table import model_problems
 from megatron_lite.config.sections.model import ModelConfig
 from megatron_lite.parallel.shard import NamedSlice
-from megatron_lite.storage.reading import read_plain
+from megatron_lite.storage.reading import read_plain, require_plain
 
 CONFIG, ONE_FILE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 _SHOWN = 20
@@ -192,6 +192,7 @@ def _forms(path: Path) -> dict[str, TensorForm]:
     """The header of a file; the library checks it against the file's size."""
     found = {}
     try:
+        require_plain(path, path.stat())  # a named pipe would be waited for
         with safe_open(path, framework="pt", device="cpu") as file:
             for name in file.keys():  # noqa: SIM118  it is no dict
                 piece = file.get_slice(name)

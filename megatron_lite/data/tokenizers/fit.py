@@ -92,6 +92,8 @@ def _types(found: dict[str, Any]) -> Iterator[str]:
 
 def check_whole_model(content: bytes, where: str) -> None:
     """DataError where a SentencePiece model ends before its settings, which stand behind the pieces."""
+    if not content:
+        raise DataError(f"{where} is empty - copy it again")
     fields, at = set(), 0
     try:
         while at < len(content):
