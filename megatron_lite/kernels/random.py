@@ -115,6 +115,12 @@ def keep_mask(seed_key: Tensor, tokens: Tensor, features: Tensor, rate: float) -
     return _murmur32(token_bits[..., None] ^ features) >= _threshold(rate)
 
 
+def signed_uniform(seed_key: Tensor, tokens: Tensor, features: Tensor) -> Tensor:
+    """fp32 [*tokens, h], uniform in [-1, 1]; the arguments are those of keep_mask."""
+    token_bits = (_mix64(tokens * _GOLDEN + seed_key) >> 32).to(torch.int32)
+    return _murmur32(token_bits[..., None] ^ features).float() * 2.0**-31
+
+
 def token_numbers(samples: Tensor, positions: Tensor) -> Tensor:
     """int64 [s, b]: one number per token from samples [b] and positions [s] (or [s, b]).
 

@@ -54,6 +54,11 @@ class Segments:
         begins = self.cu_seqlens[self._numbers() - 1]
         return begins.view(self.rows, self.length) - rows[:, None] * self.length
 
+    @cached_property
+    def lengths(self) -> Tensor:
+        """int32 [rows, length]: how many tokens a token's segment has."""
+        return self.cu_seqlens.diff()[self._numbers() - 1].view(self.rows, self.length)
+
     def block_mask(self, window: int | None = None) -> Any:
         """FlexAttention's BlockMask, made on first use: once for all layers, those run again too.
 

@@ -37,6 +37,7 @@ class StageContext:
     kernels: which implementation of each op runs, and why: a line for each choice.
     capability: of the GPU that runs this, or that a rehearsal stands for; see kernels/table.py.
     compiler: of what stands between two products; None: it runs as it is.
+    neftune_alpha: how large the noise on embeddings is in training.
     """
 
     model: ModelConfig
@@ -53,6 +54,7 @@ class StageContext:
     kernels: list[str] = field(default_factory=list)
     capability: tuple[int, int] | None = None
     compiler: Compiler | None = None
+    neftune_alpha: float = 0.0
 
     @property
     def dtype(self) -> torch.dtype:
@@ -116,6 +118,14 @@ class StepDropout(NamedTuple):
     features: Tensor
 
 
+class StepNoise(NamedTuple):
+    """The noise of a step on embeddings: its size, a key of int64 on the device, features: int32 [h]."""
+
+    alpha: float
+    key: Tensor
+    features: Tensor
+
+
 class LayerCache(Protocol):
     """Keys and values of what came before, for one forward that continues it.
 
@@ -144,6 +154,7 @@ class ForwardContext:
     samples: int64 [b], numbers in the global training stream; index: int64 [s] or [s, b], positions
     in the sample; first_sample: samples[0] on the host.
     dropout: of the step, None where nothing is dropped: in evaluation, and at rate 0.
+    noise: of the step on embeddings; None: there is none.
     training: whether this is a training step's, in which attention may see less; False in evaluation.
     segments: documents that do not see one another, None where all of a row sees all before it.
     restarted: int64 [s, b], positions in the segment; None: those in the sample.
@@ -158,6 +169,7 @@ class ForwardContext:
     first_sample: int = 0
     training: bool = False
     dropout: StepDropout | None = None
+    noise: StepNoise | None = None
     segments: Segments | None = None
     cache: LayerCache | None = None
     restarted: Tensor | None = None

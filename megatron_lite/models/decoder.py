@@ -15,6 +15,7 @@ from megatron_lite.layers.contexts import ForwardContext, StageContext
 from megatron_lite.layers.cross_entropy import Scoring
 from megatron_lite.layers.dropout import EMBEDDING_LAYER, HiddenDropout
 from megatron_lite.layers.embedding import PositionEmbedding, VocabParallelEmbedding
+from megatron_lite.layers.noise import with_noise
 from megatron_lite.layers.norm import NormLayer
 from megatron_lite.layers.outputs import Outputs
 from megatron_lite.layers.product import Products
@@ -33,13 +34,14 @@ class Embedding(nn.Module):
 
     def __init__(self, context: StageContext, *, lookup: bool) -> None:
         super().__init__()
+        self.context = context
         self.tokens = VocabParallelEmbedding(context, context.figure.tokens)
         positions = context.figure.positions if lookup else None
         self.positions = None if positions is None else PositionEmbedding(context, positions)
 
     def forward(self, tokens: Tensor, at: ForwardContext) -> Tensor:
         """tokens: int64 [s, b] -> [s/tp, b, h] with sequence parallelism, else [s, b, h]."""
-        x = self.tokens(tokens)
+        x = with_noise(self.tokens(tokens), at, self.context)
         return x if self.positions is None else x + self.positions(at.encoded)
 
 

@@ -143,6 +143,7 @@ def _decoders(
             if ctx.device.type == "meta" and not config.train.use_cpu
             else None,
             compiler=compiler,
+            neftune_alpha=config.train.neftune_alpha,
         )
         decoder = made[placed.index] = Decoder(
             context,

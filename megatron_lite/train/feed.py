@@ -16,7 +16,7 @@ import torch
 
 from megatron_lite.data.batch import Batch
 from megatron_lite.kernels.segments import Segments
-from megatron_lite.layers.contexts import ForwardContext, StepDropout
+from megatron_lite.layers.contexts import ForwardContext, StepDropout, StepNoise
 from megatron_lite.layers.stretching import StepStretch
 from megatron_lite.pipeline.stage import MicroBatch
 
@@ -35,11 +35,12 @@ def to_device(
     *,
     training: bool = False,
     dropout: StepDropout | None = None,
+    noise: StepNoise | None = None,
     stretch: StepStretch | None = None,
 ) -> MicroBatch:
     """[b, s+1] tokens on the host -> tokens and labels [s, b] on the device, and all that goes with them.
 
-    training: whether it is for a training step.  dropout, stretch: the step's; None in evaluation.
+    training: whether it is for a training step.  dropout, noise, stretch: the step's; None in evaluation.
     """
     tokens = _columns(batch.tokens, device)  # [s + 1, b]
     mask = _columns(batch.loss_mask, device)
@@ -52,6 +53,7 @@ def to_device(
         first_sample=int(batch.sample_numbers[0]),
         training=training,
         dropout=dropout,
+        noise=noise,
         segments=_segments(batch, device),
         restarted=restarted,
         length=None if stretch is None else stretch.length,

@@ -15,6 +15,7 @@ from torch import Tensor
 from megatron_lite.data.batch import Batch
 from megatron_lite.engines.base import Update
 from megatron_lite.layers.dropout import step_dropout
+from megatron_lite.layers.noise import step_noise
 from megatron_lite.layers.stretching import step_stretch
 from megatron_lite.optim.groups import Rates
 from megatron_lite.parallel.collectives import all_reduce
@@ -149,8 +150,12 @@ def begin_step(run: Run, batches: Sequence[Batch], vote: StopVote = NO_VOTE) -> 
     told = numbers_to_device([_own_weight(run, batches), *map(float, vote)], device)
     weight, votes = _whole_weight(run, told[0]), told[1:]
     dropout = step_dropout(run.context, run.progress.step)
+    noise = step_noise(run.context, run.progress.step)
     stretch = step_stretch(run.context, run.progress.step)
-    micro = [to_device(b, device, training=True, dropout=dropout, stretch=stretch) for b in batches]
+    micro = [
+        to_device(b, device, training=True, dropout=dropout, noise=noise, stretch=stretch)
+        for b in batches
+    ]
     run.expect_messages(batches[0])
     beside = _second_passes(run, batches, micro)
     attempt = _attempt(run, run.pipeline, micro, weight, votes)

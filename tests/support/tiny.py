@@ -9,9 +9,11 @@ import numpy as np
 import torch
 
 from megatron_lite.blueprint.draw_up import Blueprint, draw_up
+from megatron_lite.config.objectives import SFT
 from megatron_lite.config.sections.run import RunConfig
-from megatron_lite.data.batch import Batch
+from megatron_lite.data.batch import Batch, collate
 from megatron_lite.data.sampler import sample_numbers
+from megatron_lite.data.samples import Sample
 from megatron_lite.parallel.context import ParallelContext
 from tests.support.sizes import changed
 
@@ -49,11 +51,25 @@ def _batch(config: RunConfig, numbers: np.ndarray, ragged: bool) -> Batch:
     tokens = np.stack(
         [np.random.default_rng(int(n)).integers(0, vocab, s + 1) for n in numbers]
     ).astype(np.int64)
+    if config.train.objective == SFT:
+        return collate(
+            [_tuned(row, int(n)) for row, n in zip(tokens, numbers, strict=True)], numbers
+        )
     mask = np.ones((len(numbers), s), dtype=np.float32)
     if ragged:
         for row, n in zip(mask, numbers, strict=True):
             row[int(n) % s :] = 0.0
     return Batch(tokens, numbers, mask)
+
+
+def _tuned(tokens: np.ndarray, number: int) -> Sample:
+    """Two samples and what fills the row; the ends of both are learned, of each fifth row nothing."""
+    length = len(tokens) - 1
+    first, second = 4 + number % 3, 11 + number % 4
+    mask = np.zeros(length, np.float32)
+    if number % 5 != 4:
+        mask[first - 3 : first - 1] = mask[second - 4 : second - 1] = 1.0
+    return Sample(tokens, mask, np.array([0, first, second, length], np.int32))
 
 
 def draw(config: RunConfig, world_size: int) -> Blueprint:

@@ -240,7 +240,7 @@ FREE: Mapping[str, str] = MappingProxyType({
     "data": """data_cache_path num_workers reset_position_ids reset_attention_mask eod_mask_loss
         sft_packing verify_data mmap_bin_files allow_tokenizer_mismatch""",
     "train": """micro_batch_size global_batch_size rampup_batch_size step_batch_size_schedule
-        train_iters train_samples deterministic_mode eval_interval eval_iters exit_interval
+        train_iters train_samples neftune_alpha deterministic_mode eval_interval eval_iters exit_interval
         exit_duration_in_mins exit_signal_handler kill_switch_file exit_code_on_preemption
         skip_train manual_gc manual_gc_interval calculate_per_token_loss dry_run rehearse all_ranks
         world_size use_cpu print_state_hash""",

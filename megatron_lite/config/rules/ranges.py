@@ -118,6 +118,7 @@ RANGES: Mapping[str, ValueRange] = {
     "train.rampup_batch_size": _SAMPLES_OR_NONE,
     "train.train_iters": _SIZE,
     "train.train_samples": _SAMPLES,
+    "train.neftune_alpha": ValueRange(0.0, 1e3),
     "train.seed": _COUNT,
     "train.world_size": _SIZE,
     "train.eval_interval": _SIZE,

@@ -14,6 +14,11 @@ def own_borders(config: RunConfig, world_size: int) -> Iterator[str]:
     if config.train.objective != SFT:
         if not d.sft_packing:
             yield f"--no-sft-packing is about the samples of --objective {SFT}; leave it out"
+        if config.train.neftune_alpha:
+            yield (
+                f"--neftune-alpha {config.train.neftune_alpha:g} is for --objective {SFT}: in pretraining "
+                "noise only costs; leave it out"
+            )
         return
     if d.mock_data:
         yield (

@@ -31,6 +31,9 @@ class TrainConfig:
     objective: str = field(default="language-model", metadata={"rows": ("language-model", "sft")})
     """What is optimised: a row of OBJECTIVES, which says the data and the head it needs."""
 
+    neftune_alpha: float = 0.0
+    """With --objective sft: noise on token embeddings (NEFTune); 5 to 15 is usual, 0 is none."""
+
     seed: int = 1234
     """Seed of weights, dropout and data order."""
 
