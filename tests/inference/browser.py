@@ -13,6 +13,9 @@ from typing import Any
 
 from tests.support.extras import needs_program
 
+KEYS = {"Enter": (13, "\r"), "Escape": (27, ""), "Tab": (9, "")}
+"""Name -> number and text."""
+
 
 class Page:
     """One open page."""
@@ -52,9 +55,16 @@ class Page:
     def type(self, text: str) -> None:
         """Into what has the focus, and Enter."""
         self.call("Input.insertText", text=text)
+        self.press("Enter")
+
+    def press(self, name: str, *, shift: bool = False) -> None:
+        """A key."""
+        number, text = KEYS[name]
+        key = {"key": name, "code": name, "windowsVirtualKeyCode": number, "modifiers": 8 * shift}
         for kind in ("keyDown", "keyUp"):
-            key = {"key": "Enter", "code": "Enter", "windowsVirtualKeyCode": 13, "text": "\r"}
-            self.call("Input.dispatchKeyEvent", type=kind, **key)
+            self.call(
+                "Input.dispatchKeyEvent", type=kind, **key, **({"text": text} if text else {})
+            )
 
     def until(self, expression: str, seconds: float = 30.0) -> None:
         """Wait until an expression is true."""

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_lite.data.tokenizers.base import Tokenizer
-from megatron_lite.inference.generate import RunningBatch, Token
+from megatron_lite.inference.generate import RunningBatch, TextRequest, Token
 from megatron_lite.inference.model import load_model
 from megatron_lite.inference.serving.asked import ChatTemplate, Served
 from megatron_lite.inference.serving.gate import LOOPBACK, Gate
@@ -49,6 +49,10 @@ class Conducted(RunningBatch):
     def __init__(self, *given: Any, **named: Any) -> None:
         super().__init__(*given, **named)
         self.said: dict[int, int] = {}  # the place in the script of each request
+
+    def join(self, request: int, asked: TextRequest) -> None:
+        """What has a script ends with it."""
+        super().join(request, replace(asked, ends=frozenset()) if self.conduct.script else asked)
 
     def step(self) -> list[Token]:
         """One forward."""
