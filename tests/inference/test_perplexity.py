@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_lite.blueprint.grid import RankGrid
 from megatron_lite.config.errors import ConfigError, DataError, NumericsError
 from megatron_lite.data.indexed import IndexedDataset
 from megatron_lite.data.tokenizers.gpt2_bpe import GPT2_EOD, byte_characters
@@ -36,7 +35,6 @@ from tests.support.corpora import write_pair
 from tests.support.extras import needs
 from tests.support.families import TINY, tiny
 from tests.support.huggingface import gpt2, tokenizer_files
-from tests.support.spawn import spawn
 
 SENTENCE = "the thin inner hint that this ether tin, the thing in other words then."
 
@@ -55,10 +53,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def measured(
-    path: Path, documents: list[list[int]], window: int, stride: int,
-    ctx: ParallelContext | None = None, batch_size: int = 8,
+    path: Path, documents: list[list[int]], window: int, stride: int, batch_size: int = 8
 ) -> Perplexity:  # fmt: skip
-    ctx = ctx or ParallelContext.serial()
+    ctx = ParallelContext.serial()
     model = build_model(find_model(path, ctx), ctx, dtype=torch.float32)
     given = [Document(np.array(tokens), 10 * len(tokens)) for tokens in documents]
     scorer = Scorer(model, batch_size)
@@ -126,24 +123,6 @@ def test_no_batch_changes_a_number(folder: Path, batch_size: int) -> None:
         one.likeliest,
     )
     assert one.tokens == 33 + 1 + 7 + 24 + 25 + 60 and one.documents == 6  # the empty one is none
-
-
-def on_ranks(rank: int, ranks: int, path: str, tp: int, pp: int, dp: int) -> Perplexity:
-    ctx = ParallelContext.from_grid(RankGrid(tp=tp, pp=pp, dp=dp), rank, torch.device("cpu"))
-    return measured(Path(path), DOCUMENTS, 24, 7, ctx, batch_size=2)
-
-
-@pytest.mark.ci
-@pytest.mark.parametrize(("tp", "pp", "dp"), [(2, 2, 1), (1, 2, 2), (2, 1, 1)])
-def test_no_layout_changes_a_number(folder: Path, tp: int, pp: int, dp: int) -> None:
-    one = measured(folder, DOCUMENTS, 24, 7)
-    for other in spawn(on_ranks, tp * pp * dp, str(folder), tp, pp, dp):
-        assert other.nats == pytest.approx(one.nats, rel=1e-6)
-        assert (other.tokens, other.windows, other.likeliest) == (
-            one.tokens,
-            one.windows,
-            one.likeliest,
-        )
 
 
 @pytest.mark.ci
