@@ -6,6 +6,7 @@ place of the one that ends first.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import torch
 from megatron_lite.blueprint.grid import RankGrid
 from megatron_lite.config.errors import ConfigError
 from megatron_lite.inference.generate import Generation, TextRequest, Token
-from megatron_lite.inference.model import find_model, require_layout
+from megatron_lite.inference.model import build_model, find_model, require_layout
 from megatron_lite.models.decoder import Decoder
 from megatron_lite.parallel.context import ParallelContext
 from tests.inference.continuing import (
@@ -93,11 +94,18 @@ def test_a_window_that_holds_the_text_changes_nothing(folders, expected, name) -
     assert cached(loaded(folders[name]), keep=17) == expected[name]
 
 
-@pytest.mark.parametrize("name", ["llama-tied", "qwen3", "gpt_neox"])
+@pytest.mark.parametrize("name", ["llama-tied", "qwen3", "gpt_neox", "gpt_neox by neighbours"])
 def test_beyond_it_each_token_sees_the_first_and_the_latest_ones(tmp_path, name) -> None:
     """Of one layer keys are functions of their tokens alone: the text without its middle says the same."""
-    tiny(name, num_hidden_layers=1).save_pretrained(tmp_path)
-    model = loaded(tmp_path)
+    kind, _, by_neighbours = name.partition(" by ")
+    tiny(kind, num_hidden_layers=1).save_pretrained(tmp_path)
+    source = find_model(tmp_path, ParallelContext.serial())
+    if by_neighbours:  # no folder says it: the same random numbers are another model
+        found = source.found
+        turned = dataclasses.replace(found.model, rotary_interleaved=True)
+        source = dataclasses.replace(source, found=dataclasses.replace(found, model=turned))
+    model = build_model(source, ParallelContext.serial())
+    assert model.blocks["0"].attention.core.interleaved == bool(by_neighbours)
     keep, start, prompt = 9, 3, PROMPTS[0]
     found = [
         token.id for token in endless(model, prompt, 8 * keep, keep=keep, start=start, chunk=5)
