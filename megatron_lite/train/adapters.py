@@ -6,14 +6,19 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_lite.checkpoint.adapters import AdapterSet
 from megatron_lite.checkpoint.base import Base, base_of, open_base
 from megatron_lite.checkpoint.description import saved_adapters
+from megatron_lite.checkpoint.huggingface.peft_reading import open_peft
 from megatron_lite.checkpoint.manifest import Manifest
 from megatron_lite.checkpoint.store import Store
+from megatron_lite.config.errors import CheckpointError
+from megatron_lite.config.lora_targets import target_modules
 from megatron_lite.config.sections.lora import LoraConfig
+from megatron_lite.config.sections.model import ModelConfig
 from megatron_lite.models.adapters import begin_magnitudes
 from megatron_lite.parallel.context import ParallelContext
-from megatron_lite.parallel.shard import NamedSlice, exact_slices
+from megatron_lite.parallel.shard import MASTER, NamedSlice, exact_slices
 from megatron_lite.train.compatibility import check_adapters
 from megatron_lite.train.run import Run
 
@@ -50,20 +55,58 @@ def find_beside(
     folder = store.folder(manifest.iteration)
     kept = saved_adapters(manifest, folder)
     check_adapters(kept, asked, folder, resumes=resumes)
+    if kept.on and asked.lora_load is not None:
+        raise CheckpointError(
+            f"--lora-load {asked.lora_load}: {folder} holds adapters already: give --load their base, or leave "
+            "out --lora-load"
+        )
     if kept.on:
         found = open_base(base_of(manifest, folder), store.root, store.ctx, open_store)
         return Beside(*found, fresh=False)
     return Beside(store, manifest, fresh=True) if asked.on else None
 
 
-def begin_beside(run: Run, beside: Beside) -> None:
-    """Fill the frozen weights; the adapters keep their first values, which change nothing."""
-    adapters = run.adapters
+def begin_beside(run: Run, beside: Beside, asked: LoraConfig) -> list[str]:
+    """Fill the frozen weights; the adapters keep their first values, which change nothing, or begin with
+    those of --lora-load.  Returns what to say.  Collective over the world.
+    """
+    names, folder, model = run.adapters, asked.lora_load, run.context.model
+    loaded = None if folder is None else open_peft(Path(folder), model)
+    if loaded is not None:
+        _require_same(loaded, asked, model)
 
     def load(weights: list[NamedSlice]) -> None:
-        frozen = [weight for weight in weights if weight.name not in adapters]
+        frozen = [weight for weight in weights if weight.name.removeprefix(MASTER) not in names]
         beside.store.load(beside.manifest, exact_slices(frozen, beside.manifest.tensors))
+        if loaded is not None:
+            loaded.check_base(frozen)
+            loaded.fill(weight for weight in weights if weight.name.removeprefix(MASTER) in names)
 
-    run.engine.fill(load)
+    run.engine.fill(load, masters=True)
+    if loaded is not None:
+        return [f"--lora-load: the adapters begin as those in {folder}"]
     for stage in run.pipeline.stages.values():
         begin_magnitudes(stage.module)
+    return []
+
+
+def _require_same(loaded: AdapterSet, asked: LoraConfig, model: ModelConfig) -> None:
+    """Raise CheckpointError where the folder's adapters are not those of the command line."""
+    found = loaded.lora
+    pairs = {
+        "--lora-rank": (found.lora_rank, asked.lora_rank),
+        "--lora-alpha": (found.lora_alpha, asked.lora_alpha),
+        "--lora-variant": (found.lora_variant, asked.lora_variant),
+        "--lora-targets": tuple(
+            " ".join(sorted(target_modules(one.lora_targets, model))) for one in (found, asked)
+        ),
+    }
+    differ = [
+        f"{flag}: {has} -> {wanted}" for flag, (has, wanted) in pairs.items() if has != wanted
+    ]
+    if differ:
+        lines = "".join(f"\n  {line}" for line in differ)
+        raise CheckpointError(
+            f"--lora-load {loaded.where} holds other adapters (folder -> this command line):{lines}\n"
+            "give the folder's values"
+        )

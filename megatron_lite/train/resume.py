@@ -117,7 +117,7 @@ def resume(
             "--rope-scaling-type clex: what it learns starts anew, which is no other than ntk"
         )
     if beside is not None and beside.fresh:
-        begin_beside(run, beside)
+        notices += begin_beside(run, beside, lora or LoraConfig())
     else:
         fill_run(
             run, store, manifest, optimizer=with_optimizer, head=not fresh_head, slowing=known,

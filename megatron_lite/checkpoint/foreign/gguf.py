@@ -126,8 +126,9 @@ def plan_gguf(plan: Export, kind: str, dtype: str | None) -> GGUFExport:
         block={**_NORMS, **(_FUSED if architecture.fused else _APART), **_REST},
     )  # fmt: skip
     inner = plan_export(
-        plan.store, plan.manifest, plan.trained, torch.float32, family=kind, names=names
-    )
+        plan.store, plan.manifest, plan.trained, torch.float32, family=kind, names=names,
+        adapters=plan.adapters,
+    )  # fmt: skip
     notices = []
     layer = figure_of(inner.model, inner.model.vocab_size or 1).layers[0]
     if any(activation.function == "gelu_erf" for activation in layer.of(Activation)):

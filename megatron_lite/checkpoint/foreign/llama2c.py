@@ -86,8 +86,9 @@ def plan_llama2c(plan: Export, kind: str, dtype: str | None) -> Llama2cExport:
             f"llama2.c does not compute {'; '.join(lacks)}: export to another format"
         )
     inner = plan_export(
-        plan.store, plan.manifest, plan.trained, torch.float32, family=kind, names=_NAMES
-    )
+        plan.store, plan.manifest, plan.trained, torch.float32, family=kind, names=_NAMES,
+        adapters=plan.adapters,
+    )  # fmt: skip
     group = 0
     if dtype == "q8_0":
         group = math.gcd(_GROUP, model.hidden_size, model.ffn_size)

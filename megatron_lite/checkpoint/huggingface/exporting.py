@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megatron_lite.checkpoint.adapters import AdapterSet
 from megatron_lite.checkpoint.boxes import check_fit
 from megatron_lite.checkpoint.huggingface.conversion import Conversion, conversions, in_files
 from megatron_lite.checkpoint.huggingface.families import family_for
@@ -35,6 +36,7 @@ class Export:
 
     trained: the model of the checkpoint; model: the same as it is written, see pairs.py.
     stored: our name -> the name of its most exact copy (the fp32 master, where there is one).
+    adapters: what is merged into the weights.
     """
 
     store: Store
@@ -45,6 +47,7 @@ class Export:
     conversions: Sequence[Conversion]
     stored: Mapping[str, str]
     dtype: torch.dtype
+    adapters: AdapterSet | None = None
 
     @property
     def bytes(self) -> int:
@@ -63,9 +66,13 @@ class Export:
             slices = [_slice(self.stored[name], part) for name, part in parts]
             self.store.load(self.manifest, slices)
             for name, part in parts:
+                if self.adapters is not None:
+                    self.adapters.merge(name, part)
                 by_halves(name, part, core)
 
-        return conversion.join(self.dtype, fill)
+        # sums are made in fp32 and rounded once
+        made_in = self.dtype if self.adapters is None else torch.float32
+        return conversion.join(made_in, fill).to(self.dtype)
 
 
 def _slice(stored: str, data: Tensor) -> NamedSlice:
@@ -80,8 +87,11 @@ def plan_export(
     *,
     family: str | None = None,
     names: Names | None = None,
+    adapters: AdapterSet | None = None,
 ) -> Export:
     """What an export of a verified checkpoint writes; dtype: as stored if None.
+
+    adapters: to be merged into it.
 
     family: a key of FAMILIES, the first that can express the model if None; names: those of another
     program instead of its own.
@@ -103,7 +113,7 @@ def plan_export(
     )  # fmt: skip
     if dtype is None:
         dtype = TORCH_DTYPES[manifest.tensors[next(iter(stored.values()))].dtype]
-    return Export(store, manifest, chosen, trained, model, wanted, stored, dtype)
+    return Export(store, manifest, chosen, trained, model, wanted, stored, dtype, adapters)
 
 
 def export_folder(

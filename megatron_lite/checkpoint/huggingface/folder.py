@@ -25,7 +25,7 @@ from megatron_lite.config.errors import CheckpointError
 from megatron_lite.config.rules.table import model_problems
 from megatron_lite.config.sections.model import ModelConfig
 from megatron_lite.parallel.shard import NamedSlice
-from megatron_lite.storage.reading import read_plain, require_plain
+from megatron_lite.storage.reading import open_plain, read_plain, require_plain
 
 CONFIG, ONE_FILE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 _SHOWN = 20
@@ -76,7 +76,7 @@ def open_folder(path: Path) -> HuggingFaceFolder:
     Raises CheckpointError naming the setting that we do not have, or listing the tensors that are
     missing, too many or of another shape.
     """
-    config = _read_json(path / CONFIG)
+    config = read_config_file(path / CONFIG)
     family = family_of(config, path / CONFIG)
     model, notices = family.read(config, path / CONFIG)
     places = _places(path, family)
@@ -131,7 +131,8 @@ def _require_fit(
         )
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_config_file(path: Path) -> dict[str, Any]:
+    """The object of a JSON file; CheckpointError where it is none."""
     try:
         found = json.loads(read_plain(path, _LARGEST_JSON))
     except OSError as error:
@@ -147,7 +148,7 @@ def _places(folder: Path, family: Family) -> dict[str, Place]:
     """Every tensor of the folder's safetensors files by its full name."""
     index, one = folder / INDEX, folder / ONE_FILE
     if index.is_file():
-        listed = _read_json(index).get("weight_map")
+        listed = read_config_file(index).get("weight_map")
         if not isinstance(listed, dict) or not all(isinstance(f, str) for f in listed.values()):
             raise CheckpointError(f"{index} has no weight_map of names to files")
         for name in set(listed.values()):
@@ -236,3 +237,14 @@ def fill_from_folder(source: HuggingFaceFolder, wanted: Iterable[NamedSlice]) ->
                 )
                 piece.data.copy_(part[box])
     assert not slices, f"no tensors of this model: {sorted(slices)}"
+
+
+def read_tensors(path: Path, at_most: int, *, instead: str) -> dict[str, Tensor]:
+    """All tensors of a safetensors file of at most so many bytes; instead: what to do where it is missing."""
+    try:
+        open_plain(path, at_most).close()
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing: {instead}") from None
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
+    return {name: _read(Place(path, name, form)) for name, form in _forms(path).items()}

@@ -32,6 +32,9 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         required=True,
         help="run folder, one iter_N folder of it, or one of Hugging Face's",
     )
+    parser.add_argument(
+        "--adapter", help="adapters to use with it: a folder of PEFT's, or a run of --lora-rank"
+    )
     parser.add_argument("--ckpt-step", type=int, help="this iteration instead of the newest")
     parser.add_argument("--vocab-file", help="instead of the one the run was trained with")
     parser.add_argument("--merge-file", help="instead of the one the run was trained with")
@@ -102,7 +105,8 @@ def load_speaker(
     asked: argparse.Namespace, ctx: ParallelContext, look: Look = lambda source, tokenizer: ()
 ) -> Speaker:
     """Of the flags of add_model_flags; rank 0 says what there is to say about them."""
-    source = find_model(Path(asked.load), ctx, step=asked.ckpt_step)
+    adapter = None if asked.adapter is None else Path(asked.adapter)
+    source = find_model(Path(asked.load), ctx, step=asked.ckpt_step, adapter=adapter)
     tokenizer, said = source.tokenizer(
         asked.vocab_file, asked.merge_file, allowed=asked.allow_tokenizer_mismatch
     )
