@@ -45,14 +45,14 @@ class Part:
 
 PARTS = {
     "slow": Part("tests marked slow: every layout, drawn configurations, compiled kernels", 75,
-                 (tests("slow and not gpu and not cluster and not oracles"),)),
+                 (tests("slow and not gpu and not cluster and not oracles and not browser"),)),
     "faults": Part("500 kills, 300 bit flips, and the tests of every fault", 35,
                    ((sys.executable, "-m", "tests.faults", "--kills", "500", "--flips", "300",
                      "--no-skips-but", MAY_SKIP),)),
     "parity": Part("every layout of docs/parity.md against the serial run", 35,
                    ((sys.executable, "-m", "tests.parity", "--all"),)),
-    "oracles": Part("tests that stand beside other libraries, in .venv-oracles", 20,
-                    (("tools/setup.sh", "oracles"),
+    "oracles": Part("tests that stand beside other libraries, in .venv-oracles, and in a browser", 20,
+                    (("tools/setup.sh", "oracles"), tests("browser"),
                      tests("oracles and not gpu and not cluster", ORACLES / "bin/python"))),
     "cluster": Part("hosts as network namespaces; needs root", 10,
                     (tests("cluster and not gpu"),)),

@@ -201,9 +201,28 @@ for node in ast.parse(open("setup.py", encoding="utf-8").read()).body:
     if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "EXTRAS":
         print(*ast.literal_eval(node.value)["oracles"], sep="\n")')
     say "left out, as they need a CUDA compiler: flash-attn, transformer-engine, apex"
-    command -v chromium >/dev/null ||
-        say "no chromium on PATH, so the tests of the page will be skipped: apt-get install chromium"
+    install_chromium
 }
+
+# Debian's browser, in which the page that tools/serve.py serves is tested; pip has none.
+install_chromium() {
+    ! command -v chromium >/dev/null || return 0
+    local why="this is not root"
+    if ! command -v apt-get >/dev/null; then
+        why="there is no apt-get"
+    elif [[ $(id -u) == 0 ]]; then
+        say "installing chromium"
+        if apt_try update && apt_try install -y --no-install-recommends chromium &&
+            command -v chromium >/dev/null; then
+            return 0
+        fi
+        why="apt-get could not: $(grep -a ^E: "$LOG" | tail -n 1 || true)"
+        lacking+=(chromium) # the next setup tries again
+    fi
+    say "no chromium, so the tests of the page will be skipped, as $why; as root: apt-get install chromium"
+}
+
+apt_try() { DEBIAN_FRONTEND=noninteractive apt-get -q "$@" >>"$LOG" 2>&1 </dev/null; }
 
 # Programs, activate scripts and pyvenv.cfg hold the path of their environment: at $NEW, let it be $VENV.
 readdress() {

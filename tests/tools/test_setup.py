@@ -6,6 +6,7 @@ stand-in for pip, which notes what it is asked and writes modules of a line.
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import shutil
@@ -244,6 +245,7 @@ def test_oracles_have_an_environment_of_their_own_and_what_lacks_is_said(
     checkout.done()
     assert len(checkout.asked) == 4
     script, oracles = checkout.root / "tools/setup.sh", checkout.root / ".venv-oracles"
+    program(checkout.base / "chromium", "")  # or it would be installed
 
     def setup(*words: str, **env: str) -> subprocess.CompletedProcess[str]:
         path = {"PATH": f"{checkout.base}:/usr/bin:/bin", "PIP_NOTES": str(checkout.notes)}
@@ -266,6 +268,61 @@ def test_oracles_have_an_environment_of_their_own_and_what_lacks_is_said(
     assert setup("oracles").returncode == 0 and len(checkout.asked) == 2 + len(names), "once more"
     assert setup("oracles").stdout == "" and checkout.done() == "" and checkout.asked == []
     assert setup("oracle").returncode == setup("oracles", "x").returncode == 2
+
+
+def program(path: Path, script: str) -> None:
+    """A stand-in for one."""
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+
+
+@pytest.mark.parametrize(
+    ("user", "apt", "said", "lacks"),
+    [
+        (0, 'echo "$@"; [ "$2" = update ] || { touch chromium; chmod +x chromium; }', "installing chromium", 0),
+        (0, "exit 100", "as apt-get could not: ; as root", 1),
+        (0, 'echo "E: no network"; exit 100', "as apt-get could not: E: no network; as root", 1),
+        (7, "exit 1", "skipped, as this is not root; as root: apt-get install chromium", 0),
+        (0, None, "as there is no apt-get", 0),
+    ],
+    ids=["installed", "apt-get fails silently", "apt-get fails", "no root", "no apt-get"],
+)  # fmt: skip
+def test_the_browser_is_installed_or_it_is_said_why_not(tmp_path, user, apt, said, lacks) -> None:
+    """The function of tools/setup.sh by itself, with programs that are no others."""
+    program(tmp_path / "id", f"echo {user}")
+    for name in ("bash", "sed", "grep", "tail", "touch", "chmod"):
+        (tmp_path / name).symlink_to(needs_program(name, "its package"))
+    if apt is not None:
+        program(tmp_path / "apt-get", apt)
+    script = (
+        'set -euo pipefail; LOG=log; : >log; lacking=(); say() { echo "$*"; }\n'
+        f"source <(sed -n '/^install_chromium() {{/,/^}}/p; /^apt_try()/p' {ROOT}/tools/setup.sh)\n"
+        "install_chromium; echo lacking ${#lacking[@]}"
+    )
+    done = subprocess.run(["bash", "-c", script], cwd=tmp_path, env={"PATH": str(tmp_path)},
+                          capture_output=True, text=True, timeout=30)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert said in done.stdout and f"lacking {lacks}" in done.stdout
+    if said == "installing chromium":
+        asked = (tmp_path / "log").read_text().splitlines()
+        assert asked == ["-q update", "-q install -y --no-install-recommends chromium"]
+
+
+def test_every_file_of_the_package_is_installed_with_it() -> None:
+    """What is no Python is named in package_data: the page, for one."""
+    call = ast.parse((ROOT / "setup.py").read_text(encoding="utf-8")).body[-1]
+    assert isinstance(call, ast.Expr) and isinstance(call.value, ast.Call)
+    (named,) = [word.value for word in call.value.keywords if word.arg == "package_data"]
+    files = {
+        f"{package.replace('.', '/')}/{file}"
+        for package, files in ast.literal_eval(named).items()
+        for file in files
+    }
+    assert files == {
+        path.relative_to(ROOT).as_posix()
+        for path in (ROOT / "megatron_lite").rglob("*")
+        if path.is_file() and path.suffix not in (".py", ".pyc", ".so")
+    }
 
 
 @pytest.mark.slow
