@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from megatron_lite.config.errors import ConfigError
+from megatron_lite.config.errors import ConfigError, NumericsError
 from megatron_lite.config.sections.model import BY_LENGTH
 from megatron_lite.inference.replay import recorder
 from megatron_lite.inference.stages import CachedRows
@@ -28,6 +28,9 @@ Pick = Callable[[Tensor, Sequence[int]], Tensor]
 
 End = Literal["eod", "stop", "length", "positions"]
 """Why nothing follows: the end-of-document token, the caller, the tokens asked for, the model's positions."""
+
+_NOT_FINITE = -1
+"""In the place of a token where there is none."""
 
 CHUNK = 512
 """Tokens of a prompt that go in at once: the others' next tokens wait no longer than for these."""
@@ -212,11 +215,19 @@ class RunningBatch:
         ctx = self._held.ctx
         chosen = torch.zeros(len(ready), dtype=torch.int64, device=ctx.device)
         if logits is not None:
+            finite = logits.amax(dim=-1).isfinite()  # [rows]
             for place, (number, row) in enumerate(ready):
-                chosen[place] = row.asked.pick(logits[number : number + 1], row.tokens)[0]
+                token = row.asked.pick(logits[number : number + 1], row.tokens)[0]
+                chosen[place] = torch.where(finite[number], token, _NOT_FINITE)
         if ready:
             all_reduce(chosen, ctx.pp)  # zeros on the stages before the last
         found: list[int] = chosen.tolist()  # waits for the device
+        if _NOT_FINITE in found:
+            row = ready[found.index(_NOT_FINITE)][1]
+            raise NumericsError(
+                f"the model's logits are not finite after {len(row.tokens)} tokens of a text, in "
+                f"{self._held.model.context.dtype}: try --dtype float32, or another checkpoint"
+            )
         return found
 
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +17,9 @@ from megatron_lite.data.chat.formats import Message
 from megatron_lite.inference.generate import Generation
 from megatron_lite.inference.model import load_model
 from tests.support.extras import needs
+from tests.support.families import tiny
 from tests.support.huggingface import gpt2, tokenizer_files, tool
+from tests.support.places import ROOT
 
 needs("transformers")
 
@@ -110,6 +115,31 @@ def test_ctrl_c_ends_an_answer_and_not_the_conversation(monkeypatch, capsys, fol
         Message("user", "the"),
         Message("assistant", speaker.decode(speaker.encode("the")[:1])),
     ]
+
+
+@pytest.mark.ci
+def test_a_terminal_s_keys_end_an_answer_and_the_conversation(tmp_path: Path) -> None:
+    """Ctrl-C as the signal that it is, Ctrl-D as the end of the input."""
+    tiny("llama").save_pretrained(tmp_path / "model")
+    tokenizer_files(tmp_path / "model", "vocab.json", "merges.txt")
+    argv = [sys.executable, str(ROOT / "tools" / "chat.py"), "--load", str(tmp_path / "model"),
+            "--use-cpu", "--max-new-tokens", "1000000", "--top-k", "5", "--seed", "4"]  # fmt: skip
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    with subprocess.Popen(argv, **pipes) as process:
+        try:
+            for _ in range(2):
+                process.stdin.write(b"the\n")
+                process.stdin.flush()
+                assert process.stdout.read(20)  # an answer is coming
+                process.send_signal(signal.SIGINT)
+            process.stdin.write(f"/save {tmp_path}/said.json\n".encode())
+            _, err = process.communicate(timeout=60)
+        finally:
+            process.kill()
+    assert process.returncode == 0, err
+    said = json.loads((tmp_path / "said.json").read_text())["messages"]
+    assert [one["role"] for one in said] == ["user", "assistant"] * 2
+    assert all(one["content"] for one in said) and b"Traceback" not in err
 
 
 def test_a_full_conversation_says_so(monkeypatch, capsys, folder: Path) -> None:

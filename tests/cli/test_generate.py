@@ -22,6 +22,7 @@ from megatron_lite.cli import generate
 from megatron_lite.config.exit import run_tool
 from megatron_lite.inference.model import build_model, find_model
 from megatron_lite.parallel.context import ParallelContext
+from tests.support.launch import start
 from tests.support.spawn import spawn
 from tests.support.tokenizers import write_gpt2
 from tests.train.runs import alone
@@ -248,6 +249,18 @@ def spoken_by(rank: int, ranks: int, folder: Path) -> str:
     with contextlib.redirect_stdout(out):
         assert generate.main() == 0
     return out.getvalue()
+
+
+@pytest.mark.ci
+def test_a_rank_that_dies_is_named_by_the_others(spoken: Path) -> None:
+    argv = ["--load", str(spoken / "run"), "--use-cpu", "--max-new-tokens", "5", "--prompt", "the",
+            "--num-samples", "5000", "--tensor-model-parallel-size", "2"]  # fmt: skip
+    with start(2, argv, tool="generate") as running:
+        running.wait_for(0, "-" * 80)  # it speaks
+        running.kill(1)
+        ended = running.wait(60)
+    assert [one.rc for one in ended] == [6, -9]
+    assert "rank 1" in ended[0].fatal and "Traceback" not in ended[0].err
 
 
 @pytest.mark.ci

@@ -17,6 +17,7 @@ from megatron_lite.blueprint.grid import RankGrid
 from megatron_lite.config.errors import ConfigError
 from megatron_lite.inference.generate import Generation, TextRequest, Token
 from megatron_lite.inference.model import build_model, find_model, require_layout
+from megatron_lite.layers.contexts import StageContext
 from megatron_lite.models.decoder import Decoder
 from megatron_lite.parallel.context import ParallelContext
 from tests.inference.continuing import (
@@ -80,6 +81,64 @@ def test_over_pp_the_same_tokens_follow(folders, expected) -> None:
 )
 def test_over_tp_and_pp_the_same_tokens_follow_on_every_rank(folders, expected, ranks, tp) -> None:
     assert spawn(decoded, ranks, folders, tp) == [expected] * ranks
+
+
+# -- long texts, and every way of turning ---------------------------------------------------------
+
+TURNINGS: dict[str, dict[str, object]] = {
+    "none": {}, "linear": {"rope_scaling_factor": 2.5}, "ntk": {"rope_scaling_factor": 3.0},
+    "dynamic": {"rope_scaling_factor": 2.0, "rope_original_length": 20},
+    "yarn": {"rope_scaling_factor": 4.0, "rope_original_length": 20},
+    "llama3": {"rope_scaling_factor": 4.0, "rope_original_length": 20},
+    "clex": {"rope_scaling_factor": 4.0, "rope_original_length": 20},
+    "longrope": {"rope_scaling_factor": 4.0, "rope_original_length": 20},
+}  # fmt: skip
+LONG = [[3, 1, 4, 1, 5, 9, 2], [97], [9, 32, 38]]
+LONG_NEW = [128, 128, 100]
+
+
+def turned_model(folder: Path, kind: str) -> Decoder:
+    """A family's model with random weights, whose positions are turned so."""
+    ctx = ParallelContext.serial()
+    source = find_model(folder, ctx)
+    parameters = TURNINGS[kind]
+    if kind == "longrope":
+        pairs = source.config.rotated_channels // 2
+        listed = [",".join(f"{1 + n * step:.2f}" for n in range(pairs)) for step in (0.1, 0.5)]
+        parameters = parameters | {"rope_short_factors": listed[0], "rope_long_factors": listed[1]}
+    config = dataclasses.replace(
+        source.config, rope_scaling_type=kind, max_position_embeddings=256, **parameters
+    )
+    vocabulary = config.vocab_size
+    context = StageContext(config, ctx, padded_vocab_size=vocabulary, vocab_size=vocabulary)
+    model = Decoder(context, range(config.num_layers), has_embedding=True, has_head=True).eval()
+    torch.manual_seed(1)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", TURNINGS)
+@pytest.mark.parametrize("name", ["llama", "mistral", "gpt_neox", "qwen2", "qwen3"])
+def test_long_texts_of_every_family_and_turning(folders, name, kind) -> None:
+    model = turned_model(folders[name], kind)
+    expected = uncached(model, LONG, LONG_NEW)
+    assert len({token for text in expected for token in text}) > 12
+    assert cached(model, LONG, LONG_NEW) == expected
+
+
+def long_texts(rank: int, ranks: int, folders: dict[str, Path], tp: int) -> dict[str, Texts]:
+    ctx = ParallelContext.from_grid(RankGrid(tp=tp, pp=ranks // tp), rank, torch.device("cpu"))
+    return {name: cached(loaded(path, ctx), LONG, LONG_NEW) for name, path in folders.items()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("ranks", "tp"), [(2, 2), (2, 1), (4, 2)], ids=["tp2", "pp2", "tp2 x pp2"])
+def test_long_texts_over_tp_and_pp(folders, ranks, tp) -> None:
+    some = {name: folders[name] for name in ("llama-tied", "mistral", "gpt_neox-in-turn", "qwen3")}
+    expected = {name: uncached(loaded(path), LONG, LONG_NEW) for name, path in some.items()}
+    assert spawn(long_texts, ranks, some, tp) == [expected] * ranks
 
 
 # -- start and recent tokens --------------------------------------------------------------------

@@ -123,6 +123,11 @@ def not_finite(folder: Path) -> list[object]:
     return []
 
 
+def overflows(folder: Path) -> list[object]:
+    weights(lambda t: t["transformer.wpe.weight"][9].fill_(3e38))(folder)
+    return []
+
+
 def a_pickle(folder: Path) -> list[object]:
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     return []
@@ -161,6 +166,7 @@ def empty(folder: Path) -> list[object]:
         (no_tokenizer, 3, "holds no tokenizer: give --vocab-file and --merge-file"),
         (contradicted, 4, "end with id 5 by config.json"),
         (lambda folder: ["--ckpt-step", 1], 2, "--ckpt-step 1 is for run folders"),
+        (overflows, 7, "logits are not finite after 10 tokens of a text, in torch.float32: try"),
         (not_finite, 7, "embedding.tokens.weight holds values that are not finite"),
     ],
     ids=lambda value: value.__name__.strip("<>") if callable(value) else "",
