@@ -77,45 +77,56 @@ class KeyValueCache:
         """Whether a layer has come."""
         return bool(self._keys)
 
-    def enter(self, counts: Sequence[int], length: int | None = None) -> CacheEntry:
-        """The next forward brings so many tokens of each row, padded to a length, or to the most of them."""
-        assert all(n <= self.room(r) for r, n in enumerate(counts)), (counts, self.lengths)
-        entry = CacheEntry(self, tuple(self.lengths), tuple(counts), length or max(counts))
-        self.advance(counts)
-        return entry
+    def enter(
+        self, counts: Sequence[int], length: int | None = None, rows: range | None = None
+    ) -> CacheEntry:
+        """The next forward brings so many tokens of each of these rows, of all by default, padded to a
+        length, or to the most of them."""
+        rows = range(self.rows) if rows is None else rows
+        pairs = list(zip(rows, counts, strict=True))
+        assert all(n <= self.room(r) for r, n in pairs), (pairs, self.lengths)
+        before = tuple(self.lengths[row] for row in rows)
+        self.advance(counts, rows)
+        return CacheEntry(self, rows, before, tuple(counts), length or max(counts))
 
-    def advance(self, counts: Sequence[int]) -> None:
-        """So many tokens of each row have come in."""
-        for row, count in enumerate(counts):
+    def advance(self, counts: Sequence[int], rows: range | None = None) -> None:
+        """So many tokens of each of these rows have come in."""
+        for row, count in zip(range(self.rows) if rows is None else rows, counts, strict=True):
             self.lengths[row] += count
 
-    def store(self, layer: int, k: Tensor, v: Tensor, slots: Tensor | slice) -> None:
-        """k, v: [b, m, new, d] into slots int64 [b, new], or the same stretch of all rows."""
+    def store(
+        self, layer: int, k: Tensor, v: Tensor, slots: Tensor | slice, rows: range | None = None
+    ) -> None:
+        """k, v: [b, m, new, d] of these rows into slots int64 [b, new], or the same stretch of each."""
         if layer not in self._keys:
             # one slot more takes what is padding; zeros: a weight of 0 times no number is no number
-            shape = (*k.shape[:2], self.capacity + 1, k.shape[3])
+            shape = (self.rows, k.shape[1], self.capacity + 1, k.shape[3])
             self._keys[layer], self._values[layer] = k.new_zeros(shape), v.new_zeros(shape)
-        for held, new in ((self._keys[layer], k), (self._values[layer], v)):
+        for whole, new in ((self._keys[layer], k), (self._values[layer], v)):
+            held = whole if rows is None else whole[rows.start : rows.stop]
             if isinstance(slots, slice):
                 held[:, :, slots] = new
             else:
                 place = slots[:, None, :, None].expand_as(new)
                 held.scatter_(2, place, new)
 
-    def held(self, layer: int, slots: int) -> tuple[Tensor, Tensor]:
-        """The first slots of all rows, [b, m, slots, d]."""
-        return self._keys[layer][:, :, :slots], self._values[layer][:, :, :slots]
+    def held(self, layer: int, slots: int, rows: range | None = None) -> tuple[Tensor, Tensor]:
+        """The first slots of these rows, [b, m, slots, d]."""
+        here = slice(None) if rows is None else slice(rows.start, rows.stop)
+        return self._keys[layer][here, :, :slots], self._values[layer][here, :, :slots]
 
 
 class CacheEntry:
-    """One forward of a cache's rows: where the new tokens stand and what they see.
+    """One forward of neighbouring rows of a cache: where the new tokens stand and what they see.
 
     positions: int64 [s] where all rows stand alike, else [s, b].
     """
 
     def __init__(
-        self, cache: KeyValueCache, before: tuple[int, ...], counts: tuple[int, ...], length: int
-    ) -> None:
+        self, cache: KeyValueCache, rows: range, before: tuple[int, ...], counts: tuple[int, ...],
+        length: int,
+    ) -> None:  # fmt: skip
+        self._rows, self._part = rows, None if len(rows) == cache.rows else rows
         self._cache, self._before, self._counts, self._length = cache, before, counts, length
         self.unturned = cache.start is not None
         self._after = [n + c for n, c in zip(before, counts, strict=True)]
@@ -138,18 +149,18 @@ class CacheEntry:
     @property
     def context(self) -> ForwardContext:
         """What the layers are called with."""
-        samples = torch.zeros(self._cache.rows, dtype=torch.int64, device=self._cache.device)
-        return ForwardContext(
-            samples=samples, index=self.positions, cache=self, length=tuple(self._cache.wholes)
-        )
+        samples = torch.zeros(len(self._rows), dtype=torch.int64, device=self._cache.device)
+        wholes = tuple(self._cache.wholes[row] for row in self._rows)
+        return ForwardContext(samples=samples, index=self.positions, cache=self, length=wholes)
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """k, v: [b, m, s, d] of the new tokens -> all that is held, [b, m, t, d]."""
         if self._alike:
-            self._cache.store(layer, k, v, slice(self._before[0], self._after[0]))
+            stretch = slice(self._before[0], self._after[0])
+            self._cache.store(layer, k, v, stretch, self._part)
         else:
-            self._cache.store(layer, k, v, self._slots)
-        return self._cache.held(layer, self._slots_seen)
+            self._cache.store(layer, k, v, self._slots, self._part)
+        return self._cache.held(layer, self._slots_seen, self._part)
 
     @cached_property
     def _slots(self) -> Tensor:

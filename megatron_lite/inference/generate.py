@@ -29,6 +29,7 @@ Pick = Callable[[Tensor, Sequence[int]], Tensor]
 End = Literal["eod", "stop", "length", "positions"]
 """Why nothing follows: the end-of-document token, the caller, the tokens asked for, the model's positions."""
 
+_LARGEST = torch.finfo(torch.float32).max
 _NOT_FINITE = -1
 """In the place of a token where there is none."""
 
@@ -215,10 +216,13 @@ class RunningBatch:
         ctx = self._held.ctx
         chosen = torch.zeros(len(ready), dtype=torch.int64, device=ctx.device)
         if logits is not None:
-            finite = logits.amax(dim=-1).isfinite()  # [rows]
+            largest = logits.amax(dim=-1)  # [rows]; not finite where any is not
+            finite = largest == largest.clamp(-_LARGEST, _LARGEST)
             for place, (number, row) in enumerate(ready):
-                token = row.asked.pick(logits[number : number + 1], row.tokens)[0]
-                chosen[place] = torch.where(finite[number], token, _NOT_FINITE)
+                chosen[place] = row.asked.pick(logits[number : number + 1], row.tokens)[0]
+            if len(ready) < len(finite):
+                finite = finite[[number for number, _ in ready]]
+            chosen.masked_fill_(~finite, _NOT_FINITE)
         if ready:
             all_reduce(chosen, ctx.pp)  # zeros on the stages before the last
         found: list[int] = chosen.tolist()  # waits for the device

@@ -120,25 +120,46 @@ class CachedRows:
         None on a stage without the head; of a row without new tokens they mean nothing.  The next
         call may overwrite them.
         """
-        replayed = None if self._replayed is None else self._replayed.forward(new)
-        if replayed is not None:
-            return replayed[: self.rows]
-        size, most = self._group, max(map(len, new))
-        padded = [list(row) + [0] * (most - len(row)) for row in new]
-        padded += [[0] * most] * (size * len(self._caches) - len(padded))
-        tokens = torch.tensor(padded, device=self.ctx.device).t()  # [s, rows]
-        counts = [len(row) for row in new] + [0] * (tokens.shape[1] - len(new))
-        last = torch.tensor([max(n - 1, 0) for n in counts], device=self.ctx.device)
+        if self.ctx.pp.size > 1:  # micro batches of a pipeline have one shape
+            groups = range(0, self._group * len(self._caches), self._group)
+            noted = self._run(new, [range(first, first + self._group) for first in groups])
+            return torch.cat(noted)[: self.rows] if noted else None
+        parts = parted(new)
+        if len(parts) == 1:
+            return self._part(new, range(self.rows))
+        found: Tensor | None = None
+        for part, rows in parts:
+            logits = self._part(part, rows)
+            found = logits.new_zeros(self.rows, logits.shape[1]) if found is None else found
+            for row, each in zip(rows, logits, strict=True):
+                if part[row]:
+                    found[row] = each
+        return found
+
+    def _part(self, new: Sequence[Sequence[int]], rows: range) -> Tensor:
+        """The same of some rows, by a graph where that can be: fp32 [rows here, v]."""
+        replayed = None
+        if self._replayed is not None and len(rows) == self.rows:
+            replayed = self._replayed.forward(new)
+        return self._run(new, [rows])[0] if replayed is None else replayed
+
+    def _run(self, new: Sequence[Sequence[int]], parts: Sequence[range]) -> list[Tensor]:
+        """One forward, in which each part, rows of one group, is a micro batch."""
+        new, device = [*new, *[[]] * (self._group * len(self._caches) - len(new))], self.ctx.device
+        most = max(len(new[row]) for part in parts for row in part)
         batches = []
-        for group, cache in enumerate(self._caches):
-            mine = slice(group * size, group * size + size)
-            here = tokens[:, mine]
+        for part in parts:
+            padded = [[*new[row], *[0] * (most - len(new[row]))] for row in part]
+            counts = [len(new[row]) for row in part]
+            last = torch.tensor([max(n - 1, 0) for n in counts], device=device)
+            group, first = divmod(part.start, self._group)
+            entry = self._caches[group].enter(counts, most, range(first, first + len(part)))
             # who scores is told which token is asked for in the labels' place
-            entry = cache.enter(counts[mine], most)
-            batches.append(MicroBatch(here, last[mine], last[mine], entry.context))
+            tokens = torch.tensor(padded, device=device).t()  # [s, rows]
+            batches.append(MicroBatch(tokens, last, last, entry.context))
+        self._noted = []
         self._forwards.run(batches)
-        noted, self._noted = self._noted, []
-        return torch.cat(noted)[: self.rows] if noted else None
+        return self._noted
 
     def _note(self, outputs: Outputs, batch: MicroBatch) -> None:
         """Outputs of [s, b, h]: only those of each row's last token are multiplied with the head."""
@@ -148,6 +169,22 @@ class CachedRows:
         logits = asked.logits()[0]  # [b, v/tp]
         whole = all_gather(logits.t().contiguous(), context.tp).t()
         self._noted.append(whole[:, : context.vocab_size].float())
+
+
+def parted(new: Sequence[Sequence[int]]) -> list[tuple[Sequence[Sequence[int]], range]]:
+    """New tokens of rows, and the rows, of forwards that waste little on padding.
+
+    All at once where that makes them at most twice as many; else each prompt by itself, and
+    together those that bring one token.
+    """
+    counts, rows = list(map(len, new)), range(len(new))
+    if max(counts) * len(counts) <= 2 * sum(counts):
+        return [(new, rows)]
+    long = [row for row in rows if counts[row] > 1]
+    parts: list[tuple[Sequence[Sequence[int]], range]] = [(new, range(n, n + 1)) for n in long]
+    if 1 in counts or not long:
+        parts.append(([tokens if len(tokens) <= 1 else [] for tokens in new], rows))
+    return parts
 
 
 def _no_backward(stage: int, left: Sequence[Tensor] | None) -> None:

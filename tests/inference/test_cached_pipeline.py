@@ -17,6 +17,7 @@ from megatron_lite.blueprint.grid import RankGrid
 from megatron_lite.config.errors import ConfigError
 from megatron_lite.inference.generate import Generation, TextRequest, Token
 from megatron_lite.inference.model import build_model, find_model, require_layout
+from megatron_lite.inference.stages import parted
 from megatron_lite.layers.contexts import StageContext
 from megatron_lite.models.decoder import Decoder
 from megatron_lite.parallel.context import ParallelContext
@@ -81,6 +82,30 @@ def test_over_pp_the_same_tokens_follow(folders, expected) -> None:
 )
 def test_over_tp_and_pp_the_same_tokens_follow_on_every_rank(folders, expected, ranks, tp) -> None:
     assert spawn(decoded, ranks, folders, tp) == [expected] * ranks
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama-tied", "mistral", "gpt_neox-in-turn"])
+def test_long_prompts_go_in_by_themselves(folders, name) -> None:
+    """Beside rows that bring a token, and beside short prompts: what is padded would be most of it."""
+    model = loaded(folders[name])
+    prompts, new = [[97], PROMPTS[0], [9], [7, 8], PROMPTS[0][::-1]], [11, 4, 12, 9, 3]
+    expected = uncached(model, prompts, new)
+    keep = {} if name in ("gpt2", "mistral") else {"keep": 17}
+    assert cached(model, prompts, new, rows=4, chunk=100) == expected
+    assert cached(model, prompts, new, rows=4, chunk=100, **keep) == expected
+
+
+def test_what_is_padded_is_at_most_half() -> None:
+    for counts, alone, together in (
+        ([5, 4, 3], [], [5, 4, 3]), ([1, 1, 0, 1], [], [1, 1, 0, 1]), ([0, 0, 0, 1], [], [0, 0, 0, 1]),
+        ([1, 9, 1, 1], [1], [1, 0, 1, 1]), ([0, 9, 0, 7, 1, 0], [1, 3], [0, 0, 0, 0, 1, 0]),
+        ([0, 0, 9], [2], None), ([9], [], [9]),
+    ):  # fmt: skip
+        new = [[3] * count for count in counts]
+        parts = parted(new)
+        assert [list(rows) for _, rows in parts[: len(alone)]] == [[row] for row in alone]
+        rest = [list(map(len, tokens)) for tokens, _ in parts[len(alone) :]]
+        assert rest == ([] if together is None else [together])
 
 
 # -- long texts, and every way of turning ---------------------------------------------------------

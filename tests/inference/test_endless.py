@@ -1,4 +1,4 @@
-"""Text without end by the first and the latest tokens: memory stays, and how well it predicts (arXiv:2309.17453)."""
+"""Text without end by the first and the latest tokens: memory stays, and it predicts (arXiv:2309.17453)."""
 
 from __future__ import annotations
 
