@@ -90,15 +90,17 @@ def _evaluate(
     )
     results = [exam.run(examinee) for exam in exams]
     if first:
-        for result in results:
-            print("\n".join(["", side_by_side(result.rows), *result.notes]))
         head = {
             "load": asked.load, "iteration": keeper.iteration,
             "time": time.strftime("%Y-%m-%d %H:%M:%S"), "seconds": time.monotonic() - began,
             "dtype": str(model.context.dtype).removeprefix("torch."), "batch_size": asked.batch_size,
             "tp": ctx.tp.size, "pp": ctx.pp.size, "ranks": ctx.world_size,
         }  # fmt: skip
-        keeper.keep(record_of(head, results), asked.json)
+        try:  # what took hours is kept and said, whichever of the two fails
+            for result in results:
+                print("\n".join(["", side_by_side(result.rows), *result.notes]))
+        finally:
+            keeper.keep(record_of(head, results), asked.json)
     return 0
 
 

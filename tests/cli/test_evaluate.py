@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from megatron_lite.cli import convert, evaluate
+from megatron_lite.inference.evaluating.scorer import Scorer
+from megatron_lite.storage.faults import FaultyDisk, RecordingDisk, SimulatedCrash
 from tests.support.corpora import write_pair
 from tests.support.extras import needs
 from tests.support.huggingface import tool, weights
@@ -114,3 +119,85 @@ def test_a_run_that_takes_no_file_is_evaluated_all_the_same(
     out, err = capsys.readouterr()
     assert "perplexity of" in out and "kept in" not in out
     assert "WARNING: the run keeps no record: " in err and (run / "evaluations").is_file()
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch, folder: Path, capsys: Capture) -> Path:
+    assert tool(convert.main, monkeypatch, folder, tmp_path / "run") == 0
+    capsys.readouterr()
+    return tmp_path / "run"
+
+
+def test_a_crash_or_a_full_disk_leaves_a_whole_record_or_none(
+    tmp_path: Path, monkeypatch, run: Path, text: Path, capsys: Capture
+) -> None:
+    before, told = contents(run), tmp_path / "told.json"
+    words = ["--load", run, "--text", text, "--use-cpu", "--json", told]
+
+    def written() -> dict[str, bytes]:
+        after = contents(tmp_path)
+        assert {name: after[f"run/{name}"] for name in before} == before
+        new = {
+            n: c
+            for n, c in after.items()
+            if n.endswith(".json") and n.startswith(("told", "run/eval"))
+        }
+        assert all(json.loads(content)["results"][0]["tokens"] for content in new.values())
+        return new
+
+    recording, early = RecordingDisk(), []
+
+    def scorer(*given: Any) -> Scorer:  # made when all is checked
+        early.append(len(recording.operations))
+        return Scorer(*given)
+
+    monkeypatch.setattr(evaluate, "Scorer", scorer)
+    monkeypatch.setattr(evaluate, "Disk", lambda: recording)
+    assert tool(evaluate.main, monkeypatch, *words) == 0 and len(written()) == 2
+    found = 0
+    for number in range(len(recording.operations)):
+        for path in (told, *(run / "evaluations").glob("*")):
+            path.unlink(missing_ok=True)
+        disk = FaultyDisk(fail_at=number, crash="raise", tear=True)
+        monkeypatch.setattr(evaluate, "Disk", lambda disk=disk: disk)
+        with pytest.raises(SimulatedCrash):
+            tool(evaluate.main, monkeypatch, *words)
+        found += len(written())
+        disk = FaultyDisk(fail_at=number, error=errno.ENOSPC, lasting=True)
+        monkeypatch.setattr(evaluate, "Disk", lambda disk=disk: disk)
+        capsys.readouterr()
+        code = tool(evaluate.main, monkeypatch, *words)
+        out, err = capsys.readouterr()
+        # found at the start, and nothing is measured; or later, and the numbers are said all the same
+        assert code in (0, 5) and ("perplexity of" in out or number < early[0])
+        written()
+    assert found > 0
+
+
+def test_a_reader_that_leaves_does_not_cost_the_record(monkeypatch, run: Path, text: Path) -> None:
+    def closed(*_: object, **__: object) -> None:
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    monkeypatch.setattr(evaluate, "print", closed, raising=False)
+    with contextlib.suppress(BrokenPipeError, SystemExit):
+        tool(evaluate.main, monkeypatch, "--load", run, "--text", text, "--use-cpu")
+    (file,) = (run / "evaluations").iterdir()
+    assert json.loads(file.read_text())["results"][0]["tokens"] > 0
+
+
+@pytest.mark.parametrize("of_run", [True, False])
+def test_a_damaged_model_is_refused(
+    monkeypatch, run: Path, folder: Path, text: Path, capsys: Capture, of_run: bool
+) -> None:
+    load = run if of_run else folder
+    file = max(load.rglob("*.safetensors"), key=lambda path: path.stat().st_size)
+    with file.open("r+b") as opened:
+        opened.truncate(file.stat().st_size // 2)
+    assert tool(evaluate.main, monkeypatch, "--load", load, "--text", text, "--use-cpu") == 4
+    out, err = capsys.readouterr()
+    assert (
+        err.splitlines()[-1].startswith("FATAL[4] ")
+        and str(load) in err
+        and "perplexity" not in out
+    )
+    assert not (run / "evaluations").exists() or not list((run / "evaluations").iterdir())

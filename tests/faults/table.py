@@ -248,6 +248,15 @@ ROWS = (
         tests=(FAULTS + "bad_input.py::test_training[another tokenizer]",
                DATA + "provenance.py::test_a_file_of", DATA + "provenance.py::test_tools_refuse",
                TRAIN + "compatibility.py::test_the_data_of")),
+    # evaluations
+    Row("E1", "crash, full disk while a record is written", "whole or absent; training's files stay", "5",
+        tests=(TOOLS + "evaluate.py::test_a_crash",)),
+    Row("E2", "a reader of the results that leaves", "the record is kept", "141",
+        tests=(TOOLS + "evaluate.py::test_a_reader",)),
+    Row("E3", "a damaged model is evaluated", "refused, named", "4",
+        tests=(TOOLS + "evaluate.py::test_a_damaged",)),
+    Row("E4", "texts, exams, tasks that are none", "file and line named, first", "2, 3",
+        tests=(TOOLS + "evaluate.py::test_what_cannot",)),
     # configuration and environment
     Row("C1", "unknown flags, wrong values", "did you mean", "2",
         tests=(CONFIG + "flags.py::test_all_problems", CONFIG + "rules.py::test_all_failures")),

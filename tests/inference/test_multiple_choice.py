@@ -26,6 +26,7 @@ from megatron_lite.inference.evaluating.question_files import (
     read_questions,
     read_subjects,
 )
+from megatron_lite.inference.evaluating.results import side_by_side
 from megatron_lite.inference.evaluating.scorer import Scorer
 from megatron_lite.inference.evaluating.subjects import CEVAL_SUBJECTS, MMLU_SUBJECTS
 from megatron_lite.inference.model import load_model
@@ -194,12 +195,26 @@ def test_a_folder_of_another_layout_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="pairs_of_words_dev.csv has 5 examples, --shots wants 6"):
         read_subjects(str(tmp_path), CEVAL, split="val", shots=6)
     (tmp_path / "dev" / "pairs_of_words_dev.csv").unlink()
-    with pytest.raises(DataError, match="--ceval .*pairs_of_words_dev.csv cannot be read"):
+    with pytest.raises(DataError, match="pairs_of_words_dev.csv is not there, and --shots 5"):
         read_subjects(str(tmp_path), CEVAL, split="val", shots=5)
     assert len(read_subjects(str(tmp_path), CEVAL, split="val", shots=0)) == 4
-    (tmp_path / "subject_mapping.json").write_text('{"logic": "Logic"}')
-    with pytest.raises(DataError, match="subject_mapping.json is not"):
-        read_subjects(str(tmp_path), CEVAL, split="val", shots=0)
+    for wrong in ('{"logic": "Logic"}', '{"logic": ["a", "\\ud800", "b"]}', "["):
+        (tmp_path / "subject_mapping.json").write_text(wrong)
+        with pytest.raises(DataError, match="subject_mapping.json is not"):
+            read_subjects(str(tmp_path), CEVAL, split="val", shots=0)
+
+
+def test_files_as_spreadsheets_write_them_are_read(tmp_path: Path) -> None:
+    """A mark of UTF-8, CRLF, quoted commas, quotes and lines, small letters."""
+    text = '\ufeff"q, ""x""\nz",a,b,c,d,b\r\n\r\nq,1,2,3,4, C \r\n'
+    (tmp_path / "x.csv").write_bytes(text.encode())
+    one, two = read_questions(tmp_path / "x.csv", MMLU)
+    assert one == Question('q, "x"\nz', ["a", "b", "c", "d"], "B")
+    assert two == Question("q", ["1", "2", "3", "4"], "C")
+
+
+def test_a_name_cannot_move_the_cursor() -> None:
+    assert side_by_side([["a\x1b[2Jb\n", "1"], ["是", "2"]]) == "a\\x1b[2Jb\\n  1\n是           2"
 
 
 def test_no_batch_changes_a_letter(tmp_path: Path, monkeypatch, capsys) -> None:

@@ -73,6 +73,7 @@ def test_problems_are_asked_behind_solved_ones(tmp_path: Path) -> None:
         ("[1]", 'x.jsonl:2 is not {"question": text'),
         ('{"question": "q", "answer": 4}', "x.jsonl:2 is not"),
         ('{"question": "q", "answer": "4"}', "x.jsonl:2: no number stands behind ####"),
+        ('{"question": "a \\ud800", "answer": "#### 4"}', "x.jsonl:2 has half a surrogate pair"),
         (None, "x.jsonl holds no problem"),
     ],
 )

@@ -84,6 +84,13 @@ def read_problems(path: str, flag: str) -> list[Problem]:
             raise DataError(
                 f'{flag} {path}:{number} is not {{"question": text, "answer": text}}, as GSM8K\'s lines are'
             )
+        try:
+            (question + solution).encode()
+        except UnicodeEncodeError as error:
+            raise DataError(
+                f"{flag} {path}:{number} has half a surrogate pair ({error.object[error.start]!r}), which is "
+                "no character: mend the line"
+            ) from None
         answer = marked_answer(solution)
         if answer is None:
             raise DataError(f"{flag} {path}:{number}: no number stands behind #### in its answer")

@@ -117,6 +117,11 @@ def read_subjects(
         examples: list[Question] = []
         if shots:
             dev = root / "dev" / f"{name}_dev.csv"
+            if not dev.exists():
+                raise DataError(
+                    f"{layout.flag} {folder}: {dev} is not there, and --shots {shots} takes its examples from "
+                    "it: copy it, or give --shots 0"
+                )
             examples = read_questions(dev, layout)
             if len(examples) < shots:
                 raise DataError(
@@ -178,6 +183,7 @@ def _mapping(path: Path, layout: QuestionLayout) -> dict[str, SubjectTitle]:
         return {}
     try:
         found = json.loads(read_text(str(path), layout.flag))
+        json.dumps(found, ensure_ascii=False).encode()  # half a surrogate pair is no character
         return {
             str(name): SubjectTitle(str(title), str(group))
             for name, (_, title, group) in found.items()

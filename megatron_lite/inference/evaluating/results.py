@@ -35,6 +35,7 @@ class Result:
 
 def side_by_side(rows: Sequence[Sequence[str]]) -> str:
     """Columns side by side: the first to the left, numbers to the right; wide characters take two places."""
+    rows = [[_visible(cell) for cell in row] for row in rows]
     widths = [max(_width(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = []
     for row in rows:
@@ -45,6 +46,11 @@ def side_by_side(rows: Sequence[Sequence[str]]) -> str:
         ]
         lines.append("  ".join(cells).rstrip())
     return "\n".join(lines)
+
+
+def _visible(text: str) -> str:
+    """A name from a file cannot move a terminal's cursor."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _width(text: str) -> int:
