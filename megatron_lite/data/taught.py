@@ -45,7 +45,11 @@ def taught_of(prefix: str) -> Taught | None:
 
 def taught(data: DataConfig) -> Taught | None:
     """Of all pairs that a run reads; DataError where they were written in two ways."""
-    ways = {prefix: taught_of(prefix) for prefix in named_prefixes(data)}
+    return taught_alike({prefix: taught_of(prefix) for prefix in named_prefixes(data)})
+
+
+def taught_alike(ways: Mapping[str, Taught | None]) -> Taught | None:
+    """What the pairs (by prefix) have in common; DataError where they were written in two ways."""
     known = {prefix: way for prefix, way in ways.items() if way is not None}
     if not known:
         return None

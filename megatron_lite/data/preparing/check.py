@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from megatron_lite.data.indexed import (
     idx_path,
     read_index,
 )
+from megatron_lite.data.masks import MASK_SUFFIX, mask_prefix
 from megatron_lite.data.preparing.indexed_builder import IndexedDatasetBuilder
 from megatron_lite.data.provenance import facts_path, maker_of, read_facts
 from megatron_lite.storage.disk import Disk
@@ -89,9 +91,22 @@ def check_hashes(prefix: str | os.PathLike[str]) -> bool:
     Raises DataError naming the file that changed after it was written.
     """
     facts = facts_path(prefix)
-    recorded = (read_facts(prefix) or {}).get("sha256")
+    known = read_facts(prefix) or {}
+    recorded = known.get("sha256")
     if recorded is None:
         return False
+    _compare_hashes(prefix, recorded, facts)
+    mask = known.get("loss_mask")
+    if isinstance(mask, dict) and isinstance(mask.get("sha256"), dict):
+        beside = mask_prefix(prefix)
+        if IndexedDataset.exists(beside) and not str(prefix).endswith(MASK_SUFFIX):
+            _compare_hashes(beside, mask["sha256"], facts)
+    return True
+
+
+def _compare_hashes(
+    prefix: str | os.PathLike[str], recorded: Mapping[str, Any], facts: Path
+) -> None:
     try:
         expected = {kind: str(recorded[kind]) for kind in ("bin", "idx")}
     except KeyError as error:
@@ -107,7 +122,6 @@ def check_hashes(prefix: str | os.PathLike[str]) -> bool:
                 f"{prefix}.{kind} has another SHA-256 ({actual[:16]}...) than {facts.name} recorded "
                 f"({value[:16]}...) - it changed after it was written; copy it again"
             )
-    return True
 
 
 def verify_blends(data: DataConfig, *, vocab_size: int | None) -> list[str]:

@@ -111,9 +111,10 @@ def files_for_huggingface(data: DataConfig, *, positions: int) -> dict[str, byte
         )
     vocab_bytes = read_bytes(data.vocab_file, "--vocab-file")
     merge_bytes = read_bytes(data.merge_file, "--merge-file")
-    folder = Path(data.vocab_file or "").parent
-    if Path(data.vocab_file or "").name == "vocab.json" and (folder / "tokenizer.json").is_file():
-        return files_beside_model(folder)
+    theirs = Path(data.vocab_file or "").name == "vocab.json"
+    beside = files_beside_model(Path(data.vocab_file or "").parent) if theirs else {}
+    if "tokenizer.json" in beside:
+        return beside
     vocab = read_vocab(data.vocab_file)
     special = {"content": GPT2_EOD, "lstrip": False, "normalized": True, "rstrip": False,
                "single_word": False}  # fmt: skip
@@ -135,4 +136,5 @@ def files_for_huggingface(data: DataConfig, *, positions: int) -> dict[str, byte
         "tokenizer.json": json.dumps(whole, ensure_ascii=False).encode(),
         "tokenizer_config.json": json.dumps(config, indent=2).encode(),
         "special_tokens_map.json": json.dumps(names, indent=2).encode(),
+        **{name: content for name, content in beside.items() if name in ALONG},
     }

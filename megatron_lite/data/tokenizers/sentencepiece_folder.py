@@ -112,6 +112,7 @@ def _config(data: DataConfig, positions: int, model: ModelFile) -> bytes:
         "add_bos_token": data.tokenizer_type == "Llama2Tokenizer",
         "add_eos_token": False,
         "add_prefix_space": model.space_in_front,
+        "legacy": model.space_in_front,  # a text behind a special token begins as every text does
         "clean_up_tokenization_spaces": False,
         "model_max_length": positions,
         **{f"{kind}_token": piece for kind, piece in names.items()},

@@ -1,0 +1,95 @@
+"""A model that was tuned speaks as it was taught: in chat, and after an export, in transformers, too."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from megatron_lite.cli import convert
+from megatron_lite.config.sections.data import DataConfig
+from megatron_lite.data.chat.conversation import renderer_of
+from megatron_lite.data.chat.formats import Message
+from megatron_lite.data.chat.lessons import Dialogue, lessons_of
+from megatron_lite.data.masks import MaskedDataset
+from megatron_lite.data.tokenizers.build import build_tokenizer
+from tests.support.extras import needs
+from tests.support.huggingface import tool
+from tests.support.preprocess import write_lines
+from tests.support.talks import chat_tokenizer, numbers, prepare, talk
+from tests.support.tokenizers import gpt2
+from tests.train.runs import alone
+
+SAID = [Message("system", "Be brief."), Message("user", "the thing"), Message("assistant", "Yes."),
+        Message("user", "Sure?"), Message("assistant", "No, the other.")]  # fmt: skip
+
+
+def named_gpt2(folder: Path) -> DataConfig:
+    """Under the names that Hugging Face gives its files."""
+    made = gpt2(folder)
+    for old, new in ((made.vocab_file, "vocab.json"), (made.merge_file, "merges.txt")):
+        Path(str(old)).rename(folder / new)
+    return DataConfig(vocab_file=str(folder / "vocab.json"), merge_file=str(folder / "merges.txt"))
+
+
+def pieces(folder: Path) -> DataConfig:
+    """A SentencePiece file of the kind that transformers read."""
+    library = needs("sentencepiece")
+    library.SentencePieceTrainer.train(
+        sentence_iterator=iter(["the other thing [INST] they think [/INST] Yes? <<SYS>> No."] * 20),
+        model_prefix=str(folder / "tokenizer"), vocab_size=340, model_type="bpe", byte_fallback=True,
+        hard_vocab_limit=False, minloglevel=2, normalization_rule_name="identity",
+        allow_whitespace_only_pieces=True, remove_extra_whitespaces=False,
+    )  # fmt: skip
+    path = str(folder / "tokenizer.model")
+    return DataConfig(tokenizer_type="GPTSentencePieceTokenizer", tokenizer_model=path)
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize(
+    ("make", "template"),
+    [(chat_tokenizer, "chatml"), (chat_tokenizer, "llama-3"), (named_gpt2, "plain"), (gpt2, "llama-2"),
+     (pieces, "llama-2")],
+    ids=["chatml", "llama-3", "gpt2", "gpt2 of other names", "sentencepiece"],
+)  # fmt: skip
+def test_the_exports_template_renders_the_ids_of_the_training(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    make: Callable[[Path], DataConfig],
+    template: str,
+) -> None:
+    transformers = needs("transformers")
+    files, run, out = tmp_path / "files", tmp_path / "run", tmp_path / "out"
+    files.mkdir()
+    data = make(files)
+    conversation = talk(*(m.content for m in SAID[1:]), system=SAID[0].content)
+    source = write_lines(tmp_path / "a.jsonl", conversation, *numbers(8))
+    prepare(data, source, tmp_path / "x", template=template)
+    trained = MaskedDataset(tmp_path / "x")[0].tolist()
+    tokenizer = build_tokenizer(data)
+    (lesson,) = lessons_of(renderer_of(tokenizer, files, template), Dialogue.of(SAID))
+    assert lesson.ids == trained
+    named = {"--tokenizer-type": data.tokenizer_type, "--tokenizer-model": data.tokenizer_model,
+             "--vocab-file": data.vocab_file, "--merge-file": data.merge_file}  # fmt: skip
+    ended = alone(
+        "--objective", "sft", "--data-path", str(tmp_path / "x"), "--split", "1,0,0", "--seq-length",
+        "256", "--max-position-embeddings", "256", "--train-iters", "2", "--vocab-size", "1",
+        *(word for flag, value in named.items() if value for word in (flag, value)),
+        "--save", str(run),
+    )  # fmt: skip
+    assert ended.rc == 0, ended.err
+    kept = run / "iter_0000002" / "tokenizer"
+    spoken = renderer_of(tokenizer, kept)
+    assert spoken.name == template and lessons_of(spoken, Dialogue.of(SAID))[0].ids == trained
+    assert tool(convert.main, monkeypatch, run, out) == 0
+    ends = json.loads((out / "generation_config.json").read_text())["eos_token_id"]
+    assert set(ends if isinstance(ends, list) else [ends]) == lesson.ends | {tokenizer.eod}
+    loaded = transformers.AutoTokenizer.from_pretrained(out)
+    theirs = loaded.apply_chat_template([m._asdict() for m in SAID], return_dict=False)
+    assert theirs == trained
+    asked = loaded.apply_chat_template(
+        [m._asdict() for m in SAID[:-1]], add_generation_prompt=True, return_dict=False
+    )
+    assert asked == spoken.ids(SAID[:-1]) == trained[: len(asked)]
