@@ -120,6 +120,36 @@ def test_a_rank_that_dies_ends_all_and_is_named(folder, lost) -> None:
     assert "Traceback" not in other.err
 
 
+FAILING = """
+import os
+from megatron_lite.inference.generate import RunningBatch
+
+real = RunningBatch.step
+
+def step(self):
+    if os.environ["RANK"] == "{rank}" and any(row and len(row.generated) > 5 for row in self._places):
+        raise MemoryError("planted")
+    return real(self)
+
+RunningBatch.step = step
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [1, 0], ids=["a follower", "the leader"])
+def test_a_rank_out_of_memory_ends_all_and_says_so(folder, rank, tmp_path) -> None:
+    (tmp_path / "failing.py").write_text(FAILING.format(rank=rank))
+    with served_by(folder, "tensor", "--extend", str(tmp_path / "failing.py")) as (running, port):
+        said = stream(port, ENDLESS).read().decode()
+        assert '"server_error"' in said and "[DONE]" not in said
+        ended = running.wait(60)
+    fatal = ended[rank].fatal
+    assert f"rank {rank} is out of host memory" in fatal and "fewer texts at once (--rows" in fatal
+    other = ended[1 - rank]
+    assert other.rc == 6 and f"rank {rank} failed first" in other.fatal
+    assert 0 < ended[rank].rc < 128 and "Traceback" not in ended[rank].err
+
+
 @pytest.mark.slow
 def test_ranks_that_wait_do_not_compute(folder) -> None:
     """Nor is a rank that died while nothing was asked found by the next client."""

@@ -65,7 +65,7 @@ def on_ranks(
         failures.lost(verdict)
 
     try:
-        failures.device = device
+        failures.device, failures.plan = device, _for_less_memory
         world = gather_ranks(launch, parallel, end=lost)
         failures.presence = world.presence
         start_process_group(launch, parallel, device, world)
@@ -76,6 +76,13 @@ def on_ranks(
     stop_process_group()
     world.presence.leave()
     return code
+
+
+def _for_less_memory(missing: float, *, on_gpu: bool, room: float) -> str:
+    return (
+        " - fewer texts at once (--rows, --batch-size), shorter ones (--max-length, --cache-tokens), or "
+        "more ranks to share the model"
+    )
 
 
 def _check_ranks(parallel: ParallelConfig, launch: Launch, *, further: bool) -> None:
