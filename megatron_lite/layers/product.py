@@ -110,13 +110,14 @@ class ShardedProduct(torch.autograd.Function):
                 )
             )
         gathered_dy = start_all_gather(dy, comm.scatter_output)
-        gathered_x = None if later else start_all_gather(x, comm.gather_input)
+        now = needs_weight and not later
+        gathered_x = start_all_gather(x, comm.gather_input) if now else None
         dy = gathered_dy.wait()
         pending = None
         if needs_x:
             pending = comm.start_reduce(products.input_gradient(dy, weight))
         dw = None
-        if needs_weight and gathered_x is not None:
+        if gathered_x is not None:
             dw = sink.matrix(weight, dy, gathered_x.wait(), products.weight_gradient)
         db = dy.sum(tuple(range(dy.dim() - 1))) if needs_bias else None
         return (pending.wait() if pending is not None else None), dw, db, None, None, None

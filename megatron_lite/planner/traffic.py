@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 
 from megatron_lite.blueprint.draw_up import Blueprint
-from megatron_lite.blueprint.figure.parts import Matrix, Parts
+from megatron_lite.blueprint.figure.parts import Matrix, Parts, Table
 from megatron_lite.blueprint.parameters import stage_tensors
 from megatron_lite.blueprint.recompute import RecomputePlan
 from megatron_lite.blueprint.schedules.actions import Op
@@ -73,17 +73,20 @@ def _ring(ranks: int) -> float:
 def _tp_passes(blueprint: Blueprint, asked: PlanInputs, stage: StageLayers) -> float:
     """Passes of the whole [s, b, h] per micro batch: 2 for an all-reduce, 1 to gather or scatter."""
     parallel, figure = asked.parallel, blueprint.figure
-    split = parallel.splits_sequence
-    passes = figure.total(lambda layer: training_passes(layer, split=split), stage.layers)
+    split, width = parallel.splits_sequence, blueprint.model.hidden_size
+    passes = figure.total(
+        lambda layer: training_passes(layer, split=split, width=width), stage.layers
+    )
     # the lookup is summed forward; with the sequence split it is scattered, and gathered back
-    passes += 2 * stage.has_embedding
+    looked_up = 2 - (split and figure.tokens.frozen) + 2 * _share(figure.tokens, width)
+    passes += looked_up * stage.has_embedding
     # the head sums its input's gradient; split, it gathers, gathers again and scatters; in chunks it
     # has the gradient before it forgets what it gathered
-    again_gathered = split and _chunks(blueprint, asked) == 1
+    again_gathered = split and _chunks(blueprint, asked) == 1 and not figure.output.frozen
     passes += (2 + again_gathered) * (stage.has_head and figure.output.vocabulary)
     plan, count = RecomputePlan.from_config(parallel), len(stage.layers)
     again = [stage.layers[position] for position in plan.recomputed(count)]
-    passes += figure.total(lambda layer: forward_passes(layer, split=split), again)
+    passes += figure.total(lambda layer: forward_passes(layer, split=split, width=width), again)
     if plan.split:  # every kept slice is gathered
         passes += sum(recomputed for _, recomputed in plan.groups(count))
     if "mlp" in plan.modules:
@@ -104,21 +107,36 @@ _BOTH = {("rows", False): 2, ("columns", False): 2, ("rows", True): 3, ("columns
 gradient scattered; or an all-reduce of the input's gradient, or of the output."""
 
 
-def forward_passes(layer: Parts, *, split: bool) -> int:
-    """Passes of a layer's forward."""
-    return sum(_FORWARD[matrix.cut, split] for matrix in layer.of(Matrix))
+def forward_passes(layer: Parts, *, split: bool, width: int) -> float:
+    """Passes of a layer's forward; width: of what passes, of which adapters send as much as their ranks."""
+    return sum(
+        _FORWARD[matrix.cut, split] * (1 + _share(matrix, width)) for matrix in layer.of(Matrix)
+    )
 
 
-def training_passes(layer: Parts, *, split: bool) -> int:
+def training_passes(layer: Parts, *, split: bool, width: int) -> float:
     """Passes of a layer's forward and backward."""
-    return sum(_BOTH[matrix.cut, split] for matrix in layer.of(Matrix))
+    return sum(
+        _both(matrix, split=split) + 2 * _share(matrix, width) for matrix in layer.of(Matrix)
+    )
+
+
+def _both(matrix: Matrix, *, split: bool) -> int:
+    """Those of a matrix; the input of a frozen one is not gathered again."""
+    return min(_BOTH[matrix.cut, split], 2 if matrix.frozen else 3)
+
+
+def _share(part: Matrix | Table, width: int) -> float:
+    """Numbers for each token that an adapter's ranks are, beside the width."""
+    adapter = part.adapter
+    return 0.0 if adapter is None else adapter.rank * len(adapter.pieces) / width
 
 
 def _deferred_passes(blueprint: Blueprint, pp_rank: int, num_microbatches: int) -> float:
     """A W of its own keeps slices: the inputs of row-parallel layers are gathered a second time for it."""
 
     def reduced(layer: Parts) -> int:
-        return sum(matrix.cut == "columns" for matrix in layer.of(Matrix))
+        return sum(matrix.cut == "columns" and not matrix.frozen for matrix in layer.of(Matrix))
 
     per_stage = {
         stage.index: blueprint.figure.total(reduced, stage.layers)
@@ -142,7 +160,13 @@ def _tied_elements(blueprint: Blueprint, stages: tuple[StageLayers, ...], tp_ran
     """Elements of the token table that two ranks hold a copy of, padding left out."""
     model, grid = blueprint.model, blueprint.grid
     ends = any(stage.has_embedding or stage.has_head for stage in stages)
-    if not blueprint.figure.tied or grid.pp == 1 or grid.folded or not ends:
+    if (
+        blueprint.figure.tokens.frozen
+        or not blueprint.figure.tied
+        or grid.pp == 1
+        or grid.folded
+        or not ends
+    ):
         return 0.0
     rows = blueprint.padded_vocab_size // grid.tp
     return float(min(max(blueprint.vocab_size - tp_rank * rows, 0), rows) * model.hidden_size)
@@ -153,6 +177,6 @@ def _split_elements(blueprint: Blueprint, asked: PlanInputs, stage: StageLayers)
     split = asked.parallel.splits_sequence
     whole = (
         t for t in stage_tensors(blueprint.figure, stage)
-        if t.tp_dim is None and not t.stages and (split or t.heads)
+        if t.tp_dim is None and not t.stages and not t.frozen and (split or t.heads)
     )  # fmt: skip
     return float(sum(math.prod(tensor.shape) for tensor in whole))

@@ -20,7 +20,7 @@ from tests.support.extras import needs
 from tests.support.places import ROOT
 
 GUIDES = ROOT / "docs/guides"
-TRANSLATED = ("quickstart", "data", "fine-tune-gpt2", "how-a-step-works")
+TRANSLATED = ("quickstart", "data", "fine-tune-gpt2", "how-a-step-works", "lora")
 STAND_INS = ("make", "pip", "npm", "tensorboard")
 DOWNLOADS = """\
 case "$0 $*" in */npm*pack*)

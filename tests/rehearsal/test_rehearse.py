@@ -25,7 +25,7 @@ from megatron_lite.rehearsal.rehearse import (
 from megatron_lite.train.assemble import assemble
 from megatron_lite.train.objectives.table import LOSSES
 from megatron_lite.train.step import train_step
-from tests.support.axes import BF16, PP, SCHEDULE, SP, TP, ZERO
+from tests.support.axes import BF16, PP, SCHEDULE, SP, TP, UNTIED, ZERO
 from tests.support.engines import named
 from tests.support.spawn import spawn
 from tests.support.tiny import context, draw, make_batches, tiny_config
@@ -145,6 +145,25 @@ def test_one_rank_per_kind_stands_for_every_stage_and_every_end():
 def test_volume_is_the_plans_to_the_byte_and_memory_within_a_tenth(changes):
     for row in rehearsed_beside_plan(changes):
         assert set(row.sent_ratios) >= {"tp", "pp", "dp", "tied"}
+        check_beside_plan(row)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {SP: True, BF16: True},
+        pytest.param({
+            UNTIED: True, "lora__lora_targets": ("all",), "lora__lora_dropout": 0.1,
+            "parallel__recompute_granularity": "full", "parallel__recompute_method": "uniform",
+            "parallel__recompute_num_layers": 1,
+        }, marks=pytest.mark.slow),
+    ],
+    ids=["sp", "all"],
+)  # fmt: skip
+def test_so_it_is_of_adapters(changes):
+    """A tied table that is frozen has no gradient to sum."""
+    for row in rehearsed_beside_plan({TP: 2, PP: 2, "lora__lora_rank": 8, **changes}):
+        assert set(row.sent_ratios) == {"tp", "pp", "dp"}
         check_beside_plan(row)
 
 
