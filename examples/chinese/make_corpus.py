@@ -1,8 +1,11 @@
-"""Real Chinese text in the files that two systems had: from packages of Debian, downloaded once.
+"""Real Chinese text in the files that three systems had: from packages of Debian, downloaded once.
 
     make_corpus.py macrogpt OUTDIR        shard-1.json, shard-2.json: pretty-printed arrays of {"i", "a"}
     make_corpus.py gpt-from-zero OUTDIR   news.jsonl {"ID", "Content"}, zhihu.jsonl {"问", "答"},
                                           crawler.jsonl {"文件名", "段落": [{"内容"}]}
+    make_corpus.py baby-llama OUTDIR      wiki.json [{"completion", "source"}], baike.jsonl {"title", "summary",
+                                          "sections"}, alpaca.json [{"instruction", "input", "output"}],
+                                          held_out.jsonl {"text"}, ceval/dev and ceval/val
 
 Which packages, and under which licences: examples/chinese/README.md.
 """
@@ -23,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from examples.chinese.packages import PACKAGES, fetch, read_package
 from examples.chinese.prose import Section, handbook_sections, page_sections
+from examples.chinese.questions import commands_of, exam_rows, question_about
 from megatron_lite.config.errors import DataError
 from megatron_lite.config.exit import ToolParser, run_tool
 from megatron_lite.storage.disk import Disk, write_atomically
@@ -114,6 +118,47 @@ def gpt_from_zero(texts: Texts) -> dict[str, bytes]:
     }
 
 
+HELD_OUT, EXAM, EXAMPLES = 20, 40, 5
+"""Every so many-th section of a handbook is kept back; questions of the exam, and its examples."""
+
+
+def baby_llama(texts: Texts) -> dict[str, bytes]:
+    """Wiki, encyclopedia and instructions; what is kept back, and an exam about what commands are for."""
+    articles = mixed(section.text for section in texts.handbooks if not section.asks)
+    commands = commands_of(texts.pages)
+    names = mixed(commands)
+    asked = [section for section in texts.sections() if section.asks]
+    pairs = [(s.heading, "\n".join(s.paragraphs)) for s in asked]
+    pairs += [(question_about(name), f"{commands[name]}。") for name in names]
+    return {
+        "wiki.json": whole(
+            {"completion": text, "source": "handbook"}
+            for number, text in enumerate(articles)
+            if number % HELD_OUT
+        ),
+        "held_out.jsonl": lines({"text": text} for text in articles[::HELD_OUT]),
+        "baike.jsonl": lines(
+            {
+                "title": name,
+                "summary": "\n".join(sections[0].paragraphs),
+                "sections": [{"title": s.heading, "content": "\n".join(s.paragraphs)} for s in sections[1:]],
+            }
+            for name, sections in texts.pages
+        ),
+        "alpaca.json": whole(
+            {"instruction": question, "input": "", "output": answer} for question, answer in pairs
+        ),
+        "ceval/dev/commands_dev.csv": exam_rows(commands, names[:EXAMPLES]),
+        "ceval/val/commands_val.csv": exam_rows(commands, names[EXAMPLES : EXAMPLES + EXAM]),
+        "ceval/subject_mapping.json": b'{"commands": ["Commands", "\\u547d\\u4ee4", "Other"]}\n',
+    }  # fmt: skip
+
+
+def whole(records: Iterable[dict[str, Any]]) -> bytes:
+    """One JSON array."""
+    return json.dumps(list(records), ensure_ascii=False, indent=1).encode()
+
+
 def lines(records: Iterable[dict[str, Any]]) -> bytes:
     """JSON lines."""
     return "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records).encode()
@@ -122,6 +167,7 @@ def lines(records: Iterable[dict[str, Any]]) -> bytes:
 SHAPES: dict[str, Callable[[Texts], dict[str, bytes]]] = {
     "macrogpt": macrogpt,
     "gpt-from-zero": gpt_from_zero,
+    "baby-llama": baby_llama,
 }
 
 
@@ -148,6 +194,7 @@ def main() -> int:
             texts.add(name, content)
     disk.make_folder(folder)
     for name, content in SHAPES[arguments.shape](texts).items():
+        disk.make_folder((folder / name).parent)
         write_atomically(folder / name, content, disk)
         print(f"{folder / name}: {len(content) / 1e6:.2f} MB")
     return 0

@@ -127,6 +127,26 @@ def test_with_an_output_matrix_of_its_own(source, saved, loaded, tmp_path) -> No
     check(source, saved, loaded, tmp_path, {UNTIED: True})
 
 
+CLEX = {
+    "model__position_embedding_type": "rope", "model__rope_scaling_type": "clex",
+    "model__rope_scaling_factor": 4.0, "model__rope_original_length": 8,
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("saved", "loaded"),
+    [
+        ("tp2-pp2-zb-v", "serial"),
+        ("serial", "pp2-interleaved"),
+        ("pp2-dp2-zero", "tp2-sp"),
+        ("bf16-tp2-pp2", "bf16-dp2-zero"),
+    ],
+)
+def test_with_what_all_stages_learn_together(source, saved, loaded, tmp_path) -> None:
+    check(source, saved, loaded, tmp_path, CLEX)
+
+
 def test_the_table_saves_and_loads_every_layout() -> None:
     tried = PAIRS + QUICK
     assert {a for a, _ in tried} == {b for _, b in tried} == set(NAMES)

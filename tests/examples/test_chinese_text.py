@@ -1,8 +1,9 @@
-"""The examples' Chinese text: fetched once and verified, read without writing, in the two systems' shapes."""
+"""The examples' Chinese text: fetched once and verified, read without writing, in the systems' shapes."""
 
 from __future__ import annotations
 
 import argparse
+import csv
 import gzip
 import io
 import json
@@ -17,7 +18,8 @@ import pytest
 
 from examples.chinese import make_corpus, packages
 from examples.chinese.packages import Package, fetch, read_package
-from examples.chinese.prose import handbook_sections, join_lines, page_sections
+from examples.chinese.prose import Section, handbook_sections, join_lines, page_sections
+from examples.chinese.questions import commands_of, exam_rows
 from megatron_lite.config.errors import ConfigError, DataError
 from megatron_lite.config.exit import run_tool
 from megatron_lite.data.preparing.reading import corpus_texts
@@ -206,7 +208,7 @@ def test_the_guide_s_commands_make_the_files_that_the_systems_had(
     monkeypatch.chdir(tmp_path)
     guides = [ROOT / "examples/chinese" / name for name in ("README.md", "README.zh-CN.md")]
     blocks = [re.findall(r"^python .*$", guide.read_text("utf-8"), re.M) for guide in guides]
-    assert blocks[0] == blocks[1] and len(blocks[0]) == 2
+    assert blocks[0] == blocks[1] and len(blocks[0]) == 3
     for line in blocks[0]:
         monkeypatch.setattr(sys, "argv", shlex.split(line)[1:])
         assert run_tool(make_corpus.main) == 0
@@ -231,6 +233,32 @@ def test_the_guide_s_commands_make_the_files_that_the_systems_had(
     every = "{Content?}\n{段落[].内容?}\n{问?}\n{答?}\n{text?}"  # one pass over all of them
     assert texts(folder / "zhihu.jsonl", None, every)[1].split("\n")[0] == "如何列出所有的文件？"
     assert len(texts(folder / "news.jsonl", None, every)) == 1
+
+    asked = json.loads((folder / "alpaca.json").read_text("utf-8"))
+    assert [(one["instruction"], one["output"]) for one in asked] == [
+        ("什么是外壳？", "外壳是用户与系统之间的一个程序，比如 bash和 zsh 都是。"),
+        ("如何列出所有的文件？", "使用选项 -a 就可以列出所有文件。"),
+        ("命令 ls 是做什么的？", "列出目录内容的程序。"),
+    ]
+    (article,) = texts(folder / "baike.jsonl", None, "{title}：{summary}\n{sections[].content}")
+    assert article.startswith("ls.1：ls - 列出目录内容的程序\n列出指定文件的信息")
+    (kept_back,) = texts(folder / "held_out.jsonl", ["text"])
+    assert kept_back.startswith("系统基础") and (folder / "wiki.json").read_bytes() == b"[]"
+
+
+def test_an_exam_asks_for_each_command_s_own_description_among_others() -> None:
+    pages = [
+        (f"c{n}.1", [Section("名称", (f"c{n}, d{n} - 把第 {n} 号文件排成一列。",))])
+        for n in range(200)
+    ]
+    pages += [("x.1", [Section("名称", ("x - the English one",))]), ("y.1", [])]
+    commands = commands_of(pages)
+    assert len(commands) == 200 and commands["c7"] == "把第 7 号文件排成一列"
+    rows = list(csv.DictReader(io.StringIO(exam_rows(commands, list(commands)[:40]).decode())))
+    for number, row in enumerate(rows):
+        assert row[row["answer"]] == commands[f"c{number}"] and f"c{number} " in row["question"]
+        assert len({row[letter] for letter in "ABCD"}) == 4
+    assert {sum(row["answer"] == letter for row in rows) for letter in "ABCD"} <= {9, 10, 11}
 
 
 def test_every_package_stands_in_the_table_with_its_licence() -> None:

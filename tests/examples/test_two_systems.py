@@ -1,4 +1,4 @@
-"""Two published systems: their own sizes in the plan, their commands as printed, the whole run in small."""
+"""Published systems: their own sizes in the plan, their commands as printed, the whole run in small."""
 
 from __future__ import annotations
 
@@ -19,11 +19,12 @@ from megatron_lite.blueprint.stages import cut_stages
 from megatron_lite.config.flags.parser import parse
 from megatron_lite.config.sections.run import RunConfig
 from megatron_lite.telemetry.record import record_json
+from tests.support.ceval_toy import write_exam
 from tests.support.extras import needs
 from tests.support.places import ROOT
 from tests.telemetry.records import STEP
 
-SYSTEMS = ("macrogpt", "gpt_from_zero")
+SYSTEMS = ("macrogpt", "gpt_from_zero", "baby_llama")
 WORDS = ["今天", "天气", "很好", "我们", "去", "公园", "散步", "系统", "文件", "使用", "软件包", "如果", "请",
          "安装", "命令", "参数", "用户", "目录"]  # fmt: skip
 
@@ -60,7 +61,8 @@ def full(system: str, tmp_path: Path) -> RunConfig:
 
 
 @pytest.mark.parametrize(
-    ("system", "parameters"), [("macrogpt", 1_473_471_488), ("gpt_from_zero", 336_128_000)]
+    ("system", "parameters"),
+    [("macrogpt", 1_473_471_488), ("gpt_from_zero", 336_128_000), ("baby_llama", 58_479_616)],
 )
 def test_full_is_the_system_s_own_model(system: str, parameters: int, tmp_path: Path) -> None:
     config = full(system, tmp_path)
@@ -74,6 +76,13 @@ def test_full_is_the_system_s_own_model(system: str, parameters: int, tmp_path: 
         assert (train.micro_batch_size, train.global_batch_size, model.seq_length) == (4, 128, 2048)
         assert (rate.lr, rate.lr_decay_style, rate.lr_warmup_fraction) == (3e-4, "linear", 0.01)
         assert (config.checkpoint.save_interval, config.checkpoint.keep_last) == (384, 6)
+    elif system == "baby_llama":
+        assert config.precision.fp16 and (config.optim.adam_beta2, config.optim.weight_decay) == (
+            0.95,
+            0.1,
+        )
+        assert (train.micro_batch_size, train.global_batch_size, model.seq_length) == (32, 128, 512)
+        assert (rate.lr, rate.min_lr, rate.lr_warmup_iters) == (3e-4, 1e-5, 1000)
     else:
         assert config.precision.bf16 and (config.optim.adam_beta2, config.optim.weight_decay) == (
             0.98,
@@ -108,6 +117,10 @@ def test_the_printed_dry_run_says_memory_time_and_the_curve(system: str) -> None
         ("macrogpt", {"FULL": "1", "TEXT": "."}, "TOKENIZER=tokenizer.model"),
         ("macrogpt", {"DRY_RUN": "1"}, "DRY_RUN=1 is for FULL=1"),
         ("macrogpt", {"TEXT": "/dev"}, "holds 0 *.json files"),
+        ("baby_llama", {"FULL": "1"}, "TEXT=FOLDER with wiki.json"),
+        ("baby_llama", {"FULL": "1", "TEXT": "."}, "CHATGLM=tokenizer.model (ChatGLM2"),
+        ("baby_llama", {"CHATGLM": "/nowhere"}, "CHATGLM=/nowhere is no file"),
+        ("baby_llama", {"TEXT": "/dev"}, "TEXT=/dev holds no wiki.json"),
         ("gpt_from_zero", {"FULL": "1"}, "TEXT=FOLDER with news, crawler, zhihu and en.jsonl"),
         ("gpt_from_zero", {"TEXT": "/dev"}, "TEXT=/dev holds no news.jsonl"),
         ("gpt_from_zero", {"STEPS": "7"}, "give an even number"),
@@ -181,7 +194,7 @@ def sentence(random_words: random.Random) -> str:
 
 
 def write_texts(folder: Path) -> Path:
-    """A few hundred sentences in the shapes of both systems."""
+    """A few hundred sentences in the shapes of all systems."""
     folder.mkdir()
     chance = random.Random(5)
     for shard in (1, 2):
@@ -193,10 +206,28 @@ def write_texts(folder: Path) -> Path:
         "crawler": lambda n: {"段落": [{"内容": sentence(chance)}, {"内容": sentence(chance)}]},
         "zhihu": lambda n: {"问": sentence(chance), "答": sentence(chance)},
         "en": lambda n: {"text": f"the text number {n} of the other ones"},
+        "held_out": lambda n: {"text": sentence(chance)},
+        "baike": lambda n: {
+            "title": str(n),
+            "summary": sentence(chance),
+            "sections": [{"title": "一", "content": sentence(chance)}],
+        },
     }
     for name, make in shapes.items():
         lines = [json.dumps(make(n), ensure_ascii=False) + "\n" for n in range(200)]
         (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+    records = {
+        "wiki": [{"completion": sentence(chance), "source": "x"} for _ in range(200)],
+        "alpaca": [
+            {"instruction": sentence(chance), "input": "", "output": sentence(chance)}
+            for _ in range(200)
+        ],
+    }
+    for name, found in records.items():
+        (folder / f"{name}.json").write_text(
+            json.dumps(found, ensure_ascii=False), encoding="utf-8"
+        )
+    write_exam(folder / "ceval")
     return folder
 
 
@@ -207,6 +238,8 @@ def test_the_whole_run_goes_as_printed(system: str, tmp_path: Path) -> None:
     needs("sentencepiece")
     out = tmp_path / "out"
     env = {"OUT": str(out), "TEXT": str(write_texts(tmp_path / "text")), "STEPS": "40"}
+    if system == "baby_llama":
+        env |= {"STEPS_SFT": "40", "STEPS_LORA": "30", "STEPS_LONG": "10"}
     done = carried_out(block(system)[0], **env, STEPS_NEXT="30")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert f"{system} took " in done.stdout
@@ -217,6 +250,14 @@ def test_the_whole_run_goes_as_printed(system: str, tmp_path: Path) -> None:
         )
         assert "losses that are no number: 0 of 70" in done.stdout
         assert list(out.glob("run-*/loss.png")) and "skipped after step 20: 0 of 20" in done.stdout
+    elif system == "baby_llama":
+        assert "conversations: 200 samples" in done.stdout and "(min, max) time" in done.stdout
+        assert (
+            done.stdout.count("chat template: plain") + done.stderr.count("chat template: plain")
+            == 2
+        )
+        assert (out / "exported" / "model.safetensors").is_file()
+        assert re.search("adapters +loss .* in 30 steps", done.stdout)
     else:
         assert "[stopped by --exit-interval] iteration 20" in done.stdout
         assert "exactly resumed" in done.stdout and "0 differ" in done.stdout
