@@ -10,6 +10,7 @@ import pytest
 from tests.docs.walking import blocks, in_shell, read
 from tests.support.extras import needs
 from tests.support.huggingface import gpt2, tokenizer_files
+from tests.support.places import ROOT
 
 GUIDES = ("use-a-model", "use-a-model.zh-CN")
 
@@ -21,6 +22,11 @@ def commands(guide: str) -> list[str]:
 def test_the_translation_has_the_same_commands() -> None:
     assert commands(GUIDES[0]) == commands(GUIDES[1])
     assert len(commands(GUIDES[0])) == 3
+
+
+@pytest.mark.parametrize("readme", ["README.md", "README.zh-CN.md"])
+def test_the_readme_has_the_first_of_them(readme: str) -> None:
+    assert commands(GUIDES[0])[0] in (ROOT / readme).read_text(encoding="utf-8")
 
 
 @pytest.mark.slow
