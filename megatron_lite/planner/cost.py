@@ -2,7 +2,7 @@
 
 Every matrix product is timed by its shape, attention by its kernel, everything else by the bytes it
 moves.  A tensor-parallel collective counts where it is exposed: those of a backward run under the
-weight gradient's product, as layers/linear.py starts them; where that product waits for its W, they
+weight gradient's product, as layers/product.py starts them; where that product waits for its W, they
 have nothing to run under, and what W gathers again runs under the product before.
 """
 

@@ -8,9 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_lite.blueprint.grid import RankGrid
 from megatron_lite.cli import convert, evaluate, generate
+from megatron_lite.inference.generate import generate as decode
+from megatron_lite.inference.model import build_model, find_model
+from megatron_lite.parallel.context import ParallelContext
+from tests.support.decoding import likeliest
 from tests.support.extras import needs
 from tests.support.huggingface import tool
+from tests.support.spawn import spawn
 from tests.support.tokenizers import write_gpt2
 from tests.train.runs import Outcome, alone, steps
 
@@ -151,3 +157,22 @@ def test_what_makes_no_sense_is_refused(converted, words, tmp_path, monkeypatch,
     other = tmp_path / "other"
     trained(words, "--save", other, "--seed", "7", "--exit-interval", "1")
     refused(4, "another checkpoint than", generate.main, *speak, other, "--adapter", run)
+
+
+def spoken_by_ranks(rank: int, ranks: int, tp: int, base: str, adapter: str) -> list[int]:
+    """The likeliest tokens behind a prompt, of a model that the ranks share."""
+    grid = RankGrid(tp=tp, pp=ranks // tp)
+    ctx = ParallelContext.serial()
+    if ranks > 1:
+        ctx = ParallelContext.from_grid(grid, rank, torch.device("cpu"))
+    model = build_model(find_model(Path(base), ctx, adapter=Path(adapter)), ctx)
+    found = decode(model, [72, 5, 33, 8], max_new_tokens=12, pick=likeliest, eod=None)
+    return list(found.ids)
+
+
+@pytest.mark.ci
+def test_ranks_share_the_adapters(converted) -> None:
+    base, adapter = str(converted / "base"), str(converted / "peft")
+    (alone_by_one,) = spawn(spoken_by_ranks, 1, 1, base, adapter)
+    for tp in (1, 2):
+        assert spawn(spoken_by_ranks, 2, tp, base, adapter) == [alone_by_one] * 2

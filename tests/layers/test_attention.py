@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,7 +12,6 @@ from torch import Tensor
 from megatron_lite.kernels import vendor
 from megatron_lite.kernels.attention import AttentionCall
 from megatron_lite.kernels.compiled import Compiler
-from megatron_lite.layers import attention
 from megatron_lite.layers.attention import attention_line, choose_attention
 from megatron_lite.layers.contexts import ForwardContext, StageContext
 from megatron_lite.parallel.context import ParallelContext
@@ -90,12 +90,18 @@ def stepped(**changes: Any) -> tuple[str, str]:
 def test_the_angles_are_made_once_for_all_layers_of_a_micro_batch(
     changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = []
-    tables = attention.rotary_tables
-    monkeypatch.setattr(attention, "rotary_tables", lambda *of: made.append(of) or tables(*of))
+    made: list[Any] = []
+    once = ForwardContext.once
+
+    def noted(at: ForwardContext, what: Any, make: Callable[[], Any]) -> Any:
+        return once(at, what, lambda: made.append(what) or make())
+
+    monkeypatch.setattr(ForwardContext, "once", noted)
     shared = stepped(**changes)
     blueprint = draw(tiny_config(), 1)
-    assert len(made) == blueprint.microbatches() and blueprint.model.num_layers > 1
-    monkeypatch.setattr(ForwardContext, "once", lambda at, what, make: make())
+    angles = [what for what in made if what[0] == "angles"]
+    assert len(angles) == blueprint.microbatches() and blueprint.model.num_layers > 1
+    made.clear()
+    monkeypatch.setattr(ForwardContext, "once", lambda at, what, make: made.append(what) or make())
     assert stepped(**changes) == shared
     assert len(made) > 2 * blueprint.microbatches()

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from megatron_lite.blueprint.figure.parts import Matrix
 from megatron_lite.config.sections.model import ModelConfig
 from megatron_lite.config.sections.precision import PrecisionConfig
-from megatron_lite.layers import gradients, linear
+from megatron_lite.layers import gradients, linear, product
 from megatron_lite.layers.contexts import StageContext
 from megatron_lite.layers.gradients import WeightGradients
 from megatron_lite.layers.mlp import MLP
@@ -81,11 +81,11 @@ def order(rank: int, ranks: int, sequence_parallel: bool, deferred: bool) -> lis
 
         return begin
 
-    linear.start_all_gather = gradients.start_all_gather = noting(  # type: ignore[assignment]
-        linear.start_all_gather, "gather"
+    product.start_all_gather = gradients.start_all_gather = noting(  # type: ignore[assignment]
+        product.start_all_gather, "gather"
     )
-    linear.start_all_reduce = noting(linear.start_all_reduce, "reduce")
-    linear.start_reduce_scatter = noting(linear.start_reduce_scatter, "scatter")
+    product.start_all_reduce = noting(product.start_all_reduce, "reduce")
+    product.start_reduce_scatter = noting(product.start_reduce_scatter, "scatter")
     seen = []
     context.gradients.defer_to(0 if deferred else None)
     with Products(events):

@@ -314,7 +314,7 @@ def test_a_skipped_tensor_parallel_sum_is_named_with_the_rank_and_the_layer():
 
     wrong = faults(TENSOR, 4, on=3, tamper=skip)
     line = next(line for line in wrong if "over tp of ranks 2, 3" in line)
-    assert "rank 3" in line and "1F0" in line and "layers/linear.py" in line
+    assert "rank 3" in line and "1F0" in line and "layers/product.py" in line
 
 
 def test_a_sum_at_the_end_that_one_rank_skips_is_named():

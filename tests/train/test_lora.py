@@ -12,7 +12,7 @@ import torch
 from megatron_lite.checkpoint.manifest import NAME
 from tests.support.axes import BF16
 from tests.support.checkpoints import assembled
-from tests.train.runs import Outcome, alone, curve, manifest, on_ranks, steps
+from tests.train.runs import MLiteFault, Outcome, alone, curve, manifest, on_ranks, steps
 
 LLAMA = [
     "--swiglu", "--normalization", "RMSNorm", "--disable-bias-linear",
@@ -34,6 +34,24 @@ def tuned(data: list[str], base: Path, folder: Path, *words: str, ranks: int = 1
     """Four steps of adapters beside it, saved every two."""
     begin = ["--load", str(base), "--finetune", "--save", str(folder), "--save-interval", "2"]
     return on_ranks(ranks, *data, *LLAMA, *RANK, *begin, *words)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--bf16 --lora-variant dora",
+        pytest.param("--lora-targets all --lora-variant rslora", marks=pytest.mark.slow),
+        pytest.param("--fp16 --initial-loss-scale 1024", marks=pytest.mark.slow),
+    ],
+)
+def test_the_first_loss_is_the_bases_to_the_bit(data, base, tmp_path, words) -> None:
+    whole, adapters = tmp_path / "whole", tmp_path / "adapters"
+    numbers = ["--bf16"] if "--bf16" in words else ["--fp16"] if "--fp16" in words else []
+    begin = ["--load", str(base), "--finetune", "--exit-interval", "1", "--save"]
+    plain = alone(*data, *LLAMA, *numbers, *begin, str(whole))
+    done = alone(*data, *LLAMA, *RANK, *words.split(), *begin, str(adapters))
+    assert plain.rc == done.rc == 0, (plain.err, done.err)
+    assert steps(adapters)[0].loss == steps(whole)[0].loss
 
 
 def test_a_run_begins_as_its_base_and_saves_adapters_alone(data, base, tmp_path) -> None:
@@ -163,6 +181,13 @@ def test_the_base_is_found_again_or_named(data, base, tmp_path) -> None:
     shutil.rmtree(after / "base")
     done = alone(*words)
     assert done.rc == 4 and str(after / "base") in done.err and str(before / "base") in done.err
+
+
+def test_a_bad_gradient_of_an_adapter_is_named(data, base, tmp_path) -> None:
+    """The guards look at what is trained, and say which tensor it was."""
+    with MLiteFault("step2.gradient:0:nan=blocks.1.mlp.down.lora_A"):
+        done = tuned(data, base, tmp_path / "run")
+    assert done.rc == 7 and "blocks.1.mlp.down.lora_A" in done.err, done.err
 
 
 def test_nothing_of_the_base_is_accumulated_or_doubled() -> None:
