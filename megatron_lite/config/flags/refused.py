@@ -104,9 +104,9 @@ REFUSED: tuple[Legacy, ...] = (
     refused("--object-storage-cache-path", "data are local files; copy them, or mount the store"),
     refused("--s3-cache-path", "data are local files; copy them, or mount the store"),
     refused("--fim-data", "not built; drop it"),
-    refused("--sft", "not built; docs/guides/fine-tune-gpt2.md shows fine-tuning on plain text"),
+    refused("--sft", "use --objective sft; docs/guides/finetune.md"),
     refused("--tokenizer-prompt-format", "not built; use tools/preprocess_data.py --template"),
-    refused("--sft-tokenizer-prompt-format", "not built; use tools/preprocess_data.py --template"),
+    refused("--sft-tokenizer-prompt-format", "use tools/preprocess_data.py --chat-template"),
     refused(
         "--tokenizer-special-tokens", "use --tiktoken-special-tokens, or a model that has them"
     ),
