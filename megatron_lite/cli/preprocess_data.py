@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from megatron_lite.config.errors import ConfigError
 from megatron_lite.config.exit import ToolParser, run_tool
+from megatron_lite.data.masks import MASK_SUFFIX
 from megatron_lite.data.preparing.chat_flags import add_chat_input_flags, chat_job
 from megatron_lite.data.preparing.encode import Job
 from megatron_lite.data.preparing.input_flags import add_input_flags, longest_line
@@ -192,7 +193,7 @@ def print_summary(summary: Summary) -> None:
             f"{count.sequences} sequences, {count.tokens} tokens ({count.eods} EOD), "
             f"{summary.dtype}"
         )
-        if summary.unknown:
+        if summary.unknown and not prefix.endswith(MASK_SUFFIX):
             print_unknown(prefix, count, summary.unknown)
     if summary.told:
         print(chat_line(summary))

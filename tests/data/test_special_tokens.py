@@ -135,3 +135,10 @@ def test_sentencepiece_counts_its_unknown_piece(tmp_path: Path, capsys: Capture)
     )
     code, facts = run(tmp_path, data, ["the thing", "the 他们 thing"], "--append-eod")
     assert code == 0 and facts["unknown"] == 1 and "WARNING: " in capsys.readouterr().err
+    lines = [json.dumps({"prompt": "the thing", "answer": "the thing"}) + "\n"] * 3
+    (tmp_path / "talk.jsonl").write_text("".join(lines))
+    code, _ = run(tmp_path, data, [], "--input", str(tmp_path / "talk.jsonl"),
+                  "--chat", "--chat-template", "plain")  # fmt: skip
+    said = capsys.readouterr()
+    assert code == 0 and "WARNING" not in said.err, "a mask's zeros are no unknown tokens"
+    assert said.out.count("unknown: 0 tokens") == 1

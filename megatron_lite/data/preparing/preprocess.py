@@ -337,9 +337,9 @@ class PreprocessRun:
     def add(self, result: EncodedBatch) -> None:
         """Write a batch; the place moves behind it."""
         unknown = self.tokenizer.unknown
-        for writer, tokens in zip(self.writers, result.tokens, strict=True):
+        for writer, tokens, dtype in zip(self.writers, result.tokens, self.dtypes, strict=True):
             writer.add(tokens)
-            if unknown is not None:
+            if unknown is not None and dtype == self.dtype:  # a mask holds no ids
                 ends = tokens.num_eods if unknown == self.made_with.eod else 0
                 writer.counts.unknown += int(np.count_nonzero(tokens.tokens == unknown)) - ends
         summary = self.summary
