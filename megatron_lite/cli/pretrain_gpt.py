@@ -22,7 +22,7 @@ try:
     from megatron_lite.blueprint.draw_up import Blueprint, draw_up
     from megatron_lite.blueprint.length import sample_counts
     from megatron_lite.blueprint.plan import describe
-    from megatron_lite.config.blend import data_sources, named_prefixes
+    from megatron_lite.config.blend import data_sources
     from megatron_lite.config.errors import ConfigError
     from megatron_lite.config.exit import failed
     from megatron_lite.config.flags.parser import ParsedFlags, parse
@@ -31,11 +31,9 @@ try:
     from megatron_lite.config.sections.parallel import ParallelConfig
     from megatron_lite.config.sections.run import RunConfig
     from megatron_lite.config.streams import outlive_output, settle_output
-    from megatron_lite.data.masks import MaskedDataset
-    from megatron_lite.data.overview import overview
     from megatron_lite.data.present import require_local_files
     from megatron_lite.data.provenance import end_of_document, made_with
-    from megatron_lite.data.sources import kind_for
+    from megatron_lite.data.sources import what_counts
     from megatron_lite.data.taught import files_with, taught
     from megatron_lite.data.tokenizers.build import (
         build_tokenizer,
@@ -103,18 +101,10 @@ def _what_counts(config: RunConfig, blueprint: Blueprint) -> Sequence[str]:
     """How many tokens of the samples count, where a mask says so and its files are named."""
     if config.train.objective != SFT or not data_sources(config.data):
         return []
-    elsewhere = next((p for p in named_prefixes(config.data) if not MaskedDataset.exists(p)), None)
-    if elsewhere is not None:
-        return [
-            f"NOTE: {elsewhere} is not on this machine: how many tokens count is not known here"
-        ]
-    taught(config.data)
-    datasets = kind_for(SFT).build(
-        config.data, seq_length=config.model.seq_length, seed=config.train.seed, vocab_size=None,
-        eod=None, cache_folder=None, tokenizer=None,
-        **sample_counts(config.train, blueprint.batch_schedule),
-    )  # fmt: skip
-    return [*overview(datasets), *datasets.notices]
+    counts = sample_counts(config.train, blueprint.batch_schedule)
+    return what_counts(
+        config.data, seq_length=config.model.seq_length, seed=config.train.seed, **counts
+    )
 
 
 def _checked(parsed: ParsedFlags) -> tuple[RunConfig, int]:

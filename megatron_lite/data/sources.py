@@ -10,14 +10,17 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from megatron_lite.config.blend import named_prefixes
 from megatron_lite.config.errors import ConfigError
 from megatron_lite.config.objectives import OBJECTIVES
 from megatron_lite.config.sections.data import DataConfig
 from megatron_lite.data.build import Datasets, build_datasets
 from megatron_lite.data.forms import SampleForm
 from megatron_lite.data.masks import MaskedDataset
+from megatron_lite.data.overview import overview
 from megatron_lite.data.provenance import MadeWith
 from megatron_lite.data.samples import Sample
+from megatron_lite.data.taught import taught
 from megatron_lite.data.tuning import TuningPlan, nothing_learned
 
 
@@ -94,3 +97,20 @@ def kind_for(objective: str) -> DatasetKind:
             f"(it has {', '.join(DATASETS)}) - add one where the objective is added"
         )
     return DATASETS[name]
+
+
+def what_counts(
+    data: DataConfig, *, seq_length: int, seed: int, **samples: int | None
+) -> list[str]:
+    """How many tokens of a run's samples count, in lines; nothing is written.  samples: of each split."""
+    elsewhere = next((p for p in named_prefixes(data) if not MaskedDataset.exists(p)), None)
+    if elsewhere is not None:
+        return [
+            f"NOTE: {elsewhere} is not on this machine: how many tokens count is not known here"
+        ]
+    taught(data)
+    found = build_tuning(
+        data, seq_length=seq_length, seed=seed, vocab_size=None, eod=None, cache_folder=None,
+        tokenizer=None, **samples,
+    )  # fmt: skip
+    return [*overview(found), *found.notices]
