@@ -54,7 +54,7 @@ fi
     --output-prefix "$OUT/tokens/talks" "${WORDS[@]}" --workers 2
 
 step "tune: the answers alone are learned"
-TUNE=(--objective sft --data-path "$OUT/tokens/talks" --split 1,0,0 --lr 3e-3 --lr-decay-style cosine
+TUNE=(--objective sft --data-path "$OUT/tokens/talks" --split "1,0,0" --lr 3e-3 --lr-decay-style cosine
     --micro-batch-size 2 --global-batch-size 4 --eval-iters 0 --load "$OUT/base" --finetune --save "$OUT/tuned")
 PLAN=$("$PYTHON" "$ROOT/tools/pretrain_gpt.py" "${MODEL[@]}" "${WORDS[@]}" "${TUNE[@]}" --train-iters 1 --dry-run)
 grep -o 'an epoch of .*' <<<"$PLAN"
