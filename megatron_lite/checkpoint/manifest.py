@@ -164,6 +164,8 @@ def _tokenizer(stored: object) -> dict[str, Any]:
             checked_int(value, f"tokenizer.{name}", low=1)
         elif name == "eod" and value is not None:
             checked_int(value, "tokenizer.eod")
+        elif name == "begins":
+            wholes(value, "tokenizer.begins")
     return facts
 
 

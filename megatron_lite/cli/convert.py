@@ -50,6 +50,7 @@ from megatron_lite.config.errors import ConfigError
 from megatron_lite.config.exit import ToolParser, run_tool
 from megatron_lite.config.extensions import add_extend_flag, extend
 from megatron_lite.data.provenance import ALLOW_MISMATCH, end_of_document, made_with
+from megatron_lite.data.tokenizers.beginning import BEGINS, adding_nothing, begins_of
 from megatron_lite.data.tokenizers.build import build_tokenizer
 from megatron_lite.data.tokenizers.exchange import files_beside_model, files_for_huggingface
 from megatron_lite.data.tokenizers.sentencepiece_folder import unlike_transformers
@@ -343,7 +344,8 @@ def _export_one_file(
     vocabulary, rows = None, found.config.vocab_size or 0
     if not asked.no_tokenizer:
         data = found.data(asked.vocab_file, asked.merge_file)
-        vocabulary = vocabulary_of(data, positions=found.config.num_positions)
+        begins = found.manifest.tokenizer.get(BEGINS, ())
+        vocabulary = vocabulary_of(data, positions=found.config.num_positions, begins=begins)
         if vocabulary is None or (asked.to == "llama2c" and not vocabulary.scores):
             named = data.vocab_file or data.tokenizer_model
             why = (f"{data.tokenizer_type} of {named} has no form in {asked.to}" if named
@@ -387,6 +389,12 @@ def _tokenizer(
         print("NOTE: the checkpoint names no tokenizer: only the model is written")
         return {}, eod
     files = files_for_huggingface(data, positions=found.config.num_positions)
+    begins = tuple(found.manifest.tokenizer.get(BEGINS, ()))
+    if "tokenizer.json" in files and begins_of(files) and not begins:
+        print(
+            "NOTE: the model's texts begin with nothing: what its tokenizer puts around a text is left out"
+        )
+        files = adding_nothing(files)
     for line in unlike_transformers(files):
         print(f"NOTE: {line}")
     try:

@@ -200,7 +200,6 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     add("--window", type=int, help="tokens that the model sees; all its positions by default")
     add("--stride", type=int, help="tokens from one window to the next; half a window by default")
-    add("--first-token", help="seen before each document: eod (default), none, or an id")
     add(
         "--ceval",
         nargs="+",
@@ -243,7 +242,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
 
 _LEAST = {"batch_size": 1, "shots": 0, "max_new_tokens": 1, "limit": 1, "num_fewshot": 0}
 _BELONGS = {
-    "window": ("text", "tokens"), "stride": ("text", "tokens"), "first_token": ("text", "tokens"),
+    "window": ("text", "tokens"), "stride": ("text", "tokens"),
     "exam_split": ("ceval", "mmlu"), "shots": ("ceval", "mmlu", "gsm8k"),
     "limit": ("ceval", "mmlu", "gsm8k", "lm_eval"), "gsm8k_examples": ("gsm8k",),
     "max_new_tokens": ("gsm8k",), "num_fewshot": ("lm_eval",), "include_path": ("lm_eval",),
@@ -266,6 +265,15 @@ def _check(asked: argparse.Namespace) -> None:
         for name, exams in _BELONGS.items()
         if getattr(asked, name) is not None and not any(getattr(asked, exam) for exam in exams)
     ]
+    if asked.gsm8k and asked.shots and asked.gsm8k_examples is None:
+        problems.append(
+            f"--shots {asked.shots}: --gsm8k shows solved problems of --gsm8k-examples: give that file too"
+            + (
+                ", or evaluate --gsm8k apart"
+                if asked.ceval or asked.mmlu
+                else ", or leave out --shots"
+            )
+        )
     if problems:
         raise all_together(problems, "on the command line")
 

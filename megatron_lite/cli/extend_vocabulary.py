@@ -24,6 +24,7 @@ from megatron_lite.config.exit import ToolParser, run_tool
 from megatron_lite.config.sections.data import DataConfig
 from megatron_lite.data.provenance import made_with
 from megatron_lite.data.tokenizers.base import Tokenizer
+from megatron_lite.data.tokenizers.beginning import BEGINS
 from megatron_lite.data.tokenizers.build import build_tokenizer
 from megatron_lite.data.tokenizers.merging import (
     Merged,
@@ -113,6 +114,8 @@ def _write_run(
     facts = {"type": maker.type, "fingerprint": maker.fingerprint, "vocab_size": rows}
     if maker.eod is not None:
         facts["eod"] = maker.eod
+    if BEGINS in source.manifest.tokenizer:
+        facts[BEGINS] = source.manifest.tokenizer[BEGINS]
     model = resize(
         source.store, source.manifest, source.config, partial, ids=merged.first, rows=rows,
         data=data, tokenizer=merged.files, facts=facts, disk=disk,

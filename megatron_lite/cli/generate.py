@@ -35,6 +35,7 @@ from megatron_lite.config.context_length import length_lines
 from megatron_lite.config.errors import all_together
 from megatron_lite.config.exit import ToolParser, run_tool
 from megatron_lite.config.extensions import extend
+from megatron_lite.data.tokenizers.beginning import text_ids
 from megatron_lite.inference.bound import memory_bound
 from megatron_lite.inference.generate import CHUNK, Generation, TextRequest, Token
 from megatron_lite.inference.sampling import Sampler, Sampling
@@ -108,7 +109,7 @@ def _say_speed(asked: argparse.Namespace, speaker: Speaker, generation: Generati
 def _answers(asked: argparse.Namespace, speaker: Speaker) -> list[_Answer]:
     """All continuations in the order in which they are printed."""
     tokenizer = speaker.tokenizer
-    prompts = [(text, tokenizer.encode(text) or [tokenizer.eod]) for text in asked.prompts]
+    prompts = [(text, text_ids(tokenizer, text)) for text in asked.prompts]
     return [
         _Answer(text, sample, ids, TextStream(tokenizer, ids, asked.stop or ()))
         for sample in range(asked.num_samples)

@@ -37,6 +37,7 @@ from megatron_lite.config.sections.data import DataConfig
 from megatron_lite.config.sections.model import ModelConfig
 from megatron_lite.data.provenance import MadeWith, made_with
 from megatron_lite.data.tokenizers.base import Tokenizer
+from megatron_lite.data.tokenizers.beginning import BEGINS
 from megatron_lite.data.tokenizers.build import asked_vocab_size, build_tokenizer
 from megatron_lite.data.tokenizers.exchange import files_beside_model
 from megatron_lite.data.tokenizers.kept import from_kept
@@ -85,7 +86,7 @@ class ModelSource(Protocol):
     def tokenizer(
         self, vocab_file: str | None = None, merge_file: str | None = None, *, allowed: bool = False
     ) -> tuple[Tokenizer, list[str]]:
-        """Its own tokenizer, or GPT-2's of other files, and what to say about it.
+        """Its own tokenizer, or GPT-2's of other files, and what to say about it; begins is the model's.
 
         allowed: one may be used that the model was not trained with.  Raises CheckpointError for a
         tokenizer that does not fit, DataError where there is none.
@@ -159,6 +160,7 @@ class CheckpointSource:
                 data, vocab_size=asked_vocab_size(data, self.config.vocab_size)
             )
         said = self.check_tokenizer(made_with(tokenizer, data), foreign=foreign, allowed=allowed)
+        tokenizer.begins = () if foreign else tuple(self.manifest.tokenizer.get(BEGINS, ()))
         return tokenizer, said
 
     def fill(self, wanted: Sequence[NamedSlice]) -> None:

@@ -14,6 +14,7 @@ from megatron_lite.config.rules.model_identity import model_differences
 from megatron_lite.config.sections.lora import LoraConfig
 from megatron_lite.config.sections.model import ModelConfig
 from megatron_lite.data.identity import Identity, changes
+from megatron_lite.data.tokenizers.beginning import BEGINS
 
 _SHOWN = 20
 ALLOW_DIFFERENCES = "--allow-data-change"
@@ -127,6 +128,13 @@ def check_tokenizer(manifest: Manifest, now: dict[str, Any], *, allowed: bool) -
             f"{ALLOW_DIFFERENCES}"
         )
     return [f"{ALLOW_DIFFERENCES}: {line}" for line in differ]
+
+
+def handed_on(manifest: Manifest, now: dict[str, Any]) -> dict[str, Any]:
+    """How texts begin for the model that a run goes on from, where the same tokenizer gives their ids."""
+    before = manifest.tokenizer
+    same = before.get("fingerprint") == now["fingerprint"]
+    return {BEGINS: before[BEGINS]} if same and BEGINS in before else {}
 
 
 def _more_rows(before: int, now: dict[str, Any]) -> str:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from megatron_lite.blueprint.batches import BatchSchedule
@@ -33,6 +34,7 @@ from megatron_lite.train.compatibility import (
     check_model,
     check_objective,
     check_tokenizer,
+    handed_on,
 )
 from megatron_lite.train.health.culprit import earliest_over_ranks
 from megatron_lite.train.health.replay import Watched
@@ -48,7 +50,7 @@ class Resumed:
     """What was loaded: its iteration (None where training starts at 0), what to say, the curves to use.
 
     warnings: what went wrong on the way; notices: what was done; manifest: of the checkpoint it resumes;
-    base: what its adapters are trained beside, where it has some.
+    base: what its adapters are trained beside, where it has some; tokenizer: what is handed on of it.
     """
 
     iteration: int | None
@@ -57,6 +59,7 @@ class Resumed:
     notices: tuple[str, ...] = ()
     manifest: Manifest | None = None
     base: Base | None = None
+    tokenizer: Mapping[str, Any] = MappingProxyType({})
 
 
 def resume(
@@ -124,20 +127,23 @@ def resume(
             beside=beside,
         )  # fmt: skip
     base = None if beside is None else beside.reference(save or store.root)
+    begins = handed_on(manifest, tokenizer)
     _require_finite(run, manifest, checkpoint.load)
     loaded = (
         f"  successfully loaded checkpoint from {checkpoint.load} at iteration {manifest.iteration}"
     )
     if checkpoint.finetune:
         notices.append(_start_anew(run, manifest.progress, with_optimizer=with_optimizer))
-        return Resumed(None, schedules, warnings, (*notices, loaded), base=base)
+        return Resumed(None, schedules, warnings, (*notices, loaded), base=base, tokenizer=begins)
     run.progress = dataclasses.replace(manifest.progress)
     if with_optimizer:
         saved = manifest.progress
         run.engine.resume(EngineProgress(saved.optimizer_steps, saved.loss_scale))
     else:
         notices.append("--no-load-optim: optimizer state and loss scale start anew")
-    return Resumed(manifest.iteration, schedules, warnings, (*notices, loaded), manifest, base)
+    return Resumed(
+        manifest.iteration, schedules, warnings, (*notices, loaded), manifest, base, begins
+    )
 
 
 def _nothing_there(run: Run, checkpoint: CheckpointConfig) -> str:

@@ -288,8 +288,9 @@ def _begin_records(
     if ctx.rank == 0:  # not before: a start that is refused leaves the run that is there
         log.say(*_begin_run(start.folder, config, tokens, run.progress.step, ctx.world_size))
     checkpoints.origin = Origin(
-        tokenizer=_tokenizer(start, run), data=found.identity, tokenizer_files=tokens.files
-    )
+        tokenizer={**_tokenizer(start, run), **resumed.tokenizer}, data=found.identity,
+        tokenizer_files=tokens.files,
+    )  # fmt: skip
     checkpoints.plain_config = plain(of_the_run(config)) | {
         "schedules": resumed.schedules.to_json()
     }

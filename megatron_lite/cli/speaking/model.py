@@ -16,6 +16,7 @@ from megatron_lite.data.chat.conversation import Renderer, renderer_of
 from megatron_lite.data.chat.formats import CHAT_FORMATS
 from megatron_lite.data.provenance import ALLOW_MISMATCH
 from megatron_lite.data.tokenizers.base import Tokenizer
+from megatron_lite.data.tokenizers.beginning import asked_begin
 from megatron_lite.inference.model import PRECISIONS, ModelSource, build_model, find_model
 from megatron_lite.inference.sampling import Sampling
 from megatron_lite.models.decoder import Decoder
@@ -41,6 +42,10 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         ALLOW_MISMATCH, action="store_true", help="speak with another tokenizer than its own"
     )
+    parser.add_argument(
+        "--first-token", metavar="ID",
+        help="what every text begins with: an id, eod or none; by default as the model was trained",
+    )  # fmt: skip
     parser.add_argument("--dtype", choices=_DTYPES, help="as the weights are kept by default")
     parser.add_argument("--use-cpu", action="store_true")
     add_extend_flag(parser)
@@ -94,7 +99,10 @@ class Speaker(NamedTuple):
 
     def renderer(self, asked: argparse.Namespace) -> Renderer:
         """Of its conversations, by --chat-template."""
-        return renderer_of(self.tokenizer, self.source.tokenizer_folder, asked.chat_template)
+        return renderer_of(
+            self.tokenizer, self.source.tokenizer_folder, asked.chat_template,
+            begins=self.tokenizer.begins,
+        )  # fmt: skip
 
 
 Look = Callable[[ModelSource, Tokenizer], Sequence[str]]
@@ -110,6 +118,9 @@ def load_speaker(
     tokenizer, said = source.tokenizer(
         asked.vocab_file, asked.merge_file, allowed=asked.allow_tokenizer_mismatch
     )
+    if asked.first_token is not None:
+        assert source.config.vocab_size is not None
+        tokenizer.begins = asked_begin(asked.first_token, tokenizer, source.config.vocab_size)
     said = [*source.notices, *said, *look(source, tokenizer)]
     for line in said if ctx.rank == 0 else ():
         print(f"WARNING: {line}", file=sys.stderr)

@@ -73,7 +73,7 @@ class ChatVocabulary:
 class Renderer:
     """ids(): a conversation as the model was trained to read it; ends: after these an answer is over.
 
-    name: which template, for people.
+    name: which template, for people; begins: stands before what it writes, unless that begins so itself.
     """
 
     name: str
@@ -82,6 +82,7 @@ class Renderer:
     template: str | None = None
     variables: Mapping[str, str] = dataclasses.field(default_factory=dict)
     sandbox: Sandbox = dataclasses.field(default_factory=Sandbox)
+    begins: Sequence[int] = ()
 
     def as_jinja(self) -> str:
         """The template as a text that writes the same, for what is kept with a model."""
@@ -92,7 +93,9 @@ class Renderer:
     def ids(self, messages: Sequence[Message]) -> list[int]:
         """Up to where the assistant's next answer begins."""
         check_messages(messages)
-        return self.encode(self.pieces(messages, asks=True))
+        found = self.encode(self.pieces(messages, asks=True))
+        begins = list(self.begins)
+        return found if found[: len(begins)] == begins else begins + found
 
     def encode(self, pieces: Sequence[Rendered]) -> list[int]:
         """Ids of what pieces() gives."""
@@ -171,18 +174,21 @@ def _guarded(content: str, special: Sequence[str], guard: str) -> str:
     return f"{front}{guard if opens else ''}{body}{guard if closes else ''}{behind}"
 
 
-def renderer_of(tokenizer: Tokenizer, folder: Path, asked: str | None = None) -> Renderer:
+def renderer_of(
+    tokenizer: Tokenizer, folder: Path, asked: str | None = None, *, begins: Sequence[int] = ()
+) -> Renderer:
     """The template that is asked for, a name of CHAT_FORMATS or a file; by default the one in the folder.
 
-    Where there is none, ChatML if the tokenizer has its tokens, else plain.  folder: of the
-    tokenizer's files.
+    Where there is none, ChatML if the tokenizer has its tokens, else plain.  folder: of the tokenizer's
+    files; begins: how texts begin for the model, which templates, and what it was taught by, say themselves.
     """
     special = tokenizer.special_ids
     named = named_tokens(folder)
     bos = special.get(named.get("bos_token", ""), special.get("<s>", tokenizer.eod))
     vocabulary = ChatVocabulary(tokenizer, special, bos, tokenizer.eod)
     ends = ends_of_generation(folder, tokenizer.vocab_size) | {tokenizer.eod}
-    found = None if asked is not None else template_of(folder)
+    kept = template_of(folder) if asked is None or begins else None
+    found = kept if asked is None else None
     if asked is not None and asked not in CHAT_FORMATS:
         if not Path(asked).is_file():
             raise ConfigError(
@@ -200,4 +206,6 @@ def renderer_of(tokenizer: Tokenizer, folder: Path, asked: str | None = None) ->
     for token in CHAT_FORMATS[name].needs:
         vocabulary.token(Special(token))  # raises before anything is said
     ends |= {vocabulary.token(token) for token in CHAT_FORMATS[name].ends}
-    return Renderer(name, vocabulary, frozenset(ends))
+    if kept is not None and ours.get(kept[0]) == name:
+        begins = ()
+    return Renderer(name, vocabulary, frozenset(ends), begins=begins)

@@ -17,6 +17,9 @@ class Tokenizer(Protocol):
 
     choice: EngineChoice
     """Which library carries it out."""
+    begins: Sequence[int]
+    """What stands before every text and encode does not give: by its own library, or for the model that it is
+    used with (see beginning.py).  Documents of token files have no such token."""
 
     @property
     def vocab_size(self) -> int:
@@ -31,11 +34,6 @@ class Tokenizer(Protocol):
     @property
     def special_ids(self) -> Mapping[str, int]:
         """Tokens that no text gives, whatever it spells, by what they are written as."""
-        ...
-
-    @property
-    def begins(self) -> Sequence[int]:
-        """What its own library puts before every text and encode does not: documents have no such token."""
         ...
 
     @property

@@ -322,16 +322,12 @@ class EngineTokenizer:
     """The encoding half of a tokenizer: one text by the reference, many by the fastest engine."""
 
     choice: EngineChoice
+    begins: Sequence[int] = ()
 
     @property
     def special_ids(self) -> Mapping[str, int]:
         """Tokens that no text gives, whatever it spells, by what they are written as."""
         return {}
-
-    @property
-    def begins(self) -> Sequence[int]:
-        """What its own library puts before every text and encode does not."""
-        return ()
 
     @property
     def unknown(self) -> int | None:

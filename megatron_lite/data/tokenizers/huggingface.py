@@ -10,6 +10,7 @@ from typing import Any
 from megatron_lite.config.errors import ConfigError, DataError
 from megatron_lite.config.extras import how_to_install
 from megatron_lite.data.tokenizers.base import read_bytes, read_json, short_hash
+from megatron_lite.data.tokenizers.beginning import begins_of
 from megatron_lite.data.tokenizers.engines import (
     AUTO,
     Candidate,
@@ -109,6 +110,9 @@ class HuggingFaceTokenizer(EngineTokenizer):
             if token.get("special")
         }
         self._named_eos()
+        config = self._file.with_name(BESIDE[0])
+        beside = {config.name: read_bytes(str(config), _FLAG)} if config.is_file() else {}
+        self.begins = begins_of({**beside, "tokenizer.json": self._content})
         self._fast.no_truncation()
         self._fast.no_padding()
         self._fast.encode_special_tokens = True  # text that spells one stays text
@@ -148,14 +152,6 @@ class HuggingFaceTokenizer(EngineTokenizer):
     def special_ids(self) -> Mapping[str, int]:
         """The added tokens that tokenizer.json calls special."""
         return self._special
-
-    @property
-    def begins(self) -> Sequence[int]:
-        """What the post-processor of tokenizer.json puts before every text."""
-        whole: list[int]
-        whole, bare = (self._fast.encode("a", add_special_tokens=add).ids for add in (True, False))
-        starts = range(len(whole) - len(bare) + 1)
-        return whole[: next((n for n in starts if whole[n : n + len(bare)] == bare), 0)]
 
     def _named_eos(self) -> int | None:
         """The id of the eos_token that the files beside name; DataError where it has none."""

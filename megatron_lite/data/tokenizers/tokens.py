@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
 import struct
@@ -25,7 +26,10 @@ TOKENIZER_BIN = "tokenizer.bin"
 
 @dataclass(frozen=True, slots=True)
 class GGUFVocabulary:
-    """model: "gpt2" or "llama", the two ways llama.cpp cuts a text; pre: how it is cut before BPE."""
+    """model: "gpt2" or "llama", the two ways llama.cpp cuts a text; pre: how it is cut before BPE.
+
+    begin: the id that it puts before every text, if any.
+    """
 
     model: str
     tokens: Sequence[str]
@@ -33,6 +37,7 @@ class GGUFVocabulary:
     merges: Sequence[str] = ()
     scores: Sequence[float] = ()
     pre: str | None = None
+    begin: int | None = None
 
     def describe(self, writer: Any, gguf: Any, *, rows: int) -> None:
         """Into a GGUFWriter; every row of the token table gets a name."""
@@ -47,6 +52,11 @@ class GGUFVocabulary:
             writer.add_tokenizer_pre(self.pre)
         writer.add_token_list([*self.tokens, *(f"[PAD{n}]" for n in spare)])
         writer.add_token_types([*self.types, *(_UNUSED for _ in spare)])
+        writer.add_add_bos_token(
+            self.begin is not None
+        )  # llama.cpp's own default is another for each
+        if self.begin is not None:
+            writer.add_bos_token_id(self.begin)
         if self.merges:
             writer.add_token_merges(list(self.merges))
         if self.scores:
@@ -86,13 +96,20 @@ def _cuts_like_gpt2(content: bytes | None) -> bool:
 # -- SentencePiece ------------------------------------------------------------------------------
 
 
-def vocabulary_of(data: DataConfig, *, positions: int) -> GGUFVocabulary | None:
-    """The tokens of a run's tokenizer; None where GGUF has no form for it that we know of."""
+def vocabulary_of(
+    data: DataConfig, *, positions: int, begins: Sequence[int] = ()
+) -> GGUFVocabulary | None:
+    """The tokens of a run's tokenizer; None where GGUF has no form for it that we know of.
+
+    begins: what stands before every text for the model, beside what the tokenizer itself gives.
+    """
     if data.tokenizer_type in TYPES:
         return sentencepiece_vocabulary(data)
     own = data.tokenizer_type == "GPT2BPETokenizer" and data.vocab_file and data.merge_file
     if own or data.tokenizer_type == "HuggingFaceTokenizer":
-        return byte_level(files_for_huggingface(data, positions=positions))
+        found = byte_level(files_for_huggingface(data, positions=positions))
+        begin = begins[-1] if begins else None
+        return None if found is None else dataclasses.replace(found, begin=begin)
     return None
 
 
@@ -113,6 +130,7 @@ def sentencepiece_vocabulary(data: DataConfig) -> GGUFVocabulary:
         [model.IdToPiece(n) for n in ids],
         [_piece_type(model, n) for n in ids],
         scores=[model.GetScore(n) for n in ids],
+        begin=model.bos_id() if data.tokenizer_type == "Llama2Tokenizer" else None,
     )
 
 

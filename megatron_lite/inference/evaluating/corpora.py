@@ -9,11 +9,12 @@ from pathlib import Path
 import numpy as np
 
 from megatron_lite.config.context_length import beyond_trained
-from megatron_lite.config.errors import ConfigError, DataError
+from megatron_lite.config.errors import DataError
 from megatron_lite.config.sections.model import ModelConfig
 from megatron_lite.data.indexed import IndexedDataset, bin_path
 from megatron_lite.data.provenance import MadeWith, maker_of, require_same
 from megatron_lite.data.tokenizers.base import Tokenizer
+from megatron_lite.data.tokenizers.beginning import asked_begin
 from megatron_lite.data.tokenizers.null import NullTokenizer
 from megatron_lite.inference.evaluating.examinee import Examinee
 from megatron_lite.inference.evaluating.perplexity import (
@@ -77,15 +78,17 @@ def pair_documents(
 
 
 def first_token(asked: str | None, tokenizer: Tokenizer, rows: int) -> int | None:
-    """The token that is seen before a document's own: the one that ends documents, an id, or none."""
-    if asked in (None, "eod"):
-        return end_of(tokenizer)
-    if asked == "none":
-        return None
-    assert asked is not None
-    if not (asked.isascii() and asked.isdigit() and int(asked) < rows):
-        raise ConfigError(f"--first-token {asked} must be eod, none, or an id from 0 to {rows - 1}")
-    return int(asked)
+    """The token that is seen before a document's own: as asked, else what texts begin with for the model.
+
+    Where they begin with nothing it is the one that ends the document before; none where the tokenizer
+    gives every text its begin.
+    """
+    if asked is not None:
+        begins: Sequence[int] = asked_begin(asked, tokenizer, rows)
+        return begins[-1] if begins else None
+    if tokenizer.begins:
+        return tokenizer.begins[-1]
+    return None if len(tokenizer.encode("")) else end_of(tokenizer)
 
 
 def end_of(tokenizer: Tokenizer) -> int | None:

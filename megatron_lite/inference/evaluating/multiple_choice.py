@@ -10,6 +10,7 @@ import numpy as np
 
 from megatron_lite.config.sections.model import ModelConfig
 from megatron_lite.data.tokenizers.base import Tokenizer
+from megatron_lite.data.tokenizers.beginning import text_ids
 from megatron_lite.inference.evaluating.examinee import Examinee
 from megatron_lite.inference.evaluating.question_files import (
     LETTERS,
@@ -49,7 +50,7 @@ def letter_rows(
     """
     while True:
         prompt = layout.prompt(subject, question, shots)
-        ids = [tokenizer.encode(prompt + layout.letter(letter)) for letter in LETTERS]
+        ids = [text_ids(tokenizer, prompt + layout.letter(letter)) for letter in LETTERS]
         cut = max(map(len, ids)) - 1 > positions
         if not (cut and shots):
             break
@@ -197,7 +198,8 @@ def _rows(layout: QuestionLayout, values: dict[str, Any]) -> list[list[str]]:
         rows += [[f"  {n}", str(s["questions"]), f"{s['accuracy']:.4f}"] for n, s in inside.items()]
         rows.append([f"{group} (mean of {len(inside)})",
                      str(sum(s["questions"] for s in inside.values())), f"{mean:.4f}"])  # fmt: skip
-    rows.append([f"average of {len(values['subjects'])} subjects", str(values["questions"]),
+    count = len(values["subjects"])
+    rows.append([f"average of {count} subject{'s' if count > 1 else ''}", str(values["questions"]),
                  f"{values['average']:.4f}"])  # fmt: skip
     return rows
 

@@ -17,6 +17,7 @@ import torch
 from megatron_lite.config.errors import ConfigError, DataError
 from megatron_lite.config.sections.model import ModelConfig
 from megatron_lite.data.tokenizers.base import Tokenizer
+from megatron_lite.data.tokenizers.beginning import text_ids
 from megatron_lite.inference.evaluating.corpora import end_of, read_text
 from megatron_lite.inference.evaluating.examinee import Examinee
 from megatron_lite.inference.evaluating.results import Result
@@ -192,10 +193,10 @@ class WordProblems:
         self._prompts = []
         for problem in self._problems:
             shots = min(self.shots, len(examples))
-            ids = tokenizer.encode(problem_prompt(examples[:shots], problem))
+            ids = text_ids(tokenizer, problem_prompt(examples[:shots], problem))
             while len(ids) > room and shots:
                 shots -= 1
-                ids = tokenizer.encode(problem_prompt(examples[:shots], problem))
+                ids = text_ids(tokenizer, problem_prompt(examples[:shots], problem))
             self._shortened += shots < min(self.shots, len(examples)) or len(ids) > room
             self._prompts.append(ids[-room:])
         if not self._shortened:

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from megatron_lite.data.chat.formats import Message
 from megatron_lite.data.tokenizers.base import Tokenizer
+from megatron_lite.data.tokenizers.beginning import text_ids
 from megatron_lite.inference.sampling import Sampling
 from megatron_lite.inference.serving.fields import Fields, RequestRefused, valid_text
 from megatron_lite.inference.serving.picking import Settings
@@ -198,11 +199,11 @@ def _prompts(given: Any, served: Served) -> tuple[list[list[int]], list[str]]:
     tokenizer, found, texts = served.tokenizer, [], []
     for prompt in several:
         if isinstance(prompt, str):
-            ids, text = tokenizer.encode(valid_text(prompt, "prompt")), prompt
+            ids, text = text_ids(tokenizer, valid_text(prompt, "prompt")), prompt
         else:
-            ids = _ids(prompt, served)
-            text = tokenizer.decode(ids)
-        found.append(ids or [tokenizer.eod])
+            ids = _ids(prompt, served) or text_ids(tokenizer, "")
+            text = tokenizer.decode(prompt)
+        found.append(ids)
         texts.append(text)
     return found, texts
 
