@@ -390,7 +390,7 @@ def _tokenizer(
         return {}, eod
     files = files_for_huggingface(data, positions=found.config.num_positions)
     begins = tuple(found.manifest.tokenizer.get(BEGINS, ()))
-    if "tokenizer.json" in files and begins_of(files) and not begins:
+    if not begins and begins_of(files.get("tokenizer.json", b"{}")):
         print(
             "NOTE: the model's texts begin with nothing: what its tokenizer puts around a text is left out"
         )

@@ -146,7 +146,7 @@ def folder_tokenizer(
             facts = {"type": maker.type, "fingerprint": maker.fingerprint, "vocab_size": rows}
             facts |= {} if maker.eod is None else {"eod": maker.eod}
         if data.tokenizer_type == "HuggingFaceTokenizer":
-            begins = begins_of(files)
+            begins = begins_of(files["tokenizer.json"])
             facts |= {BEGINS: list(begins)} if begins else {}
     notices = compare_statements(
         vocabulary, config, eod=facts.get("eod"), rows=rows, positions=positions,

@@ -5,10 +5,9 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from megatron_lite.blueprint.batches import BatchSchedule
@@ -59,7 +58,7 @@ class Resumed:
     notices: tuple[str, ...] = ()
     manifest: Manifest | None = None
     base: Base | None = None
-    tokenizer: Mapping[str, Any] = MappingProxyType({})
+    tokenizer: dict[str, Any] = field(default_factory=dict)
 
 
 def resume(

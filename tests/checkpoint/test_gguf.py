@@ -199,6 +199,7 @@ def test_its_tokens_cut_a_text_as_the_tokenizer_did(tmp_path: Path, monkeypatch)
     assert (
         len(field["tokenizer.ggml.tokens"]) == ROWS and field["tokenizer.ggml.eos_token_id"] == 261
     )
+    assert field["tokenizer.ggml.add_bos_token"] is False  # its texts begin with nothing
     assert field["tokenizer.ggml.token_type"][261] == 3 and "t h" in field["tokenizer.ggml.merges"]
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out", gguf_file="model.gguf")
     own = transformers.GPT2TokenizerFast.from_pretrained(tmp_path / "theirs")

@@ -106,6 +106,8 @@ def test_letters_are_compared_behind_their_prompt(tmp_path: Path) -> None:
 class Merging:
     """A tokenizer in which two of the letters join what stands before them."""
 
+    begins = ()
+
     def encode(self, text: str) -> list[int]:
         ids = [5, 6, 7]
         return {"A": [*ids, 8], "B": [*ids[:2], 9], "C": [*ids, 3, 4], "D": [*ids[:2], 2, 1]}[

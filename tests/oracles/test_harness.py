@@ -23,9 +23,9 @@ from megatron_lite.inference.evaluating.harness import HarnessTasks, harness
 from megatron_lite.inference.evaluating.scorer import Scorer
 from megatron_lite.inference.model import build_model, find_model
 from megatron_lite.parallel.context import ParallelContext
+from tests.support.begun import speaks, write_llama
 from tests.support.extras import needs
 from tests.support.huggingface import gpt2, tokenizer_files, tool
-from tests.support.llama import llama
 from tests.support.places import ROOT
 from tests.support.spawn import spawn
 
@@ -85,13 +85,6 @@ def write_tasks(folder: Path) -> Path:
     return folder
 
 
-def speaks(table: torch.nn.Module) -> None:
-    """Says letters, merges and the end of a document: other tokens never have the largest logit."""
-    silent = [n for n in range(256) if chr(n) not in "the inrsdoaq"]
-    with torch.no_grad():
-        table.weight[silent] = 0.0
-
-
 def write_gpt2(path: Path) -> None:
     model = gpt2(n_head=4, n_positions=64)
     speaks(model.transformer.wte)
@@ -100,27 +93,6 @@ def write_gpt2(path: Path) -> None:
         model.transformer.wte.weight.mul_(3.0)
     model.save_pretrained(path)
     tokenizer_files(path, "vocab.json", "merges.txt")
-
-
-def write_llama(path: Path) -> None:
-    """With a tokenizer that puts a token before every text."""
-    model = llama(
-        num_attention_heads=4, intermediate_size=52, max_position_embeddings=64, bos_token_id=262
-    )
-    speaks(model.lm_head)
-    model.save_pretrained(path)
-    vocab, merges = tokenizer_files(path / "files", "vocab.json", "merges.txt")
-    tokenizers, transformers = needs("tokenizers"), needs("transformers")
-    whole = tokenizers.Tokenizer(tokenizers.models.BPE.from_file(str(vocab), str(merges)))
-    whole.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    whole.decoder = tokenizers.decoders.ByteLevel()
-    whole.add_special_tokens(["<|endoftext|>", "<s>"])
-    whole.post_processor = tokenizers.processors.TemplateProcessing(
-        single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 262)]
-    )
-    transformers.PreTrainedTokenizerFast(
-        tokenizer_object=whole, bos_token="<s>", eos_token="<|endoftext|>"
-    ).save_pretrained(path)
 
 
 @pytest.fixture(scope="module")

@@ -1,10 +1,8 @@
 """How a text begins for a model: with nothing, or with tokens that stood before every text it was trained on.
 
-tokenizer.json           its post-processor puts tokens before a text
-tokenizer_config.json    add_bos_token says yes or no, and counts more
-
-Which of them holds is a fact of a model, not of a tokenizer: whoever trained with a library that adds them
-has them, token files have documents without.  A model's source sets `Tokenizer.begins` to its fact.
+The post-processor of a tokenizer.json may put tokens before a text.  Whether they belong there is a fact of a
+model, not of a tokenizer: whoever trained with a library that adds them has them, token files have documents
+without.  A model's source sets `Tokenizer.begins` to its fact.
 """
 
 from __future__ import annotations
@@ -18,7 +16,7 @@ from megatron_lite.data.tokenizers.base import Tokenizer
 
 BEGINS = "begins"
 """Where a manifest keeps it, beside what else it says of the tokenizer: ids; absent where there are none."""
-_WHOLE, _CONFIG = "tokenizer.json", "tokenizer_config.json"
+WHOLE, _CONFIG = "tokenizer.json", "tokenizer_config.json"
 _BARE: dict[str, Any] = {
     "type": "TemplateProcessing",
     "single": [{"Sequence": {"id": "A", "type_id": 0}}],
@@ -45,30 +43,25 @@ def asked_begin(asked: str, tokenizer: Tokenizer, rows: int) -> tuple[int, ...]:
     return (int(asked),)
 
 
-def begins_of(files: Mapping[str, bytes]) -> tuple[int, ...]:
-    """What transformers puts before a text by these files of a tokenizer; nothing where they do not say."""
-    whole, config = (_object(files.get(name)) for name in (_WHOLE, _CONFIG))
+def begins_of(content: bytes) -> tuple[int, ...]:
+    """What a tokenizer.json puts before every text, as transformers reads it; nothing where it does not say."""
     try:
-        if type(config.get("add_bos_token")) is not bool:
-            return tuple(_before(whole.get("post_processor")))
-        named = config.get("bos_token")
-        number = _ids(whole).get(named["content"] if isinstance(named, dict) else named)
-        return (int(number),) if config["add_bos_token"] and number is not None else ()
+        return tuple(_before(_object(content).get("post_processor")))
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise DataError(
-            f"{_WHOLE} does not say what stands before a text ({type(error).__name__}: {error}): it is damaged "
+            f"{WHOLE} does not say what stands before a text ({type(error).__name__}: {error}): it is damaged "
             "- copy it again"
         ) from None
 
 
 def adding_nothing(files: Mapping[str, bytes]) -> dict[str, bytes]:
     """The same files, by which transformers puts nothing around a text."""
-    whole, config = (_object(files.get(name)) for name in (_WHOLE, _CONFIG))
+    whole, config = (_object(files.get(name)) for name in (WHOLE, _CONFIG))
     whole["post_processor"] = _without(whole.get("post_processor"))
     config |= {"add_bos_token": False, "add_eos_token": False}
     return {
         **files,
-        _WHOLE: json.dumps(whole, ensure_ascii=False).encode(),
+        WHOLE: json.dumps(whole, ensure_ascii=False).encode(),
         _CONFIG: json.dumps(config, indent=2, ensure_ascii=False).encode(),
     }
 
@@ -104,14 +97,3 @@ def _without(processor: Any) -> Any:
     if processor.get("type") == "Sequence":
         return {**processor, "processors": [_without(p) for p in processor.get("processors") or []]}
     return _BARE if processor.get("type") in _ADDING else processor
-
-
-def _ids(whole: Mapping[str, Any]) -> dict[Any, int]:
-    """Tokens of a tokenizer.json, those added included."""
-    vocab = (whole.get("model") or {}).get("vocab") or {}
-    found = (
-        dict(vocab)
-        if isinstance(vocab, dict)
-        else {one[0]: number for number, one in enumerate(vocab)}
-    )
-    return found | {token["content"]: token["id"] for token in whole.get("added_tokens") or []}

@@ -88,7 +88,11 @@ def _cuts_as_gpt2(files: Mapping[str, bytes]) -> bool:
     cut = whole.get("pre_tokenizer") or {"type": "ByteLevel"}
     plain = isinstance(cut, dict) and cut.get("type") == "ByteLevel" and cut.get("use_regex", True)
     if whole:  # it counts more than the name of a class
-        return bool(plain) and whole.get("normalizer") is None and not begins_of(files)
+        return (
+            bool(plain)
+            and whole.get("normalizer") is None
+            and not begins_of(files["tokenizer.json"])
+        )
     return kind == "GPT2Tokenizer"
 
 

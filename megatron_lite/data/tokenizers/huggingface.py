@@ -110,9 +110,7 @@ class HuggingFaceTokenizer(EngineTokenizer):
             if token.get("special")
         }
         self._named_eos()
-        config = self._file.with_name(BESIDE[0])
-        beside = {config.name: read_bytes(str(config), _FLAG)} if config.is_file() else {}
-        self.begins = begins_of({**beside, "tokenizer.json": self._content})
+        self.begins = begins_of(self._content)
         self._fast.no_truncation()
         self._fast.no_padding()
         self._fast.encode_special_tokens = True  # text that spells one stays text
