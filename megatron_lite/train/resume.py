@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import re
 from collections.abc import Callable
@@ -126,23 +127,21 @@ def resume(
             beside=beside,
         )  # fmt: skip
     base = None if beside is None else beside.reference(save or store.root)
-    begins = handed_on(manifest, tokenizer)
+    resumed = functools.partial(Resumed, base=base, tokenizer=handed_on(manifest, tokenizer))
     _require_finite(run, manifest, checkpoint.load)
     loaded = (
         f"  successfully loaded checkpoint from {checkpoint.load} at iteration {manifest.iteration}"
     )
     if checkpoint.finetune:
         notices.append(_start_anew(run, manifest.progress, with_optimizer=with_optimizer))
-        return Resumed(None, schedules, warnings, (*notices, loaded), base=base, tokenizer=begins)
+        return resumed(None, schedules, warnings, (*notices, loaded))
     run.progress = dataclasses.replace(manifest.progress)
     if with_optimizer:
         saved = manifest.progress
         run.engine.resume(EngineProgress(saved.optimizer_steps, saved.loss_scale))
     else:
         notices.append("--no-load-optim: optimizer state and loss scale start anew")
-    return Resumed(
-        manifest.iteration, schedules, warnings, (*notices, loaded), manifest, base, begins
-    )
+    return resumed(manifest.iteration, schedules, warnings, (*notices, loaded), manifest)
 
 
 def _nothing_there(run: Run, checkpoint: CheckpointConfig) -> str:

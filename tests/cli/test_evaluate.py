@@ -83,6 +83,7 @@ def test_a_run_keeps_each_evaluation_beside_its_own_records(
         (["--text", "HERE/good.txt", "--num-fewshot", 1], 2, "--num-fewshot is of --lm-eval: give it too"),
         (["--text", "HERE/good.txt", "--include-path", "HERE"], 2, "--include-path is of --lm-eval: give it"),
         (["--ceval", "HERE", "--stride", 1], 2, "--stride is of --text, --tokens: give one of them too"),
+        (["--gsm8k", "HERE", "--shots", 2], 2, "--shots 2: --gsm8k shows solved problems of --gsm8k-examples"),
         (["--text", "HERE/good.txt", "--shots", 5], 2, "--shots is of --ceval, --mmlu, --gsm8k: give one"),
         (["--ceval", "HERE"], 3, "holds no val/<subject>_val.csv"),
         (["--mmlu", "HERE", "--exam-split", "val"], 3, "holds no val/<subject>_val.csv"),
