@@ -50,7 +50,7 @@ from megatron_lite.config.errors import ConfigError
 from megatron_lite.config.exit import ToolParser, run_tool
 from megatron_lite.config.extensions import add_extend_flag, extend
 from megatron_lite.data.provenance import ALLOW_MISMATCH, end_of_document, made_with
-from megatron_lite.data.tokenizers.beginning import BEGINS, adding_nothing, begins_of
+from megatron_lite.data.tokenizers.beginning import BEGINS, adding_nothing, put_before
 from megatron_lite.data.tokenizers.build import build_tokenizer
 from megatron_lite.data.tokenizers.exchange import files_beside_model, files_for_huggingface
 from megatron_lite.data.tokenizers.sentencepiece_folder import unlike_transformers
@@ -390,7 +390,7 @@ def _tokenizer(
         return {}, eod
     files = files_for_huggingface(data, positions=found.config.num_positions)
     begins = tuple(found.manifest.tokenizer.get(BEGINS, ()))
-    if not begins and begins_of(files.get("tokenizer.json", b"{}")):
+    if not begins and put_before(files.get("tokenizer.json", b"{}")):
         print(
             "NOTE: the model's texts begin with nothing: what its tokenizer puts around a text is left out"
         )

@@ -13,7 +13,7 @@ from megatron_lite.config.errors import CheckpointError, ConfigError, DataError
 from megatron_lite.config.sections.data import DataConfig
 from megatron_lite.data.provenance import ALLOW_MISMATCH, MadeWith, made_with
 from megatron_lite.data.tokenizers.base import Tokenizer
-from megatron_lite.data.tokenizers.beginning import BEGINS, begins_of
+from megatron_lite.data.tokenizers.beginning import BEGINS, put_before
 from megatron_lite.data.tokenizers.build import build_tokenizer
 from megatron_lite.data.tokenizers.exchange import section_for
 from megatron_lite.data.tokenizers.statements import (
@@ -146,7 +146,7 @@ def folder_tokenizer(
             facts = {"type": maker.type, "fingerprint": maker.fingerprint, "vocab_size": rows}
             facts |= {} if maker.eod is None else {"eod": maker.eod}
         if data.tokenizer_type == "HuggingFaceTokenizer":
-            begins = begins_of(files["tokenizer.json"])
+            begins = put_before(files["tokenizer.json"])
             facts |= {BEGINS: list(begins)} if begins else {}
     notices = compare_statements(
         vocabulary, config, eod=facts.get("eod"), rows=rows, positions=positions,

@@ -43,7 +43,7 @@ def asked_begin(asked: str, tokenizer: Tokenizer, rows: int) -> tuple[int, ...]:
     return (int(asked),)
 
 
-def begins_of(content: bytes) -> tuple[int, ...]:
+def put_before(content: bytes) -> tuple[int, ...]:
     """What a tokenizer.json puts before every text, as transformers reads it; nothing where it does not say."""
     try:
         return tuple(_before(_object(content).get("post_processor")))

@@ -10,7 +10,7 @@ from typing import Any
 from megatron_lite.config.errors import DataError
 from megatron_lite.config.sections.data import DataConfig
 from megatron_lite.data.tokenizers.base import LARGEST_FILE, read_bytes, read_vocab
-from megatron_lite.data.tokenizers.beginning import begins_of
+from megatron_lite.data.tokenizers.beginning import put_before
 from megatron_lite.data.tokenizers.gpt2_bpe import GPT2_EOD, gpt2_tokenizer_json, read_merges
 from megatron_lite.data.tokenizers.huggingface import ALONG
 from megatron_lite.data.tokenizers.sentencepiece_folder import (
@@ -91,7 +91,7 @@ def _cuts_as_gpt2(files: Mapping[str, bytes]) -> bool:
         return (
             bool(plain)
             and whole.get("normalizer") is None
-            and not begins_of(files["tokenizer.json"])
+            and not put_before(files["tokenizer.json"])
         )
     return kind == "GPT2Tokenizer"
 

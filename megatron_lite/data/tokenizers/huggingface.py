@@ -10,7 +10,7 @@ from typing import Any
 from megatron_lite.config.errors import ConfigError, DataError
 from megatron_lite.config.extras import how_to_install
 from megatron_lite.data.tokenizers.base import read_bytes, read_json, short_hash
-from megatron_lite.data.tokenizers.beginning import begins_of
+from megatron_lite.data.tokenizers.beginning import put_before
 from megatron_lite.data.tokenizers.engines import (
     AUTO,
     Candidate,
@@ -110,7 +110,7 @@ class HuggingFaceTokenizer(EngineTokenizer):
             if token.get("special")
         }
         self._named_eos()
-        self.begins = begins_of(self._content)
+        self.begins = put_before(self._content)
         self._fast.no_truncation()
         self._fast.no_padding()
         self._fast.encode_special_tokens = True  # text that spells one stays text
