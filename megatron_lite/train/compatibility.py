@@ -131,7 +131,7 @@ def check_tokenizer(manifest: Manifest, now: dict[str, Any], *, allowed: bool) -
 
 
 def handed_on(manifest: Manifest, now: dict[str, Any]) -> dict[str, Any]:
-    """How texts begin for the model whose weights a run begins with, where the same tokenizer gives their ids."""
+    """How texts begin for the model whose weights a run begins with, if the tokenizer is the same."""
     before = manifest.tokenizer
     same = before.get("fingerprint") == now["fingerprint"]
     return {BEGINS: before[BEGINS]} if same and BEGINS in before else {}
