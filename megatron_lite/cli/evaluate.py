@@ -97,8 +97,10 @@ def _evaluate(
             "tp": ctx.tp.size, "pp": ctx.pp.size, "ranks": ctx.world_size,
         }  # fmt: skip
         try:  # what took hours is kept and said, whichever of the two fails
-            for result in results:
-                print("\n".join(["", side_by_side(result.rows), *result.notes]))
+            for number, result in enumerate(results):
+                print(
+                    "\n".join([*([""] if number else []), side_by_side(result.rows), *result.notes])
+                )
         finally:
             keeper.keep(record_of(head, results), asked.json)
     return 0
