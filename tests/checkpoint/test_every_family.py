@@ -13,11 +13,13 @@ import torch
 from megatron_lite.checkpoint.huggingface.families import FAMILIES
 from megatron_lite.checkpoint.huggingface.folder import open_folder
 from megatron_lite.cli import convert
+from megatron_lite.config.errors import CheckpointError
 from tests.support.extras import needs
 from tests.support.families import TINY, tiny
 from tests.support.huggingface import (
     our_logits,
     random_tokens,
+    setting,
     tensors,
     their_logits,
     tokenizer_files,
@@ -70,6 +72,8 @@ UNLIKE: list[tuple[str, dict[str, Any], str]] = [
     ("llama", {"attention_bias": True}, "attention_bias True and mlp_bias False"),
     ("llama", {"hidden_act": "gelu"}, "hidden_act 'gelu': only 'silu' is a Llama"),
     ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor '0.5': not known here"),
+    ("llama", {"is_causal": False}, "is_causal False: only True is a Llama here"),
+    ("gpt_neox", {"is_causal": None}, "is_causal None: only True is a GPT-NeoX here"),
     ("gpt_neox", {"attention_bias": False}, "attention_bias False: only True"),
     ("gpt_neox", {"hidden_act": "relu"}, "hidden_act 'relu'"),
     ("mistral", {"sliding_window": 0}, "sliding_window 0"),
@@ -102,3 +106,23 @@ def test_no_other_family_takes_a_model_for_its_own(tmp_path: Path, name: str) ->
     assert said(tmp_path)["model_type"] in able and able[0] in ("llama", name.split("-")[0])
     wider = dataclasses.replace(found.model, norm_epsilon=3e-6, rotary_base=7e5)
     assert not FAMILIES[able[0]].lacks(wider)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt_neox"])
+def test_a_head_of_its_own_is_not_dropped_for_the_table(tmp_path: Path, name: str) -> None:
+    """transformers 5 computes with it, whatever config.json says; a copy of the table is left out."""
+    tiny(name).save_pretrained(tmp_path)
+    setting(tie_word_embeddings=True)(tmp_path)
+    with pytest.raises(CheckpointError, match=r"other values than .*tie_word_embeddings false"):
+        open_folder(tmp_path)
+
+
+def test_one_file_beside_an_index_of_others_is_refused(tmp_path: Path) -> None:
+    """transformers reads model.safetensors, other programs what the index lists."""
+    tiny("llama").save_pretrained(tmp_path, max_shard_size="30KB")
+    tiny("llama").save_pretrained(tmp_path / "other")
+    (tmp_path / "other" / "model.safetensors").rename(tmp_path / "model.safetensors")
+    with pytest.raises(
+        CheckpointError, match=r"holds model\.safetensors and a .* of model-00001-of"
+    ):
+        open_folder(tmp_path)

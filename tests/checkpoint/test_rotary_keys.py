@@ -100,3 +100,17 @@ def test_what_makes_no_sense_is_refused_by_name(
     with pytest.raises(CheckpointError) as error:
         open_folder(tmp_path)
     assert all(words in str(error.value) for words in refused), str(error.value)
+
+
+@pytest.mark.parametrize("beside", [{"rope_theta": 7e3}, {}], ids=["another base", "no base"])
+def test_two_ways_to_say_it_have_one_base(tmp_path: Path, beside: dict[str, Any]) -> None:
+    """transformers takes the base beside rope_scaling, 10000 where none is said."""
+    tiny("llama").save_pretrained(tmp_path)
+    path, scaling = tmp_path / "config.json", {"rope_type": "linear", "factor": 2.0}
+    said = {"rope_parameters": scaling | {"rope_theta": 5e3}, "rope_scaling": scaling}
+    whole = json.loads(path.read_bytes()) | said
+    path.write_text(json.dumps(whole | {"rope_theta": 5000}))
+    assert open_folder(tmp_path).model.rotary_base == 5000
+    path.write_text(json.dumps(whole | beside))
+    with pytest.raises(CheckpointError, match=r"with rope_theta .* say different things"):
+        open_folder(tmp_path)

@@ -66,6 +66,8 @@ class Family:
         config = ConfigFile(values, path, self.title)
         if config.get("quantization_config") is not None:
             config.refuse("quantization_config: its weights are packed in a way that is not read")
+        # transformers lets the tokens of any family see what follows them where this is said
+        config.must_be({"is_causal": True}, otherwise=f"is a {self.title} here")
         model = self.config_in(config)
         config.require_sound()
         return model, config.notices

@@ -29,6 +29,7 @@ from megatron_lite.storage.reading import open_plain, read_plain, require_plain
 
 CONFIG, ONE_FILE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 _SHOWN = 20
+_ROWS = 4096  # of a table, compared at once
 _LARGEST_JSON = 1 << 28  # bytes
 
 
@@ -117,10 +118,14 @@ def _require_fit(
     strangers = [
         name for name in places if name not in known and not name.endswith(names.constants)
     ]
-    if names.head in strangers:  # a copy of the tied head; transformers does not read it either
+    if names.head in strangers:
         strangers.remove(names.head)
-        tokens = names.outside["embedding.tokens"]
-        notices.append(f"{names.head} is left out: {CONFIG} ties it to {tokens}.weight")
+        tokens = f"{names.prefix}{names.outside['embedding.tokens']}.weight"
+        if tokens in places and not _equal(places[names.head], places[tokens]):
+            # transformers 5 computes with both of them, older ones with the table alone
+            wrong.append(f"{names.head}: other values than {tokens}, to which {CONFIG} ties it; "
+                         "tie_word_embeddings false keeps both")  # fmt: skip
+        notices.append(f"{names.head} is left out: {CONFIG} ties it to {tokens}")
     wrong += [f"{name}: no tensor of {family.title}" for name in strangers]
     if wrong:
         more = f"\n  ... and {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""
@@ -156,6 +161,9 @@ def _places(folder: Path, family: Family) -> dict[str, Place]:
                 raise CheckpointError(f"{index} names the file {name!r}: refused, only a plain "
                                       "*.safetensors of its own folder is read")  # fmt: skip
         files = sorted(set(listed.values()))
+        if files and one.is_file() and ONE_FILE not in files:  # transformers reads that one
+            raise CheckpointError(f"{folder} holds {ONE_FILE} and a {INDEX} of {files[0]}: "
+                                  "which of them is the model? Remove the other")  # fmt: skip
     elif one.is_file():
         listed, files = None, [ONE_FILE]
     else:
@@ -216,6 +224,21 @@ def _read(place: Place) -> Tensor:
             return file.get_tensor(place.name)
     except (SafetensorError, OSError, RuntimeError) as error:
         raise CheckpointError(f"{place.file}: {place.name} cannot be read: {error}") from error
+
+
+def _equal(one: Place, other: Place) -> bool:
+    """Whether two tables hold the same; some rows at a time are in memory."""
+    if one.form.shape != other.form.shape or len(one.form.shape) != 2:
+        return False
+    with (
+        safe_open(one.file, framework="pt", device="cpu") as first,
+        safe_open(other.file, framework="pt", device="cpu") as second,
+    ):
+        a, b = first.get_slice(one.name), second.get_slice(other.name)
+        starts = range(0, one.form.shape[0], _ROWS)
+        return all(
+            torch.equal(a[at : at + _ROWS].double(), b[at : at + _ROWS].double()) for at in starts
+        )
 
 
 @torch.no_grad()

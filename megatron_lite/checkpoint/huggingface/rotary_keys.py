@@ -25,8 +25,10 @@ def rotary_in(
     before = config.number(base, 10000.0)
     turned = default if share is None else _share(config, share, default)
     today, scaling = config.get("rope_parameters"), config.get("rope_scaling")
-    if today and scaling and not _says(today, scaling):
-        config.refuse(f"rope_parameters {today} and rope_scaling {scaling} say different things")
+    if today and scaling and not _says(today, scaling, before):
+        config.refuse(
+            f"rope_parameters {today} and rope_scaling {scaling} with {base} {before} say different things"
+        )
     rope = config.below("rope_parameters" if today else "rope_scaling")
     found = rope.number("rope_theta", before)
     scaled = _scaling_in(config, rope)
@@ -144,12 +146,16 @@ def _share(config: ConfigFile, key: str, default: float) -> float:
     return min(share, 1.0)
 
 
-def _says(today: Any, scaling: Any) -> bool:
-    """Whether the keys of before repeat those of today; type was rope_type's name once."""
+def _says(today: Any, scaling: Any, before: float) -> bool:
+    """Whether the keys of before repeat those of today; type was rope_type's name once.
+
+    Readers differ in which of the two they follow, and the base of before goes with its scaling.
+    """
     if not isinstance(today, dict) or not isinstance(scaling, dict):
         return False
     repeated = {"rope_type" if key == "type" else key: value for key, value in scaling.items()}
-    return all(today.get(key) == value for key, value in repeated.items())
+    found, repeated = ({"rope_theta": before} | said for said in (today, repeated))
+    return all(found.get(key) == value for key, value in repeated.items())
 
 
 def rotary_out(
