@@ -31,9 +31,10 @@ from megatron_lite.cli.speaking.model import (
     add_sampling_flags,
     load_speaker,
     sampling_of,
+    settle_cache,
 )
 from megatron_lite.config.context_length import beyond_trained
-from megatron_lite.config.errors import ConfigError, StorageError
+from megatron_lite.config.errors import ConfigError, DataError, StorageError
 from megatron_lite.config.exit import ToolParser, run_tool
 from megatron_lite.config.extensions import extend
 from megatron_lite.data.chat.conversation import Renderer
@@ -65,6 +66,7 @@ def main() -> int:
     )
     chat = Chat(asked, settings, speaker, renderer, generation, asked.system)
     try:
+        chat.rehearse()
         while chat.take(_line()):
             pass
     finally:
@@ -81,7 +83,7 @@ def _line() -> str | None:
     if sys.stdin.isatty():
         print("> ", end="", file=sys.stderr, flush=True)
     line = sys.stdin.readline()
-    return line.rstrip("\r\n") if line else None
+    return line.rstrip("\r\n").removeprefix("\ufeff") if line else None
 
 
 @dataclass(slots=True)
@@ -101,6 +103,10 @@ class Chat:
     def messages(self) -> list[Message]:
         """All that was said, the system text first."""
         return [*([Message("system", self.system)] if self.system else []), *self.turns]
+
+    def rehearse(self) -> None:
+        """DataError for a template that cannot write any conversation, before one is begun."""
+        self.renderer.ids([*self.messages, Message("user", "hello")])
 
     def take(self, line: str | None) -> bool:
         """A line was typed; False where it ends the conversation."""
@@ -152,7 +158,12 @@ class Chat:
     def _answer(self, text: str) -> None:
         """The model answers, word by word; an answer that was broken off is kept as far as it came."""
         self.turns.append(Message("user", text))
-        ids = self.renderer.ids(self.messages)
+        try:
+            ids = self.renderer.ids(self.messages)
+        except DataError as error:
+            self.turns.pop()  # what was said before stays, to be continued or saved
+            _say(f"not sent: {error}")
+            return
         self._warn_beyond(len(ids))
         stream = TextStream(self.speaker.tokenizer, ids)
 
@@ -203,6 +214,7 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, Sampling]:
     add_cache_flags(parser)
     asked = parser.parse_args(argv)
     extend(asked.extend)
+    settle_cache(asked)
     if asked.max_new_tokens < 1:
         raise ConfigError(f"--max-new-tokens {asked.max_new_tokens} must be at least 1")
     return asked, sampling_of(asked)

@@ -28,6 +28,7 @@ from megatron_lite.cli.speaking.model import (
     device_bandwidth,
     load_speaker,
     sampling_of,
+    settle_cache,
 )
 from megatron_lite.cli.speaking.prompts import add_prompt_flags, prompts_of
 from megatron_lite.cli.speaking.ranks import add_layout_flags, on_ranks
@@ -208,6 +209,7 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, Sampling]:
     asked = parser.parse_args(argv)
     extend(asked.extend)
     settings = sampling_of(asked)
+    settle_cache(asked)
     _check(asked)
     asked.prompts = prompts_of(asked)
     return asked, settings

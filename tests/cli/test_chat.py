@@ -91,6 +91,30 @@ def test_commands_forget_and_tell_anew(monkeypatch, capsys, folder: Path) -> Non
     assert len(talk.prompts) == 2  # nothing after /exit
 
 
+def test_what_a_template_refuses_does_not_end_the_conversation(
+    monkeypatch, capsys, tmp_path, folder
+) -> None:
+    template = tmp_path / "no_system.jinja"
+    template.write_text(
+        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system here') }}"
+        "{% endif %}{{ m.content }}{% endfor %}"
+    )
+    words = ["--chat-template", template]
+    save = f"/save {folder / 'said.json'}"
+    messages, err = talk(
+        monkeypatch, capsys, folder, "\ufeffthe", save, "/system Be brief.", "lost", "/system",
+        "in", save, words=words,
+    )  # fmt: skip
+    assert messages[0] == "in" and len(messages) == 2 and len(talk.prompts) == 2
+    assert talk.prompts[0] == load_model(folder).tokenizer.encode("the")
+    assert err.count("not sent: ") == 1 and "no system here" in err
+    # what no conversation could be written with is refused before one is begun
+    argv = ["--load", folder, "--use-cpu", *words, "--system", "Be brief."]
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    assert tool(chat.main, monkeypatch, *argv) == 3
+    assert "no system here" in capsys.readouterr().err
+
+
 def test_text_that_spells_the_end_of_a_document_does_not_end_it(
     monkeypatch, capsys, folder
 ) -> None:

@@ -228,6 +228,7 @@ def test_a_stop_text_ends_a_continuation(spoken: Path, monkeypatch, capsys) -> N
         (["--tensor-model-parallel-size", "2"], "are 2 ranks, 1 were started"),
         (["--prompt-file", "-", "--pipeline-model-parallel-size", "2"], "share one stdin"),
         (["--cache-tokens", "4"], "--sink-tokens 4 must be at least 0 and below --cache-tokens 4"),
+        (["--sink-tokens", "2"], "--sink-tokens 2 is of --cache-tokens: give it too"),
         (["--memory-bandwidth", "nan"], "--memory-bandwidth nan must be a number above 0"),
         (["--cache-tokens", "9"], "this model has learned positions"),
     ],

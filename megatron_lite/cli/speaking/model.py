@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 
 from megatron_lite.blueprint.devices import short_name
+from megatron_lite.config.errors import ConfigError
 from megatron_lite.config.extensions import add_extend_flag
 from megatron_lite.data.chat.conversation import Renderer, renderer_of
 from megatron_lite.data.chat.formats import CHAT_FORMATS
@@ -78,8 +79,19 @@ def add_cache_flags(parser: argparse.ArgumentParser) -> None:
         help="keep only so many tokens in mind, the first and the latest: text may be endless",
     )  # fmt: skip
     parser.add_argument(
-        "--sink-tokens", type=int, default=4, help="of --cache-tokens, the first ones of the text"
+        "--sink-tokens", type=int, help="of --cache-tokens, the first ones of the text (4)"
     )
+
+
+def settle_cache(asked: argparse.Namespace) -> None:
+    """The default of --sink-tokens; ConfigError where nothing would come of what was given."""
+    if asked.sink_tokens is None:
+        asked.sink_tokens = 4
+    elif not asked.cache_tokens:
+        raise ConfigError(
+            f"--sink-tokens {asked.sink_tokens} is of --cache-tokens: give it too, or leave out "
+            "--sink-tokens"
+        )
 
 
 def sampling_of(asked: argparse.Namespace) -> Sampling:
