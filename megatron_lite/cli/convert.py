@@ -38,7 +38,11 @@ from megatron_lite.checkpoint.huggingface.conversion import Conversion
 from megatron_lite.checkpoint.huggingface.exporting import Export, export_folder, plan_export
 from megatron_lite.checkpoint.huggingface.families import FAMILIES
 from megatron_lite.checkpoint.huggingface.folder import HuggingFaceFolder, open_folder
-from megatron_lite.checkpoint.huggingface.generation import GENERATION, generation_config
+from megatron_lite.checkpoint.huggingface.generation import (
+    GENERATION,
+    generation_config,
+    several_ends,
+)
 from megatron_lite.checkpoint.huggingface.importing import import_folder
 from megatron_lite.checkpoint.huggingface.peft_writing import (
     peft_config,
@@ -203,6 +207,7 @@ def _import(source: Path, target: Path, asked: argparse.Namespace) -> None:
             default_ends=found.family.default_ends,
         )  # fmt: skip
     data = words.section(target.absolute() / "tokenizer")
+    files = files | several_ends(files, found.config) if files else {}
     if words.tokenizer is not None:
         print(f"end of document: {end_of_document(words.tokenizer)}")
     if words.unseen is not None:

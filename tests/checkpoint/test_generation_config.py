@@ -36,6 +36,20 @@ def test_the_end_of_documents_that_were_trained_counts() -> None:
     assert found == {"eos_token_id": 8, "bos_token_id": 3, "temperature": 0.6}
 
 
+def test_ends_that_only_config_json_lists_go_through(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needs("transformers")
+    folder, ours, out = (tmp_path / name for name in ("llama", "ours", "out"))
+    llama(bos_token_id=260, eos_token_id=[261, 262]).save_pretrained(folder)
+    tokenizer_files(folder, "vocab.json", "merges.txt")
+    (folder / "generation_config.json").unlink()
+    for source, target in ((folder, ours), (ours, out)):
+        assert tool(convert.main, monkeypatch, source, target) == 0
+    found = json.loads((out / "generation_config.json").read_bytes())
+    assert found == {"bos_token_id": 260, "eos_token_id": [261, 262]}
+
+
 @pytest.mark.parametrize("given", [b"{", b"[]"])
 def test_what_is_no_such_file_is_refused(given: bytes) -> None:
     with pytest.raises(CheckpointError, match=r"generation_config\.json"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from megatron_lite.config.errors import CheckpointError
@@ -25,6 +26,16 @@ def generation_config(given: bytes | None, *, eod: int | None, bos: int | None) 
     if found == found | said:
         return given or b""
     return json.dumps(found | said, indent=2).encode()
+
+
+def several_ends(files: Mapping[str, bytes], config: Mapping[str, Any]) -> dict[str, bytes]:
+    """The file that transformers makes up where only config.json says that several ids end texts."""
+    ends = config.get("eos_token_id")
+    if GENERATION in files or not isinstance(ends, list):
+        return {}
+    begins = config.get("bos_token_id")
+    said = {} if begins is None else {"bos_token_id": begins}
+    return {GENERATION: json.dumps(said | {"eos_token_id": ends}, indent=2).encode()}
 
 
 def _read(given: bytes) -> dict[str, Any]:
