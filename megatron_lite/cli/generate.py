@@ -139,10 +139,11 @@ def _say_lengths(asked: argparse.Namespace, speaker: Speaker, answers: Sequence[
 
 
 def _warn_of_positions(asked: argparse.Namespace, speaker: Speaker, answer: _Answer) -> None:
+    positions, prompt = speaker.model.context.model.num_positions, len(answer.ids)
+    cut = f", of which the last {positions} were read" if prompt > positions else ""
     print(
         f"WARNING: {answer.new} of --max-new-tokens {asked.max_new_tokens}: the model has "
-        f"{speaker.model.context.model.num_positions} positions, and the prompt is "
-        f"{len(answer.ids)} tokens",
+        f"{positions} positions, and the prompt is {prompt} tokens{cut}",
         file=sys.stderr,
     )
 

@@ -291,7 +291,7 @@ def _check(asked: argparse.Namespace) -> None:
     if asked.max_waiting < asked.max_answers:
         problems.append(
             f"--max-waiting {asked.max_waiting} is below --max-answers {asked.max_answers}: a request "
-            "with so many would never be served"
+            "with so many would never be served: give both"
         )
     if asked.allowed_host and not _is_loopback(asked.host):
         problems.append(f"--allowed-host is for servers on loopback, not --host {asked.host}")

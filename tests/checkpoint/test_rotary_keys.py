@@ -26,6 +26,9 @@ SCALED: dict[str, dict[str, Any]] = {
     "yarn of DeepSeek": {
         "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 6, "mscale": 0.707,
         "mscale_all_dim": 0.5, "beta_fast": 1.0, "beta_slow": 0.2},
+    "yarn of the first models": {
+        "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 6, "finetuned": True,
+        "mscale": 1.0, "mscale_all_dim": 0},
     "yarn of gpt-oss": {
         "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 6, "truncate": False,
         "beta_fast": 1.0, "beta_slow": 0.2},

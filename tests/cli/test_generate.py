@@ -218,6 +218,19 @@ def test_a_stop_text_ends_a_continuation(spoken: Path, monkeypatch, capsys) -> N
     assert cut["end"] == "stop" and cut["text"] == whole["text"][: whole["text"].index(stop)]
 
 
+def test_of_a_prompt_beyond_the_positions_the_end_is_read(
+    spoken: Path, monkeypatch, capsys
+) -> None:
+    words = ["--load", spoken / "run", "--max-new-tokens", "5", "--jsonl", "--prompt", "the " * 200]
+    assert run(monkeypatch, *words) == 0
+    out, err = capsys.readouterr()
+    assert jsonl(out)[0]["end"] == "positions"
+    found = re.search(
+        r"1 of --max-new-tokens 5: the model has (\d+) positions, .* the last (\d+) were read", err
+    )
+    assert found is not None and found[1] == found[2]
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [

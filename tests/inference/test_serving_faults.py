@@ -143,13 +143,15 @@ def test_what_cannot_be_answered_is_a_4xx_that_says_why(server, case) -> None:
     assert said in answer["error"]["message"]
 
 
+TALK = [{"role": "user", "content": "a"}]
 BAD_TALK = {
     "no messages": ({}, "messages must be a list"),
     "empty": ({"messages": []}, "at least one"),
     "a picture": ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "type text"),
+    "no content": ({"messages": [{"role": "user"}]}, "messages[0].content"),
     "no role": ({"messages": [{"content": "a"}]}, "messages[0].role"),
-    "tools": ({"messages": [{"role": "user"}], "tools": [{}]}, "tools [{}] is not served"),
-    "top": ({"messages": [{"role": "user"}], "top_logprobs": 2}, "needs logprobs"),
+    "tools": ({"messages": TALK, "tools": [{}]}, "tools [{}] is not served"),
+    "top": ({"messages": TALK, "top_logprobs": 2}, "needs logprobs"),
 }  # fmt: skip
 
 

@@ -34,7 +34,7 @@ def rotary_in(
     scaled = _scaling_in(config, rope)
     if share is not None:
         turned = _share(rope, _SHARE, turned)
-    rope.refuse_unknown()
+    rope.refuse_unknown(["finetuned"])  # the first YaRN models say so
     return {
         "position_embedding_type": "rope", "rotary_base": found, "rotary_percent": turned,
         **scaled,
@@ -98,9 +98,10 @@ def _scaling_in(config: ConfigFile, rope: ConfigFile) -> dict[str, Any]:
 
 def _yarn_in(rope: ConfigFile, factor: float) -> dict[str, Any]:
     """What only YaRN has; DeepSeek's mscale and mscale_all_dim are another way to say attention_factor."""
-    attention, above, below = (
-        _if_said(rope, key) for key in ("attention_factor", "mscale", "mscale_all_dim")
-    )
+    attention = _if_said(rope, "attention_factor")
+    above, below = (
+        None if rope.get(key) == 0 else _if_said(rope, key) for key in ("mscale", "mscale_all_dim")
+    )  # 0 says nothing
     if attention is None and above is not None and below is not None:
         attention = yarn_scale(factor, above) / yarn_scale(factor, below)
     return {

@@ -227,7 +227,7 @@ def _messages(given: Any) -> list[Message]:
         where = f"messages[{number}]"
         fields = Fields(_object(message, where))
         role = valid_text(fields.take("role"), f"{where}.role")
-        content = fields.take("content", "")
+        content = fields.take("content")
         if isinstance(content, list):
             content = "".join(_part(part, f"{where}.content") for part in content)
         fields.ignore("name", "refusal")
