@@ -52,7 +52,7 @@ def spoil_gradient(run) -> None:
     for stage in run.pipeline.stages.values():
         if "1" in stage.module.blocks:
             stage.module.blocks["1"].mlp.register_full_backward_hook(
-                lambda module, dx, dy: (dx[0] * float("inf"),)
+                lambda module, dx, dy: (dx[0] * float("inf"), *dx[1:])
             )
 
 
