@@ -15,8 +15,8 @@ from megatron_lite.config.blend import named_prefixes
 from megatron_lite.config.errors import DataError
 from megatron_lite.config.sections.data import DataConfig
 from megatron_lite.data.provenance import facts_path, read_facts
-
-TEMPLATE, GENERATION = "chat_template.jinja", "generation_config.json"
+from megatron_lite.data.tokenizers.huggingface import GENERATION, TEMPLATE
+from megatron_lite.data.tokenizers.statements import json_object
 
 
 class Taught(NamedTuple):
@@ -73,20 +73,10 @@ def files_with(
     """
     if way is None:
         return dict(files)
-    given = _object(files.get(GENERATION, b"{}"))
+    given = json_object(files.get(GENERATION, b"{}"), f"{GENERATION} beside the tokenizer")
     before = given.get("eos_token_id")
     listed = before if isinstance(before, list) else [] if before is None else [before]
     ends = list(dict.fromkeys([*listed, *eods, *way.ends]))
     said = {**given, "eos_token_id": ends[0] if len(ends) == 1 else ends}
     generation = json.dumps(said, indent=2).encode()
     return {**files, TEMPLATE: way.text.encode(), GENERATION: generation}
-
-
-def _object(content: bytes) -> dict[str, object]:
-    try:
-        found = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{GENERATION} beside the tokenizer is no JSON: {error}") from None
-    if not isinstance(found, dict):
-        raise DataError(f"{GENERATION} beside the tokenizer must hold one JSON object")
-    return found

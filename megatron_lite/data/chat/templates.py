@@ -19,7 +19,7 @@ from typing import Any
 
 from megatron_lite.config.errors import ConfigError, DataError
 from megatron_lite.config.extras import how_to_install
-from megatron_lite.data.tokenizers.huggingface import BESIDE, token_name
+from megatron_lite.data.tokenizers.huggingface import BESIDE, GENERATION, TEMPLATE, token_name
 from megatron_lite.storage.reading import read_plain
 
 _LARGEST = 1 << 20
@@ -116,7 +116,7 @@ class Sandbox:
 
 def template_of(folder: Path) -> tuple[str, Path] | None:
     """The template that lies in a folder of tokenizer files, and the file it is from; None without one."""
-    file = folder / "chat_template.jinja"
+    file = folder / TEMPLATE
     if file.is_file():
         return template_file(file), file
     for name in ("chat_template.json", "tokenizer_config.json"):
@@ -167,6 +167,6 @@ def named_tokens(folder: Path) -> dict[str, str]:
 
 def ends_of_generation(folder: Path, ids: int) -> frozenset[int]:
     """Ids below `ids` after which a model has nothing more to say, by its generation_config.json."""
-    found = read_object(folder / "generation_config.json").get("eos_token_id")
+    found = read_object(folder / GENERATION).get("eos_token_id")
     listed: Sequence[Any] = found if isinstance(found, list) else [found]
     return frozenset(n for n in listed if type(n) is int and 0 <= n < ids)

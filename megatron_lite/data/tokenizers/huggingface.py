@@ -25,8 +25,9 @@ _FLAG = "--tokenizer-model"
 EOD_NAMES = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>", "[SEP]")
 BESIDE = ("tokenizer_config.json", "special_tokens_map.json")
 """Files that may name special tokens."""
-ALONG = ("chat_template.jinja", "chat_template.json", "generation_config.json")
-"""Files that say how a model is spoken with; nothing here reads them, and they come out as they went in."""
+TEMPLATE, GENERATION = "chat_template.jinja", "generation_config.json"
+ALONG = (TEMPLATE, "chat_template.json", GENERATION)
+"""Files that say how a model is spoken with; no tokenizer reads them, and they come out as they went in."""
 
 
 def token_name(config: Any, key: str, path: Path) -> str | None:
