@@ -74,11 +74,17 @@ def _adam(*moments: Format) -> Treatment:
     return replace(ADAM, states=tuple(replace(state, storage=name) for state, name in kept))
 
 
+def _first_moment(optim: OptimConfig) -> tuple[State, ...]:
+    """Adam's first moment alone, in the format that is asked for."""
+    return (replace(ADAM.states[0], storage=optim.moments[0]),)
+
+
 OPTIMIZERS: Registry[Callable[[OptimConfig, Tensor], Treatment]] = Registry(
     "optim.optimizer",
     {
         "adam": lambda optim, tensor: _adam(*optim.moments),
         "sgd": lambda optim, tensor: MOMENTUM if optim.sgd_momentum else PLAIN_SGD,
+        "lion": lambda optim, tensor: Treatment("lion", _first_moment(optim)),
         "apex-adam": lambda optim, tensor: replace(ADAM, rule="apex-adam"),
     },
 )

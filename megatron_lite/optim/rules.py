@@ -10,6 +10,7 @@ from torch import Tensor
 from megatron_lite.config.sections.optim import OptimConfig
 from megatron_lite.optim.adam import AdamW
 from megatron_lite.optim.apex import ApexAdamW
+from megatron_lite.optim.lion import Lion
 from megatron_lite.optim.sgd import SGD
 
 
@@ -43,4 +44,5 @@ RULES: dict[str, Callable[[OptimConfig], UpdateRule]] = {
     "adam": lambda o: AdamW(beta1=o.adam_beta1, beta2=o.adam_beta2, eps=o.adam_eps),
     "sgd": lambda o: SGD(momentum=o.sgd_momentum),
     "apex-adam": lambda o: ApexAdamW(beta1=o.adam_beta1, beta2=o.adam_beta2, eps=o.adam_eps),
+    "lion": lambda o: Lion(beta1=o.lion_beta1, beta2=o.lion_beta2),
 }

@@ -6,6 +6,8 @@ import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from megatron_lite.blueprint.figure.parts import Format, Tensor
+from megatron_lite.blueprint.optimizers import treatment
 from megatron_lite.blueprint.schedules.actions import Op
 from megatron_lite.config.sections.optim import OptimConfig
 from megatron_lite.planner.activations import VARIANTS, korthikanti
@@ -131,8 +133,12 @@ def precision_line(asked: PlanInputs, optim: OptimConfig) -> str:
 
 
 def _moments(optim: OptimConfig) -> str:
-    """The format of both, or of each."""
-    return " and ".join(dict.fromkeys(optim.moments))
+    """The format of all that a matrix has, or of each."""
+    return " and ".join(dict.fromkeys(_kept(optim))) or "fp32"
+
+
+def _kept(optim: OptimConfig) -> list[Format]:
+    return [state.storage for state in treatment(optim, Tensor("a", (1, 1), "weight")).states]
 
 
 def _accumulator(asked: PlanInputs) -> str:
@@ -146,7 +152,7 @@ def _precision(asked: PlanInputs, optim: OptimConfig) -> dict[str, object]:
         "tf32": asked.precision.tf32 and asked.precision.name == "fp32",
         "gradient_accumulation": _accumulator(asked),
         "optimizer": "fp32",
-        "moments": list(optim.moments),
+        "moments": _kept(optim),
     }
 
 

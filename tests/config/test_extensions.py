@@ -50,13 +50,13 @@ def test_a_row_of_a_file_is_a_value_of_its_flag(tmp_path: Path) -> None:
         config = parse(["--optimizer", "mine", "--extend", path]).config
         assert config.optim.optimizer == "mine"
     assert OPTIMIZERS["mine"](config.optim, None) is ADAM and extensions() == [path]
-    assert settings()["optim.optimizer"].type_name == "adam|sgd|apex-adam|mine"
-    assert settings()["optim.optimizer"].choices == ("adam", "sgd", "apex-adam")
+    assert settings()["optim.optimizer"].type_name.endswith("|apex-adam|mine")
+    assert "mine" not in settings()["optim.optimizer"].choices
 
 
 def test_a_name_without_a_row_is_refused_with_the_way_to_make_one() -> None:
     with pytest.raises(
-        ConfigError, match=r"takes one of adam, sgd, apex-adam; got 'mine'; .*--extend FILE"
+        ConfigError, match=r"takes one of adam, .*, apex-adam; got 'mine'; .*--extend FILE"
     ):
         parse(["--optimizer", "mine"])
 

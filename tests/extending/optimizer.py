@@ -1,4 +1,4 @@
-"""An optimizer from outside the package: --extend tests/extending/optimizer.py --optimizer lion."""
+"""An optimizer from outside the package: --extend tests/extending/optimizer.py --optimizer signum."""
 
 from __future__ import annotations
 
@@ -13,11 +13,10 @@ from megatron_lite.optim.rules import RULES
 
 
 @dataclass(slots=True)
-class Lion:
-    """The sign of a mean of gradient and momentum (arXiv:2302.06675, program 1)."""
+class Signum:
+    """The sign of the momentum (arXiv:1802.04434, algorithm 2)."""
 
-    beta1: float
-    beta2: float
+    beta: float
 
     @torch.no_grad()
     def update(
@@ -32,12 +31,11 @@ class Lion:
     ) -> None:
         """One step, in place."""
         for parameter, gradient, state in zip(parameters, gradients, states, strict=True):
-            sign = state["momentum"].lerp(gradient, 1.0 - self.beta1).sign_()
-            parameter.mul_(1.0 - lr * weight_decay).sub_(sign, alpha=lr)
-            state["momentum"].lerp_(gradient, 1.0 - self.beta2)
+            momentum = state["momentum"].lerp_(gradient, 1.0 - self.beta)
+            parameter.mul_(1.0 - lr * weight_decay).sub_(momentum.sign(), alpha=lr)
 
 
-LION = Treatment("lion", (State("momentum"),))
+SIGNUM = Treatment("signum", (State("momentum"),))
 
-OPTIMIZERS["lion"] = lambda optim, tensor: LION
-RULES["lion"] = lambda optim: Lion(optim.adam_beta1, optim.adam_beta2)
+OPTIMIZERS["signum"] = lambda optim, tensor: SIGNUM
+RULES["signum"] = lambda optim: Signum(optim.sgd_momentum)

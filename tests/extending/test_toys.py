@@ -22,7 +22,7 @@ HERE = Path(__file__).parent
 NAMES = ("optimizer", "engine", "kernel", "dataset", "objective")
 TOYS = [
     "--extend", *(str(HERE / f"{name}.py") for name in NAMES),
-    "--optimizer", "lion", "--engine", "apart", "--objective", "previous-token",
+    "--optimizer", "signum", "--engine", "apart", "--objective", "previous-token",
 ]  # fmt: skip
 PHI3 = [
     "--swiglu", "--normalization", "RMSNorm", "--position-embedding-type", "rope",

@@ -145,9 +145,13 @@ def test_what_makes_no_sense_is_said_at_the_start() -> None:
     said = problems("--exp-avg-dtype", "bf16")
     assert "--exp-avg-dtype bf16 needs --use-precision-aware-optimizer; add it" in said
     said = problems(*ASKED, "--optimizer", "sgd")
-    assert "--exp-avg-dtype bf16 --exp-avg-sq-dtype bf16 is about the moments of" in said
+    assert "--exp-avg-dtype bf16 is about a moment of --optimizer adam and lion, and" in said
+    assert "--exp-avg-sq-dtype bf16 is about a moment of --optimizer adam, and" in said
     assert "--optimizer sgd has none that can be" in said
     assert "--optimizer apex-adam has none" in problems(*ASKED, "--optimizer", "apex-adam")
+    said = problems(*ASKED, "--optimizer", "lion")
+    assert said.count("--optimizer lion has none") == 1 and "--exp-avg-sq-dtype bf16 is" in said
+    assert problems(*ASKED[:3], "--optimizer", "lion") == ""
     said = problems("--use-precision-aware-optimizer")
     assert "--use-precision-aware-optimizer: changes nothing; moments are fp32 without" in said
     assert problems(*ASKED) == ""

@@ -1,4 +1,4 @@
-"""AdamW and SGD equal their closed formulas, evaluated in float64 with plain Python numbers."""
+"""AdamW, SGD and Lion equal their closed formulas, evaluated in float64 with plain Python numbers."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -15,23 +16,18 @@ from megatron_lite.blueprint.figure.parts import Tensor
 from megatron_lite.blueprint.optimizers import OPTIMIZERS, treatment
 from megatron_lite.config.sections.optim import OptimConfig
 from megatron_lite.optim.adam import AdamW
-from megatron_lite.optim.groups import Groups
 from megatron_lite.optim.rules import RULES
 from megatron_lite.optim.sgd import SGD
+from tests.optim.updates import (
+    LEARNING_RATES,
+    STEPS,
+    drawn,
+    new_state,
+    require_each_alone,
+    require_left_out,
+)
 
 PACKAGE = Path(megatron_lite.__file__).parent
-STEPS = 7
-LEARNING_RATES = [0.0, 1e-3, 5e-3, 2e-2, 1e-2, 3e-3, 1e-3]  # as a schedule changes them
-
-
-def drawn(shape=(5, 3), steps=STEPS, dtype=torch.float64):
-    generator = torch.Generator().manual_seed(11)
-
-    def draw(scale=1.0):
-        return (torch.randn(*shape, generator=generator, dtype=torch.float64) * scale).to(dtype)
-
-    # gradients over six orders of magnitude: epsilon counts in the small ones
-    return draw(), [draw(10.0 ** -(k % 7)) for k in range(steps)]
 
 
 def moments(gradients, beta, power):
@@ -55,9 +51,7 @@ def adamw_formula(parameter, gradients, lrs, *, beta1, beta2, eps, weight_decay)
 
 
 def zeros(name, parameter, optim=OptimConfig()):  # noqa: B008 - it is frozen
-    """What the engine would hold of a matrix before its first update."""
-    spec = Tensor("matrix.weight", tuple(parameter.shape), "weight")
-    return Groups(replace(optim, optimizer=name)).new_state(spec, parameter)
+    return new_state(replace(optim, optimizer=name), parameter)
 
 
 def run(rule, parameter, gradients, lrs, weight_decay):
@@ -148,24 +142,9 @@ def test_sgd_is_its_formula_and_torchs_at_every_step(momentum, weight_decay) -> 
         torch.testing.assert_close(value, theirs.detach(), rtol=1e-12, atol=1e-14)
 
 
-def test_several_tensors_are_updated_as_if_alone() -> None:
-    optim = OptimConfig(sgd_momentum=0.9)
-    assert set(RULES) == {"adam", "sgd", "apex-adam"}
-    for name in ("adam", "sgd"):  # the third has a file of its own
-        rule = RULES[name](optim)
-        tensors = [drawn((n, 2))[0] for n in (1, 4, 3)]
-        gradients = [drawn((n, 2))[1][0] for n in (1, 4, 3)]
-        together = [t.clone() for t in tensors]
-        rule.update(
-            together, gradients, [zeros(name, t) for t in tensors],
-            steps=2, lr=0.1, weight_decay=0.1,
-        )  # fmt: skip
-        for tensor, gradient, result in zip(tensors, gradients, together, strict=True):
-            alone = tensor.clone()
-            rule.update([alone], [gradient], [zeros(name, alone)], steps=2, lr=0.1,
-                        weight_decay=0.1)  # fmt: skip
-            torch.testing.assert_close(result, alone, rtol=1e-14, atol=0)
-        rule.update([], [], [], steps=0, lr=0.1, weight_decay=0.1)  # a rank may own nothing
+@pytest.mark.parametrize("name", [name for name in RULES if name != "apex-adam"])
+def test_several_tensors_are_updated_as_if_alone(name: str) -> None:
+    require_each_alone(OptimConfig(optimizer=name))
 
 
 def test_the_states_of_an_optimizer_are_named_beside_its_rule_alone() -> None:
@@ -191,36 +170,50 @@ def test_the_flags_reach_the_rules() -> None:
     assert RULES["sgd"](optim) == SGD(momentum=0.6)
 
 
-@pytest.mark.parametrize("case", ["adam", "adam, bf16 moments", "sgd", "sgd, momentum"])
-def test_an_update_that_the_device_does_not_take_changes_no_bit(case: str) -> None:
-    momentum = 0.9 if case.endswith("momentum") else 0.0
-    rule = RULES[case.split(",")[0]](OptimConfig(sgd_momentum=momentum))
-    moments = torch.bfloat16 if "bf16" in case else torch.float32
-    values, gradients = drawn(dtype=torch.float32)
-    values[0, 0] = -0.0
-    names = {"adam": ["exp_avg", "exp_avg_sq"]}.get(
-        case.split(",")[0], ["momentum"][: bool(momentum)]
-    )
-    held = {at: [values.clone(), {n: torch.zeros_like(values, dtype=moments) for n in names}]
-            for at in ("waits", "decided", "left out")}  # fmt: skip
+BF16 = {"use_precision_aware_optimizer": True, "exp_avg_dtype": "bf16"}
 
-    def update(at: str, gradient: torch.Tensor, steps: int, **decided: torch.Tensor) -> None:
-        parameter, state = held[at]
-        rule.update(
-            [parameter], [gradient], [state], steps=steps, lr=1e-2, weight_decay=0.1, **decided
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"optimizer": "adam"},
+        {"optimizer": "adam", "exp_avg_sq_dtype": "bf16", **BF16},
+        {"optimizer": "sgd", "sgd_momentum": 0.0},
+        {"optimizer": "sgd"},
+        {"optimizer": "lion"},
+        {"optimizer": "lion", **BF16},
+    ],
+    ids=lambda settings: ", ".join(map(str, settings.values())),
+)
+def test_an_update_that_the_device_does_not_take_changes_no_bit(settings) -> None:
+    require_left_out(OptimConfig(**settings))
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_lion_is_its_program_at_every_step(weight_decay) -> None:
+    """arXiv:2302.06675, program 1, in numbers of numpy's."""
+    parameter, gradients = drawn()
+    optim = OptimConfig(optimizer="lion", lion_beta1=0.8, lion_beta2=0.97)
+    rule, ours, state = RULES["lion"](optim), parameter.clone(), new_state(optim, parameter)
+    theta, m = parameter.numpy().copy(), 0.0
+    for step, (gradient, lr) in enumerate(zip(gradients, LEARNING_RATES, strict=True)):
+        rule.update([ours], [gradient], [state], steps=step, lr=lr, weight_decay=weight_decay)
+        g = gradient.numpy()
+        theta = theta - lr * (np.sign(0.8 * m + (1 - 0.8) * g) + weight_decay * theta)
+        m = 0.97 * m + (1 - 0.97) * g
+        np.testing.assert_allclose(ours.numpy(), theta, rtol=1e-13, atol=1e-15)
+        np.testing.assert_allclose(state["exp_avg"].numpy(), m, rtol=1e-12, atol=1e-15)
+
+
+def test_tensors_larger_than_a_portion_are_updated_whole() -> None:
+    """Cut by rows on the way; with bf16 moments, too."""
+    parameter, (gradient,) = drawn((700, 500), 1, torch.float32)
+    for narrow in ({}, BF16):
+        optim = OptimConfig(optimizer="lion", **narrow)
+        ours, state = parameter.clone(), new_state(optim, parameter)
+        rule = RULES["lion"](optim)
+        rule.update([ours], [gradient], [state], steps=0, lr=1e-2, weight_decay=0.0)
+        torch.testing.assert_close(ours, parameter - 1e-2 * gradient.sign())
+        torch.testing.assert_close(
+            state["exp_avg"].float(), 0.02 * gradient, rtol=2**-7 if narrow else 1e-6, atol=0
         )
-
-    def bits(at: str) -> list[bytes]:
-        parameter, state = held[at]
-        tensors = [parameter, *state.values()]
-        return [x.view(torch.uint8).numpy().tobytes() for x in tensors]
-
-    yes, no = torch.tensor(True), torch.tensor(False)
-    for steps, gradient in enumerate(gradients):
-        update("waits", gradient, steps)
-        update("decided", gradient, steps, taken=yes)
-        update("left out", gradient, steps, taken=yes)
-        bad = gradient.clone()
-        bad[1, 1], bad[2, 2] = math.nan, math.inf
-        update("left out", bad, steps + 1, taken=no)
-        assert bits("decided") == bits("waits") == bits("left out")

@@ -93,6 +93,8 @@ RANGES: Mapping[str, ValueRange] = {
     "optim.adam_beta1": _SHARE,
     "optim.adam_beta2": _SHARE,
     "optim.adam_eps": _POSITIVE,
+    "optim.lion_beta1": _SHARE,
+    "optim.lion_beta2": _SHARE,
     "optim.sgd_momentum": _SHARE,
     "optim.clip_grad": _NOT_NEGATIVE,
     "learning_rate.lr": _POSITIVE,

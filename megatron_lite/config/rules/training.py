@@ -208,18 +208,26 @@ def weight_decay(config: RunConfig, world_size: int) -> Iterator[str]:
             yield f"--weight-decay-incr-style {style} needs {flag}"
 
 
+_MOMENTS_OF = {"--exp-avg-dtype": ("adam", "lion"), "--exp-avg-sq-dtype": ("adam",)}
+"""Whose moments a flag is about."""
+
+
 def moments(config: RunConfig, world_size: int) -> Iterator[str]:
     """Moments in bf16 are asked for whole, and of the optimizer that has them."""
     o = config.optim
     asked = {"--exp-avg-dtype": o.exp_avg_dtype, "--exp-avg-sq-dtype": o.exp_avg_sq_dtype}
-    narrow = " ".join(f"{flag} {kept}" for flag, kept in asked.items() if kept != "fp32")
+    narrow = {flag: kept for flag, kept in asked.items() if kept != "fp32"}
     if narrow and not o.use_precision_aware_optimizer:
-        yield f"{narrow} needs --use-precision-aware-optimizer; add it, or leave moments in fp32"
-    elif narrow and o.optimizer != "adam":
-        yield (
-            f"{narrow} is about the moments of --optimizer adam, and --optimizer {o.optimizer} has "
-            "none that can be; drop it with --use-precision-aware-optimizer"
-        )
+        said = " ".join(f"{flag} {kept}" for flag, kept in narrow.items())
+        yield f"{said} needs --use-precision-aware-optimizer; add it, or leave moments in fp32"
+        return
+    for flag, kept in narrow.items():
+        able = _MOMENTS_OF[flag]
+        if o.optimizer not in able:
+            yield (
+                f"{flag} {kept} is about a moment of --optimizer {' and '.join(able)}, and "
+                f"--optimizer {o.optimizer} has none that can be; drop it"
+            )
 
 
 def per_token_loss(config: RunConfig, world_size: int) -> Iterator[str]:

@@ -10,11 +10,11 @@ from typing import Literal
 class OptimConfig:
     """Update rule, weight decay and clipping."""
 
-    optimizer: str = field(default="adam", metadata={"rows": ("adam", "sgd", "apex-adam")})
+    optimizer: str = field(default="adam", metadata={"rows": ("adam", "sgd", "lion", "apex-adam")})
     """Update rule; adam is AdamW (decoupled weight decay), apex-adam the same by apex's kernel on a GPU."""
 
     weight_decay: float = 0.01
-    """Weight decay of matrices, decoupled with adam, coupled with sgd; biases and norms have none."""
+    """Weight decay of matrices, coupled with sgd, decoupled else; biases and norms have none."""
 
     start_weight_decay: float | None = None
     """Weight decay at the start where --weight-decay-incr-style is not constant."""
@@ -35,10 +35,10 @@ class OptimConfig:
     """Added to the root of Adam's second moment."""
 
     use_precision_aware_optimizer: bool = False
-    """Let --exp-avg-dtype and --exp-avg-sq-dtype say what Adam's moments are kept in."""
+    """Let --exp-avg-dtype and --exp-avg-sq-dtype say what moments are kept in."""
 
     exp_avg_dtype: Literal["fp32", "bf16"] = "fp32"
-    """Number format of Adam's first moment; needs --use-precision-aware-optimizer."""
+    """Number format of the first moment (adam, lion); needs --use-precision-aware-optimizer."""
 
     exp_avg_sq_dtype: Literal["fp32", "bf16"] = "fp32"
     """Number format of Adam's second moment, which fp16 is too narrow for; needs the same."""
@@ -46,12 +46,18 @@ class OptimConfig:
     sgd_momentum: float = 0.9
     """Momentum of SGD."""
 
+    lion_beta1: float = 0.95
+    """Share of the momentum in the mean whose sign is Lion's step."""
+
+    lion_beta2: float = 0.98
+    """Decay of Lion's momentum."""
+
     clip_grad: float = 1.0
     """Largest global gradient norm; 0 switches clipping off."""
 
     @property
     def moments(self) -> tuple[Literal["fp32", "bf16"], Literal["fp32", "bf16"]]:
-        """What Adam's first and second moment are kept in."""
+        """What first and second moments are kept in."""
         if not self.use_precision_aware_optimizer:
             return "fp32", "fp32"
         return self.exp_avg_dtype, self.exp_avg_sq_dtype
