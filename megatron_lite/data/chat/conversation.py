@@ -10,14 +10,13 @@ Special tokens are ids from the beginning.  Text of a message that looks like on
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
 
-from megatron_lite.config.errors import ConfigError, DataError
+from megatron_lite.config.errors import ConfigError
 from megatron_lite.data.chat.formats import BOS, CHAT_FORMATS, EOS, Message, Special, check_messages
+from megatron_lite.data.chat.pieces import Rendered, Rendering, TextGuards
 from megatron_lite.data.chat.templates import (
     Sandbox,
     ends_of_generation,
@@ -26,13 +25,6 @@ from megatron_lite.data.chat.templates import (
     template_of,
 )
 from megatron_lite.data.tokenizers.base import Tokenizer
-
-_GUARDS = [chr(n) for n in range(0xFDD0, 0xFDF0)]
-"""Noncharacters: no text has a reason to hold one."""
-
-
-Rendered: TypeAlias = "str | int"
-"""A text, or the id of a special token."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,29 +102,31 @@ class Renderer:
 
         asks: up to where the next answer begins, with what the template puts before it.
         """
+        return self.rendering(messages, asks=asks).pieces
+
+    def rendering(self, messages: Sequence[Message], *, asks: bool) -> Rendering:
+        """The pieces, and what the template says is the assistant's."""
         if self.template is not None:
             return self._by_template(self.template, messages, asks)
         found = CHAT_FORMATS[self.name].pieces(messages, asks)
-        return [
-            piece if isinstance(piece, str) else self.vocabulary.token(piece)
-            for piece in _joined(found)
-        ]
+        return Rendering(
+            [
+                piece if isinstance(piece, str) else self.vocabulary.token(piece)
+                for piece in _joined(found)
+            ]
+        )
 
-    def _by_template(
-        self, template: str, messages: Sequence[Message], asks: bool
-    ) -> list[Rendered]:
-        special = sorted(self.vocabulary.special, key=len, reverse=True)
-        guard = _unused(template, *(message.content for message in messages))
+    def _by_template(self, template: str, messages: Sequence[Message], asks: bool) -> Rendering:
+        special = self.vocabulary.special
+        guards = TextGuards.beside(template, *(message.content for message in messages))
         guarded = [
-            {"role": message.role, "content": _guarded(message.content, special, guard)}
+            {"role": message.role, "content": guards.around(message.content, special)}
             for message in messages
         ]
         variables = {**self.variables, "messages": guarded, "add_generation_prompt": asks}
-        text = self.sandbox.render(template, variables, self.name)
-        parts = re.split(f"({'|'.join(map(re.escape, special))})", text) if special else [text]
-        ids = self.vocabulary.special
-        found = (ids[part] if part in ids else part.replace(guard, "") for part in parts)
-        return [piece for piece in found if piece != ""]
+        written = self.sandbox.render(template, variables, self.name, (guards.begin, guards.end))
+        found = guards.parted(written.text, special, self.name)
+        return found if written.has_blocks else Rendering(found.pieces)
 
 
 def _joined(pieces: Iterator[str | Special]) -> Iterator[str | Special]:
@@ -148,30 +142,6 @@ def _joined(pieces: Iterator[str | Special]) -> Iterator[str | Special]:
         text = ""
     if text:
         yield text
-
-
-def _unused(*texts: str) -> str:
-    """A guard that none of the texts holds."""
-    for guard in _GUARDS:
-        if not any(guard in text for text in texts):
-            return guard
-    raise DataError(
-        "the conversation holds every noncharacter from U+FDD0 to U+FDEF: leave one out"
-    )
-
-
-def _guarded(content: str, special: Sequence[str], guard: str) -> str:
-    """The content, in which no special token stands, nor with what a template puts around it."""
-    for token in special:
-        content = content.replace(token, token[0] + guard + token[1:])
-    body = content.strip()
-    if not body:
-        return content
-    front, behind = content[: content.index(body)], content[content.index(body) + len(body) :]
-    within = any(body in token for token in special)
-    opens = within or any(body.startswith(t[n:]) for t in special for n in range(1, len(t)))
-    closes = any(body.endswith(t[:n]) for t in special for n in range(1, len(t)))
-    return f"{front}{guard if opens else ''}{body}{guard if closes else ''}{behind}"
 
 
 def renderer_of(

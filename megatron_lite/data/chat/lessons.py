@@ -1,6 +1,8 @@
 """What of a conversation is learned: the answers and the token that ends each, and nothing else.
 
-Where an answer begins and ends is asked of the template, never searched for in the text:
+Where an answer begins and ends is asked of the template, never searched for in the text.  One that says
+so by {% generation %} ... {% endgeneration %} is believed: what it writes there is learned, and only that.
+Of another:
 
     prompt   the conversation up to the answer, as the model is asked         ... assistant\\n
     answered the conversation up to the answer, as it stands when it is over  ... assistant\\nYes.<end>\\n
@@ -18,8 +20,9 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from megatron_lite.config.errors import DataError
-from megatron_lite.data.chat.conversation import ChatVocabulary, Rendered, Renderer
+from megatron_lite.data.chat.conversation import ChatVocabulary, Renderer
 from megatron_lite.data.chat.formats import Message, check_turns
+from megatron_lite.data.chat.pieces import GenerationBlock, Rendered, TextPlace
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,18 +51,12 @@ class Lesson:
     ends: frozenset[int]
 
 
-class _Place(NamedTuple):
-    """Between two characters: a piece of a rendering, and how many of its characters are before."""
-
-    piece: int
-    characters: int
-
-
 class _Span(NamedTuple):
-    """An answer: from a place up to the piece that ends it, which belongs to it."""
+    """What is learned, between two places; ending: the piece with the token that ends it."""
 
-    begin: _Place
-    end: int
+    begin: TextPlace
+    end: TextPlace
+    ending: int
 
 
 def lessons_of(renderer: Renderer, dialogue: Dialogue) -> list[Lesson]:
@@ -69,12 +66,44 @@ def lessons_of(renderer: Renderer, dialogue: Dialogue) -> list[Lesson]:
     """
     messages = dialogue.messages
     check_turns(messages)
-    whole = renderer.pieces(messages, asks=False)
+    whole, blocks = renderer.rendering(messages, asks=False)
+    if blocks is not None:
+        return [_lesson(renderer, whole, _spans_of_blocks(renderer, dialogue, whole, blocks))]
     spans = [_span(renderer, messages, number, whole) for number in sorted(dialogue.learned)]
     found = [span for span in spans if span is not None]
     if len(found) == len(spans):
         return [_lesson(renderer, whole, found)]
     return [_alone(renderer, messages, number) for number in sorted(dialogue.learned)]
+
+
+def _spans_of_blocks(
+    renderer: Renderer,
+    dialogue: Dialogue,
+    whole: Sequence[Rendered],
+    blocks: Sequence[GenerationBlock],
+) -> list[_Span]:
+    """Of all blocks, or of those of the answers that are learned."""
+    answers = Dialogue.of(dialogue.messages).learned
+    if dialogue.learned != answers:
+        if len(blocks) != len(answers):
+            raise DataError(
+                f"{renderer.name}: this chat template writes {len(blocks)} {{% generation %}} blocks for "
+                f"{len(answers)} answers, so that nothing says which are of those that are only read"
+            )
+        each = zip(sorted(answers), blocks, strict=True)
+        blocks = [block for number, block in each if number in dialogue.learned]
+    spans = []
+    for begin, end in blocks:
+        special = [n for n in range(begin.piece, end.piece) if isinstance(whole[n], int)]
+        behind = whole[end.piece] if end.characters else ""
+        if not special or (isinstance(behind, str) and behind[: end.characters].strip()):
+            raise DataError(
+                f"{renderer.name}: this chat template has no special token at the end of what stands in "
+                "{% generation %}: a model would never learn to stop - put {% endgeneration %} behind the "
+                "token that ends an answer"
+            )
+        spans.append(_Span(begin, end, special[-1]))
+    return spans
 
 
 def _alone(renderer: Renderer, messages: Sequence[Message], number: int) -> Lesson:
@@ -108,21 +137,21 @@ def _span(
             f"{renderer.name}: this chat template puts no special token behind an answer: a model would "
             "never learn to stop - choose another with --chat-template"
         )
-    return _Span(begin, special[-1])
+    return _Span(begin, TextPlace(special[-1] + 1, 0), special[-1])
 
 
-def _place(beginning: Sequence[Rendered], whole: Sequence[Rendered]) -> _Place | None:
+def _place(beginning: Sequence[Rendered], whole: Sequence[Rendered]) -> TextPlace | None:
     """Where a rendering ends in another; None where it is no beginning of it."""
     if not beginning:
-        return _Place(0, 0)
+        return TextPlace(0, 0)
     last = len(beginning) - 1
     if list(whole[:last]) != list(beginning[:last]) or len(whole) <= last:
         return None
     mine, theirs = beginning[last], whole[last]
     if mine == theirs:
-        return _Place(last + 1, 0)
+        return TextPlace(last + 1, 0)
     if isinstance(mine, str) and isinstance(theirs, str) and theirs.startswith(mine):
-        return _Place(last, len(mine))
+        return TextPlace(last, len(mine))
     return None
 
 
@@ -132,13 +161,18 @@ def _lesson(renderer: Renderer, whole: Sequence[Rendered], spans: Sequence[_Span
     for piece in whole:
         begins.append(len(ids))
         ids += renderer.encode([piece])
+
+    def tokens_before(place: TextPlace) -> int:
+        if not place.characters:
+            return begins[place.piece] if place.piece < len(whole) else len(ids)
+        inside = _tokens_before(renderer, whole[place.piece], place.characters)
+        return begins[place.piece] + inside
+
     mask = [0] * len(ids)
     for span in spans:
-        at = span.begin.piece
-        first = begins[at] + _tokens_before(renderer, whole[at], span.begin.characters)
-        last = begins[span.end]
-        mask[first : last + 1] = [1] * (last + 1 - first)
-    return Lesson(ids, mask, frozenset(_token(whole[span.end]) for span in spans))
+        first, last = tokens_before(span.begin), tokens_before(span.end)
+        mask[first:last] = [1] * (last - first)
+    return Lesson(ids, mask, frozenset(_token(whole[span.ending]) for span in spans))
 
 
 def _token(piece: Rendered) -> int:
@@ -151,8 +185,6 @@ def _tokens_before(renderer: Renderer, piece: Rendered, characters: int) -> int:
 
     One that begins before and ends behind counts: no prompt ends inside of it, so it is not learned.
     """
-    if not characters:
-        return 0
     assert isinstance(piece, str), piece
     vocabulary, before = renderer.vocabulary, piece[:characters]
     head, ids = vocabulary.text(before), vocabulary.text(piece)

@@ -15,7 +15,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from megatron_lite.config.errors import ConfigError, DataError
 from megatron_lite.config.extras import how_to_install
@@ -39,6 +39,13 @@ class TemplateLimits:
     memory: int = 1 << 30
 
 
+class TemplateText(NamedTuple):
+    """What a template wrote; has_blocks: it says by {% generation %} what the assistant's is."""
+
+    text: str
+    has_blocks: bool
+
+
 @dataclass(slots=True)
 class Sandbox:
     """The process in which templates are rendered; started when it is first needed."""
@@ -46,16 +53,26 @@ class Sandbox:
     limits: TemplateLimits = field(default_factory=TemplateLimits)
     _process: subprocess.Popen[bytes] | None = None
 
-    def render(self, template: str, variables: Mapping[str, Any], where: str) -> str:
-        """DataError where the template fails, or takes more than it may."""
-        asked = {"template": template, "variables": variables, "longest": self.limits.characters}
+    def render(
+        self,
+        template: str,
+        variables: Mapping[str, Any],
+        where: str,
+        marks: tuple[str, str] = ("", ""),
+    ) -> TemplateText:
+        """DataError where the template fails, or takes more than it may.
+
+        marks: written before and behind what stands in a generation block.
+        """
+        asked = {"template": template, "variables": variables, "marks": marks,
+                 "longest": self.limits.characters}  # fmt: skip
         answer = self._asked(json.dumps(asked).encode() + b"\n", where)
         if "error" in answer:
             raise DataError(
                 f"{where}: the chat template cannot be rendered: {answer['error']} - correct it, or "
                 "choose another with --chat-template"
             )
-        return str(answer["text"])
+        return TemplateText(str(answer["text"]), bool(answer["blocks"]))
 
     def close(self) -> None:
         """End the process."""
