@@ -315,8 +315,7 @@ def _curve(config: RunConfig, blueprint: Blueprint) -> tuple[Point, ...]:
     schedule = LearningRateSchedule.from_config(
         config.learning_rate, config.train, blueprint.batch_schedule.samples_after
     )
-    bends = (schedule.warmup_samples, schedule.decay_samples)
-    return run_curve(blueprint, schedule.at, bends=bends)
+    return run_curve(blueprint, schedule.at, bends=schedule.bends())
 
 
 def _require_model(config: RunConfig, world: int) -> None:

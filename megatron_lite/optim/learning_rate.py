@@ -6,6 +6,8 @@
     |  /          \\________     after the decay: --min-lr
     +-----------------------> samples of successful steps
 
+--lr-restarts N divides a cosine's decay into N + 1 equal cycles, each from --lr to --min-lr.
+
 The counter is the number of samples of *successful* steps (a step skipped by fp16 does not move
 it).  A step uses the value at the samples before it, so the very first step has lr 0 after a
 warm-up from 0; the log shows the value at the samples after it.  Both are Megatron's conventions.
@@ -40,6 +42,7 @@ class LearningRateSchedule:
     warmup_init: float = 0.0
     wsd_style: FinalStyle = "exponential"
     wsd_samples: float = 0.0
+    restarts: int = 0
 
     @classmethod
     def from_config(
@@ -54,6 +57,12 @@ class LearningRateSchedule:
         if lr.lr_warmup_fraction is not None:
             warmup = lr.lr_warmup_fraction * decay
         problems = _problems(lr, decay=decay, warmup=warmup, wsd=wsd)
+        shortest = (decay - warmup) / (lr.lr_restarts + 1)
+        if lr.lr_restarts and shortest < 2 * samples_after(1):
+            problems.append(
+                f"--lr-restarts {lr.lr_restarts} makes cycles of {shortest:g} samples, less than two "
+                f"steps of {samples_after(1)}; lower it"
+            )
         if problems:
             raise all_together(problems, "with the learning rate")
         assert lr.lr is not None, "a missing --lr is one of the problems"
@@ -66,7 +75,19 @@ class LearningRateSchedule:
             warmup_init=lr.lr_warmup_init,
             wsd_style=lr.lr_wsd_decay_style,
             wsd_samples=wsd,
+            restarts=lr.lr_restarts,
         )
+
+    def bends(self) -> list[float]:
+        """Samples where the curve changes its course, in order: ends of warm-up, cycles and decay."""
+        if self.style == "constant":
+            return [self.warmup_samples]
+        within = []
+        if self.style == "WSD":
+            within = [self.decay_samples - self.wsd_samples]
+        cycles, length = self.restarts + 1, self.decay_samples - self.warmup_samples
+        within += [self.warmup_samples + length * k / cycles for k in range(1, cycles)]
+        return [self.warmup_samples, *within, self.decay_samples]
 
     def decoupled(self, lr: LearningRateConfig) -> LearningRateSchedule | None:
         """The same curve between --decoupled-lr and --decoupled-min-lr; None where it is not asked for."""
@@ -96,8 +117,16 @@ class LearningRateSchedule:
             return 1.0 if past <= 0 else _wsd_remaining(self.wsd_style, past / self.wsd_samples)
         done = (n - self.warmup_samples) / (self.decay_samples - self.warmup_samples)
         if self.style == "cosine":
-            return 0.5 * (math.cos(math.pi * done) + 1.0)
+            return 0.5 * (math.cos(math.pi * self._of_the_cycle(n)) + 1.0)
         return 1.0 - done
+
+    def _of_the_cycle(self, n: int) -> float:
+        """Share of n's cycle that is over; a cycle's end is the next one's start, the last one's the end."""
+        length = self.decay_samples - self.warmup_samples
+        if n >= self.decay_samples:
+            return 1.0
+        # multiplied first: whole numbers, so that no rounding puts a restart into the cycle before it
+        return (n - self.warmup_samples) * (self.restarts + 1) % length / length
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -24,6 +24,7 @@ _MEANS: Mapping[str, str] = MappingProxyType(
             "samples until the decay ends (--lr-decay-iters or --lr-decay-samples; without them "
             "--train-iters or --train-samples)"
         ),
+        "learning_rate.restarts": "--lr-restarts",
         "learning_rate.warmup_samples": (
             "samples of warm-up (--lr-warmup-iters, --lr-warmup-samples or --lr-warmup-fraction)"
         ),

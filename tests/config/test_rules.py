@@ -186,6 +186,7 @@ BAD = [
         "is longer than the whole decay, 100 iters",
     ),
     ("--lr-wsd-decay-iters 5", 1, "--lr-wsd-decay-iters 5 needs --lr-decay-style WSD"),
+    ("--lr-restarts 2", 1, "--lr-restarts 2 needs --lr-decay-style cosine; it is linear"),
     (
         "--override-opt-param-scheduler --use-checkpoint-opt-param-scheduler",
         1,

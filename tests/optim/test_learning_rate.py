@@ -141,6 +141,10 @@ def test_a_run_by_samples_equals_the_run_by_iterations() -> None:
         (LearningRateConfig(lr=1e-4, lr_warmup_iters=100), "warm-up of 400 samples"),
         (LearningRateConfig(lr=1e-4, lr_decay_iters=0), "the decay is 0 samples"),
         (LearningRateConfig(lr=1e-4, lr_decay_style="WSD"), "--lr-wsd-decay-iters"),
+        (
+            LearningRateConfig(lr=1e-4, lr_decay_style="cosine", lr_restarts=79),
+            "--lr-restarts 79 makes cycles of 5 samples, less than two steps of 4",
+        ),
     ],
 )
 def test_a_curve_that_cannot_be_is_a_config_error(lr: LearningRateConfig, words: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_lite.optim.learning_rate import LearningRateSchedule, WeightDecaySchedule
+from tests.support.extras import needs
 
 PEAK, LOW, START = 3e-3, 2e-4, 1e-5
 
@@ -28,7 +30,9 @@ FINAL = {
 }
 
 
-def formula(style: str, n: int, warmup: int, decay: int, final: str, last: int) -> float:
+def formula(
+    style: str, n: int, warmup: int, decay: int, final: str, last: int, cycles: int
+) -> float:
     if n <= warmup and warmup:
         return START + (PEAK - START) * n / warmup
     if style == "constant":
@@ -40,7 +44,8 @@ def formula(style: str, n: int, warmup: int, decay: int, final: str, last: int) 
     if style == "WSD":
         past = n - (decay - last)
         return PEAK if past <= 0 else LOW + (PEAK - LOW) * FINAL[final](past / last)
-    return LOW + (PEAK - LOW) * SHARE[style]((n - warmup) / (decay - warmup))
+    over, into = divmod(Fraction((n - warmup) * cycles, decay - warmup), 1)
+    return LOW + (PEAK - LOW) * SHARE[style](1.0 if over == cycles else float(into))
 
 
 @given(
@@ -49,17 +54,22 @@ def formula(style: str, n: int, warmup: int, decay: int, final: str, last: int) 
     warmup=st.integers(0, 1000),
     rest=st.integers(1, 10**6),
     last=st.integers(1, 10**6),
+    cycles=st.integers(1, 9),
     where=st.floats(0.0, 1.2),
 )
-def test_the_curve_is_the_formula_everywhere(style, final, warmup, rest, last, where) -> None:
+def test_the_curve_is_the_formula_everywhere(
+    style, final, warmup, rest, last, cycles, where
+) -> None:
     decay = warmup + rest
     last = min(last, rest)
+    cycles = cycles if style == "cosine" else 1
     schedule = LearningRateSchedule(
         max_lr=PEAK, min_lr=LOW, style=style, decay_samples=decay, warmup_samples=warmup,
-        warmup_init=START, wsd_style=final, wsd_samples=last,
+        warmup_init=START, wsd_style=final, wsd_samples=last, restarts=cycles - 1,
     )  # fmt: skip
-    for n in {0, warmup, warmup + 1, decay - 1, decay, decay + 1, int(where * decay)}:
-        expected = formula(style, n, warmup, decay, final, last)
+    borders = {round(bend) + side for bend in schedule.bends() for side in (-1, 0, 1)}
+    for n in {0, *(abs(border) for border in borders), int(where * decay)}:
+        expected = formula(style, n, warmup, decay, final, last, cycles)
         assert schedule.at(n) == pytest.approx(expected, rel=1e-12)
         # one unit in the last place: the sum of the warm-up is Megatron's, rounding and all
         assert min(START, LOW) <= schedule.at(n) <= PEAK * (1 + 1e-15)
@@ -88,6 +98,31 @@ def test_warm_up_and_decay_are_torchs_schedulers_one_after_the_other(style) -> N
         assert ours.at(n) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-9), n
         optimizer.step()
         theirs.step()
+
+
+@pytest.mark.parametrize(("low", "cycles"), [(0.0, 1), (0.0, 3), (LOW, 4)])
+def test_restarts_are_transformers_hard_restarts(low: float, cycles: int) -> None:
+    """Their num_cycles is one more than our restarts; their floor is 0, ours --min-lr."""
+    theirs_of = needs(
+        "transformers.optimization"
+    ).get_cosine_with_hard_restarts_schedule_with_warmup
+    # 128 steps of decay: quotients by it are exact, also where a cycle begins
+    warmup, total = 16, 144
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    theirs = theirs_of(optimizer, warmup, total, cycles)
+    ours = LearningRateSchedule(
+        max_lr=PEAK, min_lr=low, style="cosine", decay_samples=total, warmup_samples=warmup,
+        restarts=cycles - 1,
+    )  # fmt: skip
+    peaks = 0
+    for n in range(total + 3):
+        share = optimizer.param_groups[0]["lr"]
+        expected = low + (PEAK - low) * share if n >= warmup else PEAK * share
+        assert ours.at(n) == pytest.approx(expected, rel=1e-12, abs=1e-18), n
+        peaks += ours.at(n) == PEAK
+        optimizer.step()
+        theirs.step()
+    assert cycles == 3 or peaks == cycles
 
 
 @given(

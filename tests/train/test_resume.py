@@ -35,6 +35,7 @@ BIT_EXACT = {
     "accumulation": (1, "--global-batch-size 16"),
     "sgd": (1, "--optimizer sgd"),
     "workers": (1, "--num-workers 2"),
+    "restarts": (1, "--lr-warmup-iters 0 --lr-restarts 1"),
 }
 
 
@@ -61,6 +62,8 @@ def test_two_steps_and_two_more_are_four(name: str, data: list[str], tmp_path: P
         assert any(not r.skipped_iterations for r in steps(again))
     if name == "ramp-up":
         assert len({r.global_batch_size for r in steps(once)}) > 1
+    if name == "restarts":
+        assert [r.learning_rate for r in steps(once)] == [5e-3, 1e-2, 5e-3, 0.0]
 
 
 def test_a_stop_by_interval_and_a_second_call_make_one_run(data: list[str], folder: Path) -> None:
@@ -119,10 +122,10 @@ def test_changed_learning_rate_flags_are_refused_with_both_values(
     data: list[str], folder: Path
 ) -> None:
     saved(data, folder)
-    changed = ["--lr", "2e-2", "--weight-decay", "0.1"]
-    done = resumed_with(data, folder, *changed)
+    changed = ["--lr", "2e-2", "--weight-decay", "0.1", "--lr-warmup-iters", "0"]
+    done = resumed_with(data, folder, *changed, "--lr-restarts", "1")
     assert done.rc == CheckpointError.exit_code
-    assert "--lr: 0.01 -> 0.02" in done.err
+    assert "--lr: 0.01 -> 0.02" in done.err and "--lr-restarts: 0 -> 1" in done.err
     assert "weight decay at the end (--weight-decay, --end-weight-decay): 0.01 -> 0.1" in done.err
     assert "--override-opt-param-scheduler" in done.err
     assert "--use-checkpoint-opt-param-scheduler" in done.err

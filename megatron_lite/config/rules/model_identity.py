@@ -182,7 +182,7 @@ ELSEWHERE: Mapping[str, str] = MappingProxyType(
                 "optim.weight_decay_incr_style",
                 *(f"learning_rate.{name}" for name in (
                     "lr", "min_lr", "decoupled_lr", "decoupled_min_lr", "lr_decay_style",
-                    "lr_decay_iters", "lr_decay_samples",
+                    "lr_decay_iters", "lr_decay_samples", "lr_restarts",
                     "lr_warmup_fraction", "lr_warmup_iters", "lr_warmup_samples", "lr_warmup_init",
                     "lr_wsd_decay_style", "lr_wsd_decay_iters", "lr_wsd_decay_samples",
                 )),

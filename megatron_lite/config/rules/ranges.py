@@ -103,6 +103,7 @@ RANGES: Mapping[str, ValueRange] = {
     "learning_rate.decoupled_min_lr": _NOT_NEGATIVE,
     "learning_rate.lr_decay_iters": _SIZE,
     "learning_rate.lr_decay_samples": _SAMPLES,
+    "learning_rate.lr_restarts": _COUNT,
     "learning_rate.lr_warmup_fraction": _SHARE,
     "learning_rate.lr_warmup_iters": _COUNT,
     "learning_rate.lr_warmup_samples": _SAMPLES_OR_NONE,

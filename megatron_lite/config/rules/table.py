@@ -82,6 +82,7 @@ CONFIG_RULES: tuple[Rule, ...] = (
     Rule(training.learning_rate, ("learning_rate.lr",)),
     Rule(training.warm_up),
     Rule(training.stable_decay),
+    Rule(training.restarts),
     Rule(training.scheduler_on_resume),
     Rule(training.weight_decay),
     Rule(training.moments),

@@ -180,6 +180,15 @@ def stable_decay(config: RunConfig, world_size: int) -> Iterator[str]:
         yield f"--lr-wsd-decay-{unit} {wsd} is longer than the whole decay, {decay} {unit}"
 
 
+def restarts(config: RunConfig, world_size: int) -> Iterator[str]:
+    """Only a cosine starts again."""
+    lr = config.learning_rate
+    if lr.lr_restarts and lr.lr_decay_style != "cosine":
+        yield (
+            f"--lr-restarts {lr.lr_restarts} needs --lr-decay-style cosine; it is {lr.lr_decay_style}"
+        )
+
+
 def scheduler_on_resume(config: RunConfig, world_size: int) -> Iterator[str]:
     """Either the flags or the checkpoint decide the schedule."""
     lr = config.learning_rate

@@ -88,6 +88,9 @@ class LearningRateConfig:
     lr_decay_samples: int | None = None
     """Samples until --min-lr; --train-samples by default."""
 
+    lr_restarts: int = 0
+    """Times that a cosine starts again at --lr: the decay is of N + 1 equal cycles."""
+
     lr_warmup_fraction: float | None = None
     """Share of the decay that is warm-up."""
 
