@@ -14,6 +14,7 @@ from megatron_lite.blueprint.grid import RankGrid
 from megatron_lite.blueprint.holdings import Holding, holding
 from megatron_lite.blueprint.length import Length, run_length
 from megatron_lite.blueprint.optimizers import State, check_states, treatment
+from megatron_lite.blueprint.param_groups import check_groups
 from megatron_lite.blueprint.parameters import ParamSpec, table_of, total_size
 from megatron_lite.blueprint.schedules import SCHEDULES
 from megatron_lite.blueprint.schedules.actions import Lowered, Schedule
@@ -95,7 +96,9 @@ class Blueprint:
     @property
     def num_trained(self) -> int:
         """Those of them that are not frozen."""
-        return total_size(spec for spec in self.parameters if not spec.tensor.frozen)
+        return total_size(
+            spec for spec in self.parameters if not treatment(self.optim, spec.tensor).frozen
+        )
 
     def held(self, pp_rank: int) -> Holding:
         """What one rank (any tp and dp) of a pp rank holds."""
@@ -169,6 +172,7 @@ def draw_up(config: RunConfig, world_size: int) -> Blueprint:
     head = OBJECTIVES[train.objective].head
     figure = with_adapters(figure_of(model, padded, head), config.lora, model)
     parameters = table_of(figure, stages)
+    check_groups(config.optim, (spec.tensor for spec in parameters))
     check_states(config.optim, (spec.tensor for spec in parameters), grid.tp)
     return Blueprint(
         model=model,

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from megatron_lite.blueprint.figure.parts import Format
-from megatron_lite.blueprint.optimizers import state_bytes
+from megatron_lite.blueprint.optimizers import state_bytes, treatment
 from megatron_lite.blueprint.parameters import ParamSpec
 from megatron_lite.config.sections.optim import OptimConfig
 
@@ -43,7 +43,7 @@ def holding(
     for tensor in held.values():
         local = tensor.local(tp)
         formats[tensor.storage] = formats.get(tensor.storage, 0) + math.prod(local)
-        if not tensor.frozen:
+        if not treatment(optim, tensor).frozen:
             trained[tensor.storage] = trained.get(tensor.storage, 0) + math.prod(local)
         states += state_bytes(optim, tensor, local)
     return Holding(sum(formats.values()), formats, trained, states)

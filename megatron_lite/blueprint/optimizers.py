@@ -14,6 +14,7 @@ from functools import cache
 
 from megatron_lite.blueprint.figure.parts import FORMAT_BYTES, Format, Tensor
 from megatron_lite.config.errors import ConfigError
+from megatron_lite.config.param_groups import own_settings
 from megatron_lite.config.registry import Registry
 from megatron_lite.config.sections.optim import OptimConfig
 
@@ -46,12 +47,24 @@ class Treatment:
     rule: a row of optim/rules.py.  needs_whole_matrix: an element's update depends on others of
     other rows and columns.  first_update: so many updates of the run pass before its first; until
     then it is frozen, and its states are what they were at the start.
+    lr, weight_decay: factors on the run's; None: its kind decides whether it decays.
     """
 
     rule: str
     states: tuple[State, ...] = ()
     needs_whole_matrix: bool = False
     first_update: int = 0
+    lr: float = 1.0
+    weight_decay: float | None = None
+
+    @property
+    def frozen(self) -> bool:
+        """Whether no update ever changes the tensor."""
+        return self.first_update >= FOR_GOOD
+
+    def decay(self, tensor: Tensor) -> float:
+        """The factor on the run's weight decay."""
+        return float(tensor.decays) if self.weight_decay is None else self.weight_decay
 
     def needs(self, dim: int) -> bool:
         """Whether the rule must see the tensor whole along this dim: it cannot be cut there."""
@@ -92,18 +105,23 @@ OPTIMIZERS: Registry[Callable[[OptimConfig, Tensor], Treatment]] = Registry(
 
 
 def treatment(optim: OptimConfig, tensor: Tensor) -> Treatment:
-    """How the run's optimizer updates a tensor."""
-    if tensor.frozen:
+    """How the run's optimizer, or the one that --param-groups names, updates a tensor."""
+    own = own_settings(optim, tensor.name, tensor.kind)
+    if tensor.frozen or own.lr == 0.0:
         return FROZEN
-    how = OPTIMIZERS[optim.optimizer](optim, tensor)
+    name = own.rule or optim.optimizer
+    how = OPTIMIZERS[name](optim, tensor)
     if not isinstance(how, Treatment) or len({state.name for state in how.states}) < len(
         how.states
     ):
         raise ConfigError(
-            f"--optimizer {optim.optimizer}: its row of OPTIMIZERS gives {how!r} for {tensor.name}; it must "
+            f"--optimizer {name}: its row of OPTIMIZERS gives {how!r} for {tensor.name}; it must "
             "be a Treatment whose states have names of their own"
         )
-    return how
+    if own.lr == 1.0 and own.weight_decay is None:
+        return how
+    decay = how.weight_decay if own.weight_decay is None else own.weight_decay
+    return replace(how, lr=how.lr * own.lr, weight_decay=decay)
 
 
 def state_bytes(optim: OptimConfig, tensor: Tensor, local: Sequence[int]) -> int:

@@ -5,19 +5,23 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from megatron_lite.blueprint.draw_up import Blueprint
+from megatron_lite.blueprint.param_groups import group_lines
 from megatron_lite.blueprint.schedules.simulate import simulate
 from megatron_lite.blueprint.stage_cost import flops_cost
 from megatron_lite.blueprint.stages import StageLayers
+from megatron_lite.config.sections.optim import LearningRateConfig
 
 _PHASES_SHOWN = 6
 
 
-def describe(blueprint: Blueprint) -> str:
+def describe(blueprint: Blueprint, rates: LearningRateConfig | None = None) -> str:
     """The plan as lines of `topic   facts`: grid, parameters, batches, schedule, FLOPs, notes."""
+    groups = group_lines(blueprint.optim, rates, blueprint.parameters)
     topics = [
         ("grid", _grid(blueprint)),
         ("model", _model(blueprint)),
         ("parameters", _parameters(blueprint)),
+        ("groups", iter(groups)),
         ("batch", _batch(blueprint)),
         ("length", _length(blueprint)),
         ("schedule", _schedule(blueprint)),

@@ -90,7 +90,7 @@ def main(argv: Sequence[str]) -> int:
 def _plan(parsed: ParsedFlags) -> int:
     config, world_size = _checked(parsed)
     blueprint = draw_up(config, world_size)
-    print(describe(blueprint))
+    print(describe(blueprint, parsed.config.learning_rate))
     for line in _what_counts(config, blueprint):
         print(line)
     print("dry run: every rule holds; nothing was started")

@@ -128,7 +128,7 @@ class ZeroEngine:
 
     def _learns(self, local: LocalParameter) -> bool:
         """Whether any update changes it."""
-        return not all(piece.spec.frozen for piece in local.pieces)
+        return not all(self.groups.treatment(piece.spec).frozen for piece in local.pieces)
 
     def _trains(self, piece: ParameterPiece) -> bool:
         return self.groups.trains(piece.spec, self._steps)
@@ -141,10 +141,12 @@ class ZeroEngine:
             local.parameter.requires_grad_(any(map(self._trains, local.pieces)))
 
     def _hold(self, local: LocalParameter) -> Iterator[_Held]:
-        """The rows of this parameter that this rank updates: all, or its share."""
+        """The rows of this parameter that this rank updates: all, or its share; none of a frozen piece."""
         buckets = self._buckets[self._stage_of[local.parameter]]
         gradient = buckets.view(local)
         for piece, rows in buckets.owned(local):
+            if self.groups.treatment(piece.spec).frozen:
+                continue
             here = slice(piece.start + rows.start, piece.start + rows.stop)
             weight = local.parameter.detach()[here]
             master = weight if weight.dtype == torch.float32 else weight.float()

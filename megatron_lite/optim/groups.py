@@ -57,12 +57,21 @@ class Rates(NamedTuple):
 
 
 class ParameterGroup(NamedTuple):
-    """What the members of one group have in common; vocabulary: a row per token."""
+    """What the members of one group have in common.
+
+    lr, weight_decay: factors on this step's; vocabulary: a row per token.
+    """
 
     rule: str
-    decays: bool
+    lr: float
+    weight_decay: float
     vocabulary: bool
     first_update: int
+
+    @classmethod
+    def of(cls, spec: Spec, how: Treatment) -> ParameterGroup:
+        """The group of a canonical tensor that is treated so."""
+        return cls(how.rule, how.lr, how.decay(spec), spec.vocabulary, how.first_update)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,8 +110,7 @@ class Groups:
         for member in members:
             spec, how = member.spec, self.treatment(member.spec)
             if self.trains(spec, steps):
-                group = ParameterGroup(how.rule, spec.decays, spec.vocabulary, how.first_update)
-                found.setdefault(group, []).append(member)
+                found.setdefault(ParameterGroup.of(spec, how), []).append(member)
         return found
 
     @property
@@ -131,8 +139,8 @@ class Groups:
                 [member.gradient.to(member.master.dtype) for member in held],
                 [member.state for member in held],
                 steps=steps - group.first_update,
-                lr=rates.lr if decoupled is None else decoupled,
-                weight_decay=rates.weight_decay if group.decays else 0.0,
+                lr=group.lr * (rates.lr if decoupled is None else decoupled),
+                weight_decay=group.weight_decay * rates.weight_decay,
                 **decided,
             )
 

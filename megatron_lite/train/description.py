@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from megatron_lite.blueprint.draw_up import Blueprint
+from megatron_lite.blueprint.param_groups import group_lines
 from megatron_lite.config.objectives import has_segments
 from megatron_lite.config.sections.lora import LoraConfig
 from megatron_lite.config.sections.run import RunConfig
@@ -69,6 +70,7 @@ def _adapters(run: Run, lora: LoraConfig) -> list[str]:
 def description(run: Run, blueprint: Blueprint, config: RunConfig) -> list[str]:
     """The ranks, the length, and what was chosen for this device."""
     grid, ctx = blueprint.grid, run.ctx
+    groups = group_lines(config.optim, config.learning_rate, blueprint.parameters)
     segments = has_segments(
         config.train.objective, reset_attention_mask=config.data.reset_attention_mask
     )
@@ -77,6 +79,7 @@ def description(run: Run, blueprint: Blueprint, config: RunConfig) -> list[str]:
         f"x data-parallel {grid.dp} on {ctx.device.type}, {run.context.precision.name}",
         f"setting training iterations to {blueprint.train_iters}",
         *_adapters(run, config.lora),
+        *(f" > parameters: {line}" for line in groups),
         attention_line(run.context, config.train.micro_batch_size, segments=segments),
         *_waits(run),
         *_kernels(run),

@@ -108,12 +108,11 @@ def resume(
         told + changes + check_tokenizer(manifest, tokenizer, allowed=checkpoint.allow_data_change)
     )
     if with_optimizer:
-        _require_optimizer(run, manifest, checkpoint.load)
-    if with_optimizer and trains and not checkpoint.finetune:
-        schedules, said = _settle_schedules(manifest, learning_rate, schedules, checkpoint.load)
+        goes_on = trains and not checkpoint.finetune
+        schedules, said = _settle_updates(
+            run, manifest, learning_rate, schedules, checkpoint.load, goes_on=goes_on
+        )
         notices += said
-    if with_optimizer:
-        notices += _other_formats(run, manifest)
     known = before.rope_scaling_type == "clex" or model.rope_scaling_type != "clex"
     if not known:
         notices.append(
@@ -213,8 +212,8 @@ def _require_optimizer(run: Run, manifest: Manifest, folder: str) -> None:
         raise CheckpointError(
             f"checkpoint {manifest.iteration} in {folder} holds no state of this optimizer"
             f"{some if len(missing) < len(names) else ''} (it was "
-            "saved with --no-save-optim or another --optimizer): add --no-load-optim to resume with "
-            "a fresh one, or --finetune to start at iteration 0 with its weights"
+            "saved with --no-save-optim, another --optimizer or other --param-groups): add --no-load-optim "
+            "to resume with a fresh one, or --finetune to start at iteration 0 with its weights"
         )
 
 
@@ -280,6 +279,26 @@ def _require_finite(run: Run, manifest: Manifest, folder: str) -> None:
         )
 
 
+def _settle_updates(
+    run: Run,
+    manifest: Manifest,
+    flags: LearningRateConfig,
+    asked: Schedules,
+    folder: str,
+    *,
+    goes_on: bool,
+) -> tuple[Schedules, list[str]]:
+    """The curves to resume with, and what to say of them, of groups and of the optimizer's state."""
+    said: list[str] = []
+    if goes_on:
+        said = _settle_groups(run, manifest, flags, folder)
+    _require_optimizer(run, manifest, folder)
+    if goes_on:
+        asked, told = _settle_schedules(manifest, flags, asked, folder)
+        said += told
+    return asked, said + _other_formats(run, manifest)
+
+
 def _settle_schedules(
     manifest: Manifest, flags: LearningRateConfig, asked: Schedules, folder: str
 ) -> tuple[Schedules, list[str]]:
@@ -311,4 +330,22 @@ def _settle_schedules(
         f"{folder} was trained with another learning-rate schedule (checkpoint -> this command "
         f"line):{lines}\nadd --override-opt-param-scheduler to take this command line's, or "
         "--use-checkpoint-opt-param-scheduler to keep the checkpoint's"
+    )
+
+
+def _settle_groups(
+    run: Run, manifest: Manifest, flags: LearningRateConfig, folder: str
+) -> list[str]:
+    """What to say where --param-groups is another one, which gives tensors other learning rates."""
+    section, asked = manifest.config.get("optim"), run.blueprint.optim.param_groups
+    saved = section.get("param_groups", []) if isinstance(section, dict) else []
+    if saved == asked:
+        return []
+    before, now = (" ".join(map(str, found)) or "none" for found in (saved, asked))
+    if flags.override_opt_param_scheduler:
+        return [f"--override-opt-param-scheduler: --param-groups: {before} -> {now}"]
+    raise CheckpointError(
+        f"{folder} was trained with other groups of parameters (checkpoint -> this command line): "
+        f"--param-groups: {before} -> {now}; give the checkpoint's, or add --override-opt-param-scheduler "
+        "to take this command line's"
     )

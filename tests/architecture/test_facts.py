@@ -54,6 +54,7 @@ MAY_REFUSE: Mapping[str, str] = {
     "megatron_lite/blueprint/figure/transformer.py": "a head that has no row, which no rule can see",
     "megatron_lite/blueprint/grid.py": "places that are not on a grid, which no flag can say",
     "megatron_lite/blueprint/optimizers.py": "what an optimizer needs whole is known of parts only",
+    "megatron_lite/blueprint/param_groups.py": "a group that has no tensor, which is known of names only",
 }
 """A file of blueprint/ that raises ConfigError -> what; for all else it asks the rules of config/."""
 

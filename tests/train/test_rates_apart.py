@@ -101,6 +101,24 @@ def test_a_resume_with_another_decoupled_rate_is_refused(tmp_path: Path) -> None
     assert alone(*words[:-2], "--load", folder, "--decoupled-lr", "0.05").rc == 0
 
 
+@pytest.mark.ci
+def test_a_resume_with_other_groups_of_parameters_is_refused(tmp_path: Path) -> None:
+    folder = str(tmp_path / "run")
+    words = ("--mock-data", "--save", folder, "--save-interval", "2", "--exit-interval", "2")
+    asked = ("--param-groups", "embedding.*:lr=0.5", "kind=norm:rule=sgd")
+    done = alone(*words, *asked)
+    assert done.rc == 0, done.err
+    assert "parameters: sgd, lr 1 x --lr = 0.01, weight decay 0 x" in done.out
+    words = (*words[:-2], "--load", folder)
+    done = alone(*words)
+    assert (
+        done.rc == 4 and "--param-groups: embedding.*:lr=0.5 kind=norm:rule=sgd -> none" in done.err
+    )
+    done = alone(*words, "--override-opt-param-scheduler")
+    assert done.rc == 4 and "other --param-groups" in done.err and "--no-load-optim" in done.err
+    assert alone(*words, *asked).rc == 0
+
+
 @pytest.mark.parametrize("norm", ["LayerNorm", pytest.param("RMSNorm", marks=pytest.mark.ci)])
 def test_norms_kept_less_one_train_as_plain_ones(norm: str, tmp_path: Path) -> None:
     words = ("--mock-data", "--normalization", norm, "--save-interval", "0")

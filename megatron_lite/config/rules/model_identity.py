@@ -173,6 +173,7 @@ ELSEWHERE: Mapping[str, str] = MappingProxyType(
         "model.group_query_attention": "with num_query_groups",
         "model.vocab_size": "train/compatibility.py: the tokenizer's ids",
         "optim.optimizer": "train/resume.py: the state that is there",
+        "optim.param_groups": "train/resume.py: as the schedules of which they are a part",
         "train.objective": "train/compatibility.py: what was optimised, and the head it needs",
         **dict.fromkeys(
             (

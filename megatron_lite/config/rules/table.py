@@ -8,7 +8,7 @@ from types import MappingProxyType
 
 from megatron_lite.config.errors import ConfigError, all_together
 from megatron_lite.config.flags.settings import settings
-from megatron_lite.config.rules import layout, lora, rotary, training, tuning
+from megatron_lite.config.rules import layout, lora, rotary, training, tuning, updating
 from megatron_lite.config.rules.ranges import out_of_range
 from megatron_lite.config.sections.lora import LoraConfig
 from megatron_lite.config.sections.model import ModelConfig
@@ -66,6 +66,7 @@ OF_SIZES: tuple[Rule, ...] = (
     Rule(layout.one_length),
     Rule(training.objective),
     Rule(lora.adapter_settings, ("lora.lora_rank", "lora.lora_alpha")),
+    Rule(updating.groups),
     Rule(layout.one_batch, (*_BATCH, "train.rampup_batch_size", "train.train_samples")),
 )
 """What a Blueprint needs to come out."""

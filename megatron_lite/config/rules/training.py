@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from megatron_lite.config.blend import blends, data_sources
 from megatron_lite.config.errors import ConfigError
 from megatron_lite.config.objectives import OBJECTIVES
+from megatron_lite.config.param_groups import optimizers_asked_for
 from megatron_lite.config.rules.layout import nearest
 from megatron_lite.config.rules.model_identity import CHANGEABLE, named, not_changeable
 from megatron_lite.config.sections.run import RunConfig
@@ -232,7 +233,7 @@ def moments(config: RunConfig, world_size: int) -> Iterator[str]:
         return
     for flag, kept in narrow.items():
         able = _MOMENTS_OF[flag]
-        if o.optimizer not in able:
+        if not set(able) & set(optimizers_asked_for(o)):
             yield (
                 f"{flag} {kept} is about a moment of --optimizer {' and '.join(able)}, and "
                 f"--optimizer {o.optimizer} has none that can be; drop it"

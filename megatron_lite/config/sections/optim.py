@@ -55,6 +55,9 @@ class OptimConfig:
     clip_grad: float = 1.0
     """Largest global gradient norm; 0 switches clipping off."""
 
+    param_groups: list[str] = field(default_factory=list)
+    """PATTERN:lr=FACTOR,weight_decay=FACTOR,rule=OPTIMIZER of tensors by name or kind; lr=0 freezes."""
+
     @property
     def moments(self) -> tuple[Literal["fp32", "bf16"], Literal["fp32", "bf16"]]:
         """What first and second moments are kept in."""
