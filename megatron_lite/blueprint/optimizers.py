@@ -75,9 +75,13 @@ class Treatment:
 FOR_GOOD = 1 << 62
 """The first update of what is frozen for good."""
 FROZEN = Treatment("frozen", first_update=FOR_GOOD)
-ADAM = Treatment("adam", (State("exp_avg"), State("exp_avg_sq")))
+FIRST_MOMENT = State("exp_avg")
+ADAM = Treatment("adam", (FIRST_MOMENT, State("exp_avg_sq")))
 PLAIN_SGD = Treatment("sgd")
 MOMENTUM = Treatment("sgd", (State("momentum"),))
+
+CURVATURE = State("hessian")
+"""Made of a pass of its own (train/curvature.py), not by the update."""
 
 
 @cache  # asked for every tensor of every layout that a search looks at
@@ -88,8 +92,8 @@ def _adam(*moments: Format) -> Treatment:
 
 
 def _first_moment(optim: OptimConfig) -> tuple[State, ...]:
-    """Adam's first moment alone, in the format that is asked for."""
-    return (replace(ADAM.states[0], storage=optim.moments[0]),)
+    """In the format that is asked for."""
+    return (replace(FIRST_MOMENT, storage=optim.moments[0]),)
 
 
 OPTIMIZERS: Registry[Callable[[OptimConfig, Tensor], Treatment]] = Registry(
@@ -98,6 +102,7 @@ OPTIMIZERS: Registry[Callable[[OptimConfig, Tensor], Treatment]] = Registry(
         "adam": lambda optim, tensor: _adam(*optim.moments),
         "sgd": lambda optim, tensor: MOMENTUM if optim.sgd_momentum else PLAIN_SGD,
         "lion": lambda optim, tensor: Treatment("lion", _first_moment(optim)),
+        "sophiag": lambda optim, tensor: Treatment("sophiag", (*_first_moment(optim), CURVATURE)),
         "apex-adam": lambda optim, tensor: replace(ADAM, rule="apex-adam"),
     },
 )
@@ -145,3 +150,8 @@ def check_states(optim: OptimConfig, tensors: Iterable[Tensor], tp: int) -> None
                 f"--tensor-model-parallel-size {tp} cuts them; use --tensor-model-parallel-size 1, "
                 "with --pipeline-model-parallel-size or --use-distributed-optimizer"
             )
+
+
+def observes_curvature(optim: OptimConfig, tensors: Iterable[Tensor]) -> bool:
+    """Whether a rule divides by curvature, which takes a pass of its own in some steps."""
+    return any(CURVATURE in treatment(optim, tensor).states for tensor in tensors)

@@ -121,6 +121,18 @@ def signed_uniform(seed_key: Tensor, tokens: Tensor, features: Tensor) -> Tensor
     return _murmur32(token_bits[..., None] ^ features).float() * 2.0**-31
 
 
+def exponential(seed_key: Tensor, tokens: Tensor, features: Tensor) -> Tensor:
+    """fp32 [*tokens, h], exponentially distributed with mean 1; the arguments are those of keep_mask.
+
+    The small ones, which win a race, are told apart down to 2^-31.
+    """
+    token_bits = (_mix64(tokens * _GOLDEN + seed_key) >> 32).to(torch.int32)
+    bits = _murmur32(token_bits[..., None] ^ features)
+    bits ^= (bits >> 16) & 0xFFFF  # its last shift: here the low bits count, too
+    bits &= 0x7FFFFFFF
+    return bits.float().add_(0.5).mul_(-(2.0**-31)).log1p_().neg_()
+
+
 def token_numbers(samples: Tensor, positions: Tensor) -> Tensor:
     """int64 [s, b]: one number per token from samples [b] and positions [s] (or [s, b]).
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from megatron_lite.layers.cross_entropy import Scoring, VocabularyScores, score, scored_again
+from megatron_lite.layers.drawing import LabelNoise, draw_labels
 from megatron_lite.layers.gradients import WeightGradients
 from megatron_lite.layers.product import Products, TPComm
 from megatron_lite.parallel.collectives import Pending, all_gather
@@ -172,3 +173,14 @@ def chunked_scores(
     """x: [s/tp, b, h] or [s, b, h], weight: [v/tp, h], labels: [s, b] -> (losses, entropies), fp32 [s, b]."""
     losses, entropies = _Scores.apply(x, weight, labels, entropy, head)
     return losses, entropies
+
+
+@torch.no_grad()
+def chunked_labels(x: Tensor, weight: Tensor, noise: LabelNoise, head: ChunkedHead) -> Tensor:
+    """x: [s/tp, b, h] or [s, b, h], weight: [v/tp, h] -> labels drawn from the logits, int64 [s, b]."""
+    drawn = []
+    for part, tokens in head.split(all_gather(x, head.comm.gather_input), noise.tokens):
+        logits = head.products.forward(part, weight, None)
+        drawn.append(draw_labels(logits, LabelNoise(noise.key, tokens), head.scoring))
+        del logits  # else the next chunk's are made beside them
+    return torch.cat(drawn)

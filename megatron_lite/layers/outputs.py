@@ -10,6 +10,7 @@ from torch import Tensor
 from megatron_lite.layers import chunks
 from megatron_lite.layers.contexts import StageContext
 from megatron_lite.layers.cross_entropy import Scoring, TokenScores, token_losses, token_scores
+from megatron_lite.layers.drawing import LabelNoise, draw_labels
 from megatron_lite.layers.linear import project_to_vocabulary, project_whole
 from megatron_lite.layers.product import Products, column_comm
 
@@ -84,6 +85,16 @@ class Outputs:
                 self.x, self.weight, labels, weights, expected, self._chunked()
             )
         )
+
+    def drawn_loss_sum(self, noise: LabelNoise, weights: Tensor) -> LossSum:
+        """The same of labels that are drawn from the outputs themselves; weights as in loss_sum."""
+        if self.num_chunks > 1:
+            drawn = chunks.chunked_labels(self.x, self.weight, noise, self._chunked())
+            return self.loss_sum(drawn, weights)
+        logits = self.logits()
+        labels = draw_labels(logits, noise, self.scoring)
+        losses = token_losses(logits, labels, self.scoring)
+        return LossSum((losses * weights).sum(), losses.detach())
 
     def _chunked(self) -> chunks.ChunkedHead:
         at = self.context

@@ -11,7 +11,7 @@ back, and settle() does with it what a run that waits does.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from megatron_lite.checkpoint.progress import Progress
 from megatron_lite.config.sections.run import RunConfig
@@ -19,9 +19,9 @@ from megatron_lite.data.batch import Batch
 from megatron_lite.engines.base import Engine, Update
 from megatron_lite.optim.groups import Rates
 from megatron_lite.train.health.guards import Act
-from megatron_lite.train.readback import HostCopy
+from megatron_lite.train.measured import Measured, measure_update
 from megatron_lite.train.run import Run
-from megatron_lite.train.step import Begun, StepResult, copy_statistics, read_statistics, result_of
+from megatron_lite.train.step import Begun, StepResult, result_of, with_measured
 
 BESIDE_THE_HOST = ("cuda",)
 """Kinds of devices that compute beside the host."""
@@ -34,7 +34,7 @@ class Unheard:
     begun: Begun
     rates: Rates
     update: Update
-    statistics: HostCopy | None
+    measured: Measured | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +64,8 @@ def update_unheard(run: Run, begun: Begun, rates: Rates) -> Unheard:
     """Enqueue the update of a step; the engine counts it as made until it is taken back."""
     attempt = begun.attempt
     update = run.engine.apply(attempt.norm, **rates._asdict(), taken=attempt.taken)
-    return Unheard(begun, rates, update, copy_statistics(update))
+    measured = measure_update(update, begun.due, run.engine)
+    return Unheard(begun, rates, update, measured)
 
 
 def hear(run: Run, unheard: Unheard) -> StepResult | None:
@@ -77,9 +78,7 @@ def hear(run: Run, unheard: Unheard) -> StepResult | None:
     assert verdict.act < Act.SKIP and not verdict.replay, f"the device has taken it: {verdict}"
     run.guards.note(heard.seen, run.progress)
     result = result_of(begun, begun.attempt, heard, update, verdict.what)
-    if unheard.statistics is None:
-        return result
-    return replace(result, statistics=read_statistics(update, unheard.statistics))
+    return result if unheard.measured is None else with_measured(result, unheard.measured)
 
 
 def waits_because(config: RunConfig, engine: Engine) -> tuple[str, ...]:

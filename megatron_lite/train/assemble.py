@@ -26,6 +26,7 @@ from megatron_lite.pipeline.executor import Executor
 from megatron_lite.pipeline.mail import Mail
 from megatron_lite.pipeline.stage import Stage
 from megatron_lite.train import ahead
+from megatron_lite.train.curvature import add_curvature
 from megatron_lite.train.health.guards import guards_for
 from megatron_lite.train.measuring.timing import RunTimers
 from megatron_lite.train.objectives.promises import make_objective, scorer
@@ -112,6 +113,7 @@ def assemble(
     )
     if slowing is not None:
         run.late_gradients = slowing.finish
+    add_curvature(run, config)
     return run
 
 

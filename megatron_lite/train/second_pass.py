@@ -3,27 +3,46 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from torch import Tensor
 
 from megatron_lite.engines.base import Engine
 from megatron_lite.train.health.guards import StepNumbers
 from megatron_lite.train.objectives.base import Objective
 
 
+class Used(NamedTuple):
+    """What came of a pass: numbers to log, and what a user should be warned of."""
+
+    numbers: Mapping[str, float] = {}
+    warning: str = ""
+
+
+def _nothing(engine: Engine) -> dict[str, Tensor]:
+    """Default: nothing is measured."""
+    return {}
+
+
 @dataclass(frozen=True, slots=True)
 class SecondPass:
     """A second forward and backward before those of every `every`-th step, the first included.
 
+    objective: made for the step after so many.
     use: is given the engine, which then holds the gradients of this objective's mean loss, reduced
-    and unscaled, and what was measured over the world; returns numbers to log.  Every rank calls
-    it.  The gradients are cleared afterwards, so that the step itself is what it would be without.
+    and unscaled, what was measured over the world, and the objective's weight: what the mean is over.
+    Every rank calls it.  The gradients are cleared afterwards, so that the step itself is what it
+    would be without.
+    measure: called behind such a step's update; scalars on the device, equal on all ranks.
     name: stands before its metrics' names, as in `hessian/loss`.
     """
 
     name: str
-    objective: Objective
+    objective: Callable[[int], Objective]
     every: int
-    use: Callable[[Engine, StepNumbers], Mapping[str, float]]
+    use: Callable[[Engine, StepNumbers, float], Used]
+    measure: Callable[[Engine], Mapping[str, Tensor]] = field(default=_nothing)
 
     def is_due(self, step: int) -> bool:
         """Whether it belongs to the step that follows so many."""

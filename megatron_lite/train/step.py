@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,10 +27,12 @@ from megatron_lite.train.feed import numbers_to_device, to_device
 from megatron_lite.train.health.culprit import earliest_over_ranks
 from megatron_lite.train.health.guards import Act, Finding, StepNumbers, Verdict
 from megatron_lite.train.health.replay import changed_suspect, summed_suspect, watched_pipeline
+from megatron_lite.train.measured import Measured, measure_update
 from megatron_lite.train.objectives.base import Objective, finished
 from megatron_lite.train.objectives.promises import require_same_weight, scorer
 from megatron_lite.train.readback import HostCopy
 from megatron_lite.train.run import Run
+from megatron_lite.train.second_pass import SecondPass
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,10 +40,11 @@ class Heard:
     """What a step has measured, on the host.
 
     grad_norm: rounded to fp32, as it is logged; taken: whether the device takes an update of it;
-    agreed: what any rank asks for after it.
+    agreed: what any rank asks for after it; weight: what the loss is the mean over.
     """
 
     seen: StepNumbers
+    weight: float
     grad_norm: float
     taken: bool
     agreed: StopVote
@@ -87,6 +91,7 @@ class Attempt:
         votes, metrics = others[: len(NO_VOTE)], others[len(NO_VOTE) :]
         return Heard(
             StepNumbers(loss, norm, int(wrong), bool(empty)),
+            weight=weight,
             grad_norm=rounded,
             taken=bool(taken),
             agreed=StopVote(*(vote > 0 for vote in votes)),
@@ -94,12 +99,19 @@ class Attempt:
         )
 
 
+class Told(NamedTuple):
+    """What a step's second passes told: numbers by name, and warnings."""
+
+    numbers: Mapping[str, float]
+    warnings: tuple[str, ...]
+
+
 @dataclass(frozen=True, slots=True)
 class Begun:
     """A step whose forward and backward are in flight, with all that is needed to run it again.
 
     before: steps done before it; weight, votes: summed over the ranks, and of this rank, on the
-    device; beside: what its second passes told.
+    device; beside: what its second passes told; due: those.
     """
 
     before: int
@@ -107,7 +119,8 @@ class Begun:
     micro: Sequence[MicroBatch]
     weight: Tensor
     votes: Tensor
-    beside: Mapping[str, float]
+    due: Sequence[SecondPass]
+    beside: Told
     attempt: Attempt
 
 
@@ -157,9 +170,10 @@ def begin_step(run: Run, batches: Sequence[Batch], vote: StopVote = NO_VOTE) -> 
         for b in batches
     ]
     run.expect_messages(batches[0])
-    beside = _second_passes(run, batches, micro)
+    due = [second for second in run.second_passes if second.is_due(run.progress.step)]
+    beside = _carry_out(due, run, batches, micro)
     attempt = _attempt(run, run.pipeline, micro, weight, votes)
-    return Begun(run.progress.step, batches, micro, weight, votes, beside, attempt)
+    return Begun(run.progress.step, batches, micro, weight, votes, due, beside, attempt)
 
 
 def settle(run: Run, begun: Begun, rates: Rates) -> StepResult:
@@ -174,7 +188,8 @@ def settle(run: Run, begun: Begun, rates: Rates) -> StepResult:
     if heard.seen.empty:
         update = run.engine.discard(attempt.norm)
         warning = _nothing_counts(run, begun.batches)
-        return StepResult(attempt.loss, update, heard, (warning,), metrics=begun.beside)
+        numbers, warnings = begun.beside
+        return StepResult(attempt.loss, update, heard, (*warnings, warning), metrics=numbers)
     verdict = run.guards.judge(heard.seen, run.progress)
     told = verdict.what
     if verdict.replay:
@@ -189,9 +204,9 @@ def settle(run: Run, begun: Begun, rates: Rates) -> StepResult:
         with run.timers.span("optimizer"):
             update = run.engine.apply(attempt.norm, **rates._asdict())
     result = result_of(begun, attempt, heard, update, told)
-    statistics = copy_statistics(update)
-    if statistics is not None:
-        result = replace(result, statistics=read_statistics(update, statistics))
+    measured = measure_update(update, begun.due, run.engine)
+    if measured is not None:
+        result = with_measured(result, measured)
     if verdict.act is Act.STOP:
         said = f"iteration {begun.before + 1}: {told} - {verdict.advice}"
         return replace(result, warnings=(), stop=said)
@@ -203,24 +218,15 @@ def result_of(
 ) -> StepResult:
     """What there is to say of a step; told: what the guards found, in words."""
     warnings = (f"iteration {begun.before + 1}: {told}",) if told else ()
-    metrics = {**heard.metrics, **begun.beside}
+    metrics = {**heard.metrics, **begun.beside.numbers}
+    warnings = (*begun.beside.warnings, *warnings)
     return StepResult(attempt.loss, update, heard, warnings, metrics=metrics)
 
 
-_STATISTICS = ("num_zeros", "params_norm")
-
-
-def copy_statistics(update: Update) -> HostCopy | None:
-    """Begin to copy what the update measured on request; None where that is nothing."""
-    found = [getattr(update, name) for name in _STATISTICS]
-    measured = [number.double() for number in found if number is not None]
-    return HostCopy(torch.stack(measured)) if measured else None
-
-
-def read_statistics(update: Update, copy: HostCopy) -> dict[str, float]:
-    """By name what copy_statistics began to copy."""
-    names = [name for name in _STATISTICS if getattr(update, name) is not None]
-    return dict(zip(names, copy.read(), strict=True))
+def with_measured(result: StepResult, measured: Measured) -> StepResult:
+    """The same, with what measure_update() began to copy; waits for the device where it is not there yet."""
+    statistics, metrics = measured.read()
+    return replace(result, statistics=statistics, metrics={**result.metrics, **metrics})
 
 
 def _nothing_counts(run: Run, batches: Sequence[Batch]) -> str:
@@ -244,28 +250,30 @@ def _whole_weight(run: Run, own: Tensor) -> Tensor:
     return whole.where(whole != 0.0, 1.0)
 
 
-def _second_passes(
-    run: Run, batches: Sequence[Batch], micro: Sequence[MicroBatch]
-) -> dict[str, float]:
-    """Those that are due, one after the other, from the weights the step begins with; what they tell."""
-    told: dict[str, float] = {}
-    for second in run.second_passes:
-        if not second.is_due(run.progress.step):
-            continue
-        score = scorer(second.objective)
+def _carry_out(
+    due: Sequence[SecondPass], run: Run, batches: Sequence[Batch], micro: Sequence[MicroBatch]
+) -> Told:
+    """Second passes one after the other, from the weights the step begins with; what they tell."""
+    numbers: dict[str, float] = {}
+    warnings: list[str] = []
+    for second in due:
+        objective = second.objective(run.progress.step)
+        score = scorer(objective)
         stages = {n: replace(stage, score=score) for n, stage in run.pipeline.stages.items()}
         pipeline = replace(run.pipeline, stages=stages)
-        other = replace(run, objective=second.objective)
+        other = replace(run, objective=objective)
         sent = numbers_to_device(
             [_own_weight(other, batches), *map(float, NO_VOTE)], run.ctx.device
         )
         attempt = _attempt(other, pipeline, micro, _whole_weight(other, sent[0]), sent[1:])
         heard = attempt.hear()  # waits for the device
-        used = second.use(run.engine, heard.seen)
+        used = second.use(run.engine, heard.seen, heard.weight)
         run.engine.discard(attempt.norm)
-        numbers = {"loss": heard.seen.loss, **heard.metrics, **used}
-        told |= {f"{second.name}/{name}": value for name, value in numbers.items()}
-    return told
+        told = {"loss": heard.seen.loss, **heard.metrics, **used.numbers}
+        numbers |= {f"{second.name}/{name}": value for name, value in told.items()}
+        if used.warning:
+            warnings.append(f"iteration {run.progress.step + 1}: {used.warning}")
+    return Told(numbers, tuple(warnings))
 
 
 def _attempt(

@@ -145,7 +145,7 @@ def test_what_makes_no_sense_is_said_at_the_start() -> None:
     said = problems("--exp-avg-dtype", "bf16")
     assert "--exp-avg-dtype bf16 needs --use-precision-aware-optimizer; add it" in said
     said = problems(*ASKED, "--optimizer", "sgd")
-    assert "--exp-avg-dtype bf16 is about a moment of --optimizer adam and lion, and" in said
+    assert "--exp-avg-dtype bf16 is about a moment of --optimizer adam, lion, sophiag, and" in said
     assert "--exp-avg-sq-dtype bf16 is about a moment of --optimizer adam, and" in said
     assert "--optimizer sgd has none that can be" in said
     assert "--optimizer apex-adam has none" in problems(*ASKED, "--optimizer", "apex-adam")

@@ -7,7 +7,7 @@ import torch
 
 from megatron_lite.blueprint.figure.parts import Tensor
 from megatron_lite.config.sections.optim import OptimConfig
-from megatron_lite.optim import adam
+from megatron_lite.optim import portions
 from megatron_lite.optim.adam import AdamW
 from megatron_lite.optim.groups import Groups
 from megatron_lite.optim.rounding import round_into, threshold
@@ -82,7 +82,7 @@ def test_an_update_is_that_of_fp32_but_for_what_is_left_out_of_the_moments(
     generator = torch.Generator().manual_seed(0)
 
     def updated(settings, at_once):
-        monkeypatch.setattr(adam, "_WIDENED_ON_CPU", at_once)
+        monkeypatch.setattr(portions, "_AT_ONCE_ON_CPU", at_once)
         generator.manual_seed(0)
         values = [torch.randn(shape, generator=generator) for shape in shapes]
         groups = Groups(settings)

@@ -161,7 +161,7 @@ def test_the_states_of_an_optimizer_are_named_beside_its_rule_alone() -> None:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         if isinstance(node, ast.Constant) and node.value in names
     }
-    assert len(names) == 3 and spelled == {"blueprint", "optim"}
+    assert len(names) >= 4 and spelled == {"blueprint", "optim"}
 
 
 def test_the_flags_reach_the_rules() -> None:
@@ -182,6 +182,8 @@ BF16 = {"use_precision_aware_optimizer": True, "exp_avg_dtype": "bf16"}
         {"optimizer": "sgd"},
         {"optimizer": "lion"},
         {"optimizer": "lion", **BF16},
+        {"optimizer": "sophiag"},
+        {"optimizer": "sophiag", **BF16},
     ],
     ids=lambda settings: ", ".join(map(str, settings.values())),
 )

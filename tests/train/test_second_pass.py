@@ -15,7 +15,7 @@ from megatron_lite.train.assemble import assemble
 from megatron_lite.train.health.guards import StepNumbers
 from megatron_lite.train.objectives.language_model import LanguageModel
 from megatron_lite.train.run import Run
-from megatron_lite.train.second_pass import SecondPass
+from megatron_lite.train.second_pass import SecondPass, Used
 from megatron_lite.train.step import train_step
 from tests.support.axes import PP, SP, TP, ZERO
 from tests.support.engines import counted
@@ -45,13 +45,13 @@ class Curvature:
     run: Run
     h: dict[str, Tensor] = field(default_factory=dict)
 
-    def use(self, engine: Engine, measured: StepNumbers) -> dict[str, float]:
+    def use(self, engine: Engine, seen: StepNumbers, weight: float) -> Used:
         """Take a share of the squares in."""
         for piece in counted(engine.gradients(owned=True), self.run.ctx):
             place = f"{piece.name} {piece.offset}"
             old = self.h.setdefault(place, torch.zeros_like(piece.data))
             old.mul_(0.9).addcmul_(piece.data, piece.data, value=0.1)
-        return {"norm": measured.grad_norm}
+        return Used({"norm": seen.grad_norm, "weight": weight})
 
     def total(self) -> float:
         """Of all that this rank holds."""
@@ -66,7 +66,7 @@ def trained(rank, ranks, changes, with_pass):
     curvature = Curvature(run)
     other = Sampled()
     if with_pass:
-        run.second_passes.append(SecondPass("hessian", other, EVERY, curvature.use))
+        run.second_passes.append(SecondPass("hessian", lambda step: other, EVERY, curvature.use))
     steps, fed = [], []
     for step in range(STEPS):
         run.progress.step = step
@@ -88,7 +88,7 @@ def test_it_is_carried_out_in_every_other_step_and_changes_no_bit_of_the_trainin
     steps, total, seen, fed = serial
     (plain,) = spawn(trained, 1, {}, False)
     assert [numbers for numbers, _ in steps] == [numbers for numbers, _ in plain[0]]
-    told = {"hessian/loss", "hessian/norm"}
+    told = {"hessian/loss", "hessian/norm", "hessian/weight"}
     assert [set(metrics) for _, metrics in steps] == [told, set(), told, set(), told]
     assert seen == fed and total > 0.0
 

@@ -232,8 +232,9 @@ FREE: Mapping[str, str] = MappingProxyType({
     "precision": """fp16 bf16 loss_scale initial_loss_scale min_loss_scale loss_scale_window
         hysteresis loss_scale_patience attention_backend kernel masked_softmax_fusion bias_gelu_fusion
         bias_swiglu_fusion bias_dropout_fusion gradient_accumulation_fusion torch_compile tf32""",
-    "optim": """adam_beta1 adam_beta2 adam_eps sgd_momentum lion_beta1 lion_beta2 clip_grad
-        use_precision_aware_optimizer exp_avg_dtype exp_avg_sq_dtype""",
+    "optim": """adam_beta1 adam_beta2 adam_eps sgd_momentum lion_beta1 lion_beta2 clip_grad sophia_beta1
+        sophia_beta2 sophia_rho sophia_hessian_interval use_precision_aware_optimizer
+        exp_avg_dtype exp_avg_sq_dtype""",
     "learning_rate": "override_opt_param_scheduler use_checkpoint_opt_param_scheduler",
     # dropout is a way of training; whose adapters were the first ones is past
     "lora": "lora_dropout lora_load",

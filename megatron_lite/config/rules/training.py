@@ -218,7 +218,7 @@ def weight_decay(config: RunConfig, world_size: int) -> Iterator[str]:
             yield f"--weight-decay-incr-style {style} needs {flag}"
 
 
-_MOMENTS_OF = {"--exp-avg-dtype": ("adam", "lion"), "--exp-avg-sq-dtype": ("adam",)}
+_MOMENTS_OF = {"--exp-avg-dtype": ("adam", "lion", "sophiag"), "--exp-avg-sq-dtype": ("adam",)}
 """Whose moments a flag is about."""
 
 
@@ -235,7 +235,7 @@ def moments(config: RunConfig, world_size: int) -> Iterator[str]:
         able = _MOMENTS_OF[flag]
         if not set(able) & set(optimizers_asked_for(o)):
             yield (
-                f"{flag} {kept} is about a moment of --optimizer {' and '.join(able)}, and "
+                f"{flag} {kept} is about a moment of --optimizer {', '.join(able)}, and "
                 f"--optimizer {o.optimizer} has none that can be; drop it"
             )
 

@@ -10,7 +10,9 @@ from typing import Literal
 class OptimConfig:
     """Update rule, weight decay and clipping."""
 
-    optimizer: str = field(default="adam", metadata={"rows": ("adam", "sgd", "lion", "apex-adam")})
+    optimizer: str = field(
+        default="adam", metadata={"rows": ("adam", "sgd", "lion", "sophiag", "apex-adam")}
+    )
     """Update rule; adam is AdamW (decoupled weight decay), apex-adam the same by apex's kernel on a GPU."""
 
     weight_decay: float = 0.01
@@ -38,7 +40,7 @@ class OptimConfig:
     """Let --exp-avg-dtype and --exp-avg-sq-dtype say what moments are kept in."""
 
     exp_avg_dtype: Literal["fp32", "bf16"] = "fp32"
-    """Number format of the first moment (adam, lion); needs --use-precision-aware-optimizer."""
+    """Number format of the first moment (adam, lion, sophiag); needs --use-precision-aware-optimizer."""
 
     exp_avg_sq_dtype: Literal["fp32", "bf16"] = "fp32"
     """Number format of Adam's second moment, which fp16 is too narrow for; needs the same."""
@@ -51,6 +53,18 @@ class OptimConfig:
 
     lion_beta2: float = 0.98
     """Decay of Lion's momentum."""
+
+    sophia_beta1: float = 0.965
+    """Decay of Sophia's momentum."""
+
+    sophia_beta2: float = 0.99
+    """Decay of Sophia's curvature, at each pass that observes it."""
+
+    sophia_rho: float = 0.05
+    """Factor on Sophia's curvature: the larger, the fewer of its steps are clipped."""
+
+    sophia_hessian_interval: int = 10
+    """Iterations from one pass that observes Sophia's curvature to the next."""
 
     clip_grad: float = 1.0
     """Largest global gradient norm; 0 switches clipping off."""
