@@ -8,14 +8,17 @@
 #   TEXT     a folder of your own corpora instead: news.jsonl {"Content"}, crawler.jsonl {"段落": [{"内容"}]},
 #            zhihu.jsonl {"问", "答"}, en.jsonl {"text"}
 #   STEPS    optimizer steps; 160, and with FULL=1 300000 (the system's 100 epochs)
+#   RESTARTS times that the cosine starts again; 1, and with FULL=1 0
 #   FULL=1   336M parameters, bf16; needs TEXT; GPUS of this node (1)
-#   DRY_RUN=1   with FULL=1: check every rule, print memory and time on HARDWARE (a100-40g), start nothing
+#   DRY_RUN=1   with FULL=1: check every rule, print memory and time on HARDWARE (a100-40g), start nothing;
+#               PLAN_ARGS: further words for tools/plan.py
 set -euo pipefail
 
 ROOT=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/../.." && pwd)
 OUT=${OUT:-$ROOT/demo/gpt_from_zero}
 CACHE=${CACHE:-$ROOT/demo/packages}
 FULL=${FULL:-0} DRY_RUN=${DRY_RUN:-0} TEXT=${TEXT:-}
+read -ra PLAN_ARGS <<<"${PLAN_ARGS:-}"
 # shellcheck source=examples/pipeline.sh
 . "$ROOT/examples/pipeline.sh"
 
@@ -24,22 +27,23 @@ FULL=${FULL:-0} DRY_RUN=${DRY_RUN:-0} TEXT=${TEXT:-}
 RUN=(--adam-beta1 0.9 --adam-beta2 0.98 --weight-decay 0.01 --clip-grad 1.0 --lr-decay-style cosine
     --init-method-std 0.02 --seed 1234)
 if [[ $FULL == 1 ]]; then
-    GPUS=${GPUS:-1} STEPS=${STEPS:-300000} VOCAB=32768
+    GPUS=${GPUS:-1} STEPS=${STEPS:-300000} RESTARTS=${RESTARTS:-0} VOCAB=32768
     RUN+=(--preset gpt-from-zero-300m --bf16 --micro-batch-size 56 --global-batch-size 560
         --lr 4e-4 --lr-warmup-iters 1500 --log-interval 200 --eval-interval 400 --eval-iters 10
         --save-interval 1000 --keep-last 5)
 else
-    GPUS=2 STEPS=${STEPS:-160} VOCAB=2048
+    GPUS=2 STEPS=${STEPS:-160} RESTARTS=${RESTARTS:-1} VOCAB=2048
     RUN+=(--num-layers 4 --hidden-size 128 --num-attention-heads 4 --seq-length 128
         --max-position-embeddings 128 --micro-batch-size 4 --global-batch-size 8
         --hidden-dropout 0 --attention-dropout 0 --lr 4e-3 --lr-warmup-iters 10
         --log-interval 20 --eval-interval 80 --eval-iters 4
         --save-interval "$((STEPS / 2))" --num-workers 1 --use-cpu)
 fi
+RUN+=(--lr-restarts "$RESTARTS")
 
 if [[ $FULL == 1 && $DRY_RUN == 1 ]]; then
     exec "$PYTHON" "$ROOT/tools/plan.py" --hardware "${HARDWARE:-a100-40g}" --gpus-per-node "$GPUS" \
-        "${RUN[@]}" --train-iters "$STEPS" --save "$OUT/whole" --load "$OUT/whole"
+        "${RUN[@]}" --train-iters "$STEPS" --save "$OUT/whole" --load "$OUT/whole" "${PLAN_ARGS[@]}"
 fi
 [[ $DRY_RUN == 0 ]] || die "DRY_RUN=$DRY_RUN is for FULL=1: the small run is started, it takes minutes"
 [[ $FULL == 0 || -n $TEXT ]] || die "FULL=1 and TEXT is not set: TEXT=FOLDER with news, crawler, zhihu and en.jsonl"
@@ -98,6 +102,9 @@ if [[ $FULL == 1 ]]; then
     train "$OUT/whole" --load "$OUT/whole"
     exit
 fi
+step "advice: the whole curve of the rate, and what a scaling law says of this model and these tokens"
+"$PYTHON" "$ROOT/tools/plan.py" --advise --hardware cpu --gpus-per-node "$GPUS" "${RUN[@]}" --vocab-size "$VOCAB" \
+    --train-iters "$STEPS"
 step "train: $STEPS steps without a stop"
 train "$OUT/whole"
 step "train the same again, and stop after $((STEPS / 2))"

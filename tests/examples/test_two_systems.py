@@ -18,7 +18,7 @@ from megatron_lite.blueprint.parameters import parameter_table, total_size
 from megatron_lite.blueprint.stages import cut_stages
 from megatron_lite.config.flags.parser import parse
 from megatron_lite.config.sections.run import RunConfig
-from megatron_lite.telemetry.record import record_json
+from megatron_lite.telemetry.record import StepRecord, read_metrics, record_json
 from tests.support.ceval_toy import write_exam
 from tests.support.extras import needs
 from tests.support.places import ROOT
@@ -108,6 +108,30 @@ def test_the_printed_dry_run_says_memory_time_and_the_curve(system: str) -> None
             [float(fits[1]), float(step[1])], rel=0.25
         )
     assert re.search(r"^ +iteration +tokens +batch +learning rate$", done.stdout, re.MULTILINE)
+
+
+def test_gpt_from_zero_is_advised_as_printed() -> None:
+    """Its README's numbers are the tool's; the rate that was "strange" gets a warning."""
+    command = block("gpt_from_zero")[2]
+    told = carried_out(command.replace("=--advise", "='--advise --exit-duration-in-mins 360'"))
+    assert told.returncode == 0, told.stderr
+    found = json.loads(carried_out(command.replace("=--advise", "='--advise --json'")).stdout)
+    assert found["warnings"] == []
+    (warning,) = re.findall("^warning: (.*)", told.stdout, re.MULTILINE)
+    assert "never decays before --exit-duration-in-mins" in warning and "at 3.99e-04" in warning
+    here, best = found["law"]["this_run"], found["law"]["compute_optimal"]
+    numbers = [
+        f"{here['learning_rate'] * 1e3:.1f}e-3", f"{here['batch_tokens'] / 256:,.0f}",
+        f"{best['learning_rate'] * 1e3:.1f}e-3", f"{best['batch_tokens'] / 256:,.0f}",
+    ]  # fmt: skip
+    for language in ("README.md", "README.zh-CN.md"):
+        text = (ROOT / "examples/gpt_from_zero" / language).read_text("utf-8")
+        (row,) = [
+            line
+            for line in text.splitlines()
+            if "4e-4" in line and "560" in line and "--advise" in line
+        ]
+        assert {number for number in numbers if number not in row} == set()
 
 
 @pytest.mark.parametrize(
@@ -261,4 +285,8 @@ def test_the_whole_run_goes_as_printed(system: str, tmp_path: Path) -> None:
     else:
         assert "[stopped by --exit-interval] iteration 20" in done.stdout
         assert "exactly resumed" in done.stdout and "0 differ" in done.stdout
+        assert "the law of arXiv:2401.02954" in done.stdout
+        rates = [r.learning_rate for r in read_metrics(out / "whole/metrics.jsonl")
+                 if isinstance(r, StepRecord)]  # fmt: skip
+        assert rates[9] == rates[24] == 4e-3 and max(rates[23], rates[39]) < 1e-4
         assert re.search(r"^all +800 .* 1\.0000 +40,960 ", done.stdout, re.MULTILINE)
