@@ -4,6 +4,7 @@ python tools/plan.py --hardware a100-80g --nodes 8 <flags of tools/pretrain_gpt.
 python tools/plan.py --hardware h100 torchrun --nnodes 8 --nproc_per_node 8 tools/pretrain_gpt.py <flags>
 python tools/plan.py --hardware a100-80g examples/gpt3/train_gpt3_175b_distributed.sh       the run of a script
 python tools/plan.py --hardware h100 --nodes 8 --search <flags>     all layouts that fit, ranked
+python tools/plan.py --advise <flags>               the learning rate's whole curve, and a scaling law's word
 python tools/plan.py --list-hardware                                every number with its source
 
 No accelerator, no torch, no data is needed.
@@ -34,7 +35,7 @@ from megatron_lite.config.rules import table as rules
 from megatron_lite.config.sections.parallel import ParallelConfig
 from megatron_lite.config.sections.run import RunConfig
 from megatron_lite.optim.learning_rate import LearningRateSchedule
-from megatron_lite.planner import advice, draw, hardware, report, search
+from megatron_lite.planner import advice, draw, hardware, learning, report, search
 from megatron_lite.planner.corpus import epochs
 from megatron_lite.planner.curve import Point, run_curve
 from megatron_lite.planner.forecast import Forecast, forecast, measured
@@ -57,6 +58,10 @@ def main() -> int:
         print(hardware.table())
         return 0
     _check_outputs(own)
+    if own.advise and (own.search or own.draw):
+        raise ConfigError(
+            "--advise has a report of its own: leave out --search and --draw, or ask twice"
+        )
     if flags and flags[0].endswith(".sh"):
         flags = _printed(flags)
     launch, flags = _launched(flags)
@@ -92,6 +97,10 @@ def main() -> int:
     plan = forecast(blueprint, asked, cluster, given=_stage_times(own))
     if own.measured_seconds is not None:
         plan = measured(plan, own.measured_seconds)
+    if own.advise:
+        outlook = _outlook(parsed.config, config, own, plan, (*parsed.notices, *notes))
+        _put(learning.outlook_json(outlook) if own.json else learning.outlook_text(outlook), own)
+        return 0
     if own.beside is not None and own.draw is None:
         raise ConfigError("--beside lies below a drawing: give --draw as well")
     if own.draw is not None:
@@ -141,6 +150,8 @@ def _parser() -> ArgumentParser:
     )
     parser.add_argument("--output", metavar="FILE", help="write there instead of the terminal")
     parser.add_argument("--search", action="store_true", help="rank all layouts that fit")
+    parser.add_argument("--advise", action="store_true",
+                        help="on the learning rate and the batch, instead of memory and time")  # fmt: skip
     parser.add_argument("--top", type=_count, default=15, help="layouts --search shows")
     parser.add_argument(
         "--draw", metavar="-|FILE", help="timeline: - as text, FILE.svg, FILE.json (Chrome trace)"
@@ -270,7 +281,8 @@ def _completed(config: RunConfig, own: Namespace, world: int) -> tuple[RunConfig
         )
     if rate.lr is None:
         rate = dataclasses.replace(rate, lr=1e-4)
-        notes.append("--lr is not given: the curve is of 1e-4")
+        if not own.advise:  # which takes the law's
+            notes.append("--lr is not given: the curve is of 1e-4")
     return dataclasses.replace(config, train=train, learning_rate=rate), notes
 
 
@@ -311,11 +323,40 @@ def _tokens(blueprint: Blueprint) -> float | None:
     return None if samples is None else float(samples * blueprint.model.seq_length)
 
 
-def _curve(config: RunConfig, blueprint: Blueprint) -> tuple[Point, ...]:
-    schedule = LearningRateSchedule.from_config(
+def _schedule(config: RunConfig, blueprint: Blueprint) -> LearningRateSchedule:
+    return LearningRateSchedule.from_config(
         config.learning_rate, config.train, blueprint.batch_schedule.samples_after
     )
+
+
+def _curve(config: RunConfig, blueprint: Blueprint) -> tuple[Point, ...]:
+    schedule = _schedule(config, blueprint)
     return run_curve(blueprint, schedule.at, bends=schedule.bends())
+
+
+def _outlook(
+    said: RunConfig, config: RunConfig, own: Namespace, plan: Forecast, notes: tuple[str, ...]
+) -> learning.Outlook:
+    """The run for --advise; said: as the flags have it, without what is assumed."""
+    blueprint = plan.blueprint
+    if not own.tokens and not _has_length(said):
+        raise ConfigError(
+            "--advise needs the run's length: --train-iters, --train-samples or --tokens 20B"
+        )
+    if said.learning_rate.lr is None:
+        rate = learning.law_of(blueprint).learning_rate
+        notes = (*notes, f"--lr is not given: the curve is of the law's {rate:.3e}")
+        config = dataclasses.replace(
+            config, learning_rate=dataclasses.replace(config.learning_rate, lr=rate)
+        )
+    minutes = config.train.exit_duration_in_mins
+    return learning.Outlook(
+        blueprint=blueprint,
+        rates=_schedule(config, blueprint),
+        begins=not (config.checkpoint.finetune or config.lora.lora_rank),
+        stop=None if minutes is None else int(60 * minutes / plan.rates.step_seconds),
+        notes=notes,
+    )
 
 
 def _require_model(config: RunConfig, world: int) -> None:

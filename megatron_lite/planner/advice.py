@@ -152,15 +152,20 @@ def warnings(plan: Forecast, tokens: float | None) -> list[str]:
             f"{plan.cluster.devices_per_node}: its all-reduces go over the network"
         )
     if tokens:
-        ratio = tokens / plan.blueprint.num_parameters
-        if ratio < TOKENS_PER_PARAMETER / 4:
-            found.append(
-                f"{ratio:.1f} tokens per parameter: a smaller model trained longer reaches a lower "
-                f"loss for the same FLOPs (compute-optimal is about {TOKENS_PER_PARAMETER:.0f})"
-            )
-        elif ratio > TOKENS_PER_PARAMETER * 20:
-            found.append(
-                f"{ratio:.0f} tokens per parameter is far beyond compute-optimal (about "
-                f"{TOKENS_PER_PARAMETER:.0f}): cheap to serve, dear to train"
-            )
+        found += tokens_warning(tokens / plan.blueprint.num_parameters)
     return found
+
+
+def tokens_warning(ratio: float) -> list[str]:
+    """One where a run has few or very many tokens per parameter."""
+    if ratio < TOKENS_PER_PARAMETER / 2:
+        return [
+            f"{ratio:.1f} tokens per parameter: a smaller model trained longer reaches a lower "
+            f"loss for the same FLOPs (compute-optimal is about {TOKENS_PER_PARAMETER:.0f})"
+        ]
+    if ratio > TOKENS_PER_PARAMETER * 20:
+        return [
+            f"{ratio:.0f} tokens per parameter is far beyond compute-optimal (about "
+            f"{TOKENS_PER_PARAMETER:.0f}): cheap to serve, dear to train"
+        ]
+    return []

@@ -1,0 +1,19 @@
+"""The commands of the guide to optimizers, run as they are printed, in this process."""
+
+from __future__ import annotations
+
+import re
+import shlex
+
+from megatron_lite.cli import plan
+from tests.docs.walking import blocks, read
+from tests.support.huggingface import tool
+
+
+def test_the_advice_is_what_the_tool_says(monkeypatch, capsys) -> None:
+    advice = re.split("^## ", read("optimizers"), flags=re.MULTILINE)[-1]
+    (_, code), (language, shown) = blocks(advice)
+    python, script, *words = shlex.split(code.replace("\\\n", " "))
+    assert (python, script, language) == ("python", "tools/plan.py", "text")
+    assert tool(plan.main, monkeypatch, *words) == 0
+    assert shown in capsys.readouterr().out
