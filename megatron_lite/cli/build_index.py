@@ -33,8 +33,9 @@ from megatron_lite.storage.outputs import check_folder
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Build and print what was built; returns the exit code."""
-    config = parse(sys.argv[1:] if argv is None else argv).config
-    world_size = config.train.world_size or config.parallel.ranks_per_sample
+    parsed = parse(sys.argv[1:] if argv is None else argv)
+    world_size = parsed.config.train.world_size or parsed.config.parallel.ranks_per_sample
+    config = parsed.on(world_size).config
     rules.check_config(config, world_size)
     folder = _folder(config)
     check_folder("--data-cache-path or --save", folder, Disk())

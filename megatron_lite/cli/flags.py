@@ -114,7 +114,7 @@ def _other_flags() -> Iterator[str]:
         yield f"## {title}\n\n{sentence}\n"
         yield "| flag | values | what happens |\n|---|---|---|"
         for row in (r for r in LEGACY.values() if r.kind == kind):
-            values = " ".join(row.values) if row.values else "any" if row.takes_value else ""
+            values = " ".join((*row.values, *row.by_value)) or ("any" if row.takes_value else "")
             apart = "refused elsewhere" if kind == "no-op" else "elsewhere it changes nothing"
             say = f"{row.say}; {apart}: {row.otherwise}" if row.otherwise else row.say
             yield f"| `{row.flag}` | {values} | {_cell(say)} |"

@@ -51,6 +51,7 @@ def main() -> int:
     own, flags = _parser().parse_known_args()
     extend(own.extend)
     parsed = parse(flags)
+    parsed = parsed.on(parsed.config.train.world_size or parsed.config.parallel.ranks_per_sample)
     config = parsed.config
     require_known(config.precision.kernel)
     context, measured_at = _context(parsed, own), None

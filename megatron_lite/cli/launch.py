@@ -229,7 +229,9 @@ def script_config(asked: argparse.Namespace) -> RunConfig | None:
     sizes = (fewest, asked.nproc_per_node)
     known = all(size.isdigit() for size in sizes) and most in ("", fewest)
     if known and not parsed.config.train.needs_no_data:
-        rules.check_config(parsed.config, int(sizes[0]) * int(sizes[1]))
+        world_size = int(sizes[0]) * int(sizes[1])
+        parsed = parsed.on(world_size)
+        rules.check_config(parsed.config, world_size)
     return parsed.config
 
 

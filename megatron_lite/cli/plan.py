@@ -68,6 +68,7 @@ def main() -> int:
     parsed = parse(flags)
     device = hardware.find_device(own.hardware or _DEVICE)
     cluster = _cluster(own, launch, device, parsed.config)
+    parsed = parsed.on(cluster.world_size)
     config, notes = _completed(parsed.config, own, cluster.world_size)
     world = cluster.world_size
     notes += rules.not_yet(config, world)
@@ -232,8 +233,10 @@ def _launched(words: Sequence[str]) -> tuple[dict[str, int], list[str]]:
     if at is None:
         return {}, list(words)
     parser = ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--nnodes", "--nodes", type=_count)
-    parser.add_argument("--nproc_per_node", "--nproc-per-node", type=_count)
+    parser.add_argument("--nnodes", "--nodes", "--num_nodes", type=_count)
+    parser.add_argument(
+        "--nproc_per_node", "--nproc-per-node", "--num_gpus", "--num_accelerators", type=_count
+    )
     launcher, _ = parser.parse_known_args(words[:at])
     said = {key: value for key, value in vars(launcher).items() if value is not None}
     return said, list(words[at + 1 :])

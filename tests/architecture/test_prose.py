@@ -103,7 +103,8 @@ def sources() -> str:
 def test_a_micro_batch_has_one_name() -> None:
     """`microbatch`, but for the field that is Megatron's flag, and classes in capitals."""
     names = set(re.findall(r"\w*(?:micro_batch|MicroBatches|Microbatch)\w*", sources()))
-    assert names <= {"micro_batch_size", "Microbatches"}
+    of_deepspeed = "train_micro_batch_size_per_gpu"
+    assert names <= {"micro_batch_size", "Microbatches", of_deepspeed}
 
 
 def test_the_glossarys_code_exists() -> None:

@@ -130,7 +130,7 @@ CHANGES_NOTHING = """
 --fp8-amax-compute-algo --num-layers-at-start-in-bf16 --num-layers-at-end-in-bf16
 """
 REFUSED = """
---batch-size --warmup --model-parallel-size --deepspeed --deepspeed-config --zero-stage
+--batch-size --warmup --model-parallel-size
 --no-decoupled-weight-decay --cpu-optimizer --partition-activations --checkpoint-in-cpu
 --train-data-exact-num-epochs --load-tag --decrease-batch-size-if-needed
 --train-weighted-split-paths --valid-weighted-split-paths --test-weighted-split-paths

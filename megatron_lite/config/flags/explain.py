@@ -17,6 +17,8 @@ the command line itself
   --explain FLAG           what a flag means, its default, and where it is defined
   --debug                  a traceback for every failure
   --extend FILE ...        run Python files first, which add rows of your own to the tables
+  --deepspeed --deepspeed_config FILE
+                           read a ds.json of DeepSpeed, whose keys are flags here (docs/guides/deepspeed.md)
   --help                   this text
 """
 

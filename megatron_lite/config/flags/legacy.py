@@ -16,6 +16,7 @@ from megatron_lite.config.flags.refused import REFUSED
 
 _FLASH = {"precision.attention_backend": "flash"}
 _FULL = {"parallel.recompute_granularity": "full"}
+_SHARED_STATE = {"parallel.use_distributed_optimizer": True}
 _ONE_LAYER = {"parallel.recompute_num_layers": 1}
 
 _MAPPED = (
@@ -124,6 +125,17 @@ _MAPPED = (
         "--no-pipeline-parallel",
         "means --pipeline-model-parallel-size 1",
         sets={"parallel.pipeline_model_parallel_size": 1},
+    ),
+    mapped(
+        "--zero-stage",
+        "0 is none, 1 means --use-distributed-optimizer, 2 runs as 1 (the same numbers, but each rank "
+        "keeps its gradients whole), 3 does not exist here",
+        takes_value=True,
+        by_value={
+            "0": {"parallel.use_distributed_optimizer": False},
+            "1": _SHARED_STATE,
+            "2": _SHARED_STATE,
+        },
     ),
     mapped(
         "--check-for-spiky-loss",

@@ -22,6 +22,8 @@ class Legacy:
     """section.field -> value, as if its own flag had been given."""
     unless_given: Mapping[str, object] = field(default_factory=dict)
     """The same, but a flag of the field itself wins."""
+    by_value: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
+    """Value -> section.field -> value, as if its own flag had been given; the values are all there are."""
     value_to: str | None = None
     """section.field that receives the value."""
     many: bool = False

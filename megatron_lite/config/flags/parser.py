@@ -12,10 +12,12 @@ import difflib
 import functools
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
+from megatron_lite.config.deepspeed.batches import BatchSizes
+from megatron_lite.config.deepspeed.dialect import lay_config
 from megatron_lite.config.errors import ConfigError, all_together
 from megatron_lite.config.extensions import extend
 from megatron_lite.config.flags.explain import explain, help_text
@@ -34,6 +36,8 @@ _COMMANDS: Mapping[str, str] = {
     "--preset": "preset",
     "--debug": "debug",
     "--extend": "extend",
+    "--deepspeed": "deepspeed",
+    "--deepspeed-config": "deepspeed-config",
 }
 """Flags of the command line itself."""
 
@@ -47,6 +51,15 @@ class ParsedFlags:
     """One line for each flag that was mapped or changes nothing."""
     origin: Mapping[str, str]
     """section.field -> "default", "preset gpt2-124m", "file run.yaml" or "flag --lr"."""
+    batches: BatchSizes | None = None
+    """What a ds.json says of the batch, of which some is known only with the number of ranks."""
+
+    def on(self, world_size: int) -> ParsedFlags:
+        """The same on so many ranks; ConfigError where the batch of a ds.json does not come out even."""
+        if self.batches is None:
+            return self
+        config, notices = self.batches.on(self.config, world_size)
+        return replace(self, config=config, notices=(*self.notices, *notices), batches=None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,6 +185,7 @@ class _Reading:
         self.tokens: dict[str, tuple[Legacy, int]] = {}
         self.conditional: list[tuple[_Use, Legacy]] = []
         self.commands: dict[str, str] = {}
+        self.deepspeed = ""
         self.notices: list[str] = []
         self.problems: list[str] = []
 
@@ -198,6 +212,11 @@ class _Reading:
             if not use.values:
                 raise ValueError("takes one or more Python files, got none")
             return  # they have been run
+        if command == "deepspeed":
+            self.deepspeed = use.written
+            if not use.values:
+                return
+            command = "deepspeed-config"  # as Hugging Face's scripts have it
         if len(use.values) != 1 or not use.values[0]:
             raise ValueError(f"takes one value, got {list(use.values)}")
         earlier = self.commands.get(command)
@@ -235,6 +254,8 @@ class _Reading:
             self._give(settings()[key], fixed, use.written)
         for key, fixed in legacy.unless_given.items():
             self.fallback.setdefault(key, _Given(fixed, use.written))
+        for key, fixed in legacy.by_value.get(value, {}).items():
+            self._give(settings()[key], fixed, f"{use.written} {value}")
         self._say(use, legacy.say, changes=legacy.kind == "mapped")
 
     def _say(self, use: _Use, what: str, *, changes: bool) -> None:
@@ -267,10 +288,9 @@ class _Reading:
         if len(use.values) != 1:
             raise ValueError(f"takes one value, got {list(use.values)}")
         (value,) = use.values
-        if legacy.values and value not in legacy.values:
-            raise ValueError(
-                f"takes only {' or '.join(legacy.values)} here, got {value!r}; {legacy.say}"
-            )
+        allowed = legacy.values or tuple(legacy.by_value)
+        if allowed and value not in allowed:
+            raise ValueError(f"takes only {' or '.join(allowed)} here, got {value!r}; {legacy.say}")
         return value
 
     def _give(
@@ -304,6 +324,7 @@ class _Reading:
         for legacy, tokens in self.tokens.values():
             self._tokens_to_samples(legacy, tokens, values, origin)
         self._settle(values, origin)
+        batches = self._lay_deepspeed(values, origin)
         if self.problems:
             raise all_together(self.problems, "on the command line")
         self.notices += imply(values, origin)
@@ -311,7 +332,32 @@ class _Reading:
             config=_build(values),
             notices=tuple(self.notices),
             origin=MappingProxyType(origin),
+            batches=batches,
         )
+
+    def _lay_deepspeed(
+        self, values: dict[str, object], origin: dict[str, str]
+    ) -> BatchSizes | None:
+        """A ds.json, once all flags are known."""
+        where = self.commands.get("deepspeed-config")
+        if where is None or not self.deepspeed:
+            if where is not None:
+                self.problems.append(
+                    f"--deepspeed_config {where} has no say without --deepspeed; add it, or drop both"
+                )
+            elif self.deepspeed:
+                self.problems.append(
+                    "--deepspeed needs --deepspeed_config FILE; add it, or drop --deepspeed"
+                )
+            return None
+        try:
+            laid = lay_config(where, settings(), values=values, origin=origin)
+        except ConfigError as error:
+            self.problems.append(str(error))
+            return None
+        self.problems += laid.problems
+        self.notices += laid.notices
+        return laid.batches
 
     def _lay_below(self, values: dict[str, object], origin: dict[str, str]) -> None:
         path = self.commands.get("config")

@@ -8,20 +8,6 @@ REFUSED: tuple[Legacy, ...] = (
     refused("--batch-size", "renamed: use --micro-batch-size"),
     refused("--warmup", "renamed: use --lr-warmup-fraction"),
     refused("--model-parallel-size", "renamed: use --tensor-model-parallel-size"),
-    refused(
-        "--deepspeed",
-        "there is no DeepSpeed here; drop it, with --deepspeed_config, and use "
-        "--use-distributed-optimizer to share optimizer state",
-    ),
-    refused(
-        "--deepspeed-config",
-        "there is no DeepSpeed here; say with flags what the file says (--micro-batch-size, "
-        "--global-batch-size, --fp16 or --bf16, --clip-grad)",
-    ),
-    refused(
-        "--zero-stage",
-        "stage 0 is the default, stage 1 is --use-distributed-optimizer, 2 and 3 do not exist here",
-    ),
     refused("--no-decoupled-weight-decay", "adam is AdamW here; drop it"),
     refused("--cpu-optimizer", "the optimizer runs where the weights are; drop it"),
     refused("--partition-activations", "use --distribute-saved-activations with full recompute"),
