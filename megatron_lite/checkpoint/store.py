@@ -405,9 +405,17 @@ class Store:
 
         Raises CheckpointError, before anything is changed, listing all tensors that do not fit.
         """
+        self.load_in_turn(manifest, [slices])
+
+    def load_in_turn(self, manifest: Manifest, groups: Iterable[Sequence[NamedSlice]]) -> None:
+        """Likewise, a group after the other: the next is asked for when one is filled.
+
+        Ranks may have groups of their own, and as many as they like.
+        """
         folder = self.folder(manifest.iteration)
-        wanted = [s for s in slices if s.data.numel()]
-        check_fit(wanted, manifest, folder)
-        fill(wanted, manifest, folder)
+        for slices in groups:
+            wanted = [s for s in slices if s.data.numel()]
+            check_fit(wanted, manifest, folder)
+            fill(wanted, manifest, folder)
         self.meet("filled")
         barrier(self.ctx.world)

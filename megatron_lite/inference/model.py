@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ from megatron_lite.blueprint.batches import padded_vocab_size
 from megatron_lite.blueprint.figure.adapters import with_adapters
 from megatron_lite.blueprint.stages import cut_stages
 from megatron_lite.config.errors import ConfigError, NumericsError, all_together
+from megatron_lite.config.rules.lora import packing_problems
 from megatron_lite.config.sections.model import ModelConfig
 from megatron_lite.config.sections.precision import PrecisionConfig
 from megatron_lite.data.tokenizers.base import Tokenizer
@@ -30,6 +32,7 @@ from megatron_lite.inference.sources import find_model as find_model
 from megatron_lite.inference.sources import is_huggingface as is_huggingface
 from megatron_lite.layers.contexts import StageContext
 from megatron_lite.models.decoder import Decoder
+from megatron_lite.models.packing import in_turn, packed_weights
 from megatron_lite.models.parameters import local_parameters
 from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.parallel.shard import weight_slices
@@ -97,16 +100,20 @@ def build_model(
         precision=PRECISIONS.get(dtype or source.dtype, PRECISIONS[torch.float32]),
     )
     if source.adapters is not None:
+        if problems := list(packing_problems(source.adapters.lora, config, ctx.tp.size)):
+            raise all_together(problems, "with the layout")
         drawn = with_adapters(stage.figure, source.adapters.lora, config)
         stage = dataclasses.replace(stage, drawn=drawn)
     model = Decoder(
         stage, placed.layers, has_embedding=placed.has_embedding, has_head=placed.has_head
     )
     slices = list(weight_slices(local_parameters(model), ctx, owned=False))
-    source.fill(slices)
-    for piece in slices:
+    packed = packed_weights(model)
+    source.fill(chain([slices], in_turn(packed)))
+    for piece in chain(slices, *(one.bits() for one in packed)):
         # the extremes of values with a NaN are NaN; isfinite of all would make two copies
-        if piece.data.numel() and not all(edge.isfinite() for edge in piece.data.aminmax()):
+        counts = piece.data.numel() and piece.data.is_floating_point()
+        if counts and not all(edge.isfinite() for edge in piece.data.aminmax()):
             raise NumericsError(
                 f"{source.where}: {piece.name} holds values that are not finite - take another copy, "
                 "or an older checkpoint with --ckpt-step"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,8 +93,11 @@ class ModelSource(Protocol):
         """
         ...
 
-    def fill(self, wanted: Sequence[NamedSlice]) -> None:
-        """Copy the stored weights into slices of them, in place, converting their format."""
+    def fill(self, groups: Iterable[Sequence[NamedSlice]]) -> None:
+        """Copy the stored weights into slices of them, in place, converting their format.
+
+        The next group is asked for when one is filled.
+        """
         ...
 
 
@@ -163,13 +166,18 @@ class CheckpointSource:
         tokenizer.begins = () if foreign else tuple(self.manifest.tokenizer.get(BEGINS, ()))
         return tokenizer, said
 
-    def fill(self, wanted: Sequence[NamedSlice]) -> None:
+    def fill(self, groups: Iterable[Sequence[NamedSlice]]) -> None:
         """From the fp32 masters, where there are any.  Collective over the store's ranks."""
         store, manifest = self.weights
-        own = _own(wanted, self.adapters)
-        store.load(manifest, exact_slices(own, manifest.tensors))
-        if self.adapters is not None:
-            self.adapters.check_base(own)
+
+        def exact() -> Iterator[Sequence[NamedSlice]]:
+            for wanted in groups:
+                own = _own(wanted, self.adapters)
+                yield exact_slices(own, manifest.tensors)
+                if self.adapters is not None:
+                    self.adapters.check_base(own)
+
+        store.load_in_turn(manifest, exact())
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,12 +238,13 @@ class FolderSource:
             raise DataError(f"{path} holds no tokenizer: give --vocab-file and --merge-file")
         return own.tokenizer, list(own.notices)
 
-    def fill(self, wanted: Sequence[NamedSlice]) -> None:
+    def fill(self, groups: Iterable[Sequence[NamedSlice]]) -> None:
         """One Hugging Face tensor at a time."""
-        own = _own(wanted, self.adapters)
-        fill_from_folder(self.found, own)
-        if self.adapters is not None:
-            self.adapters.check_base(own)
+        for wanted in groups:
+            own = _own(wanted, self.adapters)
+            fill_from_folder(self.found, own)
+            if self.adapters is not None:
+                self.adapters.check_base(own)
 
 
 def _own(wanted: Sequence[NamedSlice], adapters: AdapterSet | None) -> list[NamedSlice]:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_lite.kernels import nf4
 from megatron_lite.kernels.attention import AttentionCall
 from megatron_lite.kernels.cross_entropy import VocabularyPart
 from megatron_lite.kernels.dropout import DropoutCall
@@ -109,6 +110,11 @@ def _weight_gradient(sizes: Sizes) -> list[Any]:
     return [dy, x, torch.zeros(sizes.ffn, sizes.hidden, device=sizes.device)]
 
 
+def _unpack(sizes: Sizes) -> list[Any]:
+    weight = sizes.draw(sizes.ffn, sizes.hidden)
+    return [*nf4.pack(weight, 64), nf4.quantile_pairs(sizes.device), sizes.dtype]
+
+
 EXAMPLES: Mapping[str, Callable[[Sizes], list[Any]]] = {
     "linear_forward": lambda s: [s.stream(), s.draw(s.ffn, s.hidden), s.draw(s.ffn)],
     "linear_input_gradient": lambda s: [
@@ -122,6 +128,7 @@ EXAMPLES: Mapping[str, Callable[[Sizes], list[Any]]] = {
     "gelu": lambda s: [s.stream(s.ffn)],
     "gelu_erf": lambda s: [s.stream(s.ffn)],
     "swiglu": lambda s: [s.stream(2 * s.ffn)],
+    "unpack_nf4": _unpack,
     "cross_entropy": _cross_entropy,
     "cross_entropy_gradients": _cross_entropy_gradients,
     "dropout": lambda s: [s.stream(), s.drop()],

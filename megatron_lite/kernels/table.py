@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from megatron_lite.kernels import cross_entropy, documents, flash, reference, vendor
+from megatron_lite.kernels import cross_entropy, documents, flash, nf4, reference, vendor
 from megatron_lite.kernels.dropout import dropout
 from megatron_lite.kernels.products import added_weight_gradient
 from megatron_lite.kernels.reference import add_dropout_then
@@ -176,6 +176,12 @@ def _adds_in_fp32(need: Need) -> str | None:
     return None
 
 
+def _bitsandbytes(need: Need) -> str | None:
+    if need.device.type != "cuda":
+        return "needs a GPU"
+    return _importable("bitsandbytes")
+
+
 def _compile(need: Need) -> str | None:
     return None if need.compile else "nothing is compiled"
 
@@ -201,6 +207,11 @@ TABLE: dict[str, list[Implementation]] = {
     "linear_weight_gradient": [
         Implementation("one-product", added_weight_gradient, _adds_in_fp32),
         Implementation("reference", reference.linear_weight_gradient, _always),
+    ],
+    "unpack_nf4": [
+        Implementation("bitsandbytes", nf4.unpack_by_bitsandbytes, _bitsandbytes),
+        _one_kernel(nf4.unpack_at_once, nf4.unpack),
+        Implementation("reference", nf4.unpack, _always),
     ],
     "split_rotate": _pointwise(reference.split_rotate),
     "rotate_heads": _pointwise(reference.rotate_heads),

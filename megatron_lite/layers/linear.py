@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from megatron_lite.blueprint.figure.parts import Matrix
 from megatron_lite.layers.contexts import ForwardContext, StageContext
 from megatron_lite.layers.low_rank import LowRankAdapter
+from megatron_lite.layers.packed import matrix_weight, operand
 from megatron_lite.layers.product import (
     Products,
     ShardedProduct,
@@ -28,9 +29,8 @@ class ColumnParallelLinear(nn.Module):
         super().__init__()
         self.context, self.part = context, part
         self.rows = [rows // context.tp.size for _, rows in part.pieces]
-        self.weight = context.parameter(sum(self.rows), part.columns, storage=part.storage)
+        self.weight, self.products = matrix_weight(context, part, sum(self.rows), part.columns)
         self.bias = context.parameter(sum(self.rows)) if part.bias else None
-        self.products = Products.chosen(context, part.storage)
         self.adapter = None if part.adapter is None else LowRankAdapter(context, part, layer)
 
     def forward(self, x: Tensor, at: ForwardContext | None = None) -> Tensor:
@@ -40,7 +40,8 @@ class ColumnParallelLinear(nn.Module):
         """
         here = self.context
         comm = column_comm(here)
-        y = ShardedProduct.apply(x, self.weight, self.bias, here.gradients, comm, self.products)
+        weight = operand(self.weight)
+        y = ShardedProduct.apply(x, weight, self.bias, here.gradients, comm, self.products)
         return y if self.adapter is None else self.adapter(x, y, self.weight, self.bias, at)
 
 
@@ -56,11 +57,9 @@ class RowParallelLinear(nn.Module):
         super().__init__()
         self.context, self.part = context, part
         self.rows = [rows for _, rows in part.pieces]
-        self.weight = context.parameter(
-            part.rows, part.columns // context.tp.size, storage=part.storage
-        )
+        columns = part.columns // context.tp.size
+        self.weight, self.products = matrix_weight(context, part, part.rows, columns)
         self.bias = context.parameter(part.rows) if part.bias else None
-        self.products = Products.chosen(context, part.storage)
         self.adapter = None if part.adapter is None else LowRankAdapter(context, part, layer)
 
     @property
@@ -76,7 +75,7 @@ class RowParallelLinear(nn.Module):
         here = self.context
         # on one rank nothing comes between the product and the bias
         bias = self.bias if here.tp.size == 1 else None
-        y = row_product(x, self.weight, bias, here, self.products)
+        y = row_product(x, operand(self.weight), bias, here, self.products)
         return y if self.adapter is None else self.adapter(x, y, self.weight, bias, at)
 
 

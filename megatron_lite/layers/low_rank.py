@@ -20,6 +20,7 @@ from megatron_lite.kernels.low_rank import squared_lengths, sum_of_products, tak
 from megatron_lite.kernels.random import feature_bits
 from megatron_lite.layers.contexts import ForwardContext, StageContext
 from megatron_lite.layers.dropout import key_index
+from megatron_lite.layers.packed import Weight, operand, values
 from megatron_lite.layers.product import (
     Products,
     ShardedProduct,
@@ -63,7 +64,7 @@ class LowRankAdapter(nn.Module):
             self.features = feature_bits(numbers)
 
     def forward(
-        self, x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None, at: ForwardContext | None
+        self, x: Tensor, y: Tensor, weight: Weight, bias: Tensor | None, at: ForwardContext | None
     ) -> Tensor:
         """x: what the layer was given, y: what it made of it by weight, and by bias where there is one."""
         if self.merged:
@@ -111,7 +112,7 @@ class LowRankAdapter(nn.Module):
         keys = at.dropout.keys
         return DropoutCall(self.part.dropout, keys[self.place], at.samples, index, self.features)
 
-    def pieces(self, weight: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
+    def _pieces(self, weight: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
         """(W, A, B) of each adapted piece, as this rank has them."""
         own = weight.split([rows for rows, _ in self.blocks])
         adapted = [part for part, (_, has) in zip(own, self.blocks, strict=True) if has]
@@ -122,40 +123,40 @@ class LowRankAdapter(nn.Module):
             )
         )  # fmt: skip
 
-    def relative_lengths(self, weight: Tensor) -> list[Tensor]:
+    def relative_lengths(self, weight: Weight) -> list[Tensor]:
         """m / |W + s B A| of each row, fp32; autograd takes the denominator for a constant."""
         with torch.no_grad():
             lengths = self.row_lengths(weight)
         return list((self.lora_magnitude / lengths).split(self.rows))
 
     @torch.no_grad()
-    def row_lengths(self, weight: Tensor) -> Tensor:
+    def row_lengths(self, weight: Weight) -> Tensor:
         """|W + s B A| of every adapted row, fp32.  Collective over tp where W is cut by its inputs."""
-        s, found = self.part.scale, []
-        own = self._own_lengths(weight).split(self.rows)
-        for (w, a, b), squares in zip(self.pieces(weight), own, strict=True):
+        s, found, whole = self.part.scale, [], values(weight)
+        own = self._own_lengths(whole, operand(weight)._version).split(self.rows)
+        for (w, a, b), squares in zip(self._pieces(whole), own, strict=True):
             found.append(squared_lengths(squares, w, a, b, s))
         total = torch.cat(found)
         if not self.by_rows:
             total = all_reduce(total, self.context.tp)
         return total.clamp_(min=0.0).sqrt_()
 
-    def _own_lengths(self, weight: Tensor) -> Tensor:
+    def _own_lengths(self, weight: Tensor, version: int) -> Tensor:
         """|W|² of every adapted row here; anew only where the weight was written to."""
-        if self._lengths is None or self._lengths[0] != weight._version:
+        if self._lengths is None or self._lengths[0] != version:
             lengths = [
                 torch.linalg.vector_norm(w, dim=1, dtype=torch.float32).square()
-                for w, _, _ in self.pieces(weight)
+                for w, _, _ in self._pieces(weight)
             ]
-            self._lengths = weight._version, torch.cat(lengths)
+            self._lengths = version, torch.cat(lengths)
         return self._lengths[1]
 
     @torch.no_grad()
-    def merge(self, weight: Tensor) -> None:
+    def merge(self, weight: nn.Parameter) -> None:
         """Add it to the weight, which forward then takes as it is.  Collective over tp with magnitudes."""
         assert not self.merged
         lengths = self.relative_lengths(weight) if self.part.magnitude else None
-        for n, (w, a, b) in enumerate(self.pieces(weight)):
+        for n, (w, a, b) in enumerate(self._pieces(weight)):
             length = None if lengths is None else lengths[n]
             w.copy_(sum_of_products(w, a, b, self.part.scale, length))
         self.merged = True
@@ -166,7 +167,7 @@ class LowRankAdapter(nn.Module):
         """Take it out of the weight again, up to rounding in the weight's format."""
         assert self.merged
         lengths = self._merged_by
-        for n, (w, a, b) in enumerate(self.pieces(weight)):
+        for n, (w, a, b) in enumerate(self._pieces(weight)):
             length = None if lengths is None else lengths[n]
             w.copy_(taken_apart(w, a, b, self.part.scale, length))
         self.merged = False

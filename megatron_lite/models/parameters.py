@@ -5,8 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 
-from torch import nn
-
 from megatron_lite.blueprint.figure.parts import (
     TOKENS,
     LowRank,
@@ -36,7 +34,7 @@ def local_parameters(model: Decoder) -> list[LocalParameter]:
         found.append(
             LocalParameter(
                 parameter=parameter,
-                pieces=tuple(_pieces(specs, parameter, context)),
+                pieces=tuple(canonical_pieces(model, name, tuple(parameter.shape))),
                 grad_summed_over=tuple(_shared_over(specs[0], context)),
                 tied_across_stages=twin,
                 replica=(twin and not model.has_embedding)
@@ -76,17 +74,17 @@ def _specs(model: Decoder, name: str) -> Iterator[Tensor]:
             yield tensor.below(prefix)
 
 
-def _pieces(
-    specs: list[Tensor], parameter: nn.Parameter, context: StageContext
-) -> Iterator[ParameterPiece]:
+def canonical_pieces(model: Decoder, name: str, shape: tuple[int, ...]) -> Iterator[ParameterPiece]:
+    """The canonical pieces of what has this name in the modules, and this shape on this rank."""
+    context = model.context
     tp, start = context.tp, 0
-    for spec in specs:
+    for spec in _specs(model, name):
         local = spec.local(tp.size)
         offset = tuple(n * tp.rank if dim == spec.tp_dim else 0 for dim, n in enumerate(local))
         piece = ParameterPiece(spec, start, start + local[0], spec.shape, offset)
         yield _trimmed(piece, context.vocab_size) if spec.vocabulary else piece
         start += local[0]
-    assert start == parameter.shape[0], (specs[0].name, start, tuple(parameter.shape))
+    assert start == shape[0], (name, start, shape)
 
 
 def _trimmed(piece: ParameterPiece, vocab_size: int) -> ParameterPiece:

@@ -13,7 +13,7 @@ from functools import lru_cache
 
 from megatron_lite.blueprint.buckets import IN_FLIGHT, bucket_elements
 from megatron_lite.blueprint.draw_up import Blueprint
-from megatron_lite.blueprint.figure.parts import FORMAT_BYTES, Format, Matrix, Parts
+from megatron_lite.blueprint.figure.parts import WEIGHT_BYTES, Matrix, Parts, WeightFormat
 from megatron_lite.blueprint.schedules import SCHEDULES
 from megatron_lite.blueprint.schedules.actions import Op, Schedule
 from megatron_lite.blueprint.stages import Placement, StageLayers
@@ -154,12 +154,12 @@ def peak_microbatches(blueprint: Blueprint, num_microbatches: int) -> int:
 
 
 def static_bytes(
-    formats: Mapping[Format | None, float],
+    formats: Mapping[WeightFormat | None, float],
     states: float,
     asked: PlanInputs,
     dp: int,
     *,
-    trained: Mapping[Format | None, float] | None = None,
+    trained: Mapping[WeightFormat | None, float] | None = None,
 ) -> dict[str, float]:
     """Weights, gradients, masters and moments of a rank.
 
@@ -167,7 +167,7 @@ def static_bytes(
     bytes of optimizer state, of all ranks that share it; trained: those that are not frozen.
     """
     low = element_bytes(asked.precision)
-    widths = {kind: FORMAT_BYTES[kind] if kind else low for kind in formats}
+    widths = {kind: WEIGHT_BYTES[kind] if kind else low for kind in formats}
     trained = formats if trained is None else trained
     parameters = sum(trained.values())
     in_fp32 = asked.parallel.accumulate_allreduce_grads_in_fp32
@@ -278,9 +278,9 @@ def _held(
     tp = blueprint.grid.tp
     kept, stream = blocks.kept, layer_input_bytes(model, asked)
     workspace = blocks.backward
-    workspace += _passing(asked) * max(
-        (largest_matrix(layer, tp) for layer in blueprint.figure.kinds(stage.layers)), default=0.0
-    )
+    kinds = blueprint.figure.kinds(stage.layers)
+    workspace += _passing(asked) * max((largest_matrix(one, tp) for one in kinds), default=0.0)
+    workspace += low * max((largest_packed(one, tp) for one in kinds), default=0.0)
     masked = model.hidden_dropout > 0.0 and not asked.precision.compiles(on_gpu=asked.on_gpu)
     if stage.has_embedding and masked:
         kept += stream / low  # the mask
@@ -323,6 +323,12 @@ def largest_matrix(layer: Parts, tp: int) -> float:
     """Elements of a layer's largest weight that is trained on one rank, q|k|v and gate|up being one each."""
     trained = (matrix.size / tp for matrix in layer.of(Matrix) if not matrix.frozen)
     return max(trained, default=0.0)
+
+
+def largest_packed(layer: Parts, tp: int) -> float:
+    """Elements of the largest weight that is unpacked for a product on one rank."""
+    packed = (matrix.size / tp for matrix in layer.of(Matrix) if matrix.storage == "nf4")
+    return max(packed, default=0.0)
 
 
 def _mask_bytes(model: ModelConfig, asked: PlanInputs) -> float:

@@ -176,7 +176,8 @@ class StandIn:
     def _static(self) -> dict[str, int]:
         """Bytes that are alive all the time."""
         engine = self.run.engine
-        weights = {w.data.untyped_storage()._cdata: w.data for w in engine.weights(owned=False)}
+        held = (*engine.weights(owned=False), *self.run.bits())
+        weights = {w.data.untyped_storage()._cdata: w.data for w in held}
         state = {(part.name.startswith(MASTER), id(part.data)): part.data
                  for part in engine.state(owned=False)}  # fmt: skip
         buffers = {a.untyped_storage()._cdata: a for _, a in engine.accumulators()}

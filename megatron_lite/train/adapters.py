@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 from megatron_lite.checkpoint.adapters import AdapterSet
@@ -17,6 +18,7 @@ from megatron_lite.config.lora_targets import target_modules
 from megatron_lite.config.sections.lora import LoraConfig
 from megatron_lite.config.sections.model import ModelConfig
 from megatron_lite.models.adapters import begin_magnitudes
+from megatron_lite.models.packing import in_turn
 from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.parallel.shard import MASTER, NamedSlice, exact_slices
 from megatron_lite.train.compatibility import check_adapters
@@ -33,6 +35,13 @@ class Beside:
     store: Store
     manifest: Manifest
     fresh: bool
+
+    def fill(self, run: Run, weights: list[NamedSlice]) -> None:
+        """The frozen ones among them, and what the run keeps packed.  Collective over the world."""
+        names, stored = run.adapters, self.manifest.tensors
+        frozen = [weight for weight in weights if weight.name.removeprefix(MASTER) not in names]
+        groups = chain([frozen], in_turn(run.packed))
+        self.store.load_in_turn(self.manifest, (exact_slices(group, stored) for group in groups))
 
     def reference(self, run_folder: Path) -> Base:
         """What the checkpoints of the run in this folder say of it."""
@@ -76,10 +85,9 @@ def begin_beside(run: Run, beside: Beside, asked: LoraConfig) -> list[str]:
         _require_same(loaded, asked, model)
 
     def load(weights: list[NamedSlice]) -> None:
-        frozen = [weight for weight in weights if weight.name.removeprefix(MASTER) not in names]
-        beside.store.load(beside.manifest, exact_slices(frozen, beside.manifest.tensors))
+        beside.fill(run, weights)
         if loaded is not None:
-            loaded.check_base(frozen)
+            loaded.check_base(weights)
             loaded.fill(weight for weight in weights if weight.name.removeprefix(MASTER) in names)
 
     run.engine.fill(load, masters=True)

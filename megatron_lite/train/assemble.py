@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 from torch import nn
@@ -20,6 +20,7 @@ from megatron_lite.layers.gradients import WeightGradients
 from megatron_lite.models.adapters import begin_magnitudes
 from megatron_lite.models.decoder import Decoder
 from megatron_lite.models.initialise import initialise
+from megatron_lite.models.packing import Packed, in_turn, packed_weights
 from megatron_lite.models.parameters import local_parameters
 from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.pipeline.executor import Executor
@@ -70,8 +71,8 @@ def assemble(
         ),
         span=timers.span,
     )
-    tensors = [spec.tensor for spec in blueprint.parameters]
-    held.fill(partial(initialise, tensors=tensors, model=config.model, seed=config.train.seed))
+    packed = [one for decoder in decoders.values() for one in packed_weights(decoder)]
+    _initialise(config, blueprint, held, packed)
     for decoder in decoders.values():
         begin_magnitudes(decoder)
         decoder.hook_layers(held.layer_hooks)
@@ -106,6 +107,7 @@ def assemble(
         ),
         engine=held,
         parameters=[local for stage in parameters.values() for local in stage],
+        packed=packed,
         timers=timers,
         guards=guards_for(config.guards, held.scaler, fp16=config.precision.fp16),
         runs_ahead=ctx.device.type in ahead.BESIDE_THE_HOST and not reasons,
@@ -115,6 +117,17 @@ def assemble(
         run.late_gradients = slowing.finish
     add_curvature(run, config)
     return run
+
+
+def _initialise(
+    config: RunConfig, blueprint: Blueprint, held: Engine, packed: Sequence[Packed]
+) -> None:
+    """First values of all weights."""
+    tensors = [spec.tensor for spec in blueprint.parameters]
+    begin = partial(initialise, tensors=tensors, model=config.model, seed=config.train.seed)
+    held.fill(begin)
+    for slices in in_turn(packed):
+        begin(slices)
 
 
 def _decoders(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from megatron_lite.blueprint.draw_up import Blueprint
 from megatron_lite.blueprint.param_groups import group_lines
 from megatron_lite.config.objectives import has_segments
@@ -16,6 +18,7 @@ def shard_size(run: Run) -> str:
     """Parameters of this rank's part of the model, in Megatron's words."""
     ctx = run.ctx
     count = sum(local.parameter.numel() for local in run.parameters)
+    count += sum(math.prod(one.weight.shape) for one in run.packed)
     return (
         " > number of parameters on (tensor, pipeline) model parallel rank "
         f"({ctx.tp.rank}, {ctx.pp.rank}): {count}"
@@ -64,6 +67,7 @@ def _adapters(run: Run, lora: LoraConfig) -> list[str]:
     return [
         f" > {lora.lora_variant} adapters of rank {lora.lora_rank} on {' '.join(lora.lora_targets)}, scale "
         f"{lora.scale:g}: {trained:,} of {whole:,} parameters are trained ({trained / whole:.2%})"
+        + (", beside matrices of 4 bits (nf4)" if lora.packs else "")
     ]
 
 

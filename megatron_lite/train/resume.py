@@ -258,8 +258,7 @@ def fill_run(
     def load(weights: list[NamedSlice]) -> None:
         stored = [w for w in weights if not w.name.removeprefix(MASTER).startswith(new)]
         if beside is not None:
-            frozen = [w for w in stored if w.name.removeprefix(MASTER) not in adapters]
-            beside.store.load(beside.manifest, exact_slices(frozen, beside.manifest.tensors))
+            beside.fill(run, stored)
             stored = [w for w in stored if w.name.removeprefix(MASTER) in adapters]
         store.load(manifest, [*exact_slices(stored, manifest.tensors), *moments])
 

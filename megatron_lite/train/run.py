@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from megatron_lite.blueprint.draw_up import Blueprint
@@ -11,8 +11,9 @@ from megatron_lite.checkpoint.progress import Progress
 from megatron_lite.data.batch import Batch
 from megatron_lite.engines.base import Engine
 from megatron_lite.layers.contexts import StageContext
+from megatron_lite.models.packing import Packed
 from megatron_lite.parallel.context import ParallelContext
-from megatron_lite.parallel.shard import LocalParameter
+from megatron_lite.parallel.shard import LocalParameter, NamedSlice
 from megatron_lite.pipeline.executor import Executor
 from megatron_lite.train.health.guards import Guards
 from megatron_lite.train.measuring.timing import RunTimers
@@ -28,7 +29,8 @@ def _nothing() -> None:
 class Run:
     """The Blueprint made real on this rank: what one training step needs.
 
-    parameters: this rank's, stage by stage; progress: the only part that changes by itself.
+    parameters: this rank's, stage by stage; packed: what it keeps in 4 bits beside them.
+    progress: the only part that changes by itself.
     late_gradients: makes those that are made of all backwards of a step; before_reduce: called when
     all gradients of this rank are there.  second_passes: through the same
     schedule with other objectives, in some steps.
@@ -43,6 +45,7 @@ class Run:
     pipeline: Executor
     engine: Engine
     parameters: list[LocalParameter]
+    packed: list[Packed] = field(default_factory=list)
     progress: Progress = field(default_factory=Progress)
     timers: RunTimers = field(default_factory=lambda: RunTimers(level=0))
     guards: Guards = field(default_factory=Guards)
@@ -58,6 +61,11 @@ class Run:
         specs = self.blueprint.parameters
         frozen = any(spec.tensor.frozen for spec in specs)
         return frozenset(s.name for s in specs if frozen and not s.tensor.frozen)
+
+    def bits(self) -> Iterator[NamedSlice]:
+        """What is packed, by name."""
+        for one in self.packed:
+            yield from one.bits()
 
     def actions(self, num_microbatches: int) -> Sequence[Sequence[Action]]:
         """This rank's lowered actions of a training step."""

@@ -13,32 +13,17 @@ from megatron_lite.cli import convert, evaluate, generate
 from megatron_lite.inference.generate import generate as decode
 from megatron_lite.inference.model import build_model, find_model
 from megatron_lite.parallel.context import ParallelContext
+from tests.cli.adapters import LORA, llama_words, spoken, trained
 from tests.support.decoding import likeliest
 from tests.support.extras import needs
 from tests.support.huggingface import tool
 from tests.support.spawn import spawn
-from tests.support.tokenizers import write_gpt2
-from tests.train.runs import Outcome, alone, steps
-
-LORA = ["--lora-rank", "4", "--lora-alpha", "16", "--lr", "0.05"]
+from tests.train.runs import alone, steps
 
 
 @pytest.fixture(scope="module")
-def words(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """A Llama with a tokenizer, as flags."""
-    data = write_gpt2(tmp_path_factory.mktemp("words"), [("t", "h"), ("th", "e")])
-    return [
-        "--mock-data", "--tokenizer-type", "GPT2BPETokenizer", "--vocab-file", str(data.vocab_file),
-        "--merge-file", str(data.merge_file), "--swiglu", "--normalization", "RMSNorm",
-        "--disable-bias-linear", "--position-embedding-type", "rope",
-        "--untie-embeddings-and-output-weights", "--max-position-embeddings", "64",
-    ]  # fmt: skip
-
-
-def trained(words: list[str], *more: object) -> Outcome:
-    done = alone(*words, *map(str, more), without=["--vocab-size"])
-    assert done.rc == 0, done.err
-    return done
+def words(tmp_path_factory) -> list[str]:
+    return llama_words(tmp_path_factory.mktemp("words"))
 
 
 @pytest.fixture(scope="module")
@@ -58,16 +43,6 @@ def converted(runs) -> Path:
         assert tool(convert.main, patch, runs / "run", runs / "peft") == 0
         assert tool(convert.main, patch, runs / "run", runs / "merged", "--merge") == 0
     return runs
-
-
-def spoken(monkeypatch, capsys, *asked: object) -> list[str]:
-    """What follows two prompts, the likeliest tokens."""
-    said = (
-        "--use-cpu", "--temperature", "0", "--jsonl", "--max-new-tokens", "12", "--dtype", "float32",
-        "--prompt", "the", "a thin hat",
-    )  # fmt: skip
-    assert tool(generate.main, monkeypatch, *said, *asked) == 0
-    return [json.loads(line)["text"] for line in capsys.readouterr().out.splitlines()]
 
 
 def test_greedy_tokens_are_the_same_however_the_adapters_come(

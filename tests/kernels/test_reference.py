@@ -14,6 +14,7 @@ from torch import Tensor
 from megatron_lite.kernels import reference
 from megatron_lite.kernels.cross_entropy import VocabularyPart
 from megatron_lite.kernels.dropout import DropoutCall, dropout
+from megatron_lite.kernels.nf4 import QUANTILES
 from megatron_lite.kernels.products import added_weight_gradient
 from megatron_lite.kernels.table import TABLE
 from tests.support.extras import needs
@@ -113,6 +114,16 @@ def scored(x: Tensor, labels: Tensor, part: VocabularyPart, entropy: bool) -> tu
     return picked, log_sum, (log_p.exp() * log_p).sum(-1)
 
 
+def unpacked(codes: Tensor, absmax: Tensor, pairs: Tensor, dtype: torch.dtype) -> Tensor:
+    """Number by number: the quantile of a half byte times the scale of its block."""
+    wide, block = codes.shape[1] * 2, codes.shape[1] * 2 // absmax.shape[1]
+    return torch.tensor([
+        [QUANTILES[(int(row[n // 2]) >> (0 if n % 2 else 4)) % 16] * float(scales[n // block])
+         for n in range(wide)]
+        for row, scales in zip(codes, absmax, strict=True)
+    ], dtype=torch.float64)  # fmt: skip
+
+
 def gradient_of_scores(
     x: Tensor, labels: Tensor, part: VocabularyPart, offset: Tensor, dy: Tensor, entropy: Any
 ) -> Tensor:
@@ -136,6 +147,7 @@ FORMULAS: dict[str, Callable[..., Any]] = {
     "add_dropout_rms_norm": lambda x, y, b, call, w, nb, e: (
         joined(x, y, b, call), normed(joined(x, y, b, call), w, nb, e, center=False),
     ),
+    "unpack_nf4": unpacked,
     "cross_entropy": scored,
     "cross_entropy_gradients": gradient_of_scores,
     "layer_norm": lambda x, w, b, e: normed(x, w, b, e, center=True),

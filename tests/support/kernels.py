@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_lite.kernels import documents, reference
+from megatron_lite.kernels import documents, nf4, reference
 from megatron_lite.kernels.attention import AttentionCall
 from megatron_lite.kernels.compiled import compiled
 from megatron_lite.kernels.cross_entropy import LocalScores, VocabularyPart
@@ -44,8 +44,8 @@ def packed_rows(borders: list[int], *, length: int = LENGTH) -> Segments:
     return Segments(torch.tensor(borders, dtype=torch.int32), longest, ROWS, length)
 
 
-IN_PLACE = ("linear_weight_gradient", "cross_entropy", "cross_entropy_gradients")
-"""Ops that write over an input, and so have no gradient of their own."""
+IN_PLACE = ("linear_weight_gradient", "cross_entropy", "cross_entropy_gradients", "unpack_nf4")
+"""Ops without a gradient of their own: they write over an input, or nothing of it learns."""
 
 
 def dropout_call(rate: float = 0.25, step: int = 3) -> DropoutCall:
@@ -97,6 +97,12 @@ def arguments(op: str) -> list[Any]:
         "gelu": [draw(3, 7)],
         "gelu_erf": [draw(3, 7)],
         "swiglu": [draw(3, 14)],
+        "unpack_nf4": [
+            torch.randint(256, (5, 96), generator=generator, dtype=torch.uint8),
+            torch.rand(5, 3, generator=generator),
+            nf4.quantile_pairs(torch.device("cpu")),
+            torch.float32,
+        ],
         "attention": [draw(2, 4, 9, 8), draw(2, 2, 9, 8), draw(2, 2, 9, 8), AttentionCall()],
         "documents": [*attended, AttentionCall(segments=packed)],
         "window": [*attended, AttentionCall(window=150)],
@@ -258,10 +264,27 @@ def flash_4_on_a_cpu(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(attention, "activate_flash_attention_impl", activate)
 
 
+def bitsandbytes_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The library's function takes a matrix as one row of bytes, upper half first, and a row of scales."""
+
+    def dequantize_4bit(codes: Tensor, state: types.SimpleNamespace) -> Tensor:
+        assert (codes.dim(), codes.shape[1], state.quant_type) == (2, 1, "nf4")
+        numbers = [half for byte in codes[:, 0].tolist() for half in divmod(byte, 16)]
+        scales = [state.absmax[n // state.blocksize] for n in range(len(numbers))]
+        values = [state.code[n] * scale for n, scale in zip(numbers, scales, strict=True)]
+        return torch.stack(values).view(state.shape).to(state.dtype)
+
+    library = types.SimpleNamespace(
+        QuantState=types.SimpleNamespace, dequantize_4bit=dequantize_4bit
+    )
+    monkeypatch.setattr(nf4, "bitsandbytes", lambda: library)
+
+
 ON_A_CPU: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "torch-flex": flex_on_a_cpu,
     "torch-varlen": varlen_on_a_cpu,
     "flash-attn": flash_on_a_cpu,
     "flash-attn-4": flash_4_on_a_cpu,
+    "bitsandbytes": bitsandbytes_on_a_cpu,
 }
-"""Rows of attention that need a GPU -> what stands in for their kernel, so that ours around it is tested."""
+"""Rows that need a GPU -> what stands in for their kernel, so that ours around it is tested."""

@@ -15,6 +15,7 @@ from megatron_lite.blueprint.figure.parts import (
     Parts,
     Slowing,
     Table,
+    WeightFormat,
 )
 from megatron_lite.config.lora_targets import target_modules
 from megatron_lite.config.sections.lora import LoraConfig
@@ -27,8 +28,9 @@ def with_adapters(figure: Figure, lora: LoraConfig, model: ModelConfig) -> Figur
         return figure
     targets = target_modules(lora.lora_targets, model)
     return _adapted(
-        figure, targets, lora.lora_rank, lora.scale, lora.lora_dropout, lora.lora_variant == "dora"
-    )
+        figure, targets, lora.lora_rank, lora.scale, lora.lora_dropout, lora.lora_variant == "dora",
+        "nf4" if lora.packs else None,
+    )  # fmt: skip
 
 
 @lru_cache(maxsize=8)  # layers that are alike stay one object, and a figure is compared by them
@@ -39,6 +41,7 @@ def _adapted(
     scale: float,
     dropout: float,
     magnitude: bool,
+    storage: WeightFormat | None,
 ) -> Figure:
     def beside(part: Matrix | Table) -> LowRank | None:
         name = f"{part.name}.adapter"
@@ -52,7 +55,10 @@ def _adapted(
     def frozen(part: Part) -> Part:
         if isinstance(part, Core | Activation | Slowing):
             return part
-        if isinstance(part, Matrix | Table):
+        if isinstance(part, Matrix):
+            kept = storage or part.storage
+            return replace(part, frozen=True, adapter=beside(part), storage=kept)
+        if isinstance(part, Table):
             return replace(part, frozen=True, adapter=beside(part))
         return replace(part, frozen=True)
 

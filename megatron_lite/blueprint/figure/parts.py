@@ -14,11 +14,13 @@ from dataclasses import dataclass, replace
 from typing import Literal, TypeVar
 
 from megatron_lite.blueprint.figure.tensor import FORMAT_BYTES as FORMAT_BYTES
+from megatron_lite.blueprint.figure.tensor import WEIGHT_BYTES as WEIGHT_BYTES
 from megatron_lite.blueprint.figure.tensor import Cut as Cut
 from megatron_lite.blueprint.figure.tensor import Format as Format
 from megatron_lite.blueprint.figure.tensor import Init as Init
 from megatron_lite.blueprint.figure.tensor import Kind as Kind
 from megatron_lite.blueprint.figure.tensor import Tensor as Tensor
+from megatron_lite.blueprint.figure.tensor import WeightFormat as WeightFormat
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +122,7 @@ class Matrix:
     cut: Cut
     bias: bool
     into_stream: bool = False
-    storage: Format | None = None
+    storage: WeightFormat | None = None
     frozen: bool = False
     adapter: LowRank | None = None
 

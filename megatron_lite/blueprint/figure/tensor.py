@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Literal
 
+from megatron_lite.config.sections.lora import NF4_BLOCK
+
 Kind = Literal["weight", "bias", "norm", "embedding"]
 """weight and embedding get weight decay, bias and norm do not."""
 
@@ -21,8 +23,16 @@ Init = Literal["normal", "into stream", "fan in", "ones", "zeros", "unit normal"
 Format = Literal["fp32", "fp16", "bf16"]
 """Of numbers in memory."""
 
+WeightFormat = Literal["fp32", "fp16", "bf16", "nf4"]
+"""Of a weight in memory; what is nf4 is frozen, and unpacked where it is used."""
+
 FORMAT_BYTES: Mapping[Format, int] = MappingProxyType({"fp32": 4, "fp16": 2, "bf16": 2})
 """Of one number."""
+
+WEIGHT_BYTES: Mapping[WeightFormat, float] = MappingProxyType(
+    {"fp32": 4, "fp16": 2, "bf16": 2, "nf4": 0.5 + 4 / NF4_BLOCK}
+)
+"""Of one number; of nf4 its code, and its share of its block's scale."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +56,7 @@ class Tensor:
     heads: bool = False
     stages: bool = False
     vocabulary: bool = False
-    storage: Format | None = None
+    storage: WeightFormat | None = None
     frozen: bool = False
 
     @property

@@ -11,7 +11,7 @@ from megatron_lite.config.lora_targets import (
     target_modules,
     unknown_targets,
 )
-from megatron_lite.config.sections.lora import LoraConfig
+from megatron_lite.config.sections.lora import NF4_BLOCK, LoraConfig
 from megatron_lite.config.sections.model import ModelConfig
 from megatron_lite.config.sections.run import RunConfig
 
@@ -28,10 +28,34 @@ def adapter_settings(config: RunConfig, world_size: int) -> Iterator[str]:
         ("--lora-dropout", lora.lora_dropout != default.lora_dropout),
         ("--lora-targets", lora.lora_targets != default.lora_targets),
         ("--lora-variant", lora.lora_variant != default.lora_variant),
+        ("--lora-base", lora.lora_base != default.lora_base),
         ("--lora-load", lora.lora_load is not None),
     ):
         if given:
             yield f"{flag} needs --lora-rank, which switches adapters on"
+
+
+def packed_base(config: RunConfig, world_size: int) -> Iterator[str]:
+    """See packing_problems."""
+    yield from packing_problems(config.lora, config.model, config.parallel.tp)
+
+
+def packing_problems(lora: LoraConfig, model: ModelConfig, tp: int) -> Iterator[str]:
+    """Where blocks of 4-bit numbers would not lie within a row of a tp rank's matrices."""
+    if not lora.packs:
+        return
+    for flag, inputs, ranks in (
+        ("--hidden-size", model.hidden_size, 1),
+        ("the attention's output", model.num_attention_heads * model.head_size, tp),
+        ("--ffn-hidden-size", model.ffn_size, tp),
+    ):
+        if inputs % (NF4_BLOCK * ranks):
+            over = f" over --tensor-model-parallel-size {ranks}" if ranks > 1 else ""
+            way = [n for n in range(1, ranks) if not inputs % (NF4_BLOCK * n)]
+            yield (
+                f"--lora-base nf4: {flag} {inputs}{over} is no multiple of {NF4_BLOCK}, the numbers that "
+                f"share a scale; {f'choose tp from {way}' if way else 'use --lora-base bf16'}"
+            )
 
 
 def base_of_adapters(config: RunConfig, world_size: int) -> Iterator[str]:

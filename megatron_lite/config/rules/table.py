@@ -67,6 +67,7 @@ OF_SIZES: tuple[Rule, ...] = (
     Rule(training.objective),
     Rule(lora.adapter_settings, ("lora.lora_rank", "lora.lora_alpha")),
     Rule(updating.groups),
+    Rule(lora.packed_base, (_TP, _HIDDEN, _HEADS, "model.kv_channels", "model.ffn_hidden_size")),
     Rule(layout.one_batch, (*_BATCH, "train.rampup_batch_size", "train.train_samples")),
 )
 """What a Blueprint needs to come out."""
@@ -164,7 +165,8 @@ def lora_problems(asked: LoraConfig, model: ModelConfig) -> list[str]:
     """Everything that keeps such adapters from being built beside a model, in words."""
     config = RunConfig(model=model, lora=asked)
     found = [problem for key, problem in out_of_range(config) if key.startswith("lora.")]
-    return found or list(lora.adapter_settings(config, 1))
+    rules = (lora.adapter_settings, lora.packed_base)
+    return found or [problem for rule in rules for problem in rule(config, 1)]
 
 
 def size_problems(config: RunConfig, world_size: int) -> list[str]:

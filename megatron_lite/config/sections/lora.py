@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+NF4_BLOCK = 64
+"""Neighbours of a row that share a scale (arXiv:2305.14314 § 3)."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoraConfig:
@@ -25,8 +28,16 @@ class LoraConfig:
     lora_variant: Literal["lora", "rslora", "dora"] = "lora"
     """lora; rslora (arXiv:2312.03732); dora, which trains the length of each row, too (arXiv:2402.09353)."""
 
+    lora_base: Literal["bf16", "nf4"] = "bf16"
+    """How the layers' frozen matrices are kept: bf16, as the run computes; nf4, 4 bits (arXiv:2305.14314)."""
+
     lora_load: str | None = field(default=None, metadata={"one_start": True})
     """Begin with the adapters of this folder of PEFT's; rank, alpha, targets and variant must be its own."""
+
+    @property
+    def packs(self) -> bool:
+        """Whether frozen matrices are kept in 4 bits."""
+        return self.lora_base == "nf4"
 
     @property
     def on(self) -> bool:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
+from itertools import chain
 from typing import Any
 
 import torch
@@ -54,7 +55,7 @@ class Watched:
     def look_at_weights(self) -> None:
         """A weight that is not finite explains everything after it."""
         run = self.run
-        bad = bad_tensors(run.engine.weights(owned=False))
+        bad = bad_tensors(chain(run.engine.weights(owned=False), run.bits()))
         if bad:
             name = min(bad, key=position)
             self.note((WEIGHT, position(name)), f"the weight {name} on rank {run.ctx.rank} itself "

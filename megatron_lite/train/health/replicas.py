@@ -69,7 +69,7 @@ def bits_hash(tensor: Tensor) -> Tensor:
 def _copies(run: Run) -> Iterator[tuple[Axis, list[NamedSlice]]]:
     """Each axis, and this rank's tensors that every rank of it must hold alike, in one order."""
     state = list(run.engine.state(owned=False))
-    weights = list(run.engine.weights(owned=False))
+    weights = [*run.engine.weights(owned=False), *run.bits()]
     yield run.ctx.replicas, [s for s in (*weights, *state) if s.replicated]
     for axis, held in (
         (run.ctx.tp, [local for local in run.parameters if local.tp_dim is None]),

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from megatron_lite.config.sections.lora import NF4_BLOCK
+from megatron_lite.models.packing import ABSMAX, CODES
 from megatron_lite.parallel.collectives import all_reduce
 from megatron_lite.parallel.shard import DTYPES, MASTER, NamedSlice
 from megatron_lite.train.run import Run
@@ -36,15 +38,20 @@ def state_hash(run: Run) -> str:
 def _owned(run: Run) -> Iterator[NamedSlice]:
     yield from run.engine.weights(owned=True)
     yield from run.engine.state(owned=True)
+    yield from run.bits()
 
 
 def _tensors(run: Run) -> list[tuple[str, tuple[int, ...], torch.dtype]]:
     """Name, global shape and format of every tensor of the state; equal on all ranks."""
-    found = {}
+    found: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
     for spec in run.blueprint.parameters:
         vocabulary = spec.tensor.vocabulary
         shape = (run.context.vocab_size, *spec.shape[1:]) if vocabulary else spec.shape
         storage = spec.tensor.storage
+        if storage == "nf4":
+            for name, share, dtype in ((CODES, 2, torch.uint8), (ABSMAX, NF4_BLOCK, torch.float32)):
+                found[f"{spec.name}.{name}"] = (shape[0], shape[1] // share), dtype
+            continue
         dtype = run.context.dtype if storage is None else DTYPES[storage]
         found[spec.name] = shape, dtype
         if dtype != torch.float32:
@@ -61,7 +68,7 @@ def _whole(
 
     Integers, because a sum of floats would lose the sign of zero; int32, because gloo has no int16.
     """
-    bits = torch.int32 if dtype.itemsize == 4 else torch.int16
+    bits = {4: torch.int32, 2: torch.int16, 1: torch.uint8}[dtype.itemsize]
     whole = torch.zeros(shape, dtype=torch.int32, device=run.ctx.device)
     for piece in pieces:
         box = tuple(slice(o, o + n) for o, n in zip(piece.offset, piece.data.shape, strict=True))
