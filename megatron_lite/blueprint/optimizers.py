@@ -31,6 +31,10 @@ class State:
     dims: tuple[int, ...] | None = None
     storage: Format = "fp32"
 
+    def has(self, dim: int | None) -> bool:
+        """Whether it is cut where its parameter is cut along this dim; None: nowhere."""
+        return dim is None or self.dims is None or dim in self.dims
+
     def of(self, sizes: Sequence[int]) -> tuple[int, ...]:
         """Of a parameter's sizes, or of its place, what the state has."""
         return tuple(sizes) if self.dims is None else tuple(sizes[dim] for dim in self.dims)
@@ -48,6 +52,7 @@ class Treatment:
     other rows and columns.  first_update: so many updates of the run pass before its first; until
     then it is frozen, and its states are what they were at the start.
     lr, weight_decay: factors on the run's; None: its kind decides whether it decays.
+    sums_over_tp: the rule asks tp ranks for the sums it needs of what they cut (optim/shares.py).
     """
 
     rule: str
@@ -56,6 +61,7 @@ class Treatment:
     first_update: int = 0
     lr: float = 1.0
     weight_decay: float | None = None
+    sums_over_tp: bool = False
 
     @property
     def frozen(self) -> bool:
@@ -96,6 +102,19 @@ def _first_moment(optim: OptimConfig) -> tuple[State, ...]:
     return (replace(FIRST_MOMENT, storage=optim.moments[0]),)
 
 
+def _adafactor(optim: OptimConfig, tensor: Tensor) -> Treatment:
+    """Means of a matrix' rows and columns, all of a vector; a clipped update is one of all elements."""
+    matrix = len(tensor.shape) == 2
+    states = (
+        (State("exp_avg_sq_row", (0,)), State("exp_avg_sq_col", (1,)))
+        if matrix
+        else (State("exp_avg_sq"),)
+    )
+    if optim.adafactor_beta1 is not None:
+        states = (*states, State("exp_avg"))
+    return Treatment("adafactor", states, needs_whole_matrix=True, sums_over_tp=True)
+
+
 OPTIMIZERS: Registry[Callable[[OptimConfig, Tensor], Treatment]] = Registry(
     "optim.optimizer",
     {
@@ -103,6 +122,7 @@ OPTIMIZERS: Registry[Callable[[OptimConfig, Tensor], Treatment]] = Registry(
         "sgd": lambda optim, tensor: MOMENTUM if optim.sgd_momentum else PLAIN_SGD,
         "lion": lambda optim, tensor: Treatment("lion", _first_moment(optim)),
         "sophiag": lambda optim, tensor: Treatment("sophiag", (*_first_moment(optim), CURVATURE)),
+        "adafactor": _adafactor,
         "apex-adam": lambda optim, tensor: replace(ADAM, rule="apex-adam"),
     },
 )
@@ -143,7 +163,7 @@ def check_states(optim: OptimConfig, tensors: Iterable[Tensor], tp: int) -> None
     for tensor in tensors if tp > 1 else ():
         cut = tensor.tp_dim
         how = treatment(optim, tensor)
-        if cut is not None and how.needs(cut):
+        if cut is not None and how.needs(cut) and not how.sums_over_tp:
             raise ConfigError(
                 f"--optimizer {optim.optimizer} updates {tensor.name} by the rule {how.rule}, which "
                 f"needs all of its {tensor.shape[cut]} {'columns' if cut else 'rows'}, and "

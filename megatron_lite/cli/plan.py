@@ -34,6 +34,7 @@ from megatron_lite.config.flags.parser import parse
 from megatron_lite.config.rules import table as rules
 from megatron_lite.config.sections.parallel import ParallelConfig
 from megatron_lite.config.sections.run import RunConfig
+from megatron_lite.optim.adafactor import step_factor
 from megatron_lite.optim.learning_rate import LearningRateSchedule
 from megatron_lite.planner import advice, draw, hardware, learning, report, search
 from megatron_lite.planner.corpus import epochs
@@ -282,7 +283,7 @@ def _completed(config: RunConfig, own: Namespace, world: int) -> tuple[RunConfig
             if own.tokens
             else "--train-iters is not given: one iteration is planned; --tokens N says how long"
         )
-    if rate.lr is None:
+    if config.optim.rate(rate).lr is None:
         rate = dataclasses.replace(rate, lr=1e-4)
         if not own.advise:  # which takes the law's
             notes.append("--lr is not given: the curve is of 1e-4")
@@ -327,14 +328,19 @@ def _tokens(blueprint: Blueprint) -> float | None:
 
 
 def _schedule(config: RunConfig, blueprint: Blueprint) -> LearningRateSchedule:
+    given = config.optim.rate(config.learning_rate)
     return LearningRateSchedule.from_config(
-        config.learning_rate, config.train, blueprint.batch_schedule.samples_after
+        given, config.train, blueprint.batch_schedule.samples_after
     )
 
 
 def _curve(config: RunConfig, blueprint: Blueprint) -> tuple[Point, ...]:
-    schedule = _schedule(config, blueprint)
-    return run_curve(blueprint, schedule.at, bends=schedule.bends())
+    schedule, updates = _schedule(config, blueprint), blueprint.batch_schedule.iterations_within
+
+    def rate(samples: int) -> float:
+        return schedule.at(samples) * step_factor(config.optim, updates(samples))
+
+    return run_curve(blueprint, rate, bends=schedule.bends())
 
 
 def _outlook(

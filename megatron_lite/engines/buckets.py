@@ -56,6 +56,7 @@ class GradientBuckets:
     buffer: Tensor
     buckets: list[Bucket]
     overlap: bool
+    whole: Callable[[ParameterPiece], bool]
     views: dict[Tensor, Tensor] = field(default_factory=dict)
     _bucket_of: dict[Tensor, Bucket] = field(default_factory=dict)
     _armed: bool = False
@@ -80,7 +81,8 @@ class GradientBuckets:
         groups = _grouped(parameters, bucket_size)
         sizes = [sum(_padded(p) for p in group) for group in groups]
         buffer = torch.zeros(sum(sizes), dtype=dtype, device=ctx.device)
-        made = cls(buffer, [], overlap and any(p.replicas(ctx).size > 1 for p in parameters))
+        overlap = overlap and any(p.replicas(ctx).size > 1 for p in parameters)
+        made = cls(buffer, [], overlap, whole)
         start = 0
         for group, size in zip(groups, sizes, strict=True):
             axis = group[0].replicas(ctx)
@@ -100,18 +102,18 @@ class GradientBuckets:
         return self.views[local.parameter]
 
     def owned(self, local: LocalParameter) -> Iterator[tuple[ParameterPiece, Rows]]:
-        """The rows of each of its pieces whose state this rank keeps."""
+        """The rows of each of its pieces whose state this rank keeps; of what stays whole perhaps none."""
         bucket = self._bucket_of[local.parameter]
         if bucket.layout is None:
             for piece in local.pieces:
                 # a tp rank whose part of the vocabulary is all padding has no row of it
-                if piece.stop > piece.start:
+                if piece.stop > piece.start or self.whole(piece):
                     yield piece, Rows(0, piece.stop - piece.start)
             return
         for place in bucket.layout.places:
             if place.local is local:
                 rows = place.owned(bucket.axis.rank, bucket.axis.size)
-                if rows.stop > rows.start:
+                if rows.stop > rows.start or place.owner == bucket.axis.rank:
                     yield place.piece, rows
 
     def begin_last_backward(self, pending_wgrads: Sequence[Tensor] | None = None) -> None:

@@ -9,6 +9,7 @@ buffer is what rank k owns: named rows of named tensors, not an arbitrary slice 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -47,7 +48,7 @@ class ShardPlace:
 
     def copy(self, buffer: Tensor, tensor: Tensor, *, into_buffer: bool) -> None:
         """Move the piece from a tensor shaped like the parameter into the buffer [dp, n], or back."""
-        matrix = self.piece.of(tensor).reshape(self.rows, -1)
+        matrix = self.piece.of(tensor).reshape(self.rows, self.width)
         for inside, outside in self._blocks(buffer, matrix):
             if into_buffer:
                 inside.copy_(outside)
@@ -90,11 +91,13 @@ class ShardLayout:
         whole: Callable[[ParameterPiece], bool],
     ) -> ShardLayout:
         """Lay the pieces of these parameters out; whole: which have one owner, instead of one per row."""
+        # what has one owner has it where a tp rank's part is empty, too: it is then the same dp rank
+        # for all tp ranks
         pieces = [
             (local, piece)
             for local in parameters
             for piece in local.pieces
-            if piece.stop > piece.start
+            if piece.stop > piece.start or whole(piece)
         ]
         places, shared = [], 0
         for local, piece in pieces:
@@ -107,7 +110,7 @@ class ShardLayout:
                 shared += block * (_size(local, piece) // rows)
         used = [shared] * ranks
         alone = [(local, piece) for local, piece in pieces if whole(piece)]
-        sizes = [_size(local, piece) for local, piece in alone]
+        sizes = [math.prod(piece.shape) for _, piece in alone]
         for (local, piece), owner in zip(alone, whole_owners(sizes, ranks), strict=True):
             places.append(ShardPlace(local, piece, piece.stop - piece.start, used[owner], owner))
             used[owner] += _size(local, piece)

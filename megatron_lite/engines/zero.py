@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -21,8 +22,9 @@ from megatron_lite.engines.buckets import GradientBuckets
 from megatron_lite.engines.clip import clip_coefficient, count_zeros, global_norm, squared_norms
 from megatron_lite.engines.loss_scale import LossScale
 from megatron_lite.optim.groups import Groups, Rates
+from megatron_lite.optim.shares import TpShare
 from megatron_lite.parallel.collectives import all_reduce
-from megatron_lite.parallel.context import ParallelContext
+from megatron_lite.parallel.context import Axis, ParallelContext
 from megatron_lite.parallel.shard import (
     DTYPES,
     MASTER,
@@ -49,6 +51,7 @@ class _Held:
     gradient: Tensor
     master: Tensor
     state: dict[str, Tensor]
+    share: TpShare
 
     @property
     def has_master(self) -> bool:
@@ -151,7 +154,8 @@ class ZeroEngine:
             weight = local.parameter.detach()[here]
             master = weight if weight.dtype == torch.float32 else weight.float()
             state = self.groups.new_state(piece.spec, master)
-            yield _Held(local, piece, rows, weight, gradient[here], master, state)
+            share = TpShare(piece.shape, piece.spec.tp_dim if self.ctx.tp.size > 1 else None)
+            yield _Held(local, piece, rows, weight, gradient[here], master, state, share)
 
     def _stays_whole(self, piece: ParameterPiece) -> bool:
         return self.groups.treatment(piece.spec).needs(0)
@@ -287,13 +291,8 @@ class ZeroEngine:
         # sorted: the order of a set of strings differs from process to process, that of collectives
         # may not
         for axis in sorted({axis for held in self._held for axis in held.local.grad_summed_over}):
-            partial = [held.gradient for held in self._held if axis in held.local.grad_summed_over]
-            # norms and biases: many and small, so that one call for all costs one latency
-            flat = torch.cat([gradient.reshape(-1) for gradient in partial])
-            all_reduce(flat, self.ctx.named(axis))
-            sizes = [gradient.numel() for gradient in partial]
-            for gradient, summed in zip(partial, flat.split(sizes), strict=True):
-                gradient.copy_(summed.view_as(gradient))
+            shares = [held.gradient for held in self._held if axis in held.local.grad_summed_over]
+            _sum_together(shares, self.ctx.named(axis))  # norms and biases
         if self._frozen:  # some of them may be a piece of a parameter that is trained otherwise
             torch._foreach_zero_([held.gradient for held in self._frozen])
         # after the sum over replicas, so that where sharded only the rows this rank keeps travel
@@ -305,7 +304,8 @@ class ZeroEngine:
                 buckets.buffer.mul_(1.0 / self.loss_scale)
 
     def _apply(self, rates: Rates, taken: Tensor | None) -> None:
-        self.groups.update(self._trained, rates, steps=self._steps, taken=taken)
+        total = partial(_sum_together, axis=self.ctx.tp)
+        self.groups.update(self._trained, rates, steps=self._steps, taken=taken, total=total)
         self._steps += 1
         if self._steps in self._turns:
             self._choose_trained()
@@ -377,6 +377,8 @@ class ZeroEngine:
             if held.has_master:
                 yield held.slice(held.master, MASTER, replicated=same)
             for state in self.groups.treatment(held.spec).states:
+                if owned and not (state.has(held.share.cut) or self.ctx.tp.rank == 0):
+                    continue  # every tp rank has it whole
                 data = held.state[state.name]
                 yield held.slice(data, f"{state.name}.", replicated=same, state=state)
 
@@ -390,3 +392,12 @@ class ZeroEngine:
         self._choose_trained()
         if progress.loss_scale:
             self.scaler.load(progress.loss_scale)
+
+
+def _sum_together(tensors: Sequence[Tensor], axis: Axis) -> None:
+    """In place, over the axis; many and small ones, so that one call for all costs one latency."""
+    flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+    all_reduce(flat, axis)
+    sizes = [tensor.numel() for tensor in tensors]
+    for tensor, summed in zip(tensors, flat.split(sizes), strict=True):
+        tensor.copy_(summed.view_as(tensor))

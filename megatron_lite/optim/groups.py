@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from megatron_lite.blueprint.optimizers import Treatment, treatment
 from megatron_lite.config.errors import ConfigError
 from megatron_lite.config.sections.optim import OptimConfig
 from megatron_lite.optim.rules import RULES, UpdateRule
+from megatron_lite.optim.shares import TpShare, TpShares, alone
 
 
 class Member(Protocol):
@@ -39,6 +40,11 @@ class Member(Protocol):
     @property
     def state(self) -> dict[str, Tensor]:
         """What new_state gave."""
+        ...
+
+    @property
+    def share(self) -> TpShare:
+        """What of the whole tensor it is."""
         ...
 
 
@@ -116,7 +122,7 @@ class Groups:
     @property
     def waits_because(self) -> str:
         """Which rules cannot be given `taken`; "" where all can."""
-        rules = [name for name, rule in self._rules.items() if not _knows_taken(rule)]
+        rules = [name for name, rule in self._rules.items() if not _knows(rule, "taken")]
         return f"the update rule {', '.join(rules)} takes no `taken`" if rules else ""
 
     def update(
@@ -126,22 +132,26 @@ class Groups:
         *,
         steps: int,
         taken: Tensor | None = None,
+        total: Callable[[Sequence[Tensor]], None] = alone,
     ) -> None:
         """One update, in place; steps: updates of the run before this one; taken: see UpdateRule.
 
-        A rule is told those that its parameters have taken part in.
+        A rule is told those that its parameters have taken part in.  total: see TpShares.
         """
-        decided = {} if taken is None else {"taken": taken}
         for group, held in trained.items():
+            rule = self._rule(group.rule)
+            told: dict[str, Any] = {} if taken is None else {"taken": taken}
+            if _knows(rule, "shares"):
+                told["shares"] = TpShares([member.share for member in held], total)
             decoupled = rates.decoupled_lr if group.vocabulary else None
-            self._rule(group.rule).update(
+            rule.update(
                 [member.master for member in held],
                 [member.gradient.to(member.master.dtype) for member in held],
                 [member.state for member in held],
                 steps=steps - group.first_update,
                 lr=group.lr * (rates.lr if decoupled is None else decoupled),
                 weight_decay=group.weight_decay * rates.weight_decay,
-                **decided,
+                **told,
             )
 
     def _rule(self, name: str) -> UpdateRule:
@@ -161,6 +171,6 @@ class Groups:
         return self._rules[name]
 
 
-def _knows_taken(rule: UpdateRule) -> bool:
-    """Whether the update can be left out by a word on the device: rules from outside may not know it."""
-    return "taken" in inspect.signature(rule.update).parameters
+def _knows(rule: UpdateRule, argument: str) -> bool:
+    """Whether it has this argument: rules from outside may not."""
+    return argument in inspect.signature(rule.update).parameters

@@ -8,6 +8,7 @@ from typing import Protocol
 from torch import Tensor
 
 from megatron_lite.config.sections.optim import OptimConfig
+from megatron_lite.optim.adafactor import Adafactor
 from megatron_lite.optim.adam import AdamW
 from megatron_lite.optim.apex import ApexAdamW
 from megatron_lite.optim.lion import Lion
@@ -37,6 +38,8 @@ class UpdateRule(Protocol):
 
         taken: bool scalar on the device; where it is false everything keeps its bits.  A rule
         without this argument makes the host wait for each step.
+        A rule with an argument `shares` (see TpShares) is told what other tp ranks have; its row of
+        OPTIMIZERS says sums_over_tp.
         """
         ...
 
@@ -44,6 +47,7 @@ class UpdateRule(Protocol):
 RULES: dict[str, Callable[[OptimConfig], UpdateRule]] = {
     "adam": lambda o: AdamW(beta1=o.adam_beta1, beta2=o.adam_beta2, eps=o.adam_eps),
     "sgd": lambda o: SGD(momentum=o.sgd_momentum),
+    "adafactor": Adafactor.from_config,
     "apex-adam": lambda o: ApexAdamW(beta1=o.adam_beta1, beta2=o.adam_beta2, eps=o.adam_eps),
     "sophiag": lambda o: SophiaG(beta1=o.sophia_beta1, rho=o.sophia_rho),
     "lion": lambda o: Lion(beta1=o.lion_beta1, beta2=o.lion_beta2),

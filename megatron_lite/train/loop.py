@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 
 from megatron_lite.config.errors import NumericsError, StorageError
+from megatron_lite.optim.adafactor import step_factor
 from megatron_lite.optim.groups import Rates
 from megatron_lite.telemetry.record import EvaluationRecord, RanksRecord
 from megatron_lite.telemetry.summary import never_ran
@@ -223,7 +224,8 @@ def _record(session: Session, fed: Fed, result: StepResult) -> float:
             data_seconds=fed.data_seconds,
             loss=heard.seen.loss,
             metrics=result.metrics,
-            learning_rate=session.schedules.learning_rate.at(progress.lr_samples),
+            learning_rate=session.schedules.learning_rate.at(progress.lr_samples)
+            * step_factor(run.blueprint.optim, run.engine.progress().steps),
             decoupled_learning_rate=session.schedules.decoupled_at(progress.lr_samples),
             weight_decay=session.schedules.weight_decay.at(progress.lr_samples),
             loss_scale=run.engine.loss_scale,

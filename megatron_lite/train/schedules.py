@@ -64,6 +64,7 @@ class Schedules:
         batches: BatchSchedule,
     ) -> Schedules:
         """The curves the flags ask for; batches: from where the run stands."""
+        learning_rate = optim.rate(learning_rate)
         rate = LearningRateSchedule.from_config(learning_rate, train, batches.samples_after)
         decay = WeightDecaySchedule.from_config(optim, train, batches.samples_after)
         return cls(rate, decay, rate.decoupled(learning_rate))

@@ -86,6 +86,10 @@ UNTIED = {axes.UNTIED: True}
 ROPE = {"model__position_embedding_type": "rope", "model__add_bias_linear": False}
 FP16 = {"precision__fp16": True, "precision__initial_loss_scale": 1024.0, "model__num_layers": 2}
 BF16 = {axes.BF16: True}
+ADAFACTOR = {
+    "optim__optimizer": "adafactor", "optim__adafactor_scale_parameter": True,
+    "optim__adafactor_beta1": 0.9,
+}  # fmt: skip
 LLAMA = {
     "model__normalization": "RMSNorm", "model__swiglu": True, "model__group_query_attention": True,
     "model__num_query_groups": 2,
@@ -104,6 +108,7 @@ QUICK = [
     layout(
         "tp2-dp2-sp-zero-padding-rank", tp=2, dp=2, shared={"model__vocab_size": 8}, **SP, **ZERO
     ),
+    layout("tp2-sp-adafactor-padding", tp=2, shared=ADAFACTOR | {"model__vocab_size": 8}, **SP),
     layout("tp2-attention-dropout", tp=2, shared=DROP_ATTENTION),
     layout("dp2-no-overlap", dp=2, parallel__overlap_grad_reduce=False),
     layout("dp2-small-buckets", dp=2, parallel__ddp_bucket_size=1000),
@@ -173,6 +178,7 @@ MORE = [
         parallel__account_for_embedding_in_pipeline_split=True,
         parallel__account_for_loss_in_pipeline_split=True,
     ),
+    layout("tp2-pp2-dp2-sp-zero-adafactor", tp=2, pp=2, dp=2, shared=ADAFACTOR, **SP, **ZERO),
     layout("tp2-pp2-zb-v-bf16", tp=2, pp=2, shared=BF16, tolerance=HALF, **ZB_V),
     layout("tp2-pp2-sp-recompute", tp=2, pp=2, **SP, **EVERY_LAYER),
     layout("tp2-pp2-fp16", tp=2, pp=2, shared=FP16, tolerance=HALF),

@@ -88,6 +88,7 @@ CONFIG_RULES: tuple[Rule, ...] = (
     Rule(training.scheduler_on_resume),
     Rule(training.weight_decay),
     Rule(training.moments),
+    Rule(updating.adafactor),
     Rule(training.per_token_loss),
     Rule(training.recompute, (_SEQ, _TP)),
     Rule(training.parameter_gather),

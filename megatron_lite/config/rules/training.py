@@ -112,6 +112,8 @@ def length(config: RunConfig, world_size: int) -> Iterator[str]:
 def learning_rate(config: RunConfig, world_size: int) -> Iterator[str]:
     """There is a peak, and floor and start of the warm-up are not above it."""
     lr = config.learning_rate
+    if config.optim.adafactor_relative_step:
+        return  # see updating.adafactor
     if lr.lr is None:
         yield "--lr is required; give the peak learning rate, e.g. --lr 1e-4"
         return

@@ -11,7 +11,8 @@ class OptimConfig:
     """Update rule, weight decay and clipping."""
 
     optimizer: str = field(
-        default="adam", metadata={"rows": ("adam", "sgd", "lion", "sophiag", "apex-adam")}
+        default="adam",
+        metadata={"rows": ("adam", "sgd", "lion", "sophiag", "adafactor", "apex-adam")},
     )
     """Update rule; adam is AdamW (decoupled weight decay), apex-adam the same by apex's kernel on a GPU."""
 
@@ -66,6 +67,30 @@ class OptimConfig:
     sophia_hessian_interval: int = 10
     """Iterations from one pass that observes Sophia's curvature to the next."""
 
+    adafactor_scale_parameter: bool = False
+    """Multiply Adafactor's step by the root mean square of the tensor, at least --adafactor-eps2."""
+
+    adafactor_relative_step: bool = False
+    """Let Adafactor choose its step, min(1e-2, 1 / sqrt(updates)), in place of --lr."""
+
+    adafactor_warmup_init: bool = False
+    """Begin the relative step with 1e-6 times the updates instead of 1e-2."""
+
+    adafactor_beta1: float | None = None
+    """Decay of a first moment of Adafactor's updates, as large as the parameters; none by default."""
+
+    adafactor_decay_rate: float = -0.8
+    """Adafactor's second moment forgets by beta2 = 1 - updates to this power."""
+
+    adafactor_clip_threshold: float = 1.0
+    """Root mean square of a tensor's Adafactor update above which it is scaled down."""
+
+    adafactor_eps1: float = 1e-30
+    """Added to the squared gradient by Adafactor."""
+
+    adafactor_eps2: float = 1e-3
+    """Least root mean square of a tensor that --adafactor-scale-parameter multiplies by."""
+
     clip_grad: float = 1.0
     """Largest global gradient norm; 0 switches clipping off."""
 
@@ -78,6 +103,12 @@ class OptimConfig:
         if not self.use_precision_aware_optimizer:
             return "fp32", "fp32"
         return self.exp_avg_dtype, self.exp_avg_sq_dtype
+
+    def rate(self, given: LearningRateConfig) -> LearningRateConfig:
+        """The learning rate's curve: as given, or a factor of 1 on steps that the optimizer chooses."""
+        if not self.adafactor_relative_step:
+            return given
+        return LearningRateConfig(lr=1.0, lr_decay_style="constant")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
