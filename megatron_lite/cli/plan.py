@@ -31,6 +31,7 @@ from megatron_lite.blueprint.timeline import Timeline, parse_trace
 from megatron_lite.config.errors import ConfigError, DataError, StorageError
 from megatron_lite.config.exit import ToolParser, run_tool
 from megatron_lite.config.flags.parser import parse
+from megatron_lite.config.objectives import LANGUAGE_MODEL
 from megatron_lite.config.rules import table as rules
 from megatron_lite.config.sections.parallel import ParallelConfig
 from megatron_lite.config.sections.run import RunConfig
@@ -362,7 +363,8 @@ def _outlook(
     return learning.Outlook(
         blueprint=blueprint,
         rates=_schedule(config, blueprint),
-        begins=not (config.checkpoint.finetune or config.lora.lora_rank),
+        begins=config.train.objective == LANGUAGE_MODEL
+        and not (config.checkpoint.finetune or config.lora.lora_rank),
         stop=None if minutes is None else int(60 * minutes / plan.rates.step_seconds),
         notes=notes,
     )

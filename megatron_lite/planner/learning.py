@@ -192,7 +192,7 @@ def rate_notes(outlook: Outlook) -> Iterator[str]:
             "and --lr is not compared with it"
         )
     if not outlook.begins:
-        yield "the law is one of training from nothing: --lr is not compared with it"
+        yield "the law is one of pretraining from nothing: --lr is not compared with it"
     yield from outlook.notes
 
 

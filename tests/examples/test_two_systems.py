@@ -8,7 +8,6 @@ import os
 import random
 import re
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from megatron_lite.blueprint.stages import cut_stages
 from megatron_lite.config.flags.parser import parse
 from megatron_lite.config.sections.run import RunConfig
 from megatron_lite.telemetry.record import StepRecord, read_metrics, record_json
+from tests.examples.systems import block, carried_out
 from tests.support.ceval_toy import write_exam
 from tests.support.extras import needs
 from tests.support.places import ROOT
@@ -27,25 +27,6 @@ from tests.telemetry.records import STEP
 SYSTEMS = ("macrogpt", "gpt_from_zero", "baby_llama")
 WORDS = ["今天", "天气", "很好", "我们", "去", "公园", "散步", "系统", "文件", "使用", "软件包", "如果", "请",
          "安装", "命令", "参数", "用户", "目录"]  # fmt: skip
-
-
-def block(system: str) -> list[str]:
-    """The commands of its README, which are the same in both languages."""
-    found = [
-        re.findall(r"^```bash\n(.*?)^```$", path.read_text("utf-8"), re.DOTALL | re.MULTILINE)
-        for path in sorted((ROOT / "examples" / system).glob("README*.md"))
-    ]
-    lines = [[re.sub(r" +#.*", "", line) for line in "".join(one).splitlines()] for one in found]
-    assert len(lines) == 2 and lines[0] == lines[1] and lines[0]
-    return lines[0]
-
-
-def carried_out(command: str, **env: str) -> subprocess.CompletedProcess[str]:
-    """A line of a README, in the repository, with nothing else in the environment."""
-    return subprocess.run(
-        ["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=500,
-        env={"PATH": os.environ["PATH"], "PYTHON": sys.executable, **env},
-    )  # fmt: skip
 
 
 def full(system: str, tmp_path: Path) -> RunConfig:
@@ -170,7 +151,7 @@ def test_without_a_network_and_a_text_both_are_named(system: str, tmp_path: Path
     assert "manpages-zh 1.6.4.0-1" in done.stderr and "TEXT=FOLDER" in done.stderr
 
 
-@pytest.mark.parametrize("system", SYSTEMS)
+@pytest.mark.parametrize("system", [*SYSTEMS, "open_gpt"])
 def test_every_variable_of_a_script_is_in_its_table(system: str) -> None:
     script = (ROOT / "examples" / system / "run.sh").read_text("utf-8")
     variables = set(re.findall(r"\$\{([A-Z][A-Z_]*):-", script))

@@ -127,7 +127,8 @@ def test_what_is_unusual_is_said(words: str, said: str, advise) -> None:
     ("words", "note"),
     [
         ("--optimizer sgd --lr 0.1", "--optimizer sgd has rates of its own"),
-        ("--finetune --load x --lr 2e-5", "the law is one of training from nothing"),
+        ("--finetune --load x --lr 2e-5", "the law is one of pretraining from nothing"),
+        ("--objective sft --lr 2e-5", "the law is one of pretraining from nothing"),
         ("--train-iters 80000", ""),
         (
             "--train-iters 900000",
