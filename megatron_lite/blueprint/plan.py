@@ -96,7 +96,7 @@ def _batch(blueprint: Blueprint) -> Iterator[str]:
 
 def _length(blueprint: Blueprint) -> Iterator[str]:
     if blueprint.train_iters is None or blueprint.train_samples is None:
-        yield "not given (--train-iters or --train-samples)"
+        yield "not known (--train-iters, --train-samples or --train-epochs)"
         return
     tokens = blueprint.train_samples * blueprint.model.seq_length
     yield (

@@ -25,7 +25,7 @@ from megatron_lite.config.rules import table as rules
 from megatron_lite.config.sections.run import RunConfig
 from megatron_lite.data.overview import overview
 from megatron_lite.data.provenance import made_with
-from megatron_lite.data.sources import kind_for
+from megatron_lite.data.sources import kind_for, with_epochs
 from megatron_lite.data.tokenizers.build import build_tokenizer, model_vocab_size
 from megatron_lite.storage.disk import Disk
 from megatron_lite.storage.outputs import check_folder
@@ -42,6 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     tokenizer = build_tokenizer(config.data, vocab_size=config.model.vocab_size)
     size = model_vocab_size(tokenizer.vocab_size, config.model.vocab_size)
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=size))
+    train = with_epochs(config.data, config.train, seq_length=config.model.seq_length)
+    config = dataclasses.replace(config, train=train)
     blueprint = draw_up(config, world_size)
     began = time.perf_counter()
     datasets = kind_for(config.train.objective).build(

@@ -27,6 +27,7 @@ from typing import NoReturn
 
 from megatron_lite.blueprint.batches import batch_schedule
 from megatron_lite.blueprint.draw_up import Blueprint, draw_up
+from megatron_lite.blueprint.length import told_of_epochs
 from megatron_lite.blueprint.timeline import Timeline, parse_trace
 from megatron_lite.config.errors import ConfigError, DataError, StorageError
 from megatron_lite.config.exit import ToolParser, run_tool
@@ -35,6 +36,7 @@ from megatron_lite.config.objectives import LANGUAGE_MODEL
 from megatron_lite.config.rules import table as rules
 from megatron_lite.config.sections.parallel import ParallelConfig
 from megatron_lite.config.sections.run import RunConfig
+from megatron_lite.config.sections.train import TrainConfig
 from megatron_lite.optim.adafactor import step_factor
 from megatron_lite.optim.learning_rate import LearningRateSchedule
 from megatron_lite.planner import advice, draw, hardware, learning, report, search
@@ -110,11 +112,13 @@ def main() -> int:
         _draw(own, plan)
         if own.draw == "-":
             return 0
+    given = _has_length(parsed.config) or config.train.samples_asked is not None
+    notes += told_of_epochs(config.train, blueprint.length)
     extra = report.Extra(
         notes=(*parsed.notices, *notes, *rules.notices(config, world)),
-        tokens=own.tokens or (_tokens(blueprint) if _has_length(parsed.config) else None),
-        curve=_curve(config, blueprint) if own.tokens or _has_length(parsed.config) else (),
-        epochs=epochs(config.data, blueprint),
+        tokens=own.tokens or (_tokens(blueprint) if given else None),
+        curve=_curve(config, blueprint) if own.tokens or given else (),
+        epochs=epochs(config.data, config.train, blueprint),
         change=None if plan.fits else advice.cheapest(plan, variant),
         price_per_hour=own.price_per_gpu_hour,
     )
@@ -276,9 +280,11 @@ def _completed(config: RunConfig, own: Namespace, world: int) -> tuple[RunConfig
     notes: list[str] = []
     config = _with_vocabulary(config, notes)
     train, rate = dataclasses.replace(config.train, dry_run=True), config.learning_rate
-    if train.train_iters is None and train.train_samples is None:
+    if train.train_epochs is not None and not own.tokens:
+        train = _counted(config, train, notes)
+    if train.train_iters is None and train.samples_asked is None:
         iterations = _iterations(config, own.tokens, world) if own.tokens else 1
-        train = dataclasses.replace(train, train_iters=iterations)
+        train = dataclasses.replace(train, train_iters=iterations, train_epochs=None)
         notes.append(
             f"--train-iters is not given: {iterations:,} for --tokens"
             if own.tokens
@@ -289,6 +295,16 @@ def _completed(config: RunConfig, own: Namespace, world: int) -> tuple[RunConfig
         if not own.advise:  # which takes the law's
             notes.append("--lr is not given: the curve is of 1e-4")
     return dataclasses.replace(config, train=train, learning_rate=rate), notes
+
+
+def _counted(config: RunConfig, train: TrainConfig, notes: list[str]) -> TrainConfig:
+    """--train-epochs with the samples of one, where the data are here or --epoch-samples says it."""
+    # data bring numpy along, which most plans do without
+    from megatron_lite.data.sources import uncounted, with_epochs  # noqa: PLC0415
+
+    train = with_epochs(config.data, train, seq_length=config.model.seq_length)
+    notes += uncounted(config.data, train)
+    return train
 
 
 def _iterations(config: RunConfig, tokens: float, world: int) -> int:

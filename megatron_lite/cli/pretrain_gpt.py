@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 try:
     from megatron_lite.blueprint.draw_up import Blueprint, draw_up
-    from megatron_lite.blueprint.length import sample_counts
+    from megatron_lite.blueprint.length import sample_counts, told_of_epochs
     from megatron_lite.blueprint.plan import describe
     from megatron_lite.config.blend import data_sources
     from megatron_lite.config.errors import ConfigError
@@ -33,7 +33,7 @@ try:
     from megatron_lite.config.streams import outlive_output, settle_output
     from megatron_lite.data.present import require_local_files
     from megatron_lite.data.provenance import end_of_document, made_with
-    from megatron_lite.data.sources import what_counts
+    from megatron_lite.data.sources import uncounted, what_counts, with_epochs
     from megatron_lite.data.taught import files_with, taught
     from megatron_lite.data.tokenizers.build import (
         build_tokenizer,
@@ -91,6 +91,8 @@ def _plan(parsed: ParsedFlags) -> int:
     config, world_size = _checked(parsed)
     blueprint = draw_up(config, world_size)
     print(describe(blueprint, parsed.config.learning_rate))
+    for line in told_of_epochs(config.train, blueprint.length):
+        print(f"  {line}")
     for line in _what_counts(config, blueprint):
         print(line)
     print("dry run: every rule holds; nothing was started")
@@ -99,7 +101,7 @@ def _plan(parsed: ParsedFlags) -> int:
 
 def _what_counts(config: RunConfig, blueprint: Blueprint) -> Sequence[str]:
     """How many tokens of the samples count, where a mask says so and its files are named."""
-    if config.train.objective != SFT or not data_sources(config.data):
+    if config.train.objective != SFT or not data_sources(config.data) or blueprint.length is None:
         return []
     counts = sample_counts(config.train, blueprint.batch_schedule)
     return what_counts(
@@ -119,9 +121,20 @@ def _checked(parsed: ParsedFlags) -> tuple[RunConfig, int]:
     if others is not None:
         notes.append(f"a start would be refused here: {others}")
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=size))
+    config = _with_epochs(config, world_size)
+    notes += uncounted(config.data, config.train)
     for line in (*notes, *rules.notices(config, world_size)):
         print(f"NOTE: {line}")
     return config, world_size
+
+
+def _with_epochs(config: RunConfig, world_size: int) -> RunConfig:
+    """The config, whose length is known where the data are."""
+    train = with_epochs(config.data, config.train, seq_length=config.model.seq_length)
+    counted = dataclasses.replace(config, train=train)
+    if counted != config:
+        rules.check_config(counted, world_size)
+    return counted
 
 
 def _rehearse(parsed: ParsedFlags) -> int:
@@ -205,7 +218,7 @@ def _train(parsed: ParsedFlags, launch: Launch, failures: Failures) -> int:
             ),
         )
         model = dataclasses.replace(config.model, vocab_size=tokens.vocab_size)
-        filled = dataclasses.replace(config, model=model)
+        filled = _with_epochs(dataclasses.replace(config, model=model), launch.world_size)
         notices.extend(rules.notices(filled, launch.world_size))
         rows, own = tokens.asked, tokenizer.vocab_size
         if rows is not None and rows < own and config.data.tokenizer_type != "NullTokenizer":

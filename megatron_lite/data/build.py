@@ -66,16 +66,25 @@ class Recipe:
 
     seq_length: int
     seed: int
-    vocab_size: int | None
     surplus: float
     exact_counts: bool
     mmap_bin: bool
-    cache_folder: str | None
-    disk: Disk
-    maps: FileMaps
     verify: bool
     form: SampleForm = STREAM
+    vocab_size: int | None = None
+    cache_folder: str | None = None
+    disk: Disk = field(default_factory=Disk)
+    maps: FileMaps = field(default_factory=FileMaps)
+    repeats: bool = False
     notices: list[str] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, data: DataConfig, **others: Any) -> Recipe:
+        """What the flags say, beside the others."""
+        return cls(
+            surplus=data.mid_level_dataset_surplus, exact_counts=data.exact_blend_counts,
+            mmap_bin=data.mmap_bin_files, verify=data.verify_data, **others,
+        )  # fmt: skip
 
     def plan(
         self,
@@ -162,26 +171,20 @@ def build_datasets(
     disk: Disk | None = None,
     tokenizer: MadeWith | None = None,
     form: SampleForm = STREAM,
+    repeats: bool = False,
 ) -> Datasets:
     """Build or load what the run reads; a split of which 0 samples are asked for is None.
 
     A number of samples None means one epoch (only without weights).  tokenizer: the run's, with which
-    all files must have been made; None compares them with each other only.  One rank per node calls it
-    first and the others after a barrier: they then find the arrays in cache_folder.
+    all files must have been made; None compares them with each other only.  repeats: to train on, several
+    files without weights are read as often as their number of samples takes, each in its share.  One
+    rank per node calls it first and the others after a barrier: they then find the arrays in cache_folder.
     """
-    recipe = Recipe(
-        seq_length=seq_length,
-        seed=seed,
-        vocab_size=vocab_size,
-        surplus=data.mid_level_dataset_surplus,
-        exact_counts=data.exact_blend_counts,
-        mmap_bin=data.mmap_bin_files,
+    recipe = Recipe.of(
+        data, seq_length=seq_length, seed=seed, form=form, vocab_size=vocab_size,
         cache_folder=None if cache_folder is None else os.fspath(cache_folder),
-        disk=Disk() if disk is None else disk,
-        maps=FileMaps(),
-        verify=data.verify_data,
-        form=form,
-    )
+        disk=Disk() if disk is None else disk, repeats=repeats,
+    )  # fmt: skip
     asked = (train_samples, valid_samples, test_samples)
     found = blends(data)
     if found.mock:
@@ -278,6 +281,8 @@ def _blend(
     opened = [files[prefix] for prefix in blend.prefixes]
     ranges = [split_ranges(shares, len(source))[number] for source in opened]
     weights = None if blend.weights is None else normalized(blend.weights)
+    if weights is None and recipe.repeats and not number and len(opened) > 1:
+        weights = normalized([float(len(plan)) for plan in _epoch(opened, ranges, name, recipe)])
     if weights is not None and samples is None:
         raise ConfigError(f"a blend with weights needs a number of {name} samples")
     if len(opened) == 1 and weights is None:
@@ -298,6 +303,35 @@ def _blend(
         weights = [float(length) for length in lengths]
         size = None if samples is None else min(samples, sum(lengths))
     return _make(plans, BlendPlan.draw_up(weights, size, lengths), recipe)
+
+
+def _epoch(
+    opened: Sequence[IndexedDataset],
+    ranges: Sequence[DocumentRange | None],
+    name: str,
+    recipe: Recipe,
+) -> list[SamplesPlan]:
+    """Each file's samples, once."""
+    return [
+        recipe.plan(source, source.prefix, name, _present(documents), None)
+        for source, documents in zip(opened, ranges, strict=True)
+    ]
+
+
+def samples_of_an_epoch(
+    data: DataConfig, *, seq_length: int, seed: int, form: SampleForm = STREAM
+) -> int:
+    """How many samples the training split has, each of its files read once; nothing is written."""
+    recipe = Recipe.of(data, seq_length=seq_length, seed=seed, form=form)
+    found = blends(data)
+    blend, shares = found.by_split.get("train"), (1.0, 0.0, 0.0)
+    if blend is None:
+        assert found.shared is not None and found.split is not None, "rules.length knows others"
+        blend, shares = found.shared, found.split
+    files = _open(blend.prefixes, recipe)
+    opened = [files[prefix] for prefix in blend.prefixes]
+    ranges = [split_ranges(shares, len(source))[0] for source in opened]
+    return sum(len(plan) for plan in _epoch(opened, ranges, SPLITS[0], recipe))
 
 
 def _with_samples(

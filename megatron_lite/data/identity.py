@@ -90,7 +90,7 @@ def _split_changes(
         if old["epochs"] != this["epochs"] and old["content"] == this["content"]:
             yield (
                 f"{where}: {_epochs(old['epochs'])} -> {_epochs(this['epochs'])}, which are shuffled "
-                "anew (the run's length, --train-iters or --train-samples)"
+                "anew (the run's length: --train-iters, --train-samples or --train-epochs)"
             )
 
 

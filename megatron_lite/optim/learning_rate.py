@@ -175,11 +175,11 @@ class WeightDecaySchedule:
 
 def train_samples(train: TrainConfig, samples_after: SamplesAfter) -> int:
     """Length of the run in samples: as given, or those of its iterations."""
-    if train.train_samples is not None:
-        return train.train_samples
+    if train.samples_asked is not None:
+        return train.samples_asked
     if train.train_iters is None:
         raise ConfigError(
-            "the length of the run is not known; give --train-iters or --train-samples"
+            "the length of the run is not known; give --train-iters, --train-samples or --train-epochs"
         )
     return samples_after(train.train_iters)
 
@@ -189,7 +189,7 @@ def _in_samples(
 ) -> tuple[int, float, int]:
     """Decay, warm-up and WSD's last part, given in the run's own unit, in samples."""
     length = train_samples(train, samples_after)
-    if train.train_samples is not None:
+    if train.samples_asked is not None:
         decay = length if lr.lr_decay_samples is None else lr.lr_decay_samples
         return decay, lr.lr_warmup_samples, lr.lr_wsd_decay_samples or 0
     steps = train.train_iters if lr.lr_decay_iters is None else lr.lr_decay_iters

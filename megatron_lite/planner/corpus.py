@@ -9,7 +9,9 @@ from typing import NamedTuple
 from megatron_lite.blueprint.draw_up import Blueprint
 from megatron_lite.config.blend import blends
 from megatron_lite.config.errors import ConfigError
+from megatron_lite.config.objectives import OBJECTIVES
 from megatron_lite.config.sections.data import DataConfig
+from megatron_lite.config.sections.train import TrainConfig
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _WIDTHS = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 8, 7: 4, 8: 2}
@@ -41,9 +43,12 @@ def corpus_tokens(prefix: str) -> int | None:
     return size // width if width else None
 
 
-def epochs(data: DataConfig, blueprint: Blueprint) -> tuple[Reading, ...]:
-    """One Reading per corpus that is there; empty for a run of unknown length or without files."""
-    if blueprint.train_samples is None:
+def epochs(data: DataConfig, train: TrainConfig, blueprint: Blueprint) -> tuple[Reading, ...]:
+    """One Reading per corpus that is there; empty for a run of unknown length or without files.
+
+    Empty, too, where rows are not filled with tokens: how many an epoch has is not in the sizes.
+    """
+    if blueprint.train_samples is None or OBJECTIVES[train.objective].dataset != "pretrain":
         return ()
     try:
         found = blends(data)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from megatron_lite.blueprint.draw_up import Blueprint
+from megatron_lite.blueprint.length import told_of_epochs
 from megatron_lite.blueprint.param_groups import group_lines
 from megatron_lite.config.objectives import has_segments
 from megatron_lite.config.sections.lora import LoraConfig
@@ -81,6 +82,7 @@ def description(run: Run, blueprint: Blueprint, config: RunConfig) -> list[str]:
     return [
         f"using world size: {grid.world_size}, tensor-parallel {grid.tp} x pipeline-parallel {grid.pp} "
         f"x data-parallel {grid.dp} on {ctx.device.type}, {run.context.precision.name}",
+        *told_of_epochs(config.train, blueprint.length),
         f"setting training iterations to {blueprint.train_iters}",
         *_adapters(run, config.lora),
         *(f" > parameters: {line}" for line in groups),

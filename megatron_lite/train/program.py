@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from megatron_lite.config.errors import DataError, StorageError
+from megatron_lite.config.rules.length import given_lengths
 from megatron_lite.config.sections.run import RunConfig
 from megatron_lite.parallel.collectives import barrier
 from megatron_lite.rendezvous.launch import (
@@ -85,7 +86,7 @@ def _carry_out(session: Session) -> int:
     if not session.train.skip_train:
         length = session.reach.length
         if session.first_step >= length.iterations:
-            flag = "--train-iters" if session.train.train_iters else "--train-samples"
+            flag = next(iter(given_lengths(session.train)))
             session.log.say(
                 f"nothing left to do: the checkpoint has {session.first_step} of "
                 f"{length.iterations} iterations ({session.progress.samples} of {length.samples} "

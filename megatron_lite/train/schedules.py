@@ -22,7 +22,7 @@ _MEANS: Mapping[str, str] = MappingProxyType(
         "learning_rate.style": "--lr-decay-style",
         "learning_rate.decay_samples": (
             "samples until the decay ends (--lr-decay-iters or --lr-decay-samples; without them "
-            "--train-iters or --train-samples)"
+            "--train-iters, --train-samples or --train-epochs)"
         ),
         "learning_rate.restarts": "--lr-restarts",
         "learning_rate.warmup_samples": (
@@ -38,7 +38,7 @@ _MEANS: Mapping[str, str] = MappingProxyType(
         "weight_decay.start": "weight decay at the start (--weight-decay, --start-weight-decay)",
         "weight_decay.end": "weight decay at the end (--weight-decay, --end-weight-decay)",
         "weight_decay.style": "--weight-decay-incr-style",
-        "weight_decay.samples": "samples of the whole run (--train-iters or --train-samples)",
+        "weight_decay.samples": "samples of the whole run (--train-iters, --train-samples or --train-epochs)",
     }
 )
 """section.field of Schedules -> the flags that set it."""

@@ -14,6 +14,7 @@ import torch
 from torch.distributed import PrefixStore
 
 from megatron_lite.blueprint.draw_up import Blueprint, draw_up, taken_up
+from megatron_lite.blueprint.length import told_of_epochs
 from megatron_lite.checkpoint.base import KEY
 from megatron_lite.checkpoint.progress import Progress
 from megatron_lite.checkpoint.snapshot import Origin
@@ -259,7 +260,10 @@ def _take_up(start: Start, run: Run, log: Log) -> Resumed:
     log.warn(*resumed.warnings)
     log.say(*resumed.notices)
     if run.blueprint.train_iters != blueprint.train_iters:
-        log.say(f"setting training iterations to {run.blueprint.train_iters}")
+        log.say(
+            *told_of_epochs(config.train, run.blueprint.length),
+            f"setting training iterations to {run.blueprint.train_iters}",
+        )
     return resumed
 
 
@@ -273,7 +277,7 @@ def _open_data(start: Start, run: Run, resumed: Resumed, log: Log) -> OpenedData
         )  # fmt: skip
     identity = settle_data(config, datasets, resumed.manifest, log)
     length = run.blueprint.length
-    assert length is not None, "rules.check wants --train-iters or --train-samples"
+    assert length is not None, "rules.check wants a length, and its epochs are counted"
     reach = Reach.of(length, batches, datasets, config.data.dataloader_type)
     if reach.is_short:
         log.warn(f"*** {reach.say(f'THE RUN WILL END AT ITERATION {reach.length.iterations}')} ***")

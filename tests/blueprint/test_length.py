@@ -27,9 +27,13 @@ def schedule_of(train: TrainConfig) -> BatchSchedule:
         ({"train_samples": 18, "step_batch_size_schedule": "0:4 64:8"}, (4, 24)),
         ({"train_samples": 16, "step_batch_size_schedule": "0:4 64:8"}, (3, 16)),
         ({"train_samples": 1, "step_batch_size_schedule": "0:4"}, (1, 4)),
+        ({"train_epochs": 3, "epoch_samples": 5, "global_batch_size": 4}, (4, 16)),
+        ({"train_epochs": 2, "epoch_samples": 6, "global_batch_size": 4}, (3, 12)),
+        ({"train_epochs": 1, "epoch_samples": 1, "global_batch_size": 4}, (1, 4)),
+        ({"train_epochs": 2, "global_batch_size": 4}, None),
     ],
 )
-def test_a_run_is_whole_steps(flags: dict[str, object], length: tuple[int, int]) -> None:
+def test_a_run_is_whole_steps(flags: dict[str, object], length: tuple[int, int] | None) -> None:
     train = TrainConfig(**flags)
     assert run_length(train, schedule_of(train)) == length
 

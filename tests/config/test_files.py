@@ -38,6 +38,23 @@ def test_a_whole_run_is_read_back_equal(tmp_path: Path) -> None:
     assert parse(["--config", str(file)]).config == parsed.config
 
 
+def test_a_length_on_the_command_line_replaces_that_of_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text("train:\n  train_iters: 9\n  train_epochs: 2\n")
+    parsed = parse(["--config", str(file), "--train-samples", "30"])
+    train = parsed.config.train
+    assert (train.train_iters, train.train_samples, train.train_epochs) == (None, 30, None)
+    assert parsed.notices[0].endswith("--train-iters 9 gives way to --train-samples")
+    both = parse(
+        ["--config", str(file), "--train-samples", "30", "--train-epochs", "4"]
+    ).config.train
+    assert (both.train_iters, both.train_samples, both.train_epochs) == (
+        9,
+        30,
+        4,
+    )  # a rule's to refuse
+
+
 def items(setting: FlagSetting) -> st.SearchStrategy[object]:
     """Values a setting can hold."""
     letters = st.characters(exclude_categories=["Cs"], exclude_characters="\0")

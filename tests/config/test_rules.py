@@ -159,6 +159,8 @@ BAD = [
         "--apply-query-key-layer-scaling needs --attention-softmax-in-fp32",
     ),
     ("--train-samples 9", 1, "--train-iters 100 and --train-samples 9 exclude each other"),
+    ("--train-epochs 9", 1, "--train-iters 100 and --train-epochs 9 exclude each other"),
+    ("--epoch-samples 9", 1, "--epoch-samples 9 says how long an epoch of --train-epochs is"),
     (
         "--train-samples 7 --global-batch-size 8",
         1,
@@ -260,7 +262,7 @@ def test_what_cannot_work_is_named_with_the_way_out(
         ("--train-iters 5", "--lr is required"),
         ("--train-iters 5", "--num-layers is required"),
         ("--train-iters 5", "exactly one source of data is needed, got none"),
-        ("--lr 1", "how long to train is missing; give --train-iters or --train-samples"),
+        ("--lr 1", "how long to train is missing; give --train-iters, --train-samples or"),
         ("--lr 0", "--lr 0.0 must be above 0"),
         ("--data-path a --lr 1", "--tokenizer-type GPT2BPETokenizer needs --vocab-file"),
         ("--data-path a --tokenizer-type NullTokenizer", "NullTokenizer needs --vocab-size"),
@@ -268,6 +270,10 @@ def test_what_cannot_work_is_named_with_the_way_out(
         ("--train-samples 9 --lr-warmup-iters 3", "--lr-warmup-iters 3 does not go with --train-s"),
         ("--train-samples 9 --lr-warmup-samples 9", "must be below the decay's 9 samples"),
         ("--train-samples 9 --lr-decay-style WSD", "WSD needs --lr-wsd-decay-samples"),
+        ("--train-epochs 9 --lr-warmup-iters 3", "use --lr-warmup-samples or --lr-warmup-fraction"),
+        ("--train-epochs 3 --epoch-samples 3 --lr-warmup-samples 9", "below the decay's 9 samples"),
+        ("--train-epochs 9 --mock-data", "--train-epochs 9: --mock-data has no end"),
+        ("--train-epochs 9 --data-path 1 a 2 b", "leave the weights out, or give --train-iters"),
         ("--hidden-size 100 --num-attention-heads 12", "choose heads from 1, 2, 4, 5, 10, 20, 25,"),
     ],
 )

@@ -5,21 +5,26 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from megatron_lite.config.errors import DataError
+from megatron_lite.blueprint.batches import batch_schedule
+from megatron_lite.blueprint.length import sample_counts
+from megatron_lite.config.errors import ConfigError, DataError
 from megatron_lite.config.sections.data import DataConfig
+from megatron_lite.config.sections.train import TrainConfig
 from megatron_lite.data.batch import collate
+from megatron_lite.data.blended import BlendedDataset
 from megatron_lite.data.build import Datasets
 from megatron_lite.data.masks import MaskedDataset, mask_prefix
 from megatron_lite.data.overview import overview
 from megatron_lite.data.packing import pack_rows
 from megatron_lite.data.pretrain import DocumentRange
-from megatron_lite.data.sources import kind_for
+from megatron_lite.data.sources import kind_for, with_epochs
 from megatron_lite.data.taught import taught
 from megatron_lite.data.tuning import TuningDataset, TuningPlan
 from tests.support.talks import numbers, talk, tuned
@@ -113,6 +118,45 @@ def test_each_epoch_is_another_order_and_a_longer_run_begins_as_a_shorter_one(
         assert sorted(itertools.chain(*epoch)) == list(range(32))
     other = build(data, prefix, seed=6).train
     assert isinstance(other, TuningDataset) and [other.numbers(n) for n in range(rows)] != epochs[0]
+
+
+def test_epochs_of_several_files_read_each_sample_so_often(
+    made: tuple[DataConfig, str], tmp_path: Path
+) -> None:
+    """Whatever their sizes; what fills the last batch comes behind."""
+    data, prefix = made
+    few, fewer = (tuned(tmp_path / name, numbers(n), template="chatml")[1]
+                  for name, n in (("a", 11), ("b", 5)))  # fmt: skip
+    named = dataclasses.replace(data, data_path=[prefix, few, fewer], split="8,2,0")
+    asked = TrainConfig(train_epochs=3, objective="sft", global_batch_size=4, seed=5, eval_iters=0)
+    train = with_epochs(named, asked, seq_length=SEQ)
+    alone = [build(data, p).train for p in (prefix, few, fewer)]
+    assert train.epoch_samples == sum(len(part) for part in alone if part)
+    assert train.samples_asked is not None and train.samples_asked % 4
+    counts = sample_counts(train, batch_schedule(train, seq_length=SEQ, dp=1))
+    found = kind_for("sft").build(
+        named, seq_length=SEQ, seed=5, vocab_size=265, eod=261, cache_folder=None, tokenizer=None,
+        **counts,
+    ).train  # fmt: skip
+    assert isinstance(found, BlendedDataset)
+    assert len(found) >= counts["train_samples"] > train.samples_asked
+    read = zip(found.dataset_index, found.dataset_sample_index, strict=True)
+    times: Counter[tuple[int, int]] = Counter()
+    for part, row in itertools.islice(read, train.samples_asked):
+        rows = found.datasets[part]
+        assert isinstance(rows, TuningDataset)
+        times.update((int(part), number) for number in rows.numbers(int(row)))
+    assert set(times.values()) == {3} and len(times) == 32 + 9 + 4
+
+
+def test_an_epoch_of_documents_is_what_one_reading_gives(made: tuple[DataConfig, str]) -> None:
+    data, prefix = made
+    named = dataclasses.replace(data, data_path=[prefix], split="1,0,0")
+    train = with_epochs(named, TrainConfig(train_epochs=2), seq_length=SEQ)
+    tokens = int(MaskedDataset(prefix).sequence_lengths.sum())
+    assert train.epoch_samples == (tokens - 1) // SEQ
+    with pytest.raises(ConfigError, match="--epoch-samples 3, and an epoch of the data here is"):
+        with_epochs(named, TrainConfig(train_epochs=2, epoch_samples=3), seq_length=SEQ)
 
 
 def test_without_packing_a_row_has_one_sample(made: tuple[DataConfig, str]) -> None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_lite.config.errors import ConfigError, DataError
+from megatron_lite.config.errors import CheckpointError, ConfigError, DataError
 from megatron_lite.config.sections.data import DataConfig
 from megatron_lite.data.batch import Batch, collate
 from megatron_lite.data.samples import Sample
@@ -189,6 +189,38 @@ def test_a_run_is_taken_up_exactly_and_may_be_longer(
     assert more.rc == 0, more.err  # a longer run reads what follows
     other = alone(*given, "--save", str(tmp_path / "o"), "--load", str(once), "--no-sft-packing")
     assert other.rc == DataError.exit_code and "single -> single, a sample a row" in other.err
+
+
+def test_epochs_are_the_steps_that_read_all_so_often(
+    made: tuple[DataConfig, str], tmp_path: Path
+) -> None:
+    """The same run as with that number of samples, resumed in the middle of an epoch with another batch."""
+    given = words(made, "--split", "1,0,0", "--eval-iters", "0", "--save-interval", "3",
+                  "--lr-decay-style", "cosine", "--lr-warmup-fraction", "0.2")  # fmt: skip
+    rows = len(dataset(made, packing=True))
+    epochs = [*given, "--train-epochs", "3"]
+    without = ("--train-iters", "--lr-warmup-iters")
+    once = alone(*epochs, "--save", str(tmp_path / "e"), without=without)
+    assert once.rc == 0, once.err
+    steps_asked = -(-3 * rows // 4)
+    assert 3 * rows % 4 and len(steps(tmp_path / "e")) == steps_asked
+    assert f"an epoch is {rows} samples of --seq-length, so {3 * rows} in {steps_asked}" in once.out
+    samples = alone(
+        *given, "--train-samples", str(3 * rows), "--save", str(tmp_path / "s"), without=without
+    )
+    assert curve(steps(tmp_path / "s")) == curve(steps(tmp_path / "e"))[: 3 * rows // 4]
+    assert samples.rc == 0, samples.err
+    again = alone(*epochs, "--save", str(tmp_path / "r"), "--load", str(tmp_path / "e"),
+                  "--ckpt-step", "3", without=without)  # fmt: skip
+    assert again.state_hash == once.state_hash
+    other = alone(*epochs, "--save", str(tmp_path / "o"), "--load", str(tmp_path / "e"),
+                  "--ckpt-step", "3", "--global-batch-size", "2", without=without)  # fmt: skip
+    assert other.rc == 0, other.err
+    assert steps(tmp_path / "o")[-1].samples == 3 * rows
+    kept = (tmp_path / "e" / "config.yaml").read_text()
+    assert "train_epochs: 3" in kept and f"epoch_samples: {rows}" not in kept
+    more = alone(*given, "--train-epochs", "4", "--load", str(tmp_path / "e"), without=without)
+    assert more.rc == CheckpointError.exit_code and "--train-epochs" in more.err
 
 
 @pytest.mark.ci

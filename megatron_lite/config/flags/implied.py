@@ -12,7 +12,8 @@ def imply(values: dict[str, object], origin: dict[str, str]) -> list[str]:
     """Fill in what follows; values and origin by section.field."""
     notices = []
     for key, value, because, notice in (
-        *_gelu(values, origin), *_recompute(values), *_vocabulary(values, origin)
+        *_gelu(values, origin), *_recompute(values), *_vocabulary(values, origin),
+        *_length(values, origin),
     ):  # fmt: skip
         values[key], origin[key] = value, because
         notices.append(notice)
@@ -69,3 +70,20 @@ def _vocabulary(
             f"{because}: its vocabulary of {rows:,} gives way to the ids of the tokenizer in {flag}; "
             "--vocab-size asks for more rows"
         )  # fmt: skip
+
+
+def _length(
+    values: Mapping[str, object], origin: Mapping[str, str]
+) -> Iterator[tuple[str, object, str, str]]:
+    """A length on the command line is the run's, in whatever unit a file or preset has another."""
+    lengths = ("train.train_iters", "train.train_samples", "train.train_epochs")
+    said = [key for key in lengths if values[key] is not None]
+    by_flag = [key for key in said if origin[key].startswith("flag ")]
+    if len(by_flag) == 1:
+        because = origin[by_flag[0]]
+        for key in said:
+            if key not in by_flag:
+                flag = f"--{key.removeprefix('train.').replace('_', '-')}"
+                yield key, None, f"implied by {because}", (
+                    f"{origin[key]}: {flag} {values[key]} gives way to {because.removeprefix('flag ')}"
+                )  # fmt: skip

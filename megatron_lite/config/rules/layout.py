@@ -287,16 +287,6 @@ def ramp_up(config: RunConfig, world_size: int) -> Iterator[str]:
             yield from _whole_microbatches(f"{flag}: {name} {size}", size, t, dp)
 
 
-def one_length(config: RunConfig, world_size: int) -> Iterator[str]:
-    """The run's length is said in iterations or in samples, not in both."""
-    t = config.train
-    if t.train_iters is not None and t.train_samples is not None:
-        yield (
-            f"--train-iters {t.train_iters} and --train-samples {t.train_samples} exclude each "
-            "other; give one"
-        )
-
-
 def one_batch(config: RunConfig, world_size: int) -> Iterator[str]:
     """A run in samples has one step at least; a schedule in tokens takes the step they end in."""
     t, dp = config.train, data_parallel_size(config, world_size)

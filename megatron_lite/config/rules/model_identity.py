@@ -245,10 +245,10 @@ FREE: Mapping[str, str] = MappingProxyType({
     "data": """data_cache_path num_workers reset_position_ids reset_attention_mask eod_mask_loss
         sft_packing verify_data mmap_bin_files allow_tokenizer_mismatch""",
     "train": """micro_batch_size global_batch_size rampup_batch_size step_batch_size_schedule
-        train_iters train_samples neftune_alpha deterministic_mode eval_interval eval_iters exit_interval
-        exit_duration_in_mins exit_signal_handler kill_switch_file exit_code_on_preemption
-        skip_train manual_gc manual_gc_interval calculate_per_token_loss dry_run rehearse all_ranks
-        world_size use_cpu print_state_hash""",
+        train_iters train_samples train_epochs epoch_samples neftune_alpha deterministic_mode
+        eval_interval eval_iters exit_interval exit_duration_in_mins exit_signal_handler
+        kill_switch_file exit_code_on_preemption skip_train manual_gc manual_gc_interval
+        calculate_per_token_loss dry_run rehearse all_ranks world_size use_cpu print_state_hash""",
     "guards": """check_for_nan_in_loss_and_grad on_non_finite rerun_mode loss_spike_factor
         grad_norm_spike_factor spike_window on_spike check_replicas""",
     "checkpoint": """save load save_interval save_checkpoints ckpt_step finetune keep_optim load_optim load_rng

@@ -130,6 +130,8 @@ RANGES: Mapping[str, ValueRange] = {
     "train.rampup_batch_size": _SAMPLES_OR_NONE,
     "train.train_iters": _SIZE,
     "train.train_samples": _SAMPLES,
+    "train.train_epochs": _SIZE,
+    "train.epoch_samples": _SAMPLES,
     "train.neftune_alpha": ValueRange(0.0, 1e3),
     "train.seed": _COUNT,
     "train.world_size": _SIZE,

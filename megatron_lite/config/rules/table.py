@@ -8,7 +8,7 @@ from types import MappingProxyType
 
 from megatron_lite.config.errors import ConfigError, all_together
 from megatron_lite.config.flags.settings import settings
-from megatron_lite.config.rules import layout, lora, rotary, training, tuning, updating
+from megatron_lite.config.rules import layout, length, lora, rotary, training, tuning, updating
 from megatron_lite.config.rules.ranges import out_of_range
 from megatron_lite.config.sections.lora import LoraConfig
 from megatron_lite.config.sections.model import ModelConfig
@@ -63,7 +63,7 @@ OF_SIZES: tuple[Rule, ...] = (
     Rule(layout.global_batch, _BATCH),
     Rule(layout.ramp_up, (*_BATCH, "train.rampup_batch_size")),
     Rule(layout.step_schedule, (*_BATCH, _SEQ)),
-    Rule(layout.one_length),
+    Rule(length.one_length),
     Rule(training.objective),
     Rule(lora.adapter_settings, ("lora.lora_rank", "lora.lora_alpha")),
     Rule(updating.groups),
@@ -80,11 +80,12 @@ CONFIG_RULES: tuple[Rule, ...] = (
     Rule(training.spikes, ("guards.loss_spike_factor", "guards.grad_norm_spike_factor")),
     Rule(training.planning),
     Rule(tuning.own_borders),
-    Rule(training.length),
+    Rule(length.length),
+    Rule(length.countable_epochs),
     Rule(training.learning_rate, ("learning_rate.lr",)),
-    Rule(training.warm_up),
-    Rule(training.stable_decay),
-    Rule(training.restarts),
+    Rule(length.warm_up),
+    Rule(length.stable_decay),
+    Rule(length.restarts),
     Rule(training.scheduler_on_resume),
     Rule(training.weight_decay),
     Rule(training.moments),

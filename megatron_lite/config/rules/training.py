@@ -79,36 +79,6 @@ def planning(config: RunConfig, world_size: int) -> Iterator[str]:
         yield "--all-ranks says which ranks --rehearse takes; give both or neither"
 
 
-def length(config: RunConfig, world_size: int) -> Iterator[str]:
-    """The run has a length, and what goes with it is in the same unit."""
-    t, lr = config.train, config.learning_rate
-    if t.train_iters is None and t.train_samples is None:
-        yield "how long to train is missing; give --train-iters or --train-samples"
-    if t.train_iters is not None and t.train_samples is not None:
-        return  # layout.one_length
-    in_iters = {
-        "--lr-decay-iters": lr.lr_decay_iters,
-        "--lr-warmup-iters": lr.lr_warmup_iters,
-        "--lr-wsd-decay-iters": lr.lr_wsd_decay_iters,
-    }
-    in_samples = {
-        "--lr-decay-samples": lr.lr_decay_samples,
-        "--lr-warmup-samples": lr.lr_warmup_samples,
-        "--lr-wsd-decay-samples": lr.lr_wsd_decay_samples,
-    }
-    if t.train_iters is not None:
-        base, foreign = "--train-iters", in_samples
-    elif t.train_samples is not None:
-        base, foreign = "--train-samples", in_iters
-    else:
-        return
-    unit = base.rsplit("-", 1)[1]
-    for flag, value in foreign.items():
-        if value:
-            fitting = f"{flag.rsplit('-', 1)[0]}-{unit}"
-            yield f"{flag} {value} does not go with {base}; use {fitting}"
-
-
 def learning_rate(config: RunConfig, world_size: int) -> Iterator[str]:
     """There is a peak, and floor and start of the warm-up are not above it."""
     lr = config.learning_rate
@@ -128,68 +98,6 @@ def learning_rate(config: RunConfig, world_size: int) -> Iterator[str]:
     if least > lr.decoupled_lr:
         flag = "--min-lr" if lr.decoupled_min_lr is None else "--decoupled-min-lr"
         yield f"{flag} {least:g} is above --decoupled-lr {lr.decoupled_lr:g}; lower it"
-
-
-def warm_up(config: RunConfig, world_size: int) -> Iterator[str]:
-    """The warm-up is said once and ends before the decay."""
-    lr, t = config.learning_rate, config.train
-    explicit = {
-        "--lr-warmup-iters": lr.lr_warmup_iters,
-        "--lr-warmup-samples": lr.lr_warmup_samples,
-    }
-    if lr.lr_warmup_fraction is not None:
-        for flag, value in explicit.items():
-            if value:
-                yield (
-                    f"--lr-warmup-fraction {lr.lr_warmup_fraction:g} and {flag} {value} exclude "
-                    "each other; give one"
-                )
-        return
-    if t.train_iters is not None:
-        unit, decay, warm = "iters", lr.lr_decay_iters or t.train_iters, lr.lr_warmup_iters
-    elif t.train_samples is not None:
-        unit, decay, warm = "samples", lr.lr_decay_samples or t.train_samples, lr.lr_warmup_samples
-    else:
-        return
-    if warm >= decay:
-        yield (
-            f"--lr-warmup-{unit} {warm} must be below the decay's {decay} {unit} "
-            f"(--lr-decay-{unit}, or --train-{unit})"
-        )
-
-
-def stable_decay(config: RunConfig, world_size: int) -> Iterator[str]:
-    """WSD names the length of its final decay, and only WSD does."""
-    lr, t = config.learning_rate, config.train
-    unit = "samples" if t.train_samples is not None else "iters"
-    wsd = lr.lr_wsd_decay_samples if unit == "samples" else lr.lr_wsd_decay_iters
-    if lr.lr_decay_style != "WSD":
-        for flag, value in (
-            ("--lr-wsd-decay-iters", lr.lr_wsd_decay_iters),
-            ("--lr-wsd-decay-samples", lr.lr_wsd_decay_samples),
-        ):
-            if value is not None:
-                yield f"{flag} {value} needs --lr-decay-style WSD; it is {lr.lr_decay_style}"
-        return
-    if wsd is None:
-        yield f"--lr-decay-style WSD needs --lr-wsd-decay-{unit}, the length of its final decay"
-        return
-    decay = (
-        lr.lr_decay_samples or t.train_samples
-        if unit == "samples"
-        else lr.lr_decay_iters or t.train_iters
-    )
-    if decay is not None and wsd > decay:
-        yield f"--lr-wsd-decay-{unit} {wsd} is longer than the whole decay, {decay} {unit}"
-
-
-def restarts(config: RunConfig, world_size: int) -> Iterator[str]:
-    """Only a cosine starts again."""
-    lr = config.learning_rate
-    if lr.lr_restarts and lr.lr_decay_style != "cosine":
-        yield (
-            f"--lr-restarts {lr.lr_restarts} needs --lr-decay-style cosine; it is {lr.lr_decay_style}"
-        )
 
 
 def scheduler_on_resume(config: RunConfig, world_size: int) -> Iterator[str]:

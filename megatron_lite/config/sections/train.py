@@ -23,10 +23,16 @@ class TrainConfig:
     """Batch size by tokens consumed, e.g. "0:16 2.4B:320 12B:1536"."""
 
     train_iters: int | None = None
-    """Optimizer steps; give this or --train-samples."""
+    """Optimizer steps; give this, --train-samples or --train-epochs."""
 
     train_samples: int | None = None
-    """Samples to train on; give this or --train-iters."""
+    """Samples to train on; give this, --train-iters or --train-epochs."""
+
+    train_epochs: int | None = None
+    """Times that all training data are read; the last batch is filled from one time more."""
+
+    epoch_samples: int | None = field(default=None, metadata={"one_start": True})
+    """Samples of an epoch, to plan --train-epochs where the data are not there; counted where they are."""
 
     objective: str = field(default="language-model", metadata={"rows": ("language-model", "sft")})
     """What is optimised: a row of OBJECTIVES, which says the data and the head it needs."""
@@ -94,6 +100,13 @@ class TrainConfig:
     def samples_at_once(self, dp: int) -> int:
         """Samples of one micro batch on each of dp data-parallel ranks; every batch is a multiple."""
         return self.micro_batch_size * dp
+
+    @property
+    def samples_asked(self) -> int | None:
+        """Samples to train on; None where the length is in iterations or an epoch is not counted yet."""
+        if self.train_epochs is None:
+            return self.train_samples
+        return None if self.epoch_samples is None else self.train_epochs * self.epoch_samples
 
     @property
     def needs_no_data(self) -> bool:
