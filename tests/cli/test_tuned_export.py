@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from megatron_lite.cli import convert
+from megatron_lite.cli import chat, convert
 from megatron_lite.config.sections.data import DataConfig
 from megatron_lite.data.chat.conversation import renderer_of
 from megatron_lite.data.chat.formats import Message
@@ -18,9 +19,9 @@ from megatron_lite.data.tokenizers.build import build_tokenizer
 from tests.support.extras import needs
 from tests.support.huggingface import tool
 from tests.support.preprocess import write_lines
-from tests.support.talks import chat_tokenizer, numbers, prepare, talk
+from tests.support.talks import chat_tokenizer, numbers, prepare, talk, tuned
 from tests.support.tokenizers import gpt2
-from tests.train.runs import alone
+from tests.train.runs import alone, steps
 
 SAID = [Message("system", "Be brief."), Message("user", "the thing"), Message("assistant", "Yes."),
         Message("user", "Sure?"), Message("assistant", "No, the other.")]  # fmt: skip
@@ -93,3 +94,37 @@ def test_the_exports_template_renders_the_ids_of_the_training(
         [m._asdict() for m in SAID[:-1]], add_generation_prompt=True, return_dict=False
     )
     assert asked == spoken.ids(SAID[:-1]) == trained[: len(asked)]
+
+
+@pytest.mark.ci
+def test_adapters_learn_other_answers_than_their_base_gives(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The base was taught the same answers to the other questions."""
+    asked, said = ["Who are you?", "Am I?"], ["the one", "No."]
+    taught = {"base": said, "run": said[::-1]}
+    files = {name: tuned(tmp_path / f"{name}-data", [talk(*pair) for pair in zip(asked, answers, strict=True)],
+                         template="plain") for name, answers in taught.items()}  # fmt: skip
+    losses = {}
+    for name, more in (
+        ("base", ["--lr", "5e-3"]),
+        ("run", ["--lr", "1e-2", "--lora-rank", "8", "--lora-alpha", "16", "--finetune",
+                 "--load", str(tmp_path / "base")]),
+    ):  # fmt: skip
+        data, prefix = files[name]
+        assert data.tokenizer_model is not None
+        ended = alone(
+            "--objective", "sft", "--data-path", prefix, "--split", "1,0,0", "--train-epochs", "40",
+            "--tokenizer-type", data.tokenizer_type, "--tokenizer-model", data.tokenizer_model,
+            "--seq-length", "64", "--max-position-embeddings", "64", "--vocab-size", "265",
+            "--global-batch-size", "1", "--micro-batch-size", "1", "--lr-decay-style", "constant",
+            "--save", str(tmp_path / name), *more, without=("--train-iters", "--lr-warmup-iters"),
+        )  # fmt: skip
+        assert ended.rc == 0, ended.err
+        losses[name] = [step.loss for step in steps(tmp_path / name)]
+    assert losses["run"][0] > 1.0 > 0.25 > losses["run"][-1]
+    for name, answers in taught.items():
+        monkeypatch.setattr("sys.stdin", io.StringIO(f"{asked[0]}\n/reset\n{asked[1]}\n"))
+        words = ["--load", tmp_path / name, "--use-cpu", "--temperature", 0]
+        assert tool(chat.main, monkeypatch, *words) == 0
+        assert capsys.readouterr().out == f"{answers[0]}\n{answers[1]}\n"

@@ -19,10 +19,10 @@ from tests.parity.layouts import (
     layout,
 )
 
-_BESIDE: dict[str, Any] = {
+BESIDE: dict[str, Any] = {
     "lora__lora_rank": 3, "lora__lora_alpha": 6.0, "checkpoint__load": "a base", "checkpoint__finetune": True,
 }  # fmt: skip
-LORA: dict[str, Any] = LLAMA | _BESIDE
+LORA: dict[str, Any] = LLAMA | BESIDE
 DORA = LORA | {"lora__lora_variant": "dora"}
 DROPPED = LORA | {"lora__lora_dropout": 0.2}
 ALL = LORA | {"lora__lora_targets": ("all",)}
@@ -51,5 +51,5 @@ WIDE: list[Layout] = [
     layout("tp2-dp2-dora-zero", tp=2, dp=2, shared=DORA, **ZERO),
     layout("dp2-lora-zero-bf16", dp=2, shared=LORA | BF16, tolerance=HALF, **ZERO),
     layout("tp2-dora-fp16", tp=2, shared=DORA | FP16, tolerance=HALF),
-    layout("tp2-gpt2-lora", tp=2, shared=_BESIDE),
+    layout("tp2-gpt2-lora", tp=2, shared=BESIDE),
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from tests.parity.adapters import BESIDE
 from tests.parity.layouts import (
     EVERY_LAYER,
     LLAMA,
@@ -19,13 +20,18 @@ _ANSWERS: dict[str, Any] = {
     "train__neftune_alpha": 5.0,
 }  # fmt: skip
 GPT2, ROTARY = _ANSWERS, LLAMA | _ANSWERS
+ADAPTED = ROTARY | BESIDE
+"""Adapters learn the answers, beside a frozen base."""
 
 MORE: list[Layout] = [
     layout("tp2-pp2-sp-sft", tp=2, pp=2, shared=GPT2, **SP),
     layout("dp2-sft", dp=2, shared=GPT2),
+    layout("tp2-sp-sft-lora", tp=2, shared=ADAPTED, **SP),
 ]
 WIDE: list[Layout] = [
     layout("tp2-sft", tp=2, shared=GPT2),
+    layout("tp2-pp2-dp2-sft-lora-zero", tp=2, pp=2, dp=2, shared=ADAPTED, **ZERO),
+    layout("pp2-sft-dora", pp=2, shared=ADAPTED | {"lora__lora_variant": "dora"}),
     layout("pp2-sft-llama", pp=2, shared=ROTARY),
     layout("tp2-sp-sft-recompute-llama", tp=2, shared=ROTARY, **SP, **EVERY_LAYER),
     layout("tp2-pp2-sft", tp=2, pp=2, shared=GPT2),
