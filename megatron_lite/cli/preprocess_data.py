@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from megatron_lite.config.errors import ConfigError
 from megatron_lite.config.exit import ToolParser, run_tool
-from megatron_lite.data.masks import MASK_SUFFIX
+from megatron_lite.data.masks import MASK_DTYPE, MASK_SUFFIX
 from megatron_lite.data.preparing.chat_flags import add_chat_input_flags, chat_job
 from megatron_lite.data.preparing.encode import Job
 from megatron_lite.data.preparing.input_flags import add_input_flags, longest_line
@@ -188,10 +188,11 @@ def print_summary(summary: Summary) -> None:
     print(f"tokenizer: {summary.tokenizer}")
     print(f"end of document: {summary.end_of_document}")
     for prefix, count in zip(summary.prefixes, summary.keys, strict=True):
+        dtype = str(MASK_DTYPE) if prefix.endswith(MASK_SUFFIX) else summary.dtype
         print(
             f"{prefix}.bin/.idx: {count.documents} documents ({count.empty} empty), "
             f"{count.sequences} sequences, {count.tokens} tokens ({count.eods} EOD), "
-            f"{summary.dtype}"
+            f"{dtype}"
         )
         if summary.unknown and not prefix.endswith(MASK_SUFFIX):
             print_unknown(prefix, count, summary.unknown)

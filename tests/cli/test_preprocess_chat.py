@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +16,16 @@ from megatron_lite.cli import merge_datasets
 from megatron_lite.config.errors import DataError
 from megatron_lite.data.indexed import IndexedDataset
 from megatron_lite.data.masks import MaskedDataset
+from megatron_lite.data.preparing.chat_encode import ChatJob
 from megatron_lite.data.preparing.check import check_hashes
 from megatron_lite.data.preparing.dialogues import SHAPES, AskedBy, Dialogues
+from megatron_lite.data.preparing.encode import Job
+from megatron_lite.data.preparing.ray_engine import join
 from megatron_lite.data.preparing.records import BadRecord
 from megatron_lite.storage.disk import Disk
 from megatron_lite.storage.faults import FaultyDisk, RecordingDisk, SimulatedCrash
-from tests.support.preprocess import call, hashes, write_lines
+from tests.support.extras import needs
+from tests.support.preprocess import TOOL, call, hashes, write_lines
 from tests.support.talks import chat_tokenizer, numbers, prepare, talk
 
 ONE = [("user", "Add.\n1 2"), ("assistant", "3")]
@@ -125,6 +131,30 @@ def test_a_table_and_one_broken_line(
     assert facts["loss_mask"]["suffix"] == "_loss_mask" and facts["chat"]["ends"] == [259]
 
 
+def test_rows_of_parquet_are_the_lines_of_json(tmp_path: Path) -> None:
+    """Lists of structs, whose keys are there in every row and may be null."""
+    arrow, parquet = needs("pyarrow"), needs("pyarrow.parquet")
+    data = chat_tokenizer(tmp_path)
+    records = [*numbers(9), talk("a", "b", "c", "d", system="Brief.")]
+    records[3]["messages"][1]["weight"] = 0
+    source = write_lines(tmp_path / "a.jsonl", *records)
+    table = arrow.Table.from_pylist(
+        [record | {"id": 1, "conversations": None} for record in records]
+    )
+    parquet.write_table(table, tmp_path / "a.parquet", row_group_size=4)
+    found = []
+    for path in (source, tmp_path / "a.parquet"):
+        summary = prepare(
+            data, path, tmp_path / path.suffix / "x", batch_bytes=200, template="chatml"
+        )
+        found.append((hashes(tmp_path / path.suffix, "x*.[bi]*"), summary.told))
+    assert found[0] == found[1] and found[0][1]["kept"] == 10
+    turned = arrow.table({"messages": [[{"role": "assistant", "content": "x"}], None]})
+    parquet.write_table(turned, tmp_path / "b.parquet")
+    with pytest.raises(DataError, match=r"b\.parquet:1: .*message 1 is of assistant"):
+        prepare(data, tmp_path / "b.parquet", tmp_path / "b", template="chatml")
+
+
 def test_any_number_of_workers_writes_the_same_bytes(tmp_path: Path) -> None:
     data = chat_tokenizer(tmp_path)
     source = write_lines(tmp_path / "a.jsonl", *numbers(60))
@@ -167,13 +197,12 @@ def test_killed_at_any_operation_and_taken_up_it_is_the_same(tmp_path: Path) -> 
         (["--template", "{text}"], "--template is about texts"),
         (["--append-eod"], "--append-eod is about texts"),
         (["--json-keys", "a"], "--json-keys is about texts"),
-        (["--engine", "ray"], "--chat goes with --engine local"),
         (["--chat-user", "{a}"], "give both"),
         (["--chat-user", "{a}", "--chat-assistant", "{b}", "--chat-shape", "alpaca"], "exclude each"),
         (["--seq-length", "0"], "--seq-length 0 must be at least 1"),
         (["--chat-template", "nowhere"], "--chat-template nowhere is no file"),
     ],
-    ids=["template", "eod", "keys", "ray", "half", "two shapes", "length", "no template"],
+    ids=["template", "eod", "keys", "half", "two shapes", "length", "no template"],
 )  # fmt: skip
 def test_flags_that_do_not_go_together(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
@@ -222,6 +251,14 @@ def test_shards_merged_are_the_whole_mask_included(
     facts = [json.loads((tmp_path / f"{p}.meta.json").read_text()) for p in "xm"]
     assert facts[0]["chat"] == facts[1]["chat"] and facts[0]["loss_mask"] == facts[1]["loss_mask"]
     assert check_hashes(tmp_path / "m")
+    for shard in shards.glob("s_*"):  # as the tasks of --engine ray are joined
+        shutil.copy(shard, tmp_path)
+    job = Job(chat_tokenizer(tmp_path), chat=ChatJob("plain"))
+    summary = join(job, str(tmp_path / "s"), 3, Disk())
+    assert hashes(tmp_path, "s*.[bi]*") == {
+        f"s{name[1:]}": found for name, found in hashes(tmp_path, "x*.[bi]*").items()
+    }
+    assert dict(summary.told) == facts[0]["chat"]["counts"] and check_hashes(tmp_path / "s")
     mask = tmp_path / "m_loss_mask.bin"
     mask.write_bytes(mask.read_bytes()[::-1])
     with pytest.raises(DataError, match=r"m_loss_mask\.bin has another SHA-256"):
@@ -229,3 +266,21 @@ def test_shards_merged_are_the_whole_mask_included(
     (shards / "s_1-of-3_loss_mask.idx").unlink()
     with pytest.raises(DataError, match="has no loss mask beside it, and others have"):
         merge_datasets.main([*merged, "--overwrite"])
+
+
+@pytest.mark.oracles
+def test_a_local_ray_cluster_writes_the_same_bytes(tmp_path: Path) -> None:
+    """By a template that lies where the command is given."""
+    needs("ray")
+    chat_tokenizer(tmp_path)
+    template = "{% for m in messages %}{{ m.content }}</s>{% endfor %}"
+    (tmp_path / "mine.jinja").write_text(template)
+    source = write_lines(tmp_path / "a.jsonl", *numbers(40))
+    common = [sys.executable, str(TOOL), *flags(tmp_path, source, "--chat-template", "mine.jinja")]
+    subprocess.run(common, check=True, cwd=tmp_path)
+    ray = ["--engine", "ray", "--ray-address", "local", "--shards", "3"]
+    common[common.index("--output-prefix") + 1] = str(tmp_path / "r")
+    subprocess.run([*common, *ray], check=True, cwd=tmp_path)
+    assert hashes(tmp_path, "r*.[bi]*") == {
+        f"r{name[1:]}": found for name, found in hashes(tmp_path, "x*.[bi]*").items()
+    }

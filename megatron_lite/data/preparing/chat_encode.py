@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from megatron_lite.config.errors import DataError
 from megatron_lite.data.chat.conversation import Renderer
+from megatron_lite.data.chat.formats import CHAT_FORMATS
 from megatron_lite.data.chat.lessons import Dialogue, Lesson, lessons_of
 from megatron_lite.data.indexed import token_dtype
 from megatron_lite.data.masks import MASK_DTYPE
@@ -35,6 +37,12 @@ class ChatJob:
     shape: str = AUTO_SHAPE
     recipe: AskedBy | None = None
     seq_length: int | None = None
+
+    def anywhere(self) -> ChatJob:
+        """The same for a process that was started in another folder."""
+        if self.template is None or self.template in CHAT_FORMATS:
+            return self
+        return replace(self, template=str(Path(self.template).absolute()))
 
     def dialogues(self) -> Dialogues:
         """What reads its records."""

@@ -55,8 +55,6 @@ def chat_job(asked: argparse.Namespace) -> ChatJob | None:
         raise ConfigError(
             "--json-keys is about texts: with --chat give --chat-shape or --chat-user"
         )
-    if asked.engine == "ray":
-        raise ConfigError("--chat goes with --engine local; over several machines give --shard I/N")
     if asked.seq_length is not None and asked.seq_length < 1:
         raise ConfigError(f"--seq-length {asked.seq_length} must be at least 1")
     return ChatJob(asked.chat_template, asked.chat_shape, _recipe(asked), asked.seq_length)

@@ -392,13 +392,14 @@ class PreprocessRun:
         if self.job.chat is not None:
             mask = {"suffix": MASK_SUFFIX, "sha256": summary.hashes[1]}
             chat = {"chat": chat_facts(self.renderer, self.ends, summary.told), "loss_mask": mask}
-        for writer, hashes in zip(self.writers, summary.hashes, strict=True):
+        pairs = zip(self.writers, summary.hashes, self.dtypes, strict=True)
+        for writer, hashes, dtype in pairs:
             facts = {
                 **chat,
                 "format": 1,
                 **asdict(writer.counts),
                 "skipped": dict(summary.skipped),
-                "dtype": summary.dtype,
+                "dtype": str(dtype),
                 "append_eod": self.job.append_eod,
                 "tokenizer": {
                     **tokenizer_facts(self.made_with),

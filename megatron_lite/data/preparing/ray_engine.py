@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import megatron_lite
 from megatron_lite.config.errors import (
     ConfigError,
     DataError,
@@ -21,7 +24,7 @@ from megatron_lite.config.errors import (
     StorageError,
 )
 from megatron_lite.config.extras import how_to_install
-from megatron_lite.data.indexed import bin_path, idx_path, token_dtype
+from megatron_lite.data.indexed import IndexedDataset, bin_path, idx_path, token_dtype
 from megatron_lite.data.preparing.encode import Job
 from megatron_lite.data.preparing.facts import joined, write_facts
 from megatron_lite.data.preparing.indexed_builder import IndexedDatasetBuilder
@@ -31,7 +34,7 @@ from megatron_lite.data.provenance import KeyCounts, end_of_document, read_facts
 from megatron_lite.storage.disk import Disk
 
 ERRORS = {kind.exit_code: kind for kind in (ConfigError, DataError, StorageError)}
-_ROOT = str(Path(__file__).resolve().parents[2])
+_ROOT = str(Path(megatron_lite.__file__).resolve().parents[1])
 
 ReportRays = Callable[[int, int, float], None]
 
@@ -90,11 +93,13 @@ def preprocess_on_ray(
             f"--engine ray needs the package `ray`: {how_to_install('ray')}"
         ) from error
     began = time.perf_counter()
-    final = [f"{output_prefix}_{key}_document" for key in job.keys]
-    for path in (path for prefix in final for path in (bin_path(prefix), idx_path(prefix))):
+    for path in (p for pair in job.pairs(output_prefix) for p in (bin_path(pair), idx_path(pair))):
         if path.exists() and not overwrite:
             raise ConfigError(f"{path} is there already - give --overwrite to replace it")
     tokenizer = job.tokenizer()  # a broken one is found here
+    if job.chat is not None:
+        job.renderer(tokenizer)  # and a template that is none
+        job = replace(job, chat=job.chat.anywhere())
     _connect(ray, address, workers)
     try:
         count = shards or _cpus(ray) // workers or 1
@@ -161,28 +166,33 @@ def _run_all(
 
 def join(job: Job, prefix: str, count: int, disk: Disk) -> Summary:
     """The shards' pairs as one, in order; the shards are removed."""
-    pieces = [shard_prefix(prefix, (i + 1, count)) for i in range(count)]
-    finals = [f"{prefix}_{key}_document" for key in job.keys]
-    summary = Summary(finals, "", "", "", [])
-    for key, final in zip(job.keys, finals, strict=True):
-        sources = [f"{piece}_{key}_document" for piece in pieces]
+    shards = [job.pairs(shard_prefix(prefix, (i + 1, count))) for i in range(count)]
+    finals, summary = job.pairs(prefix), Summary([], "", "", "", [])
+    for final, *sources in reversed(list(zip(finals, *shards, strict=True))):  # a mask comes first
         facts = [read_facts(source) or {} for source in sources]
         whole = joined(facts)
         total = KeyCounts.of(whole)
         if total.tokens == 0:
             raise DataError(f"{final}: {total.documents} documents without tokens")
-        with IndexedDatasetBuilder(bin_path(final), facts[0]["dtype"], disk) as builder:
+        dtype = IndexedDataset(sources[0]).dtype
+        with IndexedDatasetBuilder(bin_path(final), dtype, disk) as builder:
             for source in sources:
                 builder.add_index(source)
             builder.finalize()
-        write_facts(final, whole, disk)
-        summary.keys.append(total)
-        summary.skipped = whole["skipped"]
+        if (
+            job.chat is None or final == finals[0]
+        ):  # what is known of a mask stands beside its samples
+            write_facts(final, whole, disk)
+        summary.prefixes.insert(0, final)
+        summary.keys.insert(0, total)
+        summary.skipped, summary.told = (
+            whole["skipped"],
+            whole.get("chat", {}).get("counts", Counter()),
+        )
         summary.tokenizer = facts[0]["tokenizer"]["engine"]
         summary.fingerprint = facts[0]["tokenizer"]["fingerprint"]
         summary.read_bytes = whole["read_bytes"]
-    for piece in pieces:
-        for key in job.keys:
-            for suffix in ("bin", "idx", "meta.json"):
-                disk.remove(f"{piece}_{key}_document.{suffix}")
+    for piece in (piece for shard in shards for piece in shard):
+        for suffix in ("bin", "idx", "meta.json"):
+            disk.remove(f"{piece}.{suffix}")
     return summary
