@@ -34,7 +34,7 @@ try:
     from megatron_lite.data.present import require_local_files
     from megatron_lite.data.provenance import end_of_document, made_with
     from megatron_lite.data.sources import uncounted, what_counts, with_epochs
-    from megatron_lite.data.taught import files_with, taught
+    from megatron_lite.data.taught import NOT_TAUGHT, files_with, taught
     from megatron_lite.data.tokenizers.build import (
         build_tokenizer,
         model_vocab_size,
@@ -205,6 +205,9 @@ def _train(parsed: ParsedFlags, launch: Launch, failures: Failures) -> int:
 
     def open_tokens() -> tuple[RunConfig, TokenizerFacts]:
         tokenizer = build_tokenizer(config.data, vocab_size=config.model.vocab_size)
+        way = taught(config.data) if config.train.objective == SFT else None
+        if way is None and config.train.objective == SFT:
+            notices.append(NOT_TAUGHT)
         tokens = TokenizerFacts(
             vocab_size=model_vocab_size(tokenizer.vocab_size, config.model.vocab_size),
             eod=tokenizer.eod,
@@ -213,7 +216,7 @@ def _train(parsed: ParsedFlags, launch: Launch, failures: Failures) -> int:
             end_of_document=end_of_document(tokenizer),
             files=files_with(
                 files_to_keep(config.data),
-                taught(config.data) if config.train.objective == SFT else None,
+                way,
                 [tokenizer.eod],
             ),
         )

@@ -21,6 +21,7 @@ from megatron_lite.data.forms import STREAM, SampleForm, SamplesPlan
 from megatron_lite.data.indexed import IndexedDataset
 from megatron_lite.data.indices import blend_index
 from megatron_lite.data.maps import FileMaps
+from megatron_lite.data.masks import told_of_masks
 from megatron_lite.data.mock import MockTokens
 from megatron_lite.data.pretrain import (
     DocumentRange,
@@ -202,6 +203,8 @@ def build_datasets(
     notices = _compare_tokenizers(
         opened, tokenizer, vocab_size, allowed=data.allow_tokenizer_mismatch
     )
+    if form is STREAM:
+        notices += told_of_masks(opened)
     if found.by_split:
         made = _per_split(found.by_split, opened, asked, recipe)
     else:

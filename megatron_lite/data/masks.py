@@ -8,6 +8,7 @@ PREFIX.meta.json                                names both, with their hashes
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +27,18 @@ _AGAIN = "write both with tools/preprocess_data.py --chat"
 def mask_prefix(prefix: str | os.PathLike[str]) -> str:
     """Where the mask of a pair lies."""
     return f"{os.fspath(prefix)}{MASK_SUFFIX}"
+
+
+def told_of_masks(prefixes: Iterable[str]) -> list[str]:
+    """A line where pairs are read as texts although a mask says what of them is learned."""
+    masked = [prefix for prefix in prefixes if IndexedDataset.exists(mask_prefix(prefix))]
+    if not masked:
+        return []
+    more = f" and of {len(masked) - 1} more" if len(masked) > 1 else ""
+    return [
+        f"the loss mask of {masked[0]}{more} is not read: every token counts, those of the questions, too; "
+        "--objective sft goes by the mask"
+    ]
 
 
 class MaskedDataset(IndexedDataset):

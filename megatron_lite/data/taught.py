@@ -18,6 +18,12 @@ from megatron_lite.data.provenance import facts_path, read_facts
 from megatron_lite.data.tokenizers.huggingface import GENERATION, TEMPLATE
 from megatron_lite.data.tokenizers.statements import json_object
 
+NOT_TAUGHT = (
+    "no .meta.json of the data says by which chat template they were written: none is kept with the model, so "
+    "that chat, server and exports take the tokenizer's - keep each pair's .meta.json beside it"
+)
+"""Said where a run of conversations does not know."""
+
 
 class Taught(NamedTuple):
     """text: the chat template; ends: ids that end an answer, sorted."""

@@ -121,6 +121,9 @@ def test_a_table_and_one_broken_line(
     given = flags(tmp_path, lines, "--overwrite", "--chat-template", "chatml")
     assert call(monkeypatch, *given) == DataError.exit_code
     assert "b.jsonl:6: no JSON" in capsys.readouterr().err
+    nothing = write_lines(tmp_path / "c.jsonl", {"messages": []}, talk("a", " "))
+    assert call(monkeypatch, *flags(tmp_path, nothing, "--overwrite")) == DataError.exit_code
+    assert "no sample - 2 conversations have no token to learn" in capsys.readouterr().err
     assert call(monkeypatch, *given, "--on-bad-line", "skip") == 0
     told = capsys.readouterr().out
     assert "conversations: 3 samples" in told and "2 dropped without a token to learn" in told

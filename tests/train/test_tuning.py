@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -221,6 +222,19 @@ def test_epochs_are_the_steps_that_read_all_so_often(
     assert "train_epochs: 3" in kept and f"epoch_samples: {rows}" not in kept
     more = alone(*given, "--train-epochs", "4", "--load", str(tmp_path / "e"), without=without)
     assert more.rc == CheckpointError.exit_code and "--train-epochs" in more.err
+
+
+def test_what_is_not_known_or_not_read_of_conversations_is_told(
+    made: tuple[DataConfig, str], tmp_path: Path
+) -> None:
+    for name in ("talks.bin", "talks.idx", "talks_loss_mask.bin", "talks_loss_mask.idx"):
+        shutil.copy(Path(made[1]).parent / name, tmp_path)
+    moved = words(
+        (made[0], str(tmp_path / "talks")), "--train-iters", "1", "--lr-warmup-iters", "0"
+    )
+    assert "none is kept with the model" in alone(*moved).out
+    ended = alone(*moved, "--objective", "language-model")
+    assert ended.rc == 0 and "is not read: every token counts" in ended.out
 
 
 @pytest.mark.ci

@@ -26,6 +26,7 @@ import numpy as np
 from megatron_lite.config.errors import ConfigError, DataError, StorageError
 from megatron_lite.data.indexed import IndexedDataset, bin_path, idx_path, token_dtype
 from megatron_lite.data.masks import MASK_DTYPE, MASK_SUFFIX
+from megatron_lite.data.preparing.chat_encode import WEIGHTLESS
 from megatron_lite.data.preparing.chat_facts import chat_facts, chat_settings
 from megatron_lite.data.preparing.encode import (
     EncodedBatch,
@@ -417,6 +418,12 @@ class PreprocessRun:
     def _refuse_nothing(self) -> None:
         names = ", ".join(self.inputs[:3]) + (", ..." if len(self.inputs) > 3 else "")
         skipped = f"; skipped: {dict(self.summary.skipped)}" if self.summary.skipped else ""
+        if self.summary.documents == 0 and self.job.chat is not None:
+            dropped = self.summary.told[WEIGHTLESS]
+            raise DataError(
+                f"{names}: no sample - {dropped} conversations have no token to learn (no answer, only blank "
+                f"ones or of weight 0, or none before --seq-length ends){skipped}"
+            )
         if self.summary.documents == 0:
             raise DataError(f"{names}: no documents - the input has no line with text{skipped}")
         for prefix, counts in zip(self.prefixes, self.summary.keys, strict=True):
