@@ -2,15 +2,17 @@
 
 python tools/launch.py --nproc_per_node 4 tools/pretrain_gpt.py ...     torchrun's flags, then the script's
 python tools/launch.py --nproc_per_node 4 --max_restarts 3 tools/pretrain_gpt.py ... --save RUN --load RUN
+python tools/launch.py --hostfile HOSTS tools/pretrain_gpt.py ...     on every host of DeepSpeed's hostfile
 
 torchrun ends with 1 whatever happened to its ranks, and with a traceback after SIGTERM.  This is
-torchrun in one process with four things added:
+torchrun in one process with five things added:
 
 - what is wrong on the command line of tools/pretrain_gpt.py is told once, before any rank is started
 - the exit code is that of the rank of this host that failed first by itself, 6 where a rank was lost,
   75 where the run was asked to stop (0 where --exit-code-on-preemption says so, and of tools/serve.py)
 - a host that does not come within --distributed-timeout-minutes is named, and so are two that
   think they are the same; every host must start as many ranks as the others
+- --hostfile says nodes, ranks per node, this node's number and the first host: `worker-0 slots=8` a line
 - SIGUSR1 and SIGXCPU reach the ranks as SIGTERM does; SIGHUP not under nohup
 """
 
@@ -25,7 +27,7 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -42,6 +44,7 @@ from megatron_lite.config.rules import table as rules
 from megatron_lite.config.sections.run import RunConfig
 from megatron_lite.data.present import require_local_files
 from megatron_lite.rendezvous.copies import one_of_many
+from megatron_lite.rendezvous.hostfile import with_hostfile
 from megatron_lite.rendezvous.launch import Launch, gather_hosts
 from megatron_lite.train.ending.stop import stop_signals
 
@@ -53,7 +56,7 @@ SERVER_ENDS = (signal.SIGINT, signal.SIGTERM)
 
 def main() -> int:
     """Run torchrun and translate how it ended."""
-    argv = sys.argv[1:]
+    argv = with_hostfile(sys.argv[1:])
     os.environ.setdefault("TORCH_ELASTIC_WORKER_IDENTICAL", "1")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # our one line says more than its traces
     asked = _parsed(argv)
@@ -68,7 +71,7 @@ def main() -> int:
     before = _stamp(folder)
     try:
         _require_a_launcher_of_its_own(asked)
-        hosts = _hosts(asked)
+        hosts = _hosts(asked, argv)
         if config is not None and not config.train.needs_no_data:
             require_local_files(config.data)  # before waiting for other hosts
         store = gather_hosts(hosts, seconds) if hosts is not None else None
@@ -156,11 +159,11 @@ def _refused(error: Exception) -> ConfigError:
     return ConfigError(f"torchrun's flags: {first} - see tools/launch.py --help")
 
 
-def _hosts(asked: argparse.Namespace) -> Launch | None:
+def _hosts(asked: argparse.Namespace, argv: Sequence[str]) -> Launch | None:
     """This host among the others, or None where torchrun's own rendezvous was asked for or is local."""
     if not asked.nnodes.isdigit() or int(asked.nnodes) == 1 or asked.rdzv_backend != "static":
         return None
-    endpoint = asked.rdzv_endpoint or _master(asked)
+    endpoint = asked.rdzv_endpoint or _master(asked, argv)
     address, _, port = endpoint.rpartition(":")
     if not port.isdigit():
         return None
@@ -169,9 +172,9 @@ def _hosts(asked: argparse.Namespace) -> Launch | None:
     )
 
 
-def _master(asked: argparse.Namespace) -> str:
+def _master(asked: argparse.Namespace, argv: Sequence[str]) -> str:
     """Where host 0 is: as given, or as MASTER_ADDR and MASTER_PORT say, which torchrun does not read."""
-    ours = sys.argv[1 : len(sys.argv) - len(asked.training_script_args)]
+    ours = argv[: len(argv) - len(asked.training_script_args)]
     if not any(word.replace("_", "-").startswith("--master-addr") for word in ours):
         if "MASTER_ADDR" not in os.environ and "PET_MASTER_ADDR" not in os.environ:
             raise ConfigError(

@@ -84,7 +84,8 @@ def read_launch() -> Launch:
         rank,
         world_size,
         local_rank=_number("LOCAL_RANK", str(rank)),
-        local_world_size=max(_number("LOCAL_WORLD_SIZE", "1"), 1),
+        # DeepSpeed's launcher says LOCAL_SIZE
+        local_world_size=max(_number("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")), 1),
         host=os.environ.get("MASTER_ADDR", ""),
         port=port,
         agent_holds_store=os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True",

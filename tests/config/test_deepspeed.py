@@ -4,21 +4,15 @@ from __future__ import annotations
 
 import base64
 import re
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from megatron_lite.config.errors import ConfigError
 from megatron_lite.config.flags.parser import parse
-from tests.config.ds_files import ADADELTA, MISSPELT, DsFolder
+from tests.config.ds_files import ADADELTA, MISSPELT
 
 ADAMW = ADADELTA.replace("Adadelta", "AdamW")
-
-
-@pytest.fixture
-def ds(tmp_path: Path) -> DsFolder:
-    return DsFolder(tmp_path)
 
 
 def test_adadelta_is_refused_by_name_with_the_way_out_and_nothing_else_is(ds) -> None:
@@ -391,3 +385,17 @@ def test_a_file_that_is_not_there_and_flags_without_each_other(tmp_path) -> None
 def test_hugging_faces_form_names_the_file_at_once(ds) -> None:
     ds.write({"gradient_clipping": 0.5})
     assert parse(["--deepspeed", str(ds.file)]).config.optim.clip_grad == 0.5
+
+
+def test_lion_has_its_own_betas_and_deepspeeds_defaults(ds) -> None:
+    optim = ds.parse({"optimizer": {"type": "Lion", "params": {"lr": 1e-4}}}).config.optim
+    assert (optim.optimizer, optim.lion_beta1, optim.lion_beta2, optim.weight_decay) == (
+        "lion",
+        0.9,
+        0.99,
+        0.0,
+    )
+    given = {
+        "optimizer": {"type": "Lion", "params": {"lr": 1e-4, "betas": [0.95, 0.98], "eps": 1e-8}}
+    }
+    assert "optimizer.params.eps 1e-08: Lion has no such parameter" in ds.refusal(given)

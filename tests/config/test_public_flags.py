@@ -128,9 +128,13 @@ CHANGES_NOTHING = """
 --first-last-layers-bf16 --keep-fp8-transpose-cache --tp-only-amax-red
 --reuse-grad-buf-for-mxfp8-param-ag --fp8-margin --fp8-interval --fp8-amax-history-len
 --fp8-amax-compute-algo --num-layers-at-start-in-bf16 --num-layers-at-end-in-bf16
+--zero-reduce-scatter --zero-contigious-gradients --zero-reduce-bucket-size
+--zero-allgather-bucket-size --contigious-checkpointing --synchronize-each-layer
+--profile-backward --remote-device --tile-factor --deepspeed-mpi
 """
 REFUSED = """
---batch-size --warmup --model-parallel-size
+--batch-size --warmup --model-parallel-size --deepscale --deepscale-config --scattered-embeddings
+--split-transformers --memory-centric-tiled-linear
 --no-decoupled-weight-decay --cpu-optimizer --partition-activations --checkpoint-in-cpu
 --train-data-exact-num-epochs --load-tag --decrease-batch-size-if-needed
 --train-weighted-split-paths --valid-weighted-split-paths --test-weighted-split-paths

@@ -7,7 +7,8 @@ import re
 
 import pytest
 
-from megatron_lite.cli.flags import DOCUMENT, INTRODUCTION, document, readers
+from megatron_lite.cli.flags import DOCUMENT, GUIDE, INTRODUCTION, document, guide, readers
+from megatron_lite.config.deepspeed.keys import KEYS
 from megatron_lite.config.flags.explain import usage
 from megatron_lite.config.flags.legacy import LEGACY
 from megatron_lite.config.flags.parser import parse, spellings
@@ -23,6 +24,12 @@ UNREAD = [setting for key, setting in settings().items() if not readers()[key]]
 
 def test_the_document_is_up_to_date() -> None:
     assert DOCUMENT.read_text(encoding="utf-8") == document(), "stale: run `make flags`"
+
+
+def test_the_table_of_deepspeeds_keys_is_up_to_date_and_whole() -> None:
+    text = GUIDE.read_text(encoding="utf-8")
+    assert text == guide(), "stale: run `make flags`"
+    assert all(f"`{name}`" in text for name in KEYS)
 
 
 def test_every_flag_has_its_row() -> None:

@@ -16,6 +16,7 @@ from megatron_lite.config.deepspeed.system_keys import NO_STAGE, STAGES
 
 _ZERO = "zero_optimization"
 _SHARED = "parallel.use_distributed_optimizer"
+_WANDB, _RUN = "telemetry.wandb_project", "telemetry.wandb_exp_name"
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,7 +192,7 @@ def _writers(laying: Laying) -> None:
     """TensorBoard and Weights & Biases, where they are enabled."""
     for section, fields in (
         ("tensorboard", {"output_path": "", "job_name": ""}),
-        ("wandb", {"project": "telemetry.wandb_project", "team": "telemetry.wandb_entity"}),
+        ("wandb", {"project": _WANDB, "team": "telemetry.wandb_entity", "group": _RUN}),
     ):
         on = laying.said.get(f"{section}.enabled")
         if on is None:
@@ -214,5 +215,6 @@ def _writers(laying: Laying) -> None:
             laying.give("telemetry.tensorboard_dir", path, on, flag_wins=True)
         elif asked:
             said.setdefault("project", "deepspeed")
+            said.setdefault("group", said["project"])
             for name, value in said.items():
                 laying.give(fields[name], value, on, flag_wins=True)

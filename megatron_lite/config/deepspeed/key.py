@@ -38,7 +38,7 @@ class DeepSpeedKey:
         if not self.whole:
             return not any(value == one and type(value) is type(one) for one in self.off)
         if isinstance(value, dict) and self.switch is not None:
-            return bool(value.get(self.switch, False))
+            return value.get(self.switch) not in (None, False, "none", "")
         return bool(value)
 
 

@@ -24,6 +24,10 @@ class FlagOfField(Protocol):
     def default(self) -> object:
         """Its default."""
 
+    @property
+    def allowed(self) -> tuple[object, ...]:
+        """Its values; empty for any."""
+
 
 @dataclass(frozen=True, slots=True)
 class SaidKey:
@@ -75,7 +79,8 @@ class Laying:
         )
         where = f" ({because})" if because.startswith("file ") else ""
         value = self.values[field]
-        return f"{written}{'' if isinstance(value, bool) else f' {value}'}{where}"
+        text = " ".join(map(str, value)) if isinstance(value, list) else str(value)
+        return f"{written}{'' if isinstance(value, bool) else f' {text}'}{where}"
 
     def give(self, field: str, value: object, key: SaidKey, *, flag_wins: bool = False) -> None:
         """Set a field; what a flag says must be the same, or wins where it may."""

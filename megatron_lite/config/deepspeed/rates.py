@@ -17,7 +17,11 @@ _LR, _MIN, _STYLE = f"{_RATE}lr", f"{_RATE}min_lr", f"{_RATE}lr_decay_style"
 _INIT, _WARM, _DECAY = f"{_RATE}lr_warmup_init", f"{_RATE}lr_warmup_iters", f"{_RATE}lr_decay_iters"
 _WARM_WAYS = (_WARM, f"{_RATE}lr_warmup_samples", f"{_RATE}lr_warmup_fraction")
 _DECAY_WAYS = (_DECAY, f"{_RATE}lr_decay_samples")
-_CURVE = (_MIN, _STYLE, _INIT, *_WARM_WAYS, *_DECAY_WAYS)
+_OTHERS = tuple(
+    f"{_RATE}lr_{name}"
+    for name in ("restarts", "wsd_decay_style", "wsd_decay_iters", "wsd_decay_samples")
+)
+_CURVE = (_MIN, _STYLE, _INIT, *_WARM_WAYS, *_DECAY_WAYS, *_OTHERS)
 _STYLES = {"WarmupLR": "constant", "WarmupDecayLR": "linear", "WarmupCosineLR": "cosine"}
 _PEAK_OF_ADAM = 0.1
 _Number = TypeVar("_Number", int, float)
@@ -86,6 +90,11 @@ class _Scheduler:
             f"{key}: {self.type} has no such parameter; it takes {', '.join(takes)}"
             for name, key in self.params.items()
             if name not in takes
+        ]
+        laying.problems += [
+            f"{self.kind} owns the curve, which {laying.flag(other)} would change; keep one"
+            for other in _OTHERS
+            if laying.given(other)
         ]
         laying.give(_STYLE, _STYLES[self.type], self.kind)
         lr = self._ratios() if self.type == "WarmupCosineLR" else self._peaks()

@@ -32,7 +32,8 @@ NO_STAGE = (
     "or --pipeline-model-parallel-size"
 )
 _BUFFERS = (
-    "sizes and copies of DeepSpeed's buffers; here gradients lie in buckets of --ddp-bucket-size from "
+    "sizes and copies of DeepSpeed's buffers; here gradients lie in buckets of --ddp-bucket-size "
+    "from "
     "the start"
 )
 _STAGE_3 = "has a say at stage 3 only, which is refused"
@@ -232,12 +233,13 @@ LOG_KEYS: tuple[DeepSpeedKey, ...] = (
     apart("tensorboard.job_name", "see tensorboard.enabled"),
     apart(
         "wandb.enabled",
-        "means --wandb-project of project, --wandb-entity of team; flags win",
+        "means --wandb-project of project, --wandb-entity of team, --wandb-exp-name of group or "
+        "project; flags win",
         read=truth,
     ),
     apart("wandb.project", "see wandb.enabled"),
     apart("wandb.team", "see wandb.enabled"),
-    *harmless("wandb", "group", "runs of one folder are one run of Weights & Biases"),
+    apart("wandb.group", "see wandb.enabled"),
     *harmless(
         "",
         "csv_monitor",
@@ -273,10 +275,15 @@ LOG_KEYS: tuple[DeepSpeedKey, ...] = (
     *harmless("", "graph_harvesting", "changes the speed only", False),
     *harmless(
         "checkpoint",
-        "load_universal tag_validation parallel_write",
+        "load_universal tag_validation",
         "every checkpoint loads at every layout, and all ranks agree on its iteration",
     ),
-    *harmless("checkpoint", "writer checkpoint_serialization", "see --async-save", whole=True),
+    *harmless(
+        "checkpoint",
+        "parallel_write writer checkpoint_serialization",
+        "every rank writes its part; see --async-save",
+        whole=True,
+    ),
     *refused_keys(
         "checkpoint",
         "use_node_local_storage",

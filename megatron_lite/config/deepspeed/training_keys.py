@@ -20,12 +20,6 @@ SCHEDULERS = ("WarmupLR", "WarmupDecayLR", "WarmupCosineLR")
 """Types of a scheduler that have a curve here."""
 
 
-def _betas(value: object) -> tuple[float, float]:
-    if not isinstance(value, list) or len(value) != 2:
-        raise ValueError(f"takes two numbers, e.g. [0.9, 0.95], got {value!r}")
-    return real(value[0]), real(value[1])
-
-
 def _scale(value: object) -> float | None:
     """A loss scale; 0 is the dynamic one."""
     number = real(value)
@@ -122,10 +116,14 @@ PRECISION_KEYS: tuple[DeepSpeedKey, ...] = (
 OPTIMIZER_KEYS: tuple[DeepSpeedKey, ...] = (
     apart(
         "optimizer.type",
-        "means --optimizer: Adam and AdamW are adam, SGD is sgd; the others are refused by name",
+        "means --optimizer: Adam and AdamW are adam, SGD is sgd, Lion lion; others are refused by name",
     ),
-    apart("optimizer.params.lr", "means --lr; who owns the curve: below"),
-    mapped_key("optimizer.params.betas", "optim.adam_beta1 optim.adam_beta2", _betas),
+    apart("optimizer.params.lr", "means --lr; without a scheduler it is constant"),
+    apart(
+        "optimizer.params.betas",
+        "means --adam-beta1 --adam-beta2, of Lion --lion-beta1 --lion-beta2 (0.9 and 0.99, as in DeepSpeed, "
+        "where it is given without)",
+    ),
     mapped_key("optimizer.params.eps", "optim.adam_eps", real),
     mapped_key(
         "optimizer.params.weight_decay",

@@ -55,6 +55,24 @@ NO_OPS: tuple[Legacy, ...] = (
         "--deepspeed-activation-checkpointing",
         "recomputation needs no DeepSpeed; --checkpoint-activations or --recompute-* decide",
     ),
+    *_each(
+        "sizes and copies of DeepSpeed's buffers; see --ddp-bucket-size",
+        "--zero-reduce-scatter --zero-contigious-gradients",
+    ),
+    *_each(
+        "sizes and copies of DeepSpeed's buffers; see --ddp-bucket-size",
+        "--zero-reduce-bucket-size --zero-allgather-bucket-size",
+        **_VALUE,
+    ),
+    *_each(
+        "--recompute-* say what is recomputed; this is only how",
+        "--contigious-checkpointing --synchronize-each-layer --profile-backward",
+    ),
+    no_op("--remote-device", "weights stay on the device", "none"),
+    no_op("--tile-factor", "1 is whole", "1"),
+    no_op(
+        "--deepspeed-mpi", "RANK and WORLD_SIZE count; without them mpirun is refused with the way"
+    ),
     no_op("--check-for-large-grads", "--grad-norm-spike-factor is on unless it is 0"),
     no_op("--disable-straggler-on-startup", "the straggler report only reads clocks"),
     no_op(

@@ -1,0 +1,96 @@
+"""The keys that DeepSpeed's documentation of its configuration names (config-json, 0.10 to 0.19)."""
+
+from __future__ import annotations
+
+_BY_SECTION = """
+: train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps
+: managed_gradient_accumulation communication_data_type gradient_allreduce_op prescale_gradients
+: gradient_predivide_factor sparse_gradients gradient_clipping steps_per_print wall_clock_breakdown
+: dump_state memory_breakdown disable_python_gc zero_allow_untested_optimizer
+: zero_force_ds_cpu_optimizer dataloader_drop_last vocabulary_size graph_harvesting
+: seq_parallel_comm_data_type use_data_before_expert_parallelism disable_allgather
+optimizer: type legacy_fusion
+optimizer.params: lr betas eps weight_decay torch_adam adam_w_mode bias_correction momentum muon_lr
+optimizer.params: adam_lr ns_method per_head_muon freeze_step cuda_aware comm_backend_name
+optimizer.params: var_freeze_step var_update_scaler local_step_scaler local_step_clipper
+optimizer.params: max_coeff min_coeff coeff_beta factor_max factor_min factor_threshold
+scheduler: type
+scheduler.params: warmup_min_lr warmup_max_lr warmup_num_steps warmup_type total_num_steps
+scheduler.params: warmup_min_ratio cos_min_ratio last_batch_iteration
+scheduler.params: cycle_min_lr cycle_max_lr decay_lr_rate cycle_first_step_size
+scheduler.params: cycle_second_step_size cycle_first_stair_count cycle_second_stair_count
+scheduler.params: decay_step_size cycle_momentum cycle_min_mom cycle_max_mom decay_mom_rate
+scheduler.params: lr_range_test_min_lr lr_range_test_step_size lr_range_test_step_rate
+scheduler.params: lr_range_test_staircase
+fp16: enabled auto_cast loss_scale initial_scale_power loss_scale_window hysteresis
+fp16: consecutive_hysteresis min_loss_scale fp16_master_weights_and_grads
+bf16: enabled bf16_master_weights_and_grads bf16_optimizer_states
+amp: enabled opt_level
+torch_autocast: enabled dtype lower_precision_safe_modules
+zero_optimization: stage allgather_partitions allgather_bucket_size compute_grad_norm overlap_comm
+zero_optimization: reduce_scatter reduce_bucket_size contiguous_gradients load_from_fp32_weights
+zero_optimization: round_robin_gradients parameter_alignment stage3_max_live_parameters
+zero_optimization: stage3_max_reuse_distance stage3_prefetch_bucket_size sub_group_size
+zero_optimization: stage3_param_persistence_threshold stage3_gather_16bit_weights_on_model_save
+zero_optimization: stage3_gather_fp16_weights_on_model_save stage3_module_granularity_threshold
+zero_optimization: stage3_model_persistence_threshold stage3_use_all_reduce_for_fetch_params
+zero_optimization: stage3_allgather_sequential stage3_partition_stream_chunk_size
+zero_optimization: zero_hpz_partition_size zero_quantized_weights zero_quantized_gradients
+zero_optimization: zero_quantized_nontrainable_weights zeropp_loco_param mics_shard_size
+zero_optimization: mics_hierarchical_params_gather memory_efficient_linear override_module_apply
+zero_optimization: log_trace_cache_warnings enable_sanity_checks elastic_checkpoint cpu_offload
+zero_optimization: cpu_offload_param cpu_offload_use_pin_memory ignore_unused_parameters
+zero_optimization: legacy_stage1 use_multi_rank_bucket_allreduce pipeline_loading_checkpoint
+zero_optimization: save_muon_momentum_buffer_in_memory leaf_module zenflow
+zero_optimization.offload_param: device nvme_path pin_memory buffer_count buffer_size max_in_cpu
+zero_optimization.offload_optimizer: device nvme_path pin_memory ratio buffer_count fast_init
+zero_optimization.offload_optimizer: pipeline_read pipeline_write
+aio: block_size queue_depth thread_count single_submit overlap_events intra_op_parallelism use_gds
+tensor_parallel: autotp_size preset_model tp_overlap_comm vocab_parallel_lm_head partition_config
+hybrid_engine: enabled max_out_tokens inference_tp_size release_inference_cache pin_parameters
+hybrid_engine: tp_gather_partition_size enable_cuda_graph
+expert_parallel: enabled autoep_size expert_tensor_parallel_size async_split_plan preset_model
+expert_parallel: use_grouped_mm moe_layer_pattern router_pattern expert_pattern score_func top_k
+autotuning: enabled results_dir exps_dir overwrite metric start_profile_step end_profile_step fast
+autotuning: max_train_batch_size mp_size num_tuning_micro_batch_sizes tuner_type
+autotuning: tuner_early_stopping tuner_num_trials arg_mappings
+flops_profiler: enabled profile_step module_depth top_modules detailed output_file
+activation_checkpointing: partition_activations cpu_checkpointing contiguous_memory_optimization
+activation_checkpointing: number_checkpoints synchronize_checkpoint_boundary profile
+sparse_attention: mode block different_layout_per_head num_local_blocks num_global_blocks attention
+sparse_attention: horizontal_global_attention num_different_global_patterns num_random_blocks
+sparse_attention: local_window_blocks global_block_indices global_block_end_indices
+sparse_attention: num_sliding_window_blocks
+data_efficiency: enabled seed data_routing data_sampling
+curriculum_learning: enabled curriculum_type min_difficulty max_difficulty schedule_type
+curriculum_learning: schedule_config
+progressive_layer_drop: enabled theta gamma
+eigenvalue: enabled verbose max_iter tol stability gas_boundary_resolution layer_name layer_num
+quantize_training: enabled quantize_verbose quantizer_kernel
+compression_training: weight_quantization activation_quantization sparse_pruning row_pruning
+compression_training: head_pruning channel_pruning layer_reduction
+elasticity: enabled max_train_batch_size micro_batch_sizes min_gpus max_gpus min_time version
+elasticity: ignore_non_elastic_batch_info num_gpus_per_node model_parallel_size prefer_larger_batch
+tensorboard: enabled output_path job_name
+wandb: enabled group team project
+comet: enabled workspace project samples_log_interval experiment_name api_key experiment_key online
+comet: mode
+csv_monitor: enabled output_path job_name
+comms_logger: enabled verbose prof_all debug prof_ops
+checkpoint: tag_validation load_universal use_node_local_storage
+checkpoint.parallel_write: pipeline_stage
+data_types: grad_accum_dtype param_dtype buffer_dtype
+compile: deepcompile passes offload_activation offload_activation_pin_memory
+pipeline: stages partition seed_layers activation_checkpoint_interval pipe_partitioned
+pipeline: grad_partitioned
+nebula: enabled persistent_storage_path persistent_time_interval num_of_version_in_retention
+nebula: enable_nebula_load
+"""
+
+DOCUMENTED = tuple(
+    f"{section}.{name}" if section else name
+    for line in _BY_SECTION.strip().splitlines()
+    for section, _, names in [line.partition(":")]
+    for name in names.split()
+)
+"""Names with dots between the levels."""

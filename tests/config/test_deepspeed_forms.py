@@ -1,0 +1,86 @@
+"""The forms in which public scripts of Megatron-DeepSpeed pass --deepspeed, its file and what goes with it."""
+
+from __future__ import annotations
+
+import pytest
+
+from megatron_lite.config.flags.parser import parse
+from megatron_lite.config.rules.table import check_config
+
+GPT3 = """
+--tensor-model-parallel-size 2 --num-layers 4 --hidden-size 64 --num-attention-heads 4 --seq-length 32
+--max-position-embeddings 32 --micro-batch-size 2 --global-batch-size 16 --train-iters 50 --lr 6.0e-5
+--min-lr 6.0e-6 --lr-decay-style cosine --log-interval 10 --eval-iters 4 --eval-interval 100 --split 98,2,0
+--data-path d --vocab-file v --merge-file m --clip-grad 1.0 --weight-decay 0.1 --adam-beta1 0.9
+--adam-beta2 0.95 --init-method-std 0.006 --fp16 --data-impl mmap --distributed-backend nccl
+"""
+TEMPLATE = """{
+  "train_batch_size" : 16,
+  "train_micro_batch_size_per_gpu": 2,
+  "steps_per_print": 10,
+
+  "zero_optimization": {
+    "stage": ZERO_STAGE
+  },
+
+  "gradient_clipping": 1.0,
+  "prescale_gradients": true,
+
+  "fp16": {
+    "enabled": true,
+    "loss_scale": 0,
+    "loss_scale_window": 500,
+    "hysteresis": 2,
+    "min_loss_scale": 1,
+    "initial_scale_power": 11
+  },
+
+  "wall_clock_breakdown" : true
+}
+"""
+FILE = "--deepspeed_config={} --zero-stage={stage}"
+FORMS = {
+    "spaces": "--deepspeed --deepspeed_config {} --zero-stage {stage} --no-pipeline-parallel",
+    "equals": f"--no-pipeline-parallel {FILE} --deepspeed",
+    "dashes": "--deepspeed --deepspeed-config {} --zero_stage={stage}",
+    "recomputing": f"--deepspeed {FILE} --deepspeed-activation-checkpointing --checkpoint-activations",
+    "mpi": f"{FILE} --deepspeed_mpi --deepspeed --pipeline-model-parallel-size 1",
+    "launcher": f"--local_rank=1 --deepspeed {FILE} --ds-sequence-parallel-size 1",
+    "buffers": f"--deepspeed {FILE} --zero-contigious-gradients --zero-reduce-bucket-size 500000000 "
+    "--remote-device none --use-pin-memory",
+}
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("form", FORMS)
+def test_the_forms_of_public_scripts_run(ds, form, stage) -> None:
+    ds.write(TEMPLATE.replace("ZERO_STAGE", str(stage)))
+    words = FORMS[form].format(ds.file, stage=stage)
+    parsed = parse([*GPT3.split(), *words.split()]).on(4)
+    check_config(parsed.config, 4)
+    c = parsed.config
+    assert c.parallel.use_distributed_optimizer == (stage > 0)
+    assert (c.train.global_batch_size, c.precision.initial_loss_scale) == (16, 2.0**11)
+    assert c.learning_rate.lr_decay_style == "cosine" and c.telemetry.timing_log_level == 1
+    assert (c.parallel.recompute_granularity == "full") == (form == "recomputing")
+
+
+def test_stage_3_of_file_and_flag_and_stages_that_differ_are_refused(ds) -> None:
+    said = ds.refusal(TEMPLATE.replace("ZERO_STAGE", "3"), "--zero-stage=3")
+    assert (
+        "--zero-stage takes only 0 or 1 or 2 here" in said
+        and "zero_optimization.stage 3: not supported" in said
+    )
+    differ = ds.refusal(TEMPLATE.replace("ZERO_STAGE", "2"), "--zero-stage 1")
+    assert "ds.json:7: zero_optimization.stage 2 contradicts --zero-stage 1; keep one" in differ
+
+
+def test_an_offload_of_a_training_script_that_is_off_is_off(ds) -> None:
+    config = {
+        "zero_optimization": {
+            "stage": 1,
+            "offload_param": {"device": "none"},
+            "offload_optimizer": {"device": "none"},
+        }
+    }
+    assert ds.parse(config).notices == ()

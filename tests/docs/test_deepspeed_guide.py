@@ -1,0 +1,25 @@
+"""The guide on DeepSpeed's configurations: its commands are run as they are printed."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.docs.walking import blocks, in_shell, read
+
+
+@pytest.mark.ci
+def test_every_command_of_the_guide_runs(tmp_path: Path) -> None:
+    found = blocks(read("deepspeed"))
+    codes = [code for language, code in found if language == "bash"]
+    (notes,) = (code.splitlines() for language, code in found if language == "text")
+    assert len(codes) == 4
+    _, plan, run, forecast = in_shell(codes, tmp_path)
+    assert [line for line in plan if line.startswith("NOTE")] == notes
+    assert plan[-1] == "dry run: every rule holds; nothing was started"
+    rates = [re.search(r"learning rate: (\S+) ", line) for line in run]
+    assert [float(one[1]) for one in rates if one] == pytest.approx([1.5e-4, 2e-4, 0.0], abs=1e-12)
+    assert any("global batch size:    16" in line for line in run)
+    assert any("tp 1 x cp 1 x dp 2 x pp 1" in line for line in forecast)
