@@ -13,7 +13,13 @@ from megatron_lite.blueprint.flops import flops_per_token
 from megatron_lite.blueprint.grid import RankGrid
 from megatron_lite.blueprint.holdings import Holding, holding
 from megatron_lite.blueprint.length import Length, run_length
-from megatron_lite.blueprint.optimizers import State, check_states, treatment
+from megatron_lite.blueprint.optimizers import (
+    State,
+    check_curvature,
+    check_states,
+    curvature_interval,
+    treatment,
+)
 from megatron_lite.blueprint.param_groups import check_groups
 from megatron_lite.blueprint.parameters import ParamSpec, table_of, total_size
 from megatron_lite.blueprint.schedules import SCHEDULES
@@ -120,6 +126,11 @@ class Blueprint:
         """What the optimizer keeps of a canonical tensor, its fp32 master apart."""
         return treatment(self.optim, tensor).states
 
+    @cached_property
+    def curvature_interval(self) -> int:
+        """Every how many iterations a pass of its own observes curvature; 0: none does."""
+        return curvature_interval(self.optim, (spec.tensor for spec in self.parameters))
+
     def compute(self, num_microbatches: int) -> Schedule:
         """The training schedule before lowering, to simulate or draw."""
         return SCHEDULES[self.schedule].generate(self.placement, num_microbatches)
@@ -174,6 +185,11 @@ def draw_up(config: RunConfig, world_size: int) -> Blueprint:
     parameters = table_of(figure, stages)
     check_groups(config.optim, (spec.tensor for spec in parameters))
     check_states(config.optim, (spec.tensor for spec in parameters), grid.tp)
+    check_curvature(
+        config.optim,
+        (spec.tensor for spec in parameters),
+        vocabulary=figure.output.vocabulary,
+    )
     return Blueprint(
         model=model,
         grid=grid,

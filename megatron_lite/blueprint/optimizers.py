@@ -172,6 +172,16 @@ def check_states(optim: OptimConfig, tensors: Iterable[Tensor], tp: int) -> None
             )
 
 
-def observes_curvature(optim: OptimConfig, tensors: Iterable[Tensor]) -> bool:
-    """Whether a rule divides by curvature, which takes a pass of its own in some steps."""
-    return any(CURVATURE in treatment(optim, tensor).states for tensor in tensors)
+def curvature_interval(optim: OptimConfig, tensors: Iterable[Tensor]) -> int:
+    """Every how many iterations a pass of its own observes curvature; 0 where no rule divides by it."""
+    asked = any(CURVATURE in treatment(optim, tensor).states for tensor in tensors)
+    return optim.sophia_hessian_interval if asked else 0
+
+
+def check_curvature(optim: OptimConfig, tensors: Iterable[Tensor], *, vocabulary: bool) -> None:
+    """ConfigError where it would be observed of a head that no label can be drawn from."""
+    if not vocabulary and curvature_interval(optim, tensors):
+        raise ConfigError(
+            "--optimizer sophiag draws labels from the outputs, and this --objective has a head "
+            "without a vocabulary; use --optimizer adam"
+        )

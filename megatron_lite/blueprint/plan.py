@@ -119,12 +119,19 @@ def _schedule(blueprint: Blueprint) -> Iterator[str]:
     if blueprint.grid.pp > 1:
         cost = flops_cost(blueprint.figure, blueprint.stages, blueprint.model.seq_length)
         yield f"bubble {simulate(schedule, cost).bubble:.2%} if stages take the time of their FLOPs"
+    every = blueprint.curvature_interval
+    if every:
+        yield (
+            f"each {every}. step, the first included, runs forward and backward once more to observe "
+            f"curvature (--sophia-hessian-interval): {1 / every:.1%} more of both"
+        )
 
 
 def _flops(blueprint: Blueprint) -> Iterator[str]:
     per_step = blueprint.batch_schedule.final_batch_size * blueprint.model.seq_length
+    apart = ", without the passes for curvature" if blueprint.curvature_interval else ""
     for convention, per_token in (
         ("full attention square (SC21, Megatron-DeepSpeed)", blueprint.flops_per_token_full),
         ("causal half of attention (Megatron-LM)", blueprint.flops_per_token_causal),
     ):
-        yield f"{per_token * per_step:.4e} per step, {per_token:.4e} per token: {convention}"
+        yield f"{per_token * per_step:.4e} per step, {per_token:.4e} per token: {convention}{apart}"

@@ -146,6 +146,9 @@ def forecast(
         "dp communication": dp_exposed,
         "optimizer": optimizer,
     }
+    every = blueprint.curvature_interval
+    if every:
+        seconds["curvature"] = (span + dp_exposed) / every
     step = sum(seconds.values())
     return Forecast(
         blueprint=blueprint,

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from megatron_lite.blueprint.optimizers import CURVATURE, FIRST_MOMENT, State, observes_curvature
+from megatron_lite.blueprint.optimizers import CURVATURE, FIRST_MOMENT, State
 from megatron_lite.config.sections.optim import OptimConfig
 from megatron_lite.config.sections.run import RunConfig
 from megatron_lite.engines.base import Engine
@@ -26,15 +26,15 @@ _NAME = "curvature"
 
 def add_curvature(run: Run, config: RunConfig) -> None:
     """Give a run the pass, where a rule of its optimizer needs it."""
-    tensors = [spec.tensor for spec in run.blueprint.parameters]
-    if not observes_curvature(config.optim, tensors):
+    every = run.blueprint.curvature_interval
+    if not every:
         return
     curvature = Curvature(run, config.optim, config.train.seed)
     run.second_passes.append(
         SecondPass(
             _NAME,
             curvature.objective,
-            config.optim.sophia_hessian_interval,
+            every,
             curvature.use,
             curvature.measure,
         )
