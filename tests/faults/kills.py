@@ -10,7 +10,7 @@ import re
 import shutil
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -203,13 +203,15 @@ def _wait_for_step(running: Running, step: int, deadline: float = 120) -> None:
         time.sleep(0.005)
 
 
-def kill_training(count: int, seed: int, folder: Path, tell: Tell, ranks: int = 1) -> Counted:
+def kill_training(
+    count: int, seed: int, folder: Path, tell: Tell, ranks: int = 1, words: Sequence[str] = ()
+) -> Counted:
     """L8: started again by the same line until it ends, a run is the one that was never killed."""
     random, counted = Random(seed), Counted()
 
     def flags(root: Path) -> list[str]:
         return [*TRAINING, "--save", str(root), "--load", str(root), "--save-interval", "1",
-                "--keep-last", "2", *PARALLEL[ranks]]  # fmt: skip
+                "--keep-last", "2", *PARALLEL[ranks], *words]  # fmt: skip
 
     whole = launch(ranks, flags(folder / "whole"), deadline=120)
     assert all(rank.rc == 0 for rank in whole), whole[0].err
@@ -254,6 +256,7 @@ def kill_training(count: int, seed: int, folder: Path, tell: Tell, ranks: int = 
     return counted
 
 
+SOPHIA = ["--optimizer", "sophiag", "--sophia-hessian-interval", "3"]
 PARALLEL = {1: [], 2: ["--tensor-model-parallel-size", "2"]}
 
 
@@ -336,5 +339,6 @@ CAMPAIGNS: dict[str, Callable[[int, int, Path, Tell], Counted]] = {
     "load": kill_loads,
     "train": kill_training,
     "train on two ranks": lambda *given: kill_training(*given, ranks=2),
+    "train with curvature": lambda *given: kill_training(*given, words=SOPHIA),
     "preprocess": kill_preprocess,
 }

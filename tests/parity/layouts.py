@@ -390,7 +390,25 @@ WIDE = [
 ]
 """Products of kinds on up to eight ranks: `make parity-all` and `make nightly`."""
 
-LAYOUTS = [*QUICK, *MORE, *WIDE]
+LION = {"optim__optimizer": "lion"}
+SOPHIA = {"optim__optimizer": "sophiag", "optim__sophia_hessian_interval": 2}
+SFT = {
+    "train__objective": "sft", "data__mock_data": False, "data__data_path": ("answers",),
+}  # fmt: skip
+
+RULES = [
+    layout("tp2-pp2-dp2-sp-zero-lion", tp=2, pp=2, dp=2, shared=LION, **SP, **ZERO),
+    layout("tp2-pp2-dp2-sp-zero-sophiag", tp=2, pp=2, dp=2, shared=SOPHIA, **SP, **ZERO),
+    layout("pp2-dp2-zb-v-sophiag-sft", pp=2, dp=2, shared=SOPHIA | SFT, **ZB_V),
+    layout("tp2-pp2-interleaved-sophiag", tp=2, pp=2, shared=SOPHIA | UNTIED, **CHUNKS2),
+    layout("tp4-sophiag-padding-rank", tp=4, shared=SOPHIA | {"model__vocab_size": 17}),
+    layout("micro-8x1-sophiag", shared=SOPHIA, train__micro_batch_size=1),
+    layout("pp2-dp2-zb-h1-sophiag-bf16", pp=2, dp=2, shared=SOPHIA | BF16, tolerance=HALF, **ZB_H1),
+    layout("tp2-dp2-zero-sophiag-fp16", tp=2, dp=2, shared=SOPHIA | FP16, tolerance=HALF, **ZERO),
+]
+"""Update rules in place of Adam: `make parity-all` and `make nightly`."""
+
+LAYOUTS = [*QUICK, *MORE, *WIDE, *RULES]
 
 TRANSLATED = (
     "tp2-sp", "pp4-zb-h1", "tp2-pp2-sp-zb-v-recompute", "tp2-pp2-sp-llama",

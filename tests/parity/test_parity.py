@@ -7,7 +7,7 @@ import pytest
 
 from megatron_lite.engines.table import ENGINES
 from tests.parity.compare import compare, passes
-from tests.parity.layouts import LAYOUTS, MORE, QUICK, TRANSLATED, WIDE, WRONG
+from tests.parity.layouts import LAYOUTS, MORE, QUICK, RULES, TRANSLATED, WIDE, WRONG
 from tests.support.places import ROOT
 
 
@@ -17,7 +17,7 @@ from tests.support.places import ROOT
     [
         *QUICK,
         *(pytest.param(entry, marks=pytest.mark.ci) for entry in MORE),
-        *(pytest.param(entry, marks=pytest.mark.slow) for entry in WIDE),
+        *(pytest.param(entry, marks=pytest.mark.slow) for entry in (*WIDE, *RULES)),
     ],
     ids=lambda entry: entry.name,
 )

@@ -9,7 +9,7 @@ import torch
 
 from megatron_lite.train.assemble import assemble
 from megatron_lite.train.step import train_step
-from tests.support.axes import CHUNKS, PP, SCHEDULE, SP, TP, ZERO
+from tests.support.axes import PP, SP, TP, ZERO
 from tests.support.checkpoints import load_and_save_again, train_and_save, whole
 from tests.support.engines import counted, named
 from tests.support.spawn import spawn
@@ -75,14 +75,7 @@ def test_the_pass_is_told_and_what_it_observes_is_used(serial) -> None:
         pytest.param(2, {TP: 2, SP: True}, id="tp2, sp"),
         pytest.param(2, {PP: 2, ZERO: True}, id="pp2"),
         pytest.param(2, {ZERO: True}, id="dp2, sharded", marks=pytest.mark.ci),
-        pytest.param(2, {}, id="dp2", marks=pytest.mark.slow),
-        pytest.param(2, {TP: 2}, id="tp2", marks=pytest.mark.slow),
-        pytest.param(2, {PP: 2, CHUNKS: 2}, id="pp2, interleaved", marks=pytest.mark.slow),
-        pytest.param(2, {PP: 2, SCHEDULE: "zb-h1"}, id="zb-h1", marks=pytest.mark.slow),
-        pytest.param(2, {PP: 2, SCHEDULE: "zb-v"}, id="zb-v", marks=pytest.mark.slow),
         pytest.param(1, {"parallel__logits_chunk_mib": 0.001}, id="logits in chunks",
-                     marks=pytest.mark.slow),
-        pytest.param(8, {TP: 2, PP: 2, SP: True, ZERO: True}, id="tp2, pp2, dp2",
                      marks=pytest.mark.slow),
     ],
 )  # fmt: skip
