@@ -131,6 +131,11 @@ class Blueprint:
         """Every how many iterations a pass of its own observes curvature; 0: none does."""
         return curvature_interval(self.optim, (spec.tensor for spec in self.parameters))
 
+    @property
+    def microbatches_together(self) -> int:
+        """The schedule takes multiples of so many."""
+        return self.grid.pp if self.schedule == "interleaved" else 1
+
     def compute(self, num_microbatches: int) -> Schedule:
         """The training schedule before lowering, to simulate or draw."""
         return SCHEDULES[self.schedule].generate(self.placement, num_microbatches)

@@ -121,9 +121,11 @@ def _schedule(blueprint: Blueprint) -> Iterator[str]:
         yield f"bubble {simulate(schedule, cost).bubble:.2%} if stages take the time of their FLOPs"
     every = blueprint.curvature_interval
     if every:
+        fraction = blueprint.optim.sophia_hessian_fraction
+        part = "" if fraction == 1.0 else f" over {fraction:g} of its micro batches"
         yield (
-            f"each {every}. step, the first included, runs forward and backward once more to observe "
-            f"curvature (--sophia-hessian-interval): {1 / every:.1%} more of both"
+            f"each {every}. step, the first included, runs forward and backward once more{part} to "
+            f"observe curvature: {fraction / every:.1%} more of both"
         )
 
 

@@ -148,7 +148,8 @@ def forecast(
     }
     every = blueprint.curvature_interval
     if every:
-        seconds["curvature"] = (span + dp_exposed) / every
+        fraction = blueprint.optim.sophia_hessian_fraction
+        seconds["curvature"] = (span * fraction + dp_exposed) / every
     step = sum(seconds.values())
     return Forecast(
         blueprint=blueprint,

@@ -37,6 +37,8 @@ def add_curvature(run: Run, config: RunConfig) -> None:
             every,
             curvature.use,
             curvature.measure,
+            fraction=config.optim.sophia_hessian_fraction,
+            together=run.blueprint.microbatches_together,
         )
     )
 
@@ -79,8 +81,14 @@ class Curvature:
         }
         if hessians:
             gradients = [found[place].to(h.dtype) for place, h in hessians.items()]
-            observe([*hessians.values()], gradients, beta2=self.optim.sophia_beta2, tokens=weight)
+            tokens = weight * self._clipped(seen.grad_norm) ** 2
+            observe([*hessians.values()], gradients, beta2=self.optim.sophia_beta2, tokens=tokens)
         return Used({"grad_norm": seen.grad_norm})
+
+    def _clipped(self, norm: float) -> float:
+        """The factor on a gradient of this norm."""
+        largest = self.optim.sophia_clip_hessian_grad
+        return min(1.0, largest / (norm + 1e-6)) if largest else 1.0
 
     def measure(self, engine: Engine) -> dict[str, Tensor]:
         """The share of coordinates whose step is not clipped.  Collective over the world."""

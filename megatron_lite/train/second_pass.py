@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -36,6 +37,7 @@ class SecondPass:
     would be without.
     measure: called behind such a step's update; scalars on the device, equal on all ranks.
     name: stands before its metrics' names, as in `hessian/loss`.
+    fraction: of a step's micro batches, the first ones; rounded up to a multiple of `together`.
     """
 
     name: str
@@ -43,6 +45,15 @@ class SecondPass:
     every: int
     use: Callable[[Engine, StepNumbers, float], Used]
     measure: Callable[[Engine], Mapping[str, Tensor]] = field(default=_nothing)
+
+    fraction: float = 1.0
+    together: int = 1
+
+    def of(self, microbatches: int) -> int:
+        """How many of a step's micro batches it reads."""
+        # the smallest surplus is the product's rounding
+        groups = math.ceil(microbatches * self.fraction / self.together - 1e-9)
+        return min(microbatches, groups * self.together)
 
     def is_due(self, step: int) -> bool:
         """Whether it belongs to the step that follows so many."""

@@ -258,14 +258,15 @@ def _carry_out(
     warnings: list[str] = []
     for second in due:
         objective = second.objective(run.progress.step)
+        number = second.of(len(batches))
         score = scorer(objective)
         stages = {n: replace(stage, score=score) for n, stage in run.pipeline.stages.items()}
         pipeline = replace(run.pipeline, stages=stages)
         other = replace(run, objective=objective)
         sent = numbers_to_device(
-            [_own_weight(other, batches), *map(float, NO_VOTE)], run.ctx.device
+            [_own_weight(other, batches[:number]), *map(float, NO_VOTE)], run.ctx.device
         )
-        attempt = _attempt(other, pipeline, micro, _whole_weight(other, sent[0]), sent[1:])
+        attempt = _attempt(other, pipeline, micro[:number], _whole_weight(other, sent[0]), sent[1:])
         heard = attempt.hear()  # waits for the device
         used = second.use(run.engine, heard.seen, heard.weight)
         run.engine.discard(attempt.norm)

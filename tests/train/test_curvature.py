@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
+from megatron_lite.blueprint.plan import describe
+from megatron_lite.config.errors import ConfigError
+from megatron_lite.config.objectives import OBJECTIVES
+from megatron_lite.config.rules.table import check_config
+from megatron_lite.planner.forecast import forecast
+from megatron_lite.planner.hardware import Cluster, find_device
+from megatron_lite.planner.memory import PlanInputs
 from megatron_lite.train.assemble import assemble
 from megatron_lite.train.step import train_step
-from tests.support.axes import PP, SP, TP, ZERO
+from tests.support.axes import CHUNKS, PP, SP, TP, ZERO
 from tests.support.checkpoints import load_and_save_again, train_and_save, whole
 from tests.support.engines import counted, named
 from tests.support.spawn import spawn
 from tests.support.tiny import context, draw, make_batches, tiny_config
+from tests.train.toys import ROWS
 
 STEPS = 6
 SOPHIA = {
@@ -28,11 +37,11 @@ def begun(rank, ranks, changes):
     return config, blueprint, assemble(config, blueprint, context(blueprint, rank))
 
 
-def stepped(begun, step):
+def stepped(begun, step, lr=3e-3):
     config, blueprint, run = begun
     run.progress.step = step
     batches = make_batches(config, blueprint, run.ctx.dp.rank, step, ragged=True)
-    return train_step(run, batches, lr=3e-3, weight_decay=0.1)
+    return train_step(run, batches, lr=lr, weight_decay=0.1)
 
 
 def hessians(run):
@@ -117,6 +126,91 @@ def test_a_pass_that_is_not_finite_leaves_the_curvature_as_it_was_and_says_so() 
     assert "iteration 1: the gradient of drawn labels is not finite" in result.warnings[0]
     assert result.update.skipped and set(hessians(at[2]).values()) == {0.0}
     assert "curvature/win_rate" not in result.metrics
+
+
+@pytest.mark.ci
+def test_half_of_the_micro_batches_are_half_of_the_global_batch_at_every_dp() -> None:
+    """And B is the tokens of that half: the curvature is of the same size."""
+    half = {"optim__sophia_hessian_fraction": 0.5, ZERO: True}
+    steps, _ = trained(0, 1, half)
+    for rank_steps, _ in spawn(trained, 2, half):
+        for (_, _, told), (_, _, its_told) in zip(rank_steps, steps, strict=True):
+            assert told == pytest.approx(its_told, rel=2e-3)
+    often = {"optim__sophia_hessian_interval": 1, "optim__sophia_beta2": 0.99}
+    whole, part = (hessian_after(6, often | changes) for changes in ({}, half))
+    assert part != whole and part == pytest.approx(whole, rel=0.2)
+
+
+def test_an_interleaved_pipeline_reads_as_many_as_its_schedule_takes() -> None:
+    _, _, run = begun(0, 1, {})
+    (plain,) = run.second_passes
+    for together, fraction, expected in ((1, 0.5, 4), (1, 0.3, 3), (4, 0.3, 4), (2, 1.0, 8)):
+        second = replace(plain, fraction=fraction, together=together)
+        assert second.of(8) == expected
+    assert draw(tiny_config(**{PP: 2, CHUNKS: 2}), 2).microbatches_together == 2
+
+
+def hessian_after(steps, changes):
+    at = begun(0, 1, changes)
+    for step in range(steps):
+        stepped(at, step, lr=0.0)
+    return sum(hessians(at[2]).values())
+
+
+def test_a_clipped_gradient_of_drawn_labels_makes_the_curvature_smaller() -> None:
+    at = begun(0, 1, {})
+    norm = stepped(at, 0).metrics["curvature/grad_norm"]
+    clipped = hessian_after(1, {"optim__sophia_clip_hessian_grad": norm / 2})
+    assert clipped == pytest.approx(sum(hessians(at[2]).values()) / 4, rel=1e-4)
+    assert hessian_after(1, {"optim__sophia_clip_hessian_grad": norm * 2}) == sum(
+        hessians(at[2]).values()
+    )
+
+
+def test_only_what_it_updates_has_curvature() -> None:
+    """With --param-groups, matrices by Sophia-G and the rest by AdamW."""
+    groups = {
+        "optim__optimizer": "adam", "optim__param_groups": ("kind=matrix:rule=sophiag",),
+    }  # fmt: skip
+    at = begun(0, 1, groups)
+    told = stepped(at, 0).metrics
+    assert 0.0 < told["curvature/win_rate"] < 1.0
+    matrices = {s.name for s in at[1].parameters if s.tensor.kind == "weight"}
+    assert {name.removeprefix("hessian.") for name in hessians(at[2])} == matrices
+
+
+def test_a_plan_counts_the_pass_and_says_it() -> None:
+    config = tiny_config(**SOPHIA | {"optim__sophia_hessian_fraction": 0.5, PP: 2})
+    said = describe(draw(config, 2))
+    assert "each 3. step, the first included, runs forward and backward once more over 0.5" in said
+    assert "observe curvature: 16.7% more of both" in said
+    assert said.count("without the passes for curvature") == 2
+    asked = PlanInputs.of(config.parallel, config.precision, config.train, config.data, on_gpu=True)
+    plain = tiny_config(**{PP: 2})
+    ours, adam = (
+        forecast(
+            draw(c, 2), asked, Cluster(device=find_device("h100"), world_size=2, devices_per_node=8)
+        )
+        for c in (config, plain)
+    )
+    assert ours.seconds["curvature"] == pytest.approx(adam.span_seconds * 0.5 / 3)
+    rest = {kind: seconds for kind, seconds in ours.seconds.items() if kind != "curvature"}
+    assert rest == pytest.approx(dict(adam.seconds))
+    assert ours.memory == adam.memory  # two fp32 states each
+    assert "curvature" not in adam.seconds and "curvature" not in describe(draw(plain, 2))
+
+
+def test_an_objective_without_a_vocabulary_is_refused_and_unread_settings_are_refused(
+    monkeypatch,
+) -> None:
+    monkeypatch.setitem(OBJECTIVES, "value", ROWS["value"][0])
+    with pytest.raises(ConfigError, match="a head without a vocabulary; use --optimizer adam"):
+        draw(tiny_config(**SOPHIA | {"train__objective": "value"}), 1)
+    for unread, optimizer in (("sophia_rho", "sophiag"), ("lion_beta1", "lion")):
+        flag = f"--{unread.replace('_', '-')}"
+        with pytest.raises(ConfigError, match=f"{flag} is about --optimizer {optimizer}, and"):
+            check_config(tiny_config(**{f"optim__{unread}": 0.1}), 1)
+    check_config(tiny_config(**SOPHIA), 1)
 
 
 def test_a_run_goes_on_bit_for_bit(tmp_path) -> None:

@@ -97,6 +97,8 @@ RANGES: Mapping[str, ValueRange] = {
     "optim.sophia_beta2": _SHARE,
     "optim.sophia_rho": _POSITIVE,
     "optim.sophia_hessian_interval": _SIZE,
+    "optim.sophia_hessian_fraction": ValueRange(0.0, 1.0, open_low=True),
+    "optim.sophia_clip_hessian_grad": _NOT_NEGATIVE,
     "optim.lion_beta1": _SHARE,
     "optim.lion_beta2": _SHARE,
     "optim.sgd_momentum": _SHARE,

@@ -67,6 +67,7 @@ OF_SIZES: tuple[Rule, ...] = (
     Rule(training.objective),
     Rule(lora.adapter_settings, ("lora.lora_rank", "lora.lora_alpha")),
     Rule(updating.groups),
+    Rule(updating.read_settings),
     Rule(lora.packed_base, (_TP, _HIDDEN, _HEADS, "model.kv_channels", "model.ffn_hidden_size")),
     Rule(layout.one_batch, (*_BATCH, "train.rampup_batch_size", "train.train_samples")),
 )

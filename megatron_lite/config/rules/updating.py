@@ -20,20 +20,35 @@ def groups(config: RunConfig, world_size: int) -> Iterator[str]:
             yield f"--param-groups {error}"
 
 
+_SETTINGS_OF = {"adafactor_": "adafactor", "lion_": "lion", "sophia_": "sophiag"}
+"""Beginning of a setting's name -> the one optimizer that reads it."""
+
+
+def read_settings(config: RunConfig, world_size: int) -> Iterator[str]:
+    """An optimizer's settings are given with it."""
+    o = config.optim
+    try:
+        asked = optimizers_asked_for(o)
+    except ConfigError:
+        return  # a group that cannot be read
+    changed = _changed(o, OptimConfig())
+    for prefix, optimizer in _SETTINGS_OF.items():
+        unread = [name for name in changed if name.startswith(prefix)]
+        if unread and optimizer not in asked:
+            yield (
+                f"{_flags(unread)} is about --optimizer {optimizer}, and --optimizer is {o.optimizer}; "
+                f"drop it, or give --optimizer {optimizer}"
+            )
+
+
 def adafactor(config: RunConfig, world_size: int) -> Iterator[str]:
-    """Its settings are given with it; its relative step is its own, the learning rate as given is not."""
+    """Its relative step is its own, the learning rate as given is not."""
     o = config.optim
     try:
         asked = set(optimizers_asked_for(o))
     except ConfigError:
         return  # a group that cannot be read
     if "adafactor" not in asked:
-        others = [name for name in _changed(o, OptimConfig()) if name.startswith("adafactor_")]
-        if others:
-            yield (
-                f"{_flags(others)} is about --optimizer adafactor, and --optimizer is {o.optimizer}; "
-                "drop it, or give --optimizer adafactor"
-            )
         return
     if o.adafactor_warmup_init and not o.adafactor_relative_step:
         yield (

@@ -67,6 +67,12 @@ class OptimConfig:
     sophia_hessian_interval: int = 10
     """Iterations from one pass that observes Sophia's curvature to the next."""
 
+    sophia_hessian_fraction: float = 1.0
+    """Share of a step's micro batches that such a pass reads, the first ones, rounded up."""
+
+    sophia_clip_hessian_grad: float = 0.0
+    """Largest norm of the gradient that such a pass squares, which makes curvature too small; 0: any."""
+
     adafactor_scale_parameter: bool = False
     """Multiply Adafactor's step by the root mean square of the tensor, at least --adafactor-eps2."""
 
