@@ -25,7 +25,7 @@ help: ## this list
 setup: ## .venv with everything the demo and the tests need; instant when nothing changed
 	@VENV="$(VENV)" tools/setup.sh
 
-setup-oracles: ## .venv-oracles: also what nightly tests compare with (deepspeed, lm-eval, ray, trl), and chromium
+setup-oracles: ## .venv-oracles: also what nightly tests compare with (deepspeed, lm-eval, ray, torchao, trl), and chromium
 	@tools/setup.sh oracles
 
 demo: setup ## real text, trained on 4 CPU ranks, continued at another layout, sampled, plotted

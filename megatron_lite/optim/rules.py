@@ -10,6 +10,7 @@ from torch import Tensor
 from megatron_lite.config.sections.optim import OptimConfig
 from megatron_lite.optim.adafactor import Adafactor
 from megatron_lite.optim.adam import AdamW
+from megatron_lite.optim.adam8bit import AdamW8bit
 from megatron_lite.optim.apex import ApexAdamW
 from megatron_lite.optim.lion import Lion
 from megatron_lite.optim.sgd import SGD
@@ -47,6 +48,7 @@ class UpdateRule(Protocol):
 RULES: dict[str, Callable[[OptimConfig], UpdateRule]] = {
     "adam": lambda o: AdamW(beta1=o.adam_beta1, beta2=o.adam_beta2, eps=o.adam_eps),
     "sgd": lambda o: SGD(momentum=o.sgd_momentum),
+    "adam8bit": lambda o: AdamW8bit(o.adam_beta1, o.adam_beta2, o.adam_eps, o.adam8bit_block_size),
     "adafactor": Adafactor.from_config,
     "apex-adam": lambda o: ApexAdamW(beta1=o.adam_beta1, beta2=o.adam_beta2, eps=o.adam_eps),
     "sophiag": lambda o: SophiaG(beta1=o.sophia_beta1, rho=o.sophia_rho),

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from megatron_lite.blueprint.figure.parts import Format
 from megatron_lite.blueprint.figure.parts import Tensor as Spec
+from megatron_lite.blueprint.optimizers import StateFormat
 from megatron_lite.parallel.context import Axis, ParallelContext
 
 DTYPES: dict[Format, torch.dtype] = {
@@ -18,6 +19,14 @@ DTYPES: dict[Format, torch.dtype] = {
     "bf16": torch.bfloat16,
 }
 """Number formats by the names of config and figure."""
+
+STATE_DTYPES: dict[StateFormat, torch.dtype] = {
+    "fp32": torch.float32,
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+    "uint8": torch.uint8,
+}
+"""Likewise, of optimizer states."""
 
 MASTER = "master."
 """Prefix of the fp32 masters among the optimizer's named slices."""

@@ -6,8 +6,8 @@ import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from megatron_lite.blueprint.figure.parts import Format, Tensor
-from megatron_lite.blueprint.optimizers import treatment
+from megatron_lite.blueprint.figure.parts import Tensor
+from megatron_lite.blueprint.optimizers import StateFormat, treatment
 from megatron_lite.blueprint.schedules.actions import Op
 from megatron_lite.config.sections.optim import OptimConfig
 from megatron_lite.planner.activations import VARIANTS, korthikanti
@@ -137,8 +137,8 @@ def _moments(optim: OptimConfig) -> str:
     return " and ".join(dict.fromkeys(_kept(optim))) or "fp32"
 
 
-def _kept(optim: OptimConfig) -> list[Format]:
-    return [state.storage for state in treatment(optim, Tensor("a", (1, 1), "weight")).states]
+def _kept(optim: OptimConfig) -> list[StateFormat]:
+    return [state.storage for state in treatment(optim, Tensor("a", (1024, 1024), "weight")).states]
 
 
 def _accumulator(asked: PlanInputs) -> str:

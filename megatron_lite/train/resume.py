@@ -28,7 +28,7 @@ from megatron_lite.config.sections.lora import LoraConfig
 from megatron_lite.config.sections.optim import LearningRateConfig
 from megatron_lite.engines.base import EngineProgress
 from megatron_lite.parallel.context import ParallelContext
-from megatron_lite.parallel.shard import DTYPES, MASTER, NamedSlice, exact_slices
+from megatron_lite.parallel.shard import MASTER, STATE_DTYPES, NamedSlice, exact_slices
 from megatron_lite.train.adapters import Beside, begin_beside, find_beside
 from megatron_lite.train.compatibility import (
     check_model,
@@ -225,7 +225,7 @@ def _other_formats(run: Run, manifest: Manifest) -> list[str]:
         for spec in plan.parameters
         for state in plan.states(spec.tensor)
         if (stored := manifest.tensors.get(f"{state.name}.{spec.name}")) is not None
-        and stored.dtype != SAFETENSORS_NAMES[DTYPES[state.storage]]
+        and stored.dtype != SAFETENSORS_NAMES[STATE_DTYPES[state.storage]]
     }
     return [
         f"{name}: {before.lower()} in the checkpoint, {now} here: "

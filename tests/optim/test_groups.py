@@ -131,6 +131,8 @@ def test_sgd_without_momentum_keeps_nothing() -> None:
         (2, {BF16: True, ZERO: True}),
         (4, {PP: 2, ZERO: True}),
         (2, {TP: 2, "optim__optimizer": "adam"}),
+        (4, {TP: 2, ZERO: True, "optim__optimizer": "adafactor"}),
+        (2, {TP: 2, "optim__optimizer": "adam8bit", "optim__adam8bit_block_size": 16}),
         (1, {"optim__optimizer": "sgd"}),
         (2, {ZERO: True, "optim__optimizer": "adam"} | BF16_MOMENTS),
         (1, {"optim__optimizer": "adam"} | BF16_MOMENTS | {"optim__exp_avg_dtype": "fp32"}),

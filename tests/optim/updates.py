@@ -29,8 +29,8 @@ def drawn(
 
 
 def new_state(optim: OptimConfig, parameter: torch.Tensor) -> dict[str, torch.Tensor]:
-    """What the engine would hold of a matrix before its first update."""
-    spec = Tensor("matrix.weight", tuple(parameter.shape), "weight")
+    """What the engine would hold of rows of a large matrix before its first update."""
+    spec = Tensor("matrix.weight", (4096, *parameter.shape[1:]), "weight")
     return Groups(optim).new_state(spec, parameter)
 
 

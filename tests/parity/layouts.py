@@ -90,6 +90,7 @@ ADAFACTOR = {
     "optim__optimizer": "adafactor", "optim__adafactor_scale_parameter": True,
     "optim__adafactor_beta1": 0.9,
 }  # fmt: skip
+ADAM8BIT = {"optim__optimizer": "adam8bit", "optim__adam8bit_block_size": 16}
 LLAMA = {
     "model__normalization": "RMSNorm", "model__swiglu": True, "model__group_query_attention": True,
     "model__num_query_groups": 2,
@@ -179,6 +180,7 @@ MORE = [
         parallel__account_for_loss_in_pipeline_split=True,
     ),
     layout("tp2-pp2-dp2-sp-zero-adafactor", tp=2, pp=2, dp=2, shared=ADAFACTOR, **SP, **ZERO),
+    layout("tp2-pp2-sp-adam8bit", tp=2, pp=2, shared=ADAM8BIT, **SP),
     layout("tp2-pp2-zb-v-bf16", tp=2, pp=2, shared=BF16, tolerance=HALF, **ZB_V),
     layout("tp2-pp2-sp-recompute", tp=2, pp=2, **SP, **EVERY_LAYER),
     layout("tp2-pp2-fp16", tp=2, pp=2, shared=FP16, tolerance=HALF),

@@ -11,6 +11,7 @@ import torch
 from megatron_lite.blueprint.draw_up import Blueprint
 from megatron_lite.checkpoint.progress import Progress
 from megatron_lite.checkpoint.store import Store
+from megatron_lite.checkpoint.tensor_file import TORCH_DTYPES
 from megatron_lite.config.sections.run import RunConfig
 from megatron_lite.engines.base import EngineProgress
 from megatron_lite.parallel.context import ParallelContext
@@ -91,7 +92,7 @@ def whole(folder: Path) -> dict[str, str]:
     assert manifest is not None
     hashes = {}
     for name, stored in manifest.tensors.items():
-        dtype = {"F32": torch.float32, "BF16": torch.bfloat16}[stored.dtype]
+        dtype = TORCH_DTYPES[stored.dtype]
         data = torch.empty(stored.shape, dtype=dtype)
         store.load(manifest, [NamedSlice(name, stored.shape, (0,) * len(stored.shape), data)])
         flat = data.flatten().view(torch.uint8)

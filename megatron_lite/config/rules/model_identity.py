@@ -237,7 +237,7 @@ FREE: Mapping[str, str] = MappingProxyType({
         sophia_clip_hessian_grad
         adafactor_scale_parameter adafactor_relative_step adafactor_warmup_init adafactor_beta1
         adafactor_decay_rate adafactor_clip_threshold adafactor_eps1 adafactor_eps2
-        use_precision_aware_optimizer
+        adam8bit_block_size use_precision_aware_optimizer
         exp_avg_dtype exp_avg_sq_dtype""",
     "learning_rate": "override_opt_param_scheduler use_checkpoint_opt_param_scheduler",
     # dropout is a way of training; whose adapters were the first ones is past

@@ -102,6 +102,7 @@ RANGES: Mapping[str, ValueRange] = {
     "optim.lion_beta1": _SHARE,
     "optim.lion_beta2": _SHARE,
     "optim.sgd_momentum": _SHARE,
+    "optim.adam8bit_block_size": ValueRange(8, 1 << 20),
     "optim.adafactor_beta1": _SHARE,
     "optim.adafactor_decay_rate": ValueRange(-1.0, 0.0, open_high=True),
     "optim.adafactor_clip_threshold": _POSITIVE,

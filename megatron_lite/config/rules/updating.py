@@ -74,6 +74,22 @@ def adafactor(config: RunConfig, world_size: int) -> Iterator[str]:
         )
 
 
+def eight_bits(config: RunConfig, world_size: int) -> Iterator[str]:
+    """Blocks are of an optimizer that has some."""
+    o, plain = config.optim, OptimConfig()
+    if o.adam8bit_block_size == plain.adam8bit_block_size:
+        return
+    try:
+        asked = optimizers_asked_for(o)
+    except ConfigError:
+        return  # a group that cannot be read
+    if "adam8bit" not in asked:
+        yield (
+            f"--adam8bit-block-size {o.adam8bit_block_size} is about --optimizer adam8bit, and "
+            f"--optimizer is {o.optimizer}; drop it"
+        )
+
+
 def _changed(settings: OptimConfig | LearningRateConfig, plain: object) -> list[str]:
     """Fields that differ from those of another one."""
     names = (field.name for field in dataclasses.fields(settings))

@@ -12,7 +12,7 @@ class OptimConfig:
 
     optimizer: str = field(
         default="adam",
-        metadata={"rows": ("adam", "sgd", "lion", "sophiag", "adafactor", "apex-adam")},
+        metadata={"rows": ("adam", "sgd", "lion", "sophiag", "adafactor", "adam8bit", "apex-adam")},
     )
     """Update rule; adam is AdamW (decoupled weight decay), apex-adam the same by apex's kernel on a GPU."""
 
@@ -36,6 +36,9 @@ class OptimConfig:
 
     adam_eps: float = 1e-8
     """Added to the root of Adam's second moment."""
+
+    adam8bit_block_size: int = 256
+    """Neighbours in a row that share a scale in adam8bit's moments."""
 
     use_precision_aware_optimizer: bool = False
     """Let --exp-avg-dtype and --exp-avg-sq-dtype say what moments are kept in."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from megatron_lite.config.sections.lora import NF4_BLOCK
 from megatron_lite.models.packing import ABSMAX, CODES
 from megatron_lite.parallel.collectives import all_reduce
-from megatron_lite.parallel.shard import DTYPES, MASTER, NamedSlice
+from megatron_lite.parallel.shard import DTYPES, MASTER, STATE_DTYPES, NamedSlice
 from megatron_lite.train.run import Run
 
 
@@ -57,7 +57,7 @@ def _tensors(run: Run) -> list[tuple[str, tuple[int, ...], torch.dtype]]:
         if dtype != torch.float32:
             found[MASTER + spec.name] = shape, torch.float32
         for state in run.blueprint.states(spec.tensor):
-            found[f"{state.name}.{spec.name}"] = state.of(shape), DTYPES[state.storage]
+            found[f"{state.name}.{spec.name}"] = state.of(shape), STATE_DTYPES[state.storage]
     return [(name, *form) for name, form in sorted(found.items())]
 
 
