@@ -21,9 +21,9 @@ FULL=${FULL:-0} DRY_RUN=${DRY_RUN:-0} TEXT=${TEXT:-}
 # Llama: RMSNorm, SwiGLU twelve times as wide as the stream, rotary positions, no bias, a head of its own; small, the
 # preset's parts with sizes of their own
 MODEL=(--preset macrogpt-1.3b)
-# fp16 with fp32 masters, and a loss scale that starts where 16 bits can follow
+# fp16 with fp32 masters, Adafactor at the learning rate as given, and a loss scale that starts where 16 bits can follow
 RUN=(--fp16 --initial-loss-scale 65536 --clip-grad 1.0 --weight-decay 0.0
-    --adam-beta1 0.9 --adam-beta2 0.999 --lr-decay-style linear --lr-warmup-fraction 0.01)
+    --optimizer adafactor --lr-decay-style linear --lr-warmup-fraction 0.01)
 if [[ $FULL == 1 ]]; then
     GPUS=${GPUS:-1} STEPS=${STEPS:-10000} STEPS_NEXT=${STEPS_NEXT:-10000}
     RUN+=(--micro-batch-size 4 --global-batch-size 128 --lr 3e-4 --recompute-granularity full

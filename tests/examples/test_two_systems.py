@@ -54,6 +54,9 @@ def test_full_is_the_system_s_own_model(system: str, parameters: int, tmp_path: 
     assert found == parameters
     if system == "macrogpt":
         assert config.precision.fp16 and config.precision.initial_loss_scale == 65536
+        optim = config.optim
+        assert optim.optimizer == "adafactor" and not optim.adafactor_relative_step
+        assert not optim.adafactor_scale_parameter and optim.adafactor_beta1 is None
         assert (train.micro_batch_size, train.global_batch_size, model.seq_length) == (4, 128, 2048)
         assert (rate.lr, rate.lr_decay_style, rate.lr_warmup_fraction) == (3e-4, "linear", 0.01)
         assert (config.checkpoint.save_interval, config.checkpoint.keep_last) == (384, 6)
