@@ -369,6 +369,11 @@ def _outlook(
         raise ConfigError(
             "--advise needs the run's length: --train-iters, --train-samples or --tokens 20B"
         )
+    if said.optim.adafactor_relative_step:
+        raise ConfigError(
+            "--advise is about --lr, and --adafactor-relative-step makes its own steps; leave one out "
+            "(the table without --advise has these steps)"
+        )
     if said.learning_rate.lr is None:
         rate = learning.law_of(blueprint).learning_rate
         notes = (*notes, f"--lr is not given: the curve is of the law's {rate:.3e}")
