@@ -48,7 +48,7 @@ class Items:
     """
 
     stream: float
-    """Inputs of the two norms: the residual stream."""
+    """Inputs of the two norms: the residual stream; and what attention's adapters keep."""
     norms: float
     """Outputs of the norms, inputs of the projections."""
     inner: float
@@ -59,7 +59,7 @@ class Items:
     attended: float
     """Input of the output projection."""
     mlp: float
-    """Inputs and outputs of the activation function."""
+    """Inputs and outputs of the activation function, and what its matrices' adapters keep."""
     masks: float
     """Hidden dropout, a byte per element."""
     mlp_gradients: float
@@ -142,12 +142,16 @@ def block_items(
     in_fp32 = [norm for norm in norms if norm.function == "RMSNorm" and not compiled]
     masked = model.hidden_dropout > 0.0 and not compiled
     dropped = [matrix for matrix in layer.of(Matrix) if matrix.into_stream and masked]
-    beside = [_beside(matrix, parallel, tokens, w) for matrix in layer.of(Matrix)]
+    beside = {"mlp": 0.0, "attention": 0.0}
+    for matrix in layer.of(Matrix):
+        where = "mlp" if matrix.name.startswith("mlp.") else "attention"
+        beside[where] += _beside(matrix, parallel, tokens, w)
+    mlp += beside["mlp"]
     return Items(
         stream=sum(
             split * w * norm.width for norm in norms if norm not in in_fp32 and not norm.beside
         )
-        + sum(beside),
+        + beside["attention"],
         norms=sum(split * w * norm.width for norm in norms),
         inner=sum(split * norm.width * 8.0 for norm in in_fp32)
         + sum(tokens / tp * _inner_of_heads(norm, w) for norm in of_heads if not compiled),
@@ -163,15 +167,18 @@ def block_items(
 
 
 def _beside(matrix: Matrix, parallel: ParallelConfig, tokens: float, width: int) -> float:
-    """What an adapter keeps: A x of each piece, and with dropout what A is given, and the mask."""
+    """What an adapter keeps: A x of each piece, with dropout what A is given, and the mask; to train
+    lengths W x and B A x, of which they are factors."""
     adapter = matrix.adapter
     if adapter is None:
         return 0.0
     split = tokens / parallel.tp if parallel.splits_sequence else tokens
     given, ranks = (split, tokens) if matrix.cut == "rows" else (tokens, split)
-    inputs, _ = matrix.local(parallel.tp)
+    inputs, outputs = matrix.local(parallel.tp)
     dropped = given * inputs * (width + 1) if adapter.dropout else 0.0
-    return dropped + ranks * width * adapter.rank * len(adapter.pieces)
+    made = tokens if matrix.cut == "rows" else split
+    scaled = made * outputs * width * 2 if adapter.magnitude else 0.0
+    return dropped + scaled + ranks * width * adapter.rank * len(adapter.pieces)
 
 
 def _inner_of_heads(norm: Norm, width: int) -> float:

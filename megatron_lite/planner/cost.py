@@ -11,7 +11,14 @@ from __future__ import annotations
 from collections import Counter
 
 from megatron_lite.blueprint.draw_up import Blueprint
-from megatron_lite.blueprint.figure.parts import Activation, Core, Matrix, Norm, Parts
+from megatron_lite.blueprint.figure.parts import (
+    WEIGHT_BYTES,
+    Activation,
+    Core,
+    Matrix,
+    Norm,
+    Parts,
+)
 from megatron_lite.blueprint.recompute import RecomputePlan
 from megatron_lite.blueprint.schedules.actions import Action, Op
 from megatron_lite.blueprint.schedules.simulate import Cost
@@ -147,10 +154,16 @@ class Costs:
         )  # fmt: skip
 
     def _linear(self, matrix: Matrix) -> tuple[float, float, float]:
-        """Seconds of its three products, of which a frozen one lacks the last, and of its adapter's."""
+        """Seconds of its three products, of which a frozen one lacks the last, and of its adapter's.
+
+        One that is packed is read, and written unpacked, before each.
+        """
         inputs, outputs = matrix.local(self.tp)
         forward, back, weight = self._product(inputs, outputs)
-        products = [(forward, back, 0.0 if matrix.frozen else weight)]
+        packed = matrix.storage == "nf4"
+        moved = (WEIGHT_BYTES["nf4"] + self.width) * inputs * outputs * packed
+        unpacked = self.device.moving_seconds(moved)
+        products = [(forward + unpacked, back + unpacked, 0.0 if matrix.frozen else weight)]
         if matrix.adapter is not None:
             ranks = matrix.adapter.rank * len(matrix.adapter.pieces)
             products += [self._product(inputs, ranks), self._product(matrix.adapter.rank, outputs)]

@@ -44,6 +44,7 @@ def sent_bytes(
     split = sum(_split_elements(blueprint, asked, stage) for stage in stages) / shared + common
     tokens = blueprint.model.seq_length * asked.micro_batch_size / parallel.cp
     scored = _scored_bytes(blueprint, asked, tokens) * any(stage.has_head for stage in stages)
+    scored += sum(_length_bytes(blueprint, asked, stage) for stage in stages)
     return {
         "tp": _ring(grid.tp)
         * (passes * whole + num_microbatches * scored + 2 * split * wide),
@@ -64,6 +65,24 @@ def _scored_bytes(blueprint: Blueprint, asked: PlanInputs, tokens: float) -> flo
     if output.vocabulary:
         return 3 * 2 * tokens * 4
     return tokens * output.rows * element_bytes(asked.precision) * asked.parallel.splits_sequence
+
+
+def _length_bytes(blueprint: Blueprint, asked: PlanInputs, stage: StageLayers) -> float:
+    """Squares of the rows' lengths, fp32, that adapters which train these sum in every forward, where a
+    row is cut."""
+
+    def summed(layer: Parts, prefix: str = "") -> float:
+        cut = (m for m in layer.of(Matrix) if m.cut == "columns" and m.name.startswith(prefix))
+        found = (matrix.adapter for matrix in cut)
+        rows = (rows for one in found if one and one.magnitude for _, rows in one.pieces)
+        return 2 * 4.0 * sum(rows)
+
+    plan, figure = RecomputePlan.from_config(asked.parallel), blueprint.figure
+    again = [stage.layers[position] for position in plan.recomputed(len(stage.layers))]
+    total = figure.total(summed, stage.layers) + figure.total(summed, again)
+    if "mlp" in plan.modules:
+        total += figure.total(lambda layer: summed(layer, "mlp."), stage.layers)
+    return total
 
 
 def _ring(ranks: int) -> float:
@@ -90,8 +109,9 @@ def _tp_passes(blueprint: Blueprint, asked: PlanInputs, stage: StageLayers) -> f
     if plan.split:  # every kept slice is gathered
         passes += sum(recomputed for _, recomputed in plan.groups(count))
     if "mlp" in plan.modules:
-        # up to what the last product keeps: its sum is not made again
-        passes += count * split
+        passes += figure.total(
+            lambda layer: _mlp_again_passes(layer, split=split, width=width), stage.layers
+        )
     return float(passes)
 
 
@@ -112,6 +132,14 @@ def forward_passes(layer: Parts, *, split: bool, width: int) -> float:
     return sum(
         _FORWARD[matrix.cut, split] * (1 + _share(matrix, width)) for matrix in layer.of(Matrix)
     )
+
+
+def _mlp_again_passes(layer: Parts, *, split: bool, width: int) -> float:
+    """Passes of the MLP recomputed, up to what is kept last: the sum of its last product is made again
+    only where an adapter comes after it."""
+    made = [matrix for matrix in layer.of(Matrix) if matrix.name.startswith("mlp.")]
+    last = _FORWARD[made[-1].cut, split] if made[-1].adapter is None else 0
+    return forward_passes(Parts(tuple(made)), split=split, width=width) - last
 
 
 def training_passes(layer: Parts, *, split: bool, width: int) -> float:

@@ -30,11 +30,22 @@ class Beside:
     """The frozen checkpoint that adapters are trained beside.
 
     fresh: the adapters begin here; else they are in a checkpoint of their own, which names this one.
+    kept: how its matrices were kept where these adapters were saved; None: they are new.
     """
 
     store: Store
     manifest: Manifest
     fresh: bool
+    kept: LoraConfig | None = None
+
+    def kept_otherwise(self, now: LoraConfig) -> list[str]:
+        """A line where the adapters go on beside other roundings of the same weights."""
+        if self.kept is None or self.kept.lora_base == now.lora_base:
+            return []
+        return [
+            f"--lora-base: {self.kept.lora_base} -> {now.lora_base}: the adapters go on beside the same "
+            "weights, rounded otherwise; the loss begins with that difference"
+        ]
 
     def fill(self, run: Run, weights: list[NamedSlice]) -> None:
         """The frozen ones among them, and what the run keeps packed.  Collective over the world."""
@@ -71,7 +82,7 @@ def find_beside(
         )
     if kept.on:
         found = open_base(base_of(manifest, folder), store.root, store.ctx, open_store)
-        return Beside(*found, fresh=False)
+        return Beside(*found, fresh=False, kept=kept)
     return Beside(store, manifest, fresh=True) if asked.on else None
 
 

@@ -125,6 +125,7 @@ def resume(
             run, store, manifest, optimizer=with_optimizer, head=not fresh_head, slowing=known,
             beside=beside,
         )  # fmt: skip
+        notices += [] if beside is None else beside.kept_otherwise(lora or LoraConfig())
     base = None if beside is None else beside.reference(save or store.root)
     resumed = functools.partial(Resumed, base=base, tokenizer=handed_on(manifest, tokenizer))
     _require_finite(run, manifest, checkpoint.load)

@@ -63,9 +63,10 @@ def test_greedy_tokens_are_the_same_however_the_adapters_come(
     ]  # fmt: skip
 
 
-def test_one_file_holds_the_merged_weights(converted, tmp_path, monkeypatch) -> None:
+@pytest.mark.parametrize("to", ["llama2c", "gguf"])
+def test_one_file_holds_the_merged_weights(converted, tmp_path, monkeypatch, to) -> None:
     """The same bytes by way of the merged folder of Hugging Face's, which knows of no adapters."""
-    asked = ["--to", "llama2c", "--no-tokenizer"]
+    asked = ["--to", to, "--no-tokenizer"]
     assert (
         tool(convert.main, monkeypatch, converted / "run", tmp_path / "at-once", "--merge", *asked)
         == 0

@@ -28,6 +28,10 @@ DROPPED = LORA | {"lora__lora_dropout": 0.2}
 ALL = LORA | {"lora__lora_targets": ("all",)}
 SOME = LORA | {"lora__lora_targets": ("q_proj", "v_proj", "down_proj")}
 TABLE = LORA | {"lora__lora_targets": ("embedding",), "lora__lora_variant": "rslora"}
+NF4 = LORA | {
+    "lora__lora_base": "nf4", "model__hidden_size": 128, "model__ffn_hidden_size": 128,
+}  # fmt: skip
+"""Blocks of 64 numbers that tp 2 does not cut."""
 
 QUICK: list[Layout] = [
     layout("tp2-sp-lora-dropout", tp=2, shared=DROPPED, **SP),
@@ -52,4 +56,9 @@ WIDE: list[Layout] = [
     layout("dp2-lora-zero-bf16", dp=2, shared=LORA | BF16, tolerance=HALF, **ZERO),
     layout("tp2-dora-fp16", tp=2, shared=DORA | FP16, tolerance=HALF),
     layout("tp2-gpt2-lora", tp=2, shared=BESIDE),
+    layout("tp2-pp2-sp-recompute-nf4", tp=2, pp=2, shared=NF4, **SP, **EVERY_LAYER),
+    layout(
+        "tp2-dp2-nf4-dora-zero", tp=2, dp=2, shared=NF4 | {"lora__lora_variant": "dora"}, **ZERO
+    ),
+    layout("pp2-nf4-zb-h1-bf16", pp=2, shared=NF4 | BF16, tolerance=HALF, **ZB_H1),
 ]

@@ -157,8 +157,22 @@ def test_volume_is_the_plans_to_the_byte_and_memory_within_a_tenth(changes):
             "parallel__recompute_granularity": "full", "parallel__recompute_method": "uniform",
             "parallel__recompute_num_layers": 1,
         }, marks=pytest.mark.slow),
+        pytest.param({"lora__lora_variant": "dora", BF16: True}, marks=pytest.mark.ci),
+        *(pytest.param({"lora__lora_variant": "dora", **more}, marks=pytest.mark.slow) for more in (
+            {SP: True, "lora__lora_targets": ("down_proj",)},
+            {"parallel__recompute_granularity": "full", "parallel__recompute_method": "uniform",
+             "parallel__recompute_num_layers": 1},
+            {"parallel__recompute_granularity": "selective", SP: True,
+             "parallel__recompute_modules": ["core_attn", "mlp", "layernorm"]},
+        )),
+        *(pytest.param({"lora__lora_targets": (name,), "parallel__recompute_granularity": "selective",
+                        "parallel__recompute_modules": ["mlp"], **more}, marks=pytest.mark.slow)
+          for name, more in (("mlp.up", {}), ("down_proj", {SP: True}))),
+        pytest.param({"lora__lora_base": "nf4"}, marks=pytest.mark.ci),
+        pytest.param({"lora__lora_base": "nf4", "lora__lora_variant": "dora"}, marks=pytest.mark.slow),
     ],
-    ids=["sp", "all"],
+    ids=["sp", "all", "dora", "dora of some", "dora again", "dora again in part", "mlp again",
+         "mlp again sp", "nf4", "nf4 dora"],
 )  # fmt: skip
 def test_so_it_is_of_adapters(changes):
     """A tied table that is frozen has no gradient to sum."""

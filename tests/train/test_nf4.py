@@ -166,3 +166,15 @@ def test_two_steps_and_two_more_are_four(data, base, tmp_path, ranks, words) -> 
     assert resumed.rc == 0, resumed.err
     assert curve(steps(again)) == curve(steps(once)[2:])
     assert resumed.state_hash == straight.state_hash
+
+
+def test_adapters_go_on_beside_a_base_kept_otherwise_and_it_is_said(data, base, tmp_path) -> None:
+    once, again = tmp_path / "once", tmp_path / "again"
+    assert tuned(data, base, once).rc == 0
+    resumed = alone(
+        *data, *LLAMA, *RANK, "--load", str(once), "--ckpt-step", "2", "--save", str(again)
+    )
+    assert resumed.rc == 0, resumed.err
+    assert "--lora-base: nf4 -> bf16: the adapters go on beside the same weights" in resumed.out
+    loss, other = steps(once)[2].loss, steps(again)[0].loss
+    assert other != loss and other == pytest.approx(loss, rel=0.1)
