@@ -14,7 +14,7 @@ from functools import cache
 from types import MappingProxyType
 from typing import Literal
 
-from megatron_lite.blueprint.figure.parts import Format, Tensor
+from megatron_lite.blueprint.figure.parts import HEAD, Format, Tensor
 from megatron_lite.config.errors import ConfigError
 from megatron_lite.config.param_groups import own_settings
 from megatron_lite.config.registry import Registry
@@ -62,8 +62,9 @@ class Treatment:
     """How one canonical tensor is updated.
 
     rule: a row of optim/rules.py.  needs_whole_matrix: an element's update depends on others of
-    other rows and columns.  first_update: so many updates of the run pass before its first; until
-    then it is frozen, and its states are what they were at the start.
+    other rows and columns; what dp shares or tp cuts is then one rank's to update.  first_update: so
+    many updates of the run pass before its first; until then it is frozen, and its states are what
+    they were at the start.  flops: of an update's products, by the tensor's shape; None: elementwise.
     lr, weight_decay: factors on the run's; None: its kind decides whether it decays.
     sums_over_tp: the rule asks tp ranks for the sums it needs of what they cut (optim/shares.py).
     """
@@ -72,6 +73,7 @@ class Treatment:
     states: tuple[State, ...] = ()
     needs_whole_matrix: bool = False
     first_update: int = 0
+    flops: Callable[[Sequence[int]], float] | None = None
     lr: float = 1.0
     weight_decay: float | None = None
     sums_over_tp: bool = False
@@ -89,6 +91,10 @@ class Treatment:
         """Whether the rule must see the tensor whole along this dim: it cannot be cut there."""
         summed = any(state.dims is not None and dim not in state.dims for state in self.states)
         return self.needs_whole_matrix or summed
+
+    def cost(self, shape: Sequence[int]) -> float:
+        """What owners of whole tensors are balanced by: FLOPs, or elements where all is elementwise."""
+        return float(math.prod(shape)) if self.flops is None else self.flops(shape)
 
 
 FOR_GOOD = 1 << 62
@@ -147,6 +153,23 @@ def _adam8bit(optim: OptimConfig, tensor: Tensor) -> Treatment:
     return Treatment("adam8bit", tuple(states))
 
 
+@cache
+def _muon(steps: int) -> Treatment:
+    """Muon's, of a matrix, with so many Newton-Schulz iterations."""
+
+    def flops(shape: Sequence[int]) -> float:
+        m, n = sorted(shape)
+        return steps * (4.0 * m * m * n + 2.0 * m**3)  # X X', its square, their sum times X
+
+    return Treatment("muon", (State("momentum"),), needs_whole_matrix=True, flops=flops)
+
+
+def is_hidden_matrix(tensor: Tensor) -> bool:
+    """Whether it maps features to features: no table, head, norm, bias or what stages share."""
+    hidden = tensor.kind == "weight" and len(tensor.shape) == 2 and not tensor.stages
+    return hidden and not tensor.vocabulary and not tensor.name.startswith(HEAD)
+
+
 OPTIMIZERS: Registry[Callable[[OptimConfig, Tensor], Treatment]] = Registry(
     "optim.optimizer",
     {
@@ -156,6 +179,9 @@ OPTIMIZERS: Registry[Callable[[OptimConfig, Tensor], Treatment]] = Registry(
         "sophiag": lambda optim, tensor: Treatment("sophiag", (*_first_moment(optim), CURVATURE)),
         "adafactor": _adafactor,
         "adam8bit": _adam8bit,
+        "muon": lambda optim, tensor: (
+            _muon(optim.muon_num_ns_steps) if is_hidden_matrix(tensor) else ADAM
+        ),
         "apex-adam": lambda optim, tensor: replace(ADAM, rule="apex-adam"),
     },
 )
@@ -182,6 +208,12 @@ def treatment(optim: OptimConfig, tensor: Tensor) -> Treatment:
     return replace(how, lr=how.lr * own.lr, weight_decay=decay)
 
 
+def gathered(how: Treatment, tensor: Tensor) -> bool:
+    """Whether one tp rank updates the whole tensor for all; the ragged parts of a vocabulary stay apart."""
+    alone = how.needs_whole_matrix and not how.sums_over_tp
+    return alone and tensor.tp_dim is not None and not tensor.vocabulary
+
+
 def state_bytes(optim: OptimConfig, tensor: Tensor, local: Sequence[int]) -> int:
     """What all states of a tensor take where it has these local sizes."""
     states = treatment(optim, tensor).states
@@ -189,14 +221,15 @@ def state_bytes(optim: OptimConfig, tensor: Tensor, local: Sequence[int]) -> int
 
 
 def check_states(optim: OptimConfig, tensors: Iterable[Tensor], tp: int) -> None:
-    """ConfigError where a rule would need rows or columns that other tp ranks have.
+    """ConfigError where a rule would need rows or columns that other tp ranks have, and no rank has all.
 
     Ranks of dp may share the state all the same: each then keeps it of whole tensors.
     """
     for tensor in tensors if tp > 1 else ():
         cut = tensor.tp_dim
         how = treatment(optim, tensor)
-        if cut is not None and how.needs(cut) and not how.sums_over_tp:
+        reached = how.sums_over_tp or gathered(how, tensor)
+        if cut is not None and how.needs(cut) and not reached:
             raise ConfigError(
                 f"--optimizer {optim.optimizer} updates {tensor.name} by the rule {how.rule}, which "
                 f"needs all of its {tensor.shape[cut]} {'columns' if cut else 'rows'}, and "

@@ -30,14 +30,22 @@ def cut_rows(rows: int, ranks: int) -> tuple[Rows, ...]:
     return tuple(Rows(min(k * block, rows), min((k + 1) * block, rows)) for k in range(ranks))
 
 
-def whole_owners(sizes: Sequence[int], ranks: int) -> tuple[int, ...]:
-    """The owner of each tensor by its size in elements; deterministic."""
-    load = [(0, rank) for rank in range(ranks)]
-    owners = [0] * len(sizes)
-    for index in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
-        size, rank = heapq.heappop(load)
+def whole_owners(
+    costs: Sequence[float], ranks: int, loads: list[float] | None = None
+) -> tuple[int, ...]:
+    """The owner of each tensor by the cost of its update; deterministic.
+
+    loads: what each rank has already; what it is given here is added.
+    """
+    loads = [0.0] * ranks if loads is None else loads
+    heap = [(load, rank) for rank, load in enumerate(loads)]
+    heapq.heapify(heap)
+    owners = [0] * len(costs)
+    for index in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
+        load, rank = heapq.heappop(heap)
         owners[index] = rank
-        heapq.heappush(load, (size + sizes[index], rank))
+        loads[rank] = load + costs[index]
+        heapq.heappush(heap, (loads[rank], rank))
     return tuple(owners)
 
 

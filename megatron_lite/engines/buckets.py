@@ -56,7 +56,7 @@ class GradientBuckets:
     buffer: Tensor
     buckets: list[Bucket]
     overlap: bool
-    whole: Callable[[ParameterPiece], bool]
+    whole: Callable[[ParameterPiece], float | None]
     views: dict[Tensor, Tensor] = field(default_factory=dict)
     _bucket_of: dict[Tensor, Bucket] = field(default_factory=dict)
     _armed: bool = False
@@ -71,13 +71,16 @@ class GradientBuckets:
         bucket_size: int,
         overlap: bool,
         sharded: bool = False,
-        whole: Callable[[ParameterPiece], bool] = lambda piece: False,
+        whole: Callable[[ParameterPiece], float | None] = lambda piece: None,
+        loads: dict[str, list[float]] | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> GradientBuckets:
         """Lay the accumulators out; bucket_size in elements.
 
-        sharded: each replica keeps its rows of the state only; whole: of which pieces all or none.
+        sharded: each replica keeps its rows of the state only; whole: of which pieces all or none, and
+        the cost of their update; loads: that of each axis' ranks, for what is laid out next.
         """
+        loads = {} if loads is None else loads
         groups = _grouped(parameters, bucket_size)
         sizes = [sum(_padded(p) for p in group) for group in groups]
         buffer = torch.zeros(sum(sizes), dtype=dtype, device=ctx.device)
@@ -86,7 +89,10 @@ class GradientBuckets:
         start = 0
         for group, size in zip(groups, sizes, strict=True):
             axis = group[0].replicas(ctx)
-            layout = ShardLayout.build(group, axis.size, whole=whole) if sharded else None
+            load = loads.setdefault(axis.name, [0.0] * axis.size)
+            layout = (
+                ShardLayout.build(group, axis.size, whole=whole, loads=load) if sharded else None
+            )
             bucket = Bucket(buffer[start : start + size], group, axis, layout)
             made.buckets.append(bucket)
             for local in group:
@@ -107,7 +113,7 @@ class GradientBuckets:
         if bucket.layout is None:
             for piece in local.pieces:
                 # a tp rank whose part of the vocabulary is all padding has no row of it
-                if piece.stop > piece.start or self.whole(piece):
+                if piece.stop > piece.start or self.whole(piece) is not None:
                     yield piece, Rows(0, piece.stop - piece.start)
             return
         for place in bucket.layout.places:

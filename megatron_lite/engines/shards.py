@@ -9,7 +9,6 @@ buffer is what rank k owns: named rows of named tensors, not an arbitrary slice 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -88,20 +87,25 @@ class ShardLayout:
         parameters: Sequence[LocalParameter],
         ranks: int,
         *,
-        whole: Callable[[ParameterPiece], bool],
+        whole: Callable[[ParameterPiece], float | None],
+        loads: list[float] | None = None,
     ) -> ShardLayout:
-        """Lay the pieces of these parameters out; whole: which have one owner, instead of one per row."""
+        """Lay the pieces of these parameters out.
+
+        whole: what the update costs of one that has one owner, None where each row has its own;
+        loads: see whole_owners.
+        """
         # what has one owner has it where a tp rank's part is empty, too: it is then the same dp rank
         # for all tp ranks
         pieces = [
             (local, piece)
             for local in parameters
             for piece in local.pieces
-            if piece.stop > piece.start or whole(piece)
+            if piece.stop > piece.start or whole(piece) is not None
         ]
         places, shared = [], 0
         for local, piece in pieces:
-            if not whole(piece):
+            if whole(piece) is None:
                 # a full block of columns for every rank, also where its rows are fewer: all shares
                 # of a reduce-scatter are equally long
                 rows = piece.stop - piece.start
@@ -109,9 +113,9 @@ class ShardLayout:
                 places.append(ShardPlace(local, piece, block, shared))
                 shared += block * (_size(local, piece) // rows)
         used = [shared] * ranks
-        alone = [(local, piece) for local, piece in pieces if whole(piece)]
-        sizes = [math.prod(piece.shape) for _, piece in alone]
-        for (local, piece), owner in zip(alone, whole_owners(sizes, ranks), strict=True):
+        alone = [(*one, cost) for one in pieces if (cost := whole(one[1])) is not None]
+        owners = whole_owners([cost for _, _, cost in alone], ranks, loads)
+        for (local, piece, _), owner in zip(alone, owners, strict=True):
             places.append(ShardPlace(local, piece, piece.stop - piece.start, used[owner], owner))
             used[owner] += _size(local, piece)
         return cls(tuple(places), ranks, max(used))

@@ -4,23 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from megatron_lite.blueprint.buckets import bucket_elements
-from megatron_lite.blueprint.figure.parts import Tensor as Spec
-from megatron_lite.blueprint.optimizers import LIKE_PARAMETER, State
-from megatron_lite.blueprint.ownership import Rows
+from megatron_lite.blueprint.optimizers import gathered
 from megatron_lite.config.sections.optim import OptimConfig
 from megatron_lite.config.sections.parallel import ParallelConfig
 from megatron_lite.config.sections.precision import PrecisionConfig
 from megatron_lite.engines.base import EngineProgress, SquaredNorm, Statistics, Update
 from megatron_lite.engines.buckets import GradientBuckets
 from megatron_lite.engines.clip import clip_coefficient, count_zeros, global_norm, squared_norms
+from megatron_lite.engines.held import Held
 from megatron_lite.engines.loss_scale import LossScale
+from megatron_lite.engines.matrices import CutMatrices
 from megatron_lite.optim.groups import Groups, Rates
 from megatron_lite.optim.shares import TpShare
 from megatron_lite.parallel.collectives import all_reduce
@@ -34,43 +33,6 @@ from megatron_lite.parallel.shard import (
     is_primary_copy,
     weight_slices,
 )
-
-
-@dataclass(slots=True, eq=False)
-class _Held:
-    """Rows of a canonical tensor whose update this rank carries out.
-
-    weight and gradient are views of the parameter and of its accumulator; master is the weight
-    itself in fp32 runs.
-    """
-
-    local: LocalParameter
-    piece: ParameterPiece
-    rows: Rows
-    weight: Tensor
-    gradient: Tensor
-    master: Tensor
-    state: dict[str, Tensor]
-    share: TpShare
-
-    @property
-    def has_master(self) -> bool:
-        """Whether the fp32 master is a tensor of its own."""
-        return self.master is not self.weight
-
-    @property
-    def spec(self) -> Spec:
-        """Of the canonical tensor."""
-        return self.piece.spec
-
-    def slice(
-        self, data: Tensor, prefix: str, *, replicated: bool, state: State = LIKE_PARAMETER
-    ) -> NamedSlice:
-        """One of this rank's tensors with its place in the global one; state: what of it data is."""
-        first, *others = self.piece.offset
-        offset = state.of((first + self.rows.start, *others))
-        name, shape = prefix + self.piece.name, state.of(self.piece.shape)
-        return NamedSlice(name, shape, offset, data, replicated=replicated)
 
 
 class ZeroEngine:
@@ -108,6 +70,7 @@ class ZeroEngine:
         self._locals = [local for held in stages.values() for local in held]
         bucket_size = bucket_elements(parallel, ctx.replicas.size)
         in_fp32 = parallel.accumulate_allreduce_grads_in_fp32 or precision.name == "fp32"
+        loads: dict[str, list[float]] = {}
         self._buckets = {
             stage: GradientBuckets.build(
                 held,
@@ -115,12 +78,16 @@ class ZeroEngine:
                 bucket_size=bucket_size,
                 overlap=parallel.overlap_grad_reduce,
                 sharded=self.sharded,
-                whole=self._stays_whole,
+                whole=self._cost_whole,
+                loads=loads,
                 dtype=torch.float32 if in_fp32 else DTYPES[precision.name],
             )
             for stage, held in stages.items()
         }
         self._held = [held for local in self._locals for held in self._hold(local)]
+        cut = [held for held in self._held if self._is_gathered(held.piece)]
+        self._updated = [held for held in self._held if not self._is_gathered(held.piece)]
+        self._matrices = CutMatrices(cut, ctx, self.groups)
         counts = [self._counts(held) for held in self._held]
         self._counted = torch.tensor(counts, dtype=torch.bool, device=ctx.device)
         for local in self._locals:
@@ -138,27 +105,38 @@ class ZeroEngine:
 
     def _choose_trained(self) -> None:
         """Let autograd compute, and buckets await, gradients of what the next update changes."""
-        self._trained = self.groups.trained(self._held, self._steps)
+        self._trained = self.groups.trained(self._updated, self._steps)
         self._frozen = [held for held in self._held if not self._trains(held.piece)]
         for local in self._all:
             local.parameter.requires_grad_(any(map(self._trains, local.pieces)))
 
-    def _hold(self, local: LocalParameter) -> Iterator[_Held]:
+    def _hold(self, local: LocalParameter) -> Iterator[Held]:
         """The rows of this parameter that this rank updates: all, or its share; none of a frozen piece."""
         buckets = self._buckets[self._stage_of[local.parameter]]
         gradient = buckets.view(local)
+        for piece in local.pieces:  # all ranks know all rules, whoever updates by them
+            self.groups.prepare(piece.spec, self.ctx.device)
         for piece, rows in buckets.owned(local):
             if self.groups.treatment(piece.spec).frozen:
                 continue
             here = slice(piece.start + rows.start, piece.start + rows.stop)
             weight = local.parameter.detach()[here]
+            share = TpShare(piece.shape, piece.spec.tp_dim if self.ctx.tp.size > 1 else None)
+            if self._is_gathered(piece):  # its owner has master and states
+                yield Held(local, piece, rows, weight, gradient[here], weight, {}, share)
+                continue
             master = weight if weight.dtype == torch.float32 else weight.float()
             state = self.groups.new_state(piece.spec, master)
-            share = TpShare(piece.shape, piece.spec.tp_dim if self.ctx.tp.size > 1 else None)
-            yield _Held(local, piece, rows, weight, gradient[here], master, state, share)
+            yield Held(local, piece, rows, weight, gradient[here], master, state, share)
 
-    def _stays_whole(self, piece: ParameterPiece) -> bool:
-        return self.groups.treatment(piece.spec).needs(0)
+    def _is_gathered(self, piece: ParameterPiece) -> bool:
+        """Whether one tp rank updates it for all of them."""
+        return self.ctx.tp.size > 1 and gathered(self.groups.treatment(piece.spec), piece.spec)
+
+    def _cost_whole(self, piece: ParameterPiece) -> float | None:
+        """Of the update, where one replica carries it out for all of its rows."""
+        how = self.groups.treatment(piece.spec)
+        return how.cost(piece.shape) if how.needs(0) else None
 
     def _take_gradient(self) -> Callable[[Tensor], None]:
         def take(parameter: Tensor) -> None:
@@ -185,11 +163,12 @@ class ZeroEngine:
         if masters:
             state = self.state(owned=False)
             write([*weights, *(part for part in state if part.name.startswith(MASTER))])
-            return
-        write(weights)
-        for held in self._held:
-            if held.has_master:
-                held.master.copy_(held.weight)
+        else:
+            write(weights)
+            for held in self._updated:
+                if held.has_master:
+                    held.master.copy_(held.weight)
+        self._matrices.follow(masters=masters)
 
     def accumulators(self) -> list[tuple[Tensor, Tensor]]:
         """(parameter, accumulator) pairs for layers that add their gradients themselves."""
@@ -232,12 +211,12 @@ class ZeroEngine:
         # rank that holds a bad one would otherwise update with it.
         return SquaredNorm(squares.where(self._counted, 0.0).sum(), squares.isfinite())
 
-    def _counts(self, held: _Held) -> bool:
+    def _counts(self, held: Held) -> bool:
         """Whether sums over the world take this rank's gradient, not another rank's copy of it."""
         first = held.local.replicas(self.ctx).rank == 0
         return is_primary_copy(held.local, self.ctx) and (self.sharded or first)
 
-    def _mine(self, held: Iterable[_Held]) -> list[_Held]:
+    def _mine(self, held: Iterable[Held]) -> list[Held]:
         """Those whose primary copy this rank holds, for sums over all ranks."""
         return [one for one in held if is_primary_copy(one.local, self.ctx)]
 
@@ -306,6 +285,7 @@ class ZeroEngine:
     def _apply(self, rates: Rates, taken: Tensor | None) -> None:
         total = partial(_sum_together, axis=self.ctx.tp)
         self.groups.update(self._trained, rates, steps=self._steps, taken=taken, total=total)
+        self._matrices.update(rates, steps=self._steps, taken=taken)
         self._steps += 1
         if self._steps in self._turns:
             self._choose_trained()
@@ -345,13 +325,14 @@ class ZeroEngine:
             buckets.buffer.zero_()
 
     def _num_zeros(self) -> Tensor:
-        trained = (held for group in self._trained.values() for held in group)
+        trained = (held for held in self._held if self._trains(held.piece))
         gradients = [held.gradient for held in self._mine(trained)]
         with self.span("optimizer-count-zeros"):
             return count_zeros(gradients, self._sums, self.ctx.device)
 
     def _params_norm(self) -> Tensor:
-        masters = [held.master for held in self._mine(self._held)]
+        masters = [held.master for held in self._mine(self._updated)]
+        masters += [own.master for own in self._matrices.owned]
         return global_norm(masters, self._sums, self.ctx.device)
 
     def weights(self, *, owned: bool) -> Iterator[NamedSlice]:
@@ -370,10 +351,10 @@ class ZeroEngine:
 
         owned: only primary copies (to save), or all this rank holds (to load).
         """
-        for held in self._held:
+        same = not self.sharded
+        for held in self._updated:
             if owned and not is_primary_copy(held.local, self.ctx):
                 continue
-            same = not self.sharded
             if held.has_master:
                 yield held.slice(held.master, MASTER, replicated=same)
             for state in self.groups.treatment(held.spec).states:
@@ -381,6 +362,7 @@ class ZeroEngine:
                     continue  # every tp rank has it whole
                 data = held.state[state.name]
                 yield held.slice(data, f"{state.name}.", replicated=same, state=state)
+        yield from self._matrices.state(replicated=same)
 
     def progress(self) -> EngineProgress:
         """Updates done and the loss scale's state, for a checkpoint."""

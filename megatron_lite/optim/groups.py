@@ -92,12 +92,16 @@ class Groups:
         """How a canonical tensor is updated, and which states that needs."""
         return treatment(self.optim, spec)
 
+    def prepare(self, spec: Spec, device: torch.device) -> None:
+        """Make the rule of a tensor that some rank here updates: one that cannot run is told at once."""
+        how = self.treatment(spec)
+        if not how.frozen and hasattr(rule := self._rule(how.rule), "check"):
+            rule.check(device)
+
     def new_state(self, spec: Spec, master: Tensor) -> dict[str, Tensor]:
         """State before the first update of these values, a whole tensor or rows of one."""
+        self.prepare(spec, master.device)
         how = self.treatment(spec)
-        rule = self._rule(how.rule)  # one that is not there is told before the first step
-        if hasattr(rule, "check"):
-            rule.check(master.device)
         return {
             state.name: master.new_zeros(
                 state.of(master.shape), dtype=_NARROW.get(state.storage, master.dtype)

@@ -13,6 +13,7 @@ from megatron_lite.optim.adam import AdamW
 from megatron_lite.optim.adam8bit import AdamW8bit
 from megatron_lite.optim.apex import ApexAdamW
 from megatron_lite.optim.lion import Lion
+from megatron_lite.optim.muon import Muon
 from megatron_lite.optim.sgd import SGD
 from megatron_lite.optim.sophia import SophiaG
 
@@ -53,4 +54,5 @@ RULES: dict[str, Callable[[OptimConfig], UpdateRule]] = {
     "apex-adam": lambda o: ApexAdamW(beta1=o.adam_beta1, beta2=o.adam_beta2, eps=o.adam_eps),
     "sophiag": lambda o: SophiaG(beta1=o.sophia_beta1, rho=o.sophia_rho),
     "lion": lambda o: Lion(beta1=o.lion_beta1, beta2=o.lion_beta2),
+    "muon": Muon.from_config,
 }

@@ -1,4 +1,4 @@
-"""all_reduce, all_gather and reduce_scatter over an Axis; a size-1 axis returns its input.
+"""all_reduce, all_gather, reduce_scatter, exchanges with owners over an Axis; one of size 1 returns its input.
 
 Every rank of the axis must make the same call with the same shape and dtype; the shapes in the
 docstrings are one rank's, n is the axis' size.  A lost rank or a timeout is torch's RuntimeError.
@@ -9,7 +9,7 @@ computes, without events between two streams.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -137,6 +137,32 @@ def reduce_scatter(x: Tensor, axis: Axis) -> Tensor:
     with axis.observer.waiting():
         _scatter_into(out, x, group=axis.group)
     return out
+
+
+def gather_to_owners(x: Tensor, axis: Axis, sizes: Sequence[int]) -> Tensor:
+    """x: [sum of sizes] -> [n sizes[rank]]: rank k gets the k-th part of every rank's x, in their order."""
+    if axis.size == 1:
+        return x
+    own = sizes[axis.rank]
+    out = x.new_empty(axis.size * own)
+    return _exchange(out, x, axis, [own] * axis.size, list(sizes), whole=x)
+
+
+def spread_from_owners(x: Tensor, axis: Axis, sizes: Sequence[int]) -> Tensor:
+    """x: [n sizes[rank]] -> [sum of sizes]: each rank's x has a part for every rank; the way back."""
+    if axis.size == 1:
+        return x
+    out = x.new_empty(sum(sizes))
+    return _exchange(out, x, axis, list(sizes), [sizes[axis.rank]] * axis.size, whole=out)
+
+
+def _exchange(
+    out: Tensor, x: Tensor, axis: Axis, received: list[int], sent: list[int], *, whole: Tensor
+) -> Tensor:
+    """whole: the one of both that is as long on every rank."""
+    request = _asked(axis, "all-to-all", whole)
+    work = dist.all_to_all_single(out, x, received, sent, group=axis.group, async_op=True)
+    return _pending(axis, request, out, work, keep=x).wait()
 
 
 def _pending(

@@ -16,9 +16,10 @@ from torch import Tensor
 class Request(NamedTuple):
     """A collective, or one end of a message.
 
-    op: all-reduce, all-gather, reduce-scatter, barrier, send or receive.
+    op: all-reduce, all-gather, reduce-scatter, all-to-all, barrier, send or receive.
     axis, ranks: the group's name and members; of a message sender and receiver, as ranks of the world.
-    tensor: the whole one: what an all-gather makes, what a reduce-scatter is given.
+    tensor: the whole one: what an all-gather makes, what a reduce-scatter is given; of
+    an all-to-all what has a part of or for every rank.
     what: the reduction (sum, max), or which message it is, said alike by both ends.
     """
 

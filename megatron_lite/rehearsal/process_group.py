@@ -50,7 +50,12 @@ class SilentGroup(dist.ProcessGroup):
         """output stays unfilled."""
         return _Done()
 
+    def all_to_all_single(self, output: Tensor, x: Tensor, *_: Any) -> Any:
+        """output stays unfilled."""
+        return _Done()
+
     # torch < 2.13
+    alltoall_base = all_to_all_single  # type: ignore[assignment]
     _allgather_base = all_gather_single  # type: ignore[assignment]
     _reduce_scatter_base = reduce_scatter_single  # type: ignore[assignment]
 

@@ -110,6 +110,7 @@ CHANGES_NOTHING = """
 --dataloader-defer-npy-index-mmap --no-shared-fs --allow-ambiguous-pad-tokens --trust-remote-code
 --tokenizer-hf-use-fast --vocab-extra-ids --expert-tensor-parallel-size
 --num-distributed-optimizer-instances --main-grads-dtype --main-params-dtype
+--muon-scalar-optimizer --muon-tp-mode
 --softmax-type --moe-grouped-gemm --moe-use-legacy-grouped-gemm
 --moe-permute-fusion --moe-router-fusion --moe-shared-expert-overlap --moe-shared-expert-gate
 --moe-per-layer-logging --moe-router-pre-softmax --moe-router-enable-expert-bias
@@ -135,7 +136,7 @@ CHANGES_NOTHING = """
 REFUSED = """
 --batch-size --warmup --model-parallel-size --deepscale --deepscale-config --scattered-embeddings
 --split-transformers --memory-centric-tiled-linear
---no-decoupled-weight-decay --cpu-optimizer --partition-activations --checkpoint-in-cpu
+--no-decoupled-weight-decay --muon-no-split-qkv --cpu-optimizer --partition-activations --checkpoint-in-cpu
 --train-data-exact-num-epochs --load-tag --decrease-batch-size-if-needed
 --train-weighted-split-paths --valid-weighted-split-paths --test-weighted-split-paths
 --squared-relu --use-torch-fsdp2 --data-parallel-sharding-strategy

@@ -45,7 +45,7 @@ def sums(rank, ranks, sharded):
     ctx, parameters = two_axes(rank, ranks), made()
     buckets = GradientBuckets.build(
         parameters, ctx, bucket_size=20, overlap=True, sharded=sharded,
-        whole=lambda piece: piece.name == "3.weight",
+        whole=lambda piece: 1.0 if piece.name == "3.weight" else None,
     )  # fmt: skip
     kinds = [{local.over for local in bucket.locals} for bucket in buckets.buckets]
     assert all(len(kind) == 1 for kind in kinds)

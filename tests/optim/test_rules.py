@@ -158,6 +158,7 @@ def test_the_states_of_an_optimizer_are_named_beside_its_rule_alone() -> None:
     spelled = {
         path.relative_to(PACKAGE).parts[0]
         for path in PACKAGE.rglob("*.py")
+        if "deepspeed" not in path.parts  # its files have words of their own
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         if isinstance(node, ast.Constant) and node.value in names
     }

@@ -84,6 +84,7 @@ BATCH16 = {"train__global_batch_size": 16}
 SMALL_BUCKETS = {"parallel__ddp_bucket_size": 1000}
 UNTIED = {axes.UNTIED: True}
 ROPE = {"model__position_embedding_type": "rope", "model__add_bias_linear": False}
+MUON = {"optim__optimizer": "muon", "optim__muon_fp32_matmul_prec": "highest"}
 FP16 = {"precision__fp16": True, "precision__initial_loss_scale": 1024.0, "model__num_layers": 2}
 BF16 = {axes.BF16: True}
 ADAFACTOR = {
@@ -117,6 +118,7 @@ QUICK = [
     layout("dp2-zero-overlap", dp=2, **ZERO, **OVERLAP_GATHER),
     layout("tp2-pp2-dp2-sp-zero-overlap", tp=2, pp=2, dp=2, **SP, **ZERO, **OVERLAP_GATHER),
     layout("dp4-zero-bf16", dp=4, shared=BF16, tolerance=HALF, **ZERO, **OVERLAP_GATHER),
+    layout("tp2-dp2-sp-zero-muon", tp=2, dp=2, shared=MUON, **SP, **ZERO),
     layout("pp4-gpipe", pp=4, **GPIPE),
     layout("pp4-interleaved", pp=4, shared=LAYERS8, **CHUNKS2),
     layout("pp4-zb-h1", pp=4, **ZB_H1),
@@ -149,6 +151,18 @@ QUICK = [
 """Every kind once, with the fewest ranks: `make test` and `make parity`."""
 
 MORE = [
+    layout("tp4-muon", tp=4, shared=MUON | {"model__vocab_size": 17}),
+    layout(
+        "tp2-pp2-dp2-sp-zero-overlap-muon-llama",
+        tp=2,
+        pp=2,
+        dp=2,
+        shared=MUON | LLAMA,
+        **SP,
+        **ZERO,
+        **OVERLAP_GATHER,
+    ),
+    layout("tp2-pp2-muon-fp16", tp=2, pp=2, shared=MUON | FP16, tolerance=HALF),
     layout("tp2", tp=2),
     layout("tp4", tp=4),
     layout("dp2", dp=2),

@@ -237,6 +237,13 @@ NO_OPS: tuple[Legacy, ...] = (
     no_op("--num-distributed-optimizer-instances", "1 is the optimizer that is here", "1"),
     no_op("--main-grads-dtype", "gradients are accumulated in fp32", "fp32"),
     no_op("--main-params-dtype", "masters are fp32", "fp32"),
+    no_op(
+        "--muon-tp-mode",
+        "each matrix is gathered whole on one tp rank: the result is that of both",
+        "duplicated",
+        "distributed",
+    ),
+    no_op("--muon-scalar-optimizer", "Muon's tables, norms and biases are AdamW's", "adam"),
     no_op("--softmax-type", "the softmax has no offset", "vanilla"),
     *_each(
         _EXPERTS,

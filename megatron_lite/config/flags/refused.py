@@ -15,6 +15,7 @@ REFUSED: tuple[Legacy, ...] = (
     refused("--memory-centric-tiled-linear", "use --tensor-model-parallel-size"),
     refused("--no-decoupled-weight-decay", "adam is AdamW here; drop it"),
     refused("--cpu-optimizer", "the optimizer runs where the weights are; drop it"),
+    refused("--muon-no-split-qkv", "q, k and v are matrices of their own to Muon; drop it"),
     refused("--partition-activations", "use --distribute-saved-activations with full recompute"),
     refused("--checkpoint-in-cpu", "saved activations stay on the device; drop it"),
     refused(

@@ -238,7 +238,9 @@ FREE: Mapping[str, str] = MappingProxyType({
         adafactor_scale_parameter adafactor_relative_step adafactor_warmup_init adafactor_beta1
         adafactor_decay_rate adafactor_clip_threshold adafactor_eps1 adafactor_eps2
         adam8bit_block_size use_precision_aware_optimizer
-        exp_avg_dtype exp_avg_sq_dtype""",
+        exp_avg_dtype exp_avg_sq_dtype
+        muon_momentum muon_nesterov muon_scale_mode muon_extra_scale_factor muon_num_ns_steps
+        muon_coefficient_type muon_fp32_matmul_prec""",
     "learning_rate": "override_opt_param_scheduler use_checkpoint_opt_param_scheduler",
     # dropout is a way of training; whose adapters were the first ones is past
     "lora": "lora_dropout lora_load",

@@ -12,9 +12,12 @@ class OptimConfig:
 
     optimizer: str = field(
         default="adam",
-        metadata={"rows": ("adam", "sgd", "lion", "sophiag", "adafactor", "adam8bit", "apex-adam")},
+        metadata={
+            "rows": ("adam", "sgd", "lion", "sophiag", "adafactor", "adam8bit", "muon", "apex-adam")
+        },
     )
-    """Update rule; adam is AdamW (decoupled weight decay), apex-adam the same by apex's kernel on a GPU."""
+    """Update rule; adam is AdamW (decoupled weight decay), apex-adam the same by apex's kernel on a GPU;
+    muon updates tables, head, norms and biases by AdamW."""
 
     weight_decay: float = 0.01
     """Weight decay of matrices, coupled with sgd, decoupled else; biases and norms have none."""
@@ -102,6 +105,28 @@ class OptimConfig:
 
     clip_grad: float = 1.0
     """Largest global gradient norm; 0 switches clipping off."""
+
+    muon_momentum: float = 0.9
+    """Momentum of Muon, a running mean of gradients."""
+
+    muon_nesterov: bool = field(default=False, metadata={"aliases": ["--muon-use-nesterov"]})
+    """Make Muon's update of the gradient and the momentum after it, as Nesterov does."""
+
+    muon_scale_mode: Literal["spectral", "unit_rms_norm", "shape_scaling"] = "spectral"
+    """Size of Muon's update of [rows, columns]: the root of the larger one, of rows / columns, or of that
+    and at least 1."""
+
+    muon_extra_scale_factor: float = 1.0
+    """Factor on Muon's updates; 0.2 with spectral lets a learning rate of AdamW stay."""
+
+    muon_num_ns_steps: int = 5
+    """Newton-Schulz iterations of Muon."""
+
+    muon_coefficient_type: Literal["quintic", "simple", "polar_express", "cans", "aol"] = "quintic"
+    """Coefficients of these iterations; simple is the same triple in each."""
+
+    muon_fp32_matmul_prec: Literal["medium", "high", "highest"] = "medium"
+    """Their products: in bf16, in TF32 where the device has it, or in fp32."""
 
     param_groups: list[str] = field(default_factory=list)
     """PATTERN:lr=FACTOR,weight_decay=FACTOR,rule=OPTIMIZER of tensors by name or kind; lr=0 freezes."""

@@ -11,7 +11,7 @@ from typing import NamedTuple
 class Call(NamedTuple):
     """One collective, or one end of a message.
 
-    op: all-reduce, all-gather, reduce-scatter, barrier, send or receive.
+    op: all-reduce, all-gather, reduce-scatter, all-to-all, barrier, send or receive.
     axis, ranks: the group's name and members; of a message sender and receiver.
     shape: of the whole tensor: what an all-gather makes, what a reduce-scatter is given.
     what: the reduction (sum, max), or which message it is.
@@ -43,7 +43,7 @@ class Call(NamedTuple):
         """Bytes this rank sends for it, with ring algorithms."""
         if self.op == "send":
             return float(self.payload)
-        passes = {"all-reduce": 2, "all-gather": 1, "reduce-scatter": 1}.get(self.op, 0)
+        passes = 2 if self.op == "all-reduce" else int(self.op in _ONE_PASS)
         return passes * self.payload * (len(self.ranks) - 1) / len(self.ranks)
 
     @property
@@ -57,6 +57,7 @@ class Call(NamedTuple):
 
 
 MESSAGE_OPS = ("send", "receive")
+_ONE_PASS = ("all-gather", "reduce-scatter", "all-to-all")
 
 
 @dataclass(slots=True)
