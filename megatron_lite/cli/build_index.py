@@ -35,8 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Build and print what was built; returns the exit code."""
     parsed = parse(sys.argv[1:] if argv is None else argv)
     world_size = parsed.config.train.world_size or parsed.config.parallel.ranks_per_sample
-    config = parsed.on(world_size).config
-    rules.check_config(config, world_size)
+    config = rules.checked(parsed, world_size).config
     folder = _folder(config)
     check_folder("--data-cache-path or --save", folder, Disk())
     tokenizer = build_tokenizer(config.data, vocab_size=config.model.vocab_size)

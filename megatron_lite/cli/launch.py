@@ -233,8 +233,7 @@ def script_config(asked: argparse.Namespace) -> RunConfig | None:
     known = all(size.isdigit() for size in sizes) and most in ("", fewest)
     if known and not parsed.config.train.needs_no_data:
         world_size = int(sizes[0]) * int(sizes[1])
-        parsed = parsed.on(world_size)
-        rules.check_config(parsed.config, world_size)
+        parsed = rules.checked(parsed, world_size)
     return parsed.config
 
 

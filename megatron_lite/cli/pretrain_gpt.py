@@ -112,9 +112,8 @@ def _what_counts(config: RunConfig, blueprint: Blueprint) -> Sequence[str]:
 def _checked(parsed: ParsedFlags) -> tuple[RunConfig, int]:
     """The config of a world that is not there, its vocabulary filled in; prints notes."""
     world_size = parsed.config.train.world_size or parsed.config.parallel.ranks_per_sample
-    parsed = parsed.on(world_size)
+    parsed = rules.checked(parsed, world_size)
     config = parsed.config
-    rules.check_config(config, world_size)
     size, notes = planned_vocab_size(config.data, config.model.vocab_size)
     notes = [*parsed.notices, *notes]
     others = alone_among_many()
@@ -196,9 +195,8 @@ def _train(parsed: ParsedFlags, launch: Launch, failures: Failures) -> int:
             f"--world-size {asked}, but {launch.world_size} processes were started; the flag is "
             "for --dry-run and --rehearse: leave it out"
         )
-    parsed = parsed.on(launch.world_size)
+    parsed = rules.checked(parsed, launch.world_size)
     config = parsed.config
-    rules.check_config(config, launch.world_size)
     failures.plan = functools.partial(_beside_the_plan, config, launch.world_size, launch.rank)
     require_local_files(config.data)
     notices = list(parsed.notices)

@@ -10,6 +10,7 @@ import pytest
 
 from megatron_lite.config.errors import ConfigError
 from megatron_lite.config.flags.parser import parse
+from megatron_lite.config.rules.table import checked
 from tests.config.ds_files import ADADELTA, MISSPELT
 
 ADAMW = ADADELTA.replace("Adadelta", "AdamW")
@@ -332,6 +333,19 @@ def test_what_is_unknown_or_not_built_is_refused_with_its_line(ds, case) -> None
     )
 
 
+def test_a_broken_rule_names_the_key_that_stands_for_its_flag(ds) -> None:
+    model = (
+        "--num-layers 2 --hidden-size 32 --num-attention-heads 4 --seq-length 16 --vocab-size 61"
+    )
+    flags = f"{model} --mock-data --tokenizer-type NullTokenizer --train-iters 8"
+    with pytest.raises(ConfigError) as caught:
+        checked(ds.parse(ADAMW, flags), 1)
+    assert "--lr-warmup-iters 10 must be below the decay's 8 iters" in str(caught.value)
+    key = "scheduler.params.warmup_num_steps"
+    assert str(caught.value).endswith(f"\n  --lr-warmup-iters is {key} here: {ds.file}:15")
+    assert checked(ds.parse(ADAMW, flags.replace("iters 8", "iters 11")), 1).batches is None
+
+
 def test_sections_that_are_off_ask_for_nothing(ds) -> None:
     off = {"enabled": False}
     config = {
@@ -399,3 +413,24 @@ def test_lion_has_its_own_betas_and_deepspeeds_defaults(ds) -> None:
         "optimizer": {"type": "Lion", "params": {"lr": 1e-4, "betas": [0.95, 0.98], "eps": 1e-8}}
     }
     assert "optimizer.params.eps 1e-08: Lion has no such parameter" in ds.refusal(given)
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        (
+            "gradient_clipping",
+            "gradient_clipping  (a key of a ds.json, mapped)\n    means --clip-grad",
+        ),
+        (
+            "zero_optimization.sub_group_size",
+            "(a key of a ds.json, accepted, changes nothing)\n    sizes and",
+        ),
+        ("--deepspeed", "--deepspeed              read a ds.json"),
+        ("--yaml-cfg", "--config FILE            read a YAML file"),
+    ],
+)
+def test_keys_and_the_command_lines_own_flags_are_explained(capsys, asked, words) -> None:
+    with pytest.raises(SystemExit):
+        parse(["--explain", asked])
+    assert words in capsys.readouterr().out

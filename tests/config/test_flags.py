@@ -58,7 +58,8 @@ def test_no_flag_is_both_a_setting_and_a_row_of_the_table() -> None:
 def test_the_tables_name_existing_fields() -> None:
     assert set(MEGATRON_DEFAULTS) | OURS_ONLY <= set(settings())
     for row in LEGACY.values():
-        named = {*row.sets, *row.unless_given, row.value_to, row.tokens_to} - {None}
+        by_value = {key for sets in row.by_value.values() for key in sets}
+        named = {*row.sets, *row.unless_given, *by_value, row.value_to, row.tokens_to} - {None}
         assert named <= set(settings()), row.flag
         assert bool(named) == (row.kind == "mapped"), row.flag
         assert "_" not in row.flag and row.say

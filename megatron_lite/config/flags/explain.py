@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import textwrap
 
+from megatron_lite.config.deepspeed.keys import KEYS
 from megatron_lite.config.flags.legacy import LEGACY, MEGATRON_DEFAULTS, OURS_ONLY
 from megatron_lite.config.flags.settings import FlagSetting, documentation, sections, settings
 
@@ -17,8 +18,8 @@ the command line itself
   --explain FLAG           what a flag means, its default, and where it is defined
   --debug                  a traceback for every failure
   --extend FILE ...        run Python files first, which add rows of your own to the tables
-  --deepspeed --deepspeed_config FILE
-                           read a ds.json of DeepSpeed, whose keys are flags here (docs/guides/deepspeed.md)
+  --deepspeed              read a ds.json of DeepSpeed, whose keys are flags here (docs/guides/deepspeed.md)
+  --deepspeed-config FILE  which one; base64 of it, too
   --help                   this text
 """
 
@@ -90,3 +91,18 @@ def explain(flag: str, setting: FlagSetting | None) -> str:
         lines.append(f"    also:     {', '.join(spelt)}")
     lines.append(f"    {doc.file}:{doc.line}")
     return "\n".join(lines)
+
+
+def explain_command(flag: str) -> str:
+    """The answer for a flag of the command line itself: its line of --help."""
+    lines = [line.strip() for line in _INTRODUCTION.splitlines()]
+    flag = "--config" if flag == "--yaml-cfg" else flag
+    return next(line for line in lines if line.startswith(f"{flag} "))
+
+
+def explain_key(name: str) -> str:
+    """The answer for a key of a ds.json."""
+    row = KEYS[name]
+    flags = " ".join(settings()[field].flag for field in row.to)
+    what = {"mapped": "mapped", "harmless": "accepted, changes nothing", "refused": "refused"}
+    return f"{name}  (a key of a ds.json, {what[row.kind]})\n    {row.say or f'means {flags}'}"

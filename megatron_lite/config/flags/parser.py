@@ -18,9 +18,15 @@ from typing import Any
 
 from megatron_lite.config.deepspeed.batches import BatchSizes
 from megatron_lite.config.deepspeed.dialect import lay_config
+from megatron_lite.config.deepspeed.keys import KEYS
 from megatron_lite.config.errors import ConfigError, all_together
 from megatron_lite.config.extensions import extend
-from megatron_lite.config.flags.explain import explain, help_text
+from megatron_lite.config.flags.explain import (
+    explain,
+    explain_command,
+    explain_key,
+    help_text,
+)
 from megatron_lite.config.flags.files import load
 from megatron_lite.config.flags.implied import imply
 from megatron_lite.config.flags.legacy import LEGACY
@@ -60,6 +66,14 @@ class ParsedFlags:
             return self
         config, notices = self.batches.on(self.config, world_size)
         return replace(self, config=config, notices=(*self.notices, *notices), batches=None)
+
+    def keys_of(self, message: str) -> Iterator[str]:
+        """For each flag in a message that a ds.json has set, a line that says by which key."""
+        for key, because in self.origin.items():
+            match = re.fullmatch(r"file (.+:\d+) ([\w.]+)", because)
+            flag = settings()[key].flag
+            if match is not None and re.search(rf"{flag}(?![\w-])", message):
+                yield f"{flag} is {match[2]} here: {match[1]}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +138,9 @@ def _answer_questions(argv: Sequence[str]) -> None:
             if not asked:
                 raise ConfigError("--explain takes a flag, e.g. --explain --lr; got none")
             dashed = _dashed(asked if asked.startswith("-") else f"--{asked}")
+            if asked in KEYS or dashed in _COMMANDS:
+                print(explain_key(asked) if asked in KEYS else explain_command(dashed))
+                raise SystemExit(0)
             if dashed not in spellings() and dashed not in LEGACY:
                 raise ConfigError(f"--explain {asked}: no such flag{_suggestion(dashed)}")
             own = spellings().get(dashed)

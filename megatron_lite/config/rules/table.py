@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from megatron_lite.config.errors import ConfigError, all_together
+from megatron_lite.config.flags.parser import ParsedFlags
 from megatron_lite.config.flags.settings import settings
 from megatron_lite.config.rules import layout, length, lora, rotary, training, tuning, updating
 from megatron_lite.config.rules.ranges import out_of_range
@@ -194,6 +195,17 @@ def check_config(config: RunConfig, world_size: int, *, built: bool = True) -> N
     """Raise one ConfigError that lists every broken rule; pure, so it runs anywhere."""
     _require_ranks(world_size)
     _refuse(problems(config, world_size, built=built), world_size)
+
+
+def checked(parsed: ParsedFlags, world_size: int) -> ParsedFlags:
+    """The flags on so many ranks, all rules obeyed; of what a ds.json says the error names its key, too."""
+    parsed = parsed.on(world_size)
+    try:
+        check_config(parsed.config, world_size)
+    except ConfigError as error:
+        keys = "".join(f"\n  {line}" for line in parsed.keys_of(str(error)))
+        raise ConfigError(f"{error}{keys}") from None
+    return parsed
 
 
 def _require_ranks(world_size: int) -> None:
