@@ -246,6 +246,9 @@ def test_the_whole_run_goes_as_printed(system: str, tmp_path: Path) -> None:
     needs("sentencepiece")
     out = tmp_path / "out"
     env = {"OUT": str(out), "TEXT": str(write_texts(tmp_path / "text")), "STEPS": "40"}
+    if system == "macrogpt":  # every *.json is a shard
+        for other in ("wiki", "alpaca"):
+            (tmp_path / "text" / f"{other}.json").unlink()
     if system == "baby_llama":
         env |= {"STEPS_SFT": "40", "STEPS_LORA": "30", "STEPS_LONG": "10"}
     done = carried_out(block(system)[0], **env, STEPS_NEXT="30")

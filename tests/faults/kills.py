@@ -257,6 +257,8 @@ def kill_training(
 
 
 SOPHIA = ["--optimizer", "sophiag", "--sophia-hessian-interval", "3"]
+ADAFACTOR = ["--optimizer", "adafactor", "--adafactor-scale-parameter"]
+EIGHT_BITS = ["--optimizer", "adam8bit", "--adam8bit-block-size", "16"]
 PARALLEL = {1: [], 2: ["--tensor-model-parallel-size", "2"]}
 
 
@@ -340,5 +342,7 @@ CAMPAIGNS: dict[str, Callable[[int, int, Path, Tell], Counted]] = {
     "train": kill_training,
     "train on two ranks": lambda *given: kill_training(*given, ranks=2),
     "train with curvature": lambda *given: kill_training(*given, words=SOPHIA),
+    "train with means": lambda *given: kill_training(*given, ranks=2, words=ADAFACTOR),
+    "train in 8 bits": lambda *given: kill_training(*given, ranks=2, words=EIGHT_BITS),
     "preprocess": kill_preprocess,
 }

@@ -34,14 +34,18 @@ DATA, TOOLS, CONFIG = "tests/data/test_", "tests/cli/test_", "tests/config/test_
 
 ROWS = (
     # kills and damage: `make faults` does 200 kills and 100 flips of each kind of file
-    Row("S1", "kill -9 while saving", "old or new loads", "-9", campaign="save", share=0.25),
-    Row("L0", "kill -9 while loading", "the folder is unchanged", "-9", campaign="load", share=0.2),
+    Row("S1", "kill -9 while saving", "old or new loads", "-9", campaign="save", share=0.2),
+    Row("L0", "kill -9 while loading", "the folder is unchanged", "-9", campaign="load", share=0.15),
     Row("L8", "kill -9 while training", "resumed to the same bits", "-9", "the step under way",
         campaign="train", share=0.2),
     Row("L8b", "the same on two ranks", "resumed to the same bits", "-9", "the step under way",
         campaign="train on two ranks", share=0.05),
     Row("L8c", "the same with Sophia-G", "resumed to the same bits", "-9", "the step under way",
         campaign="train with curvature", share=0.05),
+    Row("L8d", "the same with Adafactor on two ranks", "resumed to the same bits", "-9",
+        "the step under way", campaign="train with means", share=0.05),
+    Row("L8e", "the same with adam8bit on two ranks", "resumed to the same bits", "-9",
+        "the step under way", campaign="train in 8 bits", share=0.05),
     Row("P10", "kill -9 while preprocessing", "--resume: the same bytes", "-9", "a batch, done again",
         campaign="preprocess", share=0.25),
     *(Row(f"L2.{n}", f"bit flips: {kind}", outcome, code, campaign=kind)
