@@ -49,6 +49,13 @@ def test_losses_equal_the_cpus(compiled):
     assert found == pytest.approx(losses("cpu"), rel=1e-4)
 
 
+@pytest.mark.parametrize("optimizer", ["adafactor", "adam8bit"])
+def test_states_of_other_shapes_and_formats_follow_the_cpu(optimizer):
+    changes = {"optim__optimizer": optimizer}
+    # of 8 bits one may be rounded the other way
+    assert losses("cuda", **changes) == pytest.approx(losses("cpu", **changes), rel=1e-3)
+
+
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_half_precision_follows_fp32(precision):
     changes = {f"precision__{precision}": True, "precision__initial_loss_scale": 1024.0}
