@@ -206,6 +206,20 @@ def test_other_tokenizers_learn_the_answer_and_its_end(
     assert lesson.ids[: len(asked)] == asked and not any(lesson.mask[: len(asked)])
 
 
+@pytest.mark.parametrize("make", [gpt2, sentencepiece])
+def test_a_template_finds_the_ends_of_a_tokenizer_whose_files_name_none(
+    tmp_path: Path, make: Callable[[Path], object]
+) -> None:
+    needs("jinja2")
+    tokenizer = build_tokenizer(make(tmp_path))  # type: ignore[arg-type]
+    (tmp_path / "mine.jinja").write_text("{# mine #}" + CHAT_FORMATS["llama-2"].jinja)
+    mine = renderer_of(tokenizer, tmp_path, str(tmp_path / "mine.jinja"))
+    ours = renderer_of(tokenizer, tmp_path, "llama-2")
+    assert mine.template is not None
+    assert lessons_of(mine, Dialogue.of(THREE)) == lessons_of(ours, Dialogue.of(THREE))
+    mine.sandbox.close()
+
+
 def test_what_was_taught_is_kept_with_the_model(tmp_path: Path) -> None:
     _, prefix = tuned(tmp_path / "a", [talk("a", "b")], template="chatml")
     way = taught_of(prefix)

@@ -40,13 +40,17 @@ class ChatVocabulary:
         """Ids of a piece of text, without what the tokenizer puts before every text."""
         return self.tokenizer.encode(text)[len(self.tokenizer.encode("")) :] if text else []
 
+    def named(self) -> dict[str, str]:
+        """bos_token and eos_token as texts."""
+        texts = {number: text for text, number in self.special.items()}
+        both = (("bos_token", self.bos), ("eos_token", self.eos))
+        return {name: texts[number] for name, number in both if number in texts}
+
     def jinja(self, template: str) -> str:
         """A template whose bos_token and eos_token are these, whatever lies beside it."""
-        texts = {number: text for text, number in self.special.items()}
-        for name, number in (("bos_token", self.bos), ("eos_token", self.eos)):
-            if number in texts:
-                literal = texts[number].replace("\\", r"\\").replace("'", r"\'")
-                template = template.replace(name, f"'{literal}'")
+        for name, text in self.named().items():
+            literal = text.replace("\\", r"\\").replace("'", r"\'")
+            template = template.replace(name, f"'{literal}'")
         return template
 
     def token(self, name: Special) -> int:
@@ -170,7 +174,9 @@ def renderer_of(
         asked, found = ours[found[0]], None
     if found is not None:
         template, path = found
-        return Renderer(str(path), vocabulary, frozenset(ends), template, named)
+        # files that name no token at all (GPT-2's two, a SentencePiece model) are exported with these
+        variables = named or vocabulary.named()
+        return Renderer(str(path), vocabulary, frozenset(ends), template, variables)
     known = all(token in special for token in CHAT_FORMATS["chatml"].needs)
     name = asked or ("chatml" if known else "plain")
     for token in CHAT_FORMATS[name].needs:
