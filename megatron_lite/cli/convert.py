@@ -44,6 +44,7 @@ from megatron_lite.checkpoint.huggingface.generation import (
     several_ends,
 )
 from megatron_lite.checkpoint.huggingface.importing import import_folder
+from megatron_lite.checkpoint.huggingface.peft import ADAPTER_CONFIG
 from megatron_lite.checkpoint.huggingface.peft_writing import (
     peft_config,
     peft_tensors,
@@ -54,6 +55,7 @@ from megatron_lite.config.errors import ConfigError
 from megatron_lite.config.exit import ToolParser, run_tool
 from megatron_lite.config.extensions import add_extend_flag, extend
 from megatron_lite.data.provenance import ALLOW_MISMATCH, end_of_document, made_with
+from megatron_lite.data.taught import spoken_files
 from megatron_lite.data.tokenizers.beginning import BEGINS, adding_nothing, put_before
 from megatron_lite.data.tokenizers.build import build_tokenizer
 from megatron_lite.data.tokenizers.exchange import files_beside_model, files_for_huggingface
@@ -275,6 +277,7 @@ def _export(source: Path, target: Path, asked: argparse.Namespace) -> None:
     eod = found.manifest.tokenizer.get("eod")
     if not asked.no_tokenizer:
         files, eod = _tokenizer(asked, found)
+        files |= spoken_files(Path(asked.adapter)) if asked.adapter else {}
     rows, kept = model.vocab_size, str(found.tokenizer_folder)
     assert rows is not None
     words = read_vocabulary(files, kept)
@@ -320,21 +323,22 @@ def _found_checkpoint(source: Path, asked: argparse.Namespace) -> CheckpointSour
 
 
 def _export_adapters(found: CheckpointSource, target: Path, asked: argparse.Namespace) -> None:
-    """adapter_config.json and adapter_model.safetensors, as PEFT's library reads them."""
+    """adapter_config.json and adapter_model.safetensors, as PEFT's library reads them, and how it speaks."""
     _refuse_others(asked, ("to", "dtype", "family"), "is for whole models: add --merge")
     assert found.adapters is not None
     tensors = peft_tensors(found.adapters, found.config)
     base = str(found.weights[0].root)
-    config = peft_config(found.adapters, found.config, base, tensors)
+    files = {ADAPTER_CONFIG: peft_config(found.adapters, found.config, base, tensors)}
+    files |= spoken_files(found.tokenizer_folder)
     size, disk = sum(tensor.nbytes for tensor in tensors.values()), Disk()
     if asked.dry_run:
         for name, tensor in tensors.items():
             print(f"{name} {list(tensor.shape)}  F32")
         print(f"dry run: {len(tensors)} tensors, {size} bytes for {target}; nothing was written")
         return
-    _require_room(target, size, {"": config}, disk)
+    _require_room(target, size, files, disk)
     with folder_at_once(target, disk) as partial:
-        write_peft(partial, config, tensors, disk)
+        write_peft(partial, files, tensors, disk)
     print(f"{target}: iteration {found.manifest.iteration}, {len(tensors)} tensors, {size} bytes, beside "
           f'{base}\nnext: peft.PeftModel.from_pretrained(MODEL, "{target}"), MODEL is {base} after '
           "tools/convert.py")  # fmt: skip

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 from megatron_lite.config.blend import named_prefixes
@@ -68,6 +69,12 @@ def taught_alike(ways: Mapping[str, Taught | None]) -> Taught | None:
             )
     ends = sorted({end for other in known.values() for end in other.ends})
     return Taught(way.text, tuple(ends))
+
+
+def spoken_files(folder: Path) -> dict[str, bytes]:
+    """What files_with() has added to a folder of tokenizer files, for what is exported without these."""
+    found = {name: folder / name for name in (TEMPLATE, GENERATION)}
+    return {name: path.read_bytes() for name, path in found.items() if path.is_file()}
 
 
 def files_with(

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from megatron_lite.checkpoint.adapters import AdapterSet, adapter_shapes
 from megatron_lite.checkpoint.huggingface.folder import open_folder
+from megatron_lite.checkpoint.huggingface.peft import ADAPTER_CONFIG
 from megatron_lite.checkpoint.huggingface.peft_reading import open_peft
 from megatron_lite.checkpoint.huggingface.peft_writing import peft_config, peft_tensors, write_peft
 from megatron_lite.config.errors import CheckpointError
@@ -134,7 +135,8 @@ def test_what_is_saved_here_gives_equal_logits_there_and_comes_back(tmp_path, ca
     adapters = random_set(lora, model)
     tensors, folder = peft_tensors(adapters, model), tmp_path / "adapter"
     folder.mkdir()
-    write_peft(folder, peft_config(adapters, model, str(base), tensors), tensors, Disk())
+    files = {ADAPTER_CONFIG: peft_config(adapters, model, str(base), tensors)}
+    write_peft(folder, files, tensors, Disk())
     with torch.no_grad():
         theirs = peft.PeftModel.from_pretrained(their_model(base), str(folder)).eval()
         state = peft.get_peft_model_state_dict(theirs, save_embedding_layers=False)
@@ -167,7 +169,8 @@ def sound(tmp_path_factory) -> tuple[Path, Path]:
     adapters = random_set(LoraConfig(lora_rank=3, lora_targets=["q_proj", "v_proj"]), model)
     tensors = peft_tensors(adapters, model)
     (folder / "adapter").mkdir()
-    write_peft(folder / "adapter", peft_config(adapters, model, None, tensors), tensors, Disk())
+    files = {ADAPTER_CONFIG: peft_config(adapters, model, None, tensors)}
+    write_peft(folder / "adapter", files, tensors, Disk())
     return base, folder / "adapter"
 
 

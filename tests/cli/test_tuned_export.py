@@ -100,11 +100,16 @@ def test_the_exports_template_renders_the_ids_of_the_training(
 def test_adapters_learn_other_answers_than_their_base_gives(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The base was taught the same answers to the other questions."""
+    """The base was taught the same answers to the other questions, and in another format."""
+    needs("jinja2")
+    mine = tmp_path / "mine.jinja"
+    mine.write_text("{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}"
+                    "{% if add_generation_prompt %}<|im_start|>{% endif %}")  # fmt: skip
     asked, said = ["Who are you?", "Am I?"], ["the one", "No."]
     taught = {"base": said, "run": said[::-1]}
     files = {name: tuned(tmp_path / f"{name}-data", [talk(*pair) for pair in zip(asked, answers, strict=True)],
-                         template="plain") for name, answers in taught.items()}  # fmt: skip
+                         template="chatml" if name == "base" else str(mine))
+             for name, answers in taught.items()}  # fmt: skip
     losses = {}
     for name, more in (
         ("base", ["--lr", "5e-3"]),
@@ -114,7 +119,7 @@ def test_adapters_learn_other_answers_than_their_base_gives(
         data, prefix = files[name]
         assert data.tokenizer_model is not None
         ended = alone(
-            "--objective", "sft", "--data-path", prefix, "--split", "1,0,0", "--train-epochs", "40",
+            "--objective", "sft", "--data-path", prefix, "--split", "1,0,0", "--train-epochs", "80",
             "--tokenizer-type", data.tokenizer_type, "--tokenizer-model", data.tokenizer_model,
             "--seq-length", "64", "--max-position-embeddings", "64", "--vocab-size", "265",
             "--global-batch-size", "1", "--micro-batch-size", "1", "--lr-decay-style", "constant",
@@ -123,8 +128,12 @@ def test_adapters_learn_other_answers_than_their_base_gives(
         assert ended.rc == 0, ended.err
         losses[name] = [step.loss for step in steps(tmp_path / name)]
     assert losses["run"][0] > 1.0 > 0.25 > losses["run"][-1]
-    for name, answers in taught.items():
+    assert tool(convert.main, monkeypatch, tmp_path / "run", tmp_path / "peft") == 0
+    capsys.readouterr()
+    where = {"base": ["base"], "run": ["run", "base --adapter peft", "base --adapter run"]}
+    for name, answers in ((name, taught[kind]) for kind in where for name in where[kind]):
+        load, *beside = (tmp_path / w if w[0] != "-" else w for w in name.split())
         monkeypatch.setattr("sys.stdin", io.StringIO(f"{asked[0]}\n/reset\n{asked[1]}\n"))
-        words = ["--load", tmp_path / name, "--use-cpu", "--temperature", 0]
+        words = ["--load", load, *beside, "--use-cpu", "--temperature", 0]
         assert tool(chat.main, monkeypatch, *words) == 0
-        assert capsys.readouterr().out == f"{answers[0]}\n{answers[1]}\n"
+        assert capsys.readouterr().out == f"{answers[0]}\n{answers[1]}\n", name

@@ -14,7 +14,6 @@ from megatron_lite.checkpoint.adapters import AdapterSet
 from megatron_lite.checkpoint.huggingface.conversion import Conversion
 from megatron_lite.checkpoint.huggingface.pairs import by_halves, core_of, with_halves
 from megatron_lite.checkpoint.huggingface.peft import (
-    ADAPTER_CONFIG,
     ADAPTER_FILE,
     ENDS,
     PREFIX,
@@ -28,9 +27,12 @@ from megatron_lite.config.sections.model import ModelConfig
 from megatron_lite.storage.disk import Disk, write_atomically
 
 
-def write_peft(folder: Path, config: bytes, tensors: Mapping[str, Tensor], disk: Disk) -> None:
-    """Both files of it, into a folder that is there."""
-    write_atomically(folder / ADAPTER_CONFIG, config, disk)
+def write_peft(
+    folder: Path, files: Mapping[str, bytes], tensors: Mapping[str, Tensor], disk: Disk
+) -> None:
+    """adapter_model.safetensors and the files beside it, into a folder that is there."""
+    for name, content in files.items():
+        write_atomically(folder / name, content, disk)
     forms = {
         name: TensorForm(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()
     }

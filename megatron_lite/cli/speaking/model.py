@@ -113,7 +113,7 @@ class Speaker(NamedTuple):
         """Of its conversations, by --chat-template."""
         return renderer_of(
             self.tokenizer, self.source.tokenizer_folder, asked.chat_template,
-            begins=self.tokenizer.begins,
+            begins=self.tokenizer.begins, adapter=asked.adapter and Path(asked.adapter),
         )  # fmt: skip
 
 

@@ -149,19 +149,26 @@ def _joined(pieces: Iterator[str | Special]) -> Iterator[str | Special]:
 
 
 def renderer_of(
-    tokenizer: Tokenizer, folder: Path, asked: str | None = None, *, begins: Sequence[int] = ()
+    tokenizer: Tokenizer,
+    folder: Path,
+    asked: str | None = None,
+    *,
+    begins: Sequence[int] = (),
+    adapter: Path | None = None,
 ) -> Renderer:
     """The template that is asked for, a name of CHAT_FORMATS or a file; by default the one in the folder.
 
     Where there is none, ChatML if the tokenizer has its tokens, else plain.  folder: of the tokenizer's
-    files; begins: how texts begin for the model, which templates, and what it was taught by, say themselves.
+    files; begins: how texts begin for the model, which templates, and what it was taught by, say themselves;
+    adapter: of what was taught to it since.
     """
     special = tokenizer.special_ids
     named = named_tokens(folder)
     bos = special.get(named.get("bos_token", ""), special.get("<s>", tokenizer.eod))
     vocabulary = ChatVocabulary(tokenizer, special, bos, tokenizer.eod)
-    ends = ends_of_generation(folder, tokenizer.vocab_size) | {tokenizer.eod}
-    kept = template_of(folder) if asked is None or begins else None
+    said = [folder] if adapter is None else [adapter, folder]
+    ends = {tokenizer.eod}.union(*(ends_of_generation(one, tokenizer.vocab_size) for one in said))
+    kept = next(filter(None, map(template_of, said)), None) if asked is None or begins else None
     found = kept if asked is None else None
     if asked is not None and asked not in CHAT_FORMATS:
         if not Path(asked).is_file():
