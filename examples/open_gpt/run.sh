@@ -6,6 +6,7 @@
 #   TEXT     a folder of your own instead: train.bin and val.bin as nanoGPT's prepare.py writes them, and the
 #            gpt2-vocab.json and gpt2-merges.txt of their ids
 #   OPTIMIZERS, RATES, SEEDS   the grid; "adam sophiag", "3e-4 6e-4 1e-3 2e-3", "1 2 3"
+#   RHO      Sophia-G's factor on the curvature; 0.05
 #   STEPS    optimizer steps of a run; 300, and with FULL=1 2000
 #   JOBS     runs at a time; 2, and with FULL=1 1
 #   FULL=1   6.83M parameters, fp16, on a GPU; needs TEXT
@@ -15,7 +16,7 @@ set -euo pipefail
 
 ROOT=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/../.." && pwd)
 OUT=${OUT:-$ROOT/demo/open_gpt}
-FULL=${FULL:-0} RECIPE=${RECIPE:-} DRY_RUN=${DRY_RUN:-0} TEXT=${TEXT:-}
+FULL=${FULL:-0} RHO=${RHO:-0.05} RECIPE=${RECIPE:-} DRY_RUN=${DRY_RUN:-0} TEXT=${TEXT:-}
 read -ra OPTIMIZERS <<<"${OPTIMIZERS:-adam sophiag}"
 read -ra RATES <<<"${RATES:-3e-4 6e-4 1e-3 2e-3}"
 read -ra SEEDS <<<"${SEEDS:-1 2 3}"
@@ -58,7 +59,7 @@ done
 optimizer() { # name, learning rate: the published settings of each
     case $1 in
         adam) printf '%s\n' --optimizer adam --adam-beta1 0.9 --adam-beta2 0.95 --weight-decay 0.1 ;;
-        sophiag) printf '%s\n' --optimizer sophiag --weight-decay 0.2 ;;
+        sophiag) printf '%s\n' --optimizer sophiag --sophia-rho "$RHO" --weight-decay 0.2 ;;
     esac
     printf '%s\n' --lr "$2" --min-lr "${2%e-*}e-$((${2#*e-} + 1))" # a tenth, as nanoGPT's
     printf '%s\n' --lr-warmup-iters "$WARMUP" --train-iters "$STEPS"
@@ -121,20 +122,25 @@ point() { # optimizer, learning rate, seed: one run, and its losses over all of 
         tail -n 5 "$run.log" >&2 && return 1
     }
     printf '%s' "${words[*]}" >"$run/asked"
-    printf '%s: %s\n' "$run" "$(grep -A 1 "perplexity of" "$run.log" | tail -n 1)"
+    printf '%s: %s\n' "$run" "$(grep "^$OUT/tokens/val " "$run.log")"
 }
 step "$((${#OPTIMIZERS[@]} * ${#RATES[@]} * ${#SEEDS[@]})) runs of $STEPS steps, $JOBS at a time"
+points=()
 trap 'kill $(jobs -p) 2>/dev/null || true' EXIT
 for seed in "${SEEDS[@]}"; do
     for rate in "${RATES[@]}"; do
         for name in "${OPTIMIZERS[@]}"; do
             (($(jobs -rp | wc -l) < JOBS)) || wait -n
+            points+=("${name}_${rate}_$seed")
             point "$name" "$rate" "$seed" &
         done
     done
 done
 while (($(jobs -rp | wc -l))); do wait -n; done
 trap - EXIT
+for name in "${points[@]}"; do # one that failed may have been waited for by nobody
+    [[ -f $OUT/runs/$name/losses.json ]] || { printf '%s has failed: its .log says why\n' "$OUT/runs/$name" >&2 && exit 1; }
+done
 
 # -- look at it --------------------------------------------------------------------------------------
 step "the losses with their spread"

@@ -182,6 +182,9 @@ def draw(runs: Sequence[Run], path: Path) -> None:
                       marker="o", capsize=3, label=NAMES[name])  # fmt: skip
     along.set(xlabel="iteration", ylabel="held-out loss (nats per token)")
     over.set(xlabel="learning rate", xscale="log", ylabel="held-out loss at the end")
+    rates = sorted({run.rate for run in runs})
+    over.set_xticks(rates, [f"{rate:g}" for rate in rates])
+    over.set_xticks([], minor=True)
     for axes in (along, over):
         axes.legend(frameon=False)
         axes.grid(color="#e3e6ea")

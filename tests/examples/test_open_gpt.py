@@ -175,3 +175,18 @@ def test_the_grid_in_small_goes_as_printed_and_is_not_made_twice(tmp_path: Path)
     assert again.stdout.count(" is there\n") == 4 and "not learned: 0 of 8" in again.stdout
     assert {path: path.stat().st_mtime_ns for path in made} == made
     assert re.search(r"\| each at its best \| at .* \| [+-]\d+\.\d\d ± ", again.stdout)
+
+
+@pytest.mark.slow
+def test_a_run_of_the_grid_that_fails_ends_it(tmp_path: Path) -> None:
+    """Ids that the vocabulary does not have: the trainer says so, and no table is made."""
+    text = tmp_path / "text"
+    text.mkdir()
+    for name in ("train.bin", "val.bin"):
+        (text / name).write_bytes(b"\x07\x00" * 40_000)
+    (text / "gpt2-vocab.json").write_text('{"a": 0, "<|endoftext|>": 1}')
+    (text / "gpt2-merges.txt").write_text("#version: 0.2\n")
+    small = {"OUT": str(tmp_path / "out"), "TEXT": str(text), "SEEDS": "1", "OPTIMIZERS": "adam"}
+    done = carried_out(block("open_gpt")[0], **small, RATES="1e-3 2e-3")
+    assert done.returncode not in (0, 3), done.stdout[-3000:] + done.stderr[-3000:]
+    assert "FATAL[3]" in done.stderr and "difference in" not in done.stdout
