@@ -156,6 +156,20 @@ def test_the_verdict_sees_a_run_that_has_not_learned(tmp_path: Path) -> None:
     assert done.returncode == 1 and "not learned: 1 of 1" in done.stdout
 
 
+def test_both_languages_have_the_same_numbers() -> None:
+    """And a difference of means is near the mean of differences."""
+    found = [
+        [re.findall(r"[+-]?\d+\.\d+", line) for line in path.read_text("utf-8").splitlines()
+         if re.match(r"\| (0\.\d+|each|各取)", line)]
+        for path in sorted((ROOT / "examples/open_gpt").glob("README*.md"))
+    ]  # fmt: skip
+    assert found[0] == found[1] and len(found[0]) == 10
+    for rate, adam, _, sophia, _, apart, _ in (row for row in found[0] if len(row) == 7):
+        assert 100 * (float(sophia) / float(adam) - 1) == pytest.approx(float(apart), abs=0.05), (
+            rate
+        )
+
+
 @pytest.mark.slow
 def test_the_grid_in_small_goes_as_printed_and_is_not_made_twice(tmp_path: Path) -> None:
     """Two rates, both optimizers; a second call, with a seed more, makes only what is new."""
@@ -169,6 +183,12 @@ def test_the_grid_in_small_goes_as_printed_and_is_not_made_twice(tmp_path: Path)
         "4 runs of 20 steps, 2 at a time" in first.stdout and "not learned: 0 of 4" in first.stdout
     )
     assert (out / "curves.png").is_file() and "open_gpt took " in first.stdout
+    sample = block("open_gpt")[4].replace("python ", f"{sys.executable} ")
+    sample = sample.replace("RUN", (out / "best").read_text().strip()).replace(
+        "FILE:", f"FILE:{out}/"
+    )
+    said = carried_out(sample)
+    assert said.returncode == 0 and said.stdout.count("Return the") >= 10, said.stderr
     made = {path: path.stat().st_mtime_ns for path in out.glob("runs/*/losses.json")}
     again = carried_out(command, **small, SEEDS="1 2")
     assert again.returncode == 0, again.stdout[-3000:] + again.stderr[-3000:]
