@@ -30,16 +30,24 @@ STATE_BYTES: Mapping[StateFormat, int] = MappingProxyType(
 
 
 @dataclass(frozen=True, slots=True)
+class Own:
+    """A dim of a state that is none of the parameter's, of so many numbers."""
+
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
 class State:
     """A tensor that a rule keeps of a parameter; zero before the first update.
 
     dims: those of the parameter's dims that it has, None for all: (0,) is a number per row, () one
-    number.  storage: the number format that it is kept in; its rule must cope with it.  block: it has
+    number, (0, Own(8)) eight per row.  storage: the number format that it is kept in; its rule must
+    cope with it.  block: it has
     one number for so many neighbours along its last dim, of which ranks have all or none.
     """
 
     name: str
-    dims: tuple[int, ...] | None = None
+    dims: tuple[int | Own, ...] | None = None
     storage: StateFormat = "fp32"
     block: int = 1
 
@@ -48,9 +56,17 @@ class State:
         return dim is None or self.dims is None or dim in self.dims
 
     def of(self, sizes: Sequence[int]) -> tuple[int, ...]:
-        """Of a parameter's sizes, or of its place, what the state has."""
-        own = tuple(sizes) if self.dims is None else tuple(sizes[dim] for dim in self.dims)
-        return own if self.block == 1 else (*own[:-1], -(-own[-1] // self.block))
+        """Its sizes, by those of the parameter."""
+        return self._chosen(sizes, lambda dim: dim.size)
+
+    def at(self, place: Sequence[int]) -> tuple[int, ...]:
+        """Its place in the whole state, by that of the parameter's part."""
+        return self._chosen(place, lambda dim: 0)
+
+    def _chosen(self, numbers: Sequence[int], own: Callable[[Own], int]) -> tuple[int, ...]:
+        dims = range(len(numbers)) if self.dims is None else self.dims
+        found = tuple(own(dim) if isinstance(dim, Own) else numbers[dim] for dim in dims)
+        return found if self.block == 1 else (*found[:-1], -(-found[-1] // self.block))
 
 
 LIKE_PARAMETER = State("")
@@ -164,6 +180,24 @@ def _muon(steps: int) -> Treatment:
     return Treatment("muon", (State("momentum"),), needs_whole_matrix=True, flops=flops)
 
 
+@cache
+def _galore(rank: int, kind: str, gap: int, shape: tuple[int, int]) -> Treatment:
+    """GaLore's, of a matrix of this shape: a basis of its columns' space, left of it, or of its rows'."""
+    tall = shape[0] >= shape[1]
+    left = kind == "left" or kind == ("reverse_std" if tall else "std")
+    own = Own(min(rank, *shape))
+    basis = State("left_basis", (0, own)) if left else State("right_basis", (1, own))
+    low = (own, 1) if left else (0, own)
+    states = basis, State("low_exp_avg", low), State("low_exp_avg_sq", low)
+
+    def flops(shape: Sequence[int]) -> float:
+        m, n = sorted(shape)
+        # singular values and vectors (Golub and Van Loan, table 8.6.1), there and back
+        return (6.0 * n * m * m + 20.0 * m**3) / gap + 4.0 * m * n * own.size
+
+    return Treatment("galore", states, needs_whole_matrix=True, flops=flops)
+
+
 def is_hidden_matrix(tensor: Tensor) -> bool:
     """Whether it maps features to features: no table, head, norm, bias or what stages share."""
     hidden = tensor.kind == "weight" and len(tensor.shape) == 2 and not tensor.stages
@@ -181,6 +215,16 @@ OPTIMIZERS: Registry[Callable[[OptimConfig, Tensor], Treatment]] = Registry(
         "adam8bit": _adam8bit,
         "muon": lambda optim, tensor: (
             _muon(optim.muon_num_ns_steps) if is_hidden_matrix(tensor) else ADAM
+        ),
+        "galore": lambda optim, tensor: (
+            _galore(
+                optim.galore_rank,
+                optim.galore_proj_type,
+                optim.galore_update_proj_gap,
+                (tensor.shape[0], tensor.shape[1]),
+            )
+            if is_hidden_matrix(tensor)
+            else ADAM
         ),
         "apex-adam": lambda optim, tensor: replace(ADAM, rule="apex-adam"),
     },
@@ -214,10 +258,13 @@ def gathered(how: Treatment, tensor: Tensor) -> bool:
     return alone and tensor.tp_dim is not None and not tensor.vocabulary
 
 
-def state_bytes(optim: OptimConfig, tensor: Tensor, local: Sequence[int]) -> int:
-    """What all states of a tensor take where it has these local sizes."""
-    states = treatment(optim, tensor).states
-    return sum(math.prod(state.of(local)) * STATE_BYTES[state.storage] for state in states)
+def state_bytes(optim: OptimConfig, tensor: Tensor, tp: int) -> float:
+    """What all states of a tensor take on one of so many tp ranks; of what one of them owns, the mean."""
+    how = treatment(optim, tensor)
+    owned = tp > 1 and gathered(how, tensor)
+    sizes = tensor.shape if owned else tensor.local(tp)
+    total = sum(math.prod(s.of(sizes)) * STATE_BYTES[s.storage] for s in how.states)
+    return total / tp if owned else total
 
 
 def check_states(optim: OptimConfig, tensors: Iterable[Tensor], tp: int) -> None:

@@ -45,6 +45,6 @@ class Held:
     ) -> NamedSlice:
         """One of this rank's tensors with its place in the global one; state: what of it data is."""
         first, *others = self.piece.offset
-        offset = state.of((first + self.rows.start, *others))
+        offset = state.at((first + self.rows.start, *others))
         name, shape = prefix + self.piece.name, state.of(self.piece.shape)
         return NamedSlice(name, shape, offset, data, replicated=replicated)

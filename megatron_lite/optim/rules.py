@@ -12,6 +12,7 @@ from megatron_lite.optim.adafactor import Adafactor
 from megatron_lite.optim.adam import AdamW
 from megatron_lite.optim.adam8bit import AdamW8bit
 from megatron_lite.optim.apex import ApexAdamW
+from megatron_lite.optim.galore import GaLore
 from megatron_lite.optim.lion import Lion
 from megatron_lite.optim.muon import Muon
 from megatron_lite.optim.sgd import SGD
@@ -55,4 +56,5 @@ RULES: dict[str, Callable[[OptimConfig], UpdateRule]] = {
     "sophiag": lambda o: SophiaG(beta1=o.sophia_beta1, rho=o.sophia_rho),
     "lion": lambda o: Lion(beta1=o.lion_beta1, beta2=o.lion_beta2),
     "muon": Muon.from_config,
+    "galore": GaLore.from_config,
 }

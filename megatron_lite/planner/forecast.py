@@ -7,12 +7,14 @@ from dataclasses import dataclass, replace
 
 from megatron_lite.blueprint.draw_up import Blueprint
 from megatron_lite.blueprint.flops import cores_forward, layer_forward
+from megatron_lite.blueprint.holdings import Holding
 from megatron_lite.blueprint.recompute import RecomputePlan
 from megatron_lite.blueprint.schedules import SCHEDULES
 from megatron_lite.blueprint.schedules.actions import Op
 from megatron_lite.blueprint.schedules.simulate import Simulation, simulate
 from megatron_lite.config.pipeline import SPLIT_BACKWARD
 from megatron_lite.config.sections.parallel import ParallelConfig
+from megatron_lite.planner.activations import element_bytes
 from megatron_lite.planner.cost import Costs
 from megatron_lite.planner.hardware import Cluster
 from megatron_lite.planner.memory import PlanInputs, RankMemory, memory
@@ -258,7 +260,7 @@ def _data_parallel(costs: Costs, pp_rank: int) -> tuple[float, float, float]:
 def _optimizer_seconds(
     blueprint: Blueprint, asked: PlanInputs, cluster: Cluster, pp_rank: int
 ) -> float:
-    """Norm, clipping, update and clearing: all bound by memory.
+    """Norm, clipping, update and clearing: bound by memory, but for products of whole matrices.
 
     Per element: gradients read twice, written, cleared; of the owned share master and states read
     and written, gradient read, weight written.
@@ -268,7 +270,29 @@ def _optimizer_seconds(
     every, owned = 4.0 * 2, 4.0 * 2 + 4.0 * 3 + 2.0
     device = cluster.device
     moved = held.num_trained * (every + owned / shared) + held.state_bytes * 2.0 / shared
-    return moved / (device.bandwidth_gb_s * 1e9 * device.optimizer_efficiency)
+    by_memory = moved / (device.bandwidth_gb_s * 1e9 * device.optimizer_efficiency)
+    return by_memory + _matrices_seconds(blueprint, asked, cluster, held, shared)
+
+
+def _matrices_seconds(
+    blueprint: Blueprint, asked: PlanInputs, cluster: Cluster, held: Holding, shared: int
+) -> float:
+    """Products of updates of whole matrices, shared out, and what tp ranks send for them.
+
+    A singular value decomposition is taken for a product in fp32, which flatters it.
+    """
+    device, optim = cluster.device, blueprint.optim
+    rate = {"medium": 1.0, "high": device.tf32_rate}.get(
+        optim.muon_fp32_matmul_prec if optim.optimizer == "muon" else "", device.fp32_rate
+    )
+    # no rank has less than a matrix
+    flops = max(held.update_flops / shared, held.largest_flops)
+    wide = (
+        4 if asked.parallel.accumulate_allreduce_grads_in_fp32 else element_bytes(asked.precision)
+    )
+    sent = held.gathered / shared * (wide + element_bytes(asked.precision))
+    gathering = cluster.ring_seconds(sent, blueprint.grid.tp, stride=1, passes=1) if sent else 0.0
+    return flops / (device.matmul_tflops * 1e12 * device.sustained * rate) + gathering
 
 
 def measured(plan: Forecast, step_seconds: float) -> Forecast:

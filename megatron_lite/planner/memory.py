@@ -195,9 +195,13 @@ def static_total(blueprint: Blueprint, asked: PlanInputs, pp_rank: int) -> float
 
 def _static(blueprint: Blueprint, asked: PlanInputs, pp_rank: int) -> dict[str, float]:
     held = blueprint.held(pp_rank)
-    return static_bytes(
+    kinds = static_bytes(
         held.formats, held.state_bytes, asked, blueprint.replicas, trained=held.trained
     )
+    if element_bytes(asked.precision) == 4:  # whole matrices on their owners, the weights once more
+        shared = blueprint.replicas if asked.parallel.use_distributed_optimizer else 1
+        kinds["masters"] += held.gathered * 4 / shared
+    return kinds
 
 
 def _rank_memory(
@@ -223,11 +227,13 @@ def _rank_memory(
     messages = 4 * stream if blueprint.grid.pp > 1 else 0.0
     trained = blueprint.held(pp_rank).num_trained
     reducing, gathering = _data_parallel_buffers(blueprint, asked, trained)
+    updating = _UPDATING * blueprint.held(pp_rank).largest_matrix
     working = worst.activations + worst.recomputed + worst.logits + worst.workspace
-    if max(reducing, gathering) > working + messages:
-        # when the last gradients are reduced, or parameters gathered, activations are gone
+    if max(reducing, gathering, updating) > working + messages:
+        # when the last gradients are reduced, matrices updated, or parameters gathered, activations
+        # are gone
         worst = _Moment(live=worst.live)
-        messages = max(reducing, gathering)
+        messages = max(reducing, gathering, updating)
     kinds["activations"] = worst.activations
     kinds["recomputed"] = worst.recomputed
     kinds["logits"] = worst.logits
@@ -237,6 +243,10 @@ def _rank_memory(
     kinds["fragmentation"] = FRAGMENTATION * sum(kinds.values()) if asked.on_gpu else 0.0
     layers = tuple(n for stage in stages for n in stage.layers)
     return RankMemory(pp_rank, kinds, parameters, layers, worst.live)
+
+
+_UPDATING = 24.0
+"""Bytes per element of a matrix while it is updated whole: four fp32 ones beside it and two of 16 bits."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,6 +39,8 @@ def sent_bytes(
         whole *= grid.tp
     wide = 4 if parallel.accumulate_allreduce_grads_in_fp32 else element_bytes(asked.precision)
     shared = blueprint.replicas if parallel.use_distributed_optimizer else 1
+    # gradients to the tp ranks that own their matrices, weights back
+    matrices = blueprint.held(at.pp).gathered / shared * (wide + element_bytes(asked.precision))
     tied = _tied_elements(blueprint, stages, at.tp) / shared
     common = float(blueprint.figure.shared.size) / shared
     split = sum(_split_elements(blueprint, asked, stage) for stage in stages) / shared + common
@@ -47,7 +49,7 @@ def sent_bytes(
     scored += sum(_length_bytes(blueprint, asked, stage) for stage in stages)
     return {
         "tp": _ring(grid.tp)
-        * (passes * whole + num_microbatches * scored + 2 * split * wide),
+        * (passes * whole + num_microbatches * scored + 2 * split * wide + matrices),
         "pp": num_microbatches * _messages(blueprint, stages) * layer_input_bytes(
             blueprint.model, asked
         ) + _ring(grid.pp) * 2 * common * wide,

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 import shlex
 
+import pytest
+
 from megatron_lite.cli import plan
 from tests.docs.walking import blocks, read
 from tests.support.huggingface import tool
@@ -17,3 +19,14 @@ def test_the_advice_is_what_the_tool_says(monkeypatch, capsys) -> None:
     assert (python, script, language) == ("python", "tools/plan.py", "text")
     assert tool(plan.main, monkeypatch, *words) == 0
     assert shown in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("section", ["Muon", "GaLore"])
+def test_the_plan_of_an_optimizer_goes_as_printed(section, monkeypatch, capsys) -> None:
+    text = re.split("^## ", read("optimizers"), flags=re.MULTILINE)
+    mine = next(part for part in text if part.startswith(f"{section}\n"))
+    (_, code), *_ = blocks(mine)
+    python, script, *words = shlex.split(code.replace("\\\n", " "))
+    assert (python, script) == ("python", "tools/plan.py")
+    assert tool(plan.main, monkeypatch, *words) == 0
+    assert "fits" in capsys.readouterr().out

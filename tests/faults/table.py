@@ -82,6 +82,8 @@ ROWS = (
         tests=(FAULTS + "start.py::test_no_room",)),
     Row("S9", "a rank dies at a point of a save", "old or new loads", "6",
         tests=(FAULTS + "lost_ranks.py::test_a_save_survives",)),
+    Row("S9b", "the same with states of whole matrices", "resumed to the same bits", "6",
+        tests=(FAULTS + "lost_ranks.py::test_states_of",)),
     Row("S12", "SIGTERM to one rank", "step finished, saved", "75",
         tests=(TRAIN + "stop.py::test_a_signal_to_one",)),
     Row("S14", "SIGTERM, SIGUSR1, Ctrl-C alone", "step finished, saved", "75",

@@ -177,6 +177,37 @@ SAVING = {
 }
 
 
+WHOLE = ["--tensor-model-parallel-size", "2", "--optimizer"]
+OF_WHOLE_MATRICES = {
+    "muon": [*WHOLE, "muon"],
+    "galore": [*WHOLE, "galore", "--galore-rank", "4", "--galore-update-proj-gap", "2"],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", OF_WHOLE_MATRICES)
+def test_states_of_whole_matrices_survive_a_kill_while_saving(tmp_path, optimizer) -> None:
+    """The run that goes on has the bits of one that was never interrupted."""
+
+    def flags(save: Path) -> list[str]:
+        more = ["--save", str(save), "--save-interval", "1", "--load", str(save)]
+        return with_flags(TIMED, *OF_WHOLE_MATRICES[optimizer], *more, "--print-state-hash")
+
+    def state(ended: list[Ended]) -> str:
+        assert [rank.rc for rank in ended] == [0, 0], ended[0].err
+        return re.findall(r"state hash at iteration \d+: ([0-9a-f]{16,})", ended[0].out)[-1]
+
+    hashes = {state(launch(2, flags(tmp_path / "never")))}
+    for number, fault in enumerate(
+        ("save.after_share:1:sigkill", "save.before_complete:0:sigkill")
+    ):
+        folder = tmp_path / str(number)
+        launch(2, [*flags(folder), "--exit-interval", "1"])
+        start(2, flags(folder), fault=fault).wait(90)
+        hashes.add(state(launch(2, flags(folder))))
+    assert len(hashes) == 1
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("way", [[], ["--async-save"]])
 def test_a_save_survives_the_loss_of_any_rank_at_any_point(tmp_path, way) -> None:

@@ -134,6 +134,8 @@ def test_sgd_without_momentum_keeps_nothing() -> None:
         (4, {TP: 2, ZERO: True, "optim__optimizer": "adafactor"}),
         (2, {TP: 2, "optim__optimizer": "adam8bit", "optim__adam8bit_block_size": 16}),
         (1, {"optim__optimizer": "sgd"}),
+        (2, {ZERO: True, "optim__optimizer": "muon"}),
+        (2, {ZERO: True, "optim__optimizer": "galore", "optim__galore_rank": 5}),
         (2, {ZERO: True, "optim__optimizer": "adam"} | BF16_MOMENTS),
         (1, {"optim__optimizer": "adam"} | BF16_MOMENTS | {"optim__exp_avg_dtype": "fp32"}),
     ],

@@ -84,6 +84,9 @@ BATCH16 = {"train__global_batch_size": 16}
 SMALL_BUCKETS = {"parallel__ddp_bucket_size": 1000}
 UNTIED = {axes.UNTIED: True}
 ROPE = {"model__position_embedding_type": "rope", "model__add_bias_linear": False}
+GALORE = {
+    "optim__optimizer": "galore", "optim__galore_rank": 4, "optim__galore_update_proj_gap": 2,
+}  # fmt: skip
 MUON = {"optim__optimizer": "muon", "optim__muon_fp32_matmul_prec": "highest"}
 FP16 = {"precision__fp16": True, "precision__initial_loss_scale": 1024.0, "model__num_layers": 2}
 BF16 = {axes.BF16: True}
@@ -151,6 +154,7 @@ QUICK = [
 """Every kind once, with the fewest ranks: `make test` and `make parity`."""
 
 MORE = [
+    layout("tp2-pp2-dp2-sp-zero-galore", tp=2, pp=2, dp=2, shared=GALORE, **SP, **ZERO),
     layout("tp4-muon", tp=4, shared=MUON | {"model__vocab_size": 17}),
     layout(
         "tp2-pp2-dp2-sp-zero-overlap-muon-llama",

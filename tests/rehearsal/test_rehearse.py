@@ -132,6 +132,9 @@ def test_one_rank_per_kind_stands_for_every_stage_and_every_end():
         {TP: 2, PP: 2, SCHEDULE: "gpipe", "precision__fp16": True,
          "parallel__recompute_granularity": "full", "parallel__recompute_method": "block",
          "parallel__recompute_num_layers": 1, "parallel__distribute_saved_activations": True},
+        {TP: 2, PP: 2, SP: True, ZERO: True, "optim__optimizer": "muon"},
+        pytest.param({TP: 2, PP: 2, BF16: True, "optim__optimizer": "galore"},
+                     marks=pytest.mark.slow),
         # 256 KiB of logits
         {TP: 2, PP: 2, SP: True, BF16: True, "parallel__logits_chunk_mib": 0.07},
         pytest.param({
@@ -140,7 +143,7 @@ def test_one_rank_per_kind_stands_for_every_stage_and_every_end():
             "model__rope_scaling_factor": 2.0,
         }, marks=pytest.mark.slow),
     ],
-    ids=["1f1b", "zb-h1", "gpipe", "head in chunks", "learned frequencies"],
+    ids=["1f1b", "zb-h1", "gpipe", "muon", "galore", "head in chunks", "learned frequencies"],
 )  # fmt: skip
 def test_volume_is_the_plans_to_the_byte_and_memory_within_a_tenth(changes):
     for row in rehearsed_beside_plan(changes):

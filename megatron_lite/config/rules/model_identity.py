@@ -240,7 +240,8 @@ FREE: Mapping[str, str] = MappingProxyType({
         adam8bit_block_size use_precision_aware_optimizer
         exp_avg_dtype exp_avg_sq_dtype
         muon_momentum muon_nesterov muon_scale_mode muon_extra_scale_factor muon_num_ns_steps
-        muon_coefficient_type muon_fp32_matmul_prec""",
+        muon_coefficient_type muon_fp32_matmul_prec
+        galore_rank galore_update_proj_gap galore_scale galore_proj_type""",
     "learning_rate": "override_opt_param_scheduler use_checkpoint_opt_param_scheduler",
     # dropout is a way of training; whose adapters were the first ones is past
     "lora": "lora_dropout lora_load",

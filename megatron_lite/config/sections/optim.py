@@ -13,11 +13,21 @@ class OptimConfig:
     optimizer: str = field(
         default="adam",
         metadata={
-            "rows": ("adam", "sgd", "lion", "sophiag", "adafactor", "adam8bit", "muon", "apex-adam")
+            "rows": (
+                "adam",
+                "sgd",
+                "lion",
+                "sophiag",
+                "adafactor",
+                "adam8bit",
+                "muon",
+                "galore",
+                "apex-adam",
+            )
         },
     )
     """Update rule; adam is AdamW (decoupled weight decay), apex-adam the same by apex's kernel on a GPU;
-    muon updates tables, head, norms and biases by AdamW."""
+    muon and galore update tables, head, norms and biases by AdamW."""
 
     weight_decay: float = 0.01
     """Weight decay of matrices, coupled with sgd, decoupled else; biases and norms have none."""
@@ -127,6 +137,18 @@ class OptimConfig:
 
     muon_fp32_matmul_prec: Literal["medium", "high", "highest"] = "medium"
     """Their products: in bf16, in TF32 where the device has it, or in fp32."""
+
+    galore_rank: int = 128
+    """Singular vectors of a matrix' gradient in whose subspace GaLore runs AdamW."""
+
+    galore_update_proj_gap: int = 200
+    """Updates after which GaLore chooses the subspace anew."""
+
+    galore_scale: float = 0.25
+    """Factor on GaLore's updates."""
+
+    galore_proj_type: Literal["std", "reverse_std", "left", "right"] = "std"
+    """On which side GaLore projects: std on the smaller one, reverse_std on the larger one."""
 
     param_groups: list[str] = field(default_factory=list)
     """PATTERN:lr=FACTOR,weight_decay=FACTOR,rule=OPTIMIZER of tensors by name or kind; lr=0 freezes."""
