@@ -23,7 +23,7 @@ FAR = 4.0
 """A rate so many times above or below the law's is worth a word."""
 FINE_TUNING = 20.0
 """A rate so many times below it is one for weights that have learned already."""
-OF_THE_LAW = ("adam", "apex-adam")
+OF_THE_LAW = ("adam", "adam8bit", "apex-adam")
 _POINTS = 25
 _WIDTH, _HEIGHT = 72, 10
 

@@ -109,7 +109,7 @@ def test_the_picture_is_the_curve(advise) -> None:
             "the warm-up of 33,600,000 samples is not over",
         ),
         ("--lr 2e-5", "--lr 2e-05 is 1/63 of the law's 1.26e-03: such rates are for fine-tuning"),
-        ("--lr 2e-4", "--lr 0.0002 is 1/6.3 of the law's 1.26e-03"),
+        ("--optimizer adam8bit --lr 2e-4", "--lr 0.0002 is 1/6.3 of the law's 1.26e-03"),
         ("--lr 6e-3", "--lr 0.006 is 4.8 times the law's"),
         ("--train-iters 22000", "9.4 tokens per parameter"),
         (
