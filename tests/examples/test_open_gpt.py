@@ -55,6 +55,7 @@ def test_full_is_the_system_s_command_with_a_warm_up_that_ends(tmp_path: Path) -
     assert rate.lr_warmup_iters * 2 < train.train_iters and rate.min_lr == 6e-5
 
 
+@pytest.mark.ci
 def test_the_plan_of_full_is_the_readme_s() -> None:
     done = carried_out(block("open_gpt")[1])
     gib = re.search(r"\s(\d+\.\d+)\s+fits$", done.stdout, re.MULTILINE)
@@ -66,6 +67,7 @@ def test_the_plan_of_full_is_the_readme_s() -> None:
         assert re.search(rf"GiB\D+{float(step[1]):.2f} ", text)
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize(("line", "gpus", "micro"), [(2, 8, 12), (3, 10, 8)])
 def test_the_recipes_have_batches_of_480(line: int, gpus: int, micro: int, tmp_path: Path) -> None:
     config = planned(line, tmp_path)
@@ -119,6 +121,7 @@ def write_run(
     (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
 
 
+@pytest.mark.ci
 def test_the_verdict_pairs_runs_of_a_rate_and_a_seed(tmp_path: Path) -> None:
     for name, by_seed in LOSSES.items():
         for seed, loss in by_seed.items():

@@ -94,6 +94,7 @@ def test_the_printed_dry_run_says_memory_time_and_the_curve(system: str) -> None
     assert re.search(r"^ +iteration +tokens +batch +learning rate$", done.stdout, re.MULTILINE)
 
 
+@pytest.mark.ci
 def test_gpt_from_zero_is_advised_as_printed() -> None:
     """Its README's numbers are the tool's; the rate that was "strange" gets a warning."""
     command = block("gpt_from_zero")[2]
