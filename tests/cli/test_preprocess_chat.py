@@ -71,6 +71,10 @@ def test_any_other_shape_by_templates_of_ones_own() -> None:
         ("user", "介绍一下猫。"), ("assistant", "动物。\n毛。"),
     ]  # fmt: skip
     assert read.columns == ["title", "summary", "sections", "role"]
+    same = Dialogues(recipe=AskedBy("{a}", "{b}", "Be brief."))({"a": "x", "b": "y"})
+    assert [tuple(message) for message in same.messages] == [
+        ("system", "Be brief."), ("user", "x"), ("assistant", "y"),
+    ]  # fmt: skip
 
 
 def test_an_answer_of_weight_0_and_a_blank_one_are_only_read() -> None:
@@ -92,6 +96,7 @@ def test_an_answer_of_weight_0_and_a_blank_one_are_only_read() -> None:
         ({"messages": [{"role": "user", "content": "\ud800"}]}, "lone surrogate"),
         ({"instruction": "x", "output": "y", "history": [["a"]]}, "no messages"),
         ({"prompt": "x", "answer": ["y"]}, "no text"),
+        ({"system": "a", "conversations": [{"from": "system", "value": "b"}]}, "two system texts"),
     ],
 )  # fmt: skip
 def test_what_is_no_conversation_says_why(record: dict[str, Any], reason: str) -> None:
@@ -202,10 +207,11 @@ def test_killed_at_any_operation_and_taken_up_it_is_the_same(tmp_path: Path) -> 
         (["--json-keys", "a"], "--json-keys is about texts"),
         (["--chat-user", "{a}"], "give both"),
         (["--chat-user", "{a}", "--chat-assistant", "{b}", "--chat-shape", "alpaca"], "exclude each"),
+        (["--chat-user", "a", "--chat-assistant", "{b}"], "--chat-user 'a' has no field"),
         (["--seq-length", "0"], "--seq-length 0 must be at least 1"),
         (["--chat-template", "nowhere"], "--chat-template nowhere is no file"),
     ],
-    ids=["template", "eod", "keys", "half", "two shapes", "length", "no template"],
+    ids=["template", "eod", "keys", "half", "two shapes", "no field", "length", "no template"],
 )  # fmt: skip
 def test_flags_that_do_not_go_together(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],

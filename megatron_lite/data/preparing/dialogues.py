@@ -35,8 +35,11 @@ class Asking:
     """Reads records by a recipe."""
 
     def __init__(self, recipe: AskedBy, *, history: bool = False) -> None:
-        self._user, self._assistant = Template(recipe.user), Template(recipe.assistant)
-        self._system = None if recipe.system is None else Template(recipe.system)
+        self._user = Template(recipe.user, "--chat-user")
+        self._assistant = Template(recipe.assistant, "--chat-assistant")
+        self._system = None
+        if recipe.system is not None:
+            self._system = Template(recipe.system, "--chat-system", constant=True)
         self._history = history
 
     @property
@@ -122,8 +125,12 @@ def _dialogue(system: str, said: list[Message], weights: dict[int, bool]) -> Dia
         for number, message in enumerate(said)
         if message.role == "assistant" and weights.get(number, True) and message.content.strip()
     }
-    first = 0
-    if said and said[0].role == "system" and (system or not said[0].content.strip()):
+    first = int(bool(said) and said[0].role == "system" and not said[0].content.strip())
+    if said and said[0].role == "system" and system.strip() and not first:
+        if said[0].content.strip() != system.strip():
+            raise BadRecord(
+                "two system texts", "its messages have another system text than its 'system'"
+            )
         first = 1
     last = len(said)
     while last > first and said[last - 1].role == "user":

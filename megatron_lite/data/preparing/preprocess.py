@@ -419,11 +419,13 @@ class PreprocessRun:
         names = ", ".join(self.inputs[:3]) + (", ..." if len(self.inputs) > 3 else "")
         skipped = f"; skipped: {dict(self.summary.skipped)}" if self.summary.skipped else ""
         if self.summary.documents == 0 and self.job.chat is not None:
-            dropped = self.summary.told[WEIGHTLESS]
-            raise DataError(
-                f"{names}: no sample - {dropped} conversations have no token to learn (no answer, only blank "
-                f"ones or of weight 0, or none before --seq-length ends){skipped}"
-            )
+            why = "the input has no conversation"
+            if told := self.summary.told[WEIGHTLESS]:
+                why = (
+                    f"{told} conversations have no token to learn (no answer, only blank ones or of weight 0, "
+                    "or none before --seq-length ends)"
+                )
+            raise DataError(f"{names}: no sample - {why}{skipped}")
         if self.summary.documents == 0:
             raise DataError(f"{names}: no documents - the input has no line with text{skipped}")
         for prefix, counts in zip(self.prefixes, self.summary.keys, strict=True):

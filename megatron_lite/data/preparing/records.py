@@ -228,15 +228,16 @@ class Template:
     `[]` goes through a list and puts a newline between its texts.  A field ending in `?` may be
     missing, null or empty, and a line of the template that holds only such fields, all empty, is
     left out.  `\\n` and `\\t` are newline and tab, `{{` and `}}` braces.
+    flag: what gives it; constant: whether it may be the same for every record.
     """
 
-    def __init__(self, template: str) -> None:
-        self._text = template
+    def __init__(self, template: str, flag: str = "--template", *, constant: bool = False) -> None:
+        self._text, self._flag = template, flag
         unescaped = template.replace("\\n", "\n").replace("\\t", "\t")
         self._lines = [self._parts(line) for line in unescaped.split("\n")]
         fields = [part for line in self._lines for part in line if isinstance(part, Field)]
-        if not fields:
-            raise ConfigError(f"--template {template!r} has no field such as {{text}}")
+        if not fields and not constant:
+            raise ConfigError(f"{flag} {template!r} has no field such as {{text}}")
         self.columns = list(dict.fromkeys(part.path[0].removesuffix("[]") for part in fields))
 
     def _parts(self, line: str) -> list[str | Field]:
@@ -252,7 +253,7 @@ class Template:
             path = tuple(name.removesuffix("?").split("."))
             if not all(part.removesuffix("[]") for part in path):
                 raise ConfigError(
-                    f"--template {self._text!r}: {found[0]!r} is no field; write {{key}}, "
+                    f"{self._flag} {self._text!r}: {found[0]!r} is no field; write {{key}}, "
                     "{key.inner}, {list[].key} or {key?}, and {{ or }} for a brace"
                 )
             parts.append(Field(path, name.endswith("?")))
