@@ -56,10 +56,7 @@ fi
 step "tune: the answers alone are learned"
 TUNE=(--objective sft --data-path "$OUT/tokens/talks" --split "1,0,0" --lr 3e-3 --lr-decay-style cosine
     --micro-batch-size 2 --global-batch-size 4 --eval-iters 0 --load "$OUT/base" --finetune --save "$OUT/tuned")
-PLAN=$("$PYTHON" "$ROOT/tools/pretrain_gpt.py" "${MODEL[@]}" "${WORDS[@]}" "${TUNE[@]}" --train-iters 1 --dry-run)
-grep -o 'an epoch of .*' <<<"$PLAN"
-ROWS=$(sed -n 's/.*count (.*), in \([0-9]*\) rows.*/\1/p' <<<"$PLAN")
-train "${TUNE[@]}" --train-iters "$(((ROWS * EPOCHS + 3) / 4))"
+train "${TUNE[@]}" --train-epochs "$EPOCHS"
 
 step "talk"
 "$PYTHON" "$ROOT/examples/chat_tiny/verdict.py" "$TALKS" "$OUT/tuned" --least "${LEAST:-0.95}"
