@@ -73,7 +73,7 @@ def open_base(
     if not roots:
         raise CheckpointError(
             f"{run} holds adapters alone, and checkpoint {base.iteration} that they were trained beside "
-            f"is neither in {' nor in '.join(map(str, dict.fromkeys(tried)))}: put it back, or a link to it"
+            f"is not in {' nor in '.join(map(str, dict.fromkeys(tried)))}: put it back, or a link to it"
         )
     root = roots[0]
     _require(base, root, base.iteration, run)

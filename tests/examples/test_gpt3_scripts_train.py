@@ -28,6 +28,7 @@ def run(script: str, folder: Path, **env: str) -> subprocess.CompletedProcess[st
     )
 
 
+@pytest.mark.ci
 def test_a_stopped_run_continues_at_another_layout_by_the_same_line(folder: Path) -> None:
     script = "train_gpt3_175b_distributed.sh"
     first = run(script, folder, TP="1", PP="2", EXTRA_ARGS="--exit-interval 2")

@@ -77,7 +77,9 @@ def test_full_is_the_system_s_own_model(system: str, parameters: int, tmp_path: 
         assert (config.checkpoint.save_interval, config.checkpoint.keep_last) == (1000, 5)
 
 
-@pytest.mark.parametrize("system", SYSTEMS)
+@pytest.mark.parametrize(
+    "system", ["baby_llama", *(pytest.param(s, marks=pytest.mark.ci) for s in SYSTEMS[:2])]
+)
 def test_the_printed_dry_run_says_memory_time_and_the_curve(system: str) -> None:
     done = carried_out(block(system)[1])
     assert done.returncode == 0, done.stderr

@@ -66,12 +66,6 @@ def decoded(rank: int, ranks: int, folders: dict[str, Path], tp: int) -> dict[st
     return {name: cached(loaded(folder, ctx)) for name, folder in folders.items()}
 
 
-def test_over_pp_the_same_tokens_follow(folders, expected) -> None:
-    some = ["gpt2", "llama-tied"]
-    found = spawn(decoded, 2, {name: folders[name] for name in some}, 1)
-    assert found == [{name: expected[name] for name in some}] * 2
-
-
 @pytest.mark.parametrize(
     ("ranks", "tp"),
     [
