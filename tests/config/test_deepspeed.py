@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import re
 from typing import Any
 
@@ -358,31 +357,6 @@ def test_sections_that_are_off_ask_for_nothing(ds) -> None:
     assert ds.parse(config).notices == ()
 
 
-def test_the_text_may_have_comments_and_come_as_base64(ds) -> None:
-    text = '{ # a comment\n  gradient_clipping: 0.5, // one more\n  "fp16": {"enabled": true,},\n}'
-    for config in (ds.parse(text).config, parse(
-        ["--deepspeed", f"--deepspeed_config={base64.urlsafe_b64encode(text.encode()).decode()}"]
-    ).config):  # fmt: skip
-        assert config.optim.clip_grad == 0.5 and config.precision.fp16
-
-
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ("[1]", "ds.json:1: not valid JSON: a DeepSpeed configuration is one object"),
-        ('{"a": 1, "a": 2}', "the key a stands at line 1 already"),
-        ('{\n "fp16": {"enabled": True}\n}', "ds.json:2: not valid JSON: write true"),
-        ('{"optimizer": {"type": Adam}}', "a value belongs here, text in quotes; found 'Adam}}'"),
-        ('{"gradient_clipping": 1e999}', "a number must be finite"),
-        ('{"a": ' + "[" * 100, "more than 40 levels"),
-        ('{"a": 1 "b": 2}', "a comma or } belongs here"),
-        ("{ /* ", "a comment /* has no end"),
-    ],
-)
-def test_what_is_no_json_is_refused_with_its_line(ds, text, words) -> None:
-    assert words in ds.refusal(text)
-
-
 def test_a_file_that_is_not_there_and_flags_without_each_other(tmp_path) -> None:
     for words, said in (
         (
@@ -399,6 +373,21 @@ def test_a_file_that_is_not_there_and_flags_without_each_other(tmp_path) -> None
 def test_hugging_faces_form_names_the_file_at_once(ds) -> None:
     ds.write({"gradient_clipping": 0.5})
     assert parse(["--deepspeed", str(ds.file)]).config.optim.clip_grad == 0.5
+
+
+def test_fp16_begins_at_deepspeeds_first_loss_scale_unless_a_flag_says_another(ds) -> None:
+    config = {"fp16": {"enabled": True}}
+    parsed = ds.parse(config)
+    assert parsed.config.precision.initial_loss_scale == 2.0**16
+    assert any("fp16 without initial_scale_power: 16" in line for line in parsed.notices)
+    given = ds.parse(config, "--initial-loss-scale 1024")
+    assert given.config.precision.initial_loss_scale == 1024.0 and given.notices == ()
+
+
+def test_an_optimizer_that_is_here_under_flags_of_its_own_says_so(ds) -> None:
+    said = ds.refusal({"optimizer": {"type": "Muon", "params": {"lr": 1e-3, "momentum": 0.95}}})
+    assert 'optimizer.type "Muon": its parameters have flags of their own here' in said
+    assert said.endswith("use --optimizer muon")
 
 
 def test_lion_has_its_own_betas_and_deepspeeds_defaults(ds) -> None:

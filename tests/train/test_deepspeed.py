@@ -18,8 +18,10 @@ FLAGS = (
 
 @pytest.mark.ci
 def test_all_keys_of_the_file_but_its_optimizers_type_train_as_their_flags_do(tmp_path) -> None:
-    own = with_flags(TINY, "--train-iters", "11", "--use-cpu", "--print-state-hash", "--num-workers", "0",
-                     without=("--lr", "--micro-batch-size", "--global-batch-size"))  # fmt: skip
+    own = with_flags(
+        TINY, "--num-layers", "1", "--train-iters", "11", "--use-cpu", "--print-state-hash",
+        "--num-workers", "0", without=("--lr", "--micro-batch-size", "--global-batch-size"),
+    )  # fmt: skip
     words = DsFolder(tmp_path).write(ADADELTA.replace("Adadelta", "AdamW"))
     by_file = run_main(*own, *words, "--save", str(tmp_path / "file"))
     by_flags = run_main(*own, *FLAGS.split(), "--save", str(tmp_path / "flags"))

@@ -29,9 +29,6 @@ def near_key(name: str) -> str:
         for known in (*KEYS, *SECTIONS)
         if known.rpartition(".")[0] == section
     }
-    homes = sorted(known for known in KEYS if known.rpartition(".")[2] == last)
-    if homes:
-        return f"; did you mean {homes[0]}?"
     close = difflib.get_close_matches(last.lower(), beside, n=1, cutoff=0.6)
     if close:
         return f"; did you mean {beside[close[0]]}?"
