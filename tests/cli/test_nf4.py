@@ -8,13 +8,19 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from megatron_lite.blueprint.grid import RankGrid
 from megatron_lite.cli import convert
-from megatron_lite.inference.model import load_model
+from megatron_lite.inference.generate import generate as decode
+from megatron_lite.inference.model import build_model, find_model, load_model
 from megatron_lite.kernels import nf4
+from megatron_lite.models.packing import packed_weights
+from megatron_lite.parallel.context import ParallelContext
 from tests.cli.adapters import LORA, llama_words, spoken, trained
+from tests.support.decoding import likeliest
 from tests.support.huggingface import tool
+from tests.support.spawn import spawn
 
-WIDE = ["--hidden-size", "64", "--num-attention-heads", "4", "--ffn-hidden-size", "64", "--bf16"]
+WIDE = ["--hidden-size", "128", "--num-attention-heads", "4", "--ffn-hidden-size", "128", "--bf16"]
 
 
 @pytest.fixture(scope="module")
@@ -71,8 +77,41 @@ def test_merging_adds_to_what_was_unpacked_and_rounds_once(runs) -> None:
     assert (merged[q] - original[q]).abs().max() > 0.01 * whole[q].abs().max()
 
 
-def test_a_model_in_use_holds_4_bits(runs) -> None:
+def test_a_model_in_use_holds_4_bits_of_the_most_exact_copy(runs) -> None:
+    """The base is bf16 and has fp32 masters, which go out as fp32."""
     loaded = load_model(runs / "run").model
     down = loaded.blocks["0"].mlp.down
-    assert down.weight.codes.dtype == torch.uint8 and not isinstance(down.weight, torch.Tensor)
+    exact = load_file(runs / "whole" / "model.safetensors")["model.layers.0.mlp.down_proj.weight"]
+    assert not torch.equal(exact, exact.bfloat16().float())
+    for held, expected in zip(
+        (down.weight.codes, down.weight.absmax), nf4.pack(exact, 64), strict=True
+    ):
+        assert torch.equal(held, expected)
     assert "blocks.0.mlp.down.weight" not in dict(loaded.named_parameters())
+
+
+def bits_of(rank: int, ranks: int, tp: int, run: str) -> tuple[list[int], list[tuple]]:
+    """The likeliest tokens behind a prompt of ranks that share the model, and each packed slice."""
+    ctx = ParallelContext.serial()
+    if ranks > 1:
+        grid = RankGrid(tp=tp, pp=ranks // tp)
+        ctx = ParallelContext.from_grid(grid, rank, torch.device("cpu"))
+    model = build_model(find_model(Path(run), ctx), ctx, dtype=torch.float32)
+    found = decode(model, [72, 5, 33, 8], max_new_tokens=12, pick=likeliest, eod=None)
+    held = [piece for one in packed_weights(model) for piece in one.bits()]
+    return list(found.ids), [
+        (piece.name, piece.offset, piece.data.numpy().copy()) for piece in held
+    ]
+
+
+@pytest.mark.slow
+def test_ranks_share_the_packed_model(runs) -> None:
+    run = str(runs / "run")
+    ids, held = bits_of(0, 1, 1, run)
+    whole = {name: data for name, _, data in held}
+    for tp in (1, 2):
+        for theirs, slices in spawn(bits_of, 2, tp, run):
+            assert theirs == ids
+            for name, offset, data in slices:
+                ends = zip(offset, data.shape, strict=True)
+                assert (whole[name][tuple(slice(o, o + n) for o, n in ends)] == data).all()

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from megatron_lite.kernels import documents
+from megatron_lite.kernels import documents, nf4
 from megatron_lite.kernels.attention import AttentionCall
 from megatron_lite.kernels.compiled import Compiler
 from megatron_lite.kernels.on_request import ON_REQUEST
@@ -96,11 +96,11 @@ def test_weights_and_masks_are_those_of_the_cpu():
     assert torch.equal(mask, other)
 
 
-WGRAD = "linear_weight_gradient"
+WGRAD, UNPACK = "linear_weight_gradient", "unpack_nf4"
 COMPARED = [
     (op, inputs)
     for op, rows in TABLE.items()
-    if len(rows) > 1 and op != WGRAD
+    if any(not row.fusible for row in rows[:-1]) and op not in (WGRAD, UNPACK)
     for inputs in INPUTS[op]
 ]
 
@@ -123,6 +123,30 @@ def test_every_kernel_equals_its_reference(op, inputs, dtype):
             for ours, theirs in zip(found, expected, strict=True):
                 torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
     assert tried, f"no faster twin of {op} runs here"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_bitsandbytes_unpacks_the_reference_to_the_bit(dtype):
+    """Its CPU twins: tests/kernels/test_nf4.py, and behind a stand-in test_table.py."""
+    device = torch.device("cuda")
+    row, reference = TABLE[UNPACK][0], TABLE[UNPACK][-1]
+    reason = row.usable(Need(device, dtype))
+    if reason is not None:
+        pytest.skip(f"{row.name}: {reason}")
+    weight = torch.randn(96, 512, device=device)
+    codes, absmax = nf4.pack(weight, 64)
+    here = nf4.pack(weight.cpu(), 64)
+    assert torch.equal(codes.cpu(), here[0]) and torch.equal(absmax.cpu(), here[1])
+    given = codes, absmax, nf4.quantile_pairs(device), dtype
+    assert torch.equal(row.run(*given), reference.run(*given))
+
+
+def test_adapters_beside_4_bits_follow_the_cpu():
+    packed = {
+        "model__hidden_size": 128, "model__ffn_hidden_size": 128, "lora__lora_rank": 4,
+        "lora__lora_base": "nf4",
+    }  # fmt: skip
+    assert losses("cuda", **packed) == pytest.approx(losses("cpu", **packed), rel=1e-4)
 
 
 @pytest.mark.parametrize(("op", "row"), [(op, r) for op, rows in ON_REQUEST.items() for r in rows])
