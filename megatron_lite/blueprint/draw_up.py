@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
@@ -131,10 +132,12 @@ class Blueprint:
         """Every how many iterations a pass of its own observes curvature; 0: none does."""
         return curvature_interval(self.optim, (spec.tensor for spec in self.parameters))
 
-    @property
-    def microbatches_together(self) -> int:
-        """The schedule takes multiples of so many."""
-        return self.grid.pp if self.schedule == "interleaved" else 1
+    def curvature_microbatches(self, num_microbatches: int) -> int:
+        """How many of a step's micro batches such a pass reads: whole rounds of the schedule."""
+        at_once = self.grid.pp if self.schedule == "interleaved" else 1
+        # the smallest surplus is the product's rounding
+        share = num_microbatches * self.optim.sophia_hessian_fraction / at_once
+        return min(num_microbatches, math.ceil(share - 1e-9) * at_once)
 
     def compute(self, num_microbatches: int) -> Schedule:
         """The training schedule before lowering, to simulate or draw."""

@@ -24,10 +24,22 @@ from megatron_lite.planner.memory import PlanInputs, layer_input_bytes
 def sent_bytes(
     blueprint: Blueprint, asked: PlanInputs, rank: int, *, num_microbatches: int
 ) -> dict[str, float]:
-    """Axis (tp, pp, dp, tied) -> bytes a rank sends in a step of so many micro batches.
+    """Axis (tp, pp, dp, tied) -> bytes a rank sends in the first step of so many micro batches.
 
     The few numbers that all ranks sum (loss, norm, votes) are left out.
     """
+    sent = _sent(blueprint, asked, rank, num_microbatches, updates=True)
+    if blueprint.curvature_interval:
+        number = blueprint.curvature_microbatches(num_microbatches)
+        more = _sent(blueprint, asked, rank, number, updates=False)
+        sent = {axis: there + more[axis] for axis, there in sent.items()}
+    return sent
+
+
+def _sent(
+    blueprint: Blueprint, asked: PlanInputs, rank: int, num_microbatches: int, *, updates: bool
+) -> dict[str, float]:
+    """Of a pass; updates: whether an update follows, else its labels are drawn."""
     grid, parallel = blueprint.grid, asked.parallel
     at = grid.coords(rank)
     stages = blueprint.stages_of(at.pp)
@@ -45,8 +57,12 @@ def sent_bytes(
     common = float(blueprint.figure.shared.size) / shared
     split = sum(_split_elements(blueprint, asked, stage) for stage in stages) / shared + common
     tokens = blueprint.model.seq_length * asked.micro_batch_size / parallel.cp
-    scored = _scored_bytes(blueprint, asked, tokens) * any(stage.has_head for stage in stages)
+    scored = _scored_bytes(blueprint, asked, tokens)
+    if not updates:
+        scored += 2 * tokens * 8
+    scored *= any(stage.has_head for stage in stages)
     scored += sum(_length_bytes(blueprint, asked, stage) for stage in stages)
+    width = element_bytes(asked.precision) * updates if shared > 1 else wide
     return {
         "tp": _ring(grid.tp)
         * (passes * whole + num_microbatches * scored + 2 * split * wide + matrices),
@@ -54,7 +70,7 @@ def sent_bytes(
             blueprint.model, asked
         ) + _ring(grid.pp) * 2 * common * wide,
         "dp": _ring(blueprint.replicas) * blueprint.held(at.pp).num_trained * (
-            wide + (element_bytes(asked.precision) if shared > 1 else wide)
+            wide + width
         ),
         "tied": tied * wide,  # both ends hold it: two passes of a half
     }  # fmt: skip

@@ -37,8 +37,7 @@ def add_curvature(run: Run, config: RunConfig) -> None:
             every,
             curvature.use,
             curvature.measure,
-            fraction=config.optim.sophia_hessian_fraction,
-            together=run.blueprint.microbatches_together,
+            run.blueprint.curvature_microbatches,
         )
     )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -26,6 +25,11 @@ def _nothing(engine: Engine) -> dict[str, Tensor]:
     return {}
 
 
+def _all(microbatches: int) -> int:
+    """Default: it reads what the step reads."""
+    return microbatches
+
+
 @dataclass(frozen=True, slots=True)
 class SecondPass:
     """A second forward and backward before those of every `every`-th step, the first included.
@@ -37,7 +41,7 @@ class SecondPass:
     would be without.
     measure: called behind such a step's update; scalars on the device, equal on all ranks.
     name: stands before its metrics' names, as in `hessian/loss`.
-    fraction: of a step's micro batches, the first ones; rounded up to a multiple of `together`.
+    `microbatches` of a step's so many are how many it reads: the first ones.
     """
 
     name: str
@@ -46,14 +50,7 @@ class SecondPass:
     use: Callable[[Engine, StepNumbers, float], Used]
     measure: Callable[[Engine], Mapping[str, Tensor]] = field(default=_nothing)
 
-    fraction: float = 1.0
-    together: int = 1
-
-    def of(self, microbatches: int) -> int:
-        """How many of a step's micro batches it reads."""
-        # the smallest surplus is the product's rounding
-        groups = math.ceil(microbatches * self.fraction / self.together - 1e-9)
-        return min(microbatches, groups * self.together)
+    microbatches: Callable[[int], int] = _all
 
     def is_due(self, step: int) -> bool:
         """Whether it belongs to the step that follows so many."""

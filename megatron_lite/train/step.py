@@ -258,7 +258,7 @@ def _carry_out(
     warnings: list[str] = []
     for second in due:
         objective = second.objective(run.progress.step)
-        number = second.of(len(batches))
+        number = second.microbatches(len(batches))
         score = scorer(objective)
         stages = {n: replace(stage, score=score) for n, stage in run.pipeline.stages.items()}
         pipeline = replace(run.pipeline, stages=stages)

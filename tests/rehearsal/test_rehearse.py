@@ -138,12 +138,17 @@ def test_one_rank_per_kind_stands_for_every_stage_and_every_end():
         # 256 KiB of logits
         {TP: 2, PP: 2, SP: True, BF16: True, "parallel__logits_chunk_mib": 0.07},
         pytest.param({
+            TP: 2, PP: 2, SP: True, ZERO: True, BF16: True, "optim__optimizer": "sophiag",
+            "optim__sophia_hessian_fraction": 0.5,
+        }, marks=pytest.mark.ci),
+        pytest.param({
             TP: 2, PP: 2, ZERO: True, "model__position_embedding_type": "rope",
             "model__rope_scaling_type": "clex", "model__rope_original_length": 64,
             "model__rope_scaling_factor": 2.0,
         }, marks=pytest.mark.slow),
     ],
-    ids=["1f1b", "zb-h1", "gpipe", "muon", "galore", "head in chunks", "learned frequencies"],
+    ids=["1f1b", "zb-h1", "gpipe", "muon", "galore", "head in chunks", "curvature",
+         "learned frequencies"],
 )  # fmt: skip
 def test_volume_is_the_plans_to_the_byte_and_memory_within_a_tenth(changes):
     for row in rehearsed_beside_plan(changes):

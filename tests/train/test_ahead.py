@@ -87,6 +87,7 @@ def both(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, data: list[str]) -> Ca
             "--log-params-norm --log-num-zeros-in-grad --rampup-batch-size 4 4 8 --global-batch-size 8"
         ),
         ci("--bf16 --lr-warmup-iters 3 --exit-interval 7"),
+        ci("--optimizer sophiag --sophia-hessian-interval 3 --log-params-norm"),
     ],
 )
 def test_a_run_without_faults(both, words: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 import pytest
 import torch
@@ -141,13 +140,15 @@ def test_half_of_the_micro_batches_are_half_of_the_global_batch_at_every_dp() ->
     assert part != whole and part == pytest.approx(whole, rel=0.2)
 
 
-def test_an_interleaved_pipeline_reads_as_many_as_its_schedule_takes() -> None:
-    _, _, run = begun(0, 1, {})
-    (plain,) = run.second_passes
-    for together, fraction, expected in ((1, 0.5, 4), (1, 0.3, 3), (4, 0.3, 4), (2, 1.0, 8)):
-        second = replace(plain, fraction=fraction, together=together)
-        assert second.of(8) == expected
-    assert draw(tiny_config(**{PP: 2, CHUNKS: 2}), 2).microbatches_together == 2
+@pytest.mark.parametrize(
+    ("layout", "fraction", "expected"),
+    [({}, 0.5, 4), ({}, 0.3, 3), ({}, 1.0, 8), ({PP: 2, CHUNKS: 2}, 0.3, 4), ({PP: 2}, 0.3, 3)],
+)
+def test_an_interleaved_pipeline_reads_as_many_as_its_schedule_takes(
+    layout, fraction, expected
+) -> None:
+    config = tiny_config(**SOPHIA, optim__sophia_hessian_fraction=fraction, **layout)
+    assert draw(config, 1 + (PP in layout)).curvature_microbatches(8) == expected
 
 
 def hessian_after(steps, changes):
