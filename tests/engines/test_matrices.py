@@ -15,6 +15,7 @@ from megatron_lite.engines.matrices import CutMatrices
 from megatron_lite.optim.groups import Groups, Rates
 from megatron_lite.optim.shares import TpShare
 from megatron_lite.parallel.shard import MASTER, ParameterPiece
+from megatron_lite.planner.memory import PlanInputs, memory
 from megatron_lite.rehearsal.rehearse import stand_in
 from tests.support.axes import BF16, PP, SP, TP, ZERO
 from tests.support.checkpoints import load_and_save_again, train_and_save, whole
@@ -74,6 +75,29 @@ def test_states_and_masters_tile_every_tensor_once() -> None:
     assert (
         "exp_avg.embedding.tokens.weight" in shapes and "momentum.final_norm.weight" not in shapes
     )
+
+
+@pytest.mark.parametrize("more", [{}, {BF16: True}, {ZERO: True}])
+def test_the_plan_counts_whole_masters_and_momentum(more) -> None:
+    """In fp32, too, where an owner has the weights of others' shards once more."""
+    config = tiny_config(**MUON | {TP: 2} | more)
+    blueprint = draw(config, 4)
+    asked = PlanInputs(
+        config.parallel, config.precision, config.train.micro_batch_size, on_gpu=False
+    )
+    (planned,) = memory(blueprint, asked)
+    held = tensors(config, 4, owned=False)
+    momentum, states, masters = (
+        sum(s.data.nbytes for state in held for s in state if s.name.startswith(kind))
+        for kind in ("momentum.", ("momentum.", "exp_avg"), MASTER)
+    )
+    assert planned.kinds["moments"] * 4 == pytest.approx(
+        states, rel=2e-2
+    )  # padding of the vocabulary
+    if BF16 in more:
+        assert planned.kinds["masters"] * 4 == pytest.approx(masters, rel=2e-2)
+    else:
+        assert masters == 0 and planned.kinds["masters"] * 4 == momentum
 
 
 CUT = [("a", (4, 6), 0), ("b", (6, 4), 1), ("c", (8, 2), 0), ("d", (2, 4), 1), ("e", (4, 4), 0)]

@@ -49,9 +49,10 @@ def test_losses_equal_the_cpus(compiled):
     assert found == pytest.approx(losses("cpu"), rel=1e-4)
 
 
-@pytest.mark.parametrize("optimizer", ["adafactor", "adam8bit"])
+@pytest.mark.parametrize("optimizer", ["adafactor", "adam8bit", "muon", "galore"])
 def test_states_of_other_shapes_and_formats_follow_the_cpu(optimizer):
-    changes = {"optim__optimizer": optimizer}
+    changes = {"optim__optimizer": optimizer, "optim__muon_fp32_matmul_prec": "highest",
+               "optim__galore_rank": 8}  # fmt: skip
     # of 8 bits one may be rounded the other way
     assert losses("cuda", **changes) == pytest.approx(losses("cpu", **changes), rel=1e-3)
 
@@ -244,7 +245,9 @@ def test_apexs_adam_learns_as_ours_where_it_is_built():
     assert found == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize("optimizer", ["adam", "sgd", pytest.param("apex-adam", marks=WITH_APEX)])
+@pytest.mark.parametrize(
+    "optimizer", ["adam", "sgd", "muon", pytest.param("apex-adam", marks=WITH_APEX)]
+)
 def test_ten_steps_wait_for_nothing(optimizer):
     """Losses are those of steps that wait, and a step in between that is bad leaves weights alone."""
     changes = {BF16: True, "model__hidden_dropout": 0.1, "model__attention_dropout": 0.1,

@@ -9,6 +9,7 @@ import torch
 
 from megatron_lite.blueprint.figure.parts import Tensor
 from megatron_lite.blueprint.optimizers import ADAM, state_bytes, treatment
+from megatron_lite.config.rules.table import notices
 from megatron_lite.config.sections.optim import OptimConfig
 from megatron_lite.optim.galore import GaLore
 from megatron_lite.optim.groups import Groups
@@ -166,3 +167,10 @@ def test_what_the_device_does_not_take_changes_no_bit() -> None:
         for name in ("", *held[0][1]):
             ours, theirs = (state[name] if name else values for values, state in held)
             assert torch.equal(ours.view(torch.int32), theirs.view(torch.int32)), name
+
+
+@pytest.mark.parametrize(("rank", "told"), [(31, False), (32, True)])
+def test_a_rank_that_saves_nothing_is_told(rank, told) -> None:
+    given = tiny_config(optim__optimizer="galore", optim__galore_rank=rank)
+    found = [line for line in notices(given, 1) if line.startswith(f"--galore-rank {rank}")]
+    assert len(found) == told

@@ -247,6 +247,11 @@ def notices(config: RunConfig, world_size: int) -> tuple[str, ...]:
             "--use-precision-aware-optimizer: changes nothing; moments are fp32 without "
             "--exp-avg-dtype and --exp-avg-sq-dtype"
         )
+    if config.optim.optimizer == "galore" and config.optim.galore_rank >= config.model.hidden_size:
+        found.append(
+            f"--galore-rank {config.optim.galore_rank}: not below --hidden-size "
+            f"{config.model.hidden_size}, so that states take more than AdamW's"
+        )
     if config.model.add_qkv_bias and config.model.add_bias_linear:
         found.append("--add-qkv-bias: changes nothing; all linear layers have biases")
     if config.data.mock_data and config.data.split is not None:
