@@ -37,8 +37,8 @@ from megatron_lite.config.rules import table as rules
 from megatron_lite.config.sections.parallel import ParallelConfig
 from megatron_lite.config.sections.run import RunConfig
 from megatron_lite.config.sections.train import TrainConfig
-from megatron_lite.optim.adafactor import step_factor
 from megatron_lite.optim.learning_rate import LearningRateSchedule
+from megatron_lite.optim.relative_step import step_factor
 from megatron_lite.planner import advice, draw, hardware, learning, report, search
 from megatron_lite.planner.corpus import epochs
 from megatron_lite.planner.curve import Point, run_curve

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from megatron_lite.config.sections.optim import OptimConfig
+from megatron_lite.optim.relative_step import relative_step
 from megatron_lite.optim.shares import TpShare, TpShares
 
 FULL, ROWS, COLUMNS = "exp_avg_sq", "exp_avg_sq_row", "exp_avg_sq_col"
@@ -175,16 +176,3 @@ class Adafactor:
         column = state[COLUMNS].lerp(columns / shape[0], new)
         factors = (row / (total / shape[0])).rsqrt().unsqueeze(1), column.rsqrt()
         return _Second({ROWS: row, COLUMNS: column}, factors)
-
-
-def step_factor(optim: OptimConfig, steps: int) -> float:
-    """What the learning rate is multiplied by in the update after so many: 1 but for a relative step."""
-    if not optim.adafactor_relative_step:
-        return 1.0
-    return relative_step(steps, warmup_init=optim.adafactor_warmup_init)
-
-
-def relative_step(steps: int, *, warmup_init: bool) -> float:
-    """rho of the update after so many: 1 / sqrt(t), at most 1e-2, or 1e-6 t with a warm-up."""
-    t = steps + 1
-    return min(1e-6 * t if warmup_init else 1e-2, 1.0 / math.sqrt(t))

@@ -9,8 +9,8 @@ import time
 from collections.abc import Iterator
 
 from megatron_lite.config.errors import NumericsError, StorageError
-from megatron_lite.optim.adafactor import step_factor
 from megatron_lite.optim.groups import Rates
+from megatron_lite.optim.relative_step import step_factor
 from megatron_lite.telemetry.record import EvaluationRecord, RanksRecord
 from megatron_lite.telemetry.summary import never_ran
 from megatron_lite.telemetry.throughput import Step
