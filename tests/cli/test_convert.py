@@ -285,9 +285,8 @@ def conversion(source: Path, target: Path, disk: Disk, monkeypatch: pytest.Monke
     convert.main()
 
 
-@pytest.mark.parametrize(
-    "out", [False, pytest.param(True, marks=pytest.mark.ci)], ids=["in", "out"]
-)
+@pytest.mark.ci
+@pytest.mark.parametrize("out", [False, True], ids=["in", "out"])
 def test_a_crash_or_a_full_disk_at_any_operation_leaves_nothing_or_all(
     tmp_path, monkeypatch, folder, out
 ):

@@ -53,6 +53,7 @@ def test_a_shard_that_is_none_is_refused(
     assert "I from 1 to N" in capsys.readouterr().err
 
 
+@pytest.mark.ci
 def test_a_crash_at_any_operation_is_resumed_to_the_same_bytes(tmp_path: Path) -> None:
     source = numbers(tmp_path / "a.jsonl", 4)
 

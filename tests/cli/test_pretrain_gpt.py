@@ -165,7 +165,7 @@ def plan_tool(*words: str) -> subprocess.CompletedProcess[str]:
 
 VOCABULARIES = [
     # tokenizer and --vocab-size, ids of the model
-    ("NullTokenizer", ["--vocab-size", "63"], 64),
+    pytest.param("NullTokenizer", ["--vocab-size", "63"], 64, marks=pytest.mark.ci),
     pytest.param("NullTokenizer", ["--vocab-size", "64"], 65, marks=pytest.mark.ci),
     pytest.param("GPT2BPETokenizer", [], 256 + 1, marks=pytest.mark.ci),
     ("GPT2BPETokenizer", ["--vocab-size", "300"], 300),
@@ -205,6 +205,7 @@ def refusal(*words: str) -> str:
     return done.err
 
 
+@pytest.mark.ci
 def test_an_unknown_tokenizer_is_refused_by_all_four() -> None:
     for wrong, said in (
         (argv("--tokenizer-type", "NoSuchTokenizer", "--mock-data"),

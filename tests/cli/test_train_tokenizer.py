@@ -65,6 +65,7 @@ def test_too_small_a_vocabulary_and_too_little_text_are_said(
     assert "fewer than --vocab-size 1000" in capsys.readouterr().err
 
 
+@pytest.mark.ci
 def test_the_demo_corpus_becomes_token_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -32,6 +32,7 @@ def threads():
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.mark.ci
 def test_two_runs_with_threads_are_equal(threads, tmp_path) -> None:
     found = []
     for name, flags in (("a", []), ("b", []), ("c", ["--deterministic"])):
