@@ -135,7 +135,7 @@ def test_the_run_s_length_is_part_of_the_curve(data: list[str], folder: Path) ->
     saved(data, folder)
     done = resumed_with(data, folder, "--train-iters", "8")
     assert done.rc == CheckpointError.exit_code
-    assert "--train-iters or --train-samples): 16 -> 32" in done.err
+    assert "--train-samples or --train-epochs): 16 -> 32" in done.err
     same = resumed_with(data, folder, "--train-iters", "8", "--lr-decay-iters", "4")
     assert same.rc == 0, "the decay's length is what it was"
 
