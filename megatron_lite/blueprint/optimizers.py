@@ -155,8 +155,9 @@ SMALLEST_IN_8_BITS = 4096
 
 
 def _adam8bit(optim: OptimConfig, tensor: Tensor) -> Treatment:
-    """Vectors and small matrices as adam."""
-    if len(tensor.shape) != 2 or math.prod(tensor.shape) < SMALLEST_IN_8_BITS:
+    """Vectors and small matrices as adam; of a vocabulary the padding, thus the size, is the layout's."""
+    small = math.prod(tensor.shape) < SMALLEST_IN_8_BITS and not tensor.vocabulary
+    if len(tensor.shape) != 2 or small:
         return ADAM
     states = (
         state

@@ -216,6 +216,16 @@ def _require_optimizer(run: Run, manifest: Manifest, folder: str) -> None:
             "saved with --no-save-optim, another --optimizer or other --param-groups): add --no-load-optim "
             "to resume with a fresh one, or --finetune to start at iteration 0 with its weights"
         )
+    for spec in plan.parameters:
+        for state in plan.states(spec.tensor):
+            stored = manifest.tensors.get(f"{state.name}.{spec.name}")
+            blocks = state.of(spec.tensor.shape)[-1:]
+            if stored is not None and state.block > 1 and stored.shape[-1:] != blocks:
+                raise CheckpointError(
+                    f"checkpoint {manifest.iteration} in {folder} holds {stored.shape[-1]} blocks of a row "
+                    f"of {spec.name}, and blocks of {state.block} are {blocks[0]}: give the "
+                    "--adam8bit-block-size that it was saved with, or --no-load-optim"
+                )
 
 
 def _other_formats(run: Run, manifest: Manifest) -> list[str]:

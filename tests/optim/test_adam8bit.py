@@ -17,6 +17,7 @@ from tests.support.checkpoints import load_and_save_again, train_and_save, whole
 from tests.support.extras import needs
 from tests.support.spawn import spawn
 from tests.support.tiny import draw, tiny_config
+from tests.train.runs import alone
 
 STEPS, BLOCK = 20, 16
 EIGHT = {"optim__optimizer": "adam8bit", "optim__adam8bit_block_size": BLOCK}
@@ -199,3 +200,13 @@ def test_it_resumes_in_any_layout_and_bit_for_bit_in_its_own(tmp_path, saved, lo
     assert {"exp_avg_8bit.blocks.0.mlp.up.weight", "exp_avg_scale.blocks.0.mlp.up.weight"} <= set(
         stored
     )
+
+
+def test_another_block_size_is_told(tmp_path) -> None:
+    """Before its blocks are read as those of this run."""
+    words = ("--mock-data", "--optimizer", "adam8bit", "--adam8bit-block-size")
+    save = ("--save", str(tmp_path), "--load", str(tmp_path))
+    assert alone(*words, "16", *save).rc == 0
+    again = alone(*words, "32", *save, "--train-iters", "6")
+    assert again.rc == 4 and "2 blocks of a row of embedding.tokens.weight" in again.err
+    assert "blocks of 32 are 1: give the --adam8bit-block-size" in again.err
