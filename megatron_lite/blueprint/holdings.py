@@ -22,6 +22,7 @@ class Holding:
     gathered: of the trained, what one tp rank updates for all, its part on this rank.
     update_flops: of the products in an update of all of it, a tp rank's share; largest: those of a
     whole tensor, and its elements, as one rank updates it.
+    summed: numbers that update rules sum over tp, of all ranks of dp where they share the state.
     """
 
     parameters: int
@@ -32,6 +33,7 @@ class Holding:
     update_flops: float = 0.0
     largest_flops: float = 0.0
     largest_matrix: int = 0
+    summed: int = 0
 
     @property
     def num_trained(self) -> int:
@@ -48,6 +50,7 @@ def holding(
     trained: dict[WeightFormat | None, int] = {}
     states = 0.0
     together, flops, largest = 0, 0.0, (0.0, 0)
+    summed = 0
     for tensor in held.values():
         local, how = tensor.local(tp), treatment(optim, tensor)
         formats[tensor.storage] = formats.get(tensor.storage, 0) + math.prod(local)
@@ -56,8 +59,12 @@ def holding(
         states += state_bytes(optim, tensor, tp)
         owned = tp > 1 and gathered(how, tensor)
         together += math.prod(local) if owned else 0
+        if tensor.tp_dim is not None:
+            summed += how.sums_over_tp or 0
         if how.flops is not None:
             whole = how.flops(tensor.shape)
             flops += whole / tp if owned else whole
             largest = max(largest, (whole, math.prod(tensor.shape)))
-    return Holding(sum(formats.values()), formats, trained, states, together, flops, *largest)
+    return Holding(
+        sum(formats.values()), formats, trained, states, together, flops, *largest, summed
+    )

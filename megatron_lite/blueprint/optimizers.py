@@ -82,7 +82,8 @@ class Treatment:
     many updates of the run pass before its first; until then it is frozen, and its states are what
     they were at the start.  flops: of an update's products, by the tensor's shape; None: elementwise.
     lr, weight_decay: factors on the run's; None: its kind decides whether it decays.
-    sums_over_tp: the rule asks tp ranks for the sums it needs of what they cut (optim/shares.py).
+    sums_over_tp: of what tp ranks cut the rule sums so many numbers over them (optim/shares.py); None:
+    it cannot.
     """
 
     rule: str
@@ -92,7 +93,7 @@ class Treatment:
     flops: Callable[[Sequence[int]], float] | None = None
     lr: float = 1.0
     weight_decay: float | None = None
-    sums_over_tp: bool = False
+    sums_over_tp: int | None = None
 
     @property
     def frozen(self) -> bool:
@@ -147,7 +148,11 @@ def _adafactor(optim: OptimConfig, tensor: Tensor) -> Treatment:
     )
     if optim.adafactor_beta1 is not None:
         states = (*states, State("exp_avg"))
-    return Treatment("adafactor", states, needs_whole_matrix=True, sums_over_tp=True)
+    sums = 1 + optim.adafactor_scale_parameter  # of squares: the update's, the tensor's own
+    if matrix and tensor.tp_dim is not None:
+        # one side's means, and the mean of those of the other where its rows are cut
+        sums += tensor.shape[1] + 1 if tensor.tp_dim == 0 else tensor.shape[0]
+    return Treatment("adafactor", states, needs_whole_matrix=True, sums_over_tp=sums)
 
 
 SMALLEST_IN_8_BITS = 4096
@@ -276,7 +281,7 @@ def check_states(optim: OptimConfig, tensors: Iterable[Tensor], tp: int) -> None
     for tensor in tensors if tp > 1 else ():
         cut = tensor.tp_dim
         how = treatment(optim, tensor)
-        reached = how.sums_over_tp or gathered(how, tensor)
+        reached = how.sums_over_tp is not None or gathered(how, tensor)
         if cut is not None and how.needs(cut) and not reached:
             raise ConfigError(
                 f"--optimizer {optim.optimizer} updates {tensor.name} by the rule {how.rule}, which "

@@ -63,9 +63,10 @@ def _sent(
     scored *= any(stage.has_head for stage in stages)
     scored += sum(_length_bytes(blueprint, asked, stage) for stage in stages)
     width = element_bytes(asked.precision) * updates if shared > 1 else wide
+    sums = 2 * 4 * blueprint.held(at.pp).summed / shared * updates  # of rules, in fp32
     return {
         "tp": _ring(grid.tp)
-        * (passes * whole + num_microbatches * scored + 2 * split * wide + matrices),
+        * (passes * whole + num_microbatches * scored + 2 * split * wide + matrices + sums),
         "pp": num_microbatches * _messages(blueprint, stages) * layer_input_bytes(
             blueprint.model, asked
         ) + _ring(grid.pp) * 2 * common * wide,

@@ -142,12 +142,16 @@ def test_one_rank_per_kind_stands_for_every_stage_and_every_end():
             "optim__sophia_hessian_fraction": 0.5,
         }, marks=pytest.mark.ci),
         pytest.param({
+            TP: 2, PP: 2, SP: True, BF16: True, "optim__optimizer": "adafactor",
+            "optim__adafactor_scale_parameter": True,
+        }, marks=pytest.mark.ci),
+        pytest.param({
             TP: 2, PP: 2, ZERO: True, "model__position_embedding_type": "rope",
             "model__rope_scaling_type": "clex", "model__rope_original_length": 64,
             "model__rope_scaling_factor": 2.0,
         }, marks=pytest.mark.slow),
     ],
-    ids=["1f1b", "zb-h1", "gpipe", "muon", "galore", "head in chunks", "curvature",
+    ids=["1f1b", "zb-h1", "gpipe", "muon", "galore", "head in chunks", "curvature", "adafactor",
          "learned frequencies"],
 )  # fmt: skip
 def test_volume_is_the_plans_to_the_byte_and_memory_within_a_tenth(changes):
