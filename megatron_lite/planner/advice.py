@@ -111,7 +111,7 @@ def layout_flags(parallel: ParallelConfig, micro_batch_size: int) -> str:
         )
     if parallel.pipeline_schedule:
         flags.append(f"--pipeline-schedule {parallel.pipeline_schedule}")
-    if parallel.sequence_parallel:
+    if parallel.splits_sequence:
         flags.append("--sequence-parallel")
     if parallel.use_distributed_optimizer:
         flags.append("--use-distributed-optimizer")

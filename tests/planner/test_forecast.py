@@ -67,6 +67,18 @@ def test_the_closed_form_is_near_the_simulation(flags: str) -> None:
     assert quick.rates.step_seconds == pytest.approx(exact.rates.step_seconds, rel=0.03)
 
 
+@pytest.mark.parametrize(
+    "flags", ["", "--pipeline-model-parallel-size 2 --use-distributed-optimizer"]
+)
+def test_sequence_parallel_at_tp_1_changes_nothing(flags: str) -> None:
+    """The trainer has nothing to split there, and says so."""
+    told, plain = planned(f"{flags} --sequence-parallel"), planned(flags)
+    assert dict(told.seconds) == dict(plain.seconds) and told.memory == plain.memory
+    assert advice.layout_flags(told.asked.parallel, 1) == advice.layout_flags(
+        plain.asked.parallel, 1
+    )
+
+
 def test_kinds_of_time_add_up_to_the_step() -> None:
     plan = planned("--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2")
     assert sum(plan.seconds.values()) == pytest.approx(plan.rates.step_seconds)
