@@ -210,6 +210,7 @@ ELSEWHERE: Mapping[str, str] = MappingProxyType(
             ("lora.lora_rank", "lora.lora_alpha", "lora.lora_targets", "lora.lora_variant"),
             "train/compatibility.py: the adapters",
         ),
+        "lora.lora_base": "train/adapters.py: told",  # the same weights, rounded otherwise
     }
 )  # fmt: skip
 """section.field -> where it is compared."""
