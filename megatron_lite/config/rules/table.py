@@ -92,7 +92,6 @@ CONFIG_RULES: tuple[Rule, ...] = (
     Rule(training.weight_decay),
     Rule(training.moments),
     Rule(updating.adafactor),
-    Rule(updating.eight_bits),
     Rule(training.per_token_loss),
     Rule(training.recompute, (_SEQ, _TP)),
     Rule(training.parameter_gather),

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 
 from megatron_lite.config.errors import ConfigError
 from megatron_lite.config.param_groups import optimizers_asked_for, read_group
@@ -20,24 +21,45 @@ def groups(config: RunConfig, world_size: int) -> Iterator[str]:
             yield f"--param-groups {error}"
 
 
-_SETTINGS_OF = {"adafactor_": "adafactor", "lion_": "lion", "sophia_": "sophiag"}
-"""Beginning of a setting's name -> the one optimizer that reads it."""
+_BUILT_IN: tuple[str, ...] = OptimConfig.__dataclass_fields__["optimizer"].metadata["rows"]
+
+_READERS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "adam_": (
+            "adam",
+            "adam8bit",
+            "muon",
+            "galore",
+            "apex-adam",
+        ),  # muon and galore: of what is no matrix
+        "sgd_": ("sgd",),
+        "lion_": ("lion",),
+        "sophia_": ("sophiag",),
+        "adafactor_": ("adafactor",),
+        "adam8bit_": ("adam8bit",),
+        "muon_": ("muon",),
+        "galore_": ("galore",),
+    }
+)
+"""Beginning of a setting's name -> the optimizers that read it."""
 
 
 def read_settings(config: RunConfig, world_size: int) -> Iterator[str]:
     """An optimizer's settings are given with it."""
     o = config.optim
     try:
-        asked = optimizers_asked_for(o)
+        asked = set(optimizers_asked_for(o))
     except ConfigError:
         return  # a group that cannot be read
+    if not asked <= set(_BUILT_IN):
+        return  # a row of --extend may read any of them
     changed = _changed(o, OptimConfig())
-    for prefix, optimizer in _SETTINGS_OF.items():
+    for prefix, readers in _READERS.items():
         unread = [name for name in changed if name.startswith(prefix)]
-        if unread and optimizer not in asked:
+        if unread and asked.isdisjoint(readers):
             yield (
-                f"{_flags(unread)} is about --optimizer {optimizer}, and --optimizer is {o.optimizer}; "
-                f"drop it, or give --optimizer {optimizer}"
+                f"{_flags(unread)} is about --optimizer {', '.join(readers)}, and --optimizer is "
+                f"{o.optimizer}; drop it, or give --optimizer {readers[0]}"
             )
 
 
@@ -71,22 +93,6 @@ def adafactor(config: RunConfig, world_size: int) -> Iterator[str]:
         yield (
             f"--adafactor-relative-step makes its own steps, min(1e-2, 1 / sqrt(updates)), and "
             f"{_flags(given)} would have no effect; drop one of the two"
-        )
-
-
-def eight_bits(config: RunConfig, world_size: int) -> Iterator[str]:
-    """Blocks are of an optimizer that has some."""
-    o, plain = config.optim, OptimConfig()
-    if o.adam8bit_block_size == plain.adam8bit_block_size:
-        return
-    try:
-        asked = optimizers_asked_for(o)
-    except ConfigError:
-        return  # a group that cannot be read
-    if "adam8bit" not in asked:
-        yield (
-            f"--adam8bit-block-size {o.adam8bit_block_size} is about --optimizer adam8bit, and "
-            f"--optimizer is {o.optimizer}; drop it"
         )
 
 
