@@ -112,7 +112,7 @@ def main() -> int:
         _draw(own, plan)
         if own.draw == "-":
             return 0
-    given = _has_length(parsed.config) or config.train.samples_asked is not None
+    given = _has_length(parsed.config, config)
     notes += told_of_epochs(config.train, blueprint.length)
     extra = report.Extra(
         notes=(*parsed.notices, *notes, *rules.notices(config, world)),
@@ -291,9 +291,9 @@ def _completed(config: RunConfig, own: Namespace, world: int) -> tuple[RunConfig
             else "--train-iters is not given: one iteration is planned; --tokens N says how long"
         )
     if config.optim.rate(rate).lr is None:
-        rate = dataclasses.replace(rate, lr=1e-4)
+        rate = dataclasses.replace(rate, lr=max(1e-4, rate.min_lr, rate.lr_warmup_init))
         if not own.advise:  # which takes the law's
-            notes.append("--lr is not given: the curve is of 1e-4")
+            notes.append(f"--lr is not given: the curve is of {rate.lr:g}")
     return dataclasses.replace(config, train=train, learning_rate=rate), notes
 
 
@@ -335,8 +335,8 @@ def _with_vocabulary(config: RunConfig, notes: list[str]) -> RunConfig:
     return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=size))
 
 
-def _has_length(config: RunConfig) -> bool:
-    return config.train.train_iters is not None or config.train.train_samples is not None
+def _has_length(said: RunConfig, config: RunConfig) -> bool:
+    return said.train.train_iters is not None or config.train.samples_asked is not None
 
 
 def _tokens(blueprint: Blueprint) -> float | None:
@@ -365,9 +365,9 @@ def _outlook(
 ) -> learning.Outlook:
     """The run for --advise; said: as the flags have it, without what is assumed."""
     blueprint = plan.blueprint
-    if not own.tokens and not _has_length(said):
+    if bool(own.tokens) == _has_length(said, config):
         raise ConfigError(
-            "--advise needs the run's length: --train-iters, --train-samples or --tokens 20B"
+            "--advise needs one length of the run: --train-iters, -samples or -epochs, or --tokens 20B"
         )
     if said.optim.adafactor_relative_step:
         raise ConfigError(

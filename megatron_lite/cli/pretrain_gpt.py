@@ -45,6 +45,7 @@ try:
     from megatron_lite.planner.rehearsed import RehearsedRank, beside_plan, rehearsal_tables
     from megatron_lite.planner.shortage import beside_the_plan
     from megatron_lite.rendezvous.copies import alone_among_many
+    from megatron_lite.train.schedules import Schedules
 except ModuleNotFoundError as missing:  # a bare python: the first thing many try is a dry run
     print(f"FATAL[2] rank=- step=-: {sys.executable} lacks the package {missing.name}; `make setup` "
           "makes .venv with everything: activate it, or name a python that has it with PYTHON=",
@@ -89,7 +90,7 @@ def main(argv: Sequence[str]) -> int:
 
 def _plan(parsed: ParsedFlags) -> int:
     config, world_size = _checked(parsed)
-    blueprint = draw_up(config, world_size)
+    blueprint = _drawn(config, world_size)
     print(describe(blueprint, parsed.config.learning_rate))
     for line in told_of_epochs(config.train, blueprint.length):
         print(f"  {line}")
@@ -97,6 +98,16 @@ def _plan(parsed: ParsedFlags) -> int:
         print(line)
     print("dry run: every rule holds; nothing was started")
     return 0
+
+
+def _drawn(config: RunConfig, world_size: int) -> Blueprint:
+    """Its Blueprint; ConfigError where no curve can be made of its rates, as at a start."""
+    blueprint = draw_up(config, world_size)
+    if blueprint.length is not None:
+        Schedules.from_config(
+            config.learning_rate, config.optim, config.train, blueprint.batch_schedule
+        )
+    return blueprint
 
 
 def _what_counts(config: RunConfig, blueprint: Blueprint) -> Sequence[str]:
@@ -142,7 +153,7 @@ def _rehearse(parsed: ParsedFlags) -> int:
 
     began = time.perf_counter()
     config, world_size = _checked(parsed)
-    blueprint = draw_up(config, world_size)
+    blueprint = _drawn(config, world_size)
     if config.model.vocab_size is None:
         model = dataclasses.replace(config.model, vocab_size=blueprint.vocab_size)
         config = dataclasses.replace(config, model=model)

@@ -149,6 +149,11 @@ def _shape(outlook: Outlook) -> Iterator[str]:
     if rates.style == "constant" or rates.max_lr <= rates.min_lr:
         why = "--lr-decay-style constant" if rates.style == "constant" else "--min-lr is --lr"
         yield f"the rate never decays: {why}; a decay lowers the loss at the end (cosine, WSD)"
+    elif rates.style != "inverse-square-root" and 2 * rates.decay_samples < outlook.samples:
+        yield (
+            f"the decay is over after {rates.decay_samples:,.0f} of {outlook.samples:,} samples: the rest of "
+            f"the run is at --min-lr {rates.min_lr:g}; leave out --lr-decay-iters or -samples"
+        )
     elif outlook.undecayed(steps) > 0.5:
         yield (
             f"the rate never decays in this run: it ends after {outlook.samples:,} samples at "

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from megatron_lite.config.objectives import LANGUAGE_MODEL
 from megatron_lite.config.rules.model_identity import named
 from megatron_lite.config.sections.checkpoint import CheckpointConfig
 from megatron_lite.config.sections.lora import LoraConfig
-from megatron_lite.config.sections.optim import LearningRateConfig
+from megatron_lite.config.sections.optim import LearningRateConfig, OptimConfig
 from megatron_lite.engines.base import EngineProgress
 from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.parallel.shard import MASTER, STATE_DTYPES, NamedSlice, exact_slices
@@ -301,11 +301,11 @@ def _settle_updates(
     """The curves to resume with, and what to say of them, of groups and of the optimizer's state."""
     said: list[str] = []
     if goes_on:
-        said = _settle_groups(run, manifest, flags, folder)
+        said = _settle_same(run, manifest, flags, folder, ["param_groups"])
     _require_optimizer(run, manifest, folder)
     if goes_on:
         asked, told = _settle_schedules(manifest, flags, asked, folder)
-        said += told
+        said += told + _settle_same(run, manifest, flags, folder, _RESIZES)
     return asked, said + _other_formats(run, manifest)
 
 
@@ -343,19 +343,39 @@ def _settle_schedules(
     )
 
 
-def _settle_groups(
-    run: Run, manifest: Manifest, flags: LearningRateConfig, folder: str
+_RESIZES = (
+    "optimizer", "adafactor_scale_parameter", "muon_scale_mode", "muon_extra_scale_factor", "galore_scale",
+)  # fmt: skip
+"""Settings that make other steps of the same --lr, and that no state tells apart."""
+
+
+def _settle_same(
+    run: Run, manifest: Manifest, flags: LearningRateConfig, folder: str, names: Sequence[str]
 ) -> list[str]:
-    """What to say where --param-groups is another one, which gives tensors other learning rates."""
-    section, asked = manifest.config.get("optim"), run.blueprint.optim.param_groups
-    saved = section.get("param_groups", []) if isinstance(section, dict) else []
-    if saved == asked:
+    """What to say where settings of the optimizer differ, so that tensors move by other steps."""
+    section, now = manifest.config.get("optim"), run.blueprint.optim
+    saved = section if isinstance(section, dict) else {}
+    differ = [
+        f"--{name.replace('_', '-')}: {before} -> {after}"
+        for name in names
+        if (before := _told(saved.get(name, getattr(OptimConfig(), name))))
+        != (after := _told(getattr(now, name)))
+    ]
+    if not differ:
         return []
-    before, now = (" ".join(map(str, found)) or "none" for found in (saved, asked))
     if flags.override_opt_param_scheduler:
-        return [f"--override-opt-param-scheduler: --param-groups: {before} -> {now}"]
+        return [f"--override-opt-param-scheduler: {line}" for line in differ]
     raise CheckpointError(
-        f"{folder} was trained with other groups of parameters (checkpoint -> this command line): "
-        f"--param-groups: {before} -> {now}; give the checkpoint's, or add --override-opt-param-scheduler "
-        "to take this command line's"
+        f"{folder} was trained with other updates (checkpoint -> this command line): {', '.join(differ)}; "
+        "give the checkpoint's, add --override-opt-param-scheduler to take this command line's, or "
+        "--no-load-optim to begin with a fresh state"
     )
+
+
+def _told(value: object) -> str:
+    words = " ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return _SAME_STATES.get(words, words) or "none"
+
+
+_SAME_STATES = {"apex-adam": "adam"}
+"""Another kernel of the same optimizer."""

@@ -109,6 +109,23 @@ def test_a_world_size_that_is_not_there_is_refused() -> None:
     assert done.err.startswith("FATAL[2] rank=0 step=-: ")
 
 
+@pytest.mark.parametrize("only", ["--dry-run", "--rehearse"])
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--lr-restarts 7", "cycles of 1.5 samples"),
+        (
+            "--weight-decay-incr-style linear --start-weight-decay 0.2 --end-weight-decay 0.1",
+            "they are 0.2 and 0.1",
+        ),
+    ],
+    ids=["restarts", "decay"],
+)
+def test_what_is_only_planned_or_rehearsed_has_curves_too(only, words, said) -> None:
+    with pytest.raises(ConfigError, match=said):
+        alone("--mock-data", only, *words.split())
+
+
 LAYOUT = ("--world-size", "4", "--pipeline-model-parallel-size", "2", "--global-batch-size", "16")
 
 

@@ -105,6 +105,10 @@ def test_the_picture_is_the_curve(advise) -> None:
             "100% of the way",
         ),
         (
+            "--lr-decay-iters 5000",
+            "the decay is over after 2,800,000 of 29,680,000 samples: the rest of the run is at --min-lr 0;",
+        ),
+        (
             "--lr-decay-iters 90000 --lr-warmup-iters 60000",
             "the warm-up of 33,600,000 samples is not over",
         ),
@@ -150,7 +154,14 @@ def test_a_missing_rate_is_the_law_s_and_a_missing_length_is_asked_for(advise) -
     assert any(
         f"--lr is not given: the curve is of the law's {rate:.3e}" in n for n in found["notes"]
     )
-    with pytest.raises(ConfigError, match="--train-iters, --train-samples or --tokens 20B"):
-        advise("--lr 1e-3")
+    for words in ("--lr 1e-3", "--tokens 1B --train-iters 9", "--train-epochs 2"):
+        with pytest.raises(ConfigError, match="one length of the run: .* or --tokens 20B"):
+            advise(words)
     with pytest.raises(ConfigError, match="leave out --search and --draw"):
         advise("--lr 1e-3 --train-iters 9 --search")
+
+
+def test_an_epoch_of_known_samples_is_a_length_and_a_floor_needs_no_rate(advise) -> None:
+    found = advise("--train-epochs 3 --epoch-samples 560000 --min-lr 1e-3 --json")
+    assert found["run"]["samples"] == 3 * 560000
+    assert found["curve"][-1]["lr"] == pytest.approx(1e-3)

@@ -133,3 +133,34 @@ def test_norms_kept_less_one_train_as_plain_ones(norm: str, tmp_path: Path) -> N
     for name in norms:
         torch.testing.assert_close(zero[name] + 1.0, one[name], rtol=1e-4, atol=1e-5)
     assert parse(["--apply-layernorm-1p"]).config.model.apply_layernorm_1p
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize(
+    ("before", "now", "said"),
+    [
+        ("--optimizer adam", "--optimizer lion", "--optimizer: adam -> lion"),
+        ("--optimizer adam", "--optimizer sgd --sgd-momentum 0", "--optimizer: adam -> sgd"),
+        (
+            "--optimizer adafactor", "--optimizer adafactor --adafactor-scale-parameter",
+            "--adafactor-scale-parameter: False -> True",
+        ),
+        (
+            "--optimizer muon --muon-extra-scale-factor 0.2", "--optimizer muon",
+            "--muon-extra-scale-factor: 0.2 -> 1.0",
+        ),
+    ],
+    ids=["lion", "sgd", "adafactor", "muon"],
+)  # fmt: skip
+def test_a_resume_by_other_updates_on_the_same_states_is_refused(
+    before, now, said, tmp_path: Path
+) -> None:
+    words = ["--mock-data", "--save", str(tmp_path), "--load", str(tmp_path)]
+    assert alone(*words, *before.split(), "--exit-interval", "2").rc == 0
+    refused = alone(*words, *now.split())
+    assert (
+        refused.rc == 4
+        and f"with other updates (checkpoint -> this command line): {said}" in refused.err
+    )
+    taken = alone(*words, *now.split(), "--override-opt-param-scheduler")
+    assert taken.rc == 0 and f"--override-opt-param-scheduler: {said}" in taken.out + taken.err
