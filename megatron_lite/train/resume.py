@@ -13,6 +13,7 @@ from typing import Any
 
 from megatron_lite.blueprint.batches import BatchSchedule
 from megatron_lite.blueprint.figure.parts import HEAD, SLOWING
+from megatron_lite.blueprint.optimizers import Own
 from megatron_lite.checkpoint.base import Base
 from megatron_lite.checkpoint.description import saved_model
 from megatron_lite.checkpoint.manifest import NAME, Manifest
@@ -219,12 +220,20 @@ def _require_optimizer(run: Run, manifest: Manifest, folder: str) -> None:
     for spec in plan.parameters:
         for state in plan.states(spec.tensor):
             stored = manifest.tensors.get(f"{state.name}.{spec.name}")
-            blocks = state.of(spec.tensor.shape)[-1:]
-            if stored is not None and state.block > 1 and stored.shape[-1:] != blocks:
+            weight, here = manifest.tensors.get(spec.name), state.of(spec.tensor.shape)
+            if stored is None or weight is None or weight.shape[1:] != spec.tensor.shape[1:]:
+                continue  # another model's: see check_fit
+            where = f"checkpoint {manifest.iteration} in {folder} holds"
+            if state.block > 1 and stored.shape[-1:] != here[-1:]:
                 raise CheckpointError(
-                    f"checkpoint {manifest.iteration} in {folder} holds {stored.shape[-1]} blocks of a row "
-                    f"of {spec.name}, and blocks of {state.block} are {blocks[0]}: give the "
-                    "--adam8bit-block-size that it was saved with, or --no-load-optim"
+                    f"{where} {stored.shape[-1]} blocks of a row of {spec.name}, and blocks of "
+                    f"{state.block} are {here[-1]}: give the --adam8bit-block-size that it was saved "
+                    "with, or --no-load-optim"
+                )
+            if stored.shape != here and any(isinstance(dim, Own) for dim in state.dims or ()):
+                raise CheckpointError(
+                    f"{where} {state.name} of {spec.name} as {list(stored.shape)}, and it is {list(here)} "
+                    "here: give what of the optimizer it was saved with (--galore-rank), or --no-load-optim"
                 )
 
 

@@ -14,6 +14,7 @@ from megatron_lite.config.sections.optim import OptimConfig
 from megatron_lite.optim.galore import GaLore
 from megatron_lite.optim.groups import Groups
 from tests.support.tiny import draw, tiny_config
+from tests.train.runs import alone
 
 KINDS = ("std", "reverse_std", "left", "right")
 RATES = [1e-3, 2e-2, 1e-2, 5e-3, 1e-2]
@@ -174,3 +175,14 @@ def test_a_rank_that_saves_nothing_is_told(rank, told) -> None:
     given = tiny_config(optim__optimizer="galore", optim__galore_rank=rank)
     found = [line for line in notices(given, 1) if line.startswith(f"--galore-rank {rank}")]
     assert len(found) == told
+
+
+@pytest.mark.ci
+def test_a_resume_at_another_rank_is_told(tmp_path) -> None:
+    words = ("--mock-data", "--save", str(tmp_path), "--load", str(tmp_path))
+    words = (*words, "--optimizer", "galore", "--galore-rank")
+    assert alone(*words, "4", "--exit-interval", "2").rc == 0
+    again = alone(*words, "8")
+    assert again.rc == 4 and "q.weight as [32, 4], and it is [32, 8] here" in again.err
+    assert "(--galore-rank), or --no-load-optim" in again.err
+    assert alone(*words, "8", "--no-load-optim").rc == 0
