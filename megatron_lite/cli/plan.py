@@ -34,16 +34,16 @@ from megatron_lite.config.exit import ToolParser, run_tool
 from megatron_lite.config.flags.parser import parse
 from megatron_lite.config.objectives import LANGUAGE_MODEL
 from megatron_lite.config.rules import table as rules
+from megatron_lite.config.rules.length import given_lengths
 from megatron_lite.config.sections.parallel import ParallelConfig
 from megatron_lite.config.sections.run import RunConfig
 from megatron_lite.config.sections.train import TrainConfig
 from megatron_lite.optim.learning_rate import LearningRateSchedule
 from megatron_lite.optim.relative_step import step_factor
-from megatron_lite.planner import advice, draw, hardware, learning, report, search
+from megatron_lite.planner import advice, draw, hardware, launch, learning, report, search
 from megatron_lite.planner.corpus import epochs
 from megatron_lite.planner.curve import Point, run_curve
 from megatron_lite.planner.forecast import Forecast, forecast, measured
-from megatron_lite.planner.hardware import Cluster
 from megatron_lite.planner.memory import PlanInputs
 from megatron_lite.planner.work import StageTimes
 from megatron_lite.storage.disk import Disk
@@ -51,6 +51,8 @@ from megatron_lite.storage.outputs import check_outputs, write_output
 
 _DEVICE = "h100"
 """Planned for where --hardware is left out."""
+
+_TOP = 15
 
 DRAWN_AS = {".svg": draw.as_svg, ".json": draw.as_chrome_trace, ".txt": draw.timeline_text}
 
@@ -62,16 +64,16 @@ def main() -> int:
         print(hardware.table())
         return 0
     _check_outputs(own)
-    if own.advise and (own.search or own.draw):
-        raise ConfigError(
-            "--advise has a report of its own: leave out --search and --draw, or ask twice"
-        )
+    _check_together(own)
     if flags and flags[0].endswith(".sh"):
         flags = _printed(flags)
-    launch, flags = _launched(flags)
+    launcher, flags = launch.launched(flags)
     parsed = parse(flags)
     device = hardware.find_device(own.hardware or _DEVICE)
-    cluster = _cluster(own, launch, device, parsed.config)
+    machines = launch.Machines(own.nodes, own.gpus_per_node, own.link_gb_s, own.network_gb_s)
+    cluster = launch.cluster(
+        machines, launcher, device, parsed.config.train, parsed.config.parallel
+    )
     parsed = parsed.on(cluster.world_size)
     config, notes = _completed(parsed.config, own, cluster.world_size)
     world = cluster.world_size
@@ -96,7 +98,7 @@ def main() -> int:
         _require_model(config, world)
         found = search.search(variant, asked, cluster, model=config.model)
         _put(report.found_json(found, asked, config.optim) if own.json
-             else report.found_text(found, asked, config.optim, top=own.top), own)  # fmt: skip
+             else report.found_text(found, asked, config.optim, top=own.top or _TOP), own)  # fmt: skip
         return 0
     blueprint = variant(config.parallel, config.train.micro_batch_size)
     plan = forecast(blueprint, asked, cluster, given=_stage_times(own))
@@ -106,8 +108,6 @@ def main() -> int:
         outlook = _outlook(parsed.config, config, own, plan, (*parsed.notices, *notes))
         _put(learning.outlook_json(outlook) if own.json else learning.outlook_text(outlook), own)
         return 0
-    if own.beside is not None and own.draw is None:
-        raise ConfigError("--beside lies below a drawing: give --draw as well")
     if own.draw is not None:
         _draw(own, plan)
         if own.draw == "-":
@@ -132,9 +132,11 @@ def _parser() -> ArgumentParser:
     )
     parser.add_argument("--hardware", metavar="NAME|FILE.yaml", help=f"left out: {_DEVICE}")
     parser.add_argument("--list-hardware", action="store_true", help="all devices, with sources")
-    parser.add_argument("--nodes", type=_count, help="nodes of the cluster")
+    parser.add_argument("--nodes", type=launch.at_least_one, help="nodes of the cluster")
     parser.add_argument(
-        "--gpus-per-node", type=_count, help="devices of a node, or of an NVLink domain"
+        "--gpus-per-node",
+        type=launch.at_least_one,
+        help="devices of a node, or of an NVLink domain",
     )
     parser.add_argument(
         "--link-gb-s", type=_positive, help="between devices of a node, one direction"
@@ -159,22 +161,18 @@ def _parser() -> ArgumentParser:
     parser.add_argument("--search", action="store_true", help="rank all layouts that fit")
     parser.add_argument("--advise", action="store_true",
                         help="on the learning rate and the batch, instead of memory and time")  # fmt: skip
-    parser.add_argument("--top", type=_count, default=15, help="layouts --search shows")
+    parser.add_argument(
+        "--top", type=launch.at_least_one, help=f"layouts --search shows; {_TOP} by default"
+    )
     parser.add_argument(
         "--draw", metavar="-|FILE", help="timeline: - as text, FILE.svg, FILE.json (Chrome trace)"
     )
     parser.add_argument(
-        "--draw-microbatches", type=_count, help="how many to draw; 2 pp by default"
+        "--draw-microbatches", type=launch.at_least_one, help="how many to draw; 2 pp by default"
     )
     parser.add_argument("--beside", metavar="FILE.json",
                         help="with --draw: a real timeline below, as --profile-timeline writes it")  # fmt: skip
     return parser
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise ArgumentTypeError(f"{text!r} must be a whole number of at least 1")
-    return int(text)
 
 
 def _not_negative(text: str) -> float:
@@ -233,54 +231,14 @@ def _printed(words: Sequence[str]) -> list[str]:
     return shlex.split(done.stdout)
 
 
-def _launched(words: Sequence[str]) -> tuple[dict[str, int], list[str]]:
-    """What a launcher in front of pretrain_gpt.py says about the cluster, and the run's own flags."""
-    at = next((n for n, word in enumerate(words) if word.endswith("pretrain_gpt.py")), None)
-    if at is None:
-        return {}, list(words)
-    parser = ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--nnodes", "--nodes", "--num_nodes", type=_count)
-    parser.add_argument(
-        "--nproc_per_node", "--nproc-per-node", "--num_gpus", "--num_accelerators", type=_count
-    )
-    launcher, _ = parser.parse_known_args(words[:at])
-    said = {key: value for key, value in vars(launcher).items() if value is not None}
-    return said, list(words[at + 1 :])
-
-
-def _cluster(
-    own: Namespace, launch: dict[str, int], device: hardware.Device, config: RunConfig
-) -> Cluster:
-    changed = {
-        name: value
-        for name, value in (("link_gb_s", own.link_gb_s), ("network_gb_s", own.network_gb_s))
-        if value is not None
-    }
-    sources = {**device.sources, **{name: "given on the command line" for name in changed}}
-    device = dataclasses.replace(device, **changed, sources=sources)
-    per_node = own.gpus_per_node or launch.get("nproc_per_node")
-    nodes = own.nodes or launch.get("nnodes")
-    asked = config.train.world_size
-    if nodes is not None:
-        world = nodes * (per_node or device.devices_per_node)
-        if asked not in (None, world):
-            raise ConfigError(
-                f"--world-size {asked} contradicts {nodes} nodes of "
-                f"{per_node or device.devices_per_node} = {world}; leave one out"
-            )
-    else:
-        world = asked or per_node or config.parallel.ranks_per_sample
-    return Cluster(
-        device=device, world_size=world, devices_per_node=per_node or device.devices_per_node
-    )
-
-
 def _completed(config: RunConfig, own: Namespace, world: int) -> tuple[RunConfig, list[str]]:
     """The config with what only a real run needs filled in, and a note for each guess."""
     notes: list[str] = []
     config = _with_vocabulary(config, notes)
     train, rate = dataclasses.replace(config.train, dry_run=True), config.learning_rate
-    if train.train_epochs is not None and not own.tokens:
+    if own.tokens and len(given_lengths(train)) == 1:
+        train = _of_tokens(config, own.tokens, world, notes)
+    if train.train_epochs is not None:
         train = _counted(config, train, notes)
     if train.train_iters is None and train.samples_asked is None:
         iterations = _iterations(config, own.tokens, world) if own.tokens else 1
@@ -295,6 +253,22 @@ def _completed(config: RunConfig, own: Namespace, world: int) -> tuple[RunConfig
         if not own.advise:  # which takes the law's
             notes.append(f"--lr is not given: the curve is of {rate.lr:g}")
     return dataclasses.replace(config, train=train, learning_rate=rate), notes
+
+
+def _of_tokens(config: RunConfig, tokens: float, world: int, notes: list[str]) -> TrainConfig:
+    """The run as long as --tokens says, in the unit of its own length, of which the curve is."""
+    train = dataclasses.replace(config.train, dry_run=True)
+    ((flag, value),) = given_lengths(train).items()
+    none = dataclasses.replace(train, train_iters=None, train_epochs=None, epoch_samples=None)
+    if train.train_iters is None:
+        # a length that is missing is told with all other problems
+        count = max(round(tokens / max(config.model.seq_length, 1)), 1)
+        unit, train = "samples", dataclasses.replace(none, train_samples=count)
+    else:
+        count = _iterations(config, tokens, world)
+        unit, train = "iterations", dataclasses.replace(none, train_iters=count)
+    notes.append(f"--tokens: {count:,} {unit} instead of {flag} {value}")
+    return train
 
 
 def _counted(config: RunConfig, train: TrainConfig, notes: list[str]) -> TrainConfig:
@@ -428,6 +402,29 @@ def _put(what: str | dict[str, object], own: Namespace) -> None:
         print(text)
     else:
         write_output(own.output, (text + "\n").encode(), Disk())
+
+
+def _check_together(own: Namespace) -> None:
+    """Nothing that is asked for goes unheard."""
+    if own.advise and (own.search or own.draw):
+        raise ConfigError(
+            "--advise has a report of its own: leave out --search and --draw, or ask twice"
+        )
+    if own.search:
+        for flag, value in (
+            ("--draw", own.draw), ("--tokens", own.tokens), ("--price-per-gpu-hour", own.price_per_gpu_hour),
+            ("--measured-seconds", own.measured_seconds), ("--stage-times-ms", own.stage_times_ms),
+        ):  # fmt: skip
+            if value is not None:
+                raise ConfigError(f"{flag} changes nothing of --search's ranking: leave one out")
+    elif own.top is not None:
+        raise ConfigError(f"--top {own.top} is of --search: give both or neither")
+    if own.draw is None:
+        alone = {"--beside": own.beside, "--draw-microbatches": own.draw_microbatches}
+        for flag in (flag for flag, value in alone.items() if value is not None):
+            raise ConfigError(f"{flag} is of a drawing: give --draw as well")
+    if own.draw == "-" and own.json:
+        raise ConfigError("--draw - is text, which --json is not: draw to a file, or leave one out")
 
 
 def _check_outputs(own: Namespace) -> None:

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
+import io
 import json
+import re
 import shlex
 import subprocess
 import sys
+import unittest.mock
 from pathlib import Path
 from xml.etree import ElementTree
 
+import pytest
+
 from megatron_lite.blueprint.timeline import Event, Lane, Timeline, Track, chrome_trace
+from megatron_lite.cli import plan as plan_tool
+from megatron_lite.config.errors import ConfigError
 from tests.support.places import ROOT
 
 RUN = shlex.split(
@@ -210,6 +218,59 @@ def test_a_mistake_is_one_line_with_the_way_out() -> None:
         done = run(*words)
         assert done.returncode == 2, (words, done.stdout, done.stderr)
         assert said in done.stderr and "Traceback" not in done.stderr
+
+
+def test_nothing_that_is_asked_for_goes_unheard() -> None:
+    torchrun = shlex.split("torchrun --nnodes 2 --nproc_per_node 4 tools/pretrain_gpt.py")
+    for words, said in (
+        (["--bf16", "--global-batch-size", "64", *torchrun, *RUN], "--bf16 stands before pretrain_gpt.py"),
+        ([*torchrun[:1], "--fp16", *torchrun[1:], *RUN], "--fp16 stands before pretrain_gpt.py"),
+        (["--no-such-flag", *torchrun, *RUN], "--no-such-flag stands before"),
+        (["--nodes", "3", *torchrun, *RUN], "--nodes 3 contradicts the launcher's --nnodes 2"),
+        (["--gpus-per-node", "6", *torchrun, *RUN], "contradicts the launcher's --nproc_per_node 4"),
+        ([*torchrun, "--world-size", "16", *RUN], "--world-size 16 contradicts 2 nodes of 4 = 8"),
+        (["--top", "3", *RUN], "--top 3 is of --search"),
+        (["--search", "--price-per-gpu-hour", "2", *RUN], "--price-per-gpu-hour changes nothing of --search"),
+        (["--search", "--tokens", "2B", *RUN], "--tokens changes nothing of --search"),
+        (["--search", "--draw", "-", *RUN], "--draw changes nothing of --search"),
+        (["--json", "--draw", "-", *RUN], "--draw - is text, which --json is not"),
+        (["--draw-microbatches", "4", *RUN], "--draw-microbatches is of a drawing"),
+    ):  # fmt: skip
+        with pytest.raises(ConfigError, match=re.escape(said)):
+            in_process(*words)
+
+
+def in_process(*words: str) -> str:
+    with (
+        unittest.mock.patch.object(sys, "argv", ["plan.py", *words]),
+        contextlib.redirect_stdout(io.StringIO()) as out,
+    ):
+        assert plan_tool.main() == 0
+    return out.getvalue()
+
+
+def test_an_nvlink_domain_wider_than_the_launcher_s_nodes_is_no_more_ranks() -> None:
+    torchrun = shlex.split("torchrun --nnodes 4 --nproc_per_node 4 tools/pretrain_gpt.py")
+    for own in ([], ["--nodes", "4"], ["--gpus-per-node", "72"]):
+        plan = json.loads(in_process("--hardware", "gb200", "--json", *own, *torchrun, *RUN))
+        assert plan["hardware"]["world_size"] == 16
+
+
+def test_tokens_stand_for_the_run_s_own_length_in_its_unit() -> None:
+    """2B tokens are 1,953,125 samples of 1024, and 61,036 batches of 32."""
+    for length, note in (
+        ("--train-iters 10", "61,036 iterations instead of --train-iters 10"),
+        ("--train-samples 640 --lr-decay-samples 320", "1,953,125 samples instead of --train-samples 640"),
+        ("--train-epochs 2 --epoch-samples 99", "1,953,125 samples instead of --train-epochs 2"),
+    ):  # fmt: skip
+        plan = json.loads(in_process("--tokens", "2B", "--json", *RUN, *length.split()))
+        assert f"--tokens: {note}" in plan["notes"]
+        assert plan["run"]["tokens"] == 2e9
+    for length in ("--train-iters 10", "--train-iters 10 --train-samples 320"):
+        with pytest.raises(
+            ConfigError, match="exclude each other" if "samples" in length else "warmup"
+        ):
+            in_process("--tokens", "100K", *RUN, "--lr-warmup-iters", "9", *length.split())
 
 
 def test_every_device_is_listed_with_sources() -> None:
