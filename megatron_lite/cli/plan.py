@@ -96,7 +96,8 @@ def main() -> int:
     )
     if own.search:
         _require_model(config, world)
-        found = search.search(variant, asked, cluster, model=config.model)
+        fixed = search.said(parsed.origin)
+        found = search.search(variant, asked, cluster, model=config.model, fixed=fixed)
         _put(report.found_json(found, asked, config.optim) if own.json
              else report.found_text(found, asked, config.optim, top=own.top or _TOP), own)  # fmt: skip
         return 0

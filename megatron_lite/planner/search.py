@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import product
-from typing import Literal
+from types import MappingProxyType
+from typing import Any, Literal
 
 from megatron_lite.blueprint.draw_up import Blueprint
 from megatron_lite.config.errors import ConfigError
+from megatron_lite.config.flags.settings import settings
 from megatron_lite.config.sections.model import ModelConfig
 from megatron_lite.config.sections.parallel import ParallelConfig
 from megatron_lite.planner.advice import LayoutVariant
@@ -42,15 +44,48 @@ class SearchResult:
     """Where nothing fits: the layout that misses by least."""
 
 
+_STAGES = frozenset((
+    "pipeline_schedule", "num_virtual_stages_per_pipeline_rank", "num_layers_per_virtual_pipeline_stage",
+    "pipeline_model_parallel_layout", "decoder_first_pipeline_num_layers",
+    "decoder_last_pipeline_num_layers",
+))  # fmt: skip
+_RECOMPUTE = frozenset((
+    "recompute_granularity", "recompute_method", "recompute_num_layers", "recompute_modules",
+))  # fmt: skip
+SEARCHED = _STAGES | _RECOMPUTE | {
+    "tensor_model_parallel_size", "pipeline_model_parallel_size", "sequence_parallel",
+    "use_distributed_optimizer", "overlap_param_gather", "micro_batch_size",
+}  # fmt: skip
+"""What a search chooses where it is not fixed."""
+
+
+def said(origin: Mapping[str, str]) -> dict[str, str]:
+    """Of what a search chooses, what flags or files have said: the field's name -> its flag."""
+    return {
+        key.partition(".")[2]: settings()[key].flag
+        for key, because in origin.items()
+        if key.partition(".")[2] in SEARCHED and because.startswith(("flag ", "file "))
+    }
+
+
 def search(
-    variant: LayoutVariant, asked: PlanInputs, cluster: Cluster, *, model: ModelConfig
+    variant: LayoutVariant,
+    asked: PlanInputs,
+    cluster: Cluster,
+    *,
+    model: ModelConfig,
+    fixed: Mapping[str, str] = MappingProxyType({}),
 ) -> SearchResult:
-    """Try every tp, sp, pp, chunks, schedule, micro batch, recompute and optimizer sharding."""
+    """Try every tp, sp, pp, chunks, schedule, micro batch, recompute and optimizer sharding.
+
+    fixed: those of SEARCHED that stay as asked, with their flags; a part of a schedule, or of
+    recomputation, fixes all of it.
+    """
     fitting: list[Forecast] = []
     too_large = forbidden = 0
     least, closest = math.inf, None
     drawn: dict[tuple[object, ...], Blueprint] = {}
-    for layout, micro_batch_size in _layouts(asked.parallel, cluster, model):
+    for layout, micro_batch_size in _layouts(asked, cluster, model, frozenset(fixed)):
         # what is split along the sequence or sharded over dp changes no stage and no schedule
         key = (layout.tp, layout.pp, layout.pipeline_schedule,
                layout.num_virtual_stages_per_pipeline_rank, micro_batch_size)  # fmt: skip
@@ -63,6 +98,8 @@ def search(
         # the ends need most, nearly always; where they fit, the forecast asks all
         ends = {0, blueprint.grid.pp - 1}
         choices = list(_memory_choices(layout, model.num_layers))
+        if _RECOMPUTE & fixed.keys():
+            choices = [layout]
         kept = dataclasses.replace(asked, parallel=layout, micro_batch_size=micro_batch_size)
         if max(static_total(blueprint, kept, rank) for rank in ends) >= least:
             too_large += len(choices)  # no choice changes this, and another layout misses by less
@@ -80,6 +117,11 @@ def search(
             too_large += 1
             if needed < least:
                 least, closest = needed, (blueprint, tried)
+    if not fitting and not too_large and not forbidden:
+        raise ConfigError(
+            f"--search: no layout on {cluster.world_size} devices, {cluster.devices_per_node} a node, is as "
+            f"{' '.join(fixed.values())} say; leave some of them to the search"
+        )
     fitting.sort(key=lambda tried: tried.rates.step_seconds)
     best = [forecast(f.blueprint, f.asked, cluster) for f in fitting[:_SIMULATED]]
     best.sort(key=lambda tried: tried.rates.step_seconds)
@@ -93,9 +135,30 @@ def search(
 
 
 def _layouts(
-    start: ParallelConfig, cluster: Cluster, model: ModelConfig
+    asked: PlanInputs, cluster: Cluster, model: ModelConfig, fixed: frozenset[str]
 ) -> Iterator[tuple[ParallelConfig, int]]:
-    world = cluster.world_size
+    """Those of all layouts that are as asked in what is fixed."""
+    start, kept = asked.parallel, fixed - _STAGES - _RECOMPUTE - {"micro_batch_size"}
+    for layout, micro_batch_size in _all_layouts(
+        asked, cluster, model, staged=bool(fixed & _STAGES)
+    ):
+        # at tp 1 nothing is split, and at dp 1 nothing sharded, whatever is asked
+        free = {"sequence_parallel"} if layout.tp == 1 else set()
+        if cluster.world_size == layout.ranks_per_sample:
+            free |= {"use_distributed_optimizer", "overlap_param_gather"}
+        if all(getattr(layout, name) == getattr(start, name) for name in kept - free) and (
+            "micro_batch_size" not in fixed or micro_batch_size == asked.micro_batch_size
+        ):
+            yield layout, micro_batch_size
+
+
+def _all_layouts(
+    asked: PlanInputs, cluster: Cluster, model: ModelConfig, *, staged: bool
+) -> Iterator[tuple[ParallelConfig, int]]:
+    """staged: with the schedule that is asked for, and its stages."""
+    world, start = cluster.world_size, asked.parallel
+    own_schedule = [(start.pipeline_schedule, start.num_virtual_stages_per_pipeline_rank)]
+    even: dict[str, Any] = {} if staged else dict.fromkeys(_STAGES)
     for tp in _divisors(world):
         if tp > min(cluster.devices_per_node, model.num_attention_heads):
             continue
@@ -104,10 +167,10 @@ def _layouts(
                 continue
             dp = world // (tp * pp * start.cp)
             for (schedule, chunks), split, sharded, micro_batch_size in product(
-                _schedules(pp, model.num_layers),
+                own_schedule if staged else _schedules(pp, model.num_layers),
                 (True, False) if tp > 1 else (False,),
                 (True, False) if dp > 1 else (False,),
-                MICRO_BATCHES,
+                sorted({*MICRO_BATCHES, asked.micro_batch_size}),
             ):
                 if sharded or dp == 1 or split == (tp > 1):  # both off at once gains nothing
                     yield (
@@ -116,12 +179,11 @@ def _layouts(
                             tensor_model_parallel_size=tp,
                             pipeline_model_parallel_size=pp,
                             sequence_parallel=split,
-                            pipeline_schedule=schedule,
-                            num_virtual_stages_per_pipeline_rank=chunks,
-                            num_layers_per_virtual_pipeline_stage=None,
-                            pipeline_model_parallel_layout=None,
-                            decoder_first_pipeline_num_layers=None,
-                            decoder_last_pipeline_num_layers=None,
+                            **even
+                            | {
+                                "pipeline_schedule": schedule,
+                                "num_virtual_stages_per_pipeline_rank": chunks,
+                            },
                             use_distributed_optimizer=sharded,
                             overlap_param_gather=sharded,
                         ),

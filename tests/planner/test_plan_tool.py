@@ -12,6 +12,7 @@ import subprocess
 import sys
 import unittest.mock
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import pytest
@@ -85,7 +86,7 @@ def test_text_drawing_and_search_say_the_precision() -> None:
     low = run("--no-accumulate-allreduce-grads-in-fp32", "--json", *RUN).stdout
     assert json.loads(low)["precision"]["gradient_accumulation"] == "bf16"
     assert ", fp32, products in TF32: " in run("--draw", "-", "--tf32", *wide).stdout
-    found = run("--search", "--hardware", "h100", "--gpus-per-node", "2", "--nodes", "1", *RUN)
+    found = run("--search", "--hardware", "h100", "--gpus-per-node", "4", "--nodes", "1", *RUN)
     assert "\nprecision: bf16, gradients" in found.stdout, found.stderr
 
 
@@ -238,6 +239,39 @@ def test_nothing_that_is_asked_for_goes_unheard() -> None:
     ):  # fmt: skip
         with pytest.raises(ConfigError, match=re.escape(said)):
             in_process(*words)
+
+
+def test_a_search_keeps_what_the_command_line_says() -> None:
+    model = [*RUN[: RUN.index("--micro-batch-size")], "--global-batch-size", "32"]
+    own = ["--hardware", "a100", "--nodes", "1", "--gpus-per-node", "4", "--search", "--json"]
+
+    def found(flags: str) -> list[dict[str, Any]]:
+        layouts: list[dict[str, Any]] = json.loads(in_process(*own, *model, *flags.split()))[
+            "layouts"
+        ]
+        return layouts
+
+    free = found("")
+    for flags, key, value in (
+        ("--tensor-model-parallel-size 2", "tp", 2),
+        ("--pipeline-model-parallel-size 2", "pp", 2),
+        ("--micro-batch-size 4", "micro_batch_size", 4),
+        ("--pipeline-schedule gpipe --pipeline-model-parallel-size 4", "schedule", "gpipe"),
+        ("--num-virtual-stages-per-pipeline-rank 2", "schedule", "interleaved"),
+        ("--recompute-granularity selective", "recompute_granularity", "selective"),
+    ):
+        layouts = found(flags)
+        assert layouts and {layout[key] for layout in layouts} == {value}, flags
+        assert {layout[key] for layout in free} != {value}
+    for flag in ("--sequence-parallel", "--use-distributed-optimizer"):
+        layouts = found(flag)
+        idle = "tp" if "sequence" in flag else "dp"
+        assert layouts and all(flag in layout["flags"] or layout[idle] == 1 for layout in layouts)
+        assert len(layouts) < len(free)
+    with pytest.raises(
+        ConfigError, match="no layout on 4 devices.* --pipeline-model-parallel-size say"
+    ):
+        found("--pipeline-model-parallel-size 3")
 
 
 def in_process(*words: str) -> str:
