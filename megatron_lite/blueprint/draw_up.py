@@ -16,6 +16,7 @@ from megatron_lite.blueprint.holdings import Holding, holding
 from megatron_lite.blueprint.length import Length, run_length
 from megatron_lite.blueprint.optimizers import (
     State,
+    Treatment,
     check_curvature,
     check_states,
     curvature_interval,
@@ -29,6 +30,7 @@ from megatron_lite.blueprint.schedules.check import check_schedule
 from megatron_lite.blueprint.schedules.forward_only import forward_only_schedule
 from megatron_lite.blueprint.schedules.lower import lower
 from megatron_lite.blueprint.stages import Placement, StageLayers, cut_stages
+from megatron_lite.blueprint.turns import BlockDraw
 from megatron_lite.config.objectives import OBJECTIVES
 from megatron_lite.config.pipeline import pipeline
 from megatron_lite.config.rules.table import check_sizes
@@ -62,6 +64,7 @@ class Blueprint:
     length: Length | None
     parameters: tuple[ParamSpec, ...]
     optim: OptimConfig
+    draw: BlockDraw | None
     flops_per_token_full: int
     flops_per_token_causal: int
     notes: tuple[str, ...] = ()
@@ -104,7 +107,7 @@ class Blueprint:
     def num_trained(self) -> int:
         """Those of them that are not frozen."""
         return total_size(
-            spec for spec in self.parameters if not treatment(self.optim, spec.tensor).frozen
+            spec for spec in self.parameters if not self.treatment(spec.tensor).frozen
         )
 
     def held(self, pp_rank: int) -> Holding:
@@ -119,13 +122,19 @@ class Blueprint:
                 {stage.index for stage in self.stages_of(pp_rank)},
                 tp=self.grid.tp,
                 optim=self.optim,
+                draw=self.draw,
             )
             for pp_rank in range(self.grid.pp)
         )
 
-    def states(self, tensor: Tensor) -> tuple[State, ...]:
-        """What the optimizer keeps of a canonical tensor, its fp32 master apart."""
-        return treatment(self.optim, tensor).states
+    def treatment(self, tensor: Tensor) -> Treatment:
+        """How a canonical tensor is updated."""
+        return treatment(self.optim, tensor, self.draw)
+
+    def states(self, tensor: Tensor, updates: int) -> tuple[State, ...]:
+        """What the optimizer keeps of a canonical tensor after so many updates, its fp32 master apart."""
+        how = self.treatment(tensor)
+        return () if how.turns.begun(updates) is None else how.states
 
     @cached_property
     def curvature_interval(self) -> int:
@@ -198,6 +207,8 @@ def draw_up(config: RunConfig, world_size: int) -> Blueprint:
         (spec.tensor for spec in parameters),
         vocabulary=figure.output.vocabulary,
     )
+    draw = block_draw(config)
+    trained = 1.0 if draw is None else draw.share
     return Blueprint(
         model=model,
         grid=grid,
@@ -211,10 +222,23 @@ def draw_up(config: RunConfig, world_size: int) -> Blueprint:
         length=length,
         parameters=parameters,
         optim=config.optim,
-        flops_per_token_full=flops_per_token(model, padded, attention="full", figure=figure),
-        flops_per_token_causal=flops_per_token(model, padded, attention="causal", figure=figure),
+        draw=draw,
+        flops_per_token_full=flops_per_token(
+            model, padded, attention="full", figure=figure, trained=trained
+        ),
+        flops_per_token_causal=flops_per_token(
+            model, padded, attention="causal", figure=figure, trained=trained
+        ),
         notes=tuple(notes),
     )
+
+
+def block_draw(config: RunConfig) -> BlockDraw | None:
+    """What --lisa-layers asks for."""
+    number, layers = config.optim.lisa_layers, config.model.num_layers
+    if number is None:
+        return None
+    return BlockDraw(layers, number, config.optim.lisa_interval, config.train.seed)
 
 
 def taken_up(blueprint: Blueprint, train: TrainConfig, batches: BatchSchedule) -> Blueprint:

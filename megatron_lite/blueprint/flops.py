@@ -78,10 +78,12 @@ def flops_per_token(
     recompute: Recompute | None = None,
     head: str = VOCABULARY,
     figure: Figure | None = None,
+    trained: float = 1.0,
 ) -> int:
     """FLOPs of forward and backward per token; with recompute, of what the hardware really does.
 
-    figure: of what is built and trained, all of the model by default.
+    figure: of what is built and trained, all of the model by default; trained: share of the blocks that
+    a step trains.
 
     full recompute runs every block's forward a second time, selective only the core of attention.
     """
@@ -89,7 +91,7 @@ def flops_per_token(
     layers = int(figure.total(lambda layer: layer_forward(layer, s, attention)))
     cores = cores_forward(figure, s, attention)
     # an input's gradient repeats forward's products, and attention's core has two factors
-    inputs, weights = layers + cores, int(figure.total(layer_weights))
+    inputs, weights = layers + cores, int(trained * figure.total(layer_weights))
     again = {None: 0, "selective": cores, "full": layers}
     heads = 2 * head_forward(figure) + head_weights(figure)
     return layers + inputs + weights + heads + again[recompute]

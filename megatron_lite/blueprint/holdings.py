@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import heapq
 import math
+from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from megatron_lite.blueprint.figure.parts import WeightFormat
 from megatron_lite.blueprint.optimizers import gathered, state_bytes, treatment
 from megatron_lite.blueprint.parameters import ParamSpec
+from megatron_lite.blueprint.turns import BlockDraw, OfBlock
 from megatron_lite.config.sections.optim import OptimConfig
 
 
@@ -17,9 +20,9 @@ class Holding:
     """Of one rank, any tp and dp, that has some of the stages; replicas included.
 
     formats: parameters by the number format they are stored in, None for the run's; trained: likewise,
-    of those that are not frozen.
-    state_bytes: of optimizer state, masters apart; where ranks of dp share it, together.
-    gathered: of the trained, what one tp rank updates for all, its part on this rank.
+    of those that are not frozen; accumulated: most of them that have gradients in a step.
+    state_bytes: of optimizer state in such a step, masters apart; where ranks of dp share it, together.
+    gathered: of these, what one tp rank updates for all, its part on this rank.
     update_flops: of the products in an update of all of it, a tp rank's share; largest: those of a
     whole tensor, and its elements, as one rank updates it.
     summed: numbers that update rules sum over tp, of all ranks of dp where they share the state.
@@ -28,6 +31,7 @@ class Holding:
     parameters: int
     formats: Mapping[WeightFormat | None, int]
     trained: Mapping[WeightFormat | None, int]
+    accumulated: int
     state_bytes: float
     gathered: int = 0
     update_flops: float = 0.0
@@ -42,29 +46,60 @@ class Holding:
 
 
 def holding(
-    table: Iterable[ParamSpec], stages: Collection[int], *, tp: int, optim: OptimConfig
+    table: Iterable[ParamSpec],
+    stages: Collection[int],
+    *,
+    tp: int,
+    optim: OptimConfig,
+    draw: BlockDraw | None = None,
 ) -> Holding:
-    """What these stages hold, each tensor once: a rank that has both ends has one tied embedding."""
+    """What these stages hold, each tensor once: a rank that has both ends has one tied embedding.
+
+    draw: which blocks are trained when; the largest of these stages' count, as many as may be at once.
+    """
     held = {spec.name: spec.tensor for spec in table if spec.stage in stages}
     formats: dict[WeightFormat | None, int] = {}
     trained: dict[WeightFormat | None, int] = {}
-    states = 0.0
-    together, flops, largest = 0, 0.0, (0.0, 0)
-    summed = 0
+    always, by_block = _InStep(), defaultdict[int, _InStep](_InStep)
+    together, summed, largest = 0, 0, (0.0, 0)
     for tensor in held.values():
-        local, how = tensor.local(tp), treatment(optim, tensor)
+        local, how = tensor.local(tp), treatment(optim, tensor, draw)
         formats[tensor.storage] = formats.get(tensor.storage, 0) + math.prod(local)
-        if not how.frozen:
-            trained[tensor.storage] = trained.get(tensor.storage, 0) + math.prod(local)
-        states += state_bytes(optim, tensor, tp)
+        if how.frozen:
+            continue
+        trained[tensor.storage] = trained.get(tensor.storage, 0) + math.prod(local)
+        in_step = by_block[how.turns.block] if isinstance(how.turns, OfBlock) else always
+        in_step.elements += math.prod(local)
+        in_step.state_bytes += state_bytes(optim, tensor, tp)
         owned = tp > 1 and gathered(how, tensor)
         together += math.prod(local) if owned else 0
         if tensor.tp_dim is not None:
             summed += how.sums_over_tp or 0
         if how.flops is not None:
             whole = how.flops(tensor.shape)
-            flops += whole / tp if owned else whole
+            in_step.flops += whole / tp if owned else whole
             largest = max(largest, (whole, math.prod(tensor.shape)))
+    steps = [always, *_largest(by_block.values(), 0 if draw is None else draw.drawn)]
     return Holding(
-        sum(formats.values()), formats, trained, states, together, flops, *largest, summed
-    )
+        sum(formats.values()), formats, trained,
+        sum(part.elements for part in steps),
+        sum(part.state_bytes for part in steps),
+        together,
+        sum(part.flops for part in steps),
+        *largest,
+        summed,
+    )  # fmt: skip
+
+
+@dataclass(slots=True)
+class _InStep:
+    """Sums over what is trained in the same steps, as Holding has them."""
+
+    elements: int = 0
+    state_bytes: float = 0.0
+    flops: float = 0.0
+
+
+def _largest(blocks: Iterable[_InStep], number: int) -> list[_InStep]:
+    """So many, whose gradients and states take most."""
+    return heapq.nlargest(number, blocks, key=lambda block: 4 * block.elements + block.state_bytes)

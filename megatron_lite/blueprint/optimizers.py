@@ -8,6 +8,7 @@ and a row here.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -15,6 +16,7 @@ from types import MappingProxyType
 from typing import Literal
 
 from megatron_lite.blueprint.figure.parts import HEAD, Format, Tensor
+from megatron_lite.blueprint.turns import ALWAYS, NEVER, BlockDraw, OfBlock, Turns
 from megatron_lite.config.errors import ConfigError
 from megatron_lite.config.param_groups import own_settings
 from megatron_lite.config.registry import Registry
@@ -78,9 +80,9 @@ class Treatment:
     """How one canonical tensor is updated.
 
     rule: a row of optim/rules.py.  needs_whole_matrix: an element's update depends on others of
-    other rows and columns; what dp shares or tp cuts is then one rank's to update.  first_update: so
-    many updates of the run pass before its first; until then it is frozen, and its states are what
-    they were at the start.  flops: of an update's products, by the tensor's shape; None: elementwise.
+    other rows and columns; what dp shares or tp cuts is then one rank's to update.  turns: which updates
+    of the run change it; it is frozen in the others.  flops: of an update's products, by the tensor's
+    shape; None: elementwise.
     lr, weight_decay: factors on the run's; None: its kind decides whether it decays.
     sums_over_tp: of what tp ranks cut the rule sums so many numbers over them (optim/shares.py); None:
     it cannot.
@@ -89,7 +91,7 @@ class Treatment:
     rule: str
     states: tuple[State, ...] = ()
     needs_whole_matrix: bool = False
-    first_update: int = 0
+    turns: Turns = ALWAYS
     flops: Callable[[Sequence[int]], float] | None = None
     lr: float = 1.0
     weight_decay: float | None = None
@@ -98,7 +100,7 @@ class Treatment:
     @property
     def frozen(self) -> bool:
         """Whether no update ever changes the tensor."""
-        return self.first_update >= FOR_GOOD
+        return self.turns == NEVER
 
     def decay(self, tensor: Tensor) -> float:
         """The factor on the run's weight decay."""
@@ -114,9 +116,7 @@ class Treatment:
         return float(math.prod(shape)) if self.flops is None else self.flops(shape)
 
 
-FOR_GOOD = 1 << 62
-"""The first update of what is frozen for good."""
-FROZEN = Treatment("frozen", first_update=FOR_GOOD)
+FROZEN = Treatment("frozen", turns=NEVER)
 FIRST_MOMENT = State("exp_avg")
 ADAM = Treatment("adam", (FIRST_MOMENT, State("exp_avg_sq")))
 PLAIN_SGD = Treatment("sgd")
@@ -238,8 +238,11 @@ OPTIMIZERS: Registry[Callable[[OptimConfig, Tensor], Treatment]] = Registry(
 """A row may look at the tensor's kind and shape: several rules in one run."""
 
 
-def treatment(optim: OptimConfig, tensor: Tensor) -> Treatment:
-    """How the run's optimizer, or the one that --param-groups names, updates a tensor."""
+def treatment(optim: OptimConfig, tensor: Tensor, draw: BlockDraw | None = None) -> Treatment:
+    """How the run's optimizer, or the one that --param-groups names, updates a tensor.
+
+    draw: which blocks are trained when, where not all of them always are.
+    """
     own = own_settings(optim, tensor.name, tensor.kind)
     if tensor.frozen or own.lr == 0.0:
         return FROZEN
@@ -252,6 +255,9 @@ def treatment(optim: OptimConfig, tensor: Tensor) -> Treatment:
             f"--optimizer {name}: its row of OPTIMIZERS gives {how!r} for {tensor.name}; it must "
             "be a Treatment whose states have names of their own"
         )
+    block = None if draw is None else _block_of(tensor)
+    if draw is not None and block is not None and how.turns == ALWAYS:
+        how = replace(how, turns=OfBlock(draw, block))
     if own.lr == 1.0 and own.weight_decay is None:
         return how
     decay = how.weight_decay if own.weight_decay is None else own.weight_decay
@@ -271,6 +277,12 @@ def state_bytes(optim: OptimConfig, tensor: Tensor, tp: int) -> float:
     sizes = tensor.shape if owned else tensor.local(tp)
     total = sum(math.prod(s.of(sizes)) * STATE_BYTES[s.storage] for s in how.states)
     return total / tp if owned else total
+
+
+def _block_of(tensor: Tensor) -> int | None:
+    """The number of the block that a canonical tensor lies in; None at the ends of the model."""
+    found = re.match(r"blocks\.(\d+)\.", tensor.name)
+    return int(found[1]) if found else None
 
 
 def check_states(optim: OptimConfig, tensors: Iterable[Tensor], tp: int) -> None:

@@ -113,6 +113,9 @@ def _own(texts: tuple[str, ...], name: str, kind: str) -> OwnSettings:
 
 
 def optimizers_asked_for(optim: OptimConfig) -> tuple[str, ...]:
-    """--optimizer, and the rules of --param-groups: each once."""
-    groups = param_groups(tuple(optim.param_groups))
+    """--optimizer, and the rules of --param-groups: each once; of what can be read."""
+    try:
+        groups = param_groups(tuple(optim.param_groups))
+    except ConfigError:  # a rule of its own tells it
+        groups = ()
     return tuple(dict.fromkeys([optim.optimizer, *(group.rule for group in groups if group.rule)]))

@@ -9,6 +9,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from megatron_lite.blueprint.turns import BlockDraw
 from megatron_lite.config.sections.optim import OptimConfig
 from megatron_lite.config.sections.parallel import ParallelConfig
 from megatron_lite.config.sections.precision import PrecisionConfig
@@ -171,7 +172,10 @@ class Engine(Protocol):
         ...
 
     def resume(self, progress: EngineProgress) -> None:
-        """Resume a checkpoint's state; a loss scale that it does not say stays."""
+        """Stand where a checkpoint was saved, with the states that there are then, to be filled.
+
+        A loss scale that it does not say stays.
+        """
         ...
 
 
@@ -187,7 +191,11 @@ class MakeEngine(Protocol):
         parallel: ParallelConfig,
         precision: PrecisionConfig,
         statistics: Statistics,
+        draw: BlockDraw | None,
         span: Callable[[str], AbstractContextManager[object]],
     ) -> Engine:
-        """An engine over the parameters of this rank's stages; span measures its phases."""
+        """An engine over the parameters of this rank's stages; span measures its phases.
+
+        draw: which blocks are trained when, where not all of them always are.
+        """
         ...

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from megatron_lite.blueprint.buckets import IN_FLIGHT
 from megatron_lite.blueprint.ownership import Rows
+from megatron_lite.blueprint.turns import ALWAYS, Turns
 from megatron_lite.engines.shards import ShardLayout
 from megatron_lite.parallel.collectives import (
     Pending,
@@ -30,6 +31,7 @@ class Bucket:
     """A contiguous part of the gradient buffer, the parameters in it, and its collective in flight.
 
     axis: over which their gradients are summed.
+    turns: when they train; where that is not always, their part of the buffer has memory only then.
     layout is None where every replica keeps the whole state: gradients are then all-reduced in
     place instead of reduce-scattered.
     """
@@ -38,6 +40,7 @@ class Bucket:
     locals: list[LocalParameter]
     axis: Axis
     layout: ShardLayout | None
+    turns: Turns = ALWAYS
     missing: int = 0
     reducing: Pending | None = None
     reduced: bool = False
@@ -46,17 +49,18 @@ class Bucket:
 
 @dataclass(slots=True, eq=False)
 class GradientBuckets:
-    """The accumulators of one stage.
+    """The accumulators of one stage; buckets that have no turn wait for nothing and communicate nothing.
 
     Parameters are walked in reverse, about the order in which backward finishes them.  Buckets
     start in that order, what is complete when armed before the others, so that all replicas issue
     the same collectives whatever their timing.
     """
 
-    buffer: Tensor
     buckets: list[Bucket]
     overlap: bool
     whole: Callable[[ParameterPiece], float | None]
+    _whole: dict[Turns, Tensor]
+    awake: list[Bucket] = field(default_factory=list)
     views: dict[Tensor, Tensor] = field(default_factory=dict)
     _bucket_of: dict[Tensor, Bucket] = field(default_factory=dict)
     _armed: bool = False
@@ -73,35 +77,65 @@ class GradientBuckets:
         sharded: bool = False,
         whole: Callable[[ParameterPiece], float | None] = lambda piece: None,
         loads: dict[str, list[float]] | None = None,
+        turns: Callable[[LocalParameter], Turns] = lambda local: ALWAYS,
         dtype: torch.dtype = torch.float32,
     ) -> GradientBuckets:
-        """Lay the accumulators out; bucket_size in elements.
+        """Lay the accumulators out; bucket_size in elements.  Only those of ALWAYS have memory yet: wake().
 
         sharded: each replica keeps its rows of the state only; whole: of which pieces all or none, and
         the cost of their update; loads: that of each axis' ranks, for what is laid out next.
         """
         loads = {} if loads is None else loads
-        groups = _grouped(parameters, bucket_size)
-        sizes = [sum(_padded(p) for p in group) for group in groups]
-        buffer = torch.zeros(sum(sizes), dtype=dtype, device=ctx.device)
-        overlap = overlap and any(p.replicas(ctx).size > 1 for p in parameters)
-        made = cls(buffer, [], overlap, whole)
-        start = 0
-        for group, size in zip(groups, sizes, strict=True):
-            axis = group[0].replicas(ctx)
+        groups = _grouped(parameters, bucket_size, turns)
+        sizes: Counter[Turns] = Counter()
+        for turn, group in groups:
+            sizes[turn] += sum(map(_padded, group))
+        buffers = {}
+        for turn, size in sizes.items():
+            buffers[turn] = torch.zeros(size, dtype=dtype, device=ctx.device)
+            _sleep(buffers[turn], turn)  # all of them together need not fit
+        overlaps = overlap and any(p.replicas(ctx).size > 1 for p in parameters)
+        made, starts = cls([], overlaps, whole, buffers), dict.fromkeys(buffers, 0)
+        for turn, group in groups:
+            axis, start = group[0].replicas(ctx), starts[turn]
             load = loads.setdefault(axis.name, [0.0] * axis.size)
             layout = (
                 ShardLayout.build(group, axis.size, whole=whole, loads=load) if sharded else None
             )
-            bucket = Bucket(buffer[start : start + size], group, axis, layout)
+            end = starts[turn] = start + sum(map(_padded, group))
+            _wake(buffers[turn])  # views can be made of what is there alone
+            bucket = Bucket(buffers[turn][start:end], group, axis, layout, turn)
             made.buckets.append(bucket)
             for local in group:
                 count = local.parameter.numel()
-                view = buffer[start : start + count].view(local.parameter.shape)
+                view = buffers[turn][start : start + count].view(local.parameter.shape)
                 made.views[local.parameter] = view
                 made._bucket_of[local.parameter] = bucket
                 start += _padded(local)
+            _sleep(buffers[turn], turn)
+        made.wake(lambda turn: turn == ALWAYS)
         return made
+
+    def wake(self, has_turn: Callable[[Turns], bool]) -> None:
+        """Have accumulators of these turns alone: zero where they are new, no memory for the others.
+
+        Views stay what they are.
+        """
+        awake = {turn for turn in self._whole if has_turn(turn)}
+        for turn in self._whole.keys() - awake:
+            _sleep(self._whole[turn], turn)
+        for turn in awake:
+            _wake(self._whole[turn])
+        self.awake = [bucket for bucket in self.buckets if bucket.turns in awake]
+
+    def holds(self, local: LocalParameter) -> bool:
+        """Whether there is memory for the gradient of a parameter."""
+        return self._bucket_of[local.parameter] in self.awake
+
+    def buffers(self) -> list[Tensor]:
+        """All accumulators that there is memory for, flat."""
+        turns = {bucket.turns for bucket in self.awake}
+        return [buffer for turn, buffer in self._whole.items() if turn in turns]
 
     def view(self, local: LocalParameter) -> Tensor:
         """The accumulator of a parameter: a view of its shape in the flat buffer, fp32 by default."""
@@ -132,7 +166,7 @@ class GradientBuckets:
             return
         self._armed = True
         coming = None if pending_wgrads is None else Counter(pending_wgrads)
-        for bucket in self.buckets:
+        for bucket in self.awake:
             bucket.missing = sum(
                 _reports(local) if coming is None or local.late else coming[local.parameter]
                 for local in bucket.locals
@@ -140,7 +174,7 @@ class GradientBuckets:
         # Complete buckets start now and may not queue behind one that waits for a deferred wgrad.
         # Replicas must issue equal collectives in equal order: the sort is stable, and `missing` is
         # the same on all of them, because their queues hold the same products.
-        self._coming = deque(sorted(self.buckets, key=lambda bucket: bucket.missing > 0))
+        self._coming = deque(sorted(self.awake, key=lambda bucket: bucket.missing > 0))
         self._start_full()
 
     def ready(self, parameter: Tensor) -> None:
@@ -167,10 +201,10 @@ class GradientBuckets:
         """
         # without overlap all of them; with it the table that another stage of this rank uses as
         # well, which counts as never complete before all backwards are done
-        for bucket in self.buckets:
+        for bucket in self.awake:
             if bucket.reducing is None and not bucket.reduced:
                 self._start(bucket)
-        for bucket in self.buckets:
+        for bucket in self.awake:
             if bucket.reducing is not None:
                 self._take(bucket)
             bucket.reduced = False
@@ -183,7 +217,7 @@ class GradientBuckets:
         under_way = [other for other in self.buckets if other.reducing is not None]
         if len(under_way) >= IN_FLIGHT:
             self._take(under_way[0])
-        packed = bucket.layout.pack(self.view, self.buffer)
+        packed = bucket.layout.pack(self.view, bucket.buffer)
         bucket.reducing = start_reduce_scatter(packed.view(-1), bucket.axis)
 
     def _take(self, bucket: Bucket) -> None:
@@ -201,7 +235,7 @@ class GradientBuckets:
 
         all_at_once: forward will wait for each where it needs it; else few are in flight together.
         """
-        order = self.buckets[::-1]  # they lie in the order of backward, the reverse of forward's
+        order = self.awake[::-1]  # they lie in the order of backward, the reverse of forward's
         for position, bucket in enumerate(order):
             # each holds a gathered copy of its parameters until it is unpacked
             if position >= IN_FLIGHT and not all_at_once:
@@ -232,22 +266,40 @@ class GradientBuckets:
         bucket.layout.unpack(rows, lambda local: local.parameter.detach())
 
 
-def _grouped(parameters: Sequence[LocalParameter], bucket_size: int) -> list[list[LocalParameter]]:
+def _grouped(
+    parameters: Sequence[LocalParameter],
+    bucket_size: int,
+    turns: Callable[[LocalParameter], Turns],
+) -> list[tuple[Turns, list[LocalParameter]]]:
     """Groups of about bucket_size elements, in reverse order of the parameters.
 
-    The gradients of a group are summed over one axis and stored in one number format.
+    The gradients of a group are summed over one axis and stored in one number format, in the same steps.
     """
-    groups: list[list[LocalParameter]] = []
-    open_groups: dict[tuple[str, torch.dtype], list[LocalParameter]] = {}
+    groups: list[tuple[Turns, list[LocalParameter]]] = []
+    open_groups: dict[tuple[str, torch.dtype, Turns], list[LocalParameter]] = {}
     for local in reversed(parameters):
-        kind = local.over, local.parameter.dtype
+        turn = turns(local)
+        kind = local.over, local.parameter.dtype, turn
         group = open_groups.get(kind)
         full = group is not None and sum(p.parameter.numel() for p in group) >= bucket_size
         if group is None or full or local.tied_across_stages or local.late:
             group = open_groups[kind] = []
-            groups.append(group)
+            groups.append((turn, group))
         group.append(local)
     return groups
+
+
+def _sleep(buffer: Tensor, turn: Turns) -> None:
+    """Give its memory back, where it is not used in every step; views of it stay."""
+    if turn != ALWAYS:
+        buffer.untyped_storage().resize_(0)
+
+
+def _wake(buffer: Tensor) -> None:
+    """Give it zeros where it has no memory."""
+    if buffer.untyped_storage().nbytes() < buffer.nbytes:
+        buffer.untyped_storage().resize_(buffer.nbytes)
+        buffer.zero_()
 
 
 def _reports(local: LocalParameter) -> int:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Protocol
 
 from torch import Tensor
 
 from megatron_lite.blueprint.figure.parts import Tensor as Spec
 from megatron_lite.blueprint.optimizers import LIKE_PARAMETER, State
 from megatron_lite.blueprint.ownership import Rows
+from megatron_lite.blueprint.turns import Turns
+from megatron_lite.optim.groups import Groups
 from megatron_lite.optim.shares import TpShare
 from megatron_lite.parallel.shard import LocalParameter, NamedSlice, ParameterPiece
 
@@ -17,18 +21,26 @@ from megatron_lite.parallel.shard import LocalParameter, NamedSlice, ParameterPi
 class Held:
     """Rows of a canonical tensor whose gradient this rank holds, and whose update it carries out.
 
-    weight and gradient are views of the parameter and of its accumulator; master is the weight
-    itself in fp32 runs.
+    weight: a view of the parameter's rows `here`; accumulator: of all its rows, with memory while it is
+    trained; master is the weight itself in fp32 runs.  begun: see Turns, of the states that are there.
     """
 
     local: LocalParameter
     piece: ParameterPiece
     rows: Rows
+    here: slice
     weight: Tensor
-    gradient: Tensor
+    accumulator: Tensor
     master: Tensor
-    state: dict[str, Tensor]
     share: TpShare
+    turns: Turns
+    state: dict[str, Tensor] = field(default_factory=dict)
+    begun: int | None = None
+
+    @property
+    def gradient(self) -> Tensor:
+        """A view of the accumulator."""
+        return self.accumulator[self.here]
 
     @property
     def has_master(self) -> bool:
@@ -48,3 +60,33 @@ class Held:
         offset = state.at((first + self.rows.start, *others))
         name, shape = prefix + self.piece.name, state.of(self.piece.shape)
         return NamedSlice(name, shape, offset, data, replicated=replicated)
+
+
+class Kept(Protocol):
+    """What has states that come and go."""
+
+    state: dict[str, Tensor]
+    begun: int | None
+
+    @property
+    def spec(self) -> Spec:
+        """Of the canonical tensor."""
+        ...
+
+    @property
+    def master(self) -> Tensor:
+        """What is updated."""
+        ...
+
+
+def fit_states(held: Iterable[Kept], groups: Groups, steps: int) -> None:
+    """Have states of what the update after so many changes, zero where it begins; none of what has no turn."""
+    anew = []
+    for one in held:
+        begun = groups.treatment(one.spec).turns.begun(steps)
+        if one.begun != begun:
+            one.state, one.begun = {}, begun
+            anew.append(one)
+    for one in anew:  # now that the memory of the others is free
+        if one.begun is not None:
+            one.state = groups.new_state(one.spec, one.master)

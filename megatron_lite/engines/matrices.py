@@ -29,11 +29,15 @@ from megatron_lite.parallel.shard import MASTER, NamedSlice
 
 @dataclass(slots=True, eq=False)
 class Owned:
-    """A whole matrix on the rank that updates it; the gradient is there during the update alone."""
+    """A whole matrix on the rank that updates it; the gradient is there during the update alone.
+
+    begun: see Turns, of the states that are there.
+    """
 
     shard: Held
     master: Tensor
-    state: dict[str, Tensor]
+    state: dict[str, Tensor] = field(default_factory=dict)
+    begun: int | None = None
     gradient: Tensor = field(default_factory=lambda: torch.empty(0))
 
     @property
@@ -80,7 +84,7 @@ class CutMatrices:
 
     def _own(self, shard: Held) -> Owned:
         master = shard.weight.new_empty(shard.spec.shape, dtype=torch.float32)
-        return Owned(shard, master, self.groups.new_state(shard.spec, master))
+        return Owned(shard, master)
 
     def follow(self, *, masters: bool) -> None:
         """Masters become the weights.  masters: those that checkpoints hold have been written already."""
@@ -113,7 +117,7 @@ class CutMatrices:
         for own in self.owned:
             if own.has_master:
                 yield own.slice(own.master, MASTER, replicated=replicated)
-            for state in self.groups.treatment(own.spec).states:
+            for state in self.groups.treatment(own.spec).states if own.state else ():
                 data = own.state[state.name]
                 yield own.slice(data, f"{state.name}.", replicated=replicated, state=state)
 

@@ -11,13 +11,14 @@ from torch import Tensor
 
 from megatron_lite.blueprint.buckets import bucket_elements
 from megatron_lite.blueprint.optimizers import gathered
+from megatron_lite.blueprint.turns import ALWAYS, NEVER, BlockDraw, OfBlock, Turns
 from megatron_lite.config.sections.optim import OptimConfig
 from megatron_lite.config.sections.parallel import ParallelConfig
 from megatron_lite.config.sections.precision import PrecisionConfig
 from megatron_lite.engines.base import EngineProgress, SquaredNorm, Statistics, Update
 from megatron_lite.engines.buckets import GradientBuckets
 from megatron_lite.engines.clip import clip_coefficient, count_zeros, global_norm, squared_norms
-from megatron_lite.engines.held import Held
+from megatron_lite.engines.held import Held, fit_states
 from megatron_lite.engines.loss_scale import LossScale
 from megatron_lite.engines.matrices import CutMatrices
 from megatron_lite.optim.groups import Groups, Rates
@@ -51,11 +52,12 @@ class ZeroEngine:
         parallel: ParallelConfig,
         precision: PrecisionConfig,
         statistics: Statistics,
+        draw: BlockDraw | None,
         span: Callable[[str], AbstractContextManager[object]],
     ) -> None:
         self.span = span
         self.ctx, self.optim, self.statistics = ctx, optim, statistics
-        self.groups = Groups(optim)
+        self.groups = Groups(optim, draw)
         self.scaler = LossScale.from_config(precision)
         self._steps = 0
         self._unreduced = False
@@ -80,6 +82,7 @@ class ZeroEngine:
                 sharded=self.sharded,
                 whole=self._cost_whole,
                 loads=loads,
+                turns=self._turns_of,
                 dtype=torch.float32 if in_fp32 else DTYPES[precision.name],
             )
             for stage, held in stages.items()
@@ -88,46 +91,65 @@ class ZeroEngine:
         cut = [held for held in self._held if self._is_gathered(held.piece)]
         self._updated = [held for held in self._held if not self._is_gathered(held.piece)]
         self._matrices = CutMatrices(cut, ctx, self.groups)
-        counts = [self._counts(held) for held in self._held]
-        self._counted = torch.tensor(counts, dtype=torch.bool, device=ctx.device)
         for local in self._locals:
             local.parameter.register_post_accumulate_grad_hook(self._take_gradient())
         pieces = (piece for local in self._locals for piece in local.pieces)
-        self._turns = {self.groups.treatment(piece.spec).first_update for piece in pieces}
+        self._turns = {self.groups.treatment(piece.spec).turns for piece in pieces}
         self._choose_trained()
+        self._fit_states()
 
     def _learns(self, local: LocalParameter) -> bool:
         """Whether any update changes it."""
         return not all(self.groups.treatment(piece.spec).frozen for piece in local.pieces)
 
-    def _trains(self, piece: ParameterPiece) -> bool:
-        return self.groups.trains(piece.spec, self._steps)
+    def _turns_of(self, local: LocalParameter) -> Turns:
+        """Of all its pieces that are ever trained; ALWAYS, too, where they differ."""
+        found = {self.groups.treatment(piece.spec).turns for piece in local.pieces} - {NEVER}
+        (turns,) = found if len(found) == 1 else (ALWAYS,)
+        return turns if isinstance(turns, OfBlock) else ALWAYS
 
     def _choose_trained(self) -> None:
-        """Let autograd compute, and buckets await, gradients of what the next update changes."""
-        self._trained = self.groups.trained(self._updated, self._steps)
-        self._frozen = [held for held in self._held if not self._trains(held.piece)]
+        """Let autograd compute, and buckets hold and await, gradients of what the next update changes."""
+        steps = self._steps
+        for buckets in self._buckets.values():
+            buckets.wake(lambda turns: turns.begun(steps) is not None)
+        self._trained = self.groups.trained(self._updated, steps)
+        self._awake = [
+            held for held in self._held if self._buckets_of(held.local).holds(held.local)
+        ]
+        self._frozen = [held for held in self._awake if not held.turns.trains(steps)]
+        counts = [self._counts(held) for held in self._awake]
+        self._counted = torch.tensor(counts, dtype=torch.bool, device=self.ctx.device)
         for local in self._all:
-            local.parameter.requires_grad_(any(map(self._trains, local.pieces)))
+            turns = (self.groups.treatment(piece.spec).turns for piece in local.pieces)
+            local.parameter.requires_grad_(any(turn.trains(steps) for turn in turns))
+
+    def _fit_states(self) -> None:
+        """Not before the update that needs them, since the last one may be taken back."""
+        fit_states(self._updated, self.groups, self._steps)
+        fit_states(self._matrices.owned, self.groups, self._steps)
+
+    def _buckets_of(self, local: LocalParameter) -> GradientBuckets:
+        return self._buckets[self._stage_of[local.parameter]]
 
     def _hold(self, local: LocalParameter) -> Iterator[Held]:
         """The rows of this parameter that this rank updates: all, or its share; none of a frozen piece."""
-        buckets = self._buckets[self._stage_of[local.parameter]]
-        gradient = buckets.view(local)
+        buckets = self._buckets_of(local)
         for piece in local.pieces:  # all ranks know all rules, whoever updates by them
             self.groups.prepare(piece.spec, self.ctx.device)
         for piece, rows in buckets.owned(local):
-            if self.groups.treatment(piece.spec).frozen:
+            how = self.groups.treatment(piece.spec)
+            if how.frozen:
                 continue
             here = slice(piece.start + rows.start, piece.start + rows.stop)
             weight = local.parameter.detach()[here]
             share = TpShare(piece.shape, piece.spec.tp_dim if self.ctx.tp.size > 1 else None)
-            if self._is_gathered(piece):  # its owner has master and states
-                yield Held(local, piece, rows, weight, gradient[here], weight, {}, share)
-                continue
-            master = weight if weight.dtype == torch.float32 else weight.float()
-            state = self.groups.new_state(piece.spec, master)
-            yield Held(local, piece, rows, weight, gradient[here], master, state, share)
+            # of what is gathered its owner has master and states
+            is_own = weight.dtype == torch.float32 or self._is_gathered(piece)
+            master = weight if is_own else weight.float()
+            yield Held(
+                local, piece, rows, here, weight, buckets.view(local), master, share, how.turns
+            )
 
     def _is_gathered(self, piece: ParameterPiece) -> bool:
         """Whether one tp rank updates it for all of them."""
@@ -206,7 +228,7 @@ class ZeroEngine:
     @torch.no_grad()
     def squared_norm(self) -> SquaredNorm:
         """This rank's share of the gradient's squared norm; the sum over the world is the whole."""
-        squares = squared_norms([held.gradient for held in self._held], self.ctx.device)
+        squares = squared_norms([held.gradient for held in self._awake], self.ctx.device)
         # where, not a product: 0 x inf is nan.  Copies that do not count must be finite, too: the
         # rank that holds a bad one would otherwise update with it.
         return SquaredNorm(squares.where(self._counted, 0.0).sum(), squares.isfinite())
@@ -241,10 +263,10 @@ class ZeroEngine:
             with self.span("optimizer-clip-main-grad"):
                 coefficient = clip_coefficient(norm, self.optim.clip_grad)
                 if self.sharded:  # the other rows of the buffers are not read again
-                    torch._foreach_mul_([held.gradient for held in self._held], coefficient)
+                    torch._foreach_mul_([held.gradient for held in self._awake], coefficient)
                 else:  # one kernel per stage instead of one per tensor
-                    for buckets in self._buckets.values():
-                        buckets.buffer.mul_(coefficient)
+                    for buffer in self._buffers():
+                        buffer.mul_(coefficient)
         with self.span("optimizer-inner-step"):
             self._apply(Rates(lr, weight_decay, decoupled_lr), taken)
         self._clear()
@@ -258,7 +280,7 @@ class ZeroEngine:
 
     def take_back(self) -> None:
         """The last apply() was not taken: it does not count among the updates."""
-        turned = self._steps in self._turns
+        turned = self._turn()
         self._steps -= 1
         if turned:
             self._choose_trained()
@@ -269,32 +291,37 @@ class ZeroEngine:
             buckets.finish()
         # sorted: the order of a set of strings differs from process to process, that of collectives
         # may not
-        for axis in sorted({axis for held in self._held for axis in held.local.grad_summed_over}):
-            shares = [held.gradient for held in self._held if axis in held.local.grad_summed_over]
+        for axis in sorted({axis for held in self._awake for axis in held.local.grad_summed_over}):
+            shares = [held.gradient for held in self._awake if axis in held.local.grad_summed_over]
             _sum_together(shares, self.ctx.named(axis))  # norms and biases
         if self._frozen:  # some of them may be a piece of a parameter that is trained otherwise
             torch._foreach_zero_([held.gradient for held in self._frozen])
         # after the sum over replicas, so that where sharded only the rows this rank keeps travel
-        for held in self._held:
+        for held in self._awake:
             if held.local.tied_across_stages:
                 all_reduce(held.gradient, self.ctx.tied)
         if self.loss_scale != 1.0:
-            for buckets in self._buckets.values():
-                buckets.buffer.mul_(1.0 / self.loss_scale)
+            for buffer in self._buffers():
+                buffer.mul_(1.0 / self.loss_scale)
 
     def _apply(self, rates: Rates, taken: Tensor | None) -> None:
+        self._fit_states()
         total = partial(_sum_together, axis=self.ctx.tp)
         self.groups.update(self._trained, rates, steps=self._steps, taken=taken, total=total)
         self._matrices.update(rates, steps=self._steps, taken=taken)
-        self._steps += 1
-        if self._steps in self._turns:
-            self._choose_trained()
         self.copy_masters()  # the same bits again where the update is not taken
         if self.sharded:
             for buckets in self._buckets.values():
                 buckets.start_gather(all_at_once=self._overlap_gather)
             if not self._overlap_gather:
                 self.wait_for_param_gather()
+        self._steps += 1
+        if self._turn():
+            self._choose_trained()
+
+    def _turn(self) -> bool:
+        """Whether the next update may change other tensors than the last one."""
+        return any(turns.changes(self._steps) for turns in self._turns)
 
     @torch.no_grad()
     def wait_for_param_gather(self) -> None:
@@ -321,11 +348,15 @@ class ZeroEngine:
                 torch._foreach_copy_([h.weight for h in low], [h.master for h in low])
 
     def _clear(self) -> None:
+        for buffer in self._buffers():
+            buffer.zero_()
+
+    def _buffers(self) -> Iterator[Tensor]:
         for buckets in self._buckets.values():
-            buckets.buffer.zero_()
+            yield from buckets.buffers()
 
     def _num_zeros(self) -> Tensor:
-        trained = (held for held in self._held if self._trains(held.piece))
+        trained = (held for held in self._held if held.turns.trains(self._steps))
         gradients = [held.gradient for held in self._mine(trained)]
         with self.span("optimizer-count-zeros"):
             return count_zeros(gradients, self._sums, self.ctx.device)
@@ -342,7 +373,7 @@ class ZeroEngine:
 
     def gradients(self, *, owned: bool) -> Iterator[NamedSlice]:
         """The accumulators this rank updates from, likewise; before reduce() its own sums."""
-        for held in self._held:
+        for held in self._awake:
             if not owned or is_primary_copy(held.local, self.ctx):
                 yield held.slice(held.gradient, "", replicated=not self.sharded)
 
@@ -351,13 +382,14 @@ class ZeroEngine:
 
         owned: only primary copies (to save), or all this rank holds (to load).
         """
+        self._fit_states()
         same = not self.sharded
         for held in self._updated:
             if owned and not is_primary_copy(held.local, self.ctx):
                 continue
             if held.has_master:
                 yield held.slice(held.master, MASTER, replicated=same)
-            for state in self.groups.treatment(held.spec).states:
+            for state in self.groups.treatment(held.spec).states if held.state else ():
                 if owned and not (state.has(held.share.cut) or self.ctx.tp.rank == 0):
                     continue  # every tp rank has it whole
                 data = held.state[state.name]
@@ -369,9 +401,13 @@ class ZeroEngine:
         return EngineProgress(self._steps, self.scaler.state())
 
     def resume(self, progress: EngineProgress) -> None:
-        """Resume a checkpoint's state; a loss scale that it does not say stays."""
+        """Stand where a checkpoint was saved, with the states that there are then, to be filled.
+
+        A loss scale that it does not say stays.
+        """
         self._steps = progress.steps
         self._choose_trained()
+        self._fit_states()
         if progress.loss_scale:
             self.scaler.load(progress.loss_scale)
 

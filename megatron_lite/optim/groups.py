@@ -12,6 +12,7 @@ from torch import Tensor
 
 from megatron_lite.blueprint.figure.parts import Tensor as Spec
 from megatron_lite.blueprint.optimizers import StateFormat, Treatment, treatment
+from megatron_lite.blueprint.turns import BlockDraw
 from megatron_lite.config.errors import ConfigError
 from megatron_lite.config.sections.optim import OptimConfig
 from megatron_lite.optim.rules import RULES, UpdateRule
@@ -66,19 +67,15 @@ class Rates(NamedTuple):
 class ParameterGroup(NamedTuple):
     """What the members of one group have in common.
 
-    lr, weight_decay: factors on this step's; vocabulary: a row per token.
+    lr, weight_decay: factors on this step's; vocabulary: a row per token; begun: updates of the run
+    before the first of those in a row that change them.
     """
 
     rule: str
     lr: float
     weight_decay: float
     vocabulary: bool
-    first_update: int
-
-    @classmethod
-    def of(cls, spec: Spec, how: Treatment) -> ParameterGroup:
-        """The group of a canonical tensor that is treated so."""
-        return cls(how.rule, how.lr, how.decay(spec), spec.vocabulary, how.first_update)
+    begun: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,11 +83,16 @@ class Groups:
     """The rules of a run, each made when its first member comes."""
 
     optim: OptimConfig
+    draw: BlockDraw | None = None
     _rules: dict[str, UpdateRule] = field(default_factory=dict)
 
     def treatment(self, spec: Spec) -> Treatment:
         """How a canonical tensor is updated, and which states that needs."""
-        return treatment(self.optim, spec)
+        return treatment(self.optim, spec, self.draw)
+
+    def trains(self, spec: Spec, steps: int) -> bool:
+        """Whether the update after so many changes a tensor, which needs a gradient for it."""
+        return self.treatment(spec).turns.trains(steps)
 
     def prepare(self, spec: Spec, device: torch.device) -> None:
         """Make the rule of a tensor that some rank here updates: one that cannot run is told at once."""
@@ -109,19 +111,17 @@ class Groups:
             for state in how.states
         }
 
-    def trains(self, spec: Spec, steps: int) -> bool:
-        """Whether the update after so many changes a tensor, which needs a gradient for it."""
-        return steps >= self.treatment(spec).first_update
-
     def trained(
         self, members: Iterable[AnyMember], steps: int
     ) -> dict[ParameterGroup, list[AnyMember]]:
-        """Those that the update after so many changes, until the first update of another one."""
+        """Those that the update after so many changes."""
         found: dict[ParameterGroup, list[AnyMember]] = {}
         for member in members:
             spec, how = member.spec, self.treatment(member.spec)
-            if self.trains(spec, steps):
-                found.setdefault(ParameterGroup.of(spec, how), []).append(member)
+            begun = how.turns.begun(steps)
+            if begun is not None and how.turns.trains(steps):
+                group = ParameterGroup(how.rule, how.lr, how.decay(spec), spec.vocabulary, begun)
+                found.setdefault(group, []).append(member)
         return found
 
     @property
@@ -153,7 +153,7 @@ class Groups:
                 [member.master for member in held],
                 [member.gradient.to(member.master.dtype) for member in held],
                 [member.state for member in held],
-                steps=steps - group.first_update,
+                steps=steps - group.begun,
                 lr=group.lr * (rates.lr if decoupled is None else decoupled),
                 weight_decay=group.weight_decay * rates.weight_decay,
                 **told,

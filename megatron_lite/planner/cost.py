@@ -9,6 +9,7 @@ have nothing to run under, and what W gathers again runs under the product befor
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 from megatron_lite.blueprint.draw_up import Blueprint
 from megatron_lite.blueprint.figure.parts import (
@@ -122,7 +123,10 @@ class Costs:
         parts = self.blueprint.figure.layers[number]
         known = self._by_parts.get(id(parts))
         if known is None:
-            known = self._by_parts[id(parts)] = self._layer(parts)
+            known, draw = self._layer(parts), self.blueprint.draw
+            if draw is not None:  # no weight gradients in the other steps
+                known = replace(known, weights=known.weights * draw.share)
+            self._by_parts[id(parts)] = known
         return known
 
     def _layer(self, layer: Parts) -> Passes:

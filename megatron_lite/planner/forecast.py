@@ -237,7 +237,7 @@ def _data_parallel(costs: Costs, pp_rank: int) -> tuple[float, float, float]:
     if ranks == 1:
         return 0.0, 0.0, 0.0
     stride = grid.rank(dp=1) if grid.dp > 1 else grid.rank(cp=1)
-    parameters = blueprint.held(pp_rank).num_trained
+    parameters = blueprint.held(pp_rank).accumulated
     wide = 4 if parallel.accumulate_allreduce_grads_in_fp32 else costs.width
     sharded = parallel.use_distributed_optimizer
     gradients = cluster.ring_seconds(
@@ -269,7 +269,7 @@ def _optimizer_seconds(
     shared = blueprint.replicas if asked.parallel.use_distributed_optimizer else 1
     every, owned = 4.0 * 2, 4.0 * 2 + 4.0 * 3 + 2.0
     device = cluster.device
-    moved = held.num_trained * (every + owned / shared) + held.state_bytes * 2.0 / shared
+    moved = held.accumulated * (every + owned / shared) + held.state_bytes * 2.0 / shared
     by_memory = moved / (device.bandwidth_gb_s * 1e9 * device.optimizer_efficiency)
     return by_memory + _matrices_seconds(blueprint, asked, cluster, held, shared)
 

@@ -7,6 +7,7 @@ around     message buffers, the device's own context, allowance for fragmentatio
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -160,21 +161,23 @@ def static_bytes(
     dp: int,
     *,
     trained: Mapping[WeightFormat | None, float] | None = None,
+    accumulated: float | None = None,
 ) -> dict[str, float]:
     """Weights, gradients, masters and moments of a rank.
 
     formats: parameters by the number format they are stored in, None for the run's; states:
-    bytes of optimizer state, of all ranks that share it; trained: those that are not frozen.
+    bytes of optimizer state, of all ranks that share it; trained: those that are not frozen; accumulated:
+    those of them that have gradients in a step, all by default.
     """
     low = element_bytes(asked.precision)
     widths = {kind: WEIGHT_BYTES[kind] if kind else low for kind in formats}
     trained = formats if trained is None else trained
-    parameters = sum(trained.values())
+    accumulated = sum(trained.values()) if accumulated is None else accumulated
     in_fp32 = asked.parallel.accumulate_allreduce_grads_in_fp32
     shared = dp if asked.parallel.use_distributed_optimizer else 1
     return {
         "weights": float(sum(count * widths[kind] for kind, count in formats.items())),
-        "gradients": parameters * (4 if in_fp32 else low),
+        "gradients": accumulated * (4 if in_fp32 else low),
         "masters": sum(n * 4 / shared for kind, n in trained.items() if widths[kind] < 4),
         "moments": states / shared,
     }
@@ -196,8 +199,9 @@ def static_total(blueprint: Blueprint, asked: PlanInputs, pp_rank: int) -> float
 def _static(blueprint: Blueprint, asked: PlanInputs, pp_rank: int) -> dict[str, float]:
     held = blueprint.held(pp_rank)
     kinds = static_bytes(
-        held.formats, held.state_bytes, asked, blueprint.replicas, trained=held.trained
-    )
+        held.formats, held.state_bytes, asked, blueprint.replicas,
+        trained=held.trained, accumulated=held.accumulated,
+    )  # fmt: skip
     if element_bytes(asked.precision) == 4:  # whole matrices on their owners, the weights once more
         shared = blueprint.replicas if asked.parallel.use_distributed_optimizer else 1
         kinds["masters"] += held.gathered * 4 / shared
@@ -225,7 +229,7 @@ def _rank_memory(
     worst = _worst(schedule, pp_rank, held)
     kinds = _static(blueprint, asked, pp_rank)
     messages = 4 * stream if blueprint.grid.pp > 1 else 0.0
-    trained = blueprint.held(pp_rank).num_trained
+    trained = blueprint.held(pp_rank).accumulated
     reducing, gathering = _data_parallel_buffers(blueprint, asked, trained)
     updating = _UPDATING * blueprint.held(pp_rank).largest_matrix
     working = worst.activations + worst.recomputed + worst.logits + worst.workspace
@@ -362,6 +366,9 @@ def stage_waiting(blueprint: Blueprint, asked: PlanInputs, pp_rank: int) -> dict
     waiting = {}
     for stage in blueprint.stages_of(pp_rank):
         waiting[stage.index] = blueprint.figure.total(deferred, stage.layers)
+        if blueprint.draw is not None:
+            each = (deferred(blueprint.figure.layers[number]) for number in stage.layers)
+            waiting[stage.index] = sum(heapq.nlargest(blueprint.draw.drawn, each))
         if stage.has_head:
             waiting[stage.index] += head_of(blueprint, asked).waiting
     return waiting

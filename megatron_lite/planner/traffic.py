@@ -70,7 +70,7 @@ def _sent(
         "pp": num_microbatches * _messages(blueprint, stages) * layer_input_bytes(
             blueprint.model, asked
         ) + _ring(grid.pp) * 2 * common * wide,
-        "dp": _ring(blueprint.replicas) * blueprint.held(at.pp).num_trained * (
+        "dp": _ring(blueprint.replicas) * blueprint.held(at.pp).accumulated * (
             wide + width
         ),
         "tied": tied * wide,  # both ends hold it: two passes of a half

@@ -6,7 +6,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, UntypedStorage
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
@@ -21,22 +21,33 @@ class Footprint(TorchDispatchMode):
         super().__init__()
         self.device_type = device_type
         self.now = self.peak = self.allocations = 0
-        self._living: dict[int, tuple[int, object]] = {}
+        self._living: dict[int, tuple[int, weakref.ref[UntypedStorage]]] = {}
 
     def see(self, tensor: Tensor) -> None:
-        """Count a tensor's storage, once."""
+        """Count a tensor's storage, once; or what it has grown or shrunk by."""
         if tensor.device.type != self.device_type:
             return
         storage = tensor.untyped_storage()
-        name = storage._cdata
+        name, size = storage._cdata, storage.nbytes()
         if name in self._living:
-            return
-        size = storage.nbytes()
-        self._living[name] = size, weakref.ref(storage, lambda _: self._gone(name))
-        self.allocations += 1
-        self.now += size
+            before, reference = self._living[name]
+            if before == size:
+                return
+        else:
+            before, reference = 0, weakref.ref(storage, lambda _: self._gone(name))
+            self.allocations += 1
+        self._living[name] = size, reference
+        self.now += size - before
         if self.now > self.peak:
             self.peak = self.now
+
+    def count_again(self) -> None:
+        """Take the sizes that storages have now: nobody tells where one was emptied."""
+        for name, (before, reference) in list(self._living.items()):
+            storage = reference()
+            if storage is not None and storage.nbytes() != before:
+                self._living[name] = storage.nbytes(), reference
+                self.now += storage.nbytes() - before
 
     def _gone(self, name: int) -> None:
         self.now -= self._living.pop(name)[0]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 from torch import nn
@@ -23,6 +23,7 @@ from megatron_lite.models.initialise import initialise
 from megatron_lite.models.packing import Packed, in_turn, packed_weights
 from megatron_lite.models.parameters import local_parameters
 from megatron_lite.parallel.context import ParallelContext
+from megatron_lite.parallel.shard import LocalParameter
 from megatron_lite.pipeline.executor import Executor
 from megatron_lite.pipeline.mail import Mail
 from megatron_lite.pipeline.stage import Stage
@@ -59,18 +60,7 @@ def assemble(
         compiler = compiler or Compiler()
     decoders = _decoders(config, blueprint, ctx, timers, compiler)
     parameters = {stage: local_parameters(decoder) for stage, decoder in decoders.items()}
-    held = ENGINES[config.parallel.engine](
-        parameters,
-        ctx,
-        optim=config.optim,
-        parallel=config.parallel,
-        precision=config.precision,
-        statistics=Statistics(
-            num_zeros=config.telemetry.log_num_zeros_in_grad,
-            params_norm=config.telemetry.log_params_norm,
-        ),
-        span=timers.span,
-    )
+    held = _engine(config, blueprint, ctx, parameters, timers)
     packed = [one for decoder in decoders.values() for one in packed_weights(decoder)]
     _initialise(config, blueprint, held, packed)
     for decoder in decoders.values():
@@ -117,6 +107,28 @@ def assemble(
         run.late_gradients = slowing.finish
     add_curvature(run, config)
     return run
+
+
+def _engine(
+    config: RunConfig,
+    blueprint: Blueprint,
+    ctx: ParallelContext,
+    parameters: Mapping[int, Sequence[LocalParameter]],
+    timers: RunTimers,
+) -> Engine:
+    return ENGINES[config.parallel.engine](
+        parameters,
+        ctx,
+        optim=config.optim,
+        parallel=config.parallel,
+        precision=config.precision,
+        statistics=Statistics(
+            num_zeros=config.telemetry.log_num_zeros_in_grad,
+            params_norm=config.telemetry.log_params_norm,
+        ),
+        draw=blueprint.draw,
+        span=timers.span,
+    )
 
 
 def _initialise(

@@ -7,6 +7,7 @@ import math
 from megatron_lite.blueprint.draw_up import Blueprint
 from megatron_lite.blueprint.length import told_of_epochs
 from megatron_lite.blueprint.param_groups import group_lines
+from megatron_lite.blueprint.turns import BlockDraw
 from megatron_lite.config.objectives import has_segments
 from megatron_lite.config.sections.lora import LoraConfig
 from megatron_lite.config.sections.run import RunConfig
@@ -72,6 +73,17 @@ def _adapters(run: Run, lora: LoraConfig) -> list[str]:
     ]
 
 
+def _drawn(draw: BlockDraw | None) -> list[str]:
+    """What --lisa-layers comes to."""
+    if draw is None:
+        return []
+    first = " ".join(map(str, sorted(draw.at(0))))
+    return [
+        f" > LISA: {draw.drawn} of {draw.blocks} blocks train at a time, drawn anew every {draw.interval} "
+        f"updates (first {first}), beside embedding, final norm and head"
+    ]
+
+
 def description(run: Run, blueprint: Blueprint, config: RunConfig) -> list[str]:
     """The ranks, the length, and what was chosen for this device."""
     grid, ctx = blueprint.grid, run.ctx
@@ -85,6 +97,7 @@ def description(run: Run, blueprint: Blueprint, config: RunConfig) -> list[str]:
         *told_of_epochs(config.train, blueprint.length),
         f"setting training iterations to {blueprint.train_iters}",
         *_adapters(run, config.lora),
+        *_drawn(blueprint.draw),
         *(f" > parameters: {line}" for line in groups),
         attention_line(run.context, config.train.micro_batch_size, segments=segments),
         *_waits(run),

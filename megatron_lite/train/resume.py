@@ -137,10 +137,7 @@ def resume(
         notices.append(_start_anew(run, manifest.progress, with_optimizer=with_optimizer))
         return resumed(None, schedules, warnings, (*notices, loaded))
     run.progress = dataclasses.replace(manifest.progress)
-    if with_optimizer:
-        saved = manifest.progress
-        run.engine.resume(EngineProgress(saved.optimizer_steps, saved.loss_scale))
-    else:
+    if not with_optimizer:
         notices.append("--no-load-optim: optimizer state and loss scale start anew")
     return resumed(manifest.iteration, schedules, warnings, (*notices, loaded), manifest)
 
@@ -166,7 +163,6 @@ def _start_anew(run: Run, saved: Progress, *, with_optimizer: bool) -> str:
     """The first step of another run, from loaded weights; what is kept, in a line."""
     if not with_optimizer:
         return "--finetune: weights only; iteration, samples and optimizer start anew"
-    run.engine.resume(EngineProgress(saved.optimizer_steps, saved.loss_scale))
     run.progress = Progress(
         optimizer_steps=saved.optimizer_steps,
         inherited_steps=saved.optimizer_steps,
@@ -202,11 +198,11 @@ def _require_ours(folder: Path) -> None:
 
 def _require_optimizer(run: Run, manifest: Manifest, folder: str) -> None:
     """All ranks look for the states of the whole model, so all find the same."""
-    plan = run.blueprint
+    plan, updates = run.blueprint, manifest.progress.optimizer_steps
     names = {
         f"{state.name}.{spec.name}": spec.name in manifest.tensors
         for spec in plan.parameters
-        for state in plan.states(spec.tensor)
+        for state in plan.states(spec.tensor, updates)
     }
     missing = [name for name, stored in names.items() if stored and name not in manifest.tensors]
     if missing:
@@ -214,8 +210,9 @@ def _require_optimizer(run: Run, manifest: Manifest, folder: str) -> None:
         raise CheckpointError(
             f"checkpoint {manifest.iteration} in {folder} holds no state of this optimizer"
             f"{some if len(missing) < len(names) else ''} (it was "
-            "saved with --no-save-optim, another --optimizer or other --param-groups): add --no-load-optim "
-            "to resume with a fresh one, or --finetune to start at iteration 0 with its weights"
+            "saved with --no-save-optim, another --optimizer, other --param-groups or --lisa-layers): add "
+            "--no-load-optim to resume with a fresh one, or --finetune to start at iteration 0 with its "
+            "weights"
         )
     for spec in plan.parameters:
         for state in plan.states(spec.tensor):
@@ -239,11 +236,11 @@ def _require_optimizer(run: Run, manifest: Manifest, folder: str) -> None:
 
 def _other_formats(run: Run, manifest: Manifest) -> list[str]:
     """A line for each state that the checkpoint has in another number format than this run."""
-    plan = run.blueprint
+    plan, updates = run.blueprint, manifest.progress.optimizer_steps
     found = {
         (state.name, stored.dtype, state.storage)
         for spec in plan.parameters
-        for state in plan.states(spec.tensor)
+        for state in plan.states(spec.tensor, updates)
         if (stored := manifest.tensors.get(f"{state.name}.{spec.name}")) is not None
         and stored.dtype != SAFETENSORS_NAMES[STATE_DTYPES[state.storage]]
     }
@@ -264,12 +261,15 @@ def fill_run(
     slowing: bool = True,
     beside: Beside | None = None,
 ) -> None:
-    """Weights, masters and, where asked for, moments from whatever layout and precision was saved.
+    """Weights, masters and, where asked for, optimizer state, from whatever layout and precision was saved.
 
     head, slowing: whether the head's matrix, and what is learned of rotary frequencies, are among them;
     else they keep their first values.
     beside: where all but the adapters is from, in a run that trains these.
     """
+    if optimizer:  # first of all: which states there are follows from it
+        saved = manifest.progress
+        run.engine.resume(EngineProgress(saved.optimizer_steps, saved.loss_scale))
     new = tuple(prefix for prefix, stored in ((_OWN, head), (_SLOWING, slowing)) if not stored)
     state, adapters = run.engine.state(owned=False), run.adapters
     moments = [s for s in state if not s.name.startswith(MASTER)] if optimizer else []

@@ -9,6 +9,7 @@ import torch
 
 from megatron_lite.blueprint.figure.parts import Tensor
 from megatron_lite.blueprint.ownership import Rows
+from megatron_lite.blueprint.turns import ALWAYS
 from megatron_lite.config.sections.optim import OptimConfig
 from megatron_lite.engines.held import Held
 from megatron_lite.engines.matrices import CutMatrices
@@ -125,7 +126,15 @@ def gathered_and_spread(rank, ranks):
         weight = torch.zeros_like(gradient, dtype=torch.bfloat16)
         shards.append(
             Held(
-                None, piece, Rows(0, len(weight)), weight, gradient, weight, {}, TpShare(shape, dim)
+                None,
+                piece,
+                Rows(0, len(weight)),
+                slice(None),
+                weight,
+                gradient,
+                weight,
+                TpShare(shape, dim),
+                ALWAYS,
             )
         )
         whole_ones[name] = whole

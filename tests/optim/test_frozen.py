@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from megatron_lite.blueprint.optimizers import ADAM, OPTIMIZERS
+from megatron_lite.blueprint.turns import From
 from megatron_lite.engines.buckets import GradientBuckets
 from megatron_lite.train.assemble import assemble
 from megatron_lite.train.step import train_step
@@ -30,7 +31,7 @@ def late(optim, tensor):
     """
     if tensor.name not in BEGINS:
         return ADAM
-    return replace(ADAM, first_update=BEGINS[tensor.name], needs_whole_matrix=True)
+    return replace(ADAM, turns=From(BEGINS[tensor.name]), needs_whole_matrix=True)
 
 
 @pytest.fixture(autouse=True)

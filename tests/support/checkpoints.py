@@ -13,7 +13,6 @@ from megatron_lite.checkpoint.progress import Progress
 from megatron_lite.checkpoint.store import Store
 from megatron_lite.checkpoint.tensor_file import TORCH_DTYPES
 from megatron_lite.config.sections.run import RunConfig
-from megatron_lite.engines.base import EngineProgress
 from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.parallel.shard import NamedSlice
 from megatron_lite.train.assemble import assemble
@@ -79,7 +78,6 @@ def load_and_save_again(
     manifest, _ = store.newest_intact()
     assert manifest is not None
     fill_run(run, store, manifest, optimizer=True)
-    run.engine.resume(EngineProgress(manifest.progress.optimizer_steps))
     run.progress.step = manifest.progress.step
     save(run, Path(again), manifest.progress)
     return train(config, blueprint, run, more)

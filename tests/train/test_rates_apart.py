@@ -119,6 +119,22 @@ def test_a_resume_with_other_groups_of_parameters_is_refused(tmp_path: Path) -> 
     assert alone(*words, *asked).rc == 0
 
 
+@pytest.mark.ci
+def test_a_resume_with_another_draw_of_blocks_is_refused(tmp_path: Path) -> None:
+    folder = str(tmp_path / "run")
+    words = ("--mock-data", "--save", folder, "--save-interval", "2")
+    asked = ("--lisa-layers", "1", "--lisa-interval", "1")
+    done = alone(*words, "--exit-interval", "2", *asked)
+    assert done.rc == 0, done.err
+    assert "LISA: 1 of 2 blocks train at a time, drawn anew every 1 updates" in done.out
+    done = alone(*words, "--load", folder)
+    assert done.rc == 4 and "--lisa-layers" in done.err and "no state of this optimizer" in done.err
+    assert alone(*words, "--load", folder, *asked).rc == 0
+    whole = tmp_path / "whole"
+    assert alone(*words[:2], str(whole), *words[3:], *asked).rc == 0
+    assert [s.loss for s in steps(whole)] == [s.loss for s in steps(Path(folder))]
+
+
 @pytest.mark.parametrize("norm", ["LayerNorm", pytest.param("RMSNorm", marks=pytest.mark.ci)])
 def test_norms_kept_less_one_train_as_plain_ones(norm: str, tmp_path: Path) -> None:
     words = ("--mock-data", "--normalization", norm, "--save-interval", "0")

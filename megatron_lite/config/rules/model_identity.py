@@ -235,7 +235,7 @@ FREE: Mapping[str, str] = MappingProxyType({
         bias_swiglu_fusion bias_dropout_fusion gradient_accumulation_fusion torch_compile tf32""",
     "optim": """adam_beta1 adam_beta2 adam_eps sgd_momentum lion_beta1 lion_beta2 clip_grad sophia_beta1
         sophia_beta2 sophia_rho sophia_hessian_interval sophia_hessian_fraction
-        sophia_clip_hessian_grad
+        sophia_clip_hessian_grad lisa_layers lisa_interval
         adafactor_scale_parameter adafactor_relative_step adafactor_warmup_init adafactor_beta1
         adafactor_decay_rate adafactor_clip_threshold adafactor_eps1 adafactor_eps2
         adam8bit_block_size use_precision_aware_optimizer

@@ -115,6 +115,8 @@ RANGES: Mapping[str, ValueRange] = {
     "optim.galore_rank": _SIZE,
     "optim.galore_update_proj_gap": _SIZE,
     "optim.galore_scale": _POSITIVE,
+    "optim.lisa_layers": _SIZE,
+    "optim.lisa_interval": _SIZE,
     "learning_rate.lr": _POSITIVE,
     "learning_rate.min_lr": _NOT_NEGATIVE,
     "learning_rate.decoupled_lr": _POSITIVE,

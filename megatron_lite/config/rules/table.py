@@ -69,6 +69,7 @@ OF_SIZES: tuple[Rule, ...] = (
     Rule(lora.adapter_settings, ("lora.lora_rank", "lora.lora_alpha")),
     Rule(updating.groups),
     Rule(updating.read_settings),
+    Rule(updating.drawn_blocks, (_LAYERS, "optim.lisa_layers", "optim.lisa_interval")),
     Rule(lora.packed_base, (_TP, _HIDDEN, _HEADS, "model.kv_channels", "model.ffn_hidden_size")),
     Rule(layout.one_batch, (*_BATCH, "train.rampup_batch_size", "train.train_samples")),
 )
@@ -180,7 +181,7 @@ def size_problems(config: RunConfig, world_size: int) -> list[str]:
     return [*found, *_broken(OF_SIZES, config, world_size, ranges)]
 
 
-_SIZED = ("model", "parallel", "train", "lora")
+_SIZED = ("model", "parallel", "train", "lora", "optim")
 """Sections whose numbers are sizes."""
 
 

@@ -47,10 +47,7 @@ _READERS: Mapping[str, tuple[str, ...]] = MappingProxyType(
 def read_settings(config: RunConfig, world_size: int) -> Iterator[str]:
     """An optimizer's settings are given with it."""
     o = config.optim
-    try:
-        asked = set(optimizers_asked_for(o))
-    except ConfigError:
-        return  # a group that cannot be read
+    asked = set(optimizers_asked_for(o))
     if not asked <= set(_BUILT_IN):
         return  # a row of --extend may read any of them
     changed = _changed(o, OptimConfig())
@@ -63,13 +60,34 @@ def read_settings(config: RunConfig, world_size: int) -> Iterator[str]:
             )
 
 
+def drawn_blocks(config: RunConfig, world_size: int) -> Iterator[str]:
+    """LISA trains some of the blocks, and nothing else says what is trained."""
+    optim, layers = config.optim, config.model.num_layers
+    if optim.lisa_layers is None:
+        if optim.lisa_interval != OptimConfig().lisa_interval:
+            yield f"--lisa-interval {optim.lisa_interval} needs --lisa-layers, the blocks of an interval"
+        return
+    if optim.lisa_layers >= layers:
+        yield (
+            f"--lisa-layers {optim.lisa_layers} of --num-layers {layers} draws all of them in each "
+            f"interval; give less than {layers}, or leave it out"
+        )
+    if "sophiag" in optimizers_asked_for(optim):
+        yield (
+            "--lisa-layers: a block that begins would take steps of --optimizer sophiag before its curvature "
+            "was seen; use another optimizer"
+        )
+    if config.lora.on:
+        yield (
+            "--lisa-layers and --lora-rank exclude each other: adapters are trained beside a model that "
+            "stays frozen; give one"
+        )
+
+
 def adafactor(config: RunConfig, world_size: int) -> Iterator[str]:
     """Its relative step is its own, the learning rate as given is not."""
     o = config.optim
-    try:
-        asked = set(optimizers_asked_for(o))
-    except ConfigError:
-        return  # a group that cannot be read
+    asked = set(optimizers_asked_for(o))
     if "adafactor" not in asked:
         return
     if o.adafactor_warmup_init and not o.adafactor_relative_step:

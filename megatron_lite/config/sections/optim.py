@@ -153,6 +153,12 @@ class OptimConfig:
     param_groups: list[str] = field(default_factory=list)
     """PATTERN:lr=FACTOR,weight_decay=FACTOR,rule=OPTIMIZER of tensors by name or kind; lr=0 freezes."""
 
+    lisa_layers: int | None = None
+    """Train so many blocks at a time, drawn anew in intervals, beside embedding, final norm and head (LISA)."""
+
+    lisa_interval: int = 20
+    """Updates of the optimizer in an interval of --lisa-layers."""
+
     @property
     def moments(self) -> tuple[Literal["fp32", "bf16"], Literal["fp32", "bf16"]]:
         """What first and second moments are kept in."""

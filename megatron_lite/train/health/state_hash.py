@@ -44,6 +44,7 @@ def _owned(run: Run) -> Iterator[NamedSlice]:
 def _tensors(run: Run) -> list[tuple[str, tuple[int, ...], torch.dtype]]:
     """Name, global shape and format of every tensor of the state; equal on all ranks."""
     found: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+    updates = run.engine.progress().steps
     for spec in run.blueprint.parameters:
         vocabulary = spec.tensor.vocabulary
         shape = (run.context.vocab_size, *spec.shape[1:]) if vocabulary else spec.shape
@@ -56,7 +57,7 @@ def _tensors(run: Run) -> list[tuple[str, tuple[int, ...], torch.dtype]]:
         found[spec.name] = shape, dtype
         if dtype != torch.float32:
             found[MASTER + spec.name] = shape, torch.float32
-        for state in run.blueprint.states(spec.tensor):
+        for state in run.blueprint.states(spec.tensor, updates):
             found[f"{state.name}.{spec.name}"] = state.of(shape), STATE_DTYPES[state.storage]
     return [(name, *form) for name, form in sorted(found.items())]
 
