@@ -19,8 +19,7 @@ from megatron_lite.rehearsal.rehearse import stand_in
 from megatron_lite.train.assemble import assemble
 from megatron_lite.train.step import train_step
 from tests.support.axes import BF16, PP, SCHEDULE, TP, ZERO
-from tests.support.checkpoints import load_and_save_again, train_and_save, whole
-from tests.support.spawn import spawn
+from tests.support.checkpoints import same_in_every_way
 from tests.support.tiny import context, draw, make_batches, tiny_config
 
 GROUPED, EVERY = "optim__lisa_layers", "optim__lisa_interval"
@@ -235,16 +234,10 @@ H1 = {PP: 2, SCHEDULE: "zb-h1"}
     ],
 )
 def test_every_layout_draws_alike_also_after_a_resume_in_another(tmp_path, changes, before) -> None:
-    folder, same, alone, one = (str(tmp_path / n) for n in ("saved", "same", "alone", "one"))
-    went_on = spawn(train_and_save, 2, ASKED | changes, folder, before, 5)
-    assert spawn(load_and_save_again, 2, ASKED | changes, folder, same, 5) == went_on
-    single = ASKED | ({BF16: True} if BF16 in changes else {})
-    close = 2e-3 if BF16 in changes else 1e-6
-    moved = load_and_save_again(0, 1, single, folder, alone, 5)
-    assert moved == pytest.approx(went_on[0], rel=close)
-    hashes = whole(tmp_path / "saved")
-    assert hashes == whole(tmp_path / "same") == whole(tmp_path / "alone")
-    assert train_and_save(0, 1, single, one, before, 5) == pytest.approx(went_on[0], rel=close)
+    half = {BF16: True} if BF16 in changes else {}
+    hashes = same_in_every_way(
+        tmp_path, ASKED | half, changes, steps=before, more=5, close=2e-3 if half else 1e-6
+    )
     drawn = draw(tiny_config(**ASKED), 1).draw
     kept = {
         block_of(name.removeprefix("exp_avg.")) for name in hashes if name.startswith("exp_avg.")

@@ -15,8 +15,7 @@ from megatron_lite.rehearsal.rehearse import stand_in
 from megatron_lite.train.assemble import assemble
 from megatron_lite.train.step import train_step
 from tests.support.axes import BF16, PP, TP, ZERO
-from tests.support.checkpoints import load_and_save_again, train_and_save, whole
-from tests.support.spawn import spawn
+from tests.support.checkpoints import same_in_every_way
 from tests.support.tiny import context, draw, make_batches, tiny_config
 
 GROUPS = "optim__param_groups"
@@ -181,15 +180,6 @@ def test_the_plan_counts_by_group_what_the_engine_keeps(changes) -> None:
     ],
 )
 def test_groups_are_the_same_in_every_layout_and_after_a_resume(tmp_path, changes) -> None:
-    folder, same, alone = (str(tmp_path / name) for name in ("saved", "same", "alone"))
-    asked = {GROUPS: MIXED}
-    went_on = spawn(train_and_save, 2, asked | changes, folder, 2, 2)
-    assert spawn(load_and_save_again, 2, asked | changes, folder, same, 2) == went_on
-    moved = load_and_save_again(0, 1, asked, folder, alone, 2)
-    assert moved == pytest.approx(went_on[0], rel=1e-6)
-    hashes = whole(tmp_path / "saved")
-    assert hashes == whole(tmp_path / "same") == whole(tmp_path / "alone")
+    hashes = same_in_every_way(tmp_path, {GROUPS: MIXED}, changes)
     assert not any(name.startswith("exp_avg.blocks.0.attention.k") for name in hashes)
     assert "momentum.blocks.1.mlp.up.weight" in hashes
-    one = train_and_save(0, 1, asked, str(tmp_path / "one"), 2, 2)
-    assert one == pytest.approx(went_on[0], rel=1e-6)

@@ -6,6 +6,7 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from megatron_lite.blueprint.draw_up import Blueprint
@@ -19,6 +20,7 @@ from megatron_lite.train.assemble import assemble
 from megatron_lite.train.resume import fill_run
 from megatron_lite.train.run import Run
 from megatron_lite.train.step import train_step
+from tests.support.spawn import spawn
 from tests.support.tiny import context, draw, make_batches, tiny_config
 
 Changes = dict[str, Any]
@@ -81,6 +83,33 @@ def load_and_save_again(
     run.progress.step = manifest.progress.step
     save(run, Path(again), manifest.progress)
     return train(config, blueprint, run, more)
+
+
+def same_in_every_way(
+    folder: Path,
+    shared: Changes,
+    changes: Changes,
+    *,
+    ranks: int = 2,
+    steps: int = 2,
+    more: int = 2,
+    close: float = 1e-6,
+) -> dict[str, str]:
+    """Train on these ranks, save, go on; resume there and in one process; train in one process from the start.
+
+    Losses behind the save are the same bits where the layout is, else close; what is loaded is what
+    was saved: its hashes are returned.
+    """
+    saved, same, alone, one = (str(folder / name) for name in ("saved", "same", "alone", "one"))
+    went_on = spawn(train_and_save, ranks, shared | changes, saved, steps, more)
+    again = spawn(load_and_save_again, ranks, shared | changes, saved, same, more)
+    assert again == went_on, (again, went_on)
+    moved = load_and_save_again(0, 1, shared, saved, alone, more)
+    assert moved == pytest.approx(went_on[0], rel=close)
+    assert train_and_save(0, 1, shared, one, steps, more) == pytest.approx(went_on[0], rel=close)
+    hashes = whole(Path(saved))
+    assert hashes == whole(Path(same)) == whole(Path(alone))
+    return hashes
 
 
 def whole(folder: Path) -> dict[str, str]:
