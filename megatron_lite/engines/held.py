@@ -62,7 +62,7 @@ class Held:
         return NamedSlice(name, shape, offset, data, replicated=replicated)
 
 
-class Kept(Protocol):
+class Stateful(Protocol):
     """What has states that come and go."""
 
     state: dict[str, Tensor]
@@ -79,7 +79,7 @@ class Kept(Protocol):
         ...
 
 
-def fit_states(held: Iterable[Kept], groups: Groups, steps: int) -> None:
+def fit_states(held: Iterable[Stateful], groups: Groups, steps: int) -> None:
     """Have states of what the update after so many changes, zero where it begins; none of what has no turn."""
     anew = []
     for one in held:

@@ -414,8 +414,8 @@ LION = {"optim__optimizer": "lion"}
 SOPHIA = {"optim__optimizer": "sophiag", "optim__sophia_hessian_interval": 2}
 LISA = {"optim__lisa_layers": 2, "optim__lisa_interval": 2}
 GROUPED = {
-    "optim__param_groups": ["embedding.*:lr=0.3", "kind=norm:weight_decay=1", "*.attention.k.*:lr=0",
-                            "blocks.1.*:rule=sgd", "*.mlp.down.*:rule=lion,lr=0.3"],
+    "optim__param_groups": ("embedding.*:lr=0.3", "kind=norm:weight_decay=1", "*.attention.k.*:lr=0",
+                            "blocks.1.*:rule=sgd", "*.mlp.down.*:rule=lion,lr=0.3"),
 }  # fmt: skip
 SFT = {
     "train__objective": "sft", "data__mock_data": False, "data__data_path": ("answers",),
