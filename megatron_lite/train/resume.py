@@ -215,7 +215,7 @@ def _require_optimizer(run: Run, manifest: Manifest, folder: str) -> None:
             "weights"
         )
     for spec in plan.parameters:
-        for state in plan.states(spec.tensor):
+        for state in plan.states(spec.tensor, updates):
             stored = manifest.tensors.get(f"{state.name}.{spec.name}")
             weight, here = manifest.tensors.get(spec.name), state.of(spec.tensor.shape)
             if stored is None or weight is None or weight.shape[1:] != spec.tensor.shape[1:]:

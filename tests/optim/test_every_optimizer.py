@@ -23,8 +23,11 @@ ROWS = [
 ]
 SMALL = {"model__num_layers": 2, "model__vocab_size": 64}
 LAYOUTS = {"tp2": {TP: 2}, "pp2": {PP: 2}, "dp2 shared": {ZERO: True}}
-SETTINGS = {"adam8bit": {"optim__adam8bit_block_size": 16}}
-"""Of rows whose defaults are for larger matrices."""
+SETTINGS = {
+    "adam8bit": {"optim__adam8bit_block_size": 16},
+    "muon": {"optim__muon_fp32_matmul_prec": "highest"},
+}
+"""Of rows whose defaults are for larger matrices, or round in between."""
 SELDOM = (f"{CURVATURE.name}.", "left_basis.", "right_basis.")
 """Names of states that are made anew every so many updates only."""
 IN_CI = {("sophiag", "dp2 shared")}

@@ -413,10 +413,7 @@ WIDE = [
 LION = {"optim__optimizer": "lion"}
 SOPHIA = {"optim__optimizer": "sophiag", "optim__sophia_hessian_interval": 2}
 LISA = {"optim__lisa_layers": 2, "optim__lisa_interval": 2}
-GROUPED = {
-    "optim__param_groups": ("embedding.*:lr=0.3", "kind=norm:weight_decay=1", "*.attention.k.*:lr=0",
-                            "blocks.1.*:rule=sgd", "*.mlp.down.*:rule=lion,lr=0.3"),
-}  # fmt: skip
+GROUPED = {"optim__param_groups": ("embedding.*:lr=0.3", "*.k.*:lr=0", "blocks.1.*:rule=sgd")}
 SFT = {
     "train__objective": "sft", "data__mock_data": False, "data__data_path": ("answers",),
 }  # fmt: skip
@@ -432,12 +429,7 @@ RULES = [
     layout("tp2-dp2-zero-sophiag-fp16", tp=2, dp=2, shared=SOPHIA | FP16, tolerance=HALF, **ZERO),
     layout("tp2-pp2-dp2-sp-zero-lisa", tp=2, pp=2, dp=2, shared=LISA, **SP, **ZERO),
     layout("pp2-dp2-zb-v-lisa", pp=2, dp=2, shared=LISA, **ZB_V),
-    layout("pp4-interleaved-lisa-recompute", pp=4, shared=LISA | LAYERS8, **CHUNKS2, **EVERY_LAYER),
-    layout("tp2-dp2-zero-overlap-lisa-bf16", tp=2, dp=2, shared=LISA | BF16, tolerance=HALF,
-           **ZERO, **OVERLAP_GATHER),
-    layout("pp2-dp2-lisa-fp16", pp=2, dp=2, shared=LISA | FP16 | {"optim__lisa_layers": 1}, tolerance=HALF),
     layout("tp2-pp2-dp2-sp-zero-param-groups", tp=2, pp=2, dp=2, shared=GROUPED, **SP, **ZERO),
-    layout("pp2-dp2-zb-h1-param-groups", pp=2, dp=2, shared=GROUPED, **ZB_H1),
 ]  # fmt: skip
 """Update rules in place of Adam: `make parity-all` and `make nightly`."""
 
