@@ -24,6 +24,12 @@ from megatron_lite.data.samples import Sample
 from megatron_lite.data.taught import taught
 from megatron_lite.data.tuning import TuningPlan, nothing_learned
 
+_COUNTED = 1 << 17
+"""Samples of a split that a dry run puts in order: a second or a few, however long the run is."""
+
+_MOST_SAMPLES = 1 << 36
+"""Of all epochs together: their order alone is 512 GiB."""
+
 
 class BuildDatasets(Protocol):
     """Opens what each split reads; a split of which 0 samples are asked for is None.
@@ -127,6 +133,11 @@ def with_epochs(data: DataConfig, train: TrainConfig, *, seq_length: int) -> Tra
             f"--epoch-samples {train.epoch_samples}, and an epoch of the data here is {found} samples of "
             f"--seq-length {seq_length}: leave it out"
         )
+    if train.train_epochs * found > _MOST_SAMPLES:
+        raise ConfigError(
+            f"--train-epochs {train.train_epochs} of {found} samples are more than {_MOST_SAMPLES:,} samples, "
+            f"whose order no memory holds; give at most {_MOST_SAMPLES // found}"
+        )
     return replace(train, epoch_samples=found)
 
 
@@ -154,8 +165,14 @@ def what_counts(
     if missing := _elsewhere(data):
         return [f"NOTE: {missing}: how many tokens count is not known here"]
     taught(data)
+    few = {k: n if n is None or k == "repeats" else min(n, _COUNTED) for k, n in samples.items()}
     found = build_tuning(
         data, seq_length=seq_length, seed=seed, vocab_size=None, eod=None, cache_folder=None,
-        tokenizer=None, **samples,
+        tokenizer=None, **few,
     )  # fmt: skip
-    return [*overview(found), *found.notices]
+    said = [
+        f"NOTE: the table has the first {few[split]:,} of {count:,} {split.replace('_', ' ')}"
+        for split, count in samples.items()
+        if count is not None and few[split] != count
+    ]
+    return [*overview(found), *found.notices, *said]

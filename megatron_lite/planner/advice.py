@@ -137,8 +137,8 @@ def _flags(plan: Forecast, parallel: ParallelConfig, micro_batch_size: int) -> s
     return " ".join(f"--{p}" for p in (x.removeprefix("--") for x in after) if p not in had)
 
 
-def warnings(plan: Forecast, tokens: float | None) -> list[str]:
-    """What is unusual about a run, in words."""
+def warnings(plan: Forecast, tokens: float | None, *, begins: bool) -> list[str]:
+    """What is unusual about a run, in words.  begins: whether it learns from nothing."""
     found = []
     rates, grid = plan.rates, plan.blueprint.grid
     if rates.mfu_causal > 0.65:
@@ -151,7 +151,7 @@ def warnings(plan: Forecast, tokens: float | None) -> list[str]:
             f"--tensor-model-parallel-size {grid.tp} leaves nodes of "
             f"{plan.cluster.devices_per_node}: its all-reduces go over the network"
         )
-    if tokens:
+    if tokens and begins:
         found += tokens_warning(tokens / plan.blueprint.num_parameters)
     return found
 

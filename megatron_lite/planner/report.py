@@ -28,10 +28,11 @@ _SHORT = {"communication": "comm", "fragmentation": "reserve", "activations": "a
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Extra:
-    """What a report says beside the forecast."""
+    """What a report says beside the forecast.  begins: whether the run learns from nothing."""
 
     notes: tuple[str, ...] = ()
     tokens: float | None = None
+    begins: bool = True
     curve: tuple[Point, ...] = ()
     epochs: tuple[Reading, ...] = ()
     change: Change | None = None
@@ -89,7 +90,7 @@ def plan_json(plan: Forecast, extra: Extra) -> dict[str, object]:
             "flags": extra.change.flags,
             "step_seconds": extra.change.forecast.rates.step_seconds,
             "total_bytes": extra.change.forecast.worst.total},
-        "warnings": warnings(plan, extra.tokens),
+        "warnings": warnings(plan, extra.tokens, begins=extra.begins),
         "notes": [*blueprint.notes, *extra.notes],
     }  # fmt: skip
 
@@ -99,7 +100,7 @@ def to_text(plan: Forecast, extra: Extra) -> str:
     sections = (
         _head(plan), _memory(plan), _verdict(plan, extra), _time(plan), _rates(plan),
         _cost(plan, extra), _curve(extra), _epochs(extra),
-        (f"warning: {warning}" for warning in warnings(plan, extra.tokens)),
+        (f"warning: {warning}" for warning in warnings(plan, extra.tokens, begins=extra.begins)),
         (f"note: {note}" for note in (*plan.blueprint.notes, *extra.notes)),
     )  # fmt: skip
     return "\n".join(line for section in sections for line in section)

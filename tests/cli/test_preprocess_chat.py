@@ -293,3 +293,23 @@ def test_a_local_ray_cluster_writes_the_same_bytes(tmp_path: Path) -> None:
     assert hashes(tmp_path, "r*.[bi]*") == {
         f"r{name[1:]}": found for name, found in hashes(tmp_path, "x*.[bi]*").items()
     }
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        ("{% for m in messages %}\n{{ m.content }\n{% endfor %}", "line 2: TemplateSyntaxError"),
+        ("{% for m in messages %}\n\n{% generation %}x{% endfor %}", "line 3: .*endgeneration"),
+    ],
+)
+def test_a_template_that_is_none_is_told_before_any_record_is_read(
+    template: str, said: str, tmp_path: Path
+) -> None:
+    """Else --on-bad-line skip would count every record as a bad one."""
+    needs("jinja2")
+    (tmp_path / "mine.jinja").write_text(template)
+    lines = write_lines(tmp_path / "talks.jsonl", *numbers(2))
+    with pytest.raises(DataError, match=f"(?s)mine.jinja: .*{said}"):
+        prepare(chat_tokenizer(tmp_path), lines, tmp_path / "talks", on_bad_line="skip",
+                template=str(tmp_path / "mine.jinja"))  # fmt: skip
+    assert not list(tmp_path.glob("*.bin")) and not list(tmp_path.glob(".*"))

@@ -17,6 +17,7 @@ from megatron_lite.blueprint.length import sample_counts
 from megatron_lite.config.errors import ConfigError, DataError
 from megatron_lite.config.sections.data import DataConfig
 from megatron_lite.config.sections.train import TrainConfig
+from megatron_lite.data import sources
 from megatron_lite.data.batch import collate
 from megatron_lite.data.blended import BlendedDataset
 from megatron_lite.data.build import Datasets
@@ -24,7 +25,7 @@ from megatron_lite.data.masks import MaskedDataset, mask_prefix
 from megatron_lite.data.overview import overview
 from megatron_lite.data.packing import pack_rows
 from megatron_lite.data.pretrain import DocumentRange
-from megatron_lite.data.sources import kind_for, with_epochs
+from megatron_lite.data.sources import kind_for, what_counts, with_epochs
 from megatron_lite.data.taught import taught
 from megatron_lite.data.tuning import TuningDataset, TuningPlan
 from tests.support.talks import numbers, talk, tuned
@@ -157,6 +158,30 @@ def test_an_epoch_of_documents_is_what_one_reading_gives(made: tuple[DataConfig,
     assert train.epoch_samples == (tokens - 1) // SEQ
     with pytest.raises(ConfigError, match="--epoch-samples 3, and an epoch of the data here is"):
         with_epochs(named, TrainConfig(train_epochs=2, epoch_samples=3), seq_length=SEQ)
+
+
+def test_a_run_without_end_is_counted_in_its_beginning_or_refused(
+    made: tuple[DataConfig, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A dry run puts no more samples in order than it can in seconds."""
+    data, prefix = made
+    named = dataclasses.replace(data, data_path=[prefix], split="1,0,0")
+    monkeypatch.setattr(sources, "_COUNTED", 64)
+    splits = {"valid_samples": 0, "test_samples": 0}
+    table, shares, epoch, note = what_counts(
+        named, seq_length=SEQ, seed=5, train_samples=20_000, **splits
+    )
+    assert shares.split()[3] == "64" and "40 samples" in epoch
+    assert note == "NOTE: the table has the first 64 of 20,000 train samples"
+    assert what_counts(named, seq_length=SEQ, seed=5, train_samples=64, **splits) == [
+        table, shares, epoch
+    ]  # fmt: skip
+    each = with_epochs(named, TrainConfig(train_epochs=1), seq_length=SEQ).epoch_samples
+    assert each is not None
+    most = 2**36 // each
+    assert with_epochs(named, TrainConfig(train_epochs=most), seq_length=SEQ).epoch_samples == each
+    with pytest.raises(ConfigError, match=f"--train-epochs {most + 1} of .*give at most {most}"):
+        with_epochs(named, TrainConfig(train_epochs=most + 1), seq_length=SEQ)
 
 
 def test_without_packing_a_row_has_one_sample(made: tuple[DataConfig, str]) -> None:

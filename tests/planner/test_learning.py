@@ -165,3 +165,19 @@ def test_an_epoch_of_known_samples_is_a_length_and_a_floor_needs_no_rate(advise)
     found = advise("--train-epochs 3 --epoch-samples 560000 --min-lr 1e-3 --json")
     assert found["run"]["samples"] == 3 * 560000
     assert found["curve"][-1]["lr"] == pytest.approx(1e-3)
+
+
+@pytest.mark.parametrize(
+    ("words", "begins"),
+    [("", True), ("--finetune --load x", False), ("--lora-rank 8 --load x --finetune", False),
+     ("--objective sft", False)],
+)  # fmt: skip
+def test_tokens_per_parameter_are_about_pretraining(
+    words: str, begins: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without --advise, too: few tokens are what fine-tuning has."""
+    asked = f"{GPT} --lr 1e-4 --train-iters 100 --json {words}"
+    monkeypatch.setattr(sys, "argv", ["plan.py", *asked.split()])
+    assert plan.main() == 0
+    warnings = json.loads(capsys.readouterr().out)["warnings"]
+    assert any("tokens per parameter" in line for line in warnings) is begins

@@ -86,6 +86,12 @@ class Renderer:
             return self.template
         return self.vocabulary.jinja(CHAT_FORMATS[self.name].jinja)
 
+    def check(self) -> None:
+        """DataError with file and line for a template that is none, before anything is said."""
+        if self.template is not None:
+            self.sandbox.render(self.template, None, self.name)
+            self.sandbox.close()
+
     def ids(self, messages: Sequence[Message]) -> list[int]:
         """Up to where the assistant's next answer begins."""
         check_messages(messages)

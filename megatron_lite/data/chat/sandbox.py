@@ -59,11 +59,14 @@ def environment() -> Any:
 
 
 def render(made: Any, asked: dict[str, Any]) -> dict[str, Any]:
-    """{"text": ..., "blocks": how many the template has} or {"error": ...}."""
+    """{"text": ..., "blocks": how many the template has} or {"error": ...}; no variables: it is only read."""
     try:
         made.marks, made.blocks = asked["marks"], 0
         parts, size = [], 0
-        for part in made.from_string(asked["template"]).generate(**asked["variables"]):
+        template = made.from_string(asked["template"])
+        if asked["variables"] is None:
+            return {"text": "", "blocks": made.blocks}
+        for part in template.generate(**asked["variables"]):
             size += len(part)
             if size > asked["longest"]:
                 return {"error": f"it writes more than {asked['longest']:,} characters"}
@@ -74,7 +77,9 @@ def render(made: Any, asked: dict[str, Any]) -> dict[str, Any]:
     except RecursionError:
         return {"error": "it calls itself without end"}
     except Exception as error:  # whatever a template can raise is its fault
-        return {"error": f"{type(error).__name__}: {error}"[:500]}
+        line = getattr(error, "lineno", None)  # of a syntax error
+        place = "" if line is None else f"line {line}: "
+        return {"error": f"{place}{type(error).__name__}: {error}"[:500]}
 
 
 def serve(size: int) -> None:

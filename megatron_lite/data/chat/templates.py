@@ -56,12 +56,13 @@ class Sandbox:
     def render(
         self,
         template: str,
-        variables: Mapping[str, Any],
+        variables: Mapping[str, Any] | None,
         where: str,
         marks: tuple[str, str] = ("", ""),
     ) -> TemplateText:
         """DataError where the template fails, or takes more than it may.
 
+        variables: None reads the template and renders nothing, for what is wrong with it as it stands.
         marks: written before and behind what stands in a generation block.
         """
         asked = {"template": template, "variables": variables, "marks": marks,

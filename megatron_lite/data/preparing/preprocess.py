@@ -163,6 +163,7 @@ class PreprocessRun:
         if job.chat is not None:
             self.dtypes[1] = MASK_DTYPE
             self.renderer = job.renderer(self.tokenizer)
+            self.renderer.check()
         self.writers: list[PairWriter] = []
         self.summary = Summary(
             self.prefixes,

@@ -98,7 +98,7 @@ def preprocess_on_ray(
             raise ConfigError(f"{path} is there already - give --overwrite to replace it")
     tokenizer = job.tokenizer()  # a broken one is found here
     if job.chat is not None:
-        job.renderer(tokenizer)  # and a template that is none
+        job.renderer(tokenizer).check()  # and a template that is none
         job = replace(job, chat=job.chat.anywhere())
     _connect(ray, address, workers)
     try:
