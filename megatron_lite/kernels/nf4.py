@@ -49,7 +49,8 @@ def pack(weight: Tensor, block: int) -> tuple[Tensor, Tensor]:
         absmax[some] = blocks.abs().amax(-1)
         # a block of zeros: 0 / 1, and not 0 / 0
         scale = absmax[some].masked_fill(absmax[some] == 0, 1.0)[..., None]
-        found = torch.bucketize(blocks / scale, middles, out_int32=True).view(-1, columns // 2, 2)
+        shares = (blocks / scale).contiguous()  # of a matrix that lies the other way round, too
+        found = torch.bucketize(shares, middles, out_int32=True).view(-1, columns // 2, 2)
         codes[some] = (found[..., 0] << 4) | found[..., 1]
     return codes, absmax
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from statistics import NormalDist
 
 import numpy as np
@@ -103,3 +104,17 @@ def test_bitsandbytes_makes_the_same_bits_and_reads_ours(dtype) -> None:
     ours = nf4.unpack(codes, absmax, PAIRS, dtype)
     assert torch.equal(library.dequantize_4bit(theirs, state), ours)
     assert torch.equal(nf4.unpack_by_bitsandbytes(codes, absmax, PAIRS, dtype), ours)
+
+
+def test_a_matrix_that_lies_the_other_way_round_is_packed_alike_and_in_silence() -> None:
+    """As one of GPT-2's folder does; torch warns of what it has to copy."""
+    weight = torch.randn(128, 64, generator=torch.Generator().manual_seed(3)).t()
+    torch.set_warn_always(True)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            found = nf4.pack(weight, 64)
+    finally:
+        torch.set_warn_always(False)
+    for one, other in zip(found, nf4.pack(weight.contiguous(), 64), strict=True):
+        assert torch.equal(one, other)
