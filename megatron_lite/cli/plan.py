@@ -33,7 +33,7 @@ from megatron_lite.config.errors import ConfigError, DataError, StorageError
 from megatron_lite.config.exit import ToolParser, run_tool
 from megatron_lite.config.flags.parser import parse
 from megatron_lite.config.rules import table as rules
-from megatron_lite.config.rules.length import given_lengths
+from megatron_lite.config.rules.length import begins_from_nothing, given_lengths
 from megatron_lite.config.sections.parallel import ParallelConfig
 from megatron_lite.config.sections.run import RunConfig
 from megatron_lite.config.sections.train import TrainConfig
@@ -117,7 +117,7 @@ def main() -> int:
     extra = report.Extra(
         notes=(*parsed.notices, *notes, *rules.notices(config, world)),
         tokens=own.tokens or (_tokens(blueprint) if given else None),
-        begins=learning.begins_from_nothing(config),
+        begins=begins_from_nothing(config),
         curve=_curve(config, blueprint) if own.tokens or given else (),
         epochs=epochs(config.data, config.train, blueprint),
         change=None if plan.fits else advice.cheapest(plan, variant),
@@ -359,7 +359,7 @@ def _outlook(
     return learning.Outlook(
         blueprint=blueprint,
         rates=_schedule(config, blueprint),
-        begins=learning.begins_from_nothing(config),
+        begins=begins_from_nothing(config),
         stop=None if minutes is None else int(60 * minutes / plan.rates.step_seconds),
         notes=notes,
     )

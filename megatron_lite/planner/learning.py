@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from megatron_lite.blueprint.draw_up import Blueprint
-from megatron_lite.config.objectives import LANGUAGE_MODEL
-from megatron_lite.config.sections.run import RunConfig
 from megatron_lite.planner.advice import tokens_warning
 from megatron_lite.planner.curve import Point, run_curve
 from megatron_lite.planner.law import (
@@ -68,12 +66,6 @@ def law_of(blueprint: Blueprint) -> Budget:
     """The law's word on a model and the tokens of its run, whose length is known."""
     assert blueprint.train_samples is not None
     return budget_of(_flops(blueprint), blueprint.train_samples * blueprint.model.seq_length)
-
-
-def begins_from_nothing(config: RunConfig) -> bool:
-    """Whether a run is what the laws of pretraining are about."""
-    tuned = config.checkpoint.finetune or config.lora.lora_rank
-    return config.train.objective == LANGUAGE_MODEL and not tuned
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -201,6 +201,7 @@ BAD = [
     ("--hidden-dropout 1", 1, "--hidden-dropout 1.0 must be at least 0 and below 1"),
     ("--attention-dropout -0.1", 1, "--attention-dropout -0.1 must be at least 0"),
     ("--eval-interval 0", 1, "--eval-interval 0 must be at least 1"),
+    ("--train-epochs 2000000", 1, "must be at least 1 and at most 1000000"),
     ("--profile --profile-ranks 0 1", 1, "--profile-ranks 1: there are ranks 0 to 0"),
     (
         "--profile --profile-step-end 3",

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from megatron_lite.config.blend import blends
 from megatron_lite.config.errors import ConfigError
+from megatron_lite.config.objectives import LANGUAGE_MODEL
 from megatron_lite.config.sections.run import RunConfig
 from megatron_lite.config.sections.train import TrainConfig
 
@@ -18,6 +19,12 @@ def given_lengths(train: TrainConfig) -> dict[str, int]:
         "--train-epochs": train.train_epochs,
     }
     return {flag: value for flag, value in given.items() if value is not None}
+
+
+def begins_from_nothing(config: RunConfig) -> bool:
+    """Whether a run is what the laws of pretraining are about."""
+    tuned = config.checkpoint.finetune or config.lora.lora_rank
+    return config.train.objective == LANGUAGE_MODEL and not tuned
 
 
 def one_length(config: RunConfig, world_size: int) -> Iterator[str]:

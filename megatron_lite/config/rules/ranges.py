@@ -141,7 +141,7 @@ RANGES: Mapping[str, ValueRange] = {
     "train.rampup_batch_size": _SAMPLES_OR_NONE,
     "train.train_iters": _SIZE,
     "train.train_samples": _SAMPLES,
-    "train.train_epochs": _SIZE,
+    "train.train_epochs": ValueRange(1, 10**6),  # each is shuffled at the start
     "train.epoch_samples": _SAMPLES,
     "train.neftune_alpha": ValueRange(0.0, 1e3),
     "train.seed": _COUNT,
