@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -112,7 +113,11 @@ def _weight_gradient(sizes: Sizes) -> list[Any]:
 
 def _unpack(sizes: Sizes) -> list[Any]:
     weight = sizes.draw(sizes.ffn, sizes.hidden)
-    return [*nf4.pack(weight, 64), nf4.quantile_pairs(sizes.device), sizes.dtype]
+    return [
+        *nf4.pack(weight, math.gcd(64, sizes.hidden)),
+        nf4.quantile_pairs(sizes.device),
+        sizes.dtype,
+    ]
 
 
 EXAMPLES: Mapping[str, Callable[[Sizes], list[Any]]] = {

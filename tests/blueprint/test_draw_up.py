@@ -160,4 +160,4 @@ def test_the_plan_shows_the_ramp_and_the_notes() -> None:
     steps = users_run(train__step_batch_size_schedule="0:768 1M:1536", train__train_iters=None)
     plan = " ".join(describe(draw_up(steps, 64)).split())
     assert "ramp: 768 from iteration 0 (sample 0), 1,536 from iteration 1 (sample 768)" in plan
-    assert "length not given" in plan
+    assert "length not known" in plan

@@ -86,7 +86,9 @@ def test_a_compiler_that_fails_is_one_warning_and_the_rows_as_they_are(backend: 
             assert torch.equal(ours, theirs)
     (line,) = said
     assert "no compiler here" in line and "--no-torch-compile" in line
-    assert f"on {PIECES[0][0]}" in line
+    # what is only unpacked has no backward
+    reached = [op for op, _ in PIECES if backend is broken or op != "unpack_nf4"]
+    assert f"on {reached[0]}" in line
 
 
 def test_what_is_not_the_compilers_fault_is_not_laid_to_it() -> None:

@@ -244,9 +244,8 @@ FREE: Mapping[str, str] = MappingProxyType({
         muon_coefficient_type muon_fp32_matmul_prec
         galore_rank galore_update_proj_gap galore_scale galore_proj_type""",
     "learning_rate": "override_opt_param_scheduler use_checkpoint_opt_param_scheduler",
-    # dropout is a way of training; whose adapters were the first ones is past; another rounding of
-    # the base is told (train/adapters.py)
-    "lora": "lora_dropout lora_load lora_base",
+    # dropout is a way of training; whose adapters were the first ones is past
+    "lora": "lora_dropout lora_load",
     # masks and positions within samples are a way of training, as dropout is
     "data": """data_cache_path num_workers reset_position_ids reset_attention_mask eod_mask_loss
         sft_packing verify_data mmap_bin_files allow_tokenizer_mismatch""",
