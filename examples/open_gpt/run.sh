@@ -116,11 +116,12 @@ point() { # optimizer, learning rate, seed: one run, and its losses over all of 
         printf '%s is there\n' "$run" && return
     fi
     rm -rf -- "$run"
-    passing_signals_on "$PYTHON" "$ROOT/tools/pretrain_gpt.py" "${words[@]}" >"$run.log" 2>&1 &&
+    if ! { passing_signals_on "$PYTHON" "$ROOT/tools/pretrain_gpt.py" "${words[@]}" >"$run.log" 2>&1 &&
         passing_signals_on "$PYTHON" "$ROOT/tools/evaluate.py" --load "$run" --tokens "$OUT/tokens/val" "$OUT/tokens/seen" "${DEVICE[@]}" \
-            --json "$run/losses.json" >>"$run.log" 2>&1 || {
-        tail -n 5 "$run.log" >&2 && return 1
-    }
+            --json "$run/losses.json" >>"$run.log" 2>&1; }; then
+        tail -n 5 "$run.log" >&2
+        return 1
+    fi
     printf '%s' "${words[*]}" >"$run/asked"
     printf '%s: %s\n' "$run" "$(grep "^$OUT/tokens/val " "$run.log")"
 }
