@@ -24,7 +24,7 @@ from typing import Any, NoReturn
 from tqdm import tqdm
 
 from megatron_lite.cli.speaking.model import add_model_flags, load_speaker
-from megatron_lite.cli.speaking.ranks import add_layout_flags, on_ranks
+from megatron_lite.cli.speaking.ranks import add_layout_flags, counted, on_ranks
 from megatron_lite.config.errors import ConfigError, StorageError, all_together
 from megatron_lite.config.exit import ToolParser, run_tool
 from megatron_lite.config.extensions import extend
@@ -62,7 +62,7 @@ def main() -> int:
         check_outputs("--json", [asked.json], disk)
     return on_ranks(
         asked,
-        lambda ctx, presence: _evaluate(asked, exams, ctx, presence.tick, disk),
+        lambda ctx, presence: _evaluate(asked, exams, ctx, counted(presence), disk),
         further=True,
     )
 

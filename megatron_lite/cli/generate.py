@@ -31,7 +31,7 @@ from megatron_lite.cli.speaking.model import (
     settle_cache,
 )
 from megatron_lite.cli.speaking.prompts import add_prompt_flags, prompts_of
-from megatron_lite.cli.speaking.ranks import add_layout_flags, on_ranks
+from megatron_lite.cli.speaking.ranks import add_layout_flags, counted, on_ranks
 from megatron_lite.config.context_length import length_lines
 from megatron_lite.config.errors import all_together
 from megatron_lite.config.exit import ToolParser, run_tool
@@ -86,8 +86,9 @@ def _speak(
     if ctx.rank == 0:
         _say_lengths(asked, speaker, answers)
     printer = _Printer(asked, answers) if ctx.rank == 0 else None
+    tick = counted(presence)
     for token in generation.run([_request(asked, settings, speaker, one) for one in answers]):
-        presence.tick()
+        tick()
         answer = answers[token.request]
         answer.close(token)
         if token.end == "positions" and ctx.rank == 0:

@@ -151,12 +151,11 @@ class FailureDetector:
 
     def verdict(self, now: float) -> str | None:
         """Who is lost or hangs while nothing has failed yet; None as long as all is well."""
-        lost = [
-            rank
-            for rank, seen in self._others()
-            if now - seen.came
-            > (self.limits.stale if seen.beat.step is not None else self.limits.start)
-        ]
+        # a step is collective: once one rank has finished it, none is at its start any more, also one
+        # that was killed before it could say so
+        begun = any(seen.beat.step is not None for seen in self._seen.values())
+        limit = self.limits.stale if begun else self.limits.start
+        lost = [rank for rank, seen in self._others() if now - seen.came > limit]
         return self._lost(lost, now) or self._hanging(now)
 
     def blame(self, now: float) -> str | None:

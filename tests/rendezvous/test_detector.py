@@ -77,6 +77,13 @@ def test_a_silent_rank_is_lost_after_a_minute_and_before_its_first_step_after_th
     )
 
 
+def test_who_was_killed_before_it_said_its_first_step_is_lost_after_a_minute_too() -> None:
+    world = World(3)
+    world.say(0, phase="train", step=1)
+    assert world.pass_time(59, silent=(2,)) == ""
+    assert "rank 2 was lost" in world.pass_time(3, silent=(2,))
+
+
 def test_who_said_goodbye_is_not_lost() -> None:
     world = World(2)
     world.say(0, 1, step=4, phase="train")

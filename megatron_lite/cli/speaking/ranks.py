@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 from collections.abc import Callable
 
@@ -76,6 +77,16 @@ def on_ranks(
     stop_process_group()
     world.presence.leave()
     return code
+
+
+def counted(presence: Presence) -> Callable[[], None]:
+    """To be called whenever something is done.
+
+    From its first call on a minute without heartbeats is a lost rank, as in training: gloo may wait
+    for ever for a peer that was killed in the midst of a collective.
+    """
+    done = itertools.count()
+    return lambda: presence.reached(next(done))
 
 
 def _for_less_memory(missing: float, *, on_gpu: bool, room: float) -> str:
