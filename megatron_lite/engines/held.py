@@ -69,6 +69,11 @@ class Stateful(Protocol):
     begun: int | None
 
     @property
+    def turns(self) -> Turns:
+        """Which updates change it."""
+        ...
+
+    @property
     def spec(self) -> Spec:
         """Of the canonical tensor."""
         ...
@@ -83,7 +88,7 @@ def fit_states(held: Iterable[Stateful], groups: Groups, steps: int) -> None:
     """Have states of what the update after so many changes, zero where it begins; none of what has no turn."""
     anew = []
     for one in held:
-        begun = groups.treatment(one.spec).turns.begun(steps)
+        begun = one.turns.begun(steps)
         if one.begun != begun:
             one.state, one.begun = {}, begun
             anew.append(one)

@@ -19,6 +19,7 @@ from torch import Tensor
 from megatron_lite.blueprint.figure.parts import Tensor as Spec
 from megatron_lite.blueprint.optimizers import LIKE_PARAMETER, State
 from megatron_lite.blueprint.ownership import whole_owners
+from megatron_lite.blueprint.turns import Turns
 from megatron_lite.engines.held import Held
 from megatron_lite.optim.groups import Groups, Rates
 from megatron_lite.optim.shares import TpShare
@@ -44,6 +45,11 @@ class Owned:
     def spec(self) -> Spec:
         """Of the canonical tensor."""
         return self.shard.spec
+
+    @property
+    def turns(self) -> Turns:
+        """Of its shard."""
+        return self.shard.turns
 
     @property
     def share(self) -> TpShare:
@@ -97,7 +103,7 @@ class CutMatrices:
         """One update of all that trains after so many; weights follow.  Collective over tp."""
         for position, of_round in enumerate(self._rounds):
             trained = tuple(
-                held if held and self.groups.trains(held.spec, steps) else None for held in of_round
+                held if held and held.turns.trains(steps) else None for held in of_round
             )
             if not any(trained):
                 continue

@@ -123,11 +123,15 @@ class ZeroEngine:
         for local in self._all:
             turns = (self.groups.treatment(piece.spec).turns for piece in local.pieces)
             local.parameter.requires_grad_(any(turn.trains(steps) for turn in turns))
+        self._fitted = False
 
     def _fit_states(self) -> None:
         """Not before the update that needs them, since the last one may be taken back."""
+        if self._fitted:  # asked in every update, and other only after a turn
+            return
         fit_states(self._updated, self.groups, self._steps)
         fit_states(self._matrices.owned, self.groups, self._steps)
+        self._fitted = True
 
     def _buckets_of(self, local: LocalParameter) -> GradientBuckets:
         return self._buckets[self._stage_of[local.parameter]]

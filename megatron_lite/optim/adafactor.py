@@ -14,6 +14,7 @@ from torch import Tensor
 from megatron_lite.config.sections.optim import OptimConfig
 from megatron_lite.optim.relative_step import relative_step
 from megatron_lite.optim.shares import TpShare, TpShares
+from megatron_lite.optim.stepping import keep
 
 FULL, ROWS, COLUMNS = "exp_avg_sq", "exp_avg_sq_row", "exp_avg_sq_col"
 """States, under transformers' names."""
@@ -148,9 +149,7 @@ class Adafactor:
             change = change + parameter * (step.weight_decay * rate)
         if step.taken is not None:
             change = change.where(step.taken, 0.0)
-        for name, new in states.items():
-            old = member.state[name]
-            old.copy_(new if step.taken is None else new.where(step.taken, old))
+        keep([member.state[name] for name in states], [*states.values()], step.taken)
         parameter.sub_(change)
 
     def _second(

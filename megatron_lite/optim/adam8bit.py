@@ -70,12 +70,7 @@ class AdamW8bit:
         for moment, stored, signed in zip(
             moments, (rows.states[:2], rows.states[2:]), (True, False), strict=True
         ):
-            new = encode(moment, self._map(moment, signed=signed), self.block)
-            if taken is not None:
-                keep(stored, new, taken)
-                continue
-            for there, value in zip(stored, new, strict=True):
-                there.copy_(value)
+            keep(stored, encode(moment, self._map(moment, signed=signed), self.block), taken)
 
     def _map(self, like: Tensor, *, signed: bool) -> Tensor:
         key = like.device, signed

@@ -70,11 +70,7 @@ def turn(state: dict[str, Tensor], gradient: Tensor, taken: Tensor | None) -> No
     matrix = gradient if taken is None else gradient.where(taken, 0.0)
     u, _, vh = torch.linalg.svd(matrix, full_matrices=False)  # waits for the device
     name, vectors = (_LEFT, u) if _LEFT in state else (_RIGHT, vh.mT)
-    basis = _signed(vectors[:, : state[name].shape[1]])
-    if taken is None:
-        state[name].copy_(basis)
-    else:
-        keep([state[name]], [basis], taken)
+    keep([state[name]], [_signed(vectors[:, : state[name].shape[1]])], taken)
 
 
 def _signed(vectors: Tensor) -> Tensor:

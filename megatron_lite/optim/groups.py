@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
@@ -90,10 +91,6 @@ class Groups:
         """How a canonical tensor is updated, and which states that needs."""
         return treatment(self.optim, spec, self.draw)
 
-    def trains(self, spec: Spec, steps: int) -> bool:
-        """Whether the update after so many changes a tensor, which needs a gradient for it."""
-        return self.treatment(spec).turns.trains(steps)
-
     def prepare(self, spec: Spec, device: torch.device) -> None:
         """Make the rule of a tensor that some rank here updates: one that cannot run is told at once."""
         how = self.treatment(spec)
@@ -178,4 +175,9 @@ class Groups:
 
 def _knows(rule: UpdateRule, argument: str) -> bool:
     """Whether it has this argument: rules from outside may not."""
-    return argument in inspect.signature(rule.update).parameters
+    return argument in _arguments(type(rule))
+
+
+@cache  # asked in every update
+def _arguments(made: type[UpdateRule]) -> frozenset[str]:
+    return frozenset(inspect.signature(made.update).parameters)

@@ -150,10 +150,7 @@ class Muon:
         for parameter, gradient, state in zip(parameters, gradients, states, strict=True):
             mean = state["momentum"].lerp(gradient, 1.0 - self.momentum)
             ahead = gradient.lerp(mean, self.momentum) if self.nesterov else mean
-            if taken is None:
-                state["momentum"].copy_(mean)
-            else:
-                keep([state["momentum"]], [mean], taken)
+            keep([state["momentum"]], [mean], taken)
             change = orthogonal(ahead, self.steps, self.precision)
             change *= self.extra_scale * scale(self.scale_mode, *parameter.shape)
             step_by([parameter], [change], lr, weight_decay, taken)

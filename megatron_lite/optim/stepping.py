@@ -29,7 +29,10 @@ def step_by(
     keep(parameters, new, taken)
 
 
-def keep(tensors: Tensors, new: Tensors, taken: Tensor) -> None:
-    """The new values where an update is taken, else the bits that are there."""
+def keep(tensors: Tensors, new: Tensors, taken: Tensor | None) -> None:
+    """The new values; where an update is not taken, the bits that are there."""
     for there, value in zip(tensors, new, strict=True):
-        torch.where(taken, value, there, out=there)
+        if taken is None:
+            there.copy_(value)
+        else:
+            torch.where(taken, value, there, out=there)
