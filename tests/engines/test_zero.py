@@ -6,6 +6,7 @@ import torch
 from megatron_lite.engines.base import Update
 from megatron_lite.engines.loss_scale import LossScale
 from megatron_lite.engines.table import ENGINES
+from megatron_lite.optim import groups
 from megatron_lite.train.assemble import assemble
 from megatron_lite.train.step import train_step
 from tests.support.axes import PP, TP, ZERO
@@ -106,3 +107,13 @@ def test_a_non_finite_gradient_stops_with_the_parameters_name() -> None:
     run.engine.accumulators()[3][1].view(-1)[0] = float("nan")
     result = train_step(run, make_batches(config, blueprint, 0, 0), lr=1e-2, weight_decay=0.0)
     assert "blocks.0.attention" in result.stop and result.update.skipped
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "adafactor", "muon"])
+def test_an_update_like_the_last_one_asks_nothing_of_the_table(optimizer, monkeypatch) -> None:
+    config = tiny_config(optim__optimizer=optimizer, model__num_layers=2)
+    blueprint = draw(config, 1)
+    run = assemble(config, blueprint, context(blueprint, 0))
+    for step in range(3):
+        train_step(run, make_batches(config, blueprint, 0, step), lr=1e-3, weight_decay=0.0)
+        monkeypatch.setattr(groups, "treatment", pytest.fail)

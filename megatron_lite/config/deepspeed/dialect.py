@@ -122,11 +122,11 @@ def _mapped(laying: Laying, row: DeepSpeedKey, key: SaidKey) -> None:
         laying.problems.append(f"{key.place}: {key.name} {error}")
         return
     for field, one in zip(row.to, value if isinstance(value, tuple) else (value,), strict=True):
-        if not _has_no_say(laying, field, one):
+        if not _has_no_say(laying, field):
             laying.give(field, one, key, flag_wins=row.flag_wins)
 
 
-def _has_no_say(laying: Laying, field: str, value: object) -> bool:
+def _has_no_say(laying: Laying, field: str) -> bool:
     """Partitioned activations are those kept for recomputation: without it there are none."""
     return (
         field == "parallel.distribute_saved_activations"
