@@ -7,7 +7,8 @@ from megatron_lite.config.sections.parallel import ParallelConfig
 IN_FLIGHT = 2
 """Sharded buckets in flight, each as a packed copy; one more waits for the oldest.
 
-Without a limit the last backward would end with a second copy of all gradients.
+Without a limit the last backward would end with a second copy of all gradients, and the first
+forward begin with one of all parameters.
 """
 
 

@@ -46,6 +46,22 @@ class Bucket:
     reduced: bool = False
     gathering: Pending | None = None
 
+    def start_gather(self) -> None:
+        """Begin to bring each replica's rows of the parameters to the others, as one packed copy."""
+        assert self.layout is not None and self.gathering is None
+        own = self.locals[0].parameter.detach().new_zeros(self.layout.columns)
+        for place, rows, values in self.layout.own_rows(self.axis.rank, own):
+            source = place.piece.of(place.local.parameter.detach())[rows.start : rows.stop]
+            values.copy_(source.reshape(values.shape))
+        self.gathering = start_all_gather(own, self.axis)
+
+    def finish_gather(self) -> None:
+        """Wait for it and put all rows where they belong."""
+        assert self.layout is not None and self.gathering is not None
+        rows = self.gathering.wait().view(self.layout.ranks, self.layout.columns)
+        self.gathering = None
+        self.layout.unpack(rows, lambda local: local.parameter.detach())
+
 
 @dataclass(slots=True, eq=False)
 class GradientBuckets:
@@ -230,40 +246,9 @@ class GradientBuckets:
                 target.copy_(values.view(target.shape))
         bucket.reducing, bucket.reduced = None, True
 
-    def start_gather(self, *, all_at_once: bool) -> None:
-        """Start the all-gathers of updated parameters, in the order forward needs them.
-
-        all_at_once: forward will wait for each where it needs it; else few are in flight together.
-        """
-        order = self.awake[::-1]  # they lie in the order of backward, the reverse of forward's
-        for position, bucket in enumerate(order):
-            # each holds a gathered copy of its parameters until it is unpacked
-            if position >= IN_FLIGHT and not all_at_once:
-                self._complete(order[position - IN_FLIGHT])
-            assert bucket.layout is not None and bucket.gathering is None
-            like = bucket.locals[0].parameter.detach()
-            own = like.new_zeros(bucket.layout.columns)
-            for place, rows, values in bucket.layout.own_rows(bucket.axis.rank, own):
-                source = place.piece.of(place.local.parameter.detach())[rows.start : rows.stop]
-                values.copy_(source.reshape(values.shape))
-            bucket.gathering = start_all_gather(own, bucket.axis)
-
-    def wait_for(self, parameter: Tensor) -> None:
-        """Wait until the parameter's bucket is all-gathered; returns at once where no gather is in flight."""
-        self._complete(self._bucket_of[parameter])
-
-    def wait_for_param_gather(self) -> None:
-        """Wait until every bucket is all-gathered."""
-        for bucket in reversed(self.buckets):  # as they were started, so that none holds up another
-            self._complete(bucket)
-
-    def _complete(self, bucket: Bucket) -> None:
-        if bucket.gathering is None:
-            return
-        assert bucket.layout is not None
-        rows = bucket.gathering.wait().view(bucket.layout.ranks, bucket.layout.columns)
-        bucket.gathering = None
-        bucket.layout.unpack(rows, lambda local: local.parameter.detach())
+    def bucket_of(self, parameter: Tensor) -> Bucket:
+        """The bucket that a parameter lies in."""
+        return self._bucket_of[parameter]
 
 
 def _grouped(

@@ -18,6 +18,7 @@ from megatron_lite.config.sections.precision import PrecisionConfig
 from megatron_lite.engines.base import EngineProgress, SquaredNorm, Statistics, Update
 from megatron_lite.engines.buckets import GradientBuckets
 from megatron_lite.engines.clip import clip_coefficient, count_zeros, global_norm, squared_norms
+from megatron_lite.engines.gathering import Gathers
 from megatron_lite.engines.held import Held, fit_states
 from megatron_lite.engines.loss_scale import LossScale
 from megatron_lite.engines.matrices import CutMatrices
@@ -63,6 +64,7 @@ class ZeroEngine:
         self._unreduced = False
         self.sharded = parallel.use_distributed_optimizer and ctx.replicas.size > 1
         self._overlap_gather = parallel.overlap_param_gather
+        self._gathers = Gathers()
         # where sharded, each replica has other rows; else the sum over tp x pp is whole on each
         self._sums = ctx.world if self.sharded else ctx.model
         self._all = [local for held in stages.values() for local in held]
@@ -315,8 +317,9 @@ class ZeroEngine:
         self._matrices.update(rates, steps=self._steps, taken=taken)
         self.copy_masters()  # the same bits again where the update is not taken
         if self.sharded:
-            for buckets in self._buckets.values():
-                buckets.start_gather(all_at_once=self._overlap_gather)
+            # buckets lie in the order of backward, the reverse of forward's
+            held = self._buckets.values()
+            self._gathers.start(b for buckets in held for b in reversed(buckets.awake))
             if not self._overlap_gather:
                 self.wait_for_param_gather()
         self._steps += 1
@@ -330,8 +333,7 @@ class ZeroEngine:
     @torch.no_grad()
     def wait_for_param_gather(self) -> None:
         """Wait until every parameter is all-gathered: before they are read outside a forward."""
-        for buckets in self._buckets.values():
-            buckets.wait_for_param_gather()
+        self._gathers.wait_for_all()
 
     @torch.no_grad()
     def wait_for(self, parameters: Iterable[Tensor]) -> None:
@@ -339,7 +341,7 @@ class ZeroEngine:
         for parameter in parameters:
             stage = self._stage_of.get(parameter)  # type: ignore[call-overload]
             if stage is not None:  # else it is frozen, and always whole
-                self._buckets[stage].wait_for(parameter)
+                self._gathers.wait_for(self._buckets[stage].bucket_of(parameter))
 
     def layer_hooks(self, parameters: Sequence[Tensor]) -> None:
         """None needed: parameters are always whole except during an all-gather, which wait_for() ends."""

@@ -386,9 +386,8 @@ def _data_parallel_buffers(
     bucket = bucket_elements(parallel, replicas)
     packed = float(min(IN_FLIGHT * bucket, parameters))
     copied = 0 if asked.on_gpu else min(bucket, parameters)  # gloo reduces a copy, one at a time
-    gathered = float(parameters if parallel.overlap_param_gather else packed)
     once_more = 1 + 1 / replicas
-    return (packed * once_more + copied) * wide, gathered * low * once_more
+    return (packed * once_more + copied) * wide, packed * low * once_more
 
 
 def _worst(schedule: Schedule, pp_rank: int, held: Mapping[int, _Held]) -> _Moment:

@@ -245,8 +245,16 @@ def _own_weight(run: Run, batches: Sequence[Batch]) -> float:
 
 
 def _whole_weight(run: Run, own: Tensor) -> Tensor:
-    """Of all ranks' micro batches, 1 where nothing counts; fp64 scalar.  Collective over dp."""
-    whole = all_reduce(own, run.ctx.dp)
+    """Of all ranks' micro batches, 1 where nothing counts; fp64 scalar.  Collective over the world.
+
+    A sum over dp would stand behind the all-gathers of parameters that are in flight there.
+    """
+    ctx = run.ctx
+    if ctx.dp.size == 1:
+        whole = own
+    else:  # ranks with the same samples count once
+        is_first = ctx.tp.rank == ctx.cp.rank == ctx.pp.rank == 0
+        whole = all_reduce(own if is_first else own * 0.0, ctx.world)
     return whole.where(whole != 0.0, 1.0)
 
 

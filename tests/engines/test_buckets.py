@@ -11,6 +11,7 @@ from torch import nn
 
 from megatron_lite.blueprint.figure.parts import Tensor
 from megatron_lite.engines.buckets import GradientBuckets
+from megatron_lite.engines.gathering import Gathers
 from megatron_lite.parallel.context import Axis, ParallelContext
 from megatron_lite.parallel.shard import LocalParameter, ParameterPiece
 from tests.support.spawn import spawn
@@ -61,8 +62,9 @@ def sums(rank, ranks, sharded):
             reduced.append(set(buckets.view(local)[rows.start : rows.stop].flatten().tolist()))
             local.parameter.detach()[rows.start : rows.stop] = float(rank + 1)
     if sharded:
-        buckets.start_gather(all_at_once=False)
-        buckets.wait_for_param_gather()
+        gathers = Gathers()
+        gathers.start(reversed(buckets.awake))
+        gathers.wait_for_all()
     for local in parameters:
         weights.append(local.parameter.detach().unique().tolist())
     return reduced, weights

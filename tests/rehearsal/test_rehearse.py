@@ -365,7 +365,7 @@ def test_buckets_reduced_in_another_order_on_one_rank_are_named():
 
     assert faults(config, 2) == []
     (line,) = faults(config, 2, on=1, tamper=reverse)
-    assert line.startswith("ranks 0 and 1 disagree on collective 2 over dp of ranks 0, 1")
+    assert line.startswith("ranks 0 and 1 disagree on collective 1 over dp of ranks 0, 1")
     assert "all-reduce" in line and "action" in line
 
 
