@@ -12,8 +12,8 @@ from megatron_lite.engines.buckets import Bucket
 class Gathers:
     """Those of an update, in one order on all replicas: about the order in which forward needs them.
 
-    IN_FLIGHT are under way: the next one starts when the oldest has been waited for.  More at once
-    would hold more copies, and hold up what a device enqueues behind them.
+    IN_FLIGHT at once: the next one starts when the oldest has been waited for.  More would hold more
+    copies, and hold up what a device enqueues behind them.
     """
 
     def __init__(self) -> None:
@@ -28,7 +28,7 @@ class Gathers:
             self._start_next()
 
     def wait_for(self, bucket: Bucket) -> None:
-        """Wait until a bucket is gathered, and all before it; at once where none is under way."""
+        """Wait until a bucket is gathered, and all before it; at once where nothing is in flight."""
         # by the one order, whatever is asked for first: replicas may not start in different ones
         while bucket in self._flying or bucket in self._later:
             self._finish_oldest()
