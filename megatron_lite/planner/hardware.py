@@ -10,8 +10,8 @@ The time of a matrix product of m x k by k x n on a device is
 or the time to move its operands, where that is longer.  `matmul` is the fastest product anyone
 measured on the device.  The curve says what a training run reaches of it: `sustained` for a long
 inner dimension (clocks under load, waves that do not fill), less for a short one, whose tiles have
-little to do between their first load and their last store.  Both numbers were fitted on a third of
-the published runs in tests/planner/published.py, `half_inner` for all devices together.
+little to do between their first load and their last store.  Both numbers were fitted on a few of
+the published runs in tests/planner/published_times.tsv, `half_inner` for all devices together.
 """
 
 from __future__ import annotations
@@ -199,7 +199,7 @@ def _nvidia(
 
 
 _GUESSED = "one core of a usual server, guessed; tools/calibrate.py measures yours"
-_FITTED = "fitted on a third of the runs in tests/planner/published.py"
+_FITTED = "fitted on runs of tests/planner/published_times.tsv"
 _FA2 = (
     "FlashAttention-2, arXiv:2307.08691, figure 5: forward and backward about 200 TFLOP/s on A100"
 )
