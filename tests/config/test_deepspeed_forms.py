@@ -48,6 +48,13 @@ FORMS = {
     "launcher": f"--local_rank=1 --deepspeed {FILE} --ds-sequence-parallel-size 1",
     "buffers": f"--deepspeed {FILE} --zero-contigious-gradients --zero-reduce-bucket-size 500000000 "
     "--remote-device none --use-pin-memory",
+    "rebased": f"--deepspeed {FILE} --override-opt_param-scheduler --no-async-tensor-model-parallel-allreduce "
+    "--tensorboard-queue-size 1 --log-optimizer-states-to-tensorboard --hysteresis 2",
+    "one expert": f"--deepspeed {FILE} --num-experts 1 --moe-expert-parallel-size 1 --moe-loss-coeff 0.01 "
+    "--moe-train-capacity-factor 1.0 --moe-eval-capacity-factor 1.0 --moe-min-capacity 4",
+    "rotary": f"--deepspeed {FILE} --use-rotary-position-embeddings --rotary-percent 0.25 "
+    "--rotary-position-embeddings-theta 100000000 --ds-sequence-parallel-size 1 --force-ds-sequence-parallel",
+    "curriculum": f"--deepspeed {FILE} --override-lr-scheduler --no-masked-softmax-fusion",
 }
 
 

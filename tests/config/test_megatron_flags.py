@@ -112,6 +112,9 @@ MAPPED = {
     "--zero-stage 0": {"parallel.use_distributed_optimizer": False},
     "--zero-stage 1": {"parallel.use_distributed_optimizer": True},
     "--zero-stage=2": {"parallel.use_distributed_optimizer": True},
+    "--override-lr-scheduler": {"learning_rate.override_opt_param_scheduler": True},
+    "--rotary-position-embeddings-theta 100000000": {"model.rotary_base": 1e8},
+    "--kill-switch-path stop": {"train.kill_switch_file": "stop"},
     "--no-pipeline-parallel": {"parallel.pipeline_model_parallel_size": 1},
     "--seq-length 2048 --train-tokens 300000000000": {"train.train_samples": 146484375},
     "--seq-length 2048 --train-tokens 300000000000 --train-samples 999": {

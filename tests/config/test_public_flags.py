@@ -62,6 +62,7 @@ WORKS = """
 --use-rotary-position-embeddings --use-tp-pp-dp-mapping --valid-data-path --vocab-file
 --vocab-size --wandb-entity --wandb-exp-name --wandb-project --wandb-save-dir --weight-decay
 --weight-decay-incr-style
+--override-lr-scheduler --rotary-position-embeddings-theta --kill-switch-path
 """
 CHANGES_NOTHING = """
 --data-impl --mmap-warmup --DDP-impl --transformer-impl --use-mcore-models --use-legacy-models
@@ -132,6 +133,14 @@ CHANGES_NOTHING = """
 --zero-reduce-scatter --zero-contigious-gradients --zero-reduce-bucket-size
 --zero-allgather-bucket-size --contigious-checkpointing --synchronize-each-layer
 --profile-backward --remote-device --tile-factor --deepspeed-mpi
+--moe-expert-parallel-size --moe-loss-coeff --moe-train-capacity-factor --moe-eval-capacity-factor
+--moe-min-capacity --topk --expert-interval --mlp-type --disable-moe-token-dropping
+--disable-moe-top2-2nd-expert-sampling --create-moe-param-group --enable-expert-tensor-parallelism
+--use-tutel --force-ds-sequence-parallel --ds-sequence-parallel-fpdt
+--ds-sequence-parallel-fpdt-offloading --ds-sequence-parallel-fpdt-chunk-size --ds-fused-adam
+--cpu-torch-adam --mem-efficient-ln --custom-token-counting --enable-zbh1-exact-semantics
+--sync-tp-duplicated-parameters --abort-on-unmet-fused-kernel-constraints --log-level
+--log-level-replica
 """
 REFUSED = """
 --batch-size --warmup --model-parallel-size --deepscale --deepscale-config --scattered-embeddings
@@ -159,6 +168,12 @@ REFUSED = """
 --adlr-autoresume --enable-msc --object-storage-cache-path --s3-cache-path --fim-data --sft
 --tokenizer-prompt-format --sft-tokenizer-prompt-format --tokenizer-special-tokens
 --tokenizer-metadata --tokenizer-hf-include-special-tokens --tokenizer-sentencepiece-legacy
+--curriculum-learning-legacy --data-efficiency-curriculum-learning --random-ltd
+--compression-training --kd --mos --kd-alpha-ce --kd-beta-ce --kd-temp --num-layers-teacher
+--hidden-size-teacher --num-attention-heads-teacher --num-experts-teacher --load-teacher
+--use-dataset-only --embed-layernorm --train-idx-path --train-desc-path --train-doc-idx-path
+--train-sample-idx-path --train-shuffle-idx-path --return-data-index --inference --ds-inference
+--profile-name --reset-iteration --no-load-lr-state --enable-each-rank-log --pad-vocab-size-to
 """
 
 MODEL = "--num-layers 2 --hidden-size 32 --num-attention-heads 4 --seq-length 16"

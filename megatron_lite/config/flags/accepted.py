@@ -100,7 +100,11 @@ NO_OPS: tuple[Legacy, ...] = (
     no_op("--dist-ckpt-format", "there is one checkpoint format", "torch_dist", "zarr"),
     no_op("--num-experts", "one expert is the dense model", "1"),
     no_op("--expert-model-parallel-size", "one expert is the dense model", "1"),
-    no_op("--ds-sequence-parallel-size", "1 changes nothing", "1"),
+    no_op(
+        "--ds-sequence-parallel-size",
+        "1 changes nothing; a sequence that ranks share is --context-parallel-size",
+        "1",
+    ),
     no_op("--local-rank", "the launcher's LOCAL_RANK counts", takes_value=True),
     no_op(
         "--no-position-embedding",

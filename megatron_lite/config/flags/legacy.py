@@ -12,6 +12,11 @@ from types import MappingProxyType
 
 from megatron_lite.config.flags.accepted import NO_OPS
 from megatron_lite.config.flags.legacy_flag import Legacy, mapped
+from megatron_lite.config.flags.megatron_deepspeed import (
+    DEEPSPEED_MAPPED,
+    DEEPSPEED_NO_OPS,
+    DEEPSPEED_REFUSED,
+)
 from megatron_lite.config.flags.refused import REFUSED
 
 _FLASH = {"precision.attention_backend": "flash"}
@@ -163,7 +168,14 @@ _MAPPED = (
 )
 
 LEGACY: Mapping[str, Legacy] = MappingProxyType(
-    {row.flag: row for row in (*_MAPPED, *NO_OPS, *REFUSED)}
+    {
+        row.flag: row
+        for rows in (
+            (*_MAPPED, *NO_OPS, *REFUSED),
+            (*DEEPSPEED_MAPPED, *DEEPSPEED_NO_OPS, *DEEPSPEED_REFUSED),
+        )
+        for row in rows
+    }
 )
 """Flag, with dashes -> what happens to it."""
 
