@@ -23,6 +23,7 @@ INSIDE = {
     "tests/engines/test_matrices.py": "what an owner sees of a matrix",
     "tests/engines/test_shards.py": "the layout of a bucket",
     "tests/optim/test_frozen.py": "when a bucket starts",
+    "tests/parity/test_overlap.py": "what waits too long",
     "tests/pipeline/test_reduction_order.py": "when a bucket starts",
 }
 """Tests that import other modules of engines/, for what they hold still; never a whole engine."""
