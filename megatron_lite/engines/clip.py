@@ -12,10 +12,14 @@ from megatron_lite.parallel.context import Axis
 
 
 def squared_norms(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
-    """The squared L2 norm of each tensor, fp64 [n] on the device; not finite where an element is not."""
+    """The squared L2 norm of each tensor, fp64 [n] on the device; not finite where an element is not.
+
+    Tensors may lie in host memory, too.
+    """
     if not tensors:
         return torch.zeros(0, dtype=torch.float64, device=device)
-    return torch.stack(torch._foreach_norm([t.float() for t in tensors])).double().square()
+    norms = torch._foreach_norm([t.float() for t in tensors])
+    return torch.stack([norm.to(device) for norm in norms]).double().square()
 
 
 def global_norm(tensors: Sequence[Tensor], axis: Axis, device: torch.device) -> Tensor:

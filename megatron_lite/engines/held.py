@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from megatron_lite.blueprint.figure.parts import Tensor as Spec
@@ -22,7 +23,8 @@ class Held:
     """Rows of a canonical tensor whose gradient this rank holds, and whose update it carries out.
 
     weight: a view of the parameter's rows `here`; accumulator: of all its rows, with memory while it is
-    trained; master is the weight itself in fp32 runs.  begun: see Turns, of the states that are there.
+    trained; master is the weight itself in fp32 runs, unless it lies in host memory, as states then do
+    (on_host).  begun: see Turns, of the states that are there.
     """
 
     local: LocalParameter
@@ -36,6 +38,7 @@ class Held:
     turns: Turns
     state: dict[str, Tensor] = field(default_factory=dict)
     begun: int | None = None
+    on_host: bool = False
 
     @property
     def gradient(self) -> Tensor:
@@ -44,8 +47,8 @@ class Held:
 
     @property
     def has_master(self) -> bool:
-        """Whether the fp32 master is a tensor of its own."""
-        return self.master is not self.weight
+        """Whether checkpoints hold the master: of fp32 weights it is only their values once more."""
+        return self.master is not self.weight and self.weight.dtype != torch.float32
 
     @property
     def spec(self) -> Spec:

@@ -21,6 +21,7 @@ from megatron_lite.blueprint.optimizers import LIKE_PARAMETER, State
 from megatron_lite.blueprint.ownership import whole_owners
 from megatron_lite.blueprint.turns import Turns
 from megatron_lite.engines.held import Held
+from megatron_lite.engines.offload import HostUpdate
 from megatron_lite.optim.groups import Groups, Rates
 from megatron_lite.optim.shares import TpShare
 from megatron_lite.parallel.collectives import gather_to_owners, spread_from_owners
@@ -77,8 +78,10 @@ _Round = tuple[Held | None, ...]
 class CutMatrices:
     """The matrices of one rank's shards; every tp rank makes the same calls in the same order."""
 
-    def __init__(self, shards: Sequence[Held], ctx: ParallelContext, groups: Groups) -> None:
-        self.ctx, self.groups = ctx, groups
+    def __init__(
+        self, shards: Sequence[Held], ctx: ParallelContext, groups: Groups, host: HostUpdate
+    ) -> None:
+        self.ctx, self.groups, self._host = ctx, groups, host
         costs = [groups.treatment(held.spec).cost(held.spec.shape) for held in shards]
         dealt: list[list[Held]] = [[] for _ in range(ctx.tp.size)]
         for held, owner in zip(shards, whole_owners(costs, ctx.tp.size), strict=True):
@@ -89,8 +92,10 @@ class CutMatrices:
         self.owned = [self._own(held) for held in dealt[ctx.tp.rank]]
 
     def _own(self, shard: Held) -> Owned:
-        master = shard.weight.new_empty(shard.spec.shape, dtype=torch.float32)
-        return Owned(shard, master)
+        shape = shard.spec.shape
+        if shard.on_host:
+            return Owned(shard, self._host.master(shape))
+        return Owned(shard, shard.weight.new_empty(shape, dtype=torch.float32))
 
     def follow(self, *, masters: bool) -> None:
         """Masters become the weights.  masters: those that checkpoints hold have been written already."""
@@ -112,7 +117,7 @@ class CutMatrices:
                 self._spread(trained, None)
                 continue
             own = self.owned[position]
-            own.gradient = whole
+            own.gradient = whole.to(own.master.device)
             groups = self.groups.trained([own], steps)
             self.groups.update(groups, rates, steps=steps, taken=taken)
             own.gradient = whole.new_empty(0)
@@ -146,7 +151,7 @@ class CutMatrices:
         sent = weight.new_empty(0)
         if own is not None and master is not None:
             shards = master.chunk(tp.size, dim=_cut(own))
-            sent = torch.cat([shard.reshape(-1) for shard in shards]).to(own.weight.dtype)
+            sent = torch.cat([shard.reshape(-1) for shard in shards]).to(own.weight)
         got = spread_from_owners(sent, tp, sizes).split(sizes)
         for held, values in zip(of_round, got, strict=True):
             if held is not None:

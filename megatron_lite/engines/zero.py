@@ -22,6 +22,7 @@ from megatron_lite.engines.gathering import Gathers
 from megatron_lite.engines.held import Held, fit_states
 from megatron_lite.engines.loss_scale import LossScale
 from megatron_lite.engines.matrices import CutMatrices
+from megatron_lite.engines.offload import HostUpdate
 from megatron_lite.optim.groups import Groups, Rates
 from megatron_lite.optim.shares import TpShare
 from megatron_lite.parallel.collectives import all_reduce
@@ -89,10 +90,11 @@ class ZeroEngine:
             )
             for stage, held in stages.items()
         }
+        self._host = HostUpdate(ctx, self.groups, share=parallel.on_host, span=span)
         self._held = [held for local in self._locals for held in self._hold(local)]
         cut = [held for held in self._held if self._is_gathered(held.piece)]
         self._updated = [held for held in self._held if not self._is_gathered(held.piece)]
-        self._matrices = CutMatrices(cut, ctx, self.groups)
+        self._matrices = CutMatrices(cut, ctx, self.groups, self._host)
         for local in self._locals:
             local.parameter.register_post_accumulate_grad_hook(self._take_gradient())
         pieces = (piece for local in self._locals for piece in local.pieces)
@@ -115,7 +117,8 @@ class ZeroEngine:
         steps = self._steps
         for buckets in self._buckets.values():
             buckets.wake(lambda turns: turns.begun(steps) is not None)
-        self._trained = self.groups.trained(self._updated, steps)
+        self._trained = self.groups.trained(self._beside_weights(), steps)
+        self._host.choose([held for held in self._updated if held.on_host], steps)
         self._awake = [
             held for held in self._held if self._buckets_of(held.local).holds(held.local)
         ]
@@ -131,9 +134,14 @@ class ZeroEngine:
         """Not before the update that needs them, since the last one may be taken back."""
         if self._fitted:  # asked in every update, and other only after a turn
             return
-        fit_states(self._updated, self.groups, self._steps)
+        fit_states(self._beside_weights(), self.groups, self._steps)
+        self._host.fit()
         fit_states(self._matrices.owned, self.groups, self._steps)
         self._fitted = True
+
+    def _beside_weights(self) -> list[Held]:
+        """Those whose master and states lie on the device."""
+        return [held for held in self._updated if not held.on_host]
 
     def _buckets_of(self, local: LocalParameter) -> GradientBuckets:
         return self._buckets[self._stage_of[local.parameter]]
@@ -150,12 +158,18 @@ class ZeroEngine:
             here = slice(piece.start + rows.start, piece.start + rows.stop)
             weight = local.parameter.detach()[here]
             share = TpShare(piece.shape, piece.spec.tp_dim if self.ctx.tp.size > 1 else None)
-            # of what is gathered its owner has master and states
-            is_own = weight.dtype == torch.float32 or self._is_gathered(piece)
-            master = weight if is_own else weight.float()
+            on_host = self._host.takes(piece)
+            master = weight
+            if self._is_gathered(piece):
+                pass  # its owner has master and states
+            elif on_host:
+                master = self._host.master(weight.shape)
+            elif weight.dtype != torch.float32:
+                master = weight.float()
             yield Held(
-                local, piece, rows, here, weight, buckets.view(local), master, share, how.turns
-            )
+                local, piece, rows, here, weight, buckets.view(local), master, share, how.turns,
+                on_host=on_host,
+            )  # fmt: skip
 
     def _is_gathered(self, piece: ParameterPiece) -> bool:
         """Whether one tp rank updates it for all of them."""
@@ -193,9 +207,9 @@ class ZeroEngine:
             write([*weights, *(part for part in state if part.name.startswith(MASTER))])
         else:
             write(weights)
-            for held in self._updated:
-                if held.has_master:
-                    held.master.copy_(held.weight)
+        for held in self._updated:
+            if held.master is not held.weight and not (masters and held.has_master):
+                held.master.copy_(held.weight)
         self._matrices.follow(masters=masters)
 
     def accumulators(self) -> list[tuple[Tensor, Tensor]]:
@@ -251,7 +265,7 @@ class ZeroEngine:
     @property
     def waits_because(self) -> str:
         """Why apply() cannot be given `taken`: an update rule that does not know it."""
-        return self.groups.waits_because
+        return self._host.waits_because or self.groups.waits_because
 
     @torch.no_grad()
     def apply(
@@ -313,9 +327,11 @@ class ZeroEngine:
     def _apply(self, rates: Rates, taken: Tensor | None) -> None:
         self._fit_states()
         total = partial(_sum_together, axis=self.ctx.tp)
+        self._host.begin()
         self.groups.update(self._trained, rates, steps=self._steps, taken=taken, total=total)
         self._matrices.update(rates, steps=self._steps, taken=taken)
         self.copy_masters()  # the same bits again where the update is not taken
+        self._host.finish(rates, steps=self._steps, total=total)
         if self.sharded:
             # buckets lie in the order of backward, the reverse of forward's
             held = self._buckets.values()
@@ -348,7 +364,7 @@ class ZeroEngine:
 
     def copy_masters(self) -> None:
         """Round the masters into the parameters the model computes with."""
-        low = [held for held in self._held if held.has_master]
+        low = [held for held in self._held if held.has_master and not held.on_host]
         if low:
             with torch.no_grad():
                 torch._foreach_copy_([h.weight for h in low], [h.master for h in low])

@@ -79,7 +79,7 @@ class Curvature:
             _Place(piece.name, piece.offset): piece.data for piece in engine.gradients(owned=False)
         }
         if hessians:
-            gradients = [found[place].to(h.dtype) for place, h in hessians.items()]
+            gradients = [found[place].to(h) for place, h in hessians.items()]  # on its device
             tokens = weight * self._clipped(seen.grad_norm) ** 2
             observe([*hessians.values()], gradients, beta2=self.optim.sophia_beta2, tokens=tokens)
         return Used({"grad_norm": seen.grad_norm})

@@ -21,6 +21,7 @@ INSIDE = {
     "tests/engines/test_clip.py": "the norm's formula",
     "tests/engines/test_gathering.py": "in which order gathers start",
     "tests/engines/test_matrices.py": "what an owner sees of a matrix",
+    "tests/engines/test_offload.py": "how many elements are updated at a time",
     "tests/engines/test_shards.py": "the layout of a bucket",
     "tests/optim/test_frozen.py": "when a bucket starts",
     "tests/parity/test_overlap.py": "what waits too long",

@@ -45,6 +45,7 @@ WORKS = """
 --no-mmap-bin-files --no-query-key-layer-scaling --no-save-optim --no-save-rng --norm-epsilon
 --normalization --num-attention-heads --num-layers --num-layers-per-virtual-pipeline-stage
 --num-query-groups --num-virtual-stages-per-pipeline-rank --num-workers --openai-gelu --optimizer
+--optimizer-cpu-offload --cpu-optimizer --optimizer-offload-fraction
 --overlap-grad-reduce --overlap-param-gather --override-opt-param-scheduler
 --per-split-data-args-path --pipeline-model-parallel-layout --pipeline-model-parallel-size
 --position-embedding-type --profile --profile-ranks --profile-step-end --profile-step-start
@@ -141,11 +142,13 @@ CHANGES_NOTHING = """
 --cpu-torch-adam --mem-efficient-ln --custom-token-counting --enable-zbh1-exact-semantics
 --sync-tp-duplicated-parameters --abort-on-unmet-fused-kernel-constraints --log-level
 --log-level-replica
+--no-pin-cpu-grads --no-pin-cpu-params --overlap-cpu-optimizer-d2h-h2d
+--use-torch-optimizer-for-cpu-offload
 """
 REFUSED = """
 --batch-size --warmup --model-parallel-size --deepscale --deepscale-config --scattered-embeddings
 --split-transformers --memory-centric-tiled-linear
---no-decoupled-weight-decay --muon-no-split-qkv --cpu-optimizer --partition-activations --checkpoint-in-cpu
+--no-decoupled-weight-decay --muon-no-split-qkv --partition-activations --checkpoint-in-cpu
 --train-data-exact-num-epochs --load-tag --decrease-batch-size-if-needed
 --train-weighted-split-paths --valid-weighted-split-paths --test-weighted-split-paths
 --squared-relu --use-torch-fsdp2 --data-parallel-sharding-strategy
@@ -157,8 +160,7 @@ REFUSED = """
 --hybrid-attention-ratio --hybrid-mlp-ratio --heterogeneous-layers-config-path
 --init-method-xavier-uniform --embedding-init-method-std --fp32-residual-connection
 --fp16-lm-cross-entropy --data-parallel-random-init --use-megatron-fsdp --use-custom-fsdp
---torch-fsdp2-no-reshard-after-forward --optimizer-cpu-offload
---optimizer-offload-fraction --enable-cpu-offloading --cpu-offloading-num-layers --fp4-format
+--torch-fsdp2-no-reshard-after-forward --enable-cpu-offloading --cpu-offloading-num-layers --fp4-format
 --microbatch-group-size-per-virtual-pipeline-stage --pipeline-model-parallel-split-rank
 --padded-vocab-size --distributed-timeout-seconds-after-init --eval-micro-batch-size
 --eval-global-batch-size --multiple-validation-sets --phase-transition-iterations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from megatron_lite.blueprint.turns import ALWAYS
 from megatron_lite.config.sections.optim import OptimConfig
 from megatron_lite.engines.held import Held
 from megatron_lite.engines.matrices import CutMatrices
+from megatron_lite.engines.offload import HostUpdate
 from megatron_lite.optim.groups import Groups, Rates
 from megatron_lite.optim.shares import TpShare
 from megatron_lite.parallel.shard import MASTER, ParameterPiece
@@ -138,7 +140,8 @@ def gathered_and_spread(rank, ranks):
             )
         )
         whole_ones[name] = whole
-    cut = CutMatrices(shards, ctx, groups)
+    host = HostUpdate(ctx, groups, share=0.0, span=lambda name: nullcontext())
+    cut = CutMatrices(shards, ctx, groups, host)
     cut.update(Rates(0.0, 0.0), steps=0, taken=None)
     right = all(torch.equal(own.master, 2 * whole_ones[own.spec.name]) for own in cut.owned)
     spread = all(torch.equal(held.weight, (2 * held.gradient).bfloat16()) for held in shards)

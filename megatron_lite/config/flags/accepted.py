@@ -69,6 +69,15 @@ NO_OPS: tuple[Legacy, ...] = (
         "--contigious-checkpointing --synchronize-each-layer --profile-backward",
     ),
     no_op("--remote-device", "weights stay on the device", "none"),
+    *_each(
+        "only buffers of a portion of the update are pinned, two each way",
+        "--no-pin-cpu-grads --no-pin-cpu-params",
+    ),
+    no_op(
+        "--overlap-cpu-optimizer-d2h-h2d",
+        "copies to and from the host always run beside the update",
+    ),
+    no_op("--use-torch-optimizer-for-cpu-offload", "the rules of --optimizer run on the host, too"),
     no_op("--tile-factor", "1 is whole", "1"),
     no_op(
         "--deepspeed-mpi", "RANK and WORLD_SIZE count; without them mpirun is refused with the way"

@@ -77,6 +77,7 @@ RANGES: Mapping[str, ValueRange] = {
     "parallel.num_virtual_stages_per_pipeline_rank": _SIZE,
     "parallel.decoder_first_pipeline_num_layers": _SIZE,
     "parallel.decoder_last_pipeline_num_layers": _SIZE,
+    "parallel.optimizer_offload_fraction": ValueRange(0.0, 1.0, open_low=True),
     "parallel.ddp_bucket_size": _SAMPLES,
     "parallel.recompute_num_layers": _SIZE,
     "parallel.logits_chunk_mib": _POSITIVE,

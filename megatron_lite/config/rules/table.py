@@ -93,6 +93,7 @@ CONFIG_RULES: tuple[Rule, ...] = (
     Rule(training.weight_decay),
     Rule(training.moments),
     Rule(updating.adafactor),
+    Rule(updating.on_host),
     Rule(training.per_token_loss),
     Rule(training.recompute, (_SEQ, _TP)),
     Rule(training.parameter_gather),

@@ -114,6 +114,23 @@ def adafactor(config: RunConfig, world_size: int) -> Iterator[str]:
         )
 
 
+def on_host(config: RunConfig, world_size: int) -> Iterator[str]:
+    """What lies in host memory is updated there."""
+    p = config.parallel
+    if not p.optimizer_cpu_offload:
+        if p.optimizer_offload_fraction != 1.0:
+            yield (
+                f"--optimizer-offload-fraction {p.optimizer_offload_fraction:g} needs "
+                "--optimizer-cpu-offload; add it"
+            )
+        return
+    if "apex-adam" in optimizers_asked_for(config.optim):
+        yield (
+            "--optimizer-cpu-offload makes the update on the host, and apex-adam is a kernel of a GPU; use "
+            "--optimizer adam, whose states in checkpoints are the same"
+        )
+
+
 def _changed(settings: OptimConfig | LearningRateConfig, plain: object) -> list[str]:
     """Fields that differ from those of another one."""
     names = (field.name for field in dataclasses.fields(settings))

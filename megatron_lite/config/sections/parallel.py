@@ -61,6 +61,12 @@ class ParallelConfig:
     overlap_param_gather: bool = False
     """Gather updated parameters while the next forward runs; needs --use-distributed-optimizer."""
 
+    optimizer_cpu_offload: bool = field(default=False, metadata={"aliases": ["--cpu-optimizer"]})
+    """Keep masters and optimizer state in the host's memory, and update there."""
+
+    optimizer_offload_fraction: float = 1.0
+    """Share of them that --optimizer-cpu-offload takes; the rest stays on the device."""
+
     ddp_bucket_size: int | None = None
     """Elements per gradient bucket; max(40e6, 1e6 * dp) by default."""
 
@@ -93,6 +99,11 @@ class ParallelConfig:
 
     distributed_timeout_minutes: float = 10.0
     """A collective that waits longer ends the run with exit code 6."""
+
+    @property
+    def on_host(self) -> float:
+        """Share of masters and optimizer state that lies in host memory."""
+        return self.optimizer_offload_fraction if self.optimizer_cpu_offload else 0.0
 
     @property
     def tp(self) -> int:

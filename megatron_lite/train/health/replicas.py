@@ -40,7 +40,9 @@ def check_replicas(run: Run) -> None:
     """Raise DistributedError on all ranks alike where two copies of a tensor differ.  Collective."""
     found: NonFiniteOrigin | None = None
     for number, (axis, copies) in enumerate(_copies(run)):
-        suspect = _differing(axis, copies, number) if axis.size > 1 and copies else None
+        suspect = None
+        if axis.size > 1 and copies:
+            suspect = _differing(axis, copies, number, run.ctx.device)
         found = found or suspect
     first, ranks = earliest_over_ranks(found, run.ctx)
     if first is not None:
@@ -81,9 +83,11 @@ def _copies(run: Run) -> Iterator[tuple[Axis, list[NamedSlice]]]:
         yield axis, [s for s in weights if s.name in names] + theirs
 
 
-def _differing(axis: Axis, copies: Sequence[NamedSlice], number: int) -> NonFiniteOrigin | None:
+def _differing(
+    axis: Axis, copies: Sequence[NamedSlice], number: int, device: torch.device
+) -> NonFiniteOrigin | None:
     """The first tensor whose copies differ along the axis, and on which ranks."""
-    mine = torch.stack([bits_hash(piece.data) for piece in copies])
+    mine = torch.stack([bits_hash(piece.data).to(device) for piece in copies])  # some from the host
     low, high = all_reduce(mine.clone(), axis, MIN), all_reduce(mine.clone(), axis, MAX)
     wrong = torch.nonzero(low != high).flatten().tolist()  # waits for the device
     if not wrong:

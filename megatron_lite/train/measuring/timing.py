@@ -31,6 +31,7 @@ LEVELS: Mapping[str, int] = MappingProxyType(
         "optimizer-count-zeros": 2,
         "optimizer-clip-main-grad": 2,
         "optimizer-inner-step": 2,
+        "optimizer-on-host": 2,
         "save-checkpoint": 1,
         "send-wait": 3,
         "weight-gradient": 3,
