@@ -77,7 +77,7 @@ def _own_flags() -> Iterator[str]:
 
 def _flag_cell(setting: FlagSetting) -> str:
     first = usage(setting)
-    others = [s for s in (*setting.on, *setting.off) if s != first.split(" ", 1)[0]]
+    others = [s for s in setting.spelt if s != first.split(" ", 1)[0]]
     if setting.kind is bool:  # its other half is one word: no need to name every spelling
         others = [s for s in others if s not in (f"--no-{setting.name.replace('_', '-')}",)]
     shown = f"`{first}`".replace("|", "\\|")

@@ -63,7 +63,7 @@ class ZeroEngine:
         self.scaler = LossScale.from_config(precision)
         self._steps = 0
         self._unreduced = False
-        self.sharded = parallel.use_distributed_optimizer and ctx.replicas.size > 1
+        self.sharded = parallel.shares_state and ctx.replicas.size > 1
         self._overlap_gather = parallel.overlap_param_gather
         self._gathers = Gathers()
         # where sharded, each replica has other rows; else the sum over tp x pp is whole on each

@@ -80,7 +80,7 @@ def _layouts(plan: Forecast, start: ParallelConfig) -> Iterator[ParallelConfig]:
             tensor_model_parallel_size=tp,
             pipeline_model_parallel_size=pp,
             sequence_parallel=tp > 1,
-            use_distributed_optimizer=grid.world_size // (tp * pp * start.cp) > 1,
+            zero_stage=1 if grid.world_size > tp * pp * start.cp else 0,
         )
 
 
@@ -113,8 +113,9 @@ def layout_flags(parallel: ParallelConfig, micro_batch_size: int) -> str:
         flags.append(f"--pipeline-schedule {parallel.pipeline_schedule}")
     if parallel.splits_sequence:
         flags.append("--sequence-parallel")
-    if parallel.use_distributed_optimizer:
-        flags.append("--use-distributed-optimizer")
+    if parallel.shares_state:
+        stage = parallel.zero_stage
+        flags.append("--use-distributed-optimizer" if stage == 1 else f"--zero-stage {stage}")
         if parallel.overlap_param_gather:
             flags.append("--overlap-param-gather")
     if parallel.recompute_granularity == "selective":

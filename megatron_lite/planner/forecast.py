@@ -239,7 +239,7 @@ def _data_parallel(costs: Costs, pp_rank: int) -> tuple[float, float, float]:
     stride = grid.rank(dp=1) if grid.dp > 1 else grid.rank(cp=1)
     parameters = blueprint.held(pp_rank).accumulated
     wide = 4 if parallel.accumulate_allreduce_grads_in_fp32 else costs.width
-    sharded = parallel.use_distributed_optimizer
+    sharded = parallel.shares_state
     gradients = cluster.ring_seconds(
         parameters * wide, ranks, stride=stride, passes=1 if sharded else 2
     )
@@ -266,7 +266,7 @@ def _optimizer_seconds(
     and written, gradient read, weight written.
     """
     held = blueprint.held(pp_rank)
-    shared = blueprint.replicas if asked.parallel.use_distributed_optimizer else 1
+    shared = blueprint.replicas if asked.parallel.shares_state else 1
     every, owned = 4.0 * 2, 4.0 * 2 + 4.0 * 3 + 2.0
     device = cluster.device
     moved = held.accumulated * (every + owned / shared) + held.state_bytes * 2.0 / shared

@@ -174,7 +174,7 @@ def static_bytes(
     trained = formats if trained is None else trained
     accumulated = sum(trained.values()) if accumulated is None else accumulated
     in_fp32 = asked.parallel.accumulate_allreduce_grads_in_fp32
-    shared = dp if asked.parallel.use_distributed_optimizer else 1
+    shared = dp if asked.parallel.shares_state else 1
     return {
         "weights": float(sum(count * widths[kind] for kind, count in formats.items())),
         "gradients": accumulated * (4 if in_fp32 else low),
@@ -203,7 +203,7 @@ def _static(blueprint: Blueprint, asked: PlanInputs, pp_rank: int) -> dict[str, 
         trained=held.trained, accumulated=held.accumulated,
     )  # fmt: skip
     if element_bytes(asked.precision) == 4:  # whole matrices on their owners, the weights once more
-        shared = blueprint.replicas if asked.parallel.use_distributed_optimizer else 1
+        shared = blueprint.replicas if asked.parallel.shares_state else 1
         kinds["masters"] += held.gathered * 4 / shared
     return kinds
 
@@ -379,7 +379,7 @@ def _data_parallel_buffers(
 ) -> tuple[float, float]:
     """(gradients packed for the owners of their rows, parameters on their way back), in bytes."""
     parallel, replicas = asked.parallel, blueprint.replicas
-    if not parallel.use_distributed_optimizer or replicas == 1:
+    if not parallel.shares_state or replicas == 1:
         return 0.0, 0.0
     low = element_bytes(asked.precision)
     wide = 4 if parallel.accumulate_allreduce_grads_in_fp32 else low

@@ -54,7 +54,7 @@ _RECOMPUTE = frozenset((
 ))  # fmt: skip
 SEARCHED = _STAGES | _RECOMPUTE | {
     "tensor_model_parallel_size", "pipeline_model_parallel_size", "sequence_parallel",
-    "use_distributed_optimizer", "overlap_param_gather", "micro_batch_size",
+    "zero_stage", "overlap_param_gather", "micro_batch_size",
 }  # fmt: skip
 """What a search chooses where it is not fixed."""
 
@@ -145,7 +145,7 @@ def _layouts(
         # at tp 1 nothing is split, and at dp 1 nothing sharded, whatever is asked
         free = {"sequence_parallel"} if layout.tp == 1 else set()
         if cluster.world_size == layout.ranks_per_sample:
-            free |= {"use_distributed_optimizer", "overlap_param_gather"}
+            free |= {"zero_stage", "overlap_param_gather"}
         if all(getattr(layout, name) == getattr(start, name) for name in kept - free) and (
             "micro_batch_size" not in fixed or micro_batch_size == asked.micro_batch_size
         ):
@@ -184,7 +184,7 @@ def _all_layouts(
                                 "pipeline_schedule": schedule,
                                 "num_virtual_stages_per_pipeline_rank": chunks,
                             },
-                            use_distributed_optimizer=sharded,
+                            zero_stage=max(start.zero_stage, 1) if sharded else 0,
                             overlap_param_gather=sharded,
                         ),
                         micro_batch_size,

@@ -51,8 +51,8 @@ def _changes(p: ParallelConfig, micro: int) -> Iterator[tuple[str, ParallelConfi
     def with_(**changes: Any) -> ParallelConfig:
         return dataclasses.replace(p, **changes)
 
-    if not p.use_distributed_optimizer:
-        yield "--use-distributed-optimizer", with_(use_distributed_optimizer=True), micro
+    if not p.shares_state:
+        yield "--use-distributed-optimizer", with_(zero_stage=1), micro
     if not p.sequence_parallel and p.tp > 1:
         yield "--sequence-parallel", with_(sequence_parallel=True), micro
     if micro > 1:

@@ -50,7 +50,7 @@ def _sent(
     if parallel.splits_sequence:
         whole *= grid.tp
     wide = 4 if parallel.accumulate_allreduce_grads_in_fp32 else element_bytes(asked.precision)
-    shared = blueprint.replicas if parallel.use_distributed_optimizer else 1
+    shared = blueprint.replicas if parallel.shares_state else 1
     # gradients to the tp ranks that own their matrices, weights back
     matrices = blueprint.held(at.pp).gathered / shared * (wide + element_bytes(asked.precision))
     tied = _tied_elements(blueprint, stages, at.tp) / shared

@@ -28,14 +28,14 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "tp2-pp2-zb-v": (4, {TP: 2, PP: 2, SCHEDULE: "zb-v"}),
     "dp4": (4, {}),
     "dp2-micro1": (2, {MICRO: 1}),
-    "dp4-zero": (4, {ZERO: True}),
-    "tp2-dp2-zero-sp": (4, {TP: 2, SP: True, ZERO: True}),
-    "pp2-dp2-zero": (4, {PP: 2, ZERO: True}),
-    "pp2-dp2-zero-zb-v": (4, {PP: 2, ZERO: True, SCHEDULE: "zb-v"}),
-    "pp2-dp2-zero-interleaved": (4, {PP: 2, ZERO: True, CHUNKS: 2}),
+    "dp4-zero": (4, {ZERO: 1}),
+    "tp2-dp2-zero-sp": (4, {TP: 2, SP: True, ZERO: 1}),
+    "pp2-dp2-zero": (4, {PP: 2, ZERO: 1}),
+    "pp2-dp2-zero-zb-v": (4, {PP: 2, ZERO: 1, SCHEDULE: "zb-v"}),
+    "pp2-dp2-zero-interleaved": (4, {PP: 2, ZERO: 1, CHUNKS: 2}),
     "bf16": (1, {BF16: True}),
     "bf16-tp2-pp2": (4, {TP: 2, PP: 2, BF16: True}),
-    "bf16-dp2-zero": (2, {ZERO: True, BF16: True}),
+    "bf16-dp2-zero": (2, {ZERO: 1, BF16: True}),
 }
 NAMES = list(LAYOUTS)
 

@@ -34,11 +34,11 @@ from tests.support.spawn import spawn
         ({TP: 4}, 4, {PP: 4}, 4),
         ({PP: 2}, 4, {TP: 2, PP: 2}, 4),
         ({TP: 2, PP: 2, BF16: True}, 4, {PP: 2, BF16: True}, 2),
-        ({TP: 2, ZERO: True}, 4, {PP: 2}, 2),
+        ({TP: 2, ZERO: 1}, 4, {PP: 2}, 2),
         ({PP: 2, SCHEDULE: "zb-v"}, 2, {PP: 2, CHUNKS: 2}, 2),
-        ({PP: 2, SCHEDULE: "zb-h1", ZERO: True}, 4, {TP: 2, PP: 2, SCHEDULE: "zb-v"}, 4),
-        ({PP: 2}, 2, {ZERO: True}, 4),
-        ({ZERO: True, BF16: True}, 4, {TP: 2, ZERO: True, BF16: True}, 4),
+        ({PP: 2, SCHEDULE: "zb-h1", ZERO: 1}, 4, {TP: 2, PP: 2, SCHEDULE: "zb-v"}, 4),
+        ({PP: 2}, 2, {ZERO: 1}, 4),
+        ({ZERO: 1, BF16: True}, 4, {TP: 2, ZERO: 1, BF16: True}, 4),
     ],
 )
 def test_any_layout_loads_any_other_bit_by_bit(

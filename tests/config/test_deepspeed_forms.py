@@ -66,20 +66,26 @@ def test_the_forms_of_public_scripts_run(ds, form, stage) -> None:
     parsed = parse([*GPT3.split(), *words.split()]).on(4)
     check_config(parsed.config, 4)
     c = parsed.config
-    assert c.parallel.use_distributed_optimizer == (stage > 0)
+    assert c.parallel.zero_stage == stage
     assert (c.train.global_batch_size, c.precision.initial_loss_scale) == (16, 2.0**11)
     assert c.learning_rate.lr_decay_style == "cosine" and c.telemetry.timing_log_level == 1
     assert (c.parallel.recompute_granularity == "full") == (form == "recomputing")
 
 
-def test_stage_3_of_file_and_flag_and_stages_that_differ_are_refused(ds) -> None:
-    said = ds.refusal(TEMPLATE.replace("ZERO_STAGE", "3"), "--zero-stage=3")
-    assert (
-        "--zero-stage takes only 0 or 1 or 2 here" in said
-        and "zero_optimization.stage 3: not supported" in said
-    )
+def test_stages_of_file_and_flag_must_be_the_same(ds) -> None:
     differ = ds.refusal(TEMPLATE.replace("ZERO_STAGE", "2"), "--zero-stage 1")
     assert "ds.json:7: zero_optimization.stage 2 contradicts --zero-stage 1; keep one" in differ
+    ds.write(TEMPLATE.replace("ZERO_STAGE", "2"))
+    more = parse(
+        [
+            *GPT3.split(),
+            "--deepspeed",
+            "--deepspeed_config",
+            str(ds.file),
+            "--use-distributed-optimizer",
+        ]
+    )
+    assert more.config.parallel.zero_stage == 2
 
 
 def test_an_offload_of_a_training_script_that_is_off_is_off(ds) -> None:

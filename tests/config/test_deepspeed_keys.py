@@ -87,7 +87,7 @@ MAPPED: dict[str, tuple[object, dict[str, object]]] = {
     "optimizer.params.lr": (2e-3, {"learning_rate.lr": 2e-3, "learning_rate.lr_decay_style": "constant"}),
     "optimizer.type": ("Adam", {"optim.optimizer": "adam", "optim.weight_decay": 0.01}),
     "gradient_clipping": (0.25, {"optim.clip_grad": 0.25}),
-    "zero_optimization.stage": (2, {"parallel.use_distributed_optimizer": True}),
+    "zero_optimization.stage": (2, {"parallel.zero_stage": 2}),
     "zero_optimization.overlap_comm": (False, {"parallel.overlap_grad_reduce": False}),
     "zero_optimization.offload_optimizer.device": ("cpu", {}),
     "zero_optimization.cpu_offload": (True, {}),

@@ -147,6 +147,48 @@ def test_what_is_wrong_is_named(words: str, message: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("words", "stage"),
+    [
+        ("--use-distributed-optimizer", 1),
+        ("--use_distributed_optimizer --zero-stage 1", 1),
+        ("--zero-stage 2 --use-distributed-optimizer", 2),
+        ("--use-distributed-optimizer --zero-stage 3", 3),
+        ("--no-use-distributed-optimizer --zero-stage 0", 0),
+    ],
+)
+def test_a_distributed_optimizer_is_a_stage_of_at_least_one(words: str, stage: int) -> None:
+    parsed = parse(words.split())
+    assert parsed.config.parallel.zero_stage == stage and not parsed.notices
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--zero-stage 0 --use-distributed-optimizer", "--zero-stage (0) and --use-distributed-optimizer "
+         "(at least 1) contradict each other; keep one"),
+        ("--no-use-distributed-optimizer --use-distributed-optimizer", "contradict each other"),
+        ("--no-use-distributed-optimizer --zero-stage 2", "contradict each other"),
+        ("--use-distributed-optimizer yes", "takes no value, got 'yes'; --zero-stage takes one"),
+        ("--zero-stage 4", "--zero-stage takes one of 0, 1, 2, 3; got 4"),
+    ],
+)  # fmt: skip
+def test_stages_that_contradict_each_other_are_refused(words: str, message: str) -> None:
+    assert message in error(words.split())
+
+
+def test_older_files_say_the_stage_as_a_switch(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text("parallel:\n  use_distributed_optimizer: true\n")
+    assert parse(["--config", str(file)]).config.parallel.zero_stage == 1
+    file.write_text("parallel:\n  zero_stage: 0\n")
+    raised = parse(["--config", str(file), "--use-distributed-optimizer"])
+    assert raised.config.parallel.zero_stage == 1
+    assert raised.origin["parallel.zero_stage"] == "flag --use-distributed-optimizer"
+    file.write_text("parallel:\n  use_distributed_optimizer: 7\n")
+    assert "takes one of 0, 1, 2, 3; got 7" in error(["--config", str(file)])
+
+
+@pytest.mark.parametrize(
     "words",
     ["--use-flash-attn --attention-backend auto", "--attention-backend auto --use-flash-attn"],
 )

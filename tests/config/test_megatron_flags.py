@@ -109,9 +109,6 @@ MAPPED = {
         "model.num_query_groups": 8,
         "model.group_query_attention": True,
     },
-    "--zero-stage 0": {"parallel.use_distributed_optimizer": False},
-    "--zero-stage 1": {"parallel.use_distributed_optimizer": True},
-    "--zero-stage=2": {"parallel.use_distributed_optimizer": True},
     "--override-lr-scheduler": {"learning_rate.override_opt_param_scheduler": True},
     "--rotary-position-embeddings-theta 100000000": {"model.rotary_base": 1e8},
     "--kill-switch-path stop": {"train.kill_switch_file": "stop"},
@@ -127,7 +124,6 @@ REFUSED = {
     "--batch-size 4": "use --micro-batch-size",
     "--warmup 0.01": "use --lr-warmup-fraction",
     "--model-parallel-size 8": "use --tensor-model-parallel-size",
-    "--zero-stage 3": "takes only 0 or 1 or 2 here, got '3'",
     "--train-data-exact-num-epochs 1": "--train-samples",
     "--load-tag global_step5": "use --ckpt-step",
     "--train-weighted-split-paths a": "use --train-data-path",
@@ -329,9 +325,8 @@ def test_a_deepspeed_launch_without_its_file_is_refused_flag_by_flag() -> None:
     with pytest.raises(ConfigError) as caught:
         parse([*_MDS_LLAMA.split(), *extra.split()])
     heading, *listed = str(caught.value).splitlines()
-    assert heading == "3 problems on the command line:"
+    assert heading == "2 problems on the command line:"
     assert [line.split()[1].strip(":") for line in listed] == [
-        "--zero-stage",
         "--pipeline-model-parallel-size",
         "--deepspeed_config",
     ]

@@ -218,7 +218,7 @@ BAD = [
         3,
         "cannot cut --seq-length 64 in --tensor-model-parallel-size 3 slices; use a length of 63 or",
     ),
-    ("--overlap-param-gather", 1, "--overlap-param-gather needs --use-distributed-optimizer; add"),
+    ("--overlap-param-gather", 1, "--overlap-param-gather needs --zero-stage 1; add"),
     ("--dry-run --rehearse", 1, "--dry-run and --rehearse exclude each other; give one"),
     ("--all-ranks", 1, "--all-ranks says which ranks --rehearse takes; give both or neither"),
     ("--data-path a", 1, "got --data-path and --mock-data"),
@@ -284,7 +284,7 @@ def test_what_is_missing_is_named(words: str, message: str) -> None:
 
 NOT_BUILT = [
     "--context-parallel-size 2",
-    "--use-distributed-optimizer",
+    "--zero-stage 3",
     "--overlap-param-gather",
     "--recompute-granularity selective",
     "--distribute-saved-activations",
@@ -361,7 +361,7 @@ def test_what_changes_nothing_gives_a_notice() -> None:
     config = parse(words.split()).config
     assert notices(config, 1) == (
         "--sequence-parallel: nothing to split at tensor-parallel size 1; off",
-        "--use-distributed-optimizer: changes nothing at data-parallel size 1",
+        "--zero-stage 1: changes nothing at data-parallel size 1",
     )
     assert notices(config, 2) == (
         "--sequence-parallel: nothing to split at tensor-parallel size 1; off",

@@ -111,8 +111,8 @@ LAYOUTS = {
     "tp2 with sequence parallelism": (2, {TP: 2, SP: True}),
     "pp2, tied table on both stages": (2, {PP: 2}),
     "dp2": (2, {}),
-    "dp2, sharded": (2, {ZERO: True}),
-    "tp2 x pp2, sharded over dp2": (8, {TP: 2, PP: 2, SP: True, ZERO: True}),
+    "dp2, sharded": (2, {ZERO: 1}),
+    "tp2 x pp2, sharded over dp2": (8, {TP: 2, PP: 2, SP: True, ZERO: 1}),
 }
 
 

@@ -66,7 +66,7 @@ ALONE = {
 WITHOUT_MEMORY = ("everything kept", "groups of two recomputed")
 LAYOUTS = {
     "dp2": (2, {}),
-    "dp2, sharded, recomputed": (2, {ZERO: True, **recompute("full", "uniform", 1)}),
+    "dp2, sharded, recomputed": (2, {ZERO: 1, **recompute("full", "uniform", 1)}),
     "tp2 with sequence parallelism": (2, {TP: 2, SP: True}),
     "pp2 x dp2, zb-v": (4, {PP: 2, SCHEDULE: "zb-v"}),
 }

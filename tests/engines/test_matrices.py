@@ -42,7 +42,7 @@ def tensors(config, ranks, *, owned):
     return found
 
 
-@pytest.mark.parametrize("changes", [{TP: 2}, {TP: 2, ZERO: True, BF16: True}, {TP: 4, ZERO: True}])
+@pytest.mark.parametrize("changes", [{TP: 2}, {TP: 2, ZERO: 1, BF16: True}, {TP: 4, ZERO: 1}])
 def test_each_matrix_has_one_owner_and_owners_have_equal_work(changes) -> None:
     ranks = 4
     held = tensors(tiny_config(**MUON | changes), ranks, owned=False)
@@ -66,7 +66,7 @@ def test_each_matrix_has_one_owner_and_owners_have_equal_work(changes) -> None:
 
 
 def test_states_and_masters_tile_every_tensor_once() -> None:
-    config = tiny_config(**MUON | {TP: 2, PP: 2, ZERO: True, BF16: True})
+    config = tiny_config(**MUON | {TP: 2, PP: 2, ZERO: 1, BF16: True})
     found: dict[str, int] = {}
     shapes = {}
     for state in tensors(config, 8, owned=True):
@@ -80,7 +80,7 @@ def test_states_and_masters_tile_every_tensor_once() -> None:
     )
 
 
-@pytest.mark.parametrize("more", [{}, {BF16: True}, {ZERO: True}])
+@pytest.mark.parametrize("more", [{}, {BF16: True}, {ZERO: 1}])
 def test_the_plan_counts_whole_masters_and_momentum(more) -> None:
     """In fp32, too, where an owner has the weights of others' shards once more."""
     config = tiny_config(**MUON | {TP: 2} | more)
@@ -165,10 +165,10 @@ def test_owners_see_whole_gradients_and_all_ranks_get_their_shards() -> None:
     ("saved", "loaded"),
     [
         pytest.param((2, GALORE | {TP: 2}), (2, GALORE | {PP: 2}), id="galore, tp to pp"),
-        pytest.param((4, {TP: 2, ZERO: True, SP: True}), (1, {}), id="tp and dp to one"),
+        pytest.param((4, {TP: 2, ZERO: 1, SP: True}), (1, {}), id="tp and dp to one"),
         pytest.param((1, {BF16: True}), (2, {TP: 2, BF16: True}), id="one to tp, bf16",
                      marks=pytest.mark.slow),
-        pytest.param((4, {TP: 2, PP: 2, BF16: True}), (2, {ZERO: True, BF16: True}), id="tp and pp to dp, bf16",
+        pytest.param((4, {TP: 2, PP: 2, BF16: True}), (2, {ZERO: 1, BF16: True}), id="tp and pp to dp, bf16",
                      marks=pytest.mark.slow),
     ],
 )  # fmt: skip

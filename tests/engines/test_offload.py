@@ -54,11 +54,11 @@ def test_every_optimizer_trains_to_the_same_bits(optimizer, form, monkeypatch) -
 
 
 LAYOUTS = [
-    {TP: 2, ZERO: True},
-    {TP: 2, ZERO: True, BF16: True, "parallel__overlap_param_gather": True},
+    {TP: 2, ZERO: 1},
+    {TP: 2, ZERO: 1, BF16: True, "parallel__overlap_param_gather": True},
     {TP: 2, "optim__optimizer": "adafactor", "optim__adafactor_scale_parameter": True},
-    {TP: 2, ZERO: True, BF16: True, "optim__optimizer": "muon"},
-    {PP: 2, ZERO: True, BF16: True, "optim__lisa_layers": 1, "optim__lisa_interval": 1},
+    {TP: 2, ZERO: 1, BF16: True, "optim__optimizer": "muon"},
+    {PP: 2, ZERO: 1, BF16: True, "optim__lisa_layers": 1, "optim__lisa_interval": 1},
     {PP: 2, TP: 2, "precision__fp16": True},
 ]
 

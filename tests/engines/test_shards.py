@@ -102,9 +102,9 @@ def bytes_per_parameter(rank, ranks, changes):
     [
         (1, {BF16: True}, 18.0),
         (2, {BF16: True}, 18.0),
-        (2, {BF16: True, ZERO: True}, 12.0),
-        (4, {BF16: True, ZERO: True}, 9.0),
-        (4, {ZERO: True}, 10.0),
+        (2, {BF16: True, ZERO: 1}, 12.0),
+        (4, {BF16: True, ZERO: 1}, 9.0),
+        (4, {ZERO: 1}, 10.0),
     ],
 )
 def test_bytes_per_parameter_are_6_plus_12_over_d(ranks, changes, expected) -> None:

@@ -36,7 +36,7 @@ def fp16_steps(rank, ranks, engine, changes, overflow_at):
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize(
     ("ranks", "layout"),
-    [(1, {}), (2, {TP: 2}), (2, {PP: 2}), (2, {}), (2, {ZERO: True}), (4, {TP: 2, PP: 2})],
+    [(1, {}), (2, {TP: 2}), (2, {PP: 2}), (2, {}), (2, {ZERO: 1}), (4, {TP: 2, PP: 2})],
 )
 def test_an_overflow_on_one_rank_is_skipped_by_all(engine, ranks, layout) -> None:
     changes = FP16 | layout | {"precision__initial_loss_scale": 1024.0, "precision__hysteresis": 1}

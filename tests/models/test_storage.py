@@ -142,7 +142,7 @@ def shared(rank, ranks, changes):
 def test_two_ranks_that_share_the_state_train_it_alike() -> None:
     """Buckets of one number format each, gathered in it."""
     ((alone, _),) = spawn(shared, 1, {})
-    zero = {ZERO: True, "parallel__ddp_bucket_size": 3000}
+    zero = {ZERO: 1, "parallel__ddp_bucket_size": 3000}
     results = spawn(shared, 2, zero)
     assert results[0] == results[1]
     assert results[0][0] == pytest.approx(alone, rel=1e-6)

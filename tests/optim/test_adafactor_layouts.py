@@ -20,9 +20,9 @@ RELATIVE = ADAFACTOR | {
 }
 NO_RATE = {"learning_rate__lr": None, "learning_rate__lr_decay_style": "linear"}
 SAVED, LOADED = [
-    (2, {TP: 2, SP: True}), (2, {PP: 2}), (2, {ZERO: True, BF16: True}),
-    (4, {TP: 2, ZERO: True, "model__vocab_size": 8}),
-], [(1, {}), (2, {TP: 2}), (4, {TP: 2, ZERO: True}), (2, {PP: 2, "model__vocab_size": 8})]  # fmt: skip
+    (2, {TP: 2, SP: True}), (2, {PP: 2}), (2, {ZERO: 1, BF16: True}),
+    (4, {TP: 2, ZERO: 1, "model__vocab_size": 8}),
+], [(1, {}), (2, {TP: 2}), (4, {TP: 2, ZERO: 1}), (2, {PP: 2, "model__vocab_size": 8})]  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -51,7 +51,7 @@ def test_it_resumes_in_any_layout_and_bit_for_bit_in_its_own(tmp_path, saved, lo
 
 
 @pytest.mark.parametrize(
-    ("ranks", "changes"), [(2, {TP: 2}), (4, {TP: 2, ZERO: True, BF16: True}), (2, {PP: 2})]
+    ("ranks", "changes"), [(2, {TP: 2}), (4, {TP: 2, ZERO: 1, BF16: True}), (2, {PP: 2})]
 )
 def test_states_of_all_ranks_are_each_tensors_once(ranks, changes) -> None:
     """Also where each tp rank has the whole of one, and where one has no row of the vocabulary."""

@@ -95,8 +95,8 @@ def test_a_run_with_bf16_moments_goes_on_bit_for_bit(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("saved", "loaded"),
     [
-        pytest.param((2, {ZERO: True}), (2, {TP: 2}), id="shared to tp"),
-        pytest.param((4, {PP: 2, ZERO: True, BF16: True}), (1, {BF16: True}), id="stages to one",
+        pytest.param((2, {ZERO: 1}), (2, {TP: 2}), id="shared to tp"),
+        pytest.param((4, {PP: 2, ZERO: 1, BF16: True}), (1, {BF16: True}), id="stages to one",
                      marks=pytest.mark.slow),
     ],
 )  # fmt: skip

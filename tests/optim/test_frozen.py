@@ -107,7 +107,7 @@ def late_loaded(rank, ranks, *arguments):
 @pytest.mark.parametrize(
     "changes",
     [
-        pytest.param({ZERO: True}, id="dp2 shared"),
+        pytest.param({ZERO: 1}, id="dp2 shared"),
         pytest.param({}, id="dp2", marks=pytest.mark.slow),
         pytest.param({PP: 2}, id="pp2", marks=pytest.mark.slow),
     ],

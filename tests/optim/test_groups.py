@@ -128,15 +128,15 @@ def test_sgd_without_momentum_keeps_nothing() -> None:
     ("ranks", "changes"),
     [
         (1, {}),
-        (2, {BF16: True, ZERO: True}),
-        (4, {PP: 2, ZERO: True}),
+        (2, {BF16: True, ZERO: 1}),
+        (4, {PP: 2, ZERO: 1}),
         (2, {TP: 2, "optim__optimizer": "adam"}),
-        (4, {TP: 2, ZERO: True, "optim__optimizer": "adafactor"}),
+        (4, {TP: 2, ZERO: 1, "optim__optimizer": "adafactor"}),
         (2, {TP: 2, "optim__optimizer": "adam8bit", "optim__adam8bit_block_size": 16}),
         (1, {"optim__optimizer": "sgd"}),
-        (2, {ZERO: True, "optim__optimizer": "muon"}),
-        (2, {ZERO: True, "optim__optimizer": "galore", "optim__galore_rank": 5}),
-        (2, {ZERO: True, "optim__optimizer": "adam"} | BF16_MOMENTS),
+        (2, {ZERO: 1, "optim__optimizer": "muon"}),
+        (2, {ZERO: 1, "optim__optimizer": "galore", "optim__galore_rank": 5}),
+        (2, {ZERO: 1, "optim__optimizer": "adam"} | BF16_MOMENTS),
         (1, {"optim__optimizer": "adam"} | BF16_MOMENTS | {"optim__exp_avg_dtype": "fp32"}),
     ],
 )
@@ -155,7 +155,7 @@ def test_the_plan_counts_the_states_that_are_there(ranks, changes, toy) -> None:
             with stand_in(config, blueprint, grid.rank(dp=dp, pp=pp)) as actor:
                 state = [s for s in actor.run.engine.state(owned=False)]
                 held += [s.data.nbytes for s in state if not s.name.startswith(MASTER)]
-        shared = 1 if config.parallel.use_distributed_optimizer else grid.dp
+        shared = 1 if config.parallel.shares_state else grid.dp
         assert sum(held) == blueprint.held(pp).state_bytes * shared
         assert planned[pp].kinds["moments"] == pytest.approx(sum(held) / grid.dp)
 
@@ -184,10 +184,8 @@ def toy_loaded(rank, ranks, *arguments):
 @pytest.mark.parametrize(
     ("saved", "loaded"),
     [
-        pytest.param((2, {ZERO: True}), (1, {}), id="shared to one"),
-        pytest.param(
-            (2, {PP: 2}), (2, {ZERO: True}), id="stages to shared", marks=pytest.mark.slow
-        ),
+        pytest.param((2, {ZERO: 1}), (1, {}), id="shared to one"),
+        pytest.param((2, {PP: 2}), (2, {ZERO: 1}), id="stages to shared", marks=pytest.mark.slow),
     ],
 )
 def test_three_rules_resume_in_any_layout_and_bit_for_bit_in_their_own(
@@ -207,7 +205,7 @@ def test_three_rules_resume_in_any_layout_and_bit_for_bit_in_their_own(
 
 def test_layouts_agree_on_what_a_state_has(toy) -> None:
     """Names, shapes and places of all states tile each global tensor, whoever shares them."""
-    config = tiny_config(**TOY | {PP: 2, ZERO: True})
+    config = tiny_config(**TOY | {PP: 2, ZERO: 1})
     blueprint = draw(config, 4)
     found: dict[str, int] = {}
     shapes = {}

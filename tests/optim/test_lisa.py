@@ -197,7 +197,7 @@ def test_what_cannot_be_drawn_is_refused(changes, said) -> None:
 
 @pytest.mark.parametrize(
     ("ranks", "changes"),
-    [(1, {}), (2, {ZERO: True, BF16: True}), (2, {PP: 2})],
+    [(1, {}), (2, {ZERO: 1, BF16: True}), (2, {PP: 2})],
 )
 def test_the_plan_is_that_of_the_fullest_draw(ranks, changes) -> None:
     """No rank ever keeps more; with each block on the ranks of one stage it is reached."""
@@ -227,10 +227,10 @@ H1 = {PP: 2, SCHEDULE: "zb-h1"}
     ("changes", "before"),
     [
         pytest.param({PP: 2}, 2, id="pp2 within an interval"),
-        pytest.param({ZERO: True}, 3, id="dp2 shared at a border", marks=pytest.mark.slow),
+        pytest.param({ZERO: 1}, 3, id="dp2 shared at a border", marks=pytest.mark.slow),
         pytest.param({TP: 2}, 4, id="tp2", marks=pytest.mark.slow),
         pytest.param(H1, 2, id="split backward", marks=pytest.mark.slow),
-        pytest.param({ZERO: True, BF16: True}, 4, id="dp2 bf16", marks=pytest.mark.slow),
+        pytest.param({ZERO: 1, BF16: True}, 4, id="dp2 bf16", marks=pytest.mark.slow),
     ],
 )
 def test_every_layout_draws_alike_also_after_a_resume_in_another(tmp_path, changes, before) -> None:

@@ -152,7 +152,7 @@ def test_every_group_is_told_with_its_numbers() -> None:
     assert group_lines(tiny_config().optim, rates, parameters) == []
 
 
-@pytest.mark.parametrize("changes", [{}, {BF16: True, ZERO: True}])
+@pytest.mark.parametrize("changes", [{}, {BF16: True, ZERO: 1}])
 def test_the_plan_counts_by_group_what_the_engine_keeps(changes) -> None:
     ranks = 2 if changes else 1
     config = tiny_config(**changes | {GROUPS: MIXED, "model__vocab_size": 64})
@@ -174,7 +174,7 @@ def test_the_plan_counts_by_group_what_the_engine_keeps(changes) -> None:
 @pytest.mark.parametrize(
     "changes",
     [
-        pytest.param({ZERO: True}, id="dp2 shared"),
+        pytest.param({ZERO: 1}, id="dp2 shared"),
         pytest.param({TP: 2}, id="tp2", marks=pytest.mark.slow),
         pytest.param({PP: 2}, id="pp2", marks=pytest.mark.slow),
     ],

@@ -110,7 +110,7 @@ def test_data_parallel_reduces_every_gradient_once() -> None:
 
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_distributed_optimizer_moves_the_bytes_of_one_all_reduce(ranks) -> None:
-    for seen, parameters in spawn(traffic, ranks, {ZERO: True, "model__vocab_size": 64}):
+    for seen, parameters in spawn(traffic, ranks, {ZERO: 1, "model__vocab_size": 64}):
         large = {key: n for key, n in seen.items() if key[1] > 4 * 1000}
         assert {key[0] for key in large} == {"reduce-scatter", "all-gather"}
         for (_, size), times in large.items():

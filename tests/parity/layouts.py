@@ -71,7 +71,7 @@ def recompute(
 
 
 SP = {axes.SP: True}
-ZERO = {axes.ZERO: True}
+ZERO = {axes.ZERO: 1}
 OVERLAP_GATHER = {"parallel__overlap_param_gather": True}
 EVERY_LAYER = recompute("full", "uniform", 1)
 SELECTIVE = recompute("selective", modules=["core_attn", "mlp", "layernorm"])

@@ -162,7 +162,7 @@ MUTANTS: dict[str, Callable[[], AbstractContextManager[None]]] = {
         )
     },
 }  # fmt: skip
-OVERLAP = {ZERO: True} | OVERLAP_GATHER | SMALL_BUCKETS
+OVERLAP = {ZERO: 1} | OVERLAP_GATHER | SMALL_BUCKETS
 PP2 = {PP: 2}
 
 

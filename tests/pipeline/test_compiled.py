@@ -41,7 +41,7 @@ WAYS: dict[str, dict[str, Any]] = {
         TP: 2, SP: True, "data__reset_attention_mask": True, "data__reset_position_ids": True,
         "model__attention_dropout": 0.1, "precision__attention_backend": "unfused",
     } | LLAMA,
-    "sharded, gathered before use": {ZERO: True, "parallel__overlap_param_gather": True},
+    "sharded, gathered before use": {ZERO: 1, "parallel__overlap_param_gather": True},
     "bf16": PP2 | {BF16: True, SCHEDULE: "zb-h1"},
 }  # fmt: skip
 

@@ -165,7 +165,7 @@ def test_a_search_looks_at_every_kind_of_layout() -> None:
     found = search.search(variant_of(config, world), asked_of(config), cluster, model=config.model)
     seen = [plan.asked.parallel for plan in found.ranked]
     assert {p.sequence_parallel for p in seen if p.tp > 1} == {True, False}
-    assert {p.use_distributed_optimizer for p in seen} == {True, False}
+    assert {p.shares_state for p in seen} == {True, False}
     assert {p.pipeline_schedule for p in seen} == {"1f1b", "interleaved", "zb-h1", "zb-v"}
     assert {plan.asked.micro_batch_size for plan in found.ranked} >= {1, 2, 4, 8}
     assert {p.tp for p in seen} == {p.pp for p in seen} == {1, 2, 4, 8}

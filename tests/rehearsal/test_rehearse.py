@@ -68,9 +68,9 @@ TENSOR = tiny_config(**{TP: 2, PP: 2, BATCH: 8})
     ("world_size", "changes"),
     [
         (8, {TP: 2, PP: 2, BATCH: 16}),
-        (8, {TP: 2, PP: 2, SP: True, ZERO: True, BF16: True, BATCH: 16}),
+        (8, {TP: 2, PP: 2, SP: True, ZERO: 1, BF16: True, BATCH: 16}),
         (4, {PP: 4, SCHEDULE: "zb-h1", BATCH: 24}),
-        (4, {PP: 2, "parallel__num_layers_per_virtual_pipeline_stage": 1, ZERO: True, BATCH: 16,
+        (4, {PP: 2, "parallel__num_layers_per_virtual_pipeline_stage": 1, ZERO: 1, BATCH: 16,
              "parallel__overlap_param_gather": True, "precision__fp16": True}),
         (2, {PP: 2, BATCH: 12, "parallel__recompute_granularity": "full",
              "parallel__recompute_method": "uniform", "parallel__recompute_num_layers": 1,
@@ -128,17 +128,17 @@ def test_one_rank_per_kind_stands_for_every_stage_and_every_end():
     "changes",
     [
         {TP: 2, PP: 2, SP: True, BF16: True},
-        {TP: 2, PP: 2, SP: True, ZERO: True, SCHEDULE: "zb-h1", "data__reset_attention_mask": True},
+        {TP: 2, PP: 2, SP: True, ZERO: 1, SCHEDULE: "zb-h1", "data__reset_attention_mask": True},
         {TP: 2, PP: 2, SCHEDULE: "gpipe", "precision__fp16": True,
          "parallel__recompute_granularity": "full", "parallel__recompute_method": "block",
          "parallel__recompute_num_layers": 1, "parallel__distribute_saved_activations": True},
-        {TP: 2, PP: 2, SP: True, ZERO: True, "optim__optimizer": "muon"},
+        {TP: 2, PP: 2, SP: True, ZERO: 1, "optim__optimizer": "muon"},
         pytest.param({TP: 2, PP: 2, BF16: True, "optim__optimizer": "galore"},
                      marks=pytest.mark.slow),
         # 256 KiB of logits
         {TP: 2, PP: 2, SP: True, BF16: True, "parallel__logits_chunk_mib": 0.07},
         pytest.param({
-            TP: 2, PP: 2, SP: True, ZERO: True, BF16: True, "optim__optimizer": "sophiag",
+            TP: 2, PP: 2, SP: True, ZERO: 1, BF16: True, "optim__optimizer": "sophiag",
             "optim__sophia_hessian_fraction": 0.5,
         }, marks=pytest.mark.ci),
         pytest.param({
@@ -146,7 +146,7 @@ def test_one_rank_per_kind_stands_for_every_stage_and_every_end():
             "optim__adafactor_scale_parameter": True,
         }, marks=pytest.mark.ci),
         pytest.param({
-            TP: 2, PP: 2, ZERO: True, "model__position_embedding_type": "rope",
+            TP: 2, PP: 2, ZERO: 1, "model__position_embedding_type": "rope",
             "model__rope_scaling_type": "clex", "model__rope_original_length": 64,
             "model__rope_scaling_factor": 2.0,
         }, marks=pytest.mark.slow),

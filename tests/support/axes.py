@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 TP, PP = "parallel__tensor_model_parallel_size", "parallel__pipeline_model_parallel_size"
-SP, ZERO = "parallel__sequence_parallel", "parallel__use_distributed_optimizer"
+SP, ZERO = "parallel__sequence_parallel", "parallel__zero_stage"
 SCHEDULE = "parallel__pipeline_schedule"
 CHUNKS = "parallel__num_virtual_stages_per_pipeline_rank"
 BF16 = "precision__bf16"

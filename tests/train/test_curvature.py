@@ -81,8 +81,8 @@ def test_the_pass_is_told_and_what_it_observes_is_used(serial) -> None:
     ("ranks", "changes"),
     [
         pytest.param(2, {TP: 2, SP: True}, id="tp2, sp"),
-        pytest.param(2, {PP: 2, ZERO: True}, id="pp2"),
-        pytest.param(2, {ZERO: True}, id="dp2, sharded", marks=pytest.mark.ci),
+        pytest.param(2, {PP: 2, ZERO: 1}, id="pp2"),
+        pytest.param(2, {ZERO: 1}, id="dp2, sharded", marks=pytest.mark.ci),
         pytest.param(1, {"parallel__logits_chunk_mib": 0.001}, id="logits in chunks",
                      marks=pytest.mark.slow),
     ],
@@ -130,7 +130,7 @@ def test_a_pass_that_is_not_finite_leaves_the_curvature_as_it_was_and_says_so() 
 @pytest.mark.ci
 def test_half_of_the_micro_batches_are_half_of_the_global_batch_at_every_dp() -> None:
     """And B is the tokens of that half: the curvature is of the same size."""
-    half = {"optim__sophia_hessian_fraction": 0.5, ZERO: True}
+    half = {"optim__sophia_hessian_fraction": 0.5, ZERO: 1}
     steps, _ = trained(0, 1, half)
     for rank_steps, _ in spawn(trained, 2, half):
         for (_, _, told), (_, _, its_told) in zip(rank_steps, steps, strict=True):

@@ -122,7 +122,7 @@ CASES = {
                                   "parallel__recompute_num_layers": 2}, "output", 0,
                               "the output of blocks.1.attention.qkv on rank 0 for samples 8, 9 is"),
     "a gradient, distributed optimizer": (
-        2, {ZERO: True, "parallel__overlap_grad_reduce": True}, "gradient", 1,
+        2, {ZERO: 1, "parallel__overlap_grad_reduce": True}, "gradient", 1,
         "the gradient of blocks.1.mlp_norm.bias on rank 1, from samples ",
     ),
     "a gradient, zero bubble": (2, {PP: 2, SCHEDULE: "zb-h1"}, "gradient", 0,

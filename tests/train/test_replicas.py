@@ -15,7 +15,7 @@ from tests.support.spawn import spawn
 from tests.support.tiny import context, draw, make_batches, tiny_config
 
 GATHER = {
-    ZERO: True, "parallel__overlap_param_gather": True, "parallel__overlap_grad_reduce": True,
+    ZERO: 1, "parallel__overlap_param_gather": True, "parallel__overlap_grad_reduce": True,
 }  # fmt: skip
 
 

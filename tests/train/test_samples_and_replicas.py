@@ -87,7 +87,7 @@ def elements(written) -> int:
     return sum(torch.Size(shape).numel() for _, _, shape in written)
 
 
-OVERLAP = {ZERO: True, "parallel__overlap_param_gather": True}
+OVERLAP = {ZERO: 1, "parallel__overlap_param_gather": True}
 
 
 @pytest.mark.ci

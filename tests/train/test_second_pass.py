@@ -98,7 +98,7 @@ def test_it_is_carried_out_in_every_other_step_and_changes_no_bit_of_the_trainin
     [
         pytest.param({PP: 2}, id="pp2"),
         pytest.param({TP: 2, SP: True}, id="tp2", marks=pytest.mark.ci),
-        pytest.param({ZERO: True}, id="dp2, sharded", marks=pytest.mark.ci),
+        pytest.param({ZERO: 1}, id="dp2, sharded", marks=pytest.mark.ci),
     ],
 )
 def test_in_a_layout_it_sees_the_same_micro_batches_and_leaves_the_same_numbers(

@@ -12,10 +12,9 @@ from megatron_lite.config.deepspeed.laying import FlagOfField, Laying, SaidKey
 from megatron_lite.config.deepspeed.optimizers import lay_optimizer
 from megatron_lite.config.deepspeed.rates import lay_learning_rate
 from megatron_lite.config.deepspeed.reading import FileValue, read_config
-from megatron_lite.config.deepspeed.system_keys import NO_STAGE, STAGES
 
 _ZERO = "zero_optimization"
-_SHARED = "parallel.use_distributed_optimizer"
+_STAGE = "parallel.zero_stage"
 _WANDB, _RUN = "telemetry.wandb_project", "telemetry.wandb_exp_name"
 
 
@@ -141,7 +140,7 @@ def _zero(laying: Laying) -> None:
     """The stage, and where the optimizer's state lies."""
     stage = laying.said.get(f"{_ZERO}.stage")
     if stage is not None and stage.is_auto:
-        laying.problems.append(f"{stage}: no flag says a stage; write 0, 1 or 2")
+        laying.problems.append(f"{stage}: no flag says a stage; write 0, 1, 2 or 3")
     elif stage is not None:
         row = KEYS[stage.name]
         assert row.read is not None
@@ -150,16 +149,20 @@ def _zero(laying: Laying) -> None:
         except ValueError as error:
             laying.problems.append(f"{stage.place}: {stage.name} {error}")
             number = None
-        if isinstance(number, int) and number not in STAGES:
-            laying.problems.append(f"{stage}: not supported; {NO_STAGE}")
-        elif isinstance(number, int):
-            shared, say = STAGES[number]
-            flag = laying.before[_SHARED].removeprefix("flag ")
-            if flag.startswith("--zero") and not flag.endswith(f" {number}"):
-                laying.problems.append(f"{stage} contradicts {flag}; keep one")
-            laying.give(_SHARED, shared, stage)
-            laying.notices += [f"{stage}: {say}"] if say else []
+        if isinstance(number, int):
+            _give_stage(laying, stage, number)
     _offload(laying)
+
+
+def _give_stage(laying: Laying, key: SaidKey, stage: int) -> None:
+    """The file's stage, beside which --use-distributed-optimizer only asks for 1 or more."""
+    bare = laying.before[_STAGE].removeprefix("flag ")
+    if bare.replace("_", "-") not in laying.flags[_STAGE].at_least:
+        laying.give(_STAGE, stage, key)
+    elif stage < 1:
+        laying.problems.append(f"{key} contradicts {bare}; keep one")
+    else:
+        laying.values[_STAGE], laying.origin[_STAGE] = stage, f"file {key.place} {key.name}"
 
 
 def _offload(laying: Laying) -> None:

@@ -17,6 +17,10 @@ class FlagOfField(Protocol):
         """Its spelling."""
 
     @property
+    def at_least(self) -> Mapping[str, int]:
+        """Spellings that ask for so much or more."""
+
+    @property
     def kind(self) -> type:
         """Its type."""
 

@@ -15,17 +15,6 @@ from megatron_lite.config.deepspeed.key import (
     whole,
 )
 
-STAGES = {
-    0: (False, ""),
-    1: (True, ""),
-    2: (
-        True,
-        "runs as stage 1: the same numbers, but each rank keeps its gradients whole "
-        "(tools/plan.py says the memory)",
-    ),
-}
-"""ZeRO's stage -> --use-distributed-optimizer, and what is to be said of it; what is not here is refused."""
-
 NO_STAGE = (
     "weights are not shared between data-parallel ranks; use stage 1 with "
     "--tensor-model-parallel-size "
@@ -51,8 +40,7 @@ def _stage(value: object) -> int:
 ZERO_KEYS: tuple[DeepSpeedKey, ...] = (
     apart(
         "zero_optimization.stage",
-        f"0 is none, 1 means --use-distributed-optimizer, 2 {STAGES[2][1]}; 3 is refused: "
-        f"{NO_STAGE}",
+        "means --zero-stage",
         read=_stage,
     ),
     mapped_key("zero_optimization.overlap_comm", "parallel.overlap_grad_reduce", truth),

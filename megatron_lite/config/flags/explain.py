@@ -86,7 +86,7 @@ def explain(flag: str, setting: FlagSetting | None) -> str:
         lines.append(f"    Megatron: {MEGATRON_DEFAULTS[setting.key]}")
     elif setting.key in OURS_ONLY:
         lines.append("    Megatron: has no such flag")
-    spelt = [s for s in (*setting.on, *setting.off) if s != flag]
+    spelt = [s for s in setting.spelt if s != flag]
     if spelt:
         lines.append(f"    also:     {', '.join(spelt)}")
     lines.append(f"    {doc.file}:{doc.line}")

@@ -13,7 +13,7 @@ from pathlib import Path
 import yaml
 
 from megatron_lite.config.errors import ConfigError, all_together
-from megatron_lite.config.flags.settings import sections, settings
+from megatron_lite.config.flags.settings import FlagSetting, sections, settings
 from megatron_lite.config.flags.values import from_yaml
 from megatron_lite.config.sections.run import RunConfig
 
@@ -55,13 +55,15 @@ def loads(text: str, *, name: str) -> FileValues:
             elif key in sections():
                 for inner, value, at in _entries(node, name, f"{key}.", problems):
                     where = f"{name}:{at}: {key}.{inner}"
-                    setting = settings().get(f"{key}.{inner}")
+                    setting, now = _named(key, inner)
                     if setting is None:
                         problems.append(f"{where}: no such key{_near_field(key, inner)}")
                         continue
                     try:
                         built = loader.construct_object(value, deep=True)
-                        values[setting.key] = from_yaml(setting, built)
+                        values[setting.key] = from_yaml(
+                            setting, now[built] if now and isinstance(built, bool) else built
+                        )
                     except ValueError as error:
                         problems.append(f"{where} ({setting.flag}) {error}")
             else:
@@ -101,6 +103,17 @@ def _entries(
             continue
         seen[key] = at
         yield key, value, at
+
+
+def _named(section: str, name: str) -> tuple[FlagSetting | None, Mapping[bool, object]]:
+    """The setting of a key; where the key is a switch it was once, what off and on are now."""
+    found = settings().get(f"{section}.{name}")
+    if found is not None:
+        return found, {}
+    for setting in settings().values():
+        if setting.section == section and name in setting.was:
+            return setting, setting.was[name]
+    return None, {}
 
 
 def _near_section(key: str) -> str:

@@ -21,7 +21,6 @@ from megatron_lite.config.flags.refused import REFUSED
 
 _FLASH = {"precision.attention_backend": "flash"}
 _FULL = {"parallel.recompute_granularity": "full"}
-_SHARED_STATE = {"parallel.use_distributed_optimizer": True}
 _ONE_LAYER = {"parallel.recompute_num_layers": 1}
 
 _MAPPED = (
@@ -132,17 +131,6 @@ _MAPPED = (
         sets={"parallel.pipeline_model_parallel_size": 1},
     ),
     mapped(
-        "--zero-stage",
-        "0 is none, 1 means --use-distributed-optimizer, 2 runs as 1 (the same numbers, but each rank "
-        "keeps its gradients whole), 3 does not exist here",
-        takes_value=True,
-        by_value={
-            "0": {"parallel.use_distributed_optimizer": False},
-            "1": _SHARED_STATE,
-            "2": _SHARED_STATE,
-        },
-    ),
-    mapped(
         "--check-for-spiky-loss",
         "means --loss-spike-factor 10",
         unless_given={"guards.loss_spike_factor": 10.0},
@@ -187,6 +175,7 @@ MEGATRON_DEFAULTS: Mapping[str, str] = MappingProxyType(
         "model.attention_softmax_in_fp32": "off",
         "model.apply_query_key_layer_scaling": "off (Megatron-DeepSpeed: on)",
         "parallel.accumulate_allreduce_grads_in_fp32": "off, on with --bf16",
+        "parallel.zero_stage": "0 or 1, by --use-distributed-optimizer (Megatron-DeepSpeed: the same flag)",
         "parallel.distributed_backend": "nccl",
         "parallel.overlap_grad_reduce": "off",
         "train.micro_batch_size": "required",

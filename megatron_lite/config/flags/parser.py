@@ -34,6 +34,7 @@ from megatron_lite.config.flags.legacy_flag import Legacy
 from megatron_lite.config.flags.presets import list_presets, preset
 from megatron_lite.config.flags.settings import FlagSetting, sections, settings
 from megatron_lite.config.flags.values import from_text, whole_number
+from megatron_lite.config.flags.words import Use, dashed, no_values, uses
 from megatron_lite.config.sections.run import RunConfig
 
 _COMMANDS: Mapping[str, str] = {
@@ -78,19 +79,11 @@ class ParsedFlags:
 
 @dataclass(frozen=True, slots=True)
 class Spelling:
-    """One way to write a setting's flag; `value` is what a spelling without one sets."""
+    """One way to write a setting's flag; `value` is what a spelling without one sets, or asks for at least."""
 
     setting: FlagSetting
-    value: bool | str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class _Use:
-    """One flag as it stands on the command line."""
-
-    written: str
-    name: str
-    values: tuple[str, ...]
+    value: object = None
+    at_least: bool = False
 
 
 @functools.cache
@@ -105,6 +98,9 @@ def spellings() -> Mapping[str, Spelling]:
         for flag in setting.off:
             assert flag not in found, f"{flag} is spelt twice"
             found[flag] = Spelling(setting, "off" if setting.switch else False)
+        for flag, value in (*setting.at_least.items(), *setting.means.items()):
+            assert flag not in found, f"{flag} is spelt twice"
+            found[flag] = Spelling(setting, value, flag in setting.at_least)
     return MappingProxyType(found)
 
 
@@ -116,11 +112,11 @@ def parse(argv: Sequence[str]) -> ParsedFlags:
     """
     _answer_questions(argv)
     reading = _Reading()
-    uses = [*_uses(argv, reading.problems)]
-    for use in uses:
+    found = [*uses(argv, reading.problems)]
+    for use in found:
         if use.name == "--extend":
             extend(use.values)
-    for use in uses:
+    for use in found:
         reading.take(use)
     return reading.finish()
 
@@ -137,44 +133,17 @@ def _answer_questions(argv: Sequence[str]) -> None:
             asked = inline if equals else argv[at + 1] if at + 1 < len(argv) else ""
             if not asked:
                 raise ConfigError("--explain takes a flag, e.g. --explain --lr; got none")
-            dashed = _dashed(asked if asked.startswith("-") else f"--{asked}")
-            if asked in KEYS or dashed in _COMMANDS:
-                print(explain_key(asked) if asked in KEYS else explain_command(dashed))
+            flag = dashed(asked if asked.startswith("-") else f"--{asked}")
+            if asked in KEYS or flag in _COMMANDS:
+                print(explain_key(asked) if asked in KEYS else explain_command(flag))
                 raise SystemExit(0)
-            if dashed not in spellings() and dashed not in LEGACY:
-                raise ConfigError(f"--explain {asked}: no such flag{_suggestion(dashed)}")
-            own = spellings().get(dashed)
-            print(explain(dashed, own.setting if own else None))
+            if flag not in spellings() and flag not in LEGACY:
+                raise ConfigError(f"--explain {asked}: no such flag{_suggestion(flag)}")
+            own = spellings().get(flag)
+            print(explain(flag, own.setting if own else None))
         else:
             continue
         raise SystemExit(0)
-
-
-def _is_flag(word: str) -> bool:
-    """Whether a word starts a flag; negative numbers, -inf and -nan are values."""
-    return bool(re.match(r"--|-(?!inf|nan)[a-zA-Z]", word, re.IGNORECASE))
-
-
-def _dashed(flag: str) -> str:
-    return flag.replace("_", "-")
-
-
-def _uses(argv: Sequence[str], problems: list[str]) -> Iterator[_Use]:
-    """The flags of a command line with the words that follow each."""
-    words = list(argv)
-    at = 0
-    while at < len(words):
-        if not _is_flag(words[at]):
-            problems.append(f"{words[at]!r} belongs to no flag; arguments look like --lr 1e-4")
-            at += 1
-            continue
-        written, equals, inline = words[at].partition("=")
-        values = [inline] if equals else []
-        at += 1
-        while at < len(words) and not _is_flag(words[at]):
-            values.append(words[at])
-            at += 1
-        yield _Use(written, _dashed(written), tuple(values))
 
 
 def _suggestion(flag: str) -> str:
@@ -199,14 +168,15 @@ class _Reading:
     def __init__(self) -> None:
         self.given: dict[str, _Given] = {}
         self.fallback: dict[str, _Given] = {}
+        self.floors: dict[str, _Given] = {}
         self.tokens: dict[str, tuple[Legacy, int]] = {}
-        self.conditional: list[tuple[_Use, Legacy]] = []
+        self.conditional: list[tuple[Use, Legacy]] = []
         self.commands: dict[str, str] = {}
         self.deepspeed = ""
         self.notices: list[str] = []
         self.problems: list[str] = []
 
-    def take(self, use: _Use) -> None:
+    def take(self, use: Use) -> None:
         """Understand one flag, or note the problem."""
         try:
             if use.name in _COMMANDS:
@@ -220,10 +190,10 @@ class _Reading:
         except ValueError as error:
             self.problems.append(f"{use.written} {error}")
 
-    def _command(self, use: _Use) -> None:
+    def _command(self, use: Use) -> None:
         command = _COMMANDS[use.name]
         if command == "debug":
-            _no_values(use)
+            no_values(use)
             return
         if command == "extend":
             if not use.values:
@@ -243,17 +213,25 @@ class _Reading:
             )
         self.commands[command] = use.values[0]
 
-    def _own(self, use: _Use, spelling: Spelling) -> None:
+    def _own(self, use: Use, spelling: Spelling) -> None:
         if spelling.value is None:
             value = from_text(spelling.setting, use.values)
             self._give(spelling.setting, value, use.written, own=True)
             return
+        setting = spelling.setting
+        if use.name in (*setting.at_least, *setting.means):
+            no_values(use, f"; {setting.flag} takes one")
+            if spelling.at_least:
+                self.floors[setting.key] = _Given(spelling.value, use.written)
+            else:
+                self._give(setting, spelling.value, use.written)
+            return
         off = spelling.value in (False, "off")
-        other = spelling.setting.on if off else spelling.setting.off
-        _no_values(use, f"; {other[0]} is its opposite")
-        self._give(spelling.setting, spelling.value, use.written, own=True)
+        other = setting.on if off else setting.off
+        no_values(use, f"; {other[0]} is its opposite")
+        self._give(setting, spelling.value, use.written, own=True)
 
-    def _legacy(self, use: _Use, legacy: Legacy) -> None:
+    def _legacy(self, use: Use, legacy: Legacy) -> None:
         if legacy.kind == "refused":
             shown = " ".join((use.written, *use.values))
             self.problems.append(f"{shown}: not supported; {legacy.say}")
@@ -275,7 +253,7 @@ class _Reading:
             self._give(settings()[key], fixed, f"{use.written} {value}")
         self._say(use, legacy.say, changes=legacy.kind == "mapped")
 
-    def _say(self, use: _Use, what: str, *, changes: bool) -> None:
+    def _say(self, use: Use, what: str, *, changes: bool) -> None:
         """Note what a flag of the table did."""
         shown = " ".join((use.written, *use.values))
         notice = f"{shown}: {'' if changes else 'accepted, changes nothing: '}{what}"
@@ -295,10 +273,10 @@ class _Reading:
             changes = holds and legacy.kind == "mapped"
             self._say(use, legacy.say if holds else legacy.otherwise, changes=changes)
 
-    def _legacy_value(self, use: _Use, legacy: Legacy) -> str:
+    def _legacy_value(self, use: Use, legacy: Legacy) -> str:
         """The value of a flag of the table, checked; empty where it takes none."""
         if not legacy.takes_value:
-            _no_values(use)
+            no_values(use)
             return ""
         if legacy.many:
             return ""
@@ -338,6 +316,7 @@ class _Reading:
             self.problems.append(str(error))
         for key, given in {**self.fallback, **self.given}.items():
             values[key], origin[key] = given.value, f"flag {given.written}"
+        self._raise_to_floors(values, origin)
         for legacy, tokens in self.tokens.values():
             self._tokens_to_samples(legacy, tokens, values, origin)
         self._settle(values, origin)
@@ -351,6 +330,20 @@ class _Reading:
             origin=MappingProxyType(origin),
             batches=batches,
         )
+
+    def _raise_to_floors(self, values: dict[str, object], origin: dict[str, str]) -> None:
+        """What a flag asks for at least; another flag of the same field may not say less."""
+        for key, floor in self.floors.items():
+            given, least, now = self.given.get(key), floor.value, values[key]
+            assert isinstance(least, int) and isinstance(now, int)
+            if now >= least:
+                continue
+            if given is not None:
+                self.problems.append(
+                    f"{given} and {floor.written} (at least {least}) contradict each other; keep one"
+                )
+                continue
+            values[key], origin[key] = least, f"flag {floor.written}"
 
     def _lay_deepspeed(
         self, values: dict[str, object], origin: dict[str, str]
@@ -413,11 +406,6 @@ class _Reading:
 
 def _repeated(first: str, last: str) -> str:
     return f"{first} and {last}: the last one counts"
-
-
-def _no_values(use: _Use, hint: str = "") -> None:
-    if use.values:
-        raise ValueError(f"takes no value, got {' '.join(map(repr, use.values))}{hint}")
 
 
 def _show(value: object) -> str:

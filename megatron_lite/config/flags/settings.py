@@ -44,8 +44,19 @@ class FlagSetting:
     """Spellings that switch it off; the first is the flag."""
     open: bool = False
     """Its values are rows of a table, to which a program may have added some."""
+    at_least: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    """Spellings without a value that ask for so much or more."""
+    means: Mapping[str, object] = dataclasses.field(default_factory=dict)
+    """Spellings without a value that ask for this one."""
+    was: Mapping[str, Mapping[bool, object]] = dataclasses.field(default_factory=dict)
+    """Switches that older files have in its place -> what off and on are now."""
     switch: bool = False
     """Its words hold on and off: the bare flag is on, and a file may say true or false."""
+
+    @property
+    def spelt(self) -> tuple[str, ...]:
+        """Every spelling, the flag first."""
+        return (*self.on, *self.off, *self.at_least, *self.means)
 
     @property
     def allowed(self) -> tuple[object, ...]:
@@ -139,6 +150,9 @@ def _setting(section: str, field: dataclasses.Field[object], hint: object) -> Fl
         one_start=bool(meta.get("one_start", False)),
         open="rows" in meta,
         switch="switch" in meta,
+        at_least=meta.get("at_least", {}),
+        means=meta.get("means", {}),
+        was=meta.get("was", {}),
         on=on,
         off=off,
     )

@@ -225,7 +225,7 @@ FREE: Mapping[str, str] = MappingProxyType({
         num_virtual_stages_per_pipeline_rank decoder_first_pipeline_num_layers
         decoder_last_pipeline_num_layers account_for_embedding_in_pipeline_split
         account_for_loss_in_pipeline_split pipeline_model_parallel_layout use_tp_pp_dp_mapping
-        use_distributed_optimizer overlap_grad_reduce overlap_param_gather ddp_bucket_size
+        zero_stage overlap_grad_reduce overlap_param_gather ddp_bucket_size
         optimizer_cpu_offload optimizer_offload_fraction
         accumulate_allreduce_grads_in_fp32 recompute_granularity recompute_method
         recompute_num_layers recompute_modules distribute_saved_activations logits_chunk_mib distributed_backend

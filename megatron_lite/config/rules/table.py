@@ -126,6 +126,11 @@ NOT_YET: tuple[NotYet, ...] = (
         lambda c, w: c.parallel.cp > 1,
         "use --tensor-model-parallel-size with --sequence-parallel for long sequences",
     ),
+    NotYet(
+        "--zero-stage 3",
+        lambda c, w: c.parallel.zero_stage == 3,
+        "use --zero-stage 1 with --tensor-model-parallel-size or --pipeline-model-parallel-size",
+    ),
 )
 """Delete a line when its feature is built."""
 
@@ -266,9 +271,13 @@ def notices(config: RunConfig, world_size: int) -> tuple[str, ...]:
         found.append("--sequence-parallel: nothing to split at tensor-parallel size 1; off")
     if p.check_collectives and world_size == 1:
         found.append("--check-collectives: one process calls nobody")
+    if p.zero_stage == 2:
+        found.append(
+            "--zero-stage 2: runs as 1: the same numbers, but each rank keeps its gradients whole"
+        )
     if not _dp_above_one(config, world_size):
         for flag, given in (
-            ("--use-distributed-optimizer", p.use_distributed_optimizer),
+            (f"--zero-stage {p.zero_stage}", p.shares_state),
             ("--overlap-param-gather", p.overlap_param_gather),
         ):
             if given:

@@ -200,7 +200,7 @@ def parameter_gather(config: RunConfig, world_size: int) -> Iterator[str]:
     p = config.parallel
     if p.overlap_param_gather:
         for flag, given in (
-            ("--use-distributed-optimizer", p.use_distributed_optimizer),
+            ("--zero-stage 1", p.shares_state),
             ("--overlap-grad-reduce", p.overlap_grad_reduce),
         ):
             if not given:

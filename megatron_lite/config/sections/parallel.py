@@ -52,14 +52,21 @@ class ParallelConfig:
     engine: str = field(default="zero", metadata={"rows": ("zero",)})
     """Who holds weights, gradients and optimizer state, and makes the update."""
 
-    use_distributed_optimizer: bool = False
-    """Share masters and optimizer state between the data-parallel ranks."""
+    zero_stage: Literal[0, 1, 2, 3] = field(
+        default=0,
+        metadata={
+            "at_least": {"--use-distributed-optimizer": 1},
+            "means": {"--no-use-distributed-optimizer": 0},
+            "was": {"use_distributed_optimizer": {False: 0, True: 1}},
+        },
+    )
+    """What data-parallel ranks share: masters and optimizer state (1), gradients too (2), weights too (3)."""
 
     overlap_grad_reduce: bool = True
     """Reduce gradients over dp while the last backward still runs."""
 
     overlap_param_gather: bool = False
-    """Gather updated parameters while the next forward runs; needs --use-distributed-optimizer."""
+    """Gather updated parameters while the next forward runs; needs --zero-stage 1 or 2."""
 
     optimizer_cpu_offload: bool = field(default=False, metadata={"aliases": ["--cpu-optimizer"]})
     """Keep masters and optimizer state in the host's memory, and update there."""
@@ -104,6 +111,11 @@ class ParallelConfig:
     def on_host(self) -> float:
         """Share of masters and optimizer state that lies in host memory."""
         return self.optimizer_offload_fraction if self.optimizer_cpu_offload else 0.0
+
+    @property
+    def shares_state(self) -> bool:
+        """Whether each dp rank keeps masters and optimizer state of its rows alone."""
+        return self.zero_stage >= 1
 
     @property
     def tp(self) -> int:
