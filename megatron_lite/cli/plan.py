@@ -20,7 +20,7 @@ import shlex
 import subprocess
 import sys
 import zlib
-from argparse import ArgumentParser, ArgumentTypeError, Namespace, RawDescriptionHelpFormatter
+from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -30,7 +30,7 @@ from megatron_lite.blueprint.draw_up import Blueprint, draw_up
 from megatron_lite.blueprint.length import told_of_epochs
 from megatron_lite.blueprint.timeline import Timeline, parse_trace
 from megatron_lite.config.errors import ConfigError, DataError, StorageError
-from megatron_lite.config.exit import ToolParser, run_tool
+from megatron_lite.config.exit import run_tool
 from megatron_lite.config.flags.parser import parse
 from megatron_lite.config.rules import table as rules
 from megatron_lite.config.rules.length import begins_from_nothing, given_lengths
@@ -39,36 +39,39 @@ from megatron_lite.config.sections.run import RunConfig
 from megatron_lite.config.sections.train import TrainConfig
 from megatron_lite.optim.learning_rate import LearningRateSchedule
 from megatron_lite.optim.relative_step import step_factor
-from megatron_lite.planner import advice, draw, hardware, launch, learning, report, search
+from megatron_lite.planner import (
+    advice,
+    draw,
+    hardware,
+    launch,
+    learning,
+    questions,
+    report,
+    search,
+)
 from megatron_lite.planner.corpus import epochs
 from megatron_lite.planner.curve import Point, run_curve
 from megatron_lite.planner.forecast import Forecast, forecast, measured
 from megatron_lite.planner.memory import PlanInputs
-from megatron_lite.planner.work import StageTimes
 from megatron_lite.storage.disk import Disk
 from megatron_lite.storage.outputs import check_outputs, write_output
-
-_DEVICE = "h100"
-"""Planned for where --hardware is left out."""
-
-_TOP = 15
 
 DRAWN_AS = {".svg": draw.as_svg, ".json": draw.as_chrome_trace, ".txt": draw.timeline_text}
 
 
 def main() -> int:
     """Parse, predict, print."""
-    own, flags = _parser().parse_known_args()
+    own, flags = questions.parser(__doc__ or "").parse_known_args()
     if own.list_hardware:
         print(hardware.table())
         return 0
     _check_outputs(own)
-    _check_together(own)
+    questions.check_together(own)
     if flags and flags[0].endswith(".sh"):
         flags = _printed(flags)
     launcher, flags = launch.launched(flags)
     parsed = parse(flags)
-    device = hardware.find_device(own.hardware or _DEVICE)
+    device = hardware.find_device(own.hardware or questions.DEVICE)
     machines = launch.Machines(own.nodes, own.gpus_per_node, own.link_gb_s, own.network_gb_s)
     cluster = launch.cluster(
         machines, launcher, device, parsed.config.train, parsed.config.parallel
@@ -81,7 +84,9 @@ def main() -> int:
         notes.append(f"--engine {config.parallel.engine}: planned as zero, whose memory and messages "
                      "the planner knows")  # fmt: skip
     if own.hardware is None:
-        notes.append(f"--hardware is not given: {_DEVICE}, {world} of them (--list-hardware)")
+        notes.append(
+            f"--hardware is not given: {questions.DEVICE}, {world} of them (--list-hardware)"
+        )
 
     def variant(parallel: ParallelConfig, micro_batch_size: int) -> Blueprint:
         """The Blueprint of another layout of this run; ConfigError where a rule forbids it."""
@@ -98,15 +103,20 @@ def main() -> int:
         fixed = search.said(parsed.origin)
         found = search.search(variant, asked, cluster, model=config.model, fixed=fixed)
         _put(report.found_json(found, asked, config.optim) if own.json
-             else report.found_text(found, asked, config.optim, top=own.top or _TOP), own)  # fmt: skip
+             else report.found_text(found, asked, config.optim, top=own.top or questions.TOP), own)  # fmt: skip
         return 0
     blueprint = variant(config.parallel, config.train.micro_batch_size)
-    plan = forecast(blueprint, asked, cluster, given=_stage_times(own))
+    plan = forecast(blueprint, asked, cluster, given=questions.stage_times(own))
     if own.measured_seconds is not None:
         plan = measured(plan, own.measured_seconds)
     if own.advise:
         outlook = _outlook(parsed.config, config, own, plan, (*parsed.notices, *notes))
-        _put(learning.outlook_json(outlook) if own.json else learning.outlook_text(outlook), own)
+        _put(
+            learning.outlook_json(outlook, plan)
+            if own.json
+            else learning.outlook_text(outlook, plan),
+            own,
+        )
         return 0
     if own.draw is not None:
         _draw(own, plan)
@@ -125,92 +135,6 @@ def main() -> int:
     )
     _put(report.plan_json(plan, extra) if own.json else report.to_text(plan, extra), own)
     return 0
-
-
-def _parser() -> ArgumentParser:
-    parser = ToolParser(
-        description=__doc__, prog="plan.py", formatter_class=RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--hardware", metavar="NAME|FILE.yaml", help=f"left out: {_DEVICE}")
-    parser.add_argument("--list-hardware", action="store_true", help="all devices, with sources")
-    parser.add_argument("--nodes", type=launch.at_least_one, help="nodes of the cluster")
-    parser.add_argument(
-        "--gpus-per-node",
-        type=launch.at_least_one,
-        help="devices of a node, or of an NVLink domain",
-    )
-    parser.add_argument(
-        "--link-gb-s", type=_positive, help="between devices of a node, one direction"
-    )
-    parser.add_argument("--network-gb-s", type=_positive, help="between nodes, per device")
-    parser.add_argument("--tokens", type=_tokens_number, help="tokens to train on, e.g. 300B")
-    parser.add_argument("--price-per-gpu-hour", type=_positive, help="adds what it costs")
-    parser.add_argument(
-        "--stage-times-ms",
-        type=_not_negative,
-        nargs=4,
-        metavar=("F", "B", "W", "COMM"),
-        help="measured milliseconds of a micro batch on a pipeline rank (forward, backward "
-        "for the input, for the weights) and of a message, instead of predicted ones",
-    )
-    parser.add_argument("--measured-seconds", type=_positive, metavar="S",
-                        help="rates of a step that took so long, instead of the predicted one")  # fmt: skip
-    parser.add_argument(
-        "--json", action="store_true", help="machine-readable, all numbers in SI units"
-    )
-    parser.add_argument("--output", metavar="FILE", help="write there instead of the terminal")
-    parser.add_argument("--search", action="store_true", help="rank all layouts that fit")
-    parser.add_argument("--advise", action="store_true",
-                        help="on the learning rate and the batch, instead of memory and time")  # fmt: skip
-    parser.add_argument(
-        "--top", type=launch.at_least_one, help=f"layouts --search shows; {_TOP} by default"
-    )
-    parser.add_argument(
-        "--draw", metavar="-|FILE", help="timeline: - as text, FILE.svg, FILE.json (Chrome trace)"
-    )
-    parser.add_argument(
-        "--draw-microbatches", type=launch.at_least_one, help="how many to draw; 2 pp by default"
-    )
-    parser.add_argument("--beside", metavar="FILE.json",
-                        help="with --draw: a real timeline below, as --profile-timeline writes it")  # fmt: skip
-    return parser
-
-
-def _not_negative(text: str) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        number = -1.0
-    if not 0.0 <= number < float("inf"):
-        raise ArgumentTypeError(f"{text!r} must be a number of at least 0")
-    return number
-
-
-def _positive(text: str) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        number = 0.0
-    if not 0.0 < number < float("inf"):
-        raise ArgumentTypeError(f"{text!r} must be a number above 0")
-    return number
-
-
-def _tokens_number(text: str) -> float:
-    scale = {"K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}.get(text[-1:].upper())
-    try:
-        return _positive(text[:-1]) * scale if scale else _positive(text)
-    except ArgumentTypeError:
-        raise ArgumentTypeError(f"{text!r} is no number of tokens such as 300B or 1.5T") from None
-
-
-def _stage_times(own: Namespace) -> StageTimes | None:
-    if own.stage_times_ms is None:
-        return None
-    forward, inputs, weights, message = (ms / 1e3 for ms in own.stage_times_ms)
-    if min(forward, inputs, weights) == 0.0:
-        raise ConfigError("--stage-times-ms: only the message may take no time")
-    return StageTimes(forward, inputs, weights, message)
 
 
 def _printed(words: Sequence[str]) -> list[str]:
@@ -356,6 +280,7 @@ def _outlook(
             config, learning_rate=dataclasses.replace(config.learning_rate, lr=rate)
         )
     minutes = config.train.exit_duration_in_mins
+    questions.check_times_of_advice(own, minutes)
     return learning.Outlook(
         blueprint=blueprint,
         rates=_schedule(config, blueprint),
@@ -402,29 +327,6 @@ def _put(what: str | dict[str, object], own: Namespace) -> None:
         print(text)
     else:
         write_output(own.output, (text + "\n").encode(), Disk())
-
-
-def _check_together(own: Namespace) -> None:
-    """Nothing that is asked for goes unheard."""
-    if own.advise and (own.search or own.draw):
-        raise ConfigError(
-            "--advise has a report of its own: leave out --search and --draw, or ask twice"
-        )
-    if own.search:
-        for flag, value in (
-            ("--draw", own.draw), ("--tokens", own.tokens), ("--price-per-gpu-hour", own.price_per_gpu_hour),
-            ("--measured-seconds", own.measured_seconds), ("--stage-times-ms", own.stage_times_ms),
-        ):  # fmt: skip
-            if value is not None:
-                raise ConfigError(f"{flag} changes nothing of --search's ranking: leave one out")
-    elif own.top is not None:
-        raise ConfigError(f"--top {own.top} is of --search: give both or neither")
-    if own.draw is None:
-        alone = {"--beside": own.beside, "--draw-microbatches": own.draw_microbatches}
-        for flag in (flag for flag, value in alone.items() if value is not None):
-            raise ConfigError(f"{flag} is of a drawing: give --draw as well")
-    if own.draw == "-" and own.json:
-        raise ConfigError("--draw - is text, which --json is not: draw to a file, or leave one out")
 
 
 def _check_outputs(own: Namespace) -> None:

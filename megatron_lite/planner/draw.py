@@ -19,6 +19,7 @@ from megatron_lite.blueprint.timeline import (
     Track,
     chrome_trace,
 )
+from megatron_lite.planner import statement
 from megatron_lite.planner.forecast import Forecast, simulate_step
 
 _COLORS = {
@@ -41,7 +42,8 @@ def timeline(plan: Forecast, num_microbatches: int) -> Timeline:
         num = -(-num // pp) * pp
     simulation = simulate_step(plan.costs, num)
     title = (
-        f"{plan.blueprint.schedule}, pp {pp}, {num} micro batches, {plan.asked.precision.products}: "
+        f"{plan.blueprint.schedule}, pp {pp}, {_drawn(plan, num)}, "
+        f"{statement.machines(plan.cluster)}, {plan.asked.precision.products}: "
         f"{simulation.makespan * 1e3:,.1f} ms, bubble {simulation.bubble:.1%}"
     )
     tracks = []
@@ -52,6 +54,13 @@ def timeline(plan: Forecast, num_microbatches: int) -> Timeline:
         )
         tracks.append(Track(f"pp {rank:>2}", (Lane(COMPUTE, events),)))
     return Timeline(title, tuple(tracks))
+
+
+def _drawn(plan: Forecast, num: int) -> str:
+    """How many micro batches, of which size, and how many a step has where not all are drawn."""
+    whole, length = plan.blueprint.microbatches(), plan.blueprint.model.seq_length
+    count = f"{num} of {whole:,}" if num < whole else f"{num}"
+    return f"{count} micro batches of {plan.asked.micro_batch_size} x {length:,}"
 
 
 def timeline_text(drawn: Sequence[Timeline], *, width: int = _WIDTH) -> str:

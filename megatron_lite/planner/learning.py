@@ -8,8 +8,11 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from megatron_lite.blueprint.draw_up import Blueprint
+from megatron_lite.planner import statement
 from megatron_lite.planner.advice import tokens_warning
+from megatron_lite.planner.columns import aligned
 from megatron_lite.planner.curve import Point, run_curve
+from megatron_lite.planner.forecast import Forecast
 from megatron_lite.planner.law import (
     LAW_RANGE,
     SOURCE,
@@ -201,11 +204,12 @@ def rate_notes(outlook: Outlook) -> Iterator[str]:
     yield from outlook.notes
 
 
-def outlook_json(outlook: Outlook) -> dict[str, object]:
+def outlook_json(outlook: Outlook, plan: Forecast) -> dict[str, object]:
     """All of it as plain values."""
     blueprint = outlook.blueprint
     return {
-        "model": {"num_parameters": blueprint.num_parameters, "law_flops_per_token": _flops(blueprint)},
+        **statement.plan_json(plan),
+        "model": {**statement.model_json(blueprint), "law_flops_per_token": _flops(blueprint)},
         "run": {"iterations": outlook.iterations, "samples": outlook.samples, "tokens": outlook.tokens,
                 "tokens_per_parameter": outlook.tokens_per_parameter,
                 "learning_rate": outlook.rates.max_lr,
@@ -218,10 +222,10 @@ def outlook_json(outlook: Outlook) -> dict[str, object]:
     }  # fmt: skip
 
 
-def outlook_text(outlook: Outlook) -> str:
+def outlook_text(outlook: Outlook, plan: Forecast) -> str:
     """The curve as a picture and a table, the law's word beside what was asked, warnings."""
     sections = (
-        _head(outlook), _picture(outlook), _table(outlook.curve()), _law(outlook),
+        statement.plan_lines(plan), _head(outlook), _picture(outlook), _table(outlook.curve()), _law(outlook),
         (f"warning: {warning}" for warning in rate_warnings(outlook)),
         (f"note: {note}" for note in rate_notes(outlook)),
     )  # fmt: skip
@@ -234,7 +238,7 @@ def _batch(blueprint: Blueprint) -> int:
 
 def _head(outlook: Outlook) -> Iterator[str]:
     yield (
-        f"{outlook.blueprint.num_parameters:,} parameters; {outlook.iterations:,} steps, "
+        f"{outlook.blueprint.num_parameters:,} parameters: {outlook.iterations:,} steps, "
         f"{outlook.samples:,} samples, {outlook.tokens:,} tokens: "
         f"{outlook.tokens_per_parameter:.1f} tokens per parameter"
     )
@@ -255,12 +259,18 @@ def _picture(outlook: Outlook) -> Iterator[str]:
 
 def _table(curve: tuple[Point, ...]) -> Iterator[str]:
     yield ""
-    yield f"{'iteration':>12}{'samples':>16}{'tokens':>20}{'batch':>8}{'learning rate':>16}"
-    for point in curve:
-        yield (
-            f"{point.iteration:>12,}{point.samples:>16,}{point.tokens:>20,}"
-            f"{point.global_batch_size:>8,}{point.lr:>16.4e}"
-        )
+    rows = [["iteration", "samples", "tokens", "batch", "learning rate"]]
+    rows += [
+        [
+            f"{p.iteration:,}",
+            f"{p.samples:,}",
+            f"{p.tokens:,}",
+            f"{p.global_batch_size:,}",
+            f"{p.lr:.4e}",
+        ]
+        for p in curve
+    ]
+    yield from aligned(rows, least=12)
 
 
 def _law(outlook: Outlook) -> Iterator[str]:
@@ -269,17 +279,21 @@ def _law(outlook: Outlook) -> Iterator[str]:
     yield (
         f"the law of {SOURCE}, for {_flops(outlook.blueprint):.4g} FLOPs a token without the vocabulary's:"
     )
-    yield f"{'':>30}{'FLOPs':>12}{'tokens':>12}{'learning rate':>16}{'batch in tokens':>18}{'sequences':>12}"
-    for name, budget in (
-        ("for this run's tokens", outlook.here),
-        ("compute-optimal for the model", outlook.optimal),
-    ):
-        yield (
-            f"{name:>30}{budget.flops:>12.3e}{budget.tokens:>12.3e}{budget.learning_rate:>16.3e}"
-            f"{budget.batch_tokens:>18.3e}{budget.batch_tokens / length:>12,.0f}"
-        )
     batch = _batch(outlook.blueprint)
-    yield (
-        f"{'asked for':>30}{outlook.here.flops:>12.3e}{outlook.tokens:>12.3e}{outlook.rates.max_lr:>16.3e}"
-        f"{batch:>18.3e}{batch / length:>12,.0f}"
-    )
+    rows = [["", "FLOPs", "tokens", "learning rate", "batch in tokens", "sequences"]]
+    for name, flops, tokens, rate, size in (
+        ("for this run's tokens", *outlook.here),
+        ("compute-optimal for the model", *outlook.optimal),
+        ("asked for", outlook.here.flops, outlook.tokens, outlook.rates.max_lr, batch),
+    ):
+        rows.append(
+            [
+                name,
+                f"{flops:.3e}",
+                f"{tokens:.3e}",
+                f"{rate:.3e}",
+                f"{size:.3e}",
+                f"{size / length:,.0f}",
+            ]
+        )
+    yield from aligned(rows, least=10)

@@ -85,6 +85,10 @@ class RankMemory:
     layers: tuple[int, ...]
     live: Mapping[int, int]
     """Stage -> micro batches it keeps at the worst moment."""
+    worst_moment: str = "computing"
+    """Or `reducing`, `updating`, `gathering`, after the last backward: activations are gone then."""
+    computing: Mapping[str, float] = field(default_factory=dict)
+    """Those of `kinds` that come and go with micro batches, at the worst moment among them."""
 
     @property
     def allocated(self) -> float:
@@ -232,21 +236,17 @@ def _rank_memory(
     trained = blueprint.held(pp_rank).accumulated
     reducing, gathering = _data_parallel_buffers(blueprint, asked, trained)
     updating = _UPDATING * blueprint.held(pp_rank).largest_matrix
-    working = worst.activations + worst.recomputed + worst.logits + worst.workspace
-    if max(reducing, gathering, updating) > working + messages:
-        # when the last gradients are reduced, matrices updated, or parameters gathered, activations
-        # are gone
-        worst = _Moment(live=worst.live)
-        messages = max(reducing, gathering, updating)
-    kinds["activations"] = worst.activations
-    kinds["recomputed"] = worst.recomputed
-    kinds["logits"] = worst.logits
-    kinds["workspace"] = worst.workspace
+    computing, moment = worst.kinds, "computing"
+    later = {"reducing": reducing, "gathering": gathering, "updating": updating}
+    if max(later.values()) > worst.total + messages:
+        moment = max(later, key=lambda name: later[name])
+        worst, messages = _Moment(live=worst.live), later[moment]  # activations are gone
+    kinds |= worst.kinds
     kinds["communication"] = messages
     kinds["context"] = CONTEXT_BYTES if asked.on_gpu else 0.0
     kinds["fragmentation"] = FRAGMENTATION * sum(kinds.values()) if asked.on_gpu else 0.0
     layers = tuple(n for stage in stages for n in stage.layers)
-    return RankMemory(pp_rank, kinds, parameters, layers, worst.live)
+    return RankMemory(pp_rank, kinds, parameters, layers, worst.live, moment, computing)
 
 
 _UPDATING = 24.0
@@ -266,6 +266,11 @@ class _Moment:
     @property
     def total(self) -> float:
         return self.activations + self.recomputed + self.logits + self.workspace
+
+    @property
+    def kinds(self) -> dict[str, float]:
+        return {"activations": self.activations, "recomputed": self.recomputed,
+                "logits": self.logits, "workspace": self.workspace}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

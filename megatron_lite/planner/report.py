@@ -6,12 +6,12 @@ import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from megatron_lite.blueprint.figure.parts import Tensor
-from megatron_lite.blueprint.optimizers import StateFormat, treatment
 from megatron_lite.blueprint.schedules.actions import Op
 from megatron_lite.config.sections.optim import OptimConfig
+from megatron_lite.planner import statement
 from megatron_lite.planner.activations import VARIANTS, korthikanti
 from megatron_lite.planner.advice import Change, layout_flags, warnings
+from megatron_lite.planner.columns import aligned
 from megatron_lite.planner.corpus import Reading
 from megatron_lite.planner.curve import Point
 from megatron_lite.planner.forecast import (
@@ -20,9 +20,11 @@ from megatron_lite.planner.forecast import (
     hardware_flops_per_token,
 )
 from megatron_lite.planner.hardware import GIB
-from megatron_lite.planner.memory import PlanInputs, layer_items
+from megatron_lite.planner.memory import PlanInputs, RankMemory, layer_items
 from megatron_lite.planner.search import SearchResult
 
+_ALWAYS = ("activations", "logits")
+"""Kinds with a column even where all are 0."""
 _SHORT = {"communication": "comm", "fragmentation": "reserve", "activations": "activ."}
 
 
@@ -41,27 +43,17 @@ class Extra:
 
 def plan_json(plan: Forecast, extra: Extra) -> dict[str, object]:
     """All of it as plain values: bytes, seconds, shares of one, tokens per second."""
-    blueprint, rates, world = plan.blueprint, plan.rates, plan.blueprint.grid.world_size
+    blueprint, rates = plan.blueprint, plan.rates
     batches, model = blueprint.batch_schedule, blueprint.model
     per_step = batches.final_batch_size * model.seq_length
     return {
-        "hardware": {**dataclasses.asdict(plan.cluster.device), "world_size": world,
-                     "devices_per_node": plan.cluster.devices_per_node},
-        "model": {**dataclasses.asdict(model), "num_parameters": blueprint.num_parameters,
-                  "padded_vocab_size": blueprint.padded_vocab_size},
-        "precision": _precision(plan.asked, blueprint.optim),
-        "layout": {"tp": blueprint.grid.tp, "cp": blueprint.grid.cp, "dp": blueprint.grid.dp,
-                   "pp": blueprint.grid.pp, "schedule": blueprint.schedule,
-                   "chunks": len(blueprint.placement) // blueprint.grid.pp,
-                   "micro_batch_size": batches.micro_batch_size,
-                   "num_microbatches": blueprint.microbatches(),
-                   "global_batch_size": batches.final_batch_size,
-                   "flags": layout_flags(plan.asked.parallel, plan.asked.micro_batch_size)},
+        **statement.plan_json(plan),
         "fits": plan.fits,
         "stages": [
             {"pp_rank": rank.pp_rank, "layers": list(rank.layers), "parameters": rank.parameters,
              "memory_bytes": dict(rank.kinds), "allocated_bytes": rank.allocated,
-             "total_bytes": rank.total,
+             "total_bytes": rank.total, "worst_moment": rank.worst_moment,
+             "computing_bytes": dict(rank.computing),
              "fits": rank.total <= plan.cluster.device.memory_bytes,
              "live_microbatches": {str(stage): count for stage, count in rank.live.items()}}
             for rank in plan.memory
@@ -98,7 +90,7 @@ def plan_json(plan: Forecast, extra: Extra) -> dict[str, object]:
 def to_text(plan: Forecast, extra: Extra) -> str:
     """The same as a table of kinds per pipeline rank, then time, rates, cost and curve."""
     sections = (
-        _head(plan), _memory(plan), _verdict(plan, extra), _time(plan), _rates(plan),
+        statement.plan_lines(plan), _memory(plan), _verdict(plan, extra), _time(plan), _rates(plan),
         _cost(plan, extra), _curve(extra), _epochs(extra),
         (f"warning: {warning}" for warning in warnings(plan, extra.tokens, begins=extra.begins)),
         (f"note: {note}" for note in (*plan.blueprint.notes, *extra.notes)),
@@ -106,71 +98,51 @@ def to_text(plan: Forecast, extra: Extra) -> str:
     return "\n".join(line for section in sections for line in section)
 
 
-def _head(plan: Forecast) -> Iterator[str]:
-    blueprint, cluster = plan.blueprint, plan.cluster
-    grid, batches = blueprint.grid, blueprint.batch_schedule
-    yield (
-        f"{blueprint.num_parameters / 1e9:,.3f} B parameters on {grid.world_size} x "
-        f"{cluster.device.name} ({cluster.num_nodes} node{'s' * (cluster.num_nodes > 1)}): "
-        f"tp {grid.tp} x cp {grid.cp} x dp {grid.dp} x pp {grid.pp}, {blueprint.schedule}"
-    )
-    yield (
-        f"{batches.final_batch_size:,} sequences of {blueprint.model.seq_length:,} per step = "
-        f"{blueprint.microbatches():,} micro batches of {batches.micro_batch_size} x dp {grid.dp}"
-    )
-    yield precision_line(plan.asked, blueprint.optim)
-
-
-def precision_line(asked: PlanInputs, optim: OptimConfig) -> str:
-    """Which number formats were planned, in words."""
-    line, moments = f"precision: {asked.precision.products}", _moments(optim)
-    if asked.precision.name == "fp32":
-        narrow = "" if moments == "fp32" else f", moments in {moments}"
-        return f"{line}{narrow} (--bf16 or --fp16 plans mixed precision)"
-    kept = "masters and moments in fp32"
-    if moments != "fp32":
-        kept = f"masters in fp32, moments in {moments}"
-    return f"{line}, gradients accumulated in {_accumulator(asked)}, {kept}"
-
-
-def _moments(optim: OptimConfig) -> str:
-    """The format of all that a matrix has, or of each."""
-    return " and ".join(dict.fromkeys(_kept(optim))) or "fp32"
-
-
-def _kept(optim: OptimConfig) -> list[StateFormat]:
-    return [state.storage for state in treatment(optim, Tensor("a", (1024, 1024), "weight")).states]
-
-
-def _accumulator(asked: PlanInputs) -> str:
-    wide = asked.parallel.accumulate_allreduce_grads_in_fp32
-    return "fp32" if wide else asked.precision.name
-
-
-def _precision(asked: PlanInputs, optim: OptimConfig) -> dict[str, object]:
-    return {
-        "parameters": asked.precision.name,
-        "tf32": asked.precision.tf32 and asked.precision.name == "fp32",
-        "gradient_accumulation": _accumulator(asked),
-        "optimizer": "fp32",
-        "moments": _kept(optim),
-    }
-
-
 def _memory(plan: Forecast) -> Iterator[str]:
     yield ""
-    kinds = [kind for kind in plan.memory[0].kinds if any(r.kinds[kind] for r in plan.memory)]
-    columns = "".join(f"{_SHORT.get(kind, kind):>11}" for kind in kinds)
-    yield f"GiB per rank{'layers':>9}{'params':>10}{columns}{'total':>9}"
     capacity = plan.cluster.device.memory_bytes
+    kinds = [
+        kind
+        for kind in plan.memory[0].kinds
+        if kind in _ALWAYS or any(rank.kinds[kind] for rank in plan.memory)
+    ]
+    rows = [
+        ["GiB per rank", "layers", "params", *(_SHORT.get(kind, kind) for kind in kinds), "total"]
+    ]
     for rank in plan.memory:
-        cells = "".join(f"{rank.kinds[kind] / GIB:>11.2f}" for kind in kinds)
         verdict = "fits" if rank.total <= capacity else "DOES NOT FIT"
-        yield (
-            f"pp {rank.pp_rank:<9}{len(rank.layers):>9}{rank.parameters / 1e9:>9.3f}B"
-            f"{cells}{rank.total / GIB:>9.2f}  {verdict}"
-        )
+        rows.append([
+            f"pp {rank.pp_rank}", f"{len(rank.layers)}", f"{rank.parameters / 1e9:,.3f}B",
+            *(_gib(rank, kind) for kind in kinds), f"{rank.total / GIB:,.2f}", verdict,
+        ])  # fmt: skip
+    yield from aligned(rows, left=1)
+    yield from _later(plan)
     yield f"the device has {capacity / GIB:.1f} GiB; {_layer_line(plan)}"
+
+
+def _gib(rank: RankMemory, kind: str) -> str:
+    """In brackets what micro batches took before the worst moment, when nothing of it is left."""
+    before = 0.0 if rank.worst_moment == "computing" else rank.computing.get(kind, 0.0)
+    return f"({before / GIB:,.2f})" if before else f"{rank.kinds[kind] / GIB:,.2f}"
+
+
+_LATER = {
+    "reducing": "when gradients are reduced",
+    "updating": "when matrices are updated whole",
+    "gathering": "when weights are gathered",
+}
+
+
+def _later(plan: Forecast) -> Iterator[str]:
+    """Why there are brackets."""
+    found: dict[str, list[str]] = {}
+    for rank in plan.memory:
+        found.setdefault(rank.worst_moment, []).append(str(rank.pp_rank))
+    for moment in found.keys() - {"computing"}:
+        yield (
+            f"pp {', '.join(found[moment])}: most is needed {_LATER[moment]}, in buffers under comm; what "
+            "is in brackets was there before and is no part of the total"
+        )
 
 
 def _layer_line(plan: Forecast) -> str:
@@ -244,11 +216,12 @@ def _curve(extra: Extra) -> Iterator[str]:
     if len(extra.curve) < 2:
         return
     yield ""
-    yield f"{'iteration':>12}{'tokens':>20}{'batch':>8}{'learning rate':>16}"
-    for point in extra.curve:
-        yield (
-            f"{point.iteration:>12,}{point.tokens:>20,}{point.global_batch_size:>8,}{point.lr:>16.4e}"
-        )
+    rows = [["iteration", "tokens", "batch", "learning rate"]]
+    rows += [
+        [f"{p.iteration:,}", f"{p.tokens:,}", f"{p.global_batch_size:,}", f"{p.lr:.4e}"]
+        for p in extra.curve
+    ]
+    yield from aligned(rows, least=12)
 
 
 def _epochs(extra: Extra) -> Iterator[str]:
@@ -316,7 +289,7 @@ def found_text(found: SearchResult, asked: PlanInputs, optim: OptimConfig, *, to
     counts = (
         f"{len(found.ranked)} layouts fit, {found.num_too_large} are too large, "
         f"{found.num_forbidden} break a rule; the first {found.num_simulated} are simulated\n"
-        f"{precision_line(asked, optim)}"
+        f"{statement.precision_line(asked, optim)}"
     )
     if not found.ranked:
         missing = ""
@@ -339,7 +312,7 @@ def found_text(found: SearchResult, asked: PlanInputs, optim: OptimConfig, *, to
 def found_json(found: SearchResult, asked: PlanInputs, optim: OptimConfig) -> dict[str, object]:
     """A search as plain values, best first."""
     return {
-        "precision": _precision(asked, optim),
+        "precision": statement.precision_json(asked, optim),
         "num_fitting": len(found.ranked),
         "num_simulated": found.num_simulated,
         "num_too_large": found.num_too_large,

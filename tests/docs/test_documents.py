@@ -42,7 +42,8 @@ def known_flags() -> set[str]:
                  *ROOT.glob("megatron_lite/config/**/*.py"), *ROOT.glob("megatron_lite/cli/**/*.py"),
                  *ROOT.glob("megatron_lite/data/preparing/*_flags.py"),
                  ROOT / "megatron_lite/rendezvous/hostfile.py",
-                 ROOT / "megatron_lite/planner/launch.py", ROOT / "tests/nightly.py"]:  # fmt: skip
+                 ROOT / "megatron_lite/planner/launch.py", ROOT / "megatron_lite/planner/questions.py",
+                 ROOT / "tests/nightly.py"]:  # fmt: skip
         if path.suffix in (".py", ".sh"):
             text = path.read_text(encoding="utf-8")
             found |= set(re.findall(r"[\"'](--[a-z][a-z0-9_-]+)[\"']", text))
