@@ -122,19 +122,29 @@ def main() -> int:
         _draw(own, plan)
         if own.draw == "-":
             return 0
-    given = _has_length(parsed.config, config)
     notes += told_of_epochs(config.train, blueprint.length)
-    extra = report.Extra(
-        notes=(*parsed.notices, *notes, *rules.notices(config, world)),
-        tokens=own.tokens or (_tokens(blueprint) if given else None),
+    notes = [*parsed.notices, *notes, *rules.notices(config, world)]
+    extra = _extra(own, config, plan, notes, length=_has_length(parsed.config, config))
+    if not plan.fits:
+        extra = dataclasses.replace(extra, change=advice.cheapest(plan, variant))
+    _put(report.plan_json(plan, extra) if own.json
+         else report.to_text(plan, extra, width=_width(own)), own)  # fmt: skip
+    return 0
+
+
+def _extra(
+    own: Namespace, config: RunConfig, plan: Forecast, notes: Sequence[str], *, length: bool
+) -> report.Extra:
+    """length: whether the run says its own."""
+    blueprint = plan.blueprint
+    return report.Extra(
+        notes=tuple(notes),
+        tokens=own.tokens or (_tokens(blueprint) if length else None),
         begins=begins_from_nothing(config),
-        curve=_curve(config, blueprint) if own.tokens or given else (),
+        curve=_curve(config, blueprint) if own.tokens or length else (),
         epochs=epochs(config.data, config.train, blueprint),
-        change=None if plan.fits else advice.cheapest(plan, variant),
         price_per_hour=own.price_per_gpu_hour,
     )
-    _put(report.plan_json(plan, extra) if own.json else report.to_text(plan, extra), own)
-    return 0
 
 
 def _printed(words: Sequence[str]) -> list[str]:
@@ -319,6 +329,14 @@ def _recorded(path: Path) -> Timeline:
         raise DataError(f"{path}: {error}; give a file of --profile-timeline") from None
     except OSError as error:
         raise StorageError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def _width(own: Namespace) -> int | None:
+    """Of the terminal that is written to."""
+    try:
+        return None if own.output else os.get_terminal_size(sys.stdout.fileno()).columns
+    except (OSError, ValueError):
+        return None
 
 
 def _put(what: str | dict[str, object], own: Namespace) -> None:

@@ -82,6 +82,8 @@ class Device:
     """Products of fp32 tensors in TF32, likewise (A100: 156 of 312)."""
     dropout_values: float = 0.5
     """Values moved to make an element of a dropout mask; half a value is a mask written and read."""
+    bf16: bool = True
+    """Whether it has units for bf16, and for TF32; NVIDIA's do since Ampere."""
     cpu: bool = False
     """Cores of a host instead of an accelerator: other attention kernels, no context."""
 
@@ -175,6 +177,7 @@ def _device(name: str, numbers: tuple[float, ...], per_node: int, **sources: str
         devices_per_node=per_node,
         sources=sources,
         cpu=cpu,
+        bf16=not name.startswith("v100"),
         fp32_rate=1.0 if cpu else 1 / 16,
     )
 
@@ -325,9 +328,9 @@ def read_device(path: str) -> Device:
         if key not in fields
     ]
     for key, value in values.items():
-        if key == "cpu" and not isinstance(value, bool):
-            problems.append(f"{path}: cpu: {value!r} must be true or false")
-        if key in fields and key not in ("name", "sources", "cpu"):
+        if key in ("cpu", "bf16") and not isinstance(value, bool):
+            problems.append(f"{path}: {key}: {value!r} must be true or false")
+        if key in fields and key not in ("name", "sources", "cpu", "bf16"):
             number = isinstance(value, int | float) and not isinstance(value, bool)
             low = number and (value < 0 if key == "overlap" else value <= 0)
             if not number or low:

@@ -208,7 +208,7 @@ def outlook_json(outlook: Outlook, plan: Forecast) -> dict[str, object]:
     """All of it as plain values."""
     blueprint = outlook.blueprint
     return {
-        **statement.plan_json(plan),
+        **statement.statement_json(plan),
         "model": {**statement.model_json(blueprint), "law_flops_per_token": _flops(blueprint)},
         "run": {"iterations": outlook.iterations, "samples": outlook.samples, "tokens": outlook.tokens,
                 "tokens_per_parameter": outlook.tokens_per_parameter,
@@ -225,7 +225,8 @@ def outlook_json(outlook: Outlook, plan: Forecast) -> dict[str, object]:
 def outlook_text(outlook: Outlook, plan: Forecast) -> str:
     """The curve as a picture and a table, the law's word beside what was asked, warnings."""
     sections = (
-        statement.plan_lines(plan), _head(outlook), _picture(outlook), _table(outlook.curve()), _law(outlook),
+        statement.statement_lines(plan), _head(outlook), _picture(outlook),
+        _table(outlook.curve()), _law(outlook),
         (f"warning: {warning}" for warning in rate_warnings(outlook)),
         (f"note: {note}" for note in rate_notes(outlook)),
     )  # fmt: skip

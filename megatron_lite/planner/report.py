@@ -21,6 +21,7 @@ from megatron_lite.planner.forecast import (
 )
 from megatron_lite.planner.hardware import GIB
 from megatron_lite.planner.memory import PlanInputs, RankMemory, layer_items
+from megatron_lite.planner.remarks import format_warnings, hints, kernel_notes
 from megatron_lite.planner.search import SearchResult
 
 _ALWAYS = ("activations", "logits")
@@ -47,7 +48,7 @@ def plan_json(plan: Forecast, extra: Extra) -> dict[str, object]:
     batches, model = blueprint.batch_schedule, blueprint.model
     per_step = batches.final_batch_size * model.seq_length
     return {
-        **statement.plan_json(plan),
+        **statement.statement_json(plan),
         "fits": plan.fits,
         "stages": [
             {"pp_rank": rank.pp_rank, "layers": list(rank.layers), "parameters": rank.parameters,
@@ -82,23 +83,39 @@ def plan_json(plan: Forecast, extra: Extra) -> dict[str, object]:
             "flags": extra.change.flags,
             "step_seconds": extra.change.forecast.rates.step_seconds,
             "total_bytes": extra.change.forecast.worst.total},
-        "warnings": warnings(plan, extra.tokens, begins=extra.begins),
-        "notes": [*blueprint.notes, *extra.notes],
+        "warnings": list(_warnings(plan, extra)),
+        "hints": list(hints(plan)),
+        "notes": list(_notes(plan, extra)),
     }  # fmt: skip
 
 
-def to_text(plan: Forecast, extra: Extra) -> str:
-    """The same as a table of kinds per pipeline rank, then time, rates, cost and curve."""
+def to_text(plan: Forecast, extra: Extra, *, width: int | None = None) -> str:
+    """The same as a table of kinds per pipeline rank, then time, rates, cost and curve.
+
+    width: of the terminal; a table that is wider comes in parts.
+    """
     sections = (
-        statement.plan_lines(plan), _memory(plan), _verdict(plan, extra), _time(plan), _rates(plan),
+        statement.statement_lines(plan), _memory(plan, width), _verdict(plan, extra), _time(plan), _rates(plan),
         _cost(plan, extra), _curve(extra), _epochs(extra),
-        (f"warning: {warning}" for warning in warnings(plan, extra.tokens, begins=extra.begins)),
-        (f"note: {note}" for note in (*plan.blueprint.notes, *extra.notes)),
+        (f"warning: {warning}" for warning in _warnings(plan, extra)),
+        (f"hint: {hint}" for hint in hints(plan)),
+        (f"note: {note}" for note in _notes(plan, extra)),
     )  # fmt: skip
     return "\n".join(line for section in sections for line in section)
 
 
-def _memory(plan: Forecast) -> Iterator[str]:
+def _warnings(plan: Forecast, extra: Extra) -> Iterator[str]:
+    yield from format_warnings(plan)
+    yield from warnings(plan, extra.tokens, begins=extra.begins)
+
+
+def _notes(plan: Forecast, extra: Extra) -> Iterator[str]:
+    yield from plan.blueprint.notes
+    yield from kernel_notes(plan)
+    yield from extra.notes
+
+
+def _memory(plan: Forecast, width: int | None) -> Iterator[str]:
     yield ""
     capacity = plan.cluster.device.memory_bytes
     kinds = [
@@ -115,9 +132,9 @@ def _memory(plan: Forecast) -> Iterator[str]:
             f"pp {rank.pp_rank}", f"{len(rank.layers)}", f"{rank.parameters / 1e9:,.3f}B",
             *(_gib(rank, kind) for kind in kinds), f"{rank.total / GIB:,.2f}", verdict,
         ])  # fmt: skip
-    yield from aligned(rows, left=1)
+    yield from aligned(rows, left=1, width=width)
     yield from _later(plan)
-    yield f"the device has {capacity / GIB:.1f} GiB; {_layer_line(plan)}"
+    yield f"a device has {capacity / GIB:,.1f} GiB ({capacity / 1e9:,g} GB); {_layer_line(plan)}"
 
 
 def _gib(rank: RankMemory, kind: str) -> str:
@@ -185,17 +202,28 @@ def _rates(plan: Forecast) -> Iterator[str]:
     yield ""
     if r.step_seconds != sum(plan.seconds.values()):
         yield f"measured: {r.step_seconds:.3f} s per step, from which all below follows"
-    yield f"TGS {r.tgs:,.1f} tokens per second and GPU"
+    world, peak = plan.blueprint.grid.world_size, plan.cluster.device.peak_tflops
+    samples = r.tgs * world / plan.blueprint.model.seq_length
     yield (
-        f"MFU {r.mfu:.1%} = {r.tflops:,.1f} TFLOP/s, attention as a full square (SC21); "
-        f"causal {r.mfu_causal:.1%} = {r.tflops_causal:,.1f} (Megatron-LM since 2025)"
+        f"TGS {r.tgs:,.1f} tokens per second and GPU; all together {r.tgs * world:,.0f} tokens, "
+        f"{samples:,.4g} sequences per second"
+    )
+    yield (
+        f"MFU {r.mfu:.1%} = {r.tflops:,.1f} TFLOP/s per GPU of {peak:,g} (dense 16-bit peak); FLOPs "
+        "of the model, attention as a full square (SC21)"
+    )
+    yield (
+        f"  causal {r.mfu_causal:.1%} = {r.tflops_causal:,.1f}, of attention the half that is seen "
+        "(Megatron-LM since 2025)"
     )
     published = (
         f" ({r.hfu_published:.1%} by the formula of arXiv:2205.05198)"
         if abs(r.hfu_published - r.hfu) > 1e-9
         else ""
     )
-    yield f"HFU {r.hfu:.1%} = {r.tflops_hardware:,.1f} TFLOP/s with recomputation{published}"
+    yield (
+        f"HFU {r.hfu:.1%} = {r.tflops_hardware:,.1f} TFLOP/s per GPU, with what is recomputed{published}"
+    )
     full, causal = plan.blueprint.flops_per_token_full, plan.blueprint.flops_per_token_causal
     yield f"FLOPs per token {full:.4e}, causal {causal:.4e}, hardware {_hardware_flops(plan):.4e}"
 
@@ -205,11 +233,25 @@ def _cost(plan: Forecast, extra: Extra) -> Iterator[str]:
     days, hours = run.get("days"), run.get("gpu_hours")
     if isinstance(days, float) and isinstance(hours, float):
         price = run.get("price")
-        money = f", {price:,.0f} at the given price" if isinstance(price, float) else ""
+        money = (
+            f", {_few(price)} at {extra.price_per_hour:,g} each" if isinstance(price, float) else ""
+        )
         yield (
-            f"{extra.tokens:,.0f} tokens: {days:,.2f} days, {hours:,.0f} GPU-hours{money}; "
+            f"{extra.tokens:,.0f} tokens: {_duration(days)} without a stop, {_few(hours)} GPU-hours{money}; "
             f"{run['tokens_per_parameter']:.1f} tokens per parameter"
         )
+
+
+def _duration(days: float) -> str:
+    for unit, hours in (("days", 24.0), ("hours", 1.0)):
+        if days * 24 >= 2 * hours:
+            return f"{days * 24 / hours:,.1f} {unit}"
+    return f"{days * 1440:,.1f} minutes"
+
+
+def _few(number: float) -> str:
+    """Whole where it is large, three digits where it is small."""
+    return f"{number:,.0f}" if number >= 1000 else f"{number:.3g}"
 
 
 def _curve(extra: Extra) -> Iterator[str]:

@@ -14,8 +14,11 @@ from megatron_lite.planner.forecast import Forecast
 from megatron_lite.planner.hardware import Cluster
 from megatron_lite.planner.memory import PlanInputs
 
+SCHEMA = 1
+"""Of JSON output; a key that goes, or means something else, makes it another."""
 
-def plan_lines(plan: Forecast) -> Iterator[str]:
+
+def statement_lines(plan: Forecast) -> Iterator[str]:
     """The run of a plan in three lines."""
     blueprint, cluster = plan.blueprint, plan.cluster
     grid, batches = blueprint.grid, blueprint.batch_schedule
@@ -41,11 +44,12 @@ def machines(cluster: Cluster) -> str:
     return f"{cluster.world_size:,} x {cluster.device.name} ({nodes})"
 
 
-def plan_json(plan: Forecast) -> dict[str, object]:
+def statement_json(plan: Forecast) -> dict[str, object]:
     """The run of a plan as plain values."""
     blueprint = plan.blueprint
     grid, batches = blueprint.grid, blueprint.batch_schedule
     return {
+        "schema": SCHEMA,
         "hardware": hardware_json(plan.cluster),
         "model": model_json(blueprint),
         "precision": precision_json(plan.asked, blueprint.optim),
