@@ -8,12 +8,16 @@ equal; the run ends with exit code 1 where they are not.  A round lets each take
 forwards and backwards through the list; a ratio is that of two contestants' times in one round.
 Printed: the median ratio over the rounds, its quartiles, tokens/s, and the same ratio of the CPU time
 of both processes, which other work on the machine hardly changes (and which does not see waiting).
+With --memory each contestant has two processes of its own instead, and what they hold is printed.
 """
 
 from __future__ import annotations
 
 import argparse
 import cProfile
+import ctypes
+import functools
+import gc
 import io
 import os
 import platform
@@ -23,7 +27,7 @@ import statistics
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -72,6 +76,7 @@ class Pair:
 
 PAIRS = [
     Pair("dp2", "DDP", 0.95),
+    Pair("dp2 zero", "DDP", None),
     Pair("dp2 zero", "FSDP2", 1.0),
     Pair("dp2 zero overlap", "FSDP2", None),
     Pair("tp2", "DTensor", 1.0),
@@ -133,7 +138,11 @@ def our_step(micro: int, flags: str, rank: int) -> Step:
 def plain_model(ours: Run, parts: int = 1) -> PlainGPT:
     """The plain model with our weights; parts: tp ranks, whose rows of q, k and v lie together."""
     weights = {s.name: s.data for s in weight_slices(ours.parameters, ours.ctx, owned=True)}
-    model = PlainGPT(LAYERS, HIDDEN, HEADS, SEQUENCE, VOCABULARY, tied=False)
+    of = ours.blueprint.model
+    model = PlainGPT(
+        of.num_layers, of.hidden_size, of.num_attention_heads, of.seq_length, of.vocab_size,
+        tied=False,
+    )  # fmt: skip
     place = {
         "embedding.tokens": model.tokens, "embedding.positions": model.positions,
         "final_norm": model.norm, "head": model.head,
@@ -159,21 +168,31 @@ def plain_model(ours: Run, parts: int = 1) -> PlainGPT:
     return model
 
 
-def contestants(rank: int, names: set[str]) -> dict[str, Step]:
+@functools.cache
+def serial() -> Run:
+    """Whose weights all begin with."""
+    return assembled(SAMPLES, "", 0, 1)
+
+
+def contestants(rank: int, names: Collection[str]) -> dict[str, Step]:
     """All of them, ready to step; collective over the ranks."""
-    serial = assembled(SAMPLES, "", 0, 1)
     mesh = init_device_mesh("cpu", (RANKS,))
     makers: dict[str, Callable[[], Step]] = {
-        "DDP": lambda: torch_parallel.data_parallel(plain_model(serial), rank, RANKS),
-        "FSDP2": lambda: torch_parallel.fully_sharded(plain_model(serial), rank, RANKS, mesh),
+        "DDP": lambda: torch_parallel.data_parallel(plain_model(serial()), rank, RANKS),
+        "FSDP2": lambda: torch_parallel.fully_sharded(
+            plain_model(serial()), rank, RANKS, mesh, reshard=False
+        ),
+        "FSDP2 reshard": lambda: torch_parallel.fully_sharded(
+            plain_model(serial()), rank, RANKS, mesh, reshard=True
+        ),
         "DTensor": lambda: torch_parallel.tensor_parallel(
-            plain_model(serial, RANKS), mesh, split=False
+            plain_model(serial(), RANKS), mesh, split=False
         ),
         "DTensor sp": lambda: torch_parallel.tensor_parallel(
-            plain_model(serial, RANKS), mesh, split=True
+            plain_model(serial(), RANKS), mesh, split=True
         ),
         "pipelining 1F1B": lambda: torch_parallel.pipelined(
-            plain_model(serial), rank, RANKS, MICRO_BATCHES, dist.group.WORLD
+            plain_model(serial()), rank, RANKS, MICRO_BATCHES, dist.group.WORLD
         ),
     }
     makers |= {name: (lambda asked=asked: our_step(*asked, rank)) for name, asked in OURS.items()}
@@ -249,15 +268,57 @@ def report(pairs: list[Pair], seconds: dict[str, list[Time]]) -> None:
         )
 
 
-def work(rank: int, port: int, asked: argparse.Namespace) -> None:
-    """One of the two processes."""
+def join(rank: int, port: int) -> None:
+    """Make this process one of the two."""
     warnings.filterwarnings("ignore")  # torch's, about its own older names
     torch.set_num_threads(1)
     store = dist.TCPStore("127.0.0.1", port, RANKS, is_master=rank == 0)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=RANKS)
-    pairs = [
-        p for p in PAIRS if not asked.only or any(o in (p.ours, p.baseline) for o in asked.only)
-    ]
+
+
+def chosen(only: Collection[str] | None) -> list[Pair]:
+    """The pairs with one of these names; all by default."""
+    return [p for p in PAIRS if not only or any(o in (p.ours, p.baseline) for o in only)]
+
+
+def resident(kind: str) -> float:
+    """MB of this process: VmRSS now, VmHWM the most since forget_peak()."""
+    (line,) = (
+        line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(kind)
+    )
+    return int(line.split()[1]) / 1e3
+
+
+def settled() -> float:
+    """MB that are in use, free memory given back to the system."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    return resident("VmRSS")
+
+
+def weigh(rank: int, port: int, name: str) -> None:
+    """What one contestant holds between steps and at most in a step, beyond an empty process."""
+    join(rank, port)
+    contestants(rank, [name])[name](batch(0))  # loads what is loaded once
+    empty = settled()
+    step = contestants(rank, [name])[name]
+    for number in range(3):
+        step(batch(number)).item()
+    held = settled() - empty
+    Path("/proc/self/clear_refs").write_text("5")
+    step(batch(3)).item()
+    both = torch.tensor([held, resident("VmHWM") - empty])
+    dist.all_reduce(both, op=dist.ReduceOp.MAX)
+    if rank == 0:
+        print(f"| {name} | {both[0]:.0f} | {both[1]:.0f} |", flush=True)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def work(rank: int, port: int, asked: argparse.Namespace) -> None:
+    """One of the two processes."""
+    join(rank, port)
+    pairs = chosen(asked.only)
     steps = contestants(rank, {name for p in pairs for name in (p.ours, p.baseline)})
     losses = first_losses(steps, 3)
     reference = next(iter(losses.values()))
@@ -302,6 +363,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--steps", type=int, default=3, help="steps of each contestant in a round")
     parser.add_argument("--only", nargs="*", help="pairs with one of these names")
+    parser.add_argument("--memory", action="store_true", help="what each holds, not how fast it is")
     parser.add_argument("--profile", help="profile this contestant instead")
     asked = parser.parse_args()
     load = os.getloadavg()[0]
@@ -312,12 +374,25 @@ def main() -> int:
         f"{SAMPLES} sequences a step, {asked.rounds} rounds of {asked.steps} steps",
         flush=True,
     )
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = int(found.getsockname()[1])
-    torch.multiprocessing.spawn(work, (port, asked), nprocs=RANKS)
+    if asked.memory:
+        # a large tensor has pages of its own, which go back to the system when it is freed
+        os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"
+        print(
+            "\n| contestant | MB between steps | MB at most in a step |\n|---|---|---|", flush=True
+        )
+        for name in dict.fromkeys(n for p in chosen(asked.only) for n in (p.ours, p.baseline)):
+            torch.multiprocessing.spawn(weigh, (free_port(), name), nprocs=RANKS)
+    else:
+        torch.multiprocessing.spawn(work, (free_port(), asked), nprocs=RANKS)
     print(f"load after {os.getloadavg()[0]:.1f}")
     return 0
+
+
+def free_port() -> int:
+    """A port of this machine that nobody uses right now."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ from benchmarks.plain_gpt import PlainGPT
 from megatron_lite.config.sections.optim import OptimConfig
 
 LR, DECAY, CLIP = 1e-4, 0.1, 1.0
+OPTIM = OptimConfig()
 Step = Callable[[Tensor], Tensor]
 """tokens of the whole batch, int64 [b, s + 1] -> this rank's share of the mean loss."""
 
@@ -38,7 +39,9 @@ def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits.flatten(0, 1), labels.flatten())
 
 
-def _adamw(parameters: Iterable[nn.Parameter]) -> torch.optim.AdamW:
+def _adamw(
+    parameters: Iterable[nn.Parameter], ours: OptimConfig = OPTIM, lr: float = LR
+) -> torch.optim.AdamW:
     """Matrices decay, vectors do not, as in our trainer; fused, which takes DTensors or tensors."""
     kinds: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for parameter in parameters:
@@ -49,9 +52,8 @@ def _adamw(parameters: Iterable[nn.Parameter]) -> torch.optim.AdamW:
         {"params": held, "weight_decay": DECAY if is_matrix else 0.0}
         for (is_matrix, _), held in kinds.items()
     ]
-    ours = OptimConfig()
     betas = (ours.adam_beta1, ours.adam_beta2)
-    return torch.optim.AdamW(groups, lr=LR, betas=betas, eps=ours.adam_eps, fused=True)
+    return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=ours.adam_eps, fused=True)
 
 
 def _rows(tokens: Tensor, rank: int, ranks: int) -> Tensor:
@@ -63,25 +65,42 @@ def data_parallel(model: PlainGPT, rank: int, ranks: int) -> Step:
     return _data_step(DistributedDataParallel(model, gradient_as_bucket_view=True), rank, ranks)
 
 
-def fully_sharded(model: PlainGPT, rank: int, ranks: int, mesh: DeviceMesh) -> Step:
-    """FSDP2: every block, then the rest; the head's group stays gathered until its backward."""
+def fully_sharded(
+    model: PlainGPT, rank: int, ranks: int, mesh: DeviceMesh, *, reshard: bool,
+    optim: OptimConfig = OPTIM, lr: float = LR, num_microbatches: int = 1,
+) -> Step:  # fmt: skip
+    """FSDP2: every block, then the rest; the rest stays gathered until its backward, as it comes next.
+
+    reshard: give the blocks' parameters back after forward, and gather them again for backward
+    (ZeRO-3), or keep them (ZeRO-2).  Gradients are sharded after each micro batch.
+    """
     for block in model.blocks:
-        fully_shard(block, mesh=mesh)
+        fully_shard(block, mesh=mesh, reshard_after_forward=reshard)
     fully_shard(model, mesh=mesh, reshard_after_forward=False)
-    return _data_step(model, rank, ranks)
+    return _data_step(model, rank, ranks, optim=optim, lr=lr, num_microbatches=num_microbatches)
 
 
-def _data_step(model: nn.Module, rank: int, ranks: int) -> Step:
-    optimizer = _adamw(model.parameters())
+def _data_step(
+    model: nn.Module,
+    rank: int,
+    ranks: int,
+    *,
+    optim: OptimConfig = OPTIM,
+    lr: float = LR,
+    num_microbatches: int = 1,
+) -> Step:
+    optimizer = _adamw(model.parameters(), optim, lr)
 
     def step(tokens: Tensor) -> Tensor:
-        mine = _rows(tokens, rank, ranks)
-        loss = _cross_entropy(model(mine[:, :-1]), mine[:, 1:])
-        loss.backward()
+        total = torch.zeros(())
+        for mine in _rows(tokens, rank, ranks).chunk(num_microbatches):
+            loss = _cross_entropy(model(mine[:, :-1]), mine[:, 1:]) / num_microbatches
+            loss.backward()
+            total += loss.detach()
         nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         optimizer.step()
         optimizer.zero_grad()
-        return loss.detach() / ranks
+        return total / ranks
 
     return step
 
