@@ -12,12 +12,13 @@ from megatron_lite.blueprint.recompute import RecomputePlan
 from megatron_lite.blueprint.schedules import SCHEDULES
 from megatron_lite.blueprint.schedules.actions import Op
 from megatron_lite.blueprint.schedules.simulate import Simulation, simulate
-from megatron_lite.config.pipeline import SPLIT_BACKWARD
 from megatron_lite.config.sections.parallel import ParallelConfig
 from megatron_lite.planner.activations import element_bytes
 from megatron_lite.planner.cost import Costs
+from megatron_lite.planner.exchange import data_parallel_seconds
 from megatron_lite.planner.hardware import Cluster
 from megatron_lite.planner.memory import PlanInputs, RankMemory, memory
+from megatron_lite.planner.sharing import shared_by
 from megatron_lite.planner.work import StageTimes, Work
 
 DAY = 86400.0
@@ -137,7 +138,7 @@ def forecast(
     busiest = max(range(len(totals)), key=lambda rank: totals[rank].seconds)
     work = totals[busiest]
     span = pipeline_seconds(costs, num) if simulated else closed_form(costs, totals, num)
-    dp_exposed, dp_hidden, gather_hidden = _data_parallel(costs, busiest)
+    dp = data_parallel_seconds(costs, busiest)
     optimizer = _optimizer_seconds(blueprint, asked, cluster, busiest)
     seconds = {
         "products": work.products,
@@ -145,13 +146,13 @@ def forecast(
         "elementwise": work.elementwise,
         "tp communication": work.tp,
         "pipeline bubble": max(span - work.seconds, 0.0),
-        "dp communication": dp_exposed,
+        "dp communication": dp.exposed,
         "optimizer": optimizer,
     }
     every = blueprint.curvature_interval
     if every:
         fraction = blueprint.optim.sophia_hessian_fraction
-        seconds["curvature"] = (span * fraction + dp_exposed) / every
+        seconds["curvature"] = (span * fraction + dp.exposed) / every
     step = sum(seconds.values())
     return Forecast(
         blueprint=blueprint,
@@ -162,8 +163,8 @@ def forecast(
         hidden_seconds={
             "tp communication": work.tp_hidden,
             "pp communication": _messages_hidden(costs, num),
-            "dp gradients": dp_hidden,
-            "dp parameters": gather_hidden,
+            "dp gradients": dp.gradients_hidden,
+            "dp parameters": dp.parameters_hidden,
         },
         bubble=seconds["pipeline bubble"] / span,
         span_seconds=span,
@@ -229,34 +230,6 @@ def _messages_hidden(costs: Costs, num: int) -> float:
     return 2 * num * chunks * costs.message_seconds()
 
 
-def _data_parallel(costs: Costs, pp_rank: int) -> tuple[float, float, float]:
-    """(exposed, hidden gradients, hidden parameters) seconds of a step's dp communication."""
-    blueprint, asked, cluster = costs.blueprint, costs.asked, costs.cluster
-    grid, parallel = blueprint.grid, asked.parallel
-    ranks = blueprint.replicas
-    if ranks == 1:
-        return 0.0, 0.0, 0.0
-    stride = grid.rank(dp=1) if grid.dp > 1 else grid.rank(cp=1)
-    parameters = blueprint.held(pp_rank).accumulated
-    wide = 4 if parallel.accumulate_allreduce_grads_in_fp32 else costs.width
-    sharded = parallel.shares_state
-    gradients = cluster.ring_seconds(
-        parameters * wide, ranks, stride=stride, passes=1 if sharded else 2
-    )
-    gather = 0.0
-    if sharded:
-        gather = cluster.ring_seconds(parameters * costs.width, ranks, stride=stride, passes=1)
-    # the last backward, or its W, and the first forward hide what is started bucket by bucket
-    stages = blueprint.stages_of(pp_rank)
-    last = Op.W if blueprint.schedule in SPLIT_BACKWARD else Op.B
-    backward = sum(costs.work(last, stage).seconds for stage in stages)
-    forward = sum(costs.work(Op.F, stage).seconds for stage in stages)
-    able = cluster.device.overlap
-    under = min(gradients, backward) * able if parallel.overlap_grad_reduce else 0.0
-    ahead = min(gather, forward) * able if parallel.overlap_param_gather else 0.0
-    return (gradients - under) + (gather - ahead), under, ahead
-
-
 def _optimizer_seconds(
     blueprint: Blueprint, asked: PlanInputs, cluster: Cluster, pp_rank: int
 ) -> float:
@@ -266,7 +239,7 @@ def _optimizer_seconds(
     and written, gradient read, weight written.
     """
     held = blueprint.held(pp_rank)
-    shared = blueprint.replicas if asked.parallel.shares_state else 1
+    shared = shared_by(asked.parallel, blueprint.replicas).state
     every, owned = 4.0 * 2, 4.0 * 2 + 4.0 * 3 + 2.0
     device = cluster.device
     moved = held.accumulated * (every + owned / shared) + held.state_bytes * 2.0 / shared

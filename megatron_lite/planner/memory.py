@@ -1,6 +1,7 @@
 """Bytes on each pipeline rank by kind, and whether they fit.
 
 static     weights + gradients + masters + moments        every moment of the step
+whole      of them what ZeRO 2 and 3 share, made whole    while it is used                 sharing.py
 activity   activations at the schedule's worst moment + logits + what one backward needs
 around     message buffers, the device's own context, allowance for fragmentation
 """
@@ -12,7 +13,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
-from megatron_lite.blueprint.buckets import IN_FLIGHT, bucket_elements
 from megatron_lite.blueprint.draw_up import Blueprint
 from megatron_lite.blueprint.figure.parts import WEIGHT_BYTES, Matrix, Parts, WeightFormat
 from megatron_lite.blueprint.schedules import SCHEDULES
@@ -35,6 +35,12 @@ from megatron_lite.planner.activations import (
     stage_bytes,
 )
 from megatron_lite.planner.head import HeadBytes, head_bytes
+from megatron_lite.planner.sharing import (
+    Whole,
+    data_parallel_buffers,
+    shared_by,
+    whole_bytes,
+)
 
 CONTEXT_BYTES = 1.5e9
 """CUDA context, libraries and NCCL's channels, which torch does not count; about 1 to 2 GB."""
@@ -178,12 +184,12 @@ def static_bytes(
     trained = formats if trained is None else trained
     accumulated = sum(trained.values()) if accumulated is None else accumulated
     in_fp32 = asked.parallel.accumulate_allreduce_grads_in_fp32
-    shared = dp if asked.parallel.shares_state else 1
+    shared = shared_by(asked.parallel, dp)
     return {
-        "weights": float(sum(count * widths[kind] for kind, count in formats.items())),
-        "gradients": accumulated * (4 if in_fp32 else low),
-        "masters": sum(n * 4 / shared for kind, n in trained.items() if widths[kind] < 4),
-        "moments": states / shared,
+        "weights": sum(count * widths[kind] for kind, count in formats.items()) / shared.weights,
+        "gradients": accumulated * (4 if in_fp32 else low) / shared.gradients,
+        "masters": sum(n * 4 / shared.state for kind, n in trained.items() if widths[kind] < 4),
+        "moments": states / shared.state,
     }
 
 
@@ -207,8 +213,8 @@ def _static(blueprint: Blueprint, asked: PlanInputs, pp_rank: int) -> dict[str, 
         trained=held.trained, accumulated=held.accumulated,
     )  # fmt: skip
     if element_bytes(asked.precision) == 4:  # whole matrices on their owners, the weights once more
-        shared = blueprint.replicas if asked.parallel.shares_state else 1
-        kinds["masters"] += held.gathered * 4 / shared
+        shared = shared_by(asked.parallel, blueprint.replicas)
+        kinds["masters"] += held.gathered * 4 / shared.state
     return kinds
 
 
@@ -223,24 +229,27 @@ def _rank_memory(
     parameters = blueprint.held(pp_rank).parameters
     stream = layer_input_bytes(model, asked)
     held, waiting = {}, stage_waiting(blueprint, asked, pp_rank)
+    whole = whole_bytes(blueprint, asked.parallel, asked.precision, pp_rank)
     for stage in stages:
         of_stage = [items[layer] for layer in stage.layers]
         blocks = stage_bytes(
             of_stage, asked.parallel, layer_input=stream, shared=_mask_bytes(model, asked),
             tables=rotary_bytes(blueprint.figure.kinds(stage.layers), model),
         )  # fmt: skip
-        held[stage.index] = _held(blueprint, asked, stage, blocks, waiting[stage.index])
+        held[stage.index] = _held(blueprint, asked, stage, blocks, waiting[stage.index], whole)
     worst = _worst(schedule, pp_rank, held)
     kinds = _static(blueprint, asked, pp_rank)
     messages = 4 * stream if blueprint.grid.pp > 1 else 0.0
-    trained = blueprint.held(pp_rank).accumulated
-    reducing, gathering = _data_parallel_buffers(blueprint, asked, trained)
+    reducing, gathering = data_parallel_buffers(
+        blueprint, asked.parallel, asked.precision, pp_rank, on_gpu=asked.on_gpu
+    )
     updating = _UPDATING * blueprint.held(pp_rank).largest_matrix
     computing, moment = worst.kinds, "computing"
-    later = {"reducing": reducing, "gathering": gathering, "updating": updating}
+    later = {"reducing": whole.end + reducing, "gathering": gathering, "updating": updating}
     if max(later.values()) > worst.total + messages:
         moment = max(later, key=lambda name: later[name])
-        worst, messages = _Moment(live=worst.live), later[moment]  # activations are gone
+        kept = whole.end if moment == "reducing" else 0.0
+        worst, messages = _Moment(live=worst.live, whole=kept), later[moment] - kept
     kinds |= worst.kinds
     kinds["communication"] = messages
     kinds["context"] = CONTEXT_BYTES if asked.on_gpu else 0.0
@@ -261,15 +270,16 @@ class _Moment:
     recomputed: float = 0.0
     logits: float = 0.0
     workspace: float = 0.0
+    whole: float = 0.0
     live: Mapping[int, int] = field(default_factory=dict)
 
     @property
     def total(self) -> float:
-        return self.activations + self.recomputed + self.logits + self.workspace
+        return self.activations + self.recomputed + self.logits + self.workspace + self.whole
 
     @property
     def kinds(self) -> dict[str, float]:
-        return {"activations": self.activations, "recomputed": self.recomputed,
+        return {"whole": self.whole, "activations": self.activations, "recomputed": self.recomputed,
                 "logits": self.logits, "workspace": self.workspace}  # fmt: skip
 
 
@@ -292,6 +302,7 @@ def _held(
     stage: StageLayers,
     blocks: StageBytes,
     deferred: float,
+    whole: Whole,
 ) -> _Held:
     model, low = blueprint.model, element_bytes(asked.precision)
     tp = blueprint.grid.tp
@@ -304,16 +315,17 @@ def _held(
     if stage.has_embedding and masked:
         kept += stream / low  # the mask
     if not stage.has_head:
-        return _Held(kept, deferred, _Moment(), (_Moment(0.0, blocks.again, 0.0, workspace),))
+        backward = _Moment(0.0, blocks.again, 0.0, workspace, whole.blocks)
+        return _Held(kept, deferred, _Moment(whole=whole.forward), (backward,))
     head = head_of(blueprint, asked)
     return _Held(
         kept + head.norm + head.kept,
         deferred,
-        _Moment(-head.kept, logits=head.forward),
+        _Moment(-head.kept, logits=head.forward, whole=whole.forward),
         # the head's backward; then the blocks', when the head's and the final norm's are free
         (
-            _Moment(-head.kept, logits=head.backward),
-            _Moment(-head.kept - head.norm, blocks.again, 0.0, workspace),
+            _Moment(-head.kept, logits=head.backward, whole=whole.head),
+            _Moment(-head.kept - head.norm, blocks.again, 0.0, workspace, whole.blocks),
         ),
     )
 
@@ -377,22 +389,6 @@ def stage_waiting(blueprint: Blueprint, asked: PlanInputs, pp_rank: int) -> dict
         if stage.has_head:
             waiting[stage.index] += head_of(blueprint, asked).waiting
     return waiting
-
-
-def _data_parallel_buffers(
-    blueprint: Blueprint, asked: PlanInputs, parameters: int
-) -> tuple[float, float]:
-    """(gradients packed for the owners of their rows, parameters on their way back), in bytes."""
-    parallel, replicas = asked.parallel, blueprint.replicas
-    if not parallel.shares_state or replicas == 1:
-        return 0.0, 0.0
-    low = element_bytes(asked.precision)
-    wide = 4 if parallel.accumulate_allreduce_grads_in_fp32 else low
-    bucket = bucket_elements(parallel, replicas)
-    packed = float(min(IN_FLIGHT * bucket, parameters))
-    copied = 0 if asked.on_gpu else min(bucket, parameters)  # gloo reduces a copy, one at a time
-    once_more = 1 + 1 / replicas
-    return (packed * once_more + copied) * wide, packed * low * once_more
 
 
 def _worst(schedule: Schedule, pp_rank: int, held: Mapping[int, _Held]) -> _Moment:

@@ -21,10 +21,11 @@ SCHEMA = 1
 def statement_lines(plan: Forecast) -> Iterator[str]:
     """The run of a plan in three lines."""
     blueprint, cluster = plan.blueprint, plan.cluster
-    grid, batches = blueprint.grid, blueprint.batch_schedule
+    grid, batches, stage = blueprint.grid, blueprint.batch_schedule, plan.asked.parallel.zero_stage
+    shared = f", ZeRO stage {stage}" if stage else ""
     yield (
         f"{billions(blueprint.num_parameters)} parameters on {machines(cluster)}: "
-        f"tp {grid.tp} x cp {grid.cp} x dp {grid.dp} x pp {grid.pp}, {blueprint.schedule}"
+        f"tp {grid.tp} x cp {grid.cp} x dp {grid.dp} x pp {grid.pp}, {blueprint.schedule}{shared}"
     )
     yield (
         f"{batches.final_batch_size:,} sequences of {blueprint.model.seq_length:,} per step = "
@@ -54,7 +55,7 @@ def statement_json(plan: Forecast) -> dict[str, object]:
         "model": model_json(blueprint),
         "precision": precision_json(plan.asked, blueprint.optim),
         "layout": {"tp": grid.tp, "cp": grid.cp, "dp": grid.dp, "pp": grid.pp,
-                   "schedule": blueprint.schedule,
+                   "schedule": blueprint.schedule, "zero_stage": plan.asked.parallel.zero_stage,
                    "chunks": len(blueprint.placement) // grid.pp,
                    "micro_batch_size": batches.micro_batch_size,
                    "num_microbatches": blueprint.microbatches(),

@@ -3,7 +3,7 @@
 tp: 4 all-reduces of s b h elements per layer and micro batch (arXiv:1909.08053 § 3); with sequence
 parallelism 10 all-gathers and reduce-scatters, since column inputs are gathered again in backward
 (arXiv:2205.05198 § 4.2.2); what is recomputed says it again.  A ring over n ranks sends (n-1)/n of
-the whole tensor per pass, and an all-reduce takes two passes.
+the whole tensor per pass, and an all-reduce takes two passes.  dp: see sharing.py.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from megatron_lite.blueprint.stages import StageLayers
 from megatron_lite.planner.activations import element_bytes
 from megatron_lite.planner.head import logits_chunks
 from megatron_lite.planner.memory import PlanInputs, layer_input_bytes
+from megatron_lite.planner.sharing import passed, shared_by
 
 
 def sent_bytes(
@@ -50,7 +51,7 @@ def _sent(
     if parallel.splits_sequence:
         whole *= grid.tp
     wide = 4 if parallel.accumulate_allreduce_grads_in_fp32 else element_bytes(asked.precision)
-    shared = blueprint.replicas if parallel.shares_state else 1
+    shared = shared_by(parallel, blueprint.replicas).state
     # gradients to the tp ranks that own their matrices, weights back
     matrices = blueprint.held(at.pp).gathered / shared * (wide + element_bytes(asked.precision))
     tied = _tied_elements(blueprint, stages, at.tp) / shared
@@ -62,7 +63,6 @@ def _sent(
         scored += 2 * tokens * 8
     scored *= any(stage.has_head for stage in stages)
     scored += sum(_length_bytes(blueprint, asked, stage) for stage in stages)
-    width = element_bytes(asked.precision) * updates if shared > 1 else wide
     sums = 2 * 4 * blueprint.held(at.pp).summed / shared * updates  # of rules, in fp32
     return {
         "tp": _ring(grid.tp)
@@ -70,9 +70,10 @@ def _sent(
         "pp": num_microbatches * _messages(blueprint, stages) * layer_input_bytes(
             blueprint.model, asked
         ) + _ring(grid.pp) * 2 * common * wide,
-        "dp": _ring(blueprint.replicas) * blueprint.held(at.pp).accumulated * (
-            wide + width
-        ),
+        "dp": _ring(blueprint.replicas) * passed(
+            blueprint, parallel, asked.precision, at.pp,
+            num_microbatches=num_microbatches, updates=updates,
+        ).total,
         "tied": tied * wide,  # both ends hold it: two passes of a half
     }  # fmt: skip
 

@@ -1,0 +1,58 @@
+"""Seconds of what the data-parallel ranks pass in a step: exposed, and hidden under computation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_lite.blueprint.schedules.actions import Op
+from megatron_lite.config.pipeline import SPLIT_BACKWARD
+from megatron_lite.planner.cost import Costs
+from megatron_lite.planner.sharing import passed
+
+
+@dataclass(frozen=True, slots=True)
+class Exchange:
+    """Seconds of a step."""
+
+    exposed: float = 0.0
+    gradients_hidden: float = 0.0
+    parameters_hidden: float = 0.0
+
+
+def data_parallel_seconds(costs: Costs, pp_rank: int) -> Exchange:
+    """Of a pipeline rank.
+
+    What is started bucket by bucket or layer by layer runs under one forward or backward, or its W: at
+    ZeRO 2 and 3 of every micro batch, else under the first forward and the last backward.
+    """
+    blueprint, asked, cluster = costs.blueprint, costs.asked, costs.cluster
+    grid, parallel, replicas = blueprint.grid, asked.parallel, blueprint.replicas
+    if replicas == 1:
+        return Exchange()
+    stride = grid.rank(dp=1) if grid.dp > 1 else grid.rank(cp=1)
+    sent = passed(
+        blueprint, parallel, asked.precision, pp_rank, num_microbatches=blueprint.microbatches()
+    )
+
+    def ring(bytes_passed: float, passes: int = 1) -> float:
+        if not bytes_passed:
+            return 0.0
+        return cluster.ring_seconds(bytes_passed / passes, replicas, stride=stride, passes=passes)
+
+    stages, able = blueprint.stages_of(pp_rank), cluster.device.overlap
+    last = Op.W if blueprint.schedule in SPLIT_BACKWARD else Op.B
+    in_backward = sum(costs.work(last, stage).seconds for stage in stages)
+    in_forward = sum(costs.work(Op.F, stage).seconds for stage in stages)
+    scattered = ring(sent.gradients, 1 if parallel.shares_state else 2)
+    first, again, updated = ring(sent.forward), ring(sent.backward), ring(sent.updated)
+    early = again + (scattered if parallel.overlap_grad_reduce else 0.0)
+    under_backward = min(early, in_backward) * able
+    under_forward = min(first, in_forward) * able
+    ahead = min(updated, in_forward) * able if parallel.overlap_param_gather else 0.0
+    each = scattered + again - under_backward + first - under_forward
+    again_hidden = under_backward * again / early if early else 0.0
+    return Exchange(
+        exposed=sent.times * each + updated - ahead,
+        gradients_hidden=sent.times * (under_backward - again_hidden),
+        parameters_hidden=sent.times * (under_forward + again_hidden) + ahead,
+    )

@@ -1,0 +1,208 @@
+"""What ZeRO's stages share between the data-parallel ranks, and what each then has whole for a moment.
+
+            each of d ranks keeps                         and sends in a step, in passes over the parameters
+stage 0     weights, gradients, masters and moments       gradients summed: 2
+stage 1     of masters and moments a d-th                 gradients scattered: 1, weights gathered: 1
+stage 2     of gradients, too                             gradients 1 per micro batch, weights 1
+stage 3     of weights, too                               per micro batch gradients 1, weights 2
+
+(arXiv:1910.02054 sections 5 and 7, which count one micro batch.)  With a pipeline gradients stay whole
+until the last micro batch and weights from the first one on: stage 2 is stage 1 there, and stage 3 keeps a
+d-th of the weights beside whole ones.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from megatron_lite.blueprint.buckets import IN_FLIGHT, bucket_elements
+from megatron_lite.blueprint.draw_up import Blueprint
+from megatron_lite.blueprint.figure.parts import Parts, Table
+from megatron_lite.config.sections.parallel import ParallelConfig
+from megatron_lite.config.sections.precision import PrecisionConfig
+from megatron_lite.planner.activations import element_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Shares:
+    """Ranks that share each kind of what is kept at every moment; 1: each has all of it."""
+
+    weights: int
+    gradients: int
+    state: int
+
+
+def shared_by(parallel: ParallelConfig, replicas: int) -> Shares:
+    """Of a layout whose weights so many ranks hold."""
+    stage = parallel.zero_stage
+    return Shares(
+        weights=replicas if stage == 3 else 1,
+        gradients=replicas if stage >= 2 and parallel.pp == 1 else 1,
+        state=replicas if stage >= 1 else 1,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Passed:
+    """Bytes of gradients and weights that the data-parallel ranks pass in a step.
+
+    gradients: scattered or summed; forward, backward: weights gathered for these; updated: weights after
+    an update.  Each as often as a ring passes it, twice what is all-reduced, in each of so many times.
+    """
+
+    gradients: float = 0.0
+    forward: float = 0.0
+    backward: float = 0.0
+    updated: float = 0.0
+    times: int = 1
+
+    @property
+    def total(self) -> float:
+        """All of them in all times."""
+        return self.times * (self.gradients + self.forward + self.backward) + self.updated
+
+
+def passed(
+    blueprint: Blueprint,
+    parallel: ParallelConfig,
+    precision: PrecisionConfig,
+    pp_rank: int,
+    *,
+    num_microbatches: int,
+    updates: bool = True,
+) -> Passed:
+    """In a step of so many micro batches.
+
+    updates: whether an update follows; none does where curvature is observed.
+    """
+    held, low = blueprint.held(pp_rank), element_bytes(precision)
+    wide = 4 if parallel.accumulate_allreduce_grads_in_fp32 else low
+    shared = shared_by(parallel, blueprint.replicas)
+    gradients = float(held.accumulated * wide)
+    if shared.state == 1:
+        return Passed(2 * gradients)
+    times = num_microbatches if shared.gradients > 1 else 1
+    if shared.weights == 1:
+        return Passed(gradients, updated=float(held.accumulated * low * updates), times=times)
+    if parallel.pp > 1:
+        return Passed(gradients, forward=float(held.parameters * low))
+    forward, backward = _read(blueprint)
+    return Passed(gradients, forward * low, backward * low, times=times)
+
+
+def _read(blueprint: Blueprint) -> tuple[float, float]:
+    """Elements of the layers that a forward and a backward of a micro batch gather, at pp 1.
+
+    The backward of a table reads no weight; a recomputed layer is gathered for its second forward.
+    """
+    tp, figure = blueprint.grid.tp, blueprint.figure
+    blocks = figure.total(lambda layer: _size(layer, tp))
+    head = _head(blueprint)
+    return _size(figure.embedding, tp) + blocks + head, blocks + head
+
+
+@dataclass(frozen=True, slots=True)
+class Whole:
+    """Bytes of weights and gradients that are whole beside what is kept at every moment.
+
+    head, blocks: while the head, or a block, computes backward; forward: while the head does; end: when a
+    backward has ended and the last gradients are scattered.
+    """
+
+    forward: float = 0.0
+    head: float = 0.0
+    blocks: float = 0.0
+    end: float = 0.0
+
+
+def whole_bytes(
+    blueprint: Blueprint, parallel: ParallelConfig, precision: PrecisionConfig, pp_rank: int
+) -> Whole:
+    """Of any rank of a pp rank, at the moments that may be its worst."""
+    replicas, low = blueprint.replicas, element_bytes(precision)
+    shared = shared_by(parallel, replicas)
+    if replicas == 1 or shared.weights == shared.gradients == 1:
+        return Whole()
+    held = blueprint.held(pp_rank)
+    if parallel.pp > 1:  # weights from the first micro batch on
+        return Whole(*[float(held.parameters * low)] * 4)
+    made = _gradients(blueprint, parallel, held.accumulated)
+    wide = 4 if parallel.accumulate_allreduce_grads_in_fp32 else low
+    gradients = Whole(0.0, made.head * wide, made.blocks * wide, made.end * wide)
+    if shared.weights == 1:
+        return gradients
+    layer, head = _largest_layer(blueprint), _head(blueprint)
+    few = min(IN_FLIGHT, len(blueprint.figure.layers))
+    in_flight = few * layer * (1 + 1 / replicas)
+    return Whole(
+        forward=head * low,
+        head=gradients.head + (head + in_flight) * low,
+        blocks=gradients.blocks + (layer + in_flight) * low,
+        end=gradients.end,
+    )
+
+
+def _gradients(blueprint: Blueprint, parallel: ParallelConfig, accumulated: int) -> Whole:
+    """Elements of accumulators that are awake, and of those packed for the owners of their rows.
+
+    A bucket is whole from its first gradient until it is scattered; that of a tied table from the head
+    on to the end.
+    """
+    replicas = blueprint.replicas
+    bucket = bucket_elements(parallel, replicas)
+    open_all_along = 0.0
+    if blueprint.figure.tied and not blueprint.figure.tokens.frozen:
+        open_all_along = min(_table(blueprint) + bucket, accumulated)
+    filled = min(bucket, accumulated - open_all_along)
+    others = max(accumulated - open_all_along - filled, 0.0)
+    packed = min(IN_FLIGHT * bucket, others) * (1 + 1 / replicas)
+    return Whole(
+        forward=0.0,
+        head=open_all_along + filled,
+        blocks=open_all_along + filled + packed,
+        end=open_all_along or filled,
+    )
+
+
+def _size(parts: Parts, tp: int) -> float:
+    return float(sum(math.prod(tensor.local(tp)) for tensor in parts.tensors()))
+
+
+def _largest_layer(blueprint: Blueprint) -> float:
+    """Elements of a layer on one rank."""
+    distinct = {id(layer): layer for layer in blueprint.figure.layers}
+    return max((_size(layer, blueprint.grid.tp) for layer in distinct.values()), default=0.0)
+
+
+def _table(blueprint: Blueprint) -> float:
+    table: Table = blueprint.figure.tokens
+    return _size(Parts((table,)), blueprint.grid.tp)
+
+
+def _head(blueprint: Blueprint) -> float:
+    """Elements that the head reads: its norm and its matrix, or the table that it is tied to."""
+    own = _size(blueprint.figure.head, blueprint.grid.tp)
+    return own + (_table(blueprint) if blueprint.figure.tied else 0.0)
+
+
+def data_parallel_buffers(
+    blueprint: Blueprint,
+    parallel: ParallelConfig,
+    precision: PrecisionConfig,
+    pp_rank: int,
+    *,
+    on_gpu: bool,
+) -> tuple[float, float]:
+    """(gradients packed for the owners of their rows, parameters on their way back), in bytes."""
+    replicas, parameters = blueprint.replicas, blueprint.held(pp_rank).accumulated
+    if not parallel.shares_state or replicas == 1:
+        return 0.0, 0.0
+    low = element_bytes(precision)
+    wide = 4 if parallel.accumulate_allreduce_grads_in_fp32 else low
+    bucket = bucket_elements(parallel, replicas)
+    packed = float(min(IN_FLIGHT * bucket, parameters))
+    copied = 0 if on_gpu else min(bucket, parameters)  # gloo reduces a copy, one at a time
+    once_more = 1 + 1 / replicas
+    gathered = 0.0 if parallel.zero_stage == 3 else packed  # or where they are read
+    return (packed * once_more + copied) * wide, gathered * low * once_more

@@ -1,0 +1,88 @@
+"""Memory and traffic of the ZeRO stages beside the paper's numbers, and each other's."""
+
+from __future__ import annotations
+
+import pytest
+
+from megatron_lite.blueprint.draw_up import draw_up
+from megatron_lite.config.flags.parser import parse
+from megatron_lite.planner.forecast import Forecast, forecast
+from megatron_lite.planner.hardware import Cluster, find_device
+from megatron_lite.planner.memory import PlanInputs, static_bytes
+from megatron_lite.planner.sharing import passed
+
+MODEL = (
+    "--num-layers 24 --hidden-size 2048 --num-attention-heads 16 --seq-length 1024 --vocab-size 50257 "
+    "--micro-batch-size 1 --bf16 --mock-data --lr 1e-4 --train-iters 1"
+)
+GIB = 2.0**30
+
+
+def planned(flags: str, stage: int, world: int = 8, batch: int = 32) -> Forecast:
+    words = f"{MODEL} --global-batch-size {batch} --zero-stage {stage} {flags}".split()
+    config = parse(words).config
+    asked = PlanInputs.of(config.parallel, config.precision, config.train, config.data, on_gpu=True)
+    cluster = Cluster(device=find_device("a100-80g"), world_size=world, devices_per_node=8)
+    return forecast(draw_up(config, world), asked, cluster)
+
+
+@pytest.mark.parametrize(("stage", "gigabytes"), [(0, 120.0), (1, 31.4), (2, 16.6), (3, 1.9)])
+def test_static_memory_is_that_of_the_papers_figure(stage: int, gigabytes: float) -> None:
+    """arXiv:1910.02054 figure 1: 7.5B parameters on 64 ranks, gradients in 16 bits."""
+    flags = f"{MODEL} --zero-stage {stage} --no-accumulate-allreduce-grads-in-fp32".split()
+    config = parse(flags).config
+    asked = PlanInputs(config.parallel, config.precision, 1)
+    kept = static_bytes({None: 7.5e9}, 8 * 7.5e9, asked, 64)
+    assert sum(kept.values()) / 1e9 == pytest.approx(gigabytes, abs=0.06)
+
+
+@pytest.mark.parametrize(("stage", "passes"), [(0, 2), (1, 2), (2, 2), (3, 3)])
+def test_passes_are_those_of_the_paper_for_one_micro_batch(stage: int, passes: int) -> None:
+    """arXiv:1910.02054 section 7: 2, 2 and 3 times the parameters; tables are read by no backward."""
+    untied = "--untie-embeddings-and-output-weights --no-accumulate-allreduce-grads-in-fp32"
+    plan = planned(untied, stage, batch=8)
+    sent = passed(plan.blueprint, plan.asked.parallel, plan.asked.precision, 0, num_microbatches=1)
+    held, figure = plan.blueprint.held(0).parameters, plan.blueprint.figure
+    tables = figure.embedding.size * (stage == 3)
+    assert sent.total == 2 * (passes * held - tables)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_gradients_and_weights_pass_once_per_micro_batch_or_with_a_pipeline_once(
+    stage: int,
+) -> None:
+    for flags, times in (("", 5), ("--pipeline-model-parallel-size 2", 1)):
+        plan = planned(flags, stage)
+        one, five = (
+            passed(plan.blueprint, plan.asked.parallel, plan.asked.precision, 0, num_microbatches=n)
+            for n in (1, 5)
+        )
+        assert five.total - five.updated == times * (one.total - one.updated)
+        assert five.updated == one.updated and (one.updated > 0) == (stage == 2)
+
+
+def test_each_stage_needs_less_memory_and_with_a_pipeline_the_second_is_the_first() -> None:
+    alone = [planned("", stage).worst.total for stage in range(4)]
+    assert alone == sorted(alone, reverse=True) and len(set(alone)) == 4
+    first, second, third = (planned("--pipeline-model-parallel-size 2", n) for n in (1, 2, 3))
+    assert first.memory == second.memory and first.seconds == second.seconds
+    # whole weights beside a fourth of them; without the others' copies after the update
+    rows = third.memory[0].kinds["weights"]
+    assert third.memory[0].kinds["whole"] == 4 * rows
+    assert third.worst.total == pytest.approx(first.worst.total + 1.05 * rows, rel=1e-3)
+
+
+def test_what_is_whole_shrinks_with_the_bucket_and_never_exceeds_all_gradients() -> None:
+    def whole(size: int) -> float:
+        return planned(f"--ddp-bucket-size {size}", 2).memory[0].kinds["whole"]
+
+    gradients = 4.0 * planned("", 2).blueprint.held(0).parameters
+    found = [whole(size) for size in (10**7, 4 * 10**7, 10**10)]
+    assert found == sorted(found) and found[0] < found[1] < found[2] == gradients
+
+
+def test_stage_3_reads_weights_under_forward_and_backward() -> None:
+    second, third = planned("", 2), planned("", 3)
+    assert third.hidden_seconds["dp parameters"] > 0 == second.hidden_seconds["dp parameters"]
+    slow = planned("", 3, world=512, batch=512)
+    assert slow.seconds["dp communication"] > third.seconds["dp communication"]
