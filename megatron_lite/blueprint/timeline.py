@@ -7,7 +7,7 @@ either is kept as a Chrome trace (chrome://tracing, Perfetto), which parse_trace
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 COMPUTE, WAIT, OPTIMIZER, WEIGHTS, MESSAGE = "compute", "wait", "optimizer", "dW", "message"
@@ -64,16 +64,43 @@ class Hidden(NamedTuple):
     under: float
 
 
-def hidden(track: Track, lane: str, kinds: Collection[str] = ACTIONS) -> Hidden:
-    """How much of a lane lies under the rank's own events of these kinds."""
+def hidden(track: Track, lane: str, kinds: Collection[str] = ACTIONS, *, of: str = "") -> Hidden:
+    """How much of a lane's events lies under the rank's own of these kinds, its waits within them not counted.
+
+    of: how the names of the lane's events begin.
+    """
     busy = _union(
-        (e.start, e.end) for other in track.lanes if other.name == lane for e in other.events
+        (e.start, e.end)
+        for other in track.lanes
+        if other.name == lane
+        for e in other.events
+        if e.name.startswith(of)
     )
-    work = _union((e.start, e.end) for e in track.lanes[0].events if e.kind in kinds)
-    under = sum(
-        max(0.0, min(end, stop) - max(start, begin)) for start, end in busy for begin, stop in work
-    )
-    return Hidden(sum(end - start for start, end in busy), under)
+    own = track.lanes[0].events
+    under = _shared(busy, _union((e.start, e.end) for e in own if e.kind in kinds))
+    waited = _shared(under, _union((e.start, e.end) for e in own if e.kind == WAIT))
+    return Hidden(_length(busy), _length(under) - _length(waited))
+
+
+def _length(intervals: Iterable[tuple[float, float]]) -> float:
+    return sum(end - start for start, end in intervals)
+
+
+def _shared(
+    some: Sequence[tuple[float, float]], others: Sequence[tuple[float, float]]
+) -> list[tuple[float, float]]:
+    """What lies in both; each is in order, and none of its intervals meet."""
+    found, i, j = [], 0, 0
+    while i < len(some) and j < len(others):
+        start = max(some[i][0], others[j][0])
+        end = min(some[i][1], others[j][1])
+        if start < end:
+            found.append((start, end))
+        if some[i][1] < others[j][1]:
+            i += 1
+        else:
+            j += 1
+    return found
 
 
 def _union(intervals: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:

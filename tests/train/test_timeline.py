@@ -124,6 +124,21 @@ def test_hidden_is_what_lies_under_computation() -> None:
     merged = merge([RankTimeline("rank 0", "a", 0.0, lanes)], "one")
     assert hidden(merged.tracks[0], "dp") == pytest.approx((2.5, 1.5))
     assert "dp collectives 60% under computation" in merged.title
+    assert "those of parameters" not in merged.title
+
+
+def test_what_an_action_waits_for_is_not_hidden_by_it() -> None:
+    lanes = {
+        "compute": [Event(0.0, 4.0, "F", "0F0"), Event(1.0, 2.0, "wait", "for other ranks")],
+        "dp": [
+            Event(0.5, 2.0, "message", "all-gather 1 MB"),
+            Event(3.0, 6.0, "message", "reduce-scatter 1 MB"),
+        ],
+    }
+    merged = merge([RankTimeline("rank 0", "a", 0.0, lanes)], "one")
+    assert hidden(merged.tracks[0], "dp") == pytest.approx((4.5, 1.5))
+    assert hidden(merged.tracks[0], "dp", of="all-gather") == pytest.approx((1.5, 0.5))
+    assert "dp collectives 33% under computation; those of parameters 33% under" in merged.title
 
 
 def test_events_at_the_end_are_closed() -> None:

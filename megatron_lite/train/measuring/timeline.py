@@ -17,7 +17,7 @@ import re
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,6 +27,7 @@ import torch
 from megatron_lite.blueprint.timeline import (
     COMPUTE,
     MESSAGE,
+    WAIT,
     WEIGHTS,
     Event,
     Lane,
@@ -89,6 +90,10 @@ class CollectiveLanes(Observer):
             return end
         return None
 
+    def waiting(self, what: str = "") -> AbstractContextManager[object]:
+        """Each wait for other ranks as one, inside the action that waits."""
+        return self._recorder.span(COMPUTE, WAIT, what or "for other ranks")
+
 
 class RankTimeline(NamedTuple):
     """One rank's share of a timeline.
@@ -147,10 +152,11 @@ def _shifts(parts: Sequence[RankTimeline]) -> dict[str, float]:
 
 def _hidden(merged: Timeline) -> list[str]:
     said = []
-    under_way = [hidden(track, "dp") for track in merged.tracks]
-    if total := sum(each.seconds for each in under_way):
-        share = sum(each.under for each in under_way) / total
-        said.append(f"dp collectives {share:.0%} under computation")
+    for what, of in (("dp collectives", ""), ("those of parameters", "all-gather")):
+        flying = [hidden(track, "dp", of=of) for track in merged.tracks]
+        if total := sum(each.seconds for each in flying):
+            share = sum(each.under for each in flying) / total
+            said.append(f"{what} {share:.0%} under computation")
     covered = sum(hidden(track, "tp", {WEIGHTS}).under for track in merged.tracks)
     products = [e for t in merged.tracks for e in t.lanes[0].events if e.kind == WEIGHTS]
     if covered:
