@@ -13,54 +13,13 @@ from torch import Tensor
 from megatron_lite.blueprint.buckets import IN_FLIGHT
 from megatron_lite.blueprint.ownership import Rows
 from megatron_lite.blueprint.turns import ALWAYS, Turns
+from megatron_lite.engines.bucket import Bucket, has_memory, sleep, wake
 from megatron_lite.engines.shards import ShardLayout
-from megatron_lite.parallel.collectives import (
-    Pending,
-    start_all_gather,
-    start_all_reduce,
-    start_reduce_scatter,
-)
-from megatron_lite.parallel.context import Axis, ParallelContext
+from megatron_lite.parallel.collectives import start_all_reduce, start_reduce_scatter
+from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.parallel.shard import LocalParameter, ParameterPiece
 
 _ALIGN = 16  # elements: every parameter starts on a cache line
-
-
-@dataclass(slots=True, eq=False)
-class Bucket:
-    """A contiguous part of the gradient buffer, the parameters in it, and its collective in flight.
-
-    axis: over which their gradients are summed.
-    turns: when they train; where that is not always, their part of the buffer has memory only then.
-    layout is None where every replica keeps the whole state: gradients are then all-reduced in
-    place instead of reduce-scattered.
-    """
-
-    buffer: Tensor
-    locals: list[LocalParameter]
-    axis: Axis
-    layout: ShardLayout | None
-    turns: Turns = ALWAYS
-    missing: int = 0
-    reducing: Pending | None = None
-    reduced: bool = False
-    gathering: Pending | None = None
-
-    def start_gather(self) -> None:
-        """Begin to bring each replica's rows of the parameters to the others, as one packed copy."""
-        assert self.layout is not None and self.gathering is None
-        own = self.locals[0].parameter.detach().new_zeros(self.layout.columns)
-        for place, rows, values in self.layout.own_rows(self.axis.rank, own):
-            source = place.piece.of(place.local.parameter.detach())[rows.start : rows.stop]
-            values.copy_(source.reshape(values.shape))
-        self.gathering = start_all_gather(own, self.axis)
-
-    def finish_gather(self) -> None:
-        """Wait for it and put all rows where they belong."""
-        assert self.layout is not None and self.gathering is not None
-        rows = self.gathering.wait().view(self.layout.ranks, self.layout.columns)
-        self.gathering = None
-        self.layout.unpack(rows, lambda local: local.parameter.detach())
 
 
 @dataclass(slots=True, eq=False)
@@ -70,17 +29,22 @@ class GradientBuckets:
     Parameters are walked in reverse, about the order in which backward finishes them.  Buckets
     start in that order, what is complete when armed before the others, so that all replicas issue
     the same collectives whatever their timing.
+
+    each_backward: a bucket is reduced in every backward, not in the last one alone, and this rank's rows
+    of the sums add up.  They are then added in another order than elsewhere: over ranks first.
     """
 
     buckets: list[Bucket]
     overlap: bool
+    each_backward: bool
     whole: Callable[[ParameterPiece], float | None]
-    _whole: dict[Turns, Tensor]
     awake: list[Bucket] = field(default_factory=list)
     views: dict[Tensor, Tensor] = field(default_factory=dict)
     _bucket_of: dict[Tensor, Bucket] = field(default_factory=dict)
+    _own_sums: dict[tuple[Tensor, int], Tensor] = field(default_factory=dict)
     _armed: bool = False
     _coming: deque[Bucket] = field(default_factory=deque)
+    _flying: deque[Bucket] = field(default_factory=deque)
 
     @classmethod
     def build(
@@ -91,6 +55,8 @@ class GradientBuckets:
         bucket_size: int,
         overlap: bool,
         sharded: bool = False,
+        shares_gradients: bool = False,
+        each_backward: bool = False,
         whole: Callable[[ParameterPiece], float | None] = lambda piece: None,
         loads: dict[str, list[float]] | None = None,
         turns: Callable[[LocalParameter], Turns] = lambda local: ALWAYS,
@@ -98,38 +64,34 @@ class GradientBuckets:
     ) -> GradientBuckets:
         """Lay the accumulators out; bucket_size in elements.  Only those of ALWAYS have memory yet: wake().
 
-        sharded: each replica keeps its rows of the state only; whole: of which pieces all or none, and
-        the cost of their update; loads: that of each axis' ranks, for what is laid out next.
+        sharded: each replica keeps its rows of the state only; shares_gradients: and of the sums of
+        gradients; whole: of which pieces all or none, and the cost of their update; loads: that of each
+        axis' ranks, for what is laid out next.
         """
         loads = {} if loads is None else loads
-        groups = _grouped(parameters, bucket_size, turns)
-        sizes: Counter[Turns] = Counter()
-        for turn, group in groups:
-            sizes[turn] += sum(map(_padded, group))
-        buffers = {}
-        for turn, size in sizes.items():
-            buffers[turn] = torch.zeros(size, dtype=dtype, device=ctx.device)
-            _sleep(buffers[turn], turn)  # all of them together need not fit
         overlaps = overlap and any(p.replicas(ctx).size > 1 for p in parameters)
-        made, starts = cls([], overlaps, whole, buffers), dict.fromkeys(buffers, 0)
-        for turn, group in groups:
-            axis, start = group[0].replicas(ctx), starts[turn]
+        made = cls([], overlaps, each_backward, whole)
+        for turn, group in _grouped(parameters, bucket_size, turns):
+            axis = group[0].replicas(ctx)
             load = loads.setdefault(axis.name, [0.0] * axis.size)
             layout = (
                 ShardLayout.build(group, axis.size, whole=whole, loads=load) if sharded else None
             )
-            end = starts[turn] = start + sum(map(_padded, group))
-            _wake(buffers[turn])  # views can be made of what is there alone
-            bucket = Bucket(buffers[turn][start:end], group, axis, layout, turn)
-            made.buckets.append(bucket)
-            for local in group:
+            buffer = torch.zeros(sum(map(_padded, group)), dtype=dtype, device=ctx.device)
+            own = buffer.new_zeros(layout.columns) if layout and shares_gradients else None
+            bucket, start = Bucket(buffer, group, axis, layout, turn, own), 0
+            for local in group:  # while there is memory: else no views can be made
                 count = local.parameter.numel()
-                view = buffers[turn][start : start + count].view(local.parameter.shape)
+                view = buffer[start : start + count].view(local.parameter.shape)
                 made.views[local.parameter] = view
                 made._bucket_of[local.parameter] = bucket
                 start += _padded(local)
-            _sleep(buffers[turn], turn)
-        made.wake(lambda turn: turn == ALWAYS)
+            if layout is not None and own is not None:
+                for place in layout.places:
+                    rows = layout.own_view(place, axis.rank, own)
+                    made._own_sums[place.local.parameter, place.piece.start] = rows
+            made.buckets.append(bucket)
+            made.wake(lambda turn: turn == ALWAYS)  # all of them together need not fit
         return made
 
     def wake(self, has_turn: Callable[[Turns], bool]) -> None:
@@ -137,21 +99,19 @@ class GradientBuckets:
 
         Views stay what they are.
         """
-        awake = {turn for turn in self._whole if has_turn(turn)}
-        for turn in self._whole.keys() - awake:
-            _sleep(self._whole[turn], turn)
-        for turn in awake:
-            _wake(self._whole[turn])
-        self.awake = [bucket for bucket in self.buckets if bucket.turns in awake]
+        self.awake = [bucket for bucket in self.buckets if has_turn(bucket.turns)]
+        for bucket in self.buckets:
+            if bucket.own is not None or bucket not in self.awake:
+                sleep(bucket.buffer)
+            if bucket not in self.awake:
+                sleep(bucket.sums)
+        for bucket in self.awake:
+            wake(bucket.sums)
+        self._stand_ready()
 
     def holds(self, local: LocalParameter) -> bool:
         """Whether there is memory for the gradient of a parameter."""
         return self._bucket_of[local.parameter] in self.awake
-
-    def buffers(self) -> list[Tensor]:
-        """All accumulators that there is memory for, flat."""
-        turns = {bucket.turns for bucket in self.awake}
-        return [buffer for turn, buffer in self._whole.items() if turn in turns]
 
     def view(self, local: LocalParameter) -> Tensor:
         """The accumulator of a parameter: a view of its shape in the flat buffer, fp32 by default."""
@@ -172,13 +132,17 @@ class GradientBuckets:
                 if rows.stop > rows.start or place.owner == bucket.axis.rank:
                     yield place.piece, rows
 
+    def own_sum(self, local: LocalParameter, piece: ParameterPiece) -> Tensor | None:
+        """Where gradients are shared, this rank's rows of a piece's sum (a view)."""
+        return self._own_sums.get((local.parameter, piece.start))
+
     def begin_last_backward(self, pending_wgrads: Sequence[Tensor] | None = None) -> None:
         """From now on count gradients, and reduce each bucket when its last one arrives.
 
         pending_wgrads: the parameters still to be reported, each as often; a bucket without any starts
         here.  None: every parameter that has a gradient will be, as often as one backward uses it.
         """
-        if not self.overlap:
+        if not self.overlap or self.each_backward:
             return
         self._armed = True
         coming = None if pending_wgrads is None else Counter(pending_wgrads)
@@ -192,6 +156,15 @@ class GradientBuckets:
         # the same on all of them, because their queues hold the same products.
         self._coming = deque(sorted(self.awake, key=lambda bucket: bucket.missing > 0))
         self._start_full()
+
+    def _stand_ready(self) -> None:
+        """Where each backward is reduced: await the next one's gradients."""
+        self._armed = self.each_backward
+        if self.each_backward:
+            for bucket in self.awake:
+                bucket.missing = sum(map(_reports, bucket.locals))
+            # what comes after all backwards waits for finish()
+            self._coming = deque(b for b in self.awake if 0 < b.missing < sys.maxsize)
 
     def ready(self, parameter: Tensor) -> None:
         """One contribution to the parameter's accumulator is complete; starts each bucket that is full now.
@@ -209,6 +182,8 @@ class GradientBuckets:
         # order, and nothing promises that the replicas' backwards report in the same one
         while self._coming and self._coming[0].missing <= 0:
             self._start(self._coming.popleft())
+            if not self._coming:
+                self._stand_ready()
 
     def finish(self) -> None:
         """Reduce what is not yet reduced and wait for all.  Collective over the replicas.
@@ -218,33 +193,32 @@ class GradientBuckets:
         # without overlap all of them; with it the table that another stage of this rank uses as
         # well, which counts as never complete before all backwards are done
         for bucket in self.awake:
-            if bucket.reducing is None and not bucket.reduced:
+            if bucket.waits:
                 self._start(bucket)
+        while self._flying:
+            self._take_oldest()
         for bucket in self.awake:
-            if bucket.reducing is not None:
-                self._take(bucket)
             bucket.reduced = False
         self._armed = False
+        self._stand_ready()
 
     def _start(self, bucket: Bucket) -> None:
+        while bucket.reducing is not None:  # that of the backward before
+            self._take_oldest()
         if bucket.layout is None:
             bucket.reducing = start_all_reduce(bucket.buffer, bucket.axis)
-            return  # in place: any number may be in flight at no cost in memory
-        under_way = [other for other in self.buckets if other.reducing is not None]
-        if len(under_way) >= IN_FLIGHT:
-            self._take(under_way[0])
-        packed = bucket.layout.pack(self.view, bucket.buffer)
-        bucket.reducing = start_reduce_scatter(packed.view(-1), bucket.axis)
+        elif bucket.own is None or has_memory(bucket.buffer):
+            if len(self._flying) >= IN_FLIGHT:
+                self._take_oldest()
+            bucket.reducing = start_reduce_scatter(bucket.pack(self.view), bucket.axis)
+        else:  # nothing has come
+            return
+        self._flying.append(bucket)
+        if self.each_backward and not self.overlap:
+            self._take_oldest()
 
-    def _take(self, bucket: Bucket) -> None:
-        """Wait for a bucket's sum; where sharded, put this rank's rows into its accumulators."""
-        assert bucket.reducing is not None
-        summed = bucket.reducing.wait()
-        if bucket.layout is not None:
-            for place, rows, values in bucket.layout.own_rows(bucket.axis.rank, summed):
-                target = place.piece.of(self.view(place.local))[rows.start : rows.stop]
-                target.copy_(values.view(target.shape))
-        bucket.reducing, bucket.reduced = None, True
+    def _take_oldest(self) -> None:
+        self._flying.popleft().take(self.view)
 
     def bucket_of(self, parameter: Tensor) -> Bucket:
         """The bucket that a parameter lies in."""
@@ -272,19 +246,6 @@ def _grouped(
             groups.append((turn, group))
         group.append(local)
     return groups
-
-
-def _sleep(buffer: Tensor, turn: Turns) -> None:
-    """Give its memory back, where it is not used in every step; views of it stay."""
-    if turn != ALWAYS:
-        buffer.untyped_storage().resize_(0)
-
-
-def _wake(buffer: Tensor) -> None:
-    """Give it zeros where it has no memory."""
-    if buffer.untyped_storage().nbytes() < buffer.nbytes:
-        buffer.untyped_storage().resize_(buffer.nbytes)
-        buffer.zero_()
 
 
 def _reports(local: LocalParameter) -> int:

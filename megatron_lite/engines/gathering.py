@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Iterable
 
 from megatron_lite.blueprint.buckets import IN_FLIGHT
-from megatron_lite.engines.buckets import Bucket
+from megatron_lite.engines.bucket import Bucket
 
 
 class Gathers:

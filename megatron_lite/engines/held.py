@@ -23,8 +23,9 @@ class Held:
     """Rows of a canonical tensor whose gradient this rank holds, and whose update it carries out.
 
     weight: a view of the parameter's rows `here`; accumulator: of all its rows, with memory while it is
-    trained; master is the weight itself in fp32 runs, unless it lies in host memory, as states then do
-    (on_host).  begun: see Turns, of the states that are there.
+    trained; own_sum: where gradients are shared, the sum over replicas of these rows; master is the weight
+    itself in fp32 runs, unless it lies in host memory, as states then do (on_host).  begun: see Turns, of
+    the states that are there.
     """
 
     local: LocalParameter
@@ -36,13 +37,19 @@ class Held:
     master: Tensor
     share: TpShare
     turns: Turns
+    own_sum: Tensor | None = None
     state: dict[str, Tensor] = field(default_factory=dict)
     begun: int | None = None
     on_host: bool = False
 
     @property
     def gradient(self) -> Tensor:
-        """A view of the accumulator."""
+        """What it is updated by: a view of the sums, once they are reduced."""
+        return self.accumulator[self.here] if self.own_sum is None else self.own_sum
+
+    @property
+    def alone(self) -> Tensor:
+        """What this rank has added before a reduction, while that has memory."""
         return self.accumulator[self.here]
 
     @property

@@ -143,6 +143,13 @@ class ShardLayout:
                 views.append((place, rows, view))
         return views
 
+    def own_view(self, place: ShardPlace, rank: int, row: Tensor) -> Tensor:
+        """This rank's rows of one piece in its row [n] of the buffer, in their own shape (a view)."""
+        rows = place.owned(rank, self.ranks)
+        size = (rows.stop - rows.start) * place.width
+        shape = (rows.stop - rows.start, *place.local.parameter.shape[1:])
+        return row[place.column : place.column + size].view(shape)
+
 
 def _size(local: LocalParameter, piece: ParameterPiece) -> int:
     return piece.of(local.parameter).numel()

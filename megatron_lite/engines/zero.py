@@ -10,23 +10,25 @@ import torch
 from torch import Tensor
 
 from megatron_lite.blueprint.buckets import bucket_elements
-from megatron_lite.blueprint.optimizers import gathered
 from megatron_lite.blueprint.turns import ALWAYS, NEVER, BlockDraw, OfBlock, Turns
 from megatron_lite.config.sections.optim import OptimConfig
 from megatron_lite.config.sections.parallel import ParallelConfig
 from megatron_lite.config.sections.precision import PrecisionConfig
+from megatron_lite.engines.around import GradientHooks
 from megatron_lite.engines.base import EngineProgress, SquaredNorm, Statistics, Update
+from megatron_lite.engines.bucket import Bucket, has_memory
 from megatron_lite.engines.buckets import GradientBuckets
 from megatron_lite.engines.clip import clip_coefficient, count_zeros, global_norm, squared_norms
 from megatron_lite.engines.gathering import Gathers
 from megatron_lite.engines.held import Held, fit_states
+from megatron_lite.engines.holding import hold, is_gathered
 from megatron_lite.engines.loss_scale import LossScale
 from megatron_lite.engines.matrices import CutMatrices
 from megatron_lite.engines.offload import HostUpdate
 from megatron_lite.optim.groups import Groups, Rates
-from megatron_lite.optim.shares import TpShare
 from megatron_lite.parallel.collectives import all_reduce
 from megatron_lite.parallel.context import Axis, ParallelContext
+from megatron_lite.parallel.layer_hooks import LayerHooks
 from megatron_lite.parallel.shard import (
     DTYPES,
     MASTER,
@@ -64,6 +66,7 @@ class ZeroEngine:
         self._steps = 0
         self._unreduced = False
         self.sharded = parallel.shares_state and ctx.replicas.size > 1
+        self._shares_gradients = parallel.shares_gradients and self.sharded
         self._overlap_gather = parallel.overlap_param_gather
         self._gathers = Gathers()
         # where sharded, each replica has other rows; else the sum over tp x pp is whole on each
@@ -83,6 +86,9 @@ class ZeroEngine:
                 bucket_size=bucket_size,
                 overlap=parallel.overlap_grad_reduce,
                 sharded=self.sharded,
+                shares_gradients=self._shares_gradients,
+                # a pipeline has many micro batches in flight: whole until the last backward of a step
+                each_backward=self._shares_gradients and ctx.pp.size == 1,
                 whole=self._cost_whole,
                 loads=loads,
                 turns=self._turns_of,
@@ -91,9 +97,13 @@ class ZeroEngine:
             for stage, held in stages.items()
         }
         self._host = HostUpdate(ctx, self.groups, share=parallel.on_host, span=span)
-        self._held = [held for local in self._locals for held in self._hold(local)]
-        cut = [held for held in self._held if self._is_gathered(held.piece)]
-        self._updated = [held for held in self._held if not self._is_gathered(held.piece)]
+        self._held = [
+            held
+            for local in self._locals
+            for held in hold(local, self._buckets_of(local), ctx, self.groups, self._host)
+        ]
+        cut = [held for held in self._held if is_gathered(held.piece, ctx, self.groups)]
+        self._updated = [held for held in self._held if held not in cut]
         self._matrices = CutMatrices(cut, ctx, self.groups, self._host)
         for local in self._locals:
             local.parameter.register_post_accumulate_grad_hook(self._take_gradient())
@@ -146,35 +156,6 @@ class ZeroEngine:
     def _buckets_of(self, local: LocalParameter) -> GradientBuckets:
         return self._buckets[self._stage_of[local.parameter]]
 
-    def _hold(self, local: LocalParameter) -> Iterator[Held]:
-        """The rows of this parameter that this rank updates: all, or its share; none of a frozen piece."""
-        buckets = self._buckets_of(local)
-        for piece in local.pieces:  # all ranks know all rules, whoever updates by them
-            self.groups.prepare(piece.spec, self.ctx.device)
-        for piece, rows in buckets.owned(local):
-            how = self.groups.treatment(piece.spec)
-            if how.frozen:
-                continue
-            here = slice(piece.start + rows.start, piece.start + rows.stop)
-            weight = local.parameter.detach()[here]
-            share = TpShare(piece.shape, piece.spec.tp_dim if self.ctx.tp.size > 1 else None)
-            on_host = self._host.takes(piece)
-            master = weight
-            if self._is_gathered(piece):
-                pass  # its owner has master and states
-            elif on_host:
-                master = self._host.master(weight.shape)
-            elif weight.dtype != torch.float32:
-                master = weight.float()
-            yield Held(
-                local, piece, rows, here, weight, buckets.view(local), master, share, how.turns,
-                on_host=on_host,
-            )  # fmt: skip
-
-    def _is_gathered(self, piece: ParameterPiece) -> bool:
-        """Whether one tp rank updates it for all of them."""
-        return self.ctx.tp.size > 1 and gathered(self.groups.treatment(piece.spec), piece.spec)
-
     def _cost_whole(self, piece: ParameterPiece) -> float | None:
         """Of the update, where one replica carries it out for all of its rows."""
         how = self.groups.treatment(piece.spec)
@@ -184,11 +165,15 @@ class ZeroEngine:
         def take(parameter: Tensor) -> None:
             if parameter.grad is None:  # the layer has added it to the accumulator itself
                 return
+            self._bucket_of(parameter).open()
             self._view(parameter).add_(parameter.grad)
             parameter.grad = None
             self.ready(parameter)
 
         return take
+
+    def _bucket_of(self, parameter: Tensor) -> Bucket:
+        return self._buckets[self._stage_of[parameter]].bucket_of(parameter)  # type: ignore[index]
 
     def _view(self, parameter: Tensor) -> Tensor:
         return self._buckets[self._stage_of[parameter]].views[parameter]  # type: ignore[index]
@@ -218,7 +203,8 @@ class ZeroEngine:
 
     def ready(self, parameter: Tensor) -> None:
         """One gradient contribution of the parameter has been accumulated."""
-        self._buckets[self._stage_of[parameter]].ready(parameter)  # type: ignore[index]
+        if not self._unreduced:
+            self._buckets[self._stage_of[parameter]].ready(parameter)  # type: ignore[index]
 
     def begin_last_backward(
         self, stage: int, pending_wgrads: Sequence[Tensor] | None = None
@@ -232,8 +218,13 @@ class ZeroEngine:
 
     @contextmanager
     def unreduced(self) -> Iterator[None]:
-        """Within, no reduction starts: accumulators hold what this rank alone has added to them."""
+        """Within, no reduction starts: accumulators hold what this rank alone has added to them.
+
+        All of them have memory then, at every stage.
+        """
         self._unreduced = True
+        for bucket in self._all_buckets():
+            bucket.open()
         try:
             yield
         finally:
@@ -284,9 +275,9 @@ class ZeroEngine:
                 coefficient = clip_coefficient(norm, self.optim.clip_grad)
                 if self.sharded:  # the other rows of the buffers are not read again
                     torch._foreach_mul_([held.gradient for held in self._awake], coefficient)
-                else:  # one kernel per stage instead of one per tensor
-                    for buffer in self._buffers():
-                        buffer.mul_(coefficient)
+                else:  # one kernel per bucket instead of one per tensor
+                    for bucket in self._all_buckets():
+                        bucket.sums.mul_(coefficient)
         with self.span("optimizer-inner-step"):
             self._apply(Rates(lr, weight_decay, decoupled_lr), taken)
         self._clear()
@@ -321,8 +312,8 @@ class ZeroEngine:
             if held.local.tied_across_stages:
                 all_reduce(held.gradient, self.ctx.tied)
         if self.loss_scale != 1.0:
-            for buffer in self._buffers():
-                buffer.mul_(1.0 / self.loss_scale)
+            for bucket in self._all_buckets():
+                bucket.sums.mul_(1.0 / self.loss_scale)
 
     def _apply(self, rates: Rates, taken: Tensor | None) -> None:
         self._fit_states()
@@ -357,10 +348,14 @@ class ZeroEngine:
         for parameter in parameters:
             stage = self._stage_of.get(parameter)  # type: ignore[call-overload]
             if stage is not None:  # else it is frozen, and always whole
-                self._gathers.wait_for(self._buckets[stage].bucket_of(parameter))
+                self._gathers.wait_for(self._bucket_of(parameter))
 
-    def layer_hooks(self, parameters: Sequence[Tensor]) -> None:
-        """None needed: parameters are always whole except during an all-gather, which wait_for() ends."""
+    def layer_hooks(self, parameters: Sequence[Tensor]) -> LayerHooks | None:
+        """None needed where accumulators always have memory."""
+        if not self._shares_gradients:
+            return None
+        learned = [parameter for parameter in parameters if parameter in self._stage_of]
+        return GradientHooks(list(dict.fromkeys(map(self._bucket_of, learned))))
 
     def copy_masters(self) -> None:
         """Round the masters into the parameters the model computes with."""
@@ -370,12 +365,13 @@ class ZeroEngine:
                 torch._foreach_copy_([h.weight for h in low], [h.master for h in low])
 
     def _clear(self) -> None:
-        for buffer in self._buffers():
-            buffer.zero_()
+        for bucket in self._all_buckets():
+            bucket.clear()
 
-    def _buffers(self) -> Iterator[Tensor]:
+    def _all_buckets(self) -> Iterator[Bucket]:
+        """Those that have a turn."""
         for buckets in self._buckets.values():
-            yield from buckets.buffers()
+            yield from buckets.awake
 
     def _num_zeros(self) -> Tensor:
         trained = (held for held in self._held if held.turns.trains(self._steps))
@@ -397,7 +393,9 @@ class ZeroEngine:
         """The accumulators this rank updates from, likewise; before reduce() its own sums."""
         for held in self._awake:
             if not owned or is_primary_copy(held.local, self.ctx):
-                yield held.slice(held.gradient, "", replicated=not self.sharded)
+                alone = self._unreduced and has_memory(held.accumulator)
+                gradient = held.alone if alone else held.gradient
+                yield held.slice(gradient, "", replicated=not self.sharded)
 
     def state(self, *, owned: bool) -> Iterator[NamedSlice]:
         """Masters (`master.<name>`) and optimizer tensors (`<state>.<name>`) as named slices (views).

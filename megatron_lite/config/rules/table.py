@@ -271,10 +271,6 @@ def notices(config: RunConfig, world_size: int) -> tuple[str, ...]:
         found.append("--sequence-parallel: nothing to split at tensor-parallel size 1; off")
     if p.check_collectives and world_size == 1:
         found.append("--check-collectives: one process calls nobody")
-    if p.zero_stage == 2:
-        found.append(
-            "--zero-stage 2: runs as 1: the same numbers, but each rank keeps its gradients whole"
-        )
     if not _dp_above_one(config, world_size):
         for flag, given in (
             (f"--zero-stage {p.zero_stage}", p.shares_state),

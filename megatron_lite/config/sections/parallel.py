@@ -118,6 +118,11 @@ class ParallelConfig:
         return self.zero_stage >= 1
 
     @property
+    def shares_gradients(self) -> bool:
+        """Whether it keeps their gradients alone, too."""
+        return self.zero_stage >= 2
+
+    @property
     def tp(self) -> int:
         """Tensor-parallel size."""
         return self.tensor_model_parallel_size
