@@ -12,17 +12,15 @@ from megatron_lite.blueprint.figure.parts import Figure, Tensor
 from megatron_lite.blueprint.figure.transformer import figure_of
 from megatron_lite.blueprint.flops import flops_per_token
 from megatron_lite.blueprint.grid import RankGrid
-from megatron_lite.blueprint.holdings import Holding, holding
-from megatron_lite.blueprint.length import Length, run_length
-from megatron_lite.blueprint.optimizers import (
-    State,
-    Treatment,
-    check_curvature,
-    check_states,
-    curvature_interval,
-    treatment,
+from megatron_lite.blueprint.holdings import (
+    Holding,
+    Updates,
+    check_updates,
+    curvature_every,
+    holdings,
 )
-from megatron_lite.blueprint.param_groups import check_groups
+from megatron_lite.blueprint.length import Length, run_length
+from megatron_lite.blueprint.optimizers import State, Treatment, treatment
 from megatron_lite.blueprint.parameters import ParamSpec, table_of, total_size
 from megatron_lite.blueprint.schedules import SCHEDULES
 from megatron_lite.blueprint.schedules.actions import Lowered, Schedule
@@ -116,15 +114,13 @@ class Blueprint:
 
     @cached_property
     def _holdings(self) -> tuple[Holding, ...]:
-        return tuple(
-            holding(
-                self.parameters,
-                {stage.index for stage in self.stages_of(pp_rank)},
-                tp=self.grid.tp,
-                optim=self.optim,
-                draw=self.draw,
-            )
-            for pp_rank in range(self.grid.pp)
+        return holdings(
+            self.figure,
+            self.stages,
+            self.placement,
+            self.grid.tp,
+            Updates.of(self.optim),
+            self.draw,
         )
 
     def treatment(self, tensor: Tensor) -> Treatment:
@@ -139,7 +135,7 @@ class Blueprint:
     @cached_property
     def curvature_interval(self) -> int:
         """Every how many iterations a pass of its own observes curvature; 0: none does."""
-        return curvature_interval(self.optim, (spec.tensor for spec in self.parameters))
+        return curvature_every(self.figure, self.stages, Updates.of(self.optim))
 
     def curvature_microbatches(self, num_microbatches: int) -> int:
         """How many of a step's micro batches such a pass reads: whole rounds of the schedule."""
@@ -200,13 +196,7 @@ def draw_up(config: RunConfig, world_size: int) -> Blueprint:
     head = OBJECTIVES[train.objective].head
     figure = with_adapters(figure_of(model, padded, head), config.lora, model)
     parameters = table_of(figure, stages)
-    check_groups(config.optim, (spec.tensor for spec in parameters))
-    check_states(config.optim, (spec.tensor for spec in parameters), grid.tp)
-    check_curvature(
-        config.optim,
-        (spec.tensor for spec in parameters),
-        vocabulary=figure.output.vocabulary,
-    )
+    check_updates(figure, stages, grid.tp, Updates.of(config.optim))
     draw = block_draw(config)
     trained = 1.0 if draw is None else draw.share
     return Blueprint(

@@ -7,10 +7,21 @@ import math
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 
-from megatron_lite.blueprint.figure.parts import WeightFormat
-from megatron_lite.blueprint.optimizers import gathered, state_bytes, treatment
-from megatron_lite.blueprint.parameters import ParamSpec
+from megatron_lite.blueprint.figure.parts import Figure, WeightFormat
+from megatron_lite.blueprint.optimizers import (
+    OPTIMIZERS,
+    check_curvature,
+    check_states,
+    curvature_interval,
+    gathered,
+    state_bytes,
+    treatment,
+)
+from megatron_lite.blueprint.param_groups import check_groups
+from megatron_lite.blueprint.parameters import ParamSpec, table_of
+from megatron_lite.blueprint.stages import Placement, StageLayers
 from megatron_lite.blueprint.turns import BlockDraw, OfBlock
 from megatron_lite.config.sections.optim import OptimConfig
 
@@ -43,6 +54,62 @@ class Holding:
     def num_trained(self) -> int:
         """Parameters that are not frozen."""
         return sum(self.trained.values())
+
+
+@dataclass(frozen=True, slots=True)
+class Updates:
+    """An optimizer and the rows that say how it updates: compared, not hashed, since a config holds lists."""
+
+    optim: OptimConfig
+    rows: tuple[object, ...]
+
+    def __hash__(self) -> int:
+        return hash(self.rows)
+
+    @classmethod
+    def of(cls, optim: OptimConfig) -> Updates:
+        """By the rows there are now."""
+        return cls(optim, tuple(OPTIMIZERS.values()))
+
+
+@lru_cache(maxsize=128)  # a search asks for the same with each schedule, micro batch and sharding
+def holdings(
+    figure: Figure,
+    stages: tuple[StageLayers, ...],
+    placement: Placement,
+    tp: int,
+    updates: Updates,
+    draw: BlockDraw | None,
+) -> tuple[Holding, ...]:
+    """Of each pp rank."""
+    table = table_of(figure, stages)
+    return tuple(
+        holding(
+            table,
+            {stage.index for stage in stages if placement[stage.index] == pp_rank},
+            tp=tp,
+            optim=updates.optim,
+            draw=draw,
+        )
+        for pp_rank in range(max(placement) + 1)
+    )
+
+
+@lru_cache(maxsize=128)
+def curvature_every(figure: Figure, stages: tuple[StageLayers, ...], updates: Updates) -> int:
+    """Every how many iterations a pass of its own observes curvature; 0: none does."""
+    return curvature_interval(updates.optim, (spec.tensor for spec in table_of(figure, stages)))
+
+
+@lru_cache(maxsize=128)
+def check_updates(
+    figure: Figure, stages: tuple[StageLayers, ...], tp: int, updates: Updates
+) -> None:
+    """ConfigError where the optimizer cannot update a tensor of these."""
+    optim, tensors = updates.optim, [spec.tensor for spec in table_of(figure, stages)]
+    check_groups(optim, tensors)
+    check_states(optim, tensors, tp)
+    check_curvature(optim, tensors, vocabulary=figure.output.vocabulary)
 
 
 def holding(

@@ -66,7 +66,7 @@ def parameter_table(
     return table_of(figure_of(model, padded_vocab_size, head), tuple(stages))
 
 
-@lru_cache(maxsize=8)  # a search asks for the same table once per micro batch size
+@lru_cache(maxsize=32)  # a search asks for the same table once per micro batch size
 def table_of(figure: Figure, stages: tuple[StageLayers, ...]) -> tuple[ParamSpec, ...]:
     """The same of any figure."""
     return tuple(spec for stage in stages for spec in _stage_parameters(figure, stage))

@@ -48,6 +48,7 @@ from megatron_lite.planner import (
     questions,
     report,
     search,
+    space,
 )
 from megatron_lite.planner.corpus import epochs
 from megatron_lite.planner.curve import Point, run_curve
@@ -100,10 +101,12 @@ def main() -> int:
     )
     if own.search:
         _require_model(config, world)
-        fixed = search.said(parsed.origin)
-        found = search.search(variant, asked, cluster, model=config.model, fixed=fixed)
+        fixed = space.said(parsed.origin)
+        found = search.search(
+            variant, asked, cluster, model=config.model, fixed=fixed, top=own.top or questions.TOP
+        )
         _put(report.found_json(found, asked, config.optim) if own.json
-             else report.found_text(found, asked, config.optim, top=own.top or questions.TOP), own)  # fmt: skip
+             else report.found_text(found, asked, config.optim), own)  # fmt: skip
         return 0
     blueprint = variant(config.parallel, config.train.micro_batch_size)
     plan = forecast(blueprint, asked, cluster, given=questions.stage_times(own))

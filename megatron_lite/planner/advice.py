@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+import shlex
+from collections.abc import Iterator
 from typing import NamedTuple
 
-from megatron_lite.blueprint.draw_up import Blueprint
 from megatron_lite.config.errors import ConfigError
 from megatron_lite.config.sections.parallel import ParallelConfig
 from megatron_lite.planner.forecast import Forecast, forecast
-
-LayoutVariant = Callable[[ParallelConfig, int], Blueprint]
-"""(layout, micro batch size) -> Blueprint of the same run; ConfigError where a rule forbids it."""
+from megatron_lite.planner.space import LayoutVariant
 
 TOKENS_PER_PARAMETER = 20.0
 """Compute-optimal by arXiv:2203.15556 (Chinchilla), approach 1 and 2 at the scale of 70B."""
@@ -98,26 +96,23 @@ def _recomputed(layout: ParallelConfig) -> Iterator[ParallelConfig]:
 
 
 def layout_flags(parallel: ParallelConfig, micro_batch_size: int) -> str:
-    """The flags that say this layout."""
+    """The flags that say all of this layout: behind a model's they give its plan."""
     flags = [
         f"--tensor-model-parallel-size {parallel.tp}",
         f"--pipeline-model-parallel-size {parallel.pp}",
         f"--micro-batch-size {micro_batch_size}",
     ]
-    if parallel.num_virtual_stages_per_pipeline_rank:
-        flags.append(
-            "--num-virtual-stages-per-pipeline-rank "
-            f"{parallel.num_virtual_stages_per_pipeline_rank}"
-        )
-    if parallel.pipeline_schedule:
-        flags.append(f"--pipeline-schedule {parallel.pipeline_schedule}")
-    if parallel.splits_sequence:
-        flags.append("--sequence-parallel")
-    if parallel.shares_state:
-        stage = parallel.zero_stage
-        flags.append("--use-distributed-optimizer" if stage == 1 else f"--zero-stage {stage}")
-        if parallel.overlap_param_gather:
-            flags.append("--overlap-param-gather")
+    flags += [f"{flag} {value}" for flag, value in _stages(parallel).items() if value is not None]
+    stage = parallel.zero_stage
+    on = {
+        "--account-for-embedding-in-pipeline-split": parallel.account_for_embedding_in_pipeline_split,
+        "--account-for-loss-in-pipeline-split": parallel.account_for_loss_in_pipeline_split,
+        "--sequence-parallel": parallel.splits_sequence,
+        "--use-distributed-optimizer": stage == 1,
+        f"--zero-stage {stage}": stage > 1,
+        "--overlap-param-gather": parallel.overlap_param_gather,
+    }
+    flags += [flag for flag, asked in on.items() if asked]
     if parallel.recompute_granularity == "selective":
         flags.append("--recompute-granularity selective")
         if parallel.recompute_modules != ["core_attn"]:
@@ -127,7 +122,22 @@ def layout_flags(parallel: ParallelConfig, micro_batch_size: int) -> str:
             f"--recompute-granularity full --recompute-method {parallel.recompute_method} "
             f"--recompute-num-layers {parallel.recompute_num_layers}"
         )
+        if parallel.distribute_saved_activations:
+            flags.append("--distribute-saved-activations")
     return " ".join(flags)
+
+
+def _stages(parallel: ParallelConfig) -> dict[str, object]:
+    """How layers are dealt to stages, and in which order these work."""
+    layout = parallel.pipeline_model_parallel_layout
+    return {
+        "--num-virtual-stages-per-pipeline-rank": parallel.num_virtual_stages_per_pipeline_rank,
+        "--num-layers-per-virtual-pipeline-stage": parallel.num_layers_per_virtual_pipeline_stage,
+        "--pipeline-model-parallel-layout": None if layout is None else shlex.quote(layout),
+        "--decoder-first-pipeline-num-layers": parallel.decoder_first_pipeline_num_layers,
+        "--decoder-last-pipeline-num-layers": parallel.decoder_last_pipeline_num_layers,
+        "--pipeline-schedule": parallel.pipeline_schedule,
+    }
 
 
 def _flags(plan: Forecast, parallel: ParallelConfig, micro_batch_size: int) -> str:

@@ -341,7 +341,15 @@ class Costs:
                 done += Work(attention=self.layer(number).forward.attention)
             if "mlp" in plan.modules:
                 done += self._mlp_again(self.blueprint.figure.layers[number])
+            if "layernorm" in plan.modules:
+                done += self._norms_again(self.blueprint.figure.layers[number])
         return done
+
+    def _norms_again(self, layer: Parts) -> Work:
+        """The norms before attention and MLP are read and written."""
+        tokens = self.tokens / (self.tp if self.asked.parallel.splits_sequence else 1)
+        widths = sum(norm.width for norm in layer.of(Norm) if not norm.heads)
+        return Work(elementwise=self._moving(tokens * widths * 2, 1))
 
     def _mlp_again(self, layer: Parts) -> Work:
         again = Work()

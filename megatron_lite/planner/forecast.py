@@ -14,6 +14,7 @@ from megatron_lite.blueprint.schedules.actions import Op
 from megatron_lite.blueprint.schedules.simulate import Simulation, simulate
 from megatron_lite.config.sections.parallel import ParallelConfig
 from megatron_lite.planner.activations import element_bytes
+from megatron_lite.planner.bubble import least_span
 from megatron_lite.planner.cost import Costs
 from megatron_lite.planner.exchange import data_parallel_seconds
 from megatron_lite.planner.hardware import Cluster
@@ -127,19 +128,53 @@ def forecast(
     simulated: bool = True,
     given: StageTimes | None = None,
 ) -> Forecast:
-    """Predict; `simulated=False` takes closed forms for the pipeline, for a search's first look.
+    """Predict; `simulated=False` takes a lower bound of the pipeline's time, which is near it.
 
     given: measured times of a pipeline rank instead of predicted ones.
     """
     costs = Costs(blueprint, asked, cluster, given)
-    used = memory(blueprint, asked)
-    num = blueprint.microbatches()
+    step = step_time(costs, simulated=simulated)
+    return Forecast(
+        blueprint=blueprint,
+        asked=asked,
+        cluster=cluster,
+        memory=memory(blueprint, asked),
+        seconds=step.seconds,
+        hidden_seconds=step.hidden,
+        bubble=step.bubble,
+        span_seconds=step.span,
+        costs=costs,
+        rates=rates(blueprint, asked, step.total, cluster.device.peak_tflops),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class StepTime:
+    """Seconds of a step by kind, as a Forecast has them."""
+
+    seconds: Mapping[str, float]
+    hidden: Mapping[str, float]
+    span: float
+
+    @property
+    def total(self) -> float:
+        """The whole step."""
+        return sum(self.seconds.values())
+
+    @property
+    def bubble(self) -> float:
+        """Share of the pipeline's time that the rank with the most work idles."""
+        return self.seconds["pipeline bubble"] / self.span
+
+
+def step_time(costs: Costs, *, simulated: bool = True) -> StepTime:
+    """The time alone; not simulated it is a lower bound."""
+    blueprint, num = costs.blueprint, costs.blueprint.microbatches()
     totals = [_total(costs, blueprint, pp_rank) * num for pp_rank in range(blueprint.grid.pp)]
     busiest = max(range(len(totals)), key=lambda rank: totals[rank].seconds)
     work = totals[busiest]
-    span = pipeline_seconds(costs, num) if simulated else closed_form(costs, totals, num)
+    span = pipeline_seconds(costs, num) if simulated else least_seconds(costs, num)
     dp = data_parallel_seconds(costs, busiest)
-    optimizer = _optimizer_seconds(blueprint, asked, cluster, busiest)
     seconds = {
         "products": work.products,
         "attention": work.attention,
@@ -147,30 +182,19 @@ def forecast(
         "tp communication": work.tp,
         "pipeline bubble": max(span - work.seconds, 0.0),
         "dp communication": dp.exposed,
-        "optimizer": optimizer,
+        "optimizer": _optimizer_seconds(blueprint, costs.asked, costs.cluster, busiest),
     }
     every = blueprint.curvature_interval
     if every:
         fraction = blueprint.optim.sophia_hessian_fraction
         seconds["curvature"] = (span * fraction + dp.exposed) / every
-    step = sum(seconds.values())
-    return Forecast(
-        blueprint=blueprint,
-        asked=asked,
-        cluster=cluster,
-        memory=used,
-        seconds=seconds,
-        hidden_seconds={
-            "tp communication": work.tp_hidden,
-            "pp communication": _messages_hidden(costs, num),
-            "dp gradients": dp.gradients_hidden,
-            "dp parameters": dp.parameters_hidden,
-        },
-        bubble=seconds["pipeline bubble"] / span,
-        span_seconds=span,
-        costs=costs,
-        rates=rates(blueprint, asked, step, cluster.device.peak_tflops),
-    )
+    hidden = {
+        "tp communication": work.tp_hidden,
+        "pp communication": _messages_hidden(costs, num),
+        "dp gradients": dp.gradients_hidden,
+        "dp parameters": dp.parameters_hidden,
+    }
+    return StepTime(seconds, hidden, span)
 
 
 def _total(costs: Costs, blueprint: Blueprint, pp_rank: int) -> Work:
@@ -206,20 +230,16 @@ def pipeline_seconds(costs: Costs, num: int) -> float:
     return near + (num - first) / pp * (far - near)
 
 
-def closed_form(costs: Costs, totals: list[Work], num: int) -> float:
-    """The busiest rank's work plus the schedule's bubble (SC21 section 2.2, arXiv:2401.10241)."""
+def least_seconds(costs: Costs, num: int) -> float:
+    """A lower bound of pipeline_seconds, and near it, without a simulation."""
     blueprint = costs.blueprint
-    pp = blueprint.grid.pp
-    longest = max(total.seconds for total in totals)
-    if pp == 1:
-        return longest
-    chunks = len(blueprint.placement) // pp
-    one = sum(total.seconds for total in totals) / pp / num
-    share = {"interleaved": 1.0 / chunks, "zb-h1": 1 / 3, "zb-v": 1 / 6}
-    bubble = (pp - 1) * one * share.get(blueprint.schedule, 1.0)
-    # 1F1B waits about 2.3 latencies per micro batch: its messages are on the critical path
-    messages = 2 * (pp - 1) * chunks + (2.3 * num if blueprint.schedule == "1f1b" else 0.0)
-    return longest + bubble + messages * costs.message_seconds()
+
+    def seconds(op: Op, stage: int) -> float:
+        return costs.work(op, blueprint.stages[stage]).seconds
+
+    return least_span(
+        blueprint.schedule, blueprint.placement, num, seconds, costs.message_seconds()
+    )
 
 
 def _messages_hidden(costs: Costs, num: int) -> float:

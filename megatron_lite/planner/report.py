@@ -326,11 +326,11 @@ def _hardware_flops(plan: Forecast) -> int:
     return hardware_flops_per_token(plan.blueprint, plan.asked.parallel)
 
 
-def found_text(found: SearchResult, asked: PlanInputs, optim: OptimConfig, *, top: int) -> str:
+def found_text(found: SearchResult, asked: PlanInputs, optim: OptimConfig) -> str:
     """A search as a ranked table."""
     counts = (
-        f"{len(found.ranked)} layouts fit, {found.num_too_large} are too large, "
-        f"{found.num_forbidden} break a rule; the first {found.num_simulated} are simulated\n"
+        f"the {len(found.ranked)} fastest layouts that fit; {found.num_too_large:,} are too large, "
+        f"{found.num_forbidden:,} break a rule, {found.num_slower:,} are slower\n"
         f"{statement.precision_line(asked, optim)}"
     )
     if not found.ranked:
@@ -342,7 +342,7 @@ def found_text(found: SearchResult, asked: PlanInputs, optim: OptimConfig, *, to
             )
         return f"{counts}\nnothing fits{missing}"
     lines = [counts, f"{'':>4}{'s/step':>9}{'TGS':>10}{'MFU':>8}{'GiB':>8}{'bubble':>9}  flags"]
-    for n, plan in enumerate(found.ranked[:top], start=1):
+    for n, plan in enumerate(found.ranked, start=1):
         flags = layout_flags(plan.asked.parallel, plan.asked.micro_batch_size)
         lines.append(
             f"{n:>4}{plan.rates.step_seconds:>9.3f}{plan.rates.tgs:>10,.1f}{plan.rates.mfu:>8.1%}"
@@ -355,10 +355,9 @@ def found_json(found: SearchResult, asked: PlanInputs, optim: OptimConfig) -> di
     """A search as plain values, best first."""
     return {
         "precision": statement.precision_json(asked, optim),
-        "num_fitting": len(found.ranked),
-        "num_simulated": found.num_simulated,
         "num_too_large": found.num_too_large,
         "num_forbidden": found.num_forbidden,
+        "num_slower": found.num_slower,
         "layouts": [
             {
                 "flags": layout_flags(plan.asked.parallel, plan.asked.micro_batch_size),

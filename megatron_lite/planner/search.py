@@ -1,71 +1,52 @@
-"""All layouts of a run that fit its machines, ranked by predicted step time.
+"""The fastest layouts of a run that fit its machines.
 
-Closed forms look at every layout; the best few are then simulated event by event, and their
-order is the simulation's.
+Best first: every layout has a lower bound of its step time, and what has the least is looked at next: made
+precise, weighed, simulated.  What has been simulated when its turn comes is faster than all that is left, so
+that layouts come out sorted by what they are said to take, and what is never looked at is slower.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import heapq
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import product
+from itertools import count, islice
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import NamedTuple
 
 from megatron_lite.blueprint.draw_up import Blueprint
 from megatron_lite.config.errors import ConfigError
-from megatron_lite.config.flags.settings import settings
 from megatron_lite.config.sections.model import ModelConfig
 from megatron_lite.config.sections.parallel import ParallelConfig
-from megatron_lite.planner.advice import LayoutVariant
-from megatron_lite.planner.forecast import Forecast, forecast
+from megatron_lite.planner.cost import Costs
+from megatron_lite.planner.forecast import Forecast, forecast, least_seconds, step_time
 from megatron_lite.planner.hardware import Cluster
 from megatron_lite.planner.memory import PlanInputs, memory, static_total
-
-Name = Literal["1f1b", "interleaved", "zb-h1", "zb-v"]
-Granularity = Literal["full", "selective"]
-Method = Literal["uniform", "block"]
-
-MICRO_BATCHES = (1, 2, 4, 8, 16)
-_SIMULATED = 24
+from megatron_lite.planner.space import LayoutVariant, layouts, recomputations, shardings
 
 
 @dataclass(frozen=True, slots=True)
 class SearchResult:
-    """What a search looked at; `ranked` fits, the first `num_simulated` by simulation."""
+    """ranked: the fastest that fit, best first, all simulated.  The numbers count layouts with their
+    sharding and micro batch size."""
 
     ranked: tuple[Forecast, ...]
-    num_simulated: int
     num_too_large: int
     num_forbidden: int
+    num_slower: int
+    """Those that take longer than the last of `ranked`, by their bounds, whether they fit or not."""
     closest: Forecast | None
     """Where nothing fits: the layout that misses by least."""
 
 
-_STAGES = frozenset((
-    "pipeline_schedule", "num_virtual_stages_per_pipeline_rank", "num_layers_per_virtual_pipeline_stage",
-    "pipeline_model_parallel_layout", "decoder_first_pipeline_num_layers",
-    "decoder_last_pipeline_num_layers",
-))  # fmt: skip
-_RECOMPUTE = frozenset((
-    "recompute_granularity", "recompute_method", "recompute_num_layers", "recompute_modules",
-))  # fmt: skip
-SEARCHED = _STAGES | _RECOMPUTE | {
-    "tensor_model_parallel_size", "pipeline_model_parallel_size", "sequence_parallel",
-    "zero_stage", "overlap_param_gather", "micro_batch_size",
-}  # fmt: skip
-"""What a search chooses where it is not fixed."""
+class _Row(NamedTuple):
+    """A layout and its sharding, recomputing nothing, or as it is fixed."""
 
-
-def said(origin: Mapping[str, str]) -> dict[str, str]:
-    """Of what a search chooses, what flags or files have said: the field's name -> its flag."""
-    return {
-        key.partition(".")[2]: settings()[key].flag
-        for key, because in origin.items()
-        if key.partition(".")[2] in SEARCHED and because.startswith(("flag ", "file "))
-    }
+    number: int
+    blueprint: Blueprint
+    asked: PlanInputs
 
 
 def search(
@@ -75,154 +56,143 @@ def search(
     *,
     model: ModelConfig,
     fixed: Mapping[str, str] = MappingProxyType({}),
+    top: int,
 ) -> SearchResult:
-    """Try every tp, sp, pp, chunks, schedule, micro batch, recompute and optimizer sharding.
+    """The `top` fastest of every tp, sp, pp, chunks, schedule, micro batch, sharding and recomputation.
 
-    fixed: those of SEARCHED that stay as asked, with their flags; a part of a schedule, or of
-    recomputation, fixes all of it.
+    Of a layout and its sharding, what is recomputed is the cheapest that fits.  fixed: those of SEARCHED
+    that stay as asked, with their flags; a part of a schedule, or of recomputation, fixes all of it.
     """
-    fitting: list[Forecast] = []
-    too_large = forbidden = 0
-    least, closest = math.inf, None
-    drawn: dict[tuple[object, ...], Blueprint] = {}
-    for layout, micro_batch_size in _layouts(asked, cluster, model, frozenset(fixed)):
-        # what is split along the sequence or sharded over dp changes no stage and no schedule
-        key = (layout.tp, layout.pp, layout.pipeline_schedule,
-               layout.num_virtual_stages_per_pipeline_rank, micro_batch_size)  # fmt: skip
-        try:
-            blueprint = drawn[key] if key in drawn else variant(layout, micro_batch_size)
-        except ConfigError:
-            forbidden += 1
-            continue
-        drawn[key] = blueprint
-        # the ends need most, nearly always; where they fit, the forecast asks all
-        ends = {0, blueprint.grid.pp - 1}
-        choices = list(_memory_choices(layout, model.num_layers))
-        if _RECOMPUTE & fixed.keys():
-            choices = [layout]
-        kept = dataclasses.replace(asked, parallel=layout, micro_batch_size=micro_batch_size)
-        if max(static_total(blueprint, kept, rank) for rank in ends) >= least:
-            too_large += len(choices)  # no choice changes this, and another layout misses by less
-            continue
-        for parallel in choices:
-            tried = dataclasses.replace(kept, parallel=parallel)
-            needed = max(rank.total for rank in memory(blueprint, tried, pp_ranks=ends))
-            plan = None
-            if needed <= cluster.device.memory_bytes:
-                plan = forecast(blueprint, tried, cluster, simulated=False)
-                needed = plan.worst.total
-            if plan is not None and plan.fits:
-                fitting.append(plan)
-                break  # the choices come cheapest first: what fits needs no more recomputation
-            too_large += 1
-            if needed < least:
-                least, closest = needed, (blueprint, tried)
-    if not fitting and not too_large and not forbidden:
+    looking = _Search(variant, asked, cluster, frozenset(fixed))
+    looking.begin(model)
+    ranked = tuple(islice(looking.in_order(), top))
+    if not looking.rows and not looking.forbidden:
         raise ConfigError(
             f"--search: no layout on {cluster.world_size} devices, {cluster.devices_per_node} a node, is as "
             f"{' '.join(fixed.values())} say; leave some of them to the search"
         )
-    fitting.sort(key=lambda tried: tried.rates.step_seconds)
-    best = [forecast(f.blueprint, f.asked, cluster) for f in fitting[:_SIMULATED]]
-    best.sort(key=lambda tried: tried.rates.step_seconds)
+    closest = looking.closest if not ranked else None
     return SearchResult(
-        ranked=(*best, *fitting[_SIMULATED:]),
-        num_simulated=len(best),
-        num_too_large=too_large,
-        num_forbidden=forbidden,
-        closest=forecast(*closest, cluster, simulated=False) if closest and not fitting else None,
+        ranked=ranked,
+        num_too_large=looking.too_large,
+        num_forbidden=looking.forbidden,
+        num_slower=looking.rows - looking.too_large - len(ranked),
+        closest=forecast(*closest, cluster, simulated=False) if closest else None,
     )
 
 
-def _layouts(
-    asked: PlanInputs, cluster: Cluster, model: ModelConfig, fixed: frozenset[str]
-) -> Iterator[tuple[ParallelConfig, int]]:
-    """Those of all layouts that are as asked in what is fixed."""
-    start, kept = asked.parallel, fixed - _STAGES - _RECOMPUTE - {"micro_batch_size"}
-    for layout, micro_batch_size in _all_layouts(
-        asked, cluster, model, staged=bool(fixed & _STAGES)
-    ):
-        # at tp 1 nothing is split, and at dp 1 nothing sharded, whatever is asked
-        free = {"sequence_parallel"} if layout.tp == 1 else set()
-        if cluster.world_size == layout.ranks_per_sample:
-            free |= {"zero_stage", "overlap_param_gather"}
-        if all(getattr(layout, name) == getattr(start, name) for name in kept - free) and (
-            "micro_batch_size" not in fixed or micro_batch_size == asked.micro_batch_size
-        ):
-            yield layout, micro_batch_size
+class _Search:
+    """What is left to look at, by its lower bound, and what of each row comes next."""
 
+    def __init__(
+        self, variant: LayoutVariant, asked: PlanInputs, cluster: Cluster, fixed: frozenset[str]
+    ) -> None:
+        self.variant, self.asked, self.cluster, self.fixed = variant, asked, cluster, fixed
+        self.rows = self.too_large = self.forbidden = 0
+        self.least = math.inf
+        self.closest: tuple[Blueprint, PlanInputs] | None = None
+        self.listed: set[int] = set()
+        self._left: list[tuple[float, int, _Row, _Next]] = []
+        self._numbers = count()
 
-def _all_layouts(
-    asked: PlanInputs, cluster: Cluster, model: ModelConfig, *, staged: bool
-) -> Iterator[tuple[ParallelConfig, int]]:
-    """staged: with the schedule that is asked for, and its stages."""
-    world, start = cluster.world_size, asked.parallel
-    own_schedule = [(start.pipeline_schedule, start.num_virtual_stages_per_pipeline_rank)]
-    even: dict[str, Any] = {} if staged else dict.fromkeys(_STAGES)
-    for tp in _divisors(world):
-        if tp > min(cluster.devices_per_node, model.num_attention_heads):
-            continue
-        for pp in _divisors(world // (tp * start.cp)):
-            if pp > model.num_layers:
+    def begin(self, model: ModelConfig) -> None:
+        """All layouts, by the time of their pipelines alone."""
+        drawn: dict[tuple[object, ...], Blueprint] = {}
+        for layout, micro_batch_size in layouts(self.asked, self.cluster, model, self.fixed):
+            # what is split along the sequence changes no stage and no schedule
+            key = (layout.tp, layout.pp, layout.pipeline_schedule,
+                   layout.num_virtual_stages_per_pipeline_rank, micro_batch_size)  # fmt: skip
+            try:
+                blueprint = drawn[key] if key in drawn else self.variant(layout, micro_batch_size)
+            except ConfigError:
+                self.forbidden += 1
                 continue
-            dp = world // (tp * pp * start.cp)
-            for (schedule, chunks), split, sharded, micro_batch_size in product(
-                own_schedule if staged else _schedules(pp, model.num_layers),
-                (True, False) if tp > 1 else (False,),
-                (True, False) if dp > 1 else (False,),
-                sorted({*MICRO_BATCHES, asked.micro_batch_size}),
-            ):
-                if sharded or dp == 1 or split == (tp > 1):  # both off at once gains nothing
-                    yield (
-                        dataclasses.replace(
-                            start,
-                            tensor_model_parallel_size=tp,
-                            pipeline_model_parallel_size=pp,
-                            sequence_parallel=split,
-                            **even
-                            | {
-                                "pipeline_schedule": schedule,
-                                "num_virtual_stages_per_pipeline_rank": chunks,
-                            },
-                            zero_stage=max(start.zero_stage, 1) if sharded else 0,
-                            overlap_param_gather=sharded,
-                        ),
-                        micro_batch_size,
-                    )
+            drawn[key] = blueprint
+            kept = dataclasses.replace(
+                self.asked, parallel=layout, micro_batch_size=micro_batch_size
+            )
+            rows = [
+                dataclasses.replace(kept, parallel=first)
+                for sharded in shardings(
+                    layout, blueprint.replicas, self.asked.parallel, self.fixed
+                )
+                for first in next(recomputations(sharded, 1, self.fixed))
+            ]
+            if not rows:
+                continue
+            costs = Costs(blueprint, rows[0], self.cluster)
+            bound = least_seconds(costs, blueprint.microbatches())
+            for asked in rows:
+                self._push(bound, _Row(self.rows, blueprint, asked), self._bounded)
+                self.rows += 1
+
+    def in_order(self) -> Iterator[Forecast]:
+        """What fits, the fastest first."""
+        while self._left:
+            _, _, row, then = heapq.heappop(self._left)
+            if row.number in self.listed:
+                continue  # with less recomputation
+            plan = then(row)
+            if plan is not None:
+                self.listed.add(row.number)
+                yield plan
+
+    def _push(self, bound: float, row: _Row, then: _Next) -> None:
+        heapq.heappush(self._left, (bound, next(self._numbers), row, then))
+
+    def _bounded(self, row: _Row) -> None:
+        """The whole step's lower bound."""
+        costs = Costs(row.blueprint, row.asked, self.cluster)
+        self._push(step_time(costs, simulated=False).total, row, self._weighed)
+
+    def _weighed(self, row: _Row) -> None:
+        """The cheapest of each way to recompute that fits."""
+        ends = {0, row.blueprint.grid.pp - 1}
+        static = max(static_total(row.blueprint, row.asked, rank) for rank in ends)
+        fitting: list[_Row] = []
+        # recomputation does not change it, and of what does not fit, what misses by least is of interest
+        if static <= self.cluster.device.memory_bytes or static < self.least:
+            fitting = list(self._fitting(row, ends))
+        if not fitting:
+            self.too_large += 1
+        for found in fitting:
+            costs = Costs(found.blueprint, found.asked, self.cluster)
+            self._push(step_time(costs, simulated=False).total, found, self._simulated)
+
+    def _fitting(self, row: _Row, ends: set[int]) -> Iterator[_Row]:
+        layers = max(len(stage.layers) for stage in row.blueprint.stages)
+        for choices in recomputations(row.asked.parallel, layers, self.fixed):
+            fitting = (found for parallel in choices if (found := self._fits(row, parallel, ends)))
+            found = next(fitting, None)
+            if found is not None:
+                yield found
+                if found.asked.parallel == row.asked.parallel:
+                    return  # nothing is recomputed, which takes longer everywhere
+
+    def _fits(self, row: _Row, parallel: ParallelConfig, ends: set[int]) -> _Row | None:
+        """The row with this recomputed, if it fits and no rule forbids it."""
+        asked = dataclasses.replace(row.asked, parallel=parallel)
+        room = self.cluster.device.memory_bytes
+        # the ends need most, nearly always
+        needed = max(rank.total for rank in memory(row.blueprint, asked, pp_ranks=ends))
+        if needed <= room:
+            needed = max(rank.total for rank in memory(row.blueprint, asked))
+        if needed > max(room, self.least):
+            return None
+        try:
+            blueprint = self.variant(parallel, asked.micro_batch_size)
+        except ConfigError:
+            return None
+        if needed > room:
+            self.least, self.closest = needed, (blueprint, asked)
+            return None
+        self.least = 0.0
+        return _Row(row.number, blueprint, asked)
+
+    def _simulated(self, row: _Row) -> None:
+        plan = forecast(row.blueprint, row.asked, self.cluster)
+        self._push(plan.rates.step_seconds, row, lambda _: plan)
 
 
-def _schedules(pp: int, num_layers: int) -> Iterator[tuple[Name, int | None]]:
-    """Schedules worth trying; gpipe keeps more and is never faster than 1f1b."""
-    yield "1f1b", None
-    if pp == 1:
-        return
-    for chunks in _divisors(num_layers // pp):
-        if 2 <= chunks <= 6:
-            yield "interleaved", chunks
-    yield "zb-h1", None
-    yield "zb-v", None
-
-
-def _memory_choices(layout: ParallelConfig, num_layers: int) -> Iterator[ParallelConfig]:
-    """The same layout with less and less kept for backward, the cheapest in time first."""
-
-    def choice(
-        granularity: Granularity | None, method: Method | None = None, layers: int | None = None,
-        modules: tuple[str, ...] = ("core_attn",),
-    ) -> ParallelConfig:  # fmt: skip
-        return dataclasses.replace(
-            layout, recompute_granularity=granularity, recompute_method=method,
-            recompute_num_layers=layers, recompute_modules=list(modules),
-        )  # fmt: skip
-
-    stage = num_layers // (layout.pp * (layout.num_virtual_stages_per_pipeline_rank or 1))
-    yield choice(None)
-    yield choice("selective")
-    for layers in sorted({stage // 4, stage // 2} - {0}):
-        yield choice("full", "block", layers)
-    yield choice("selective", modules=("core_attn", "mlp"))
-    yield choice("full", "uniform", 1)
-
-
-def _divisors(number: int) -> list[int]:
-    return [n for n in range(1, number + 1) if number % n == 0]
+_Next = Callable[[_Row], Forecast | None]
+"""What is done with a row when its bound is the least: more of it is looked at, or it is a result."""

@@ -41,7 +41,10 @@ ONE_READER: Mapping[str, tuple[str, ...]] = {
         "megatron_lite/blueprint/recompute.py",
         "megatron_lite/planner/advice.py",  # says the flag again
     ),
-    "distribute_saved_activations": ("megatron_lite/blueprint/recompute.py",),
+    "distribute_saved_activations": (
+        "megatron_lite/blueprint/recompute.py",
+        "megatron_lite/planner/advice.py",  # says it
+    ),
     "make_vocab_size_divisible_by": (
         "megatron_lite/blueprint/draw_up.py",
         "megatron_lite/blueprint/plan.py",  # says it

@@ -243,7 +243,7 @@ def test_nothing_that_is_asked_for_goes_unheard() -> None:
 
 def test_a_search_keeps_what_the_command_line_says() -> None:
     model = [*RUN[: RUN.index("--micro-batch-size")], "--global-batch-size", "32"]
-    own = ["--hardware", "a100", "--nodes", "1", "--gpus-per-node", "4", "--search", "--json"]
+    own = shlex.split("--hardware a100 --nodes 1 --gpus-per-node 4 --search --json --top 1000")
 
     def found(flags: str) -> list[dict[str, Any]]:
         layouts: list[dict[str, Any]] = json.loads(in_process(*own, *model, *flags.split()))[
