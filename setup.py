@@ -30,6 +30,8 @@ EXTRAS = {
     "liger": ["liger-kernel>=0.7"],
     # unpacks the matrices of --lora-base nf4, on a GPU
     "nf4": ["bitsandbytes>=0.45"],
+    # --engine deepspeed
+    "deepspeed": ["deepspeed>=0.19"],
     # the peer our tests and benchmarks stand beside; its wheels are for these
     "bench": ['megatron-core>=0.16; python_version < "3.14" and platform_machine == "x86_64"'],
     "dev": [
@@ -43,7 +45,7 @@ EXTRAS = {
     ],
     # what `make nightly` stands beside: `make setup-oracles`, an environment of its own
     "oracles": [
-        "bitsandbytes>=0.45", "deepspeed>=0.16", "lm-eval>=0.4.13", "ray>=2.40", "torchao>=0.18",
+        "bitsandbytes>=0.45", "deepspeed>=0.19", "lm-eval>=0.4.13", "ray>=2.40", "torchao>=0.18",
         "trl>=0.20",
     ],
 }  # fmt: skip

@@ -14,6 +14,7 @@ from megatron_lite.config.sections.optim import OptimConfig
 from megatron_lite.config.sections.parallel import ParallelConfig
 from megatron_lite.config.sections.precision import PrecisionConfig
 from megatron_lite.engines.loss_scale import LossScale
+from megatron_lite.parallel.carrier import Carrier
 from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.parallel.layer_hooks import LayerHooks
 from megatron_lite.parallel.shard import LocalParameter, NamedSlice
@@ -60,7 +61,7 @@ class EngineProgress:
     loss_scale: dict[str, float] = field(default_factory=dict)
 
 
-class Engine(Protocol):
+class Engine(Carrier, Protocol):
     """Accumulates, reduces and applies gradients; owns weights, masters and optimizer state.
 
     Code outside engines/ uses no more of an engine than these names.

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from megatron_lite.config.registry import Registry
 from megatron_lite.engines.base import MakeEngine
+from megatron_lite.engines.deepspeed_zero import DeepSpeedEngine
 from megatron_lite.engines.zero import ZeroEngine
 
-ENGINES: Registry[MakeEngine] = Registry("parallel.engine", {"zero": ZeroEngine})
+ENGINES: Registry[MakeEngine] = Registry(
+    "parallel.engine", {"zero": ZeroEngine, "deepspeed": DeepSpeedEngine}
+)

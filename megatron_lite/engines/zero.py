@@ -26,6 +26,7 @@ from megatron_lite.engines.loss_scale import LossScale
 from megatron_lite.engines.matrices import CutMatrices
 from megatron_lite.engines.offload import HostUpdate
 from megatron_lite.optim.groups import Groups, Rates
+from megatron_lite.parallel.carrier import Plainly
 from megatron_lite.parallel.collectives import all_reduce
 from megatron_lite.parallel.context import Axis, ParallelContext
 from megatron_lite.parallel.layer_hooks import LayerHooks
@@ -40,7 +41,7 @@ from megatron_lite.parallel.shard import (
 )
 
 
-class ZeroEngine:
+class ZeroEngine(Plainly):
     """Holds every rank's gradients and optimizer state; see base.Engine for the protocol.
 
     fp32 parameters are their own masters; fp16 and bf16 ones have an fp32 copy.  Gradients are

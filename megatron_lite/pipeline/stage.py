@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from megatron_lite.parallel.carrier import Carrier, Plainly
+
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
@@ -93,6 +95,7 @@ class Stage:
     is_last: bool
     score: LossFunction
     gradients: DeferredWgrads
+    carrier: Carrier = field(default_factory=Plainly)
     totals: list[Scored] = field(default_factory=list)
     _kept: dict[int, _Kept] = field(default_factory=dict)
 
@@ -109,10 +112,8 @@ class Stage:
             received.requires_grad_(True)
         x = batch.tokens if self.is_first else received
         with torch.set_grad_enabled(training):
-            if self.is_last:
-                left = self.module(x, batch.positions, partial(self._loss, batch, scale))
-            else:
-                left = self.module(x, batch.positions)
+            more = (partial(self._loss, batch, scale),) if self.is_last else ()
+            left = self.carrier.forward(partial(self.module, x, batch.positions, *more))
         if training:
             end = left if self.is_last else get_gradient_edge(left)
             self._kept[microbatch] = _Kept(received, end)
@@ -133,7 +134,7 @@ class Stage:
         """
         entered, end = self._kept.pop(microbatch)
         self.gradients.defer_to(microbatch if defer_wgrads else None)
-        torch.autograd.backward(end, received)
+        self.carrier.backward(end, received)
         self.gradients.defer_to(None)
         return None if entered is None else entered.grad
 

@@ -298,4 +298,9 @@ def _without_device(config: RunConfig) -> RunConfig:
     if config.train.use_cpu and config.model.attention_dropout > 0.0:
         # what a CPU chooses, see kernels/table.py
         precision = dataclasses.replace(precision, attention_backend="unfused")
-    return dataclasses.replace(config, precision=precision)
+    parallel = config.parallel
+    if (
+        parallel.engine == "deepspeed"
+    ):  # needs its library and ranks; what it holds is much the same
+        parallel = dataclasses.replace(parallel, engine="zero")
+    return dataclasses.replace(config, precision=precision, parallel=parallel)

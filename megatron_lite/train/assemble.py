@@ -61,11 +61,12 @@ def assemble(
     decoders = _decoders(config, blueprint, ctx, timers, compiler)
     parameters = {stage: local_parameters(decoder) for stage, decoder in decoders.items()}
     held = _engine(config, blueprint, ctx, parameters, timers)
+    for decoder in decoders.values():
+        decoder.hook_layers(held.layer_hooks)
     packed = [one for decoder in decoders.values() for one in packed_weights(decoder)]
     _initialise(config, blueprint, held, packed)
     for decoder in decoders.values():
         begin_magnitudes(decoder)
-        decoder.hook_layers(held.layer_hooks)
         if config.precision.gradient_accumulation_fusion:
             decoder.context.gradients.attach(held.accumulators(), held.ready)
         if config.parallel.overlap_param_gather:
@@ -82,6 +83,7 @@ def assemble(
             is_last=decoder.has_head,
             score=scorer(objective),
             gradients=decoder.context.gradients,
+            carrier=held,
         )
         for index, decoder in decoders.items()
     }

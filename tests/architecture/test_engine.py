@@ -19,6 +19,7 @@ OPEN = {"base", "table", "loss_scale"}
 INSIDE = {
     "tests/engines/test_buckets.py": "which axis a bucket is summed over",
     "tests/engines/test_clip.py": "the norm's formula",
+    "tests/engines/test_deepspeed.py": "a range of elements as boxes",
     "tests/engines/test_gathering.py": "in which order gathers start",
     "tests/engines/test_matrices.py": "what an owner sees of a matrix",
     "tests/engines/test_offload.py": "how many elements are updated at a time",

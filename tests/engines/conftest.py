@@ -1,13 +1,13 @@
-"""Every engine there is."""
+"""Every engine that takes all layouts."""
 
 from __future__ import annotations
 
 import pytest
 
-from megatron_lite.engines.table import ENGINES
+from tests.support.engines import OF_EVERY_LAYOUT
 
 
-@pytest.fixture(scope="module", params=ENGINES)
+@pytest.fixture(scope="module", params=OF_EVERY_LAYOUT)
 def engine(request: pytest.FixtureRequest) -> str:
     """Its name."""
     return str(request.param)

@@ -5,11 +5,11 @@ import torch
 
 from megatron_lite.engines.base import Update
 from megatron_lite.engines.loss_scale import LossScale
-from megatron_lite.engines.table import ENGINES
 from megatron_lite.optim import groups
 from megatron_lite.train.assemble import assemble
 from megatron_lite.train.step import train_step
 from tests.support.axes import PP, TP, ZERO
+from tests.support.engines import OF_EVERY_LAYOUT
 from tests.support.spawn import spawn
 from tests.support.tiny import context, draw, make_batches, tiny_config
 
@@ -33,7 +33,7 @@ def fp16_steps(rank, ranks, engine, changes, overflow_at):
     return seen
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", OF_EVERY_LAYOUT)
 @pytest.mark.parametrize(
     ("ranks", "layout"),
     [(1, {}), (2, {TP: 2}), (2, {PP: 2}), (2, {}), (2, {ZERO: 1}), (4, {TP: 2, PP: 2})],
@@ -48,7 +48,7 @@ def test_an_overflow_on_one_rank_is_skipped_by_all(engine, ranks, layout) -> Non
     assert [step[2] for step in results[0]] == [not s for s in skipped]
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", OF_EVERY_LAYOUT)
 def test_the_scale_falls_from_a_start_that_is_too_high(engine) -> None:
     changes = FP16 | {"precision__initial_loss_scale": 2.0**32, "train__global_batch_size": 2}
     rows = spawn(fp16_steps, 1, engine, changes, -1)[0]

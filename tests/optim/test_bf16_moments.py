@@ -12,11 +12,11 @@ from megatron_lite.checkpoint.manifest import read_manifest
 from megatron_lite.config.errors import ConfigError
 from megatron_lite.config.flags.parser import parse
 from megatron_lite.config.rules.table import check_config, notices
-from megatron_lite.engines.table import ENGINES
 from megatron_lite.train.step import train_step
 from tests.checkpoint import older
 from tests.support.axes import BF16, BF16_MOMENTS, PP, TP, ZERO
 from tests.support.checkpoints import assembled, load_and_save_again, train, train_and_save, whole
+from tests.support.engines import OF_EVERY_LAYOUT
 from tests.support.spawn import spawn
 from tests.support.tiny import make_batches
 from tests.train.runs import alone, steps
@@ -30,7 +30,7 @@ def state_of(run):
     return {piece.name: piece.data.clone() for piece in run.engine.state(owned=False)}
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", OF_EVERY_LAYOUT)
 @pytest.mark.parametrize("low", [{}, {BF16: True}])
 def test_every_engine_holds_them_beside_fp32_masters(engine, low) -> None:
     narrow, wide = (

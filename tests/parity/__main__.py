@@ -10,10 +10,10 @@ import time
 from argparse import ArgumentParser
 from pathlib import Path
 
-from megatron_lite.engines.table import ENGINES
 from tests.parity.compare import Difference, compare, passes
 from tests.parity.layouts import LAYOUTS, QUICK, WRONG, Layout
 from tests.parity.report import document, row
+from tests.support.engines import OF_EVERY_LAYOUT
 
 
 def main() -> int:
@@ -22,7 +22,7 @@ def main() -> int:
     parser.add_argument("names", nargs="*", metavar="layout")
     parser.add_argument("--all", action="store_true", help="all layouts, not only the quick ones")
     parser.add_argument("--write", type=Path, metavar="FILE", help="the table as Markdown")
-    parser.add_argument("--engine", choices=ENGINES, default="zero")
+    parser.add_argument("--engine", choices=OF_EVERY_LAYOUT, default="zero")
     asked = parser.parse_args()
     unknown = set(asked.names) - {entry.name for entry in LAYOUTS}
     if unknown:

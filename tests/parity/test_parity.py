@@ -5,13 +5,13 @@ import re
 
 import pytest
 
-from megatron_lite.engines.table import ENGINES
 from tests.parity.compare import compare, passes
 from tests.parity.layouts import LAYOUTS, MORE, QUICK, RULES, TRANSLATED, WIDE, WRONG
+from tests.support.engines import OF_EVERY_LAYOUT
 from tests.support.places import ROOT
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", OF_EVERY_LAYOUT)
 @pytest.mark.parametrize(
     "entry",
     [

@@ -7,8 +7,13 @@ from collections.abc import Iterable, Iterator
 from torch import Tensor
 
 from megatron_lite.engines.base import Engine
+from megatron_lite.engines.table import ENGINES
 from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.parallel.shard import MASTER, NamedSlice
+
+OF_EVERY_LAYOUT = tuple(name for name in ENGINES if name != "deepspeed")
+"""Engines that what holds of any engine is tested of; DeepSpeed's refuses tp, pp and fp16, and is an
+oracle (test_deepspeed.py)."""
 
 
 def counted(owned: Iterable[NamedSlice], ctx: ParallelContext) -> Iterator[NamedSlice]:

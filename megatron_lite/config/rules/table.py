@@ -9,7 +9,16 @@ from types import MappingProxyType
 from megatron_lite.config.errors import ConfigError, all_together
 from megatron_lite.config.flags.parser import ParsedFlags
 from megatron_lite.config.flags.settings import settings
-from megatron_lite.config.rules import layout, length, lora, rotary, training, tuning, updating
+from megatron_lite.config.rules import (
+    engines,
+    layout,
+    length,
+    lora,
+    rotary,
+    training,
+    tuning,
+    updating,
+)
 from megatron_lite.config.rules.ranges import out_of_range
 from megatron_lite.config.sections.lora import LoraConfig
 from megatron_lite.config.sections.model import ModelConfig
@@ -97,6 +106,7 @@ CONFIG_RULES: tuple[Rule, ...] = (
     Rule(training.per_token_loss),
     Rule(training.recompute, (_SEQ, _TP)),
     Rule(training.parameter_gather),
+    Rule(engines.deepspeed, (_TP, _PP)),
     Rule(training.data_source),
     Rule(training.tokenizer),
     Rule(training.saving),
@@ -128,7 +138,7 @@ NOT_YET: tuple[NotYet, ...] = (
     ),
     NotYet(
         "--zero-stage 3",
-        lambda c, w: c.parallel.zero_stage == 3,
+        lambda c, w: c.parallel.zero_stage == 3 and c.parallel.engine != engines.DEEPSPEED,
         "use --zero-stage 1 with --tensor-model-parallel-size or --pipeline-model-parallel-size",
     ),
 )

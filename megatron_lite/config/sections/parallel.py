@@ -49,7 +49,7 @@ class ParallelConfig:
     use_tp_pp_dp_mapping: bool = False
     """Number the ranks tp-cp-pp-dp instead of tp-cp-dp-pp."""
 
-    engine: str = field(default="zero", metadata={"rows": ("zero",)})
+    engine: str = field(default="zero", metadata={"rows": ("zero", "deepspeed")})
     """Who holds weights, gradients and optimizer state, and makes the update."""
 
     zero_stage: Literal[0, 1, 2, 3] = field(

@@ -1,0 +1,58 @@
+"""Rules about --engine: what another library's engine does not run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from megatron_lite.config.param_groups import optimizers_asked_for
+from megatron_lite.config.sections.run import RunConfig
+
+DEEPSPEED = "deepspeed"
+_ITS_OPTIMIZERS = ("adam", "sgd")
+_WAY_OUT = "drop --engine, or"
+
+
+def deepspeed(config: RunConfig, world_size: int) -> Iterator[str]:
+    """DeepSpeed's engine shares over data-parallel ranks alone, and has a loss scale of its own."""
+    p, o = config.parallel, config.optim
+    if p.engine != DEEPSPEED:
+        return
+    for flag, size in (
+        ("--tensor-model-parallel-size", p.tp),
+        ("--pipeline-model-parallel-size", p.pp),
+    ):
+        if size > 1:
+            yield (
+                f"--engine deepspeed with {flag} {size}: its ZeRO shares between data-parallel ranks, the "
+                f"layers are whole; {_WAY_OUT} {flag} 1"
+            )
+    if config.precision.fp16:
+        yield (
+            "--engine deepspeed with --fp16: DeepSpeed scales the loss and skips steps by itself, which the "
+            f"guards here would not hear of; {_WAY_OUT} --bf16"
+        )
+    if config.precision.bf16 and not p.shares_state:
+        yield (
+            "--engine deepspeed with --bf16 without ZeRO: DeepSpeed's optimizer for that drifts from its own "
+            f"other stages; {_WAY_OUT} --zero-stage 1"
+        )
+    strange = [name for name in optimizers_asked_for(o) if name not in _ITS_OPTIMIZERS]
+    if strange:
+        yield (
+            f"--engine deepspeed with --optimizer {', '.join(strange)}: DeepSpeed's flat partitions are "
+            f"updated by torch's or its own {' and '.join(_ITS_OPTIMIZERS)}; {_WAY_OUT} one of these"
+        )
+    elif len(set(optimizers_asked_for(o))) > 1:
+        yield f"--engine deepspeed has one optimizer for all tensors; {_WAY_OUT} --param-groups without rule="
+    if o.moments != ("fp32", "fp32"):
+        yield f"--engine deepspeed keeps moments in fp32; {_WAY_OUT} --use-precision-aware-optimizer"
+    if o.lisa_layers is not None:
+        yield (
+            "--engine deepspeed with --lisa-layers: what DeepSpeed trains is chosen once, at its start; "
+            f"{_WAY_OUT} --lisa-layers"
+        )
+    if p.overlap_param_gather:
+        yield (
+            "--engine deepspeed with --overlap-param-gather: DeepSpeed's step ends with all weights gathered "
+            f"(stage 3 gathers by layer); {_WAY_OUT} --overlap-param-gather"
+        )
