@@ -29,7 +29,7 @@ from megatron_lite.planner.memory import PlanInputs
 
 FITTED = (
     "sustained", "attention", "memory_efficiency", "optimizer_efficiency", "link_efficiency",
-    "link_latency_seconds", "launch_seconds", "dropout_values", "half_inner",
+    "link_latency_seconds", "launch_seconds", "host_seconds", "dropout_values", "half_inner",
 )  # fmt: skip
 """Fields of a Device that trials decide; what no trial shows stays where it was."""
 

@@ -29,7 +29,24 @@ from megatron_lite.planner.activations import element_bytes, uses_flash
 from megatron_lite.planner.hardware import Cluster
 from megatron_lite.planner.head import logits_chunks
 from megatron_lite.planner.memory import PlanInputs, layer_input_bytes
+from megatron_lite.planner.pieces import Moved, kernel_table, moved
 from megatron_lite.planner.work import Passes, StageTimes, Work
+
+FORWARD_OF_ATTENTION = 1.15
+"""A fused forward's rate beside that of forward and backward together (arXiv:2307.08691, figures 4 to 6)."""
+
+_FUSED_MASK = 0.5
+"""Values that a dropout mask of attention takes in one kernel with its softmax, written and read."""
+
+FORWARD_LAUNCHES, BACKWARD_LAUNCHES, CALL_LAUNCHES = 8, 4, 4
+"""Host time of a product of a linear layer in forward, of each of its two in backward, and of a
+collective, in times of a kernel's launch: modules and autograd functions are Python.  Measured on a
+CPU with tensors so small that only the host counts: a GPT layer takes 205 us forward with 10 kernels
+and 230 backward with 31, a Llama layer 350 with 35 and 340 with 66, dropout 255 with 58 more."""
+
+COMPILED_LAUNCHES = 20, 10
+"""The same of a compiled piece, forward and backward, which looks whether its graph still holds: with
+four of them a GPT layer takes 630 and 400 us, with five a Llama layer 630 and 360."""
 
 
 class Costs:
@@ -48,6 +65,8 @@ class Costs:
         self.width = element_bytes(asked.precision)
         self.slow = 1.0 if self.width == 2 else self._fp32_factor()
         self.tp = blueprint.grid.tp
+        self.compiled = asked.precision.compiles(on_gpu=asked.on_gpu)
+        self.pieces = kernel_table(compiled=self.compiled, width=self.width)
         self._by_parts: dict[int, Passes] = {}
         self.head = self._head()
         self.embedding = self._embedding()
@@ -136,21 +155,29 @@ class Costs:
         core_forward, core_backward = (
             sum(seconds) for seconds in zip(*map(self._core, cores), strict=True)
         )
-        forward_moves, backward_moves = self._moves(layer)
+        moves, back_moves = self._moves(layer)
         ring = self._all_reduce()
         # an all-reduce, or a gather and a scatter, of each pair of matrices between two norms
-        rings = sum(matrix.into_stream for matrix in matrices) * ring
+        num_rings = sum(matrix.into_stream for matrix in matrices)
+        rings = num_rings * ring
         under = sum(seconds[2] for matrix, seconds in linears.items() if matrix.cut == "rows")
         exposed, hidden = self._backward_tp(rings, under)
         # keys and values around cp, under the attention of the piece that is there
         around = self._ring_attention_comm(sum(core.keys for core in cores) / self.tp)
+        calls = CALL_LAUNCHES * num_rings * (self.tp > 1) + len(cores)
+        back = BACKWARD_LAUNCHES * len(matrices)
+        started, started_back = moves.kernels, back_moves.kernels
+        if self.compiled:
+            started, started_back = (moves.kernels * one for one in COMPILED_LAUNCHES)
         return Passes(
-            Work(forward, core_forward, forward_moves,
-                 rings + max(around - core_forward, 0.0), min(around, core_forward)),
-            Work(inputs, core_backward, backward_moves,
+            Work(forward, core_forward, self._piece_seconds(moves),
+                 rings + max(around - core_forward, 0.0), min(around, core_forward),
+                 calls + started + FORWARD_LAUNCHES * len(matrices)),
+            Work(inputs, core_backward, self._piece_seconds(back_moves),
                  exposed + max(2 * around - core_backward, 0.0),
-                 hidden + min(2 * around, core_backward)),
-            Work(weights, 0.0, self._accumulating(layer), 0.0),
+                 hidden + min(2 * around, core_backward),
+                 calls + started_back + back),
+            Work(weights, 0.0, self._accumulating(layer), launches=back),
             # two all-reduces, or two gathers of dy and two scatters of dx
             exposed=rings + max(2 * around - core_backward, 0.0),
             # the inputs of two column-parallel, dy of two row-parallel layers
@@ -174,29 +201,16 @@ class Costs:
         forward, back, weight = (sum(seconds) for seconds in zip(*products, strict=True))
         return forward, back, weight
 
-    def _moves(self, layer: Parts) -> tuple[float, float]:
-        """Seconds of a layer's elementwise kernels in forward and in backward."""
+    def _moves(self, layer: Parts) -> tuple[Moved, Moved]:
+        """What a layer's kernels between its products move in forward and in backward."""
         split = self.tokens / (self.tp if self.asked.parallel.splits_sequence else 1)
-        compiled = self.asked.precision.compiles(on_gpu=self.asked.on_gpu)
-        dropping = (
-            self.model.hidden_dropout > 0.0 and not compiled
-        )  # which makes masks in registers
-        dropped = self.device.dropout_values if dropping else 0.0
-        norms = sum(norm.width for norm in layer.of(Norm) if not norm.heads)
-        added = sum(matrix.rows for matrix in layer.of(Matrix) if matrix.into_stream)
-        # a norm reads and writes; an addition with dropout has three values and a mask
-        forward = split * (norms * 2 + added * (3 + dropped))
-        # norm: x, dy -> dx; addition of gradients; dropout
-        backward = split * (norms * 3 + added * (3 + 2.5 * (dropped > 0)))
-        for activation in layer.of(Activation):
-            forward += self.tokens * (activation.inputs + activation.width) / self.tp
-            backward += self.tokens * (2 * activation.inputs + activation.width) / self.tp
-        of_heads = sum(norm.width * norm.heads for norm in layer.of(Norm))
-        forward += self.tokens * 2 * of_heads / self.tp
-        backward += self.tokens * 3 * of_heads / self.tp
-        rotated = sum(core.queries + core.keys for core in layer.of(Core) if core.rotated)
-        both = self.tokens * 2 * rotated / self.tp
-        return self._moving(forward + both, 1), self._moving(backward + both, 1)
+        dropped = self.model.hidden_dropout > 0.0
+        mask = self.device.dropout_values * 2 / self.width if dropped else None
+        return moved(layer, self.pieces, tokens=self.tokens, split=split, tp=self.tp, mask=mask)
+
+    def _piece_seconds(self, work: Moved) -> float:
+        """Seconds of kernels between products."""
+        return self._moving(work.values, 1) + work.kernels * self.device.launch_seconds
 
     def _ring_attention_comm(self, keys: float) -> float:
         """Keys and values passed around the ranks that share a sequence."""
@@ -227,9 +241,12 @@ class Costs:
         square = self.tokens * model.seq_length * core.heads / self.tp * share
         flops = 4.0 * square * core.head_size
         if uses_flash(model, self.asked.precision, on_gpu=self.asked.on_gpu):
-            rate = device.matmul_tflops * 1e12 * device.attention
-            forward = flops / 2 / rate * self.slow  # the causal half
-            return forward + device.launch_seconds, 2.5 * forward + 2 * device.launch_seconds
+            seen = min(core.group or core.seen(model.seq_length), self.tokens)
+            rate = device.attention_flops(seen, core.head_size) / self.slow
+            causal = flops / 2
+            forward = causal / (rate * FORWARD_OF_ATTENTION)
+            backward = 3.5 * causal / rate - forward
+            return forward + device.launch_seconds, backward + 2 * device.launch_seconds
         # two batched products whose square operand goes through memory, softmax, dropout
         # their inner dimensions are a head and the sequence, or a group of it
         seen = core.group or model.seq_length
@@ -240,7 +257,9 @@ class Costs:
         )
         # the softmax reads and writes; dropout reads, writes and makes a mask that backward reads
         dropped = model.attention_dropout > 0.0
-        made = 2.0 + device.dropout_values if dropped else 0.0
+        made = (
+            2.0 + (_FUSED_MASK if self.asked.on_gpu else device.dropout_values) if dropped else 0.0
+        )
         forward = products + self._moving(square, 2.0 + made)
         return forward, 2 * products + self._moving(square, 3.0 + (2.5 if dropped else 0.0))
 
@@ -276,10 +295,10 @@ class Costs:
     def _scoring(self, logits: float) -> tuple[float, float]:
         """Seconds of the loss of so many logits, and of its gradient."""
         moving = self.device.moving_seconds
-        if self.asked.precision.compiles(on_gpu=self.asked.on_gpu):  # fp32 only in registers
+        if self.compiled:  # fp32 only in registers
             return moving(logits * self.width), moving(logits * 2 * self.width)
-        # fp32 log probabilities: read, written, read again for the sum; back the same way
-        return moving(logits * (self.width + 4 + 4)), moving(logits * (4 + 4 + 4 + self.width))
+        # fp32 log probabilities, read twice; their gradient by five kernels that read and write fp32
+        return moving(logits * (2 * self.width + 4)), moving(logits * (2 * self.width + 32))
 
     def _chunked_head(
         self, made: Work, *, gathered: float, reduced: float, under: float, norm: float,
@@ -327,7 +346,12 @@ class Costs:
                 done += passes.split()[1] * times
         if op in (Op.B, Op.I):
             done += self._again(stage)
-        return done
+        return self._waited(done)
+
+    def _waited(self, work: Work) -> Work:
+        """With the time that the device waits for its host; a CPU is both."""
+        host = work.launches * self.device.host_seconds
+        return replace(work, host=host if self.device.cpu else max(0.0, host - work.seconds))
 
     def _again(self, stage: StageLayers) -> Work:
         """What recomputing adds to a stage's backward."""
@@ -346,21 +370,26 @@ class Costs:
         return done
 
     def _norms_again(self, layer: Parts) -> Work:
-        """The norms before attention and MLP are read and written."""
+        """The norms before attention and MLP."""
         tokens = self.tokens / (self.tp if self.asked.parallel.splits_sequence else 1)
-        widths = sum(norm.width for norm in layer.of(Norm) if not norm.heads)
-        return Work(elementwise=self._moving(tokens * widths * 2, 1))
+        work = Moved()
+        for norm in layer.of(Norm):
+            if not norm.heads:
+                kernels, values = self.pieces[norm.function].forward
+                work += Moved(kernels, values * tokens * norm.width)
+        return Work(elementwise=self._piece_seconds(work), launches=work.kernels)
 
     def _mlp_again(self, layer: Parts) -> Work:
         again = Work()
         for activation in layer.of(Activation):
             branch = activation.name.rpartition(".")[0]
             matrices = [m for m in layer.of(Matrix) if m.name.startswith(branch + ".")]
+            kernels, values = self.pieces[activation.function].forward
+            elements = self.tokens * activation.width / self.tp
             again += Work(
                 products=sum(self._product(*matrix.local(self.tp))[0] for matrix in matrices),
-                elementwise=self._moving(
-                    self.tokens * (activation.inputs + activation.width) / self.tp, 1
-                ),
+                elementwise=self._piece_seconds(Moved(kernels, values * elements)),
+                launches=kernels + FORWARD_LAUNCHES * len(matrices),
                 tp=self._all_reduce(),
             )
         return again

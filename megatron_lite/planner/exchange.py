@@ -40,15 +40,22 @@ def data_parallel_seconds(costs: Costs, pp_rank: int) -> Exchange:
         return cluster.ring_seconds(bytes_passed / passes, replicas, stride=stride, passes=passes)
 
     stages, able = blueprint.stages_of(pp_rank), cluster.device.overlap
+    # of interleaved chunks all but one have those of pp micro batches, which other chunks compute
+    others = 1.0 - 1.0 / len(stages) if blueprint.schedule == "interleaved" else 0.0
+
+    def hidden(seconds: float, one: float) -> float:
+        wide = min(seconds, grid.pp * one)
+        return (others * wide + (1.0 - others) * min(seconds, one)) * able
+
     last = Op.W if blueprint.schedule in SPLIT_BACKWARD else Op.B
     in_backward = sum(costs.work(last, stage).seconds for stage in stages)
     in_forward = sum(costs.work(Op.F, stage).seconds for stage in stages)
     scattered = ring(sent.gradients, 1 if parallel.shares_state else 2)
     first, again, updated = ring(sent.forward), ring(sent.backward), ring(sent.updated)
     early = again + (scattered if parallel.overlap_grad_reduce else 0.0)
-    under_backward = min(early, in_backward) * able
-    under_forward = min(first, in_forward) * able
-    ahead = min(updated, in_forward) * able if parallel.overlap_param_gather else 0.0
+    under_backward = hidden(early, in_backward)
+    under_forward = hidden(first, in_forward)
+    ahead = hidden(updated, in_forward) if parallel.overlap_param_gather else 0.0
     each = scattered + again - under_backward + first - under_forward
     again_hidden = under_backward * again / early if early else 0.0
     return Exchange(

@@ -180,10 +180,13 @@ def step_time(costs: Costs, *, simulated: bool = True) -> StepTime:
         "attention": work.attention,
         "elementwise": work.elementwise,
         "tp communication": work.tp,
+        "host": work.host,
         "pipeline bubble": max(span - work.seconds, 0.0),
         "dp communication": dp.exposed,
         "optimizer": _optimizer_seconds(blueprint, costs.asked, costs.cluster, busiest),
     }
+    slower = costs.cluster.slowest - 1.0
+    seconds["slowest node"] = (span + seconds["optimizer"]) * slower
     every = blueprint.curvature_interval
     if every:
         fraction = blueprint.optim.sophia_hessian_fraction

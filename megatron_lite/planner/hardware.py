@@ -10,13 +10,16 @@ The time of a matrix product of m x k by k x n on a device is
 or the time to move its operands, where that is longer.  `matmul` is the fastest product anyone
 measured on the device.  The curve says what a training run reaches of it: `sustained` for a long
 inner dimension (clocks under load, waves that do not fill), less for a short one, whose tiles have
-little to do between their first load and their last store.  Both numbers were fitted on a few of
-the published runs in tests/planner/published_times.tsv, `half_inner` for all devices together.
+little to do between their first load and their last store.  Fused attention likewise: `attention`
+for long sequences and heads of 128 features, less for short ones.  Fitted were `sustained` of three
+makes of devices, and for all GPUs `half_inner`, `overlap` and `spread`, on the rows that say so in
+tests/planner/published_times.tsv.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +32,13 @@ from megatron_lite.config.errors import ConfigError, all_together
 GIB = 2**30
 
 HALF_INNER = 300.0
-"""Fitted, and capped: the fit falls on until 500, flatly, where `sustained` would leave no room."""
+"""Of an H100, which makes 237 FLOPs in the time of a byte: what a tile loads and stores besides its
+products takes as many of them as the device is faster at these.  Others have it in that proportion."""
+
+_HALF_PER_INTENSITY = HALF_INNER / (794.5e3 / 3350)
+
+_GPU_OVERLAP = 0.8
+_GPU_SPREAD = 0.005
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,7 +56,8 @@ class Device:
     sustained: float
     """Share of matmul_tflops that products of a training run reach."""
     attention: float
-    """Share of matmul_tflops that a fused attention kernel reaches."""
+    """Share of matmul_tflops that a fused attention kernel reaches, forward and backward together,
+    with long sequences and heads of 128 features."""
     memory_gb: float
     """Capacity in GB of 1e9 bytes."""
     bandwidth_gb_s: float
@@ -60,14 +70,23 @@ class Device:
     sources: Mapping[str, str]
     half_inner: float = HALF_INNER
     """Inner dimension at which a product reaches half of its rate."""
+    attention_half_length: float = 500.0
+    """Sequence at which it reaches half of that: blocks on the diagonal, and few of them."""
+    attention_half_head: float = 18.0
+    """Head size at which its products reach half of their rate, their softmax the other half."""
     launch_seconds: float = 5e-6
     """Fill and drain of one kernel."""
+    host_seconds: float = 5e-6
+    """Time in which the host starts one kernel."""
+    spread: float = 0.0
+    """How unequal nodes are: relative standard deviation of the time of one."""
     memory_efficiency: float = 0.8
     """Share of bandwidth_gb_s that elementwise kernels reach."""
     optimizer_efficiency: float = 0.8
     """Share of bandwidth_gb_s that the update of masters and moments reaches."""
     overlap: float = 1.0
-    """Share of communication meant to run under products that does; none where they share cores."""
+    """Share of communication meant to run under products that does; the rest is what the products lose
+    to its kernels.  None where both share cores."""
     link_efficiency: float = 0.8
     """Share of link_gb_s that ring collectives reach."""
     network_efficiency: float = 0.8
@@ -80,8 +99,8 @@ class Device:
     """fp32 products without TF32, as a multiple of the 16-bit rate (A100: 19.5 of 312)."""
     tf32_rate: float = 0.5
     """Products of fp32 tensors in TF32, likewise (A100: 156 of 312)."""
-    dropout_values: float = 0.5
-    """Values moved to make an element of a dropout mask; half a value is a mask written and read."""
+    dropout_values: float = 41.0
+    """Values moved to make an element of a dropout mask where nothing is compiled (kernels/random.py)."""
     bf16: bool = True
     """Whether it has units for bf16, and for TF32; NVIDIA's do since Ampere."""
     cpu: bool = False
@@ -103,6 +122,13 @@ class Device:
         """Share of matmul_tflops that a product with this inner dimension reaches in training."""
         return self.sustained * inner / (inner + self.half_inner)
 
+    def attention_flops(self, length: float, head_size: int) -> float:
+        """FLOPs per second of a fused attention kernel on sequences of this length."""
+        head, half = min(head_size, 128), self.attention_half_head
+        by_head = head / (head + half) * (128 + half) / 128
+        by_length = length / (length + self.attention_half_length)
+        return self.matmul_tflops * 1e12 * self.attention * by_head * by_length
+
     def moving_seconds(self, moved_bytes: float) -> float:
         """Time of kernels that only move bytes through memory."""
         return moved_bytes / (self.bandwidth_gb_s * 1e9 * self.memory_efficiency)
@@ -120,6 +146,11 @@ class Cluster:
     def num_nodes(self) -> int:
         """Nodes, the last one perhaps not full."""
         return -(-self.world_size // self.devices_per_node)
+
+    @property
+    def slowest(self) -> float:
+        """Time of the slowest node as a multiple of the mean: the greatest of so many normal numbers."""
+        return 1.0 + self.device.spread * math.sqrt(2.0 * math.log(self.num_nodes))
 
     def ring_seconds(self, payload_bytes: float, ranks: int, *, stride: int, passes: int) -> float:
         """A ring collective over `ranks` devices that lie `stride` ranks apart.
@@ -157,19 +188,59 @@ _CPU_PEAK = 0.12
 
 _MAMF = "ml-engineering (S. Bekman), table of maximum achievable matmul FLOPS, bf16"
 _ASSUMED = "not measured by anyone we know: "
+_TABLE = "runs of tests/planner/published_times.tsv"
+_FITTED = f"fitted on {_TABLE}"
 
 
-def _device(name: str, numbers: tuple[float, ...], per_node: int, **sources: str) -> Device:
+@dataclass(frozen=True, slots=True)
+class _Generation:
+    """What kernels reach on devices of one make; see the fields of Device of the same names."""
+
+    sustained: float
+    attention: float
+    half_length: float
+    half_head: float
+    fitted: str
+    measured: str
+
+    def like(self, attention: float | None = None, measured: str = "") -> _Generation:
+        """The same for a device that no run was fitted on."""
+        return dataclasses.replace(
+            self, fitted="taken from its kin; " + self.fitted,
+            attention=attention or self.attention, measured=measured or self.measured,
+        )  # fmt: skip
+
+
+_AMPERE = _Generation(
+    0.815, 0.72, 500, 18, _FITTED,
+    "FlashAttention-2, arXiv:2307.08691, figure 4: causal, forward and backward, heads of 64 and 128",
+)  # fmt: skip
+_HOPPER = _Generation(
+    0.944, 0.69, 600, 62, _FITTED,
+    "our H100, docs/benchmarks.md: 262 TFLOP/s at 1024 x 64, 513 at 8192 x 128 (cuDNN)",
+)  # fmt: skip
+_BLACKWELL = _Generation(
+    0.73, 0.60, 600, 62, _FITTED, _ASSUMED + "60 % of the matmul rate"
+)  # fmt: skip
+_CORES = _Generation(0.9, 0.3, 1, 1, "guessed", "guessed")
+
+
+def _device(
+    name: str, kind: _Generation, numbers: tuple[float, ...], per_node: int, **sources: str
+) -> Device:
     cpu = name == "cpu"
+    sources = {"sustained": kind.fitted, "attention": kind.measured, **sources}
     if not cpu:
         sources = {"peak_tflops": ACCELERATORS[name].source, **sources}
-    matmul, sustained, attention, memory, bandwidth, link, network = numbers
+    matmul, memory, bandwidth, link, network = numbers
     return Device(
         name=name,
         peak_tflops=_CPU_PEAK if cpu else ACCELERATORS[name].peak_tflops,
         matmul_tflops=matmul,
-        sustained=sustained,
-        attention=attention,
+        sustained=kind.sustained,
+        attention=kind.attention,
+        attention_half_length=kind.half_length,
+        attention_half_head=kind.half_head,
         memory_gb=memory,
         bandwidth_gb_s=bandwidth,
         link_gb_s=link,
@@ -179,20 +250,22 @@ def _device(name: str, numbers: tuple[float, ...], per_node: int, **sources: str
         cpu=cpu,
         bf16=not name.startswith("v100"),
         fp32_rate=1.0 if cpu else 1 / 16,
+        half_inner=HALF_INNER if cpu else _HALF_PER_INTENSITY * matmul * 1e3 / bandwidth,
+        overlap=1.0 if cpu else _GPU_OVERLAP,
+        spread=0.0 if cpu else _GPU_SPREAD,
     )
 
 
 def _nvidia(
-    name: str, sheet: str, network: str, numbers: tuple[float, ...], *, per_node: int = 8,
-    matmul: str = _MAMF, sustained: str, attention: str,
+    name: str, kind: _Generation, sheet: str, network: str, numbers: tuple[float, ...], *,
+    per_node: int = 8, matmul: str = _MAMF,
 ) -> Device:  # fmt: skip
     return _device(
         name,
+        kind,
         numbers,
         per_node,
         matmul_tflops=matmul,
-        sustained=sustained,
-        attention=attention,
         memory_gb=sheet,
         bandwidth_gb_s=sheet,
         link_gb_s=f"{sheet}, half of the bidirectional figure of NVLink",
@@ -202,72 +275,46 @@ def _nvidia(
 
 
 _GUESSED = "one core of a usual server, guessed; tools/calibrate.py measures yours"
-_FITTED = "fitted on runs of tests/planner/published_times.tsv"
-_FA2 = (
-    "FlashAttention-2, arXiv:2307.08691, figure 5: forward and backward about 200 TFLOP/s on A100"
-)
-_FA3 = "FlashAttention-3, arXiv:2407.08608: cuDNN and FA3 forward 500-650, backward 450-560 TFLOP/s"
-_LIKE_H100 = "taken from h100; " + _FITTED
-_LIKE_FA3 = "share taken from h100: " + _FA3
 _HDR = "one HDR InfiniBand port of 200 Gb/s per GPU (DGX A100)"
 _NDR = "one NDR InfiniBand port of 400 Gb/s per GPU (DGX H100, B200)"
 _XDR = "one ConnectX-8 port of 800 Gb/s per GPU (GB300 NVL72)"
+_AMD = _HOPPER.like(0.55, _ASSUMED + "55 % of the matmul rate")
 
-#                  matmul sust  attn  GB   GB/s  link  network
-_A100_SUSTAINED = 0.845
-_H100_SUSTAINED = 0.929
-
+#                  matmul   GB   GB/s  link  network
 DEVICES: Mapping[str, Device] = {
     device.name: device
     for device in (
-        _nvidia("v100-32g", "NVIDIA V100 SXM3 data sheet (fp16; it has no bf16)",
+        _nvidia("v100-32g", _AMPERE.like(0.40, _ASSUMED + "no fused kernel of ours"),
+                "NVIDIA V100 SXM3 data sheet (fp16; it has no bf16)",
                 "one EDR InfiniBand port of 100 Gb/s per two GPUs (DGX-2)",
-                (102, 0.80, 0.40, 32, 900, 150, 6.25), per_node=8,
-                matmul=_ASSUMED + "82 % of peak, as A100 PCIe",
-                sustained="taken from a100; " + _FITTED, attention=_ASSUMED + "no fused kernel of ours"),
-        _nvidia("a100-40g", "NVIDIA A100 data sheet", _HDR,
-                (271.2, _A100_SUSTAINED, 0.70, 40, 1555, 300, 25),
-                sustained=_FITTED, attention=_FA2),
-        _nvidia("a100-80g", "NVIDIA A100 data sheet", _HDR,
-                (271.2, _A100_SUSTAINED, 0.70, 80, 2039, 300, 25),
-                sustained=_FITTED, attention=_FA2),
-        _nvidia("h100", "NVIDIA H100 SXM data sheet", _NDR,
-                (794.5, _H100_SUSTAINED, 0.65, 80, 3350, 450, 50),
-                sustained=_FITTED, attention=_FA3),
-        _nvidia("h800", "NVIDIA H800 SXM data sheet (NVLink 400 GB/s)", _NDR,
-                (794.5, _H100_SUSTAINED, 0.65, 80, 3350, 200, 50),
-                matmul=_MAMF + " of H100", sustained=_LIKE_H100, attention=_LIKE_FA3),
-        _nvidia("h200", "NVIDIA H200 SXM data sheet", _NDR,
-                (794.5, _H100_SUSTAINED, 0.65, 141, 4800, 450, 50),
-                sustained=_LIKE_H100, attention=_LIKE_FA3),
-        _nvidia("gh200", "NVIDIA GH200 data sheet (96 GB HBM3)", _NDR,
-                (828.6, _H100_SUSTAINED, 0.65, 96, 4000, 450, 50), per_node=4,
-                sustained=_LIKE_H100, attention=_LIKE_FA3),
-        _nvidia("b200", "NVIDIA HGX B200 data sheet", _NDR,
-                (1745, _H100_SUSTAINED, 0.60, 180, 7700, 900, 50),
-                sustained=_LIKE_H100, attention=_ASSUMED + "60 % of the matmul rate"),
-        _nvidia("gb200", "NVIDIA GB200 NVL72 data sheet", _NDR,
-                (1939, _H100_SUSTAINED, 0.60, 186, 8000, 900, 50), per_node=72,
-                matmul=_ASSUMED + "77.6 % of peak, as B200",
-                sustained=_LIKE_H100, attention=_ASSUMED + "60 % of the matmul rate"),
-        _nvidia("gb300", "NVIDIA GB300 NVL72 data sheet", _XDR,
-                (1939, _H100_SUSTAINED, 0.60, 279, 8000, 900, 100), per_node=72,
-                matmul=_ASSUMED + "77.6 % of peak, as B200",
-                sustained=_LIKE_H100, attention=_ASSUMED + "60 % of the matmul rate"),
-        _device("cpu", (0.1, 0.9, 0.3, 16, 12, 4, 1.0), 2,
+                (102, 32, 900, 150, 6.25), matmul=_ASSUMED + "82 % of peak, as A100 PCIe"),
+        _nvidia("a100-40g", _AMPERE, "NVIDIA A100 data sheet", _HDR, (271.2, 40, 1555, 300, 25)),
+        _nvidia("a100-80g", _AMPERE, "NVIDIA A100 data sheet", _HDR, (271.2, 80, 2039, 300, 25)),
+        _nvidia("h100", _HOPPER, "NVIDIA H100 SXM data sheet", _NDR, (794.5, 80, 3350, 450, 50)),
+        _nvidia("h800", _HOPPER.like(), "NVIDIA H800 SXM data sheet (NVLink 400 GB/s)", _NDR,
+                (794.5, 80, 3350, 200, 50), matmul=_MAMF + " of H100"),
+        _nvidia("h200", _HOPPER.like(), "NVIDIA H200 SXM data sheet", _NDR,
+                (794.5, 141, 4800, 450, 50)),
+        _nvidia("gh200", _HOPPER.like(), "NVIDIA GH200 data sheet (96 GB HBM3)", _NDR,
+                (828.6, 96, 4000, 450, 50), per_node=4),
+        _nvidia("b200", _BLACKWELL.like(), "NVIDIA HGX B200 data sheet", _NDR,
+                (1745, 180, 7700, 900, 50)),
+        _nvidia("gb200", _BLACKWELL, "NVIDIA GB200 NVL72 data sheet", _NDR,
+                (1939, 186, 8000, 900, 50), per_node=72,
+                matmul=_ASSUMED + "77.6 % of peak, as B200"),
+        _nvidia("gb300", _BLACKWELL.like(), "NVIDIA GB300 NVL72 data sheet", _XDR,
+                (1939, 279, 8000, 900, 100), per_node=72,
+                matmul=_ASSUMED + "77.6 % of peak, as B200"),
+        _device("cpu", _CORES, (0.1, 16, 12, 4, 1.0), 2,
                 peak_tflops=_GUESSED, matmul_tflops=_GUESSED, sustained=_GUESSED,
                 attention=_GUESSED, memory_gb=_GUESSED, bandwidth_gb_s=_GUESSED,
                 link_gb_s=_GUESSED, network_gb_s=_GUESSED, devices_per_node=_GUESSED),
-        _device("mi300x", (781.9, _H100_SUSTAINED, 0.55, 192, 5300, 448, 50), 8,
-                matmul_tflops=_MAMF,
-                sustained=_LIKE_H100, attention=_ASSUMED + "55 % of the matmul rate",
+        _device("mi300x", _AMD, (781.9, 192, 5300, 448, 50), 8, matmul_tflops=_MAMF,
                 memory_gb="AMD MI300X data sheet", bandwidth_gb_s="AMD MI300X data sheet",
                 link_gb_s="AMD MI300X data sheet: 7 Infinity Fabric links of 64 GB/s per direction",
                 network_gb_s="one port of 400 Gb/s per GPU (usual in servers of 8)",
                 devices_per_node="AMD MI300X platform data sheet"),
-        _device("mi325x", (781.9, _H100_SUSTAINED, 0.55, 256, 6000, 448, 50), 8,
-                matmul_tflops=_MAMF + " of MI300X",
-                sustained=_LIKE_H100, attention=_ASSUMED + "55 % of the matmul rate",
+        _device("mi325x", _AMD, (781.9, 256, 6000, 448, 50), 8, matmul_tflops=_MAMF + " of MI300X",
                 memory_gb="AMD MI325X data sheet", bandwidth_gb_s="AMD MI325X data sheet",
                 link_gb_s="AMD MI325X data sheet: 7 Infinity Fabric links of 64 GB/s per direction",
                 network_gb_s="one port of 400 Gb/s per GPU (usual in servers of 8)",
@@ -304,6 +351,9 @@ def _known_peak(key: str) -> str:
     return f"no such device to plan for (its peak is {peak:g} TFLOP/s, its links are not known)"
 
 
+_MAY_BE_0 = ("overlap", "spread")
+
+
 def read_device(path: str) -> Device:
     """A device from YAML: `base: <known device>` and the fields that differ, or all fields.
 
@@ -332,7 +382,7 @@ def read_device(path: str) -> Device:
             problems.append(f"{path}: {key}: {value!r} must be true or false")
         if key in fields and key not in ("name", "sources", "cpu", "bf16"):
             number = isinstance(value, int | float) and not isinstance(value, bool)
-            low = number and (value < 0 if key == "overlap" else value <= 0)
+            low = number and (value < 0 if key in _MAY_BE_0 else value <= 0)
             if not number or low:
                 problems.append(f"{path}: {key}: {value!r} must be a number above 0")
             elif key in ("sustained", "attention", "overlap") or key.endswith("_efficiency"):

@@ -9,18 +9,24 @@ from megatron_lite.blueprint.schedules.actions import Op
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """Seconds by kind; `tp` is what of the collectives is exposed, `tp_hidden` what runs under products."""
+    """Seconds by kind; `tp` is what of the collectives is exposed, `tp_hidden` what runs under products.
+
+    launches: kernels that the host starts, and what it does besides in as many times of one;
+    host: what the device waits for them.
+    """
 
     products: float = 0.0
     attention: float = 0.0
     elementwise: float = 0.0
     tp: float = 0.0
     tp_hidden: float = 0.0
+    launches: float = 0.0
+    host: float = 0.0
 
     @property
     def seconds(self) -> float:
         """How long it takes."""
-        return self.products + self.attention + self.elementwise + self.tp
+        return self.products + self.attention + self.elementwise + self.tp + self.host
 
     def __add__(self, other: Work) -> Work:
         return Work(
@@ -29,6 +35,8 @@ class Work:
             self.elementwise + other.elementwise,
             self.tp + other.tp,
             self.tp_hidden + other.tp_hidden,
+            self.launches + other.launches,
+            self.host + other.host,
         )
 
     def __mul__(self, times: float) -> Work:
@@ -38,6 +46,8 @@ class Work:
             self.elementwise * times,
             self.tp * times,
             self.tp_hidden * times,
+            self.launches * times,
+            self.host * times,
         )
 
 

@@ -102,7 +102,9 @@ def test_groups_of_s2_attention_cost_their_share_of_the_attention(backend: str) 
     full, groups = (planned(f"{flags} {more}") for more in ("", "--s2-attention"))
     (of_full, of_groups) = (plan.costs.layer(0) for plan in (full, groups))
     share = of_groups.forward.attention / of_full.forward.attention
-    assert share == pytest.approx(15 / 64, rel=0.1)
+    reached = full.cluster.device.attention_flops
+    slower = reached(8192, 128) / reached(2048, 128) if backend == "auto" else 1.0
+    assert share == pytest.approx(15 / 64 * slower, rel=0.1)
     assert of_groups.forward.products == of_full.forward.products
     assert groups.rates.step_seconds < full.rates.step_seconds
     assert groups.worst.total <= full.worst.total * 1.1
