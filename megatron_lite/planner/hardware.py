@@ -111,6 +111,11 @@ class Device:
         """Capacity in bytes."""
         return self.memory_gb * 1e9
 
+    @property
+    def is_fitted(self) -> bool:
+        """Whether `sustained` comes from measured steps, or from who knows the device."""
+        return self.sources.get("sustained", "").startswith(("fitted", "given"))
+
     def product_seconds(self, rows: float, inner: float, columns: float) -> float:
         """Time of a 16-bit matrix product [rows, inner] x [inner, columns]."""
         flops = 2.0 * rows * inner * columns

@@ -23,6 +23,7 @@ from megatron_lite.planner.hardware import GIB
 from megatron_lite.planner.memory import PlanInputs, RankMemory, layer_items
 from megatron_lite.planner.remarks import format_warnings, hints, kernel_notes
 from megatron_lite.planner.search import SearchResult
+from megatron_lite.planner.trust import trusted
 
 _ALWAYS = ("activations", "logits")
 """Kinds with a column even where all are 0."""
@@ -69,7 +70,7 @@ def plan_json(plan: Forecast, extra: Extra) -> dict[str, object]:
         "time": {"step_seconds": rates.step_seconds,
                  "predicted_step_seconds": sum(plan.seconds.values()),
                  "seconds": dict(plan.seconds), "hidden_seconds": dict(plan.hidden_seconds),
-                 "bubble": plan.bubble},
+                 "bubble": plan.bubble, **_range_json(plan)},
         "pipeline": _pipeline(plan),
         "rates": {"tokens_per_second_per_gpu": rates.tgs, "tgs": rates.tgs,
                   "tflops_per_gpu": rates.tflops, "tflops_per_gpu_causal": rates.tflops_causal,
@@ -87,6 +88,13 @@ def plan_json(plan: Forecast, extra: Extra) -> dict[str, object]:
         "hints": list(hints(plan)),
         "notes": list(_notes(plan, extra)),
     }  # fmt: skip
+
+
+def _range_json(plan: Forecast) -> dict[str, object]:
+    range_ = trusted(plan)
+    if range_ is None:
+        return {"range_seconds": None, "in_doubt": []}
+    return {"range_seconds": [range_.low, range_.high], "in_doubt": list(range_.why)}
 
 
 def to_text(plan: Forecast, extra: Extra, *, width: int | None = None) -> str:
@@ -187,7 +195,12 @@ def _verdict(plan: Forecast, extra: Extra) -> Iterator[str]:
 def _time(plan: Forecast) -> Iterator[str]:
     yield ""
     predicted = sum(plan.seconds.values())
-    yield f"seconds per step{predicted:>26.3f}"
+    range_ = trusted(plan)
+    if range_ is None:
+        yield f"seconds per step{predicted:>26.3f}"
+    else:
+        both = f"{range_.low:.3f} to {range_.high:.3f}"
+        yield f"seconds per step{both:>26}; by this sum {predicted:.3f}"
     for kind, seconds in plan.seconds.items():
         hidden = plan.hidden_seconds.get(kind, 0.0)
         besides = f"   and {hidden:.3f} hidden under computation" if hidden else ""
@@ -195,6 +208,25 @@ def _time(plan: Forecast) -> Iterator[str]:
     for kind, seconds in plan.hidden_seconds.items():
         if kind not in plan.seconds and seconds:
             yield f"  {kind:<24}{'hidden':>16}   {seconds:.3f}"
+    yield from _doubts(plan)
+
+
+def _slowest_fastest(plan: Forecast) -> tuple[float, float]:
+    """Multiples of the predicted rates between which they may be; 1 where their number stands."""
+    range_, step = trusted(plan), plan.rates.step_seconds
+    if range_ is None or step != sum(plan.seconds.values()):
+        return 1.0, 1.0
+    return step / range_.high, step / range_.low
+
+
+def _between(rate: float, least: float, most: float) -> str:
+    return f"{rate:,.1f}" + (f" ({rate * least:,.0f} to {rate * most:,.0f})" * (least != most))
+
+
+def _doubts(plan: Forecast) -> Iterator[str]:
+    range_ = trusted(plan)
+    for doubt in range_.why if range_ else ():
+        yield f"a range, not a number: {doubt}"
 
 
 def _rates(plan: Forecast) -> Iterator[str]:
@@ -203,13 +235,15 @@ def _rates(plan: Forecast) -> Iterator[str]:
     if r.step_seconds != sum(plan.seconds.values()):
         yield f"measured: {r.step_seconds:.3f} s per step, from which all below follows"
     world, peak = plan.blueprint.grid.world_size, plan.cluster.device.peak_tflops
+    least, most = _slowest_fastest(plan)
+    share = f" ({r.mfu * least:.1%} to {r.mfu * most:.1%})" * (least != most)
     samples = r.tgs * world / plan.blueprint.model.seq_length
     yield (
-        f"TGS {r.tgs:,.1f} tokens per second and GPU; all together {r.tgs * world:,.0f} tokens, "
-        f"{samples:,.4g} sequences per second"
+        f"TGS {_between(r.tgs, least, most)} tokens per second and GPU; all together "
+        f"{r.tgs * world:,.0f} tokens, {samples:,.4g} sequences per second"
     )
     yield (
-        f"MFU {r.mfu:.1%} = {r.tflops:,.1f} TFLOP/s per GPU of {peak:,g} (dense 16-bit peak); FLOPs "
+        f"MFU {r.mfu:.1%}{share} = {r.tflops:,.1f} TFLOP/s per GPU of {peak:,g} (dense 16-bit peak); FLOPs "
         "of the model, attention as a full square (SC21)"
     )
     yield (
@@ -348,6 +382,7 @@ def found_text(found: SearchResult, asked: PlanInputs, optim: OptimConfig) -> st
             f"{n:>4}{plan.rates.step_seconds:>9.3f}{plan.rates.tgs:>10,.1f}{plan.rates.mfu:>8.1%}"
             f"{plan.worst.total / GIB:>8.1f}{plan.bubble:>9.1%}  {flags}"
         )
+    lines += _doubts(found.ranked[0])
     return "\n".join(lines)
 
 
@@ -373,6 +408,7 @@ def found_json(found: SearchResult, asked: PlanInputs, optim: OptimConfig) -> di
                 "mfu": plan.rates.mfu,
                 "total_bytes": plan.worst.total,
                 "bubble": plan.bubble,
+                **_range_json(plan),
             }
             for plan in found.ranked
         ],

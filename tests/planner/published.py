@@ -63,24 +63,21 @@ def named(name: str) -> Run:
     return run
 
 
-def plan(run: Run, **device: float) -> Forecast:
-    """What we predict for it, with some numbers of the device replaced."""
-    blueprint, asked, cluster = drawn(run.flags)
-    changed = dataclasses.replace(cluster.device, **device)
-    return forecast(blueprint, asked, dataclasses.replace(cluster, device=changed))
+def plan(run: Run) -> Forecast:
+    """What we predict for it."""
+    return forecast(*drawn(run.flags))
 
 
-def error(run: Run, **device: float) -> float:
+def error(run: Run, predicted: Forecast) -> float:
     """Predicted over measured step time, minus one."""
-    plan_ = plan(run, **device)
-    rates = plan_.rates
+    rates = predicted.rates
     if run.unit == "s":
         return rates.step_seconds / run.value - 1
     found = {
         "TGS": rates.tgs,
         "TF/GPU": rates.tflops_hardware,
         "% MFU": rates.mfu * 100,
-        "samp/s": rates.tgs / plan_.blueprint.model.seq_length,
+        "samp/s": rates.tgs / predicted.blueprint.model.seq_length,
     }
     return run.value / found[run.unit] - 1
 
