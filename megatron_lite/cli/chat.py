@@ -25,6 +25,7 @@ from typing import NoReturn
 
 from megatron_lite.cli.speaking.model import (
     Speaker,
+    TriedTemplate,
     add_cache_flags,
     add_chat_flags,
     add_model_flags,
@@ -58,15 +59,16 @@ def main() -> int:
             "alone; tools/generate.py answers over several"
         )
     ctx = ParallelContext.serial(choose_device(launch, use_cpu=asked.use_cpu, backend=None))
-    speaker = load_speaker(asked, ctx)
-    renderer = speaker.renderer(asked)
+    begun = [Message("system", asked.system)] if asked.system else []
+    template = TriedTemplate(asked, [*begun, Message("user", "hello")])
+    speaker = load_speaker(asked, ctx, template.look)
+    renderer = template.renderer
     _say(f"chat template: {renderer.name}; /help /reset /system /save /exit")
     generation = Generation(
         speaker.model, keep=asked.cache_tokens, start=asked.sink_tokens, remember=True
     )
     chat = Chat(asked, settings, speaker, renderer, generation, asked.system)
     try:
-        chat.rehearse()
         while chat.take(_line()):
             pass
     finally:
@@ -103,10 +105,6 @@ class Chat:
     def messages(self) -> list[Message]:
         """All that was said, the system text first."""
         return [*([Message("system", self.system)] if self.system else []), *self.turns]
-
-    def rehearse(self) -> None:
-        """DataError for a template that cannot write any conversation, before one is begun."""
-        self.renderer.ids([*self.messages, Message("user", "hello")])
 
     def take(self, line: str | None) -> bool:
         """A line was typed; False where it ends the conversation."""
@@ -207,9 +205,10 @@ def _utf8(text: str) -> str:
 def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, Sampling]:
     parser = ToolParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_model_flags(parser)
-    parser.add_argument("--system", help="what the model is told before the conversation")
-    add_chat_flags(parser)
-    parser.add_argument("--max-new-tokens", type=int, default=512, help="of an answer")
+    add = parser.add_argument_group("conversation").add_argument
+    add("--system", metavar="TEXT", help="what the model is told before the conversation")
+    add_chat_flags(add)
+    add("--max-new-tokens", type=int, default=512, metavar="N", help="of an answer (%(default)s)")
     add_sampling_flags(parser)
     add_cache_flags(parser)
     asked = parser.parse_args(argv)

@@ -100,38 +100,27 @@ def main() -> int:
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = ToolParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "source",
-        metavar="FROM",
-        help="a folder of Hugging Face's, another program's checkpoint, or a run folder",
-    )
-    parser.add_argument("target", metavar="TO", help="the new folder")
-    parser.add_argument("--dry-run", action="store_true", help="list every tensor, write nothing")
-    parser.add_argument("--max-shard-size", default="5GB", help="most bytes of one file (5GB)")
-    parser.add_argument("--ckpt-step", type=int, help="this iteration instead of the newest")
-    parser.add_argument(
-        "--dtype",
-        choices=[*_FORMATS, _PACKED],
-        help="format of an export; as stored by default, of one file f32",
-    )
-    parser.add_argument(
-        "--to", choices=["huggingface", *_ONE_FILE], help="whose format an export has (huggingface)"
-    )
-    parser.add_argument(
-        "--merge", action="store_true", help="write adapters into the weights, not beside them"
-    )
-    parser.add_argument("--adapter", help="adapters to merge: a folder of PEFT's, or a run's")
-    parser.add_argument("--family", help="model_type of an export; the first that can say all")
-    parser.add_argument(
-        "--vocab-size", type=int, help="rows of another program's padded token table to keep; all"
-    )
+    add = parser.add_argument
+    add("source", metavar="FROM",
+        help="a folder of Hugging Face's, another program's checkpoint, or a run folder")  # fmt: skip
+    add("target", metavar="TO", help="the new folder")
+    add("--dry-run", action="store_true", help="list every tensor, write nothing")
+    add("--ckpt-step", type=int, metavar="N", help="this iteration instead of the newest")
+    add("--vocab-size", type=int, metavar="N",
+        help="rows of another program's padded token table to keep; all")  # fmt: skip
     add_extend_flag(parser)
-    parser.add_argument("--no-tokenizer", action="store_true", help="leave the tokenizer out")
-    parser.add_argument("--vocab-file", help="instead of the one the run was trained with")
-    parser.add_argument("--merge-file", help="instead of the one the run was trained with")
-    parser.add_argument(
-        ALLOW_MISMATCH, action="store_true", help="export with another tokenizer than its own"
-    )
+    add = parser.add_argument_group("exports").add_argument
+    add("--to", choices=["huggingface", *_ONE_FILE], help="whose format (huggingface)")
+    add("--dtype", choices=[*_FORMATS, _PACKED], help="as stored by default, of one file f32")
+    add("--max-shard-size", default="5GB", help="most bytes of one file (%(default)s)")
+    add("--family", help="model_type; the first that can say all")
+    add("--merge", action="store_true", help="write adapters into the weights, not beside them")
+    add("--adapter", help="adapters to merge: a folder of PEFT's, or a run's")
+    add = parser.add_argument_group("tokenizer").add_argument
+    add("--no-tokenizer", action="store_true", help="leave it out")
+    add("--vocab-file", help="instead of the one the run was trained with")
+    add("--merge-file", help="instead of the one the run was trained with")
+    add(ALLOW_MISMATCH, action="store_true", help="export with another than its own")
     asked = parser.parse_args(argv)
     extend(asked.extend)
     if asked.family not in (None, *FAMILIES):

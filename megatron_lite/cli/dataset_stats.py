@@ -63,11 +63,13 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         type=int,
         help="with --table: tokens of the whole run; each pair once if left out",
     )
+    add = parser.add_argument_group("what is shown beside").add_argument
     add("--plot", metavar="PNG", help="draw the lengths of documents (extra: plot)")
     add("--top", type=int, default=0, help="show so many of the most frequent tokens")
     add("--most-tokens", type=int, default=100_000_000, help="tokens read for --top, of each pair")
     add("--samples", type=int, default=0, help="show the beginning of so many documents")
     add("--seed", type=int, default=0, help="of the choice of documents")
+    add = parser.add_argument_group("tokenizer").add_argument
     add("--tokenizer-type", help="show tokens as text: GPT2BPETokenizer, HuggingFaceTokenizer, ...")
     add("--vocab-file", help="gpt2-vocab.json")
     add("--merge-file", help="gpt2-merges.txt")

@@ -192,17 +192,17 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, Sampling]:
     parser = ToolParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_model_flags(parser)
     add_prompt_flags(parser)
-    parser.add_argument("--max-new-tokens", type=int, default=64)
-    parser.add_argument("--num-samples", type=int, default=1, help="continuations per prompt")
-    parser.add_argument("--stop", nargs="+", action="extend", help="texts that end a continuation")
+    add = parser.add_argument_group("continuations").add_argument
+    add("--max-new-tokens", type=int, default=64, metavar="N", help="of each (%(default)s)")
+    add("--num-samples", type=int, default=1, metavar="N", help="of each prompt (%(default)s)")
+    add("--stop", nargs="+", action="extend", help="texts that end one")
+    add("--stream", action="store_true", help="print each token as it comes")
+    add("--jsonl", action="store_true", help="print one JSON object a line")
     add_sampling_flags(parser)
-    parser.add_argument("--stream", action="store_true", help="print each token as it comes")
-    parser.add_argument("--jsonl", action="store_true", help="print one JSON object a line")
-    parser.add_argument("--batch-size", type=int, default=8, help="continuations at once")
-    parser.add_argument(
-        "--prefill-chunk", type=int, default=CHUNK, help="tokens of a prompt that go in at once"
-    )
-    parser.add_argument(
+    add = parser.add_argument_group("speed").add_argument
+    add("--batch-size", type=int, default=8, help="continuations at once (%(default)s)")
+    add("--prefill-chunk", type=int, default=CHUNK, help="tokens of a prompt that go in at once")
+    add(
         "--memory-bandwidth", type=float, metavar="GB/S",
         help="of this device, for how fast decoding could be at most; known of many GPUs",
     )  # fmt: skip

@@ -24,13 +24,13 @@ try:
     from megatron_lite.blueprint.plan import describe
     from megatron_lite.config.blend import data_sources
     from megatron_lite.config.errors import ConfigError
-    from megatron_lite.config.exit import failed
+    from megatron_lite.config.exit import asks_for_text, failed
     from megatron_lite.config.flags.parser import ParsedFlags, parse
     from megatron_lite.config.objectives import SFT
     from megatron_lite.config.rules import table as rules
     from megatron_lite.config.sections.parallel import ParallelConfig
     from megatron_lite.config.sections.run import RunConfig
-    from megatron_lite.config.streams import outlive_output, settle_output
+    from megatron_lite.config.streams import ReaderGone, outlive_output, settle_output
     from megatron_lite.data.present import require_local_files
     from megatron_lite.data.provenance import end_of_document, made_with
     from megatron_lite.data.sources import uncounted, what_counts, with_epochs
@@ -278,7 +278,7 @@ def start() -> NoReturn:
 
 def run() -> int:
     """The exit code of main, for failures before it was known which rank this is, too."""
-    outlive_output()
+    outlive_output(results=asks_for_text(sys.argv[1:]))
     code = _main()
     settle_output()
     return code
@@ -292,6 +292,8 @@ def _main() -> int:
         print(f"FATAL[{128 + number}] rank=- step=-: stopped by {signal.Signals(number).name} before "
               "anything was started", file=sys.stderr, flush=True)  # fmt: skip
         return 128 + number
+    except ReaderGone as gone:  # of what a dry run prints
+        return gone.exit_code
     except Exception as error:  # before it was known which rank this is
         return failed(error, debug=False)
 

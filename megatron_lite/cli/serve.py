@@ -26,9 +26,11 @@ from typing import NamedTuple, NoReturn
 
 from megatron_lite.cli.speaking.model import (
     Speaker,
+    TriedTemplate,
     add_chat_flags,
     add_model_flags,
     load_speaker,
+    look_at_nothing,
 )
 from megatron_lite.cli.speaking.ranks import add_layout_flags, on_ranks
 from megatron_lite.config.context_length import beyond_trained
@@ -37,6 +39,7 @@ from megatron_lite.config.exit import ToolParser, run_tool
 from megatron_lite.config.extensions import extend
 from megatron_lite.config.extras import how_to_install
 from megatron_lite.data.chat.conversation import Renderer
+from megatron_lite.data.chat.formats import Message
 from megatron_lite.inference.serving.asked import Served
 from megatron_lite.inference.serving.gate import LOOPBACK, Gate
 from megatron_lite.inference.serving.model_thread import TRIES, ModelThread
@@ -73,16 +76,22 @@ def _work(
 ) -> int:
     """Of rank 0 to serve, of the others to follow."""
     front = _front(asked) if ctx.rank == 0 else None
-    speaker = load_speaker(asked, ctx)
+    template = _template(asked)
+    speaker = load_speaker(asked, ctx, template.look if ctx.rank == 0 else look_at_nothing)
     longest = _longest(asked.max_length, speaker.model)
     line = OrderLine.between(ctx, presence.reached)
     size = (speaker.model, asked.rows, longest)
     if front is not None:
-        return _lead(asked, speaker, front, line, size, farewell)
+        return _lead(asked, speaker, template.renderer, front, line, size, farewell)
     stop = _signals()
     batch = SharedBatch(*size, chunk=asked.prefill_chunk)
     follow(batch, line, ids=speaker.tokenizer.vocab_size, stop=stop.is_set)
     return 0
+
+
+def _template(asked: argparse.Namespace) -> TriedTemplate:
+    """One that is asked for must work; a model's own that does not is told to who wants to talk."""
+    return TriedTemplate(asked, [Message("user", "hello")] if asked.chat_template else None)
 
 
 class _Front(NamedTuple):
@@ -103,11 +112,10 @@ def _front(asked: argparse.Namespace) -> _Front:
 
 
 def _lead(
-    asked: argparse.Namespace, speaker: Speaker, front: _Front, line: OrderLine,
+    asked: argparse.Namespace, speaker: Speaker, renderer: Renderer, front: _Front, line: OrderLine,
     size: tuple[Decoder, int, int], farewell: _Farewell,
 ) -> int:  # fmt: skip
     """Serve, with the other ranks where there are any."""
-    renderer = speaker.renderer(asked)
     served = _served(asked, speaker, renderer, longest=size[2])
     hosts = LOOPBACK | set(asked.allowed_host) if _is_loopback(asked.host) else None
     several = line.axis.size > 1
@@ -252,15 +260,16 @@ def _say(
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = ToolParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_model_flags(parser)
-    add = parser.add_argument
     add_layout_flags(parser)
+    add = parser.add_argument_group("clients").add_argument
     add("--host", default="127.0.0.1", help="where to listen; 0.0.0.0 is every network")
     add("--port", type=int, default=8000, help="0 takes one that is free")
-    add_chat_flags(parser)
+    add_chat_flags(add)
     add("--model-name", help="what clients call it; the folder's name by default")
     add("--api-key-file", help="a file with the key that every request to /v1 must bring")
     add("--allowed-host", nargs="+", action="extend", default=[],
         help="other names than localhost under which a proxy asks a server on loopback")  # fmt: skip
+    add = parser.add_argument_group("limits").add_argument
     add("--rows", type=int, default=8, help="answers in the making at once")
     add("--max-waiting", type=int, default=64, help="answers that may wait; the next is refused")
     add("--max-answers", type=int, default=8, help="of one request: n times its prompts")

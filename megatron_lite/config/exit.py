@@ -51,6 +51,11 @@ def fatal_line(error: BaseException, *, rank: int | None = None, step: int | Non
     return f"FATAL[{code}] {where}: {what}"
 
 
+def asks_for_text(words: Sequence[str]) -> bool:
+    """Whether nothing is asked for but what is printed: a reader that has seen enough ends the program."""
+    return not {"-h", "--help", "--dry-run"}.isdisjoint(words)
+
+
 def run_tool(
     main: Callable[[], int],
     *,
@@ -65,8 +70,9 @@ def run_tool(
     results: the tool is for what it prints; where it writes files, a stdout that takes nothing is
     a warning.  go_on: what to do after Ctrl-C.
     """
-    outlive_output(results=results)
-    debug = "--debug" in (sys.argv[1:] if argv is None else argv)
+    words = sys.argv[1:] if argv is None else argv
+    outlive_output(results=results or asks_for_text(words))
+    debug = "--debug" in words
     code = _run(main, debug=debug, go_on=go_on)
     settle_output()
     return code

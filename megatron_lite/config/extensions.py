@@ -38,7 +38,7 @@ def extend(paths: Iterable[str]) -> None:
             raise ConfigError(f"--extend {path}: {_where(error, file)}") from error
 
 
-def add_extend_flag(parser: argparse.ArgumentParser) -> None:
+def add_extend_flag(parser: argparse._ActionsContainer) -> None:
     """--extend of a tool with a parser of its own, as `extend`: a list of files for extend()."""
     parser.add_argument(
         "--extend", action="append", default=[], metavar="FILE",

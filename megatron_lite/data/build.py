@@ -134,9 +134,12 @@ def _make(plans: Sequence[SamplesPlan], blend: BlendPlan | None, recipe: Recipe)
         "blend": None if blend is None else blend.key(),
     }
     data = {"files": [plan.key() for plan in plans]}
-    kept = build_or_load(
-        recipe.cache_folder, asked, build, recipe.disk, data=data, verify=recipe.verify
-    )
+    try:
+        kept = build_or_load(
+            recipe.cache_folder, asked, build, recipe.disk, data=data, verify=recipe.verify
+        )
+    except MemoryError as error:
+        raise ConfigError(_too_long(plans, recipe, error)) from None
     datasets = [
         plan.dataset({part: kept.arrays[f"{number}/{part}"] for part in plan.parts})
         for number, plan in enumerate(plans)
@@ -148,6 +151,18 @@ def _make(plans: Sequence[SamplesPlan], blend: BlendPlan | None, recipe: Recipe)
     arrays = {part: kept.arrays[f"blend/{part}"] for part in BLEND_ARRAYS}
     name = f"{plans[0].split} blend"
     return Made(BlendedDataset(datasets, blend, arrays, name=name), digest)
+
+
+def _too_long(plans: Sequence[SamplesPlan], recipe: Recipe, error: MemoryError) -> str:
+    """Why the order of so many samples has no place, and what is unusual about their number."""
+    samples = sum(len(plan) for plan in plans)
+    tokens = sum(int(plan.source.sequence_lengths.sum(dtype=np.int64)) for plan in plans)
+    times = samples * recipe.seq_length / max(tokens, 1)
+    return (
+        f"split {plans[0].split}: the order of {samples:,} samples does not fit into this host's memory "
+        f"({error}); its files have {tokens:,} tokens, which these are {times:,.0f} times - lower "
+        "--train-iters or --train-samples, or --eval-iters"
+    )
 
 
 def _together(made: Sequence[Made | None], asked: SplitSizes) -> Datasets:

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from megatron_lite.cli import chat
+from megatron_lite.cli.speaking import model as speaking
 from megatron_lite.data.chat.formats import Message
 from megatron_lite.inference.generate import Generation
 from megatron_lite.inference.model import load_model
@@ -179,11 +180,15 @@ def test_a_full_conversation_says_so(monkeypatch, capsys, folder: Path) -> None:
         (["--chat-template", "chatml"], 2, "has no special token <|im_start|>"),
         (["--chat-template", "none"], 2, "--chat-template none is no file"),
         (["--min-p", 2], 2, "--min-p 2.0"),
+        (["--chat-template", "broken.jinja"], 3, "broken.jinja"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_is_refused_at_the_start(
+def test_what_cannot_be_is_refused_before_weights_are_read(
     monkeypatch, capsys, folder, words, code, said
 ) -> None:
+    monkeypatch.chdir(folder)
+    Path("broken.jinja").write_text("{% for")
+    monkeypatch.setattr(speaking, "build_model", None)
     monkeypatch.setattr("sys.stdin", io.StringIO("hello\n"))
     assert tool(chat.main, monkeypatch, "--load", folder, "--use-cpu", *words) == code
     assert said in capsys.readouterr().err

@@ -11,7 +11,9 @@ import pytest
 from torch.distributed.elastic.multiprocessing.api import SignalException
 
 from megatron_lite.cli import launch, serve
+from megatron_lite.cli.speaking import model as speaking
 from megatron_lite.cli.speaking.model import load_speaker
+from megatron_lite.config.errors import DataError
 from megatron_lite.config.exit import run_tool
 from megatron_lite.data.chat.conversation import Renderer
 from megatron_lite.data.chat.formats import Message
@@ -88,14 +90,17 @@ def test_without_its_packages_the_extra_is_named(monkeypatch, capsys) -> None:
     assert "'.[serve]'" in capsys.readouterr().err
 
 
-def test_a_model_chats_by_its_own_template_or_the_one_asked_for(tmp_path: Path) -> None:
+def test_a_model_chats_by_its_own_template_or_the_one_asked_for(
+    monkeypatch, tmp_path: Path
+) -> None:
     needs("transformers")
     folder = write_model(tmp_path / "tiny")
 
     def chat(*words: str) -> ChatTemplate | None:
         asked = serve._parse(["--load", str(folder), "--use-cpu", *words])
-        speaker = load_speaker(asked, ParallelContext.serial())
-        return serve._served(asked, speaker, speaker.renderer(asked), longest=9).chat
+        template = serve._template(asked)
+        speaker = load_speaker(asked, ParallelContext.serial(), template.look)
+        return serve._served(asked, speaker, template.renderer, longest=9).chat
 
     assert chat() is None  # a model that was never taught to answer
     plain = chat("--chat-template", "plain")
@@ -103,3 +108,10 @@ def test_a_model_chats_by_its_own_template_or_the_one_asked_for(tmp_path: Path) 
     (folder / "chat_template.jinja").write_text("{{ messages[0].content }}")
     own = chat()
     assert isinstance(own, Renderer) and own.name.endswith("chat_template.jinja")
+    # one of the model's own costs those who talk their answer; one that is asked for must work
+    broken = folder / "chat_template.jinja"
+    broken.write_text("{% for")
+    assert chat() is not None
+    monkeypatch.setattr(speaking, "build_model", None)  # no weights are read
+    with pytest.raises(DataError, match="chat_template.jinja"):
+        chat("--chat-template", str(broken))

@@ -128,8 +128,23 @@ def test_a_tool_whose_result_is_its_output() -> None:
         done = subprocess.run(PLAN, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
     assert done.returncode == 5, done.stderr
     assert done.stderr.startswith("FATAL[5]") and done.stderr.count("\n") == 1
+    assert into_a_closed_pipe(PLAN) == (141, "")
+
+
+def into_a_closed_pipe(words: list[str]) -> tuple[int, str]:
+    """The exit code and stderr of a program whose reader is gone."""
     ends = os.pipe()
     os.close(ends[0])
     with contextlib.closing(os.fdopen(ends[1], "wb")) as broken:
-        done = subprocess.run(PLAN, stdout=broken, stderr=subprocess.PIPE, text=True, timeout=60)
-    assert (done.returncode, done.stderr) == (141, "")
+        done = subprocess.run(words, stdout=broken, stderr=subprocess.PIPE, text=True, timeout=60)
+    return done.returncode, done.stderr
+
+
+@pytest.mark.ci
+def test_help_and_a_dry_run_end_with_their_reader() -> None:
+    """Of tools, too, whose results are files: there is no work to go on with."""
+    for words in (
+        command("convert.py", "--help"),
+        command("pretrain_gpt.py", "--dry-run", *PLAN[2:]),
+    ):
+        assert into_a_closed_pipe(words) == (141, "")

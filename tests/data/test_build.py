@@ -202,6 +202,20 @@ def test_data_shorter_than_a_sample_repeats_or_is_refused(write_documents: Write
         build(data, (None, 0, 0))
 
 
+def test_more_samples_than_memory_has_indices_for_name_their_flags(
+    write_documents: WriteDocuments,
+) -> None:
+    """2^48 samples: no host has an array of a quadrillion documents, whatever it lets a process ask for."""
+    data = DataConfig(data_path=[str(write_documents("a", 3))], split="1,0,0")
+    with pytest.raises(ConfigError, match="does not fit into this host's memory") as refused:
+        build(data, (2**48, None, None))
+    for said in (
+        "split train: the order of 281,474,976,710,6",
+        " times - lower --train-iters or --train-samples",
+    ):
+        assert said in str(refused.value)
+
+
 def test_token_ids_beyond_the_vocabulary_name_dataset_and_sample(
     write_documents: WriteDocuments, monkeypatch: pytest.MonkeyPatch
 ) -> None:

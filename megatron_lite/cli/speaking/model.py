@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -14,7 +14,7 @@ from megatron_lite.blueprint.devices import short_name
 from megatron_lite.config.errors import ConfigError
 from megatron_lite.config.extensions import add_extend_flag
 from megatron_lite.data.chat.conversation import Renderer, renderer_of
-from megatron_lite.data.chat.formats import CHAT_FORMATS
+from megatron_lite.data.chat.formats import CHAT_FORMATS, Message
 from megatron_lite.data.provenance import ALLOW_MISMATCH
 from megatron_lite.data.tokenizers.base import Tokenizer
 from megatron_lite.data.tokenizers.beginning import asked_begin
@@ -29,44 +29,51 @@ _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in PRECISIONS}
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
     """Which model, and its tokenizer."""
-    parser.add_argument(
+    group = parser.add_argument_group("model")
+    group.add_argument(
         "--load",
         required=True,
         help="run folder, one iter_N folder of it, or one of Hugging Face's",
     )
-    parser.add_argument(
+    group.add_argument(
         "--adapter", help="adapters to use with it: a folder of PEFT's, or a run of --lora-rank"
     )
-    parser.add_argument("--ckpt-step", type=int, help="this iteration instead of the newest")
-    parser.add_argument("--vocab-file", help="instead of the one the run was trained with")
-    parser.add_argument("--merge-file", help="instead of the one the run was trained with")
-    parser.add_argument(
+    group.add_argument("--ckpt-step", type=int, help="this iteration instead of the newest")
+    group.add_argument("--vocab-file", help="instead of the one the run was trained with")
+    group.add_argument("--merge-file", help="instead of the one the run was trained with")
+    group.add_argument(
         ALLOW_MISMATCH, action="store_true", help="speak with another tokenizer than its own"
     )
-    parser.add_argument(
+    group.add_argument(
         "--first-token", metavar="ID",
         help="what every text begins with: an id, eod or none; by default as the model was trained",
     )  # fmt: skip
-    parser.add_argument("--dtype", choices=_DTYPES, help="as the weights are kept by default")
-    parser.add_argument("--use-cpu", action="store_true")
-    add_extend_flag(parser)
+    group.add_argument("--dtype", choices=_DTYPES, help="as the weights are kept by default")
+    group.add_argument("--use-cpu", action="store_true", help="even where there is a GPU")
+    add_extend_flag(group)
 
 
 def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     """How its tokens are drawn."""
-    parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest")
-    parser.add_argument("--top-k", type=int, default=0, help="keep the k likeliest; 0 keeps all")
-    parser.add_argument("--top-p", type=float, default=1.0, help="keep this much probability")
-    parser.add_argument(
+    group = parser.add_argument_group("how tokens are drawn")
+    group.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest")
+    group.add_argument("--top-k", type=int, default=0, help="keep the k likeliest; 0 keeps all")
+    group.add_argument("--top-p", type=float, default=1.0, help="keep this much probability")
+    group.add_argument(
         "--min-p", type=float, default=0.0, help="keep what is so likely beside the likeliest"
     )
-    parser.add_argument("--repetition-penalty", type=float, default=1.0)
-    parser.add_argument("--seed", type=int, default=1234)
+    group.add_argument(
+        "--repetition-penalty",
+        type=float,
+        default=1.0,
+        help="above 1: what was there is less likely",
+    )
+    group.add_argument("--seed", type=int, default=1234, help="of the draws (%(default)s)")
 
 
-def add_chat_flags(parser: argparse.ArgumentParser) -> None:
+def add_chat_flags(add: Callable[..., Any]) -> None:
     """How a conversation is written for it."""
-    parser.add_argument(
+    add(
         "--chat-template", metavar="NAME|FILE",
         help=f"{', '.join(CHAT_FORMATS)}, or a file in Jinja; by default the model's own",
     )  # fmt: skip
@@ -74,11 +81,12 @@ def add_chat_flags(parser: argparse.ArgumentParser) -> None:
 
 def add_cache_flags(parser: argparse.ArgumentParser) -> None:
     """What is kept of a long text."""
-    parser.add_argument(
+    group = parser.add_argument_group("endless texts")
+    group.add_argument(
         "--cache-tokens", type=int, default=0,
         help="keep only so many tokens in mind, the first and the latest: text may be endless",
     )  # fmt: skip
-    parser.add_argument(
+    group.add_argument(
         "--sink-tokens", type=int, help="of --cache-tokens, the first ones of the text (4)"
     )
 
@@ -109,20 +117,48 @@ class Speaker(NamedTuple):
     model: Decoder
     tokenizer: Tokenizer
 
-    def renderer(self, asked: argparse.Namespace) -> Renderer:
-        """Of its conversations, by --chat-template."""
-        return renderer_of(
-            self.tokenizer, self.source.tokenizer_folder, asked.chat_template,
-            begins=self.tokenizer.begins, adapter=asked.adapter and Path(asked.adapter),
-        )  # fmt: skip
-
 
 Look = Callable[[ModelSource, Tokenizer], Sequence[str]]
 """Checks what a model is to be used for before its weights are read; returns what to say about it."""
 
 
+class TriedTemplate:
+    """How conversations are written, by --chat-template; looks before the weights are read."""
+
+    def __init__(self, asked: argparse.Namespace, tried: Sequence[Message] | None) -> None:
+        """tried: what a template must be able to write, DataError where it is not; None tries nothing."""
+        self._asked, self._tried = asked, tried
+        self._found: Renderer | None = None
+
+    @property
+    def renderer(self) -> Renderer:
+        """Of the model that was looked at."""
+        assert self._found is not None, "the model is looked at first"
+        return self._found
+
+    def look(self, source: ModelSource, tokenizer: Tokenizer) -> Sequence[str]:
+        """A Look: there is nothing to say."""
+        adapter = self._asked.adapter
+        self._found = renderer_of(
+            tokenizer, source.tokenizer_folder, self._asked.chat_template,
+            begins=tokenizer.begins, adapter=adapter and Path(adapter),
+        )  # fmt: skip
+        if self._tried is not None:
+            try:
+                self._found.ids(self._tried)
+            except BaseException:
+                self._found.sandbox.close()
+                raise
+        return ()
+
+
+def look_at_nothing(source: ModelSource, tokenizer: Tokenizer) -> Sequence[str]:
+    """A Look of tools that take any model."""
+    return ()
+
+
 def load_speaker(
-    asked: argparse.Namespace, ctx: ParallelContext, look: Look = lambda source, tokenizer: ()
+    asked: argparse.Namespace, ctx: ParallelContext, look: Look = look_at_nothing
 ) -> Speaker:
     """Of the flags of add_model_flags; rank 0 says what there is to say about them."""
     adapter = None if asked.adapter is None else Path(asked.adapter)

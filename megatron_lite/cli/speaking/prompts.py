@@ -16,9 +16,10 @@ _FILE = "FILE:"
 
 def add_prompt_flags(parser: argparse.ArgumentParser) -> None:
     """Where the prompts are from."""
-    parser.add_argument("--prompt", nargs="+", action="extend", help="texts to continue")
-    parser.add_argument("--prompt-file", help="one prompt a line, empty lines left out; - is stdin")
-    parser.add_argument(
+    group = parser.add_argument_group("prompts")
+    group.add_argument("--prompt", nargs="+", action="extend", help="texts to continue")
+    group.add_argument("--prompt-file", help="one prompt a line, empty lines left out; - is stdin")
+    group.add_argument(
         "--start", metavar="TEXT|FILE:F", help="one more text, or a whole file as one text"
     )
 

@@ -28,10 +28,12 @@ RanksWork = Callable[[ParallelContext, Presence], int]
 
 def add_layout_flags(parser: argparse.ArgumentParser) -> None:
     """How the model is shared by the ranks."""
+    group = parser.add_argument_group("ranks")
     for axis in ("tensor", "pipeline"):
-        parser.add_argument(
-            f"--{axis}-model-parallel-size", type=int, default=1, help="ranks that share the model"
-        )
+        group.add_argument(
+            f"--{axis}-model-parallel-size", type=int, default=1, metavar="N",
+            help="ranks that share the model",
+        )  # fmt: skip
 
 
 def on_ranks(
