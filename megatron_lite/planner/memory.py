@@ -126,7 +126,7 @@ def memory(
     )
     items = layer_items(blueprint, asked)
     return tuple(
-        _rank_memory(blueprint, asked, schedule, items, pp_rank)
+        _rank_memory(blueprint, asked, schedule, items, pp_rank, num_microbatches)
         for pp_rank in (range(blueprint.grid.pp) if pp_ranks is None else pp_ranks)
     )
 
@@ -224,12 +224,15 @@ def _rank_memory(
     schedule: Schedule,
     items: Sequence[Items],
     pp_rank: int,
+    num_microbatches: int,
 ) -> RankMemory:
     model, stages = blueprint.model, blueprint.stages_of(pp_rank)
     parameters = blueprint.held(pp_rank).parameters
     stream = layer_input_bytes(model, asked)
     held, waiting = {}, stage_waiting(blueprint, asked, pp_rank)
-    whole = whole_bytes(blueprint, asked.parallel, asked.precision, pp_rank)
+    whole = whole_bytes(
+        blueprint, asked.parallel, asked.precision, pp_rank, num_microbatches=num_microbatches
+    )
     for stage in stages:
         of_stage = [items[layer] for layer in stage.layers]
         blocks = stage_bytes(
@@ -315,7 +318,7 @@ def _held(
     if stage.has_embedding and masked:
         kept += stream / low  # the mask
     if not stage.has_head:
-        backward = _Moment(0.0, blocks.again, 0.0, workspace, whole.blocks)
+        backward = _Moment(0.0, blocks.again, 0.0, workspace, whole.in_blocks(blocks.kept))
         return _Held(kept, deferred, _Moment(whole=whole.forward), (backward,))
     head = head_of(blueprint, asked)
     return _Held(
@@ -325,7 +328,9 @@ def _held(
         # the head's backward; then the blocks', when the head's and the final norm's are free
         (
             _Moment(-head.kept, logits=head.backward, whole=whole.head),
-            _Moment(-head.kept - head.norm, blocks.again, 0.0, workspace, whole.blocks),
+            _Moment(
+                -head.kept - head.norm, blocks.again, 0.0, workspace, whole.in_blocks(blocks.kept)
+            ),
         ),
     )
 

@@ -15,7 +15,7 @@ TRAFFIC_AXES = ("tp", "pp", "dp", "tied")
 
 _PLANNED_AS = {
     "activations": ("activations", "logits", "communication"),
-    "work": ("recomputed", "workspace"),
+    "work": ("recomputed", "workspace", "whole"),
 }
 
 

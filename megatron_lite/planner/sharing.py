@@ -7,8 +7,8 @@ stage 2     of gradients, too                             gradients 1 per micro 
 stage 3     of weights, too                               per micro batch gradients 1, weights 2
 
 (arXiv:1910.02054 sections 5 and 7, which count one micro batch.)  With a pipeline gradients stay whole
-until the last micro batch and weights from the first one on: stage 2 is stage 1 there, and stage 3 keeps a
-d-th of the weights beside whole ones.
+until the last micro batch and weights from the first one on: they pass once, and a step has them beside
+the d-th that is kept.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from megatron_lite.blueprint.figure.parts import Parts, Table
 from megatron_lite.config.sections.parallel import ParallelConfig
 from megatron_lite.config.sections.precision import PrecisionConfig
 from megatron_lite.planner.activations import element_bytes
+from megatron_lite.planner.awake import awake
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +39,7 @@ def shared_by(parallel: ParallelConfig, replicas: int) -> Shares:
     stage = parallel.zero_stage
     return Shares(
         weights=replicas if stage == 3 else 1,
-        gradients=replicas if stage >= 2 and parallel.pp == 1 else 1,
+        gradients=replicas if stage >= 2 else 1,
         state=replicas if stage >= 1 else 1,
     )
 
@@ -82,7 +83,7 @@ def passed(
     gradients = float(held.accumulated * wide)
     if shared.state == 1:
         return Passed(2 * gradients)
-    times = num_microbatches if shared.gradients > 1 else 1
+    times = num_microbatches if shared.gradients > 1 and parallel.pp == 1 else 1
     if shared.weights == 1:
         return Passed(gradients, updated=float(held.accumulated * low * updates), times=times)
     if parallel.pp > 1:
@@ -106,62 +107,51 @@ def _read(blueprint: Blueprint) -> tuple[float, float]:
 class Whole:
     """Bytes of weights and gradients that are whole beside what is kept at every moment.
 
-    head, blocks: while the head, or a block, computes backward; forward: while the head does; end: when a
-    backward has ended and the last gradients are scattered.
+    forward, head: while the head computes forward or backward; blocks: while each block computes backward,
+    in that order; end: when the last gradients are packed.
     """
 
     forward: float = 0.0
     head: float = 0.0
-    blocks: float = 0.0
+    blocks: tuple[float, ...] = ()
     end: float = 0.0
+
+    def in_blocks(self, kept: float) -> float:
+        """The most beside `kept` bytes of activations, of which each block frees its own."""
+        count = len(self.blocks)
+        return max((size - kept * k / count for k, size in enumerate(self.blocks)), default=0.0)
 
 
 def whole_bytes(
-    blueprint: Blueprint, parallel: ParallelConfig, precision: PrecisionConfig, pp_rank: int
+    blueprint: Blueprint,
+    parallel: ParallelConfig,
+    precision: PrecisionConfig,
+    pp_rank: int,
+    *,
+    num_microbatches: int,
 ) -> Whole:
-    """Of any rank of a pp rank, at the moments that may be its worst."""
+    """Of any rank of a pp rank, at the moments of such a step that may be its worst."""
     replicas, low = blueprint.replicas, element_bytes(precision)
     shared = shared_by(parallel, replicas)
-    if replicas == 1 or shared.weights == shared.gradients == 1:
+    if shared.weights == shared.gradients == 1:
         return Whole()
-    held = blueprint.held(pp_rank)
-    if parallel.pp > 1:  # weights from the first micro batch on
-        return Whole(*[float(held.parameters * low)] * 4)
-    made = _gradients(blueprint, parallel, held.accumulated)
+    held, figure = blueprint.held(pp_rank), blueprint.figure
     wide = 4 if parallel.accumulate_allreduce_grads_in_fp32 else low
-    gradients = Whole(0.0, made.head * wide, made.blocks * wide, made.end * wide)
-    if shared.weights == 1:
-        return gradients
-    layer, head = _largest_layer(blueprint), _head(blueprint)
-    few = min(IN_FLIGHT, len(blueprint.figure.layers))
-    in_flight = few * layer * (1 + 1 / replicas)
-    return Whole(
-        forward=head * low,
-        head=gradients.head + (head + in_flight) * low,
-        blocks=gradients.blocks + (layer + in_flight) * low,
-        end=gradients.end,
-    )
-
-
-def _gradients(blueprint: Blueprint, parallel: ParallelConfig, accumulated: int) -> Whole:
-    """Elements of accumulators that are awake, and of those packed for the owners of their rows.
-
-    A bucket is whole from its first gradient until it is scattered; that of a tied table from the head
-    on to the end.
-    """
-    replicas = blueprint.replicas
+    apart = shared.weights > 1
+    if parallel.pp > 1:
+        always = float(held.accumulated * wide + apart * held.parameters * low)
+        return Whole(always, always, (always,), always)
     bucket = bucket_elements(parallel, replicas)
-    open_all_along = 0.0
-    if blueprint.figure.tied and not blueprint.figure.tokens.frozen:
-        open_all_along = min(_table(blueprint) + bucket, accumulated)
-    filled = min(bucket, accumulated - open_all_along)
-    others = max(accumulated - open_all_along - filled, 0.0)
-    packed = min(IN_FLIGHT * bucket, others) * (1 + 1 / replicas)
+    open_ = awake(
+        figure, tp=blueprint.grid.tp, bucket=bucket, ranks=replicas, again=num_microbatches > 1
+    )
+    layer, head = apart * _largest_layer(blueprint), apart * _head(blueprint)
+    in_flight = min(IN_FLIGHT, len(figure.layers)) * layer * (1 + 1 / replicas)
     return Whole(
-        forward=0.0,
-        head=open_all_along + filled,
-        blocks=open_all_along + filled + packed,
-        end=open_all_along or filled,
+        forward=open_.forward * wide + head * low,
+        head=open_.head * wide + (head + in_flight) * low,
+        blocks=tuple(size * wide + (layer + in_flight) * low for size in open_.blocks),
+        end=open_.end * wide,
     )
 
 
@@ -202,7 +192,10 @@ def data_parallel_buffers(
     wide = 4 if parallel.accumulate_allreduce_grads_in_fp32 else low
     bucket = bucket_elements(parallel, replicas)
     packed = float(min(IN_FLIGHT * bucket, parameters))
-    copied = 0 if on_gpu else min(bucket, parameters)  # gloo reduces a copy, one at a time
     once_more = 1 + 1 / replicas
+    scattered = packed * once_more
+    if parallel.shares_gradients:  # counted among what is whole, but for one with a pipeline
+        scattered = float(min(bucket, parameters)) if parallel.pp > 1 else 0.0
+    copied = 0 if on_gpu else min(bucket, parameters)  # gloo reduces a copy, one at a time
     gathered = 0.0 if parallel.zero_stage == 3 else packed  # or where they are read
-    return (packed * once_more + copied) * wide, gathered * low * once_more
+    return (scattered + copied) * wide, gathered * low * once_more

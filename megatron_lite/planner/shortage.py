@@ -55,11 +55,15 @@ def _changes(p: ParallelConfig, micro: int) -> Iterator[tuple[str, ParallelConfi
         yield "--use-distributed-optimizer", with_(zero_stage=1), micro
     if not p.sequence_parallel and p.tp > 1:
         yield "--sequence-parallel", with_(sequence_parallel=True), micro
+    if p.zero_stage < 2 and p.pp == 1:  # with a pipeline gradients and weights are whole in a step
+        yield "--zero-stage 2", with_(zero_stage=2), micro
     if micro > 1:
         yield f"--micro-batch-size {micro // 2}", p, micro // 2
     if p.recompute_granularity is None:
         selective = with_(recompute_granularity="selective")
         yield "--recompute-granularity selective", selective, micro
+    if p.zero_stage < 3 and p.pp == 1:
+        yield "--zero-stage 3", with_(zero_stage=3), micro
     if p.recompute_granularity != "full":
         full = with_(
             recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1

@@ -37,17 +37,36 @@ class Footprint(TorchDispatchMode):
             before, reference = 0, weakref.ref(storage, lambda _: self._gone(name))
             self.allocations += 1
         self._living[name] = size, reference
-        self.now += size - before
-        if self.now > self.peak:
-            self.peak = self.now
+        self._grow(size - before)
 
-    def count_again(self) -> None:
-        """Take the sizes that storages have now: nobody tells where one was emptied."""
-        for name, (before, reference) in list(self._living.items()):
-            storage = reference()
-            if storage is not None and storage.nbytes() != before:
-                self._living[name] = storage.nbytes(), reference
-                self.now += storage.nbytes() - before
+    def __enter__(self) -> Any:
+        """Hear of storages that are resized, too: no operation does that."""
+        plain, resized = UntypedStorage.resize_, self._resized
+
+        def resize_(storage: UntypedStorage, size: int) -> UntypedStorage:
+            plain(storage, size)
+            resized(storage)
+            return storage
+
+        self._plain = plain
+        UntypedStorage.resize_ = resize_  # type: ignore[method-assign, assignment]
+        return super().__enter__()
+
+    def __exit__(self, *raised: Any) -> None:
+        """As it was."""
+        UntypedStorage.resize_ = self._plain  # type: ignore[method-assign]
+        super().__exit__(*raised)
+
+    def _resized(self, storage: UntypedStorage) -> None:
+        known = self._living.get(storage._cdata)
+        if known is not None:
+            before, reference = known
+            self._living[storage._cdata] = storage.nbytes(), reference
+            self._grow(storage.nbytes() - before)
+
+    def _grow(self, size: int) -> None:
+        self.now += size
+        self.peak = max(self.peak, self.now)
 
     def _gone(self, name: int) -> None:
         self.now -= self._living.pop(name)[0]

@@ -64,7 +64,6 @@ class MetaTensorMode(Footprint):
 
     def step_begins(self) -> None:
         """What is alive now is static; the peak starts again from it."""
-        self.count_again()
         self.static = self.peak = self.now
         self.most_kept = self.allocations = 0
 

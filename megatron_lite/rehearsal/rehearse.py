@@ -180,7 +180,9 @@ class StandIn:
         weights = {w.data.untyped_storage()._cdata: w.data for w in held}
         state = {(part.name.startswith(MASTER), id(part.data)): part.data
                  for part in engine.state(owned=False)}  # fmt: skip
-        buffers = {a.untyped_storage()._cdata: a for _, a in engine.accumulators()}
+        sums = (*(a for _, a in engine.accumulators()),
+                *(part.data for part in engine.gradients(owned=False)))  # fmt: skip
+        buffers = {a.untyped_storage()._cdata: a for a in sums}
         return {
             "weights": sum(w.untyped_storage().nbytes() for w in weights.values()),
             "gradients": sum(a.untyped_storage().nbytes() for a in buffers.values()),

@@ -18,7 +18,7 @@ from megatron_lite.train.health.state_hash import state_hash
 from megatron_lite.train.resume import fill_run
 from megatron_lite.train.step import evaluation_step, train_step
 from tests.engines.apart import Apart, Poisoned, calls_of
-from tests.parity.layouts import SELECTIVE, recompute
+from tests.parity.kinds import SELECTIVE, recompute
 from tests.support.axes import BF16, PP, SCHEDULE, SP, TP, UNTIED, ZERO
 from tests.support.engines import exact_weights, named
 from tests.support.spawn import spawn

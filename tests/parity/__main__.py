@@ -11,7 +11,8 @@ from argparse import ArgumentParser
 from pathlib import Path
 
 from tests.parity.compare import Difference, compare, passes
-from tests.parity.layouts import LAYOUTS, QUICK, WRONG, Layout
+from tests.parity.kinds import Layout
+from tests.parity.layouts import LAYOUTS, QUICK, WRONG
 from tests.parity.report import document, row
 from tests.support.engines import OF_EVERY_LAYOUT
 

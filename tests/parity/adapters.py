@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tests.parity.layouts import (
+from tests.parity.kinds import (
     BF16,
     EVERY_LAYER,
     FP16,

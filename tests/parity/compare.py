@@ -31,7 +31,7 @@ from megatron_lite.parallel.shard import NamedSlice
 from megatron_lite.train.assemble import assemble
 from megatron_lite.train.run import Run
 from megatron_lite.train.step import train_step
-from tests.parity.layouts import Layout
+from tests.parity.kinds import Layout
 from tests.support.engines import counted
 from tests.support.spawn import spawn
 from tests.support.tiny import context, draw, make_batches, tiny_config

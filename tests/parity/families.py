@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-from tests.parity.layouts import (
+from tests.parity.kinds import (
     CHUNKS2,
     EVERY_LAYER,
     EXACT,

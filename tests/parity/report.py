@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from tests.parity.compare import ADAM_STEPS, SGD_STEPS, Difference, passes
-from tests.parity.layouts import EXACT, HALF, Layout, Tolerance
+from tests.parity.kinds import EXACT, HALF, Layout, Tolerance
 
 Found = tuple[Layout, Difference]
 TEMPLATE = Path(__file__).with_suffix(".md")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from tests.parity.adapters import BESIDE
-from tests.parity.layouts import (
+from tests.parity.kinds import (
     EVERY_LAYER,
     LLAMA,
     SP,

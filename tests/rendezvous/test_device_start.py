@@ -195,6 +195,10 @@ def test_no_room_stands_beside_the_plan_with_the_cheapest_change() -> None:
     large = config_of(*flags, "--micro-batch-size", "8", "--global-batch-size", "16",
                       "--use-distributed-optimizer")  # fmt: skip
     plan = functools.partial(pretrain_gpt._beside_the_plan, large, 2, 0, on_gpu=False)
+    assert "by the plan: --zero-stage 2 frees" in plan(1e9)
+    parallel = dataclasses.replace(large.parallel, zero_stage=2)
+    large = dataclasses.replace(large, parallel=parallel)
+    plan = functools.partial(pretrain_gpt._beside_the_plan, large, 2, 0, on_gpu=False)
     assert "by the plan: --micro-batch-size 4 frees" in plan(1e9)
     assert "no single change frees enough" in plan(1e15)
     # 1 MB was missing, but what the plan needs is far above what there is: half of it frees too little

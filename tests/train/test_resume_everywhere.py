@@ -91,22 +91,32 @@ BIT_EXACT = {
     "async": (1, "--async-save --bf16"),
     "zero": (2, "--micro-batch-size 1 --use-distributed-optimizer --bf16"),
     "zero-async": (2, "--micro-batch-size 1 --use-distributed-optimizer --async-save"),
+    "zero2": (2, "--micro-batch-size 1 --zero-stage 2 --bf16"),
     "sp": (2, "--tensor-model-parallel-size 2 --sequence-parallel --hidden-dropout 0.1"),
     "zb-h1": (2, "--pipeline-model-parallel-size 2 --pipeline-schedule zb-h1 --bf16"),
     "zb-v": (2, "--pipeline-model-parallel-size 2 --pipeline-schedule zb-v --num-layers 4"),
     "interleaved": (2, "--pipeline-model-parallel-size 2 --num-layers 4 "
                        "--num-virtual-stages-per-pipeline-rank 2"),
 }  # fmt: skip
-AFTER = {1: (1, 2, 3, 5), 2: (3,)}
+SLOW = {
+    "zero2-recompute": (2, "--micro-batch-size 1 --zero-stage 2 --recompute-granularity full "
+                           "--recompute-method uniform --recompute-num-layers 1"),
+}  # fmt: skip
+AFTER = {1: (1, 2, 3, 5), 2: (3,), 4: (3,)}
 """Ranks -> the steps after which a run of six is taken up again."""
 
 
-@pytest.mark.ci
-@pytest.mark.parametrize("name", BIT_EXACT)
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(pytest.param(name, marks=pytest.mark.ci) for name in BIT_EXACT),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW),
+    ],
+)
 def test_taken_up_after_any_step_a_run_ends_as_if_never_stopped(
     name: str, data: list[str], tmp_path: Path
 ) -> None:
-    ranks, flags = BIT_EXACT[name]
+    ranks, flags = (BIT_EXACT | SLOW)[name]
     words = [*data, "--train-iters", "6", "--save-interval", "1", *flags.split()]
     once = tmp_path / "once"
     straight = on_ranks(ranks, *words, "--save", str(once))
@@ -118,3 +128,32 @@ def test_taken_up_after_any_step_a_run_ends_as_if_never_stopped(
         assert resumed.rc == 0, resumed.err
         assert curve(steps(again)) == curve(steps(once)[step:])
         assert resumed.state_hash == straight.state_hash
+
+
+@pytest.mark.parametrize(
+    ("stages", "more"),
+    [
+        pytest.param((0, 2, 1, 2), "--hidden-dropout 0.1", marks=pytest.mark.ci),
+        pytest.param((2, 0, 2, 1), "--bf16", marks=pytest.mark.slow),
+        pytest.param((2, 0, 1), "--bf16 --optimizer muon", marks=pytest.mark.slow),
+    ],
+)
+def test_a_run_that_changes_its_stage_of_zero_ends_as_if_it_had_not(
+    stages: tuple[int, ...], more: str, data: list[str], tmp_path: Path
+) -> None:
+    """Two ranks and one micro batch: every sum has two terms, so that no order is another.
+
+    But that of the gradient norm, which nothing depends on without clipping.
+    """
+    words = [*data, "--train-iters", str(len(stages)), "--micro-batch-size", "2", *more.split()]
+    words += ["--clip-grad", "0"]
+    straight = on_ranks(2, *words, "--save", str(tmp_path / "once"))
+    assert straight.rc == 0, straight.err
+    folder = str(tmp_path / "run")
+    for step, stage in enumerate(stages, start=1):
+        leg = ["--zero-stage", str(stage), "--exit-interval", str(step)]
+        done = on_ranks(2, *words, *leg, "--save", folder, "--load", folder)
+        assert done.rc == 0, done.err
+    losses = [[r.loss for r in steps(tmp_path / name)] for name in ("once", "run")]
+    assert losses[0] == losses[1] and len(losses[0]) == len(stages)
+    assert done.state_hash == straight.state_hash

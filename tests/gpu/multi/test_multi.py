@@ -17,7 +17,7 @@ from megatron_lite.telemetry.record import StepRecord, read_metrics
 from megatron_lite.train.assemble import assemble
 from megatron_lite.train.step import train_step
 from tests.gpu.multi.place import GLOO, join, places, tool_flags
-from tests.parity.layouts import (
+from tests.parity.kinds import (
     BF16,
     CHUNKS2,
     LAYERS8,
