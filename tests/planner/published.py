@@ -69,8 +69,10 @@ def plan(run: Run) -> Forecast:
 
 
 def error(run: Run, predicted: Forecast) -> float:
-    """Predicted over measured step time, minus one."""
+    """Predicted over measured step time, or memory, minus one."""
     rates = predicted.rates
+    if run.unit == "GiB":
+        return predicted.worst.allocated / 2**30 / run.value - 1
     if run.unit == "s":
         return rates.step_seconds / run.value - 1
     found = {
