@@ -181,7 +181,10 @@ class Engine(Carrier, Protocol):
 
 
 class MakeEngine(Protocol):
-    """How every engine is made; makes no collective call."""
+    """How every engine is made; makes no collective call.
+
+    One with `gives_memory` true is handed parameters without memory where --zero-stage is 3.
+    """
 
     def __call__(
         self,

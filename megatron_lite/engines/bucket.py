@@ -1,17 +1,19 @@
-"""Parameters that travel together: where their gradients lie, and the collectives in flight."""
+"""Parameters that travel together: where gradients and weights lie, and the collectives in flight."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
+from megatron_lite.blueprint.ownership import Rows
 from megatron_lite.blueprint.turns import ALWAYS, Turns
 from megatron_lite.engines.shards import ShardLayout
 from megatron_lite.parallel.collectives import Pending, start_all_gather
 from megatron_lite.parallel.context import Axis
-from megatron_lite.parallel.shard import LocalParameter
+from megatron_lite.parallel.shard import LocalParameter, ParameterPiece
 
 
 @dataclass(slots=True, eq=False)
@@ -24,6 +26,8 @@ class Bucket:
     place instead of reduce-scattered.
     own: where gradients are shared, this rank's rows of their sums, [columns] of the layout.  The buffer
     then has memory from a first gradient to the reduction alone.
+    shard: where weights are shared, this rank's rows of them, likewise; parameters then have memory only
+    while they are whole.
     """
 
     buffer: Tensor
@@ -32,10 +36,12 @@ class Bucket:
     layout: ShardLayout | None
     turns: Turns = ALWAYS
     own: Tensor | None = None
+    shard: Tensor | None = None
     missing: int = 0
     reducing: Pending | None = None
     reduced: bool = False
     gathering: Pending | None = None
+    is_whole: bool = True
 
     @property
     def sums(self) -> Tensor:
@@ -85,18 +91,56 @@ class Bucket:
     def start_gather(self) -> None:
         """Begin to bring each replica's rows of the parameters to the others, as one packed copy."""
         assert self.layout is not None and self.gathering is None
+        own = self._pack_own() if self.shard is None else self.shard
+        self.gathering = start_all_gather(own, self.axis)
+
+    def _pack_own(self) -> Tensor:
+        assert self.layout is not None
         own = self.locals[0].parameter.detach().new_zeros(self.layout.columns)
         for place, rows, values in self.layout.own_rows(self.axis.rank, own):
             source = place.piece.of(place.local.parameter.detach())[rows.start : rows.stop]
             values.copy_(source.reshape(values.shape))
-        self.gathering = start_all_gather(own, self.axis)
+        return own
 
     def finish_gather(self) -> None:
         """Wait for it and put all rows where they belong."""
         assert self.layout is not None and self.gathering is not None
         rows = self.gathering.wait().view(self.layout.ranks, self.layout.columns)
         self.gathering = None
-        self.layout.unpack(rows, lambda local: local.parameter.detach())
+        if self.shard is not None:
+            for local in self.locals:
+                wake(local.parameter.data, zeros=_is_padded(local))
+        # .data: autograd need not know that what it keeps of these values was away
+        self.layout.unpack(rows, lambda local: local.parameter.data)
+        self.is_whole = True
+
+    def take_apart(self) -> None:
+        """From now on keep this rank's rows of the parameters, zeros yet, and no others."""
+        assert self.layout is not None
+        like = self.locals[0].parameter
+        self.shard = torch.zeros(self.layout.columns, dtype=like.dtype, device=like.device)
+        self.let_go()
+
+    def own_weights(self, local: LocalParameter) -> Iterator[tuple[ParameterPiece, Rows, Tensor]]:
+        """This rank's rows of each piece of a parameter, of its shard (views)."""
+        assert self.layout is not None and self.shard is not None
+        for place in self.layout.places:
+            if place.local is local:
+                rows = place.owned(self.axis.rank, self.axis.size)
+                yield place.piece, rows, self.layout.own_view(place, self.axis.rank, self.shard)
+
+    def own_weight(self, local: LocalParameter, piece: ParameterPiece) -> Tensor | None:
+        """Of one piece; None where weights are not shared."""
+        if self.shard is None:
+            return None
+        return next(own for other, _, own in self.own_weights(local) if other is piece)
+
+    def let_go(self) -> None:
+        """Nobody reads its weights any more: this rank keeps its rows."""
+        assert self.shard is not None and self.gathering is None
+        for local in self.locals:
+            sleep(local.parameter.data)
+        self.is_whole = False
 
 
 def has_memory(tensor: Tensor) -> bool:
@@ -110,8 +154,14 @@ def sleep(tensor: Tensor) -> None:
     tensor.untyped_storage().resize_(0)
 
 
-def wake(tensor: Tensor) -> None:
-    """Give it zeros where it has no memory."""
+def wake(tensor: Tensor, *, zeros: bool = True) -> None:
+    """Give it memory where it has none, full of zeros unless all of it will be written."""
     if not has_memory(tensor):
         tensor.untyped_storage().resize_(tensor.nbytes)
-        tensor.zero_()
+        if zeros:
+            tensor.zero_()
+
+
+def _is_padded(local: LocalParameter) -> bool:
+    """Whether some rows are in no piece: the vocabulary's padding, which is zero."""
+    return sum(piece.stop - piece.start for piece in local.pieces) < local.parameter.shape[0]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megatron_lite.blueprint.buckets import IN_FLIGHT
 from megatron_lite.blueprint.ownership import Rows
-from megatron_lite.blueprint.turns import ALWAYS, Turns
+from megatron_lite.blueprint.turns import ALWAYS, NEVER, Turns
 from megatron_lite.engines.bucket import Bucket, has_memory, sleep, wake
 from megatron_lite.engines.shards import ShardLayout
 from megatron_lite.parallel.collectives import start_all_reduce, start_reduce_scatter
@@ -60,18 +60,20 @@ class GradientBuckets:
         whole: Callable[[ParameterPiece], float | None] = lambda piece: None,
         loads: dict[str, list[float]] | None = None,
         turns: Callable[[LocalParameter], Turns] = lambda local: ALWAYS,
+        layer_of: Callable[[LocalParameter], str | None] = lambda local: None,
         dtype: torch.dtype = torch.float32,
     ) -> GradientBuckets:
         """Lay the accumulators out; bucket_size in elements.  Only those of ALWAYS have memory yet: wake().
 
         sharded: each replica keeps its rows of the state only; shares_gradients: and of the sums of
         gradients; whole: of which pieces all or none, and the cost of their update; loads: that of each
-        axis' ranks, for what is laid out next.
+        axis' ranks, for what is laid out next; layer_of: where weights are shared, the layer that one
+        lies in, whose weights are one bucket of whatever size.
         """
         loads = {} if loads is None else loads
         overlaps = overlap and any(p.replicas(ctx).size > 1 for p in parameters)
         made = cls([], overlaps, each_backward, whole)
-        for turn, group in _grouped(parameters, bucket_size, turns):
+        for turn, group in _grouped(parameters, bucket_size, turns, layer_of):
             axis = group[0].replicas(ctx)
             load = loads.setdefault(axis.name, [0.0] * axis.size)
             layout = (
@@ -90,6 +92,8 @@ class GradientBuckets:
                 for place in layout.places:
                     rows = layout.own_view(place, axis.rank, own)
                     made._own_sums[place.local.parameter, place.piece.start] = rows
+            if layer_of(group[0]) is not None:
+                bucket.take_apart()
             made.buckets.append(bucket)
             made.wake(lambda turn: turn == ALWAYS)  # all of them together need not fit
         return made
@@ -229,23 +233,42 @@ def _grouped(
     parameters: Sequence[LocalParameter],
     bucket_size: int,
     turns: Callable[[LocalParameter], Turns],
+    layer_of: Callable[[LocalParameter], str | None],
 ) -> list[tuple[Turns, list[LocalParameter]]]:
-    """Groups of about bucket_size elements, in reverse order of the parameters.
+    """Groups of about bucket_size elements, or of a layer, in reverse order of the parameters.
 
     The gradients of a group are summed over one axis and stored in one number format, in the same steps.
     """
     groups: list[tuple[Turns, list[LocalParameter]]] = []
-    open_groups: dict[tuple[str, torch.dtype, Turns], list[LocalParameter]] = {}
+    open_groups: dict[tuple[str, torch.dtype, Turns, str | None], list[LocalParameter]] = {}
     for local in reversed(parameters):
-        turn = turns(local)
-        kind = local.over, local.parameter.dtype, turn
+        turn, layer = turns(local), layer_of(local)
+        kind = local.over, local.parameter.dtype, turn, layer
         group = open_groups.get(kind)
-        full = group is not None and sum(p.parameter.numel() for p in group) >= bucket_size
+        size = sum(p.parameter.numel() for p in group or ())
+        full = layer is None and size >= bucket_size
         if group is None or full or local.tied_across_stages or local.late:
             group = open_groups[kind] = []
             groups.append((turn, group))
         group.append(local)
     return groups
+
+
+def frozen_weights(
+    parameters: Sequence[LocalParameter],
+    ctx: ParallelContext,
+    layer_of: Callable[[LocalParameter], str | None],
+) -> list[Bucket]:
+    """Weights that are shared and never trained: buckets without gradients, a layer each."""
+    shared = [local for local in parameters if layer_of(local) is not None]
+    made = []
+    for _, group in _grouped(shared, 0, lambda local: NEVER, layer_of):
+        axis = group[0].replicas(ctx)
+        layout = ShardLayout.build(group, axis.size, whole=lambda piece: None)
+        bucket = Bucket(torch.empty(0, device=ctx.device), group, axis, layout, NEVER)
+        bucket.take_apart()
+        made.append(bucket)
+    return made
 
 
 def _reports(local: LocalParameter) -> int:

@@ -1,4 +1,4 @@
-"""One global gradient norm across tp and pp; shared and replicated parameters count once."""
+"""One global gradient norm across tp and pp, where what is shared or replicated counts once; other sums."""
 
 from __future__ import annotations
 
@@ -43,3 +43,12 @@ def count_zeros(tensors: Sequence[Tensor], axis: Axis, device: torch.device) -> 
     for tensor in tensors:
         total += tensor.numel() - tensor.count_nonzero()
     return all_reduce(total, axis)
+
+
+def sum_together(tensors: Sequence[Tensor], axis: Axis) -> None:
+    """In place, over the axis; many and small ones, so that one call for all costs one latency."""
+    flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+    all_reduce(flat, axis)
+    sizes = [tensor.numel() for tensor in tensors]
+    for tensor, summed in zip(tensors, flat.split(sizes), strict=True):
+        tensor.copy_(summed.view_as(tensor))

@@ -9,6 +9,7 @@ buffer is what rank k owns: named rows of named tensors, not an arbitrary slice 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -152,4 +153,4 @@ class ShardLayout:
 
 
 def _size(local: LocalParameter, piece: ParameterPiece) -> int:
-    return piece.of(local.parameter).numel()
+    return (piece.stop - piece.start) * math.prod(local.parameter.shape[1:])

@@ -9,35 +9,45 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from megatron_lite.blueprint.buckets import bucket_elements
-from megatron_lite.blueprint.turns import ALWAYS, NEVER, BlockDraw, OfBlock, Turns
+from megatron_lite.blueprint.turns import BlockDraw
 from megatron_lite.config.sections.optim import OptimConfig
 from megatron_lite.config.sections.parallel import ParallelConfig
 from megatron_lite.config.sections.precision import PrecisionConfig
-from megatron_lite.engines.around import GradientHooks
+from megatron_lite.engines.around import LayerMemory
 from megatron_lite.engines.base import EngineProgress, SquaredNorm, Statistics, Update
-from megatron_lite.engines.bucket import Bucket, has_memory
-from megatron_lite.engines.buckets import GradientBuckets
-from megatron_lite.engines.clip import clip_coefficient, count_zeros, global_norm, squared_norms
+from megatron_lite.engines.bucket import Bucket, has_memory, wake
+from megatron_lite.engines.buckets import GradientBuckets, frozen_weights
+from megatron_lite.engines.clip import (
+    clip_coefficient,
+    count_zeros,
+    global_norm,
+    squared_norms,
+    sum_together,
+)
 from megatron_lite.engines.gathering import Gathers
 from megatron_lite.engines.held import Held, fit_states
-from megatron_lite.engines.holding import hold, is_gathered
+from megatron_lite.engines.holding import (
+    buckets_by_stage,
+    hold,
+    is_gathered,
+    layer_of,
+    learns,
+    weights_held,
+)
 from megatron_lite.engines.loss_scale import LossScale
 from megatron_lite.engines.matrices import CutMatrices
 from megatron_lite.engines.offload import HostUpdate
+from megatron_lite.engines.whole import SharedLayer, WholeWeights
 from megatron_lite.optim.groups import Groups, Rates
 from megatron_lite.parallel.carrier import Plainly
 from megatron_lite.parallel.collectives import all_reduce
-from megatron_lite.parallel.context import Axis, ParallelContext
+from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.parallel.layer_hooks import LayerHooks
 from megatron_lite.parallel.shard import (
-    DTYPES,
     MASTER,
     LocalParameter,
     NamedSlice,
-    ParameterPiece,
     is_primary_copy,
-    weight_slices,
 )
 
 
@@ -47,6 +57,8 @@ class ZeroEngine(Plainly):
     fp32 parameters are their own masters; fp16 and bf16 ones have an fp32 copy.  Gradients are
     accumulated and reduced in fp32 unless --no-accumulate-allreduce-grads-in-fp32.
     """
+
+    gives_memory = True
 
     def __init__(
         self,
@@ -74,29 +86,22 @@ class ZeroEngine(Plainly):
         self._sums = ctx.world if self.sharded else ctx.model
         self._all = [local for held in stages.values() for local in held]
         # what never trains has weights alone: no accumulators, masters or state
-        stages = {stage: [p for p in held if self._learns(p)] for stage, held in stages.items()}
+        self._home = {p.parameter: stage for stage, held in stages.items() for p in held}
+        frozen = [local for local in self._all if not learns(local, self.groups)]
+        stages = {stage: [p for p in held if p not in frozen] for stage, held in stages.items()}
         self._stage_of = {p.parameter: stage for stage, held in stages.items() for p in held}
         self._locals = [local for held in stages.values() for local in held]
-        bucket_size = bucket_elements(parallel, ctx.replicas.size)
-        in_fp32 = parallel.accumulate_allreduce_grads_in_fp32 or precision.name == "fp32"
-        loads: dict[str, list[float]] = {}
-        self._buckets = {
-            stage: GradientBuckets.build(
-                held,
-                ctx,
-                bucket_size=bucket_size,
-                overlap=parallel.overlap_grad_reduce,
-                sharded=self.sharded,
-                shares_gradients=self._shares_gradients,
-                # a pipeline has many micro batches in flight: whole until the last backward of a step
-                each_backward=self._shares_gradients and ctx.pp.size == 1,
-                whole=self._cost_whole,
-                loads=loads,
-                turns=self._turns_of,
-                dtype=torch.float32 if in_fp32 else DTYPES[precision.name],
-            )
-            for stage, held in stages.items()
+        self._weights = WholeWeights(until_last_backward=ctx.pp.size > 1)
+        self._buckets = buckets_by_stage(stages, ctx, self.groups, parallel, precision)
+        buckets = [b for held in self._buckets.values() for b in held.buckets]
+        if self.sharded and parallel.shares_weights:
+            buckets += frozen_weights(frozen, ctx, layer_of)
+        self._apart: dict[Tensor, Bucket] = {
+            p.parameter: b for b in buckets if b.shard is not None for p in b.locals
         }
+        for local in self._all:
+            if local.parameter not in self._apart:
+                wake(local.parameter.data)
         self._host = HostUpdate(ctx, self.groups, share=parallel.on_host, span=span)
         self._held = [
             held
@@ -112,16 +117,6 @@ class ZeroEngine(Plainly):
         self._turns = {self.groups.treatment(piece.spec).turns for piece in pieces}
         self._choose_trained()
         self._fit_states()
-
-    def _learns(self, local: LocalParameter) -> bool:
-        """Whether any update changes it."""
-        return not all(self.groups.treatment(piece.spec).frozen for piece in local.pieces)
-
-    def _turns_of(self, local: LocalParameter) -> Turns:
-        """Of all its pieces that are ever trained; ALWAYS, too, where they differ."""
-        found = {self.groups.treatment(piece.spec).turns for piece in local.pieces} - {NEVER}
-        (turns,) = found if len(found) == 1 else (ALWAYS,)
-        return turns if isinstance(turns, OfBlock) else ALWAYS
 
     def _choose_trained(self) -> None:
         """Let autograd compute, and buckets hold and await, gradients of what the next update changes."""
@@ -157,11 +152,6 @@ class ZeroEngine(Plainly):
     def _buckets_of(self, local: LocalParameter) -> GradientBuckets:
         return self._buckets[self._stage_of[local.parameter]]
 
-    def _cost_whole(self, piece: ParameterPiece) -> float | None:
-        """Of the update, where one replica carries it out for all of its rows."""
-        how = self.groups.treatment(piece.spec)
-        return how.cost(piece.shape) if how.needs(0) else None
-
     def _take_gradient(self) -> Callable[[Tensor], None]:
         def take(parameter: Tensor) -> None:
             if parameter.grad is None:  # the layer has added it to the accumulator itself
@@ -187,6 +177,7 @@ class ZeroEngine(Plainly):
     @torch.no_grad()
     def fill(self, write: Callable[[list[NamedSlice]], None], *, masters: bool = False) -> None:
         """Have the weights this rank holds written in place, and their masters follow or be written."""
+        self._let_go()
         weights = list(self.weights(owned=False))
         if masters:
             state = self.state(owned=False)
@@ -214,6 +205,7 @@ class ZeroEngine(Plainly):
 
         pending_wgrads: what its last W will still report, see base.Engine; None: a whole backward comes.
         """
+        self._weights.begin_last_backward(stage)
         if not self._unreduced:
             self._buckets[stage].begin_last_backward(pending_wgrads)
 
@@ -299,13 +291,14 @@ class ZeroEngine(Plainly):
 
     def _reduce(self) -> None:
         """Sum gradients over replicas, over tp where a rank saw its share of the sequence, over tied stages."""
+        self._let_go()
         for buckets in self._buckets.values():
             buckets.finish()
         # sorted: the order of a set of strings differs from process to process, that of collectives
         # may not
         for axis in sorted({axis for held in self._awake for axis in held.local.grad_summed_over}):
             shares = [held.gradient for held in self._awake if axis in held.local.grad_summed_over]
-            _sum_together(shares, self.ctx.named(axis))  # norms and biases
+            sum_together(shares, self.ctx.named(axis))  # norms and biases
         if self._frozen:  # some of them may be a piece of a parameter that is trained otherwise
             torch._foreach_zero_([held.gradient for held in self._frozen])
         # after the sum over replicas, so that where sharded only the rows this rank keeps travel
@@ -318,7 +311,7 @@ class ZeroEngine(Plainly):
 
     def _apply(self, rates: Rates, taken: Tensor | None) -> None:
         self._fit_states()
-        total = partial(_sum_together, axis=self.ctx.tp)
+        total = partial(sum_together, axis=self.ctx.tp)
         self._host.begin()
         self.groups.update(self._trained, rates, steps=self._steps, taken=taken, total=total)
         self._matrices.update(rates, steps=self._steps, taken=taken)
@@ -327,7 +320,8 @@ class ZeroEngine(Plainly):
         if self.sharded:
             # buckets lie in the order of backward, the reverse of forward's
             held = self._buckets.values()
-            self._gathers.start(b for buckets in held for b in reversed(buckets.awake))
+            whole = (b for buckets in held for b in reversed(buckets.awake) if b.shard is None)
+            self._gathers.start(whole)
             if not self._overlap_gather:
                 self.wait_for_param_gather()
         self._steps += 1
@@ -352,11 +346,18 @@ class ZeroEngine(Plainly):
                 self._gathers.wait_for(self._bucket_of(parameter))
 
     def layer_hooks(self, parameters: Sequence[Tensor]) -> LayerHooks | None:
-        """None needed where accumulators always have memory."""
-        if not self._shares_gradients:
+        """None needed where gradients and weights always have memory."""
+        if not self._shares_gradients or not parameters:
             return None
         learned = [parameter for parameter in parameters if parameter in self._stage_of]
-        return GradientHooks(list(dict.fromkeys(map(self._bucket_of, learned))))
+        shared = [self._apart[parameter] for parameter in parameters if parameter in self._apart]
+        layer = SharedLayer(self._home[parameters[0]], list(dict.fromkeys(shared)))  # type: ignore[index]
+        buckets = list(dict.fromkeys(map(self._bucket_of, learned)))
+        return LayerMemory(buckets, layer, self._weights)
+
+    def _let_go(self) -> None:
+        """Keep of shared weights this rank's rows alone."""
+        self._weights.let_go(dict.fromkeys(self._apart.values()))
 
     def copy_masters(self) -> None:
         """Round the masters into the parameters the model computes with."""
@@ -388,7 +389,7 @@ class ZeroEngine(Plainly):
     def weights(self, *, owned: bool) -> Iterator[NamedSlice]:
         """The model's tensors as named slices (views): this rank's primary copies, or all it holds."""
         self.wait_for_param_gather()
-        yield from weight_slices(self._all, self.ctx, owned=owned)
+        yield from weights_held(self._all, self._apart, self.ctx, owned=owned)
 
     def gradients(self, *, owned: bool) -> Iterator[NamedSlice]:
         """The accumulators this rank updates from, likewise; before reduce() its own sums."""
@@ -431,12 +432,3 @@ class ZeroEngine(Plainly):
         self._fit_states()
         if progress.loss_scale:
             self.scaler.load(progress.loss_scale)
-
-
-def _sum_together(tensors: Sequence[Tensor], axis: Axis) -> None:
-    """In place, over the axis; many and small ones, so that one call for all costs one latency."""
-    flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
-    all_reduce(flat, axis)
-    sizes = [tensor.numel() for tensor in tensors]
-    for tensor, summed in zip(tensors, flat.split(sizes), strict=True):
-        tensor.copy_(summed.view_as(tensor))

@@ -42,8 +42,9 @@ def around(hooks: LayerHooks | None, run: Callable[..., Tensor], x: Tensor, *mor
         return y
 
     def begin() -> None:
-        hooks.before_backward()
-        if looks_up:  # the backward of a table adds rows to its gradient and reads no weight
+        # the backward of a table adds rows to its gradient and reads no weight
+        hooks.before_backward(reads=not looks_up)
+        if looks_up:
             hooks.after_backward()
 
     told: Tensor = _Told.apply(y, begin)

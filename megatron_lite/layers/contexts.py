@@ -38,6 +38,7 @@ class StageContext:
     capability: of the GPU that runs this, or that a rehearsal stands for; see kernels/table.py.
     compiler: of what stands between two products; None: it runs as it is.
     neftune_alpha: how large the noise on embeddings is in training.
+    engine_gives_memory: parameters are made without; together they need not fit.
     """
 
     model: ModelConfig
@@ -55,6 +56,7 @@ class StageContext:
     capability: tuple[int, int] | None = None
     compiler: Compiler | None = None
     neftune_alpha: float = 0.0
+    engine_gives_memory: bool = False
 
     @property
     def dtype(self) -> torch.dtype:
@@ -99,7 +101,10 @@ class StageContext:
         storage: its number format, the run's by default.
         """
         dtype = self.dtype if storage is None else DTYPES[storage]
-        return nn.Parameter(torch.zeros(*shape, dtype=dtype, device=self.ctx.device))
+        made = torch.zeros(*shape, dtype=dtype, device=self.ctx.device)
+        if self.engine_gives_memory:
+            made.untyped_storage().resize_(0)
+        return nn.Parameter(made)
 
 
 def _capability(device: torch.device) -> tuple[int, int] | None:

@@ -21,8 +21,8 @@ class LayerHooks(Protocol):
         """It is done; autograd keeps references to the weights, whose values it reads in backward."""
         ...
 
-    def before_backward(self) -> None:
-        """The gradient of the layer's output has come."""
+    def before_backward(self, *, reads: bool) -> None:
+        """The gradient of the layer's output has come.  reads: whether weights are read in this backward."""
         ...
 
     def after_backward(self) -> None:

@@ -59,6 +59,12 @@ class ParameterPiece:
         """The same rows with their place in the global tensor."""
         return NamedSlice(prefix + self.name, self.shape, self.offset, self.of(local))
 
+    def rows_from(self, first: int, data: Tensor) -> NamedSlice:
+        """data: this rank's alone of these rows, those from the first-th on."""
+        start, *others = self.offset
+        offset = (start + first, *others)
+        return NamedSlice(self.name, self.shape, offset, data, replicated=False)
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class NamedSlice:

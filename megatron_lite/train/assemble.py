@@ -173,6 +173,8 @@ def _decoders(
             else None,
             compiler=compiler,
             neftune_alpha=config.train.neftune_alpha,
+            engine_gives_memory=config.parallel.shares_weights
+            and getattr(ENGINES[config.parallel.engine], "gives_memory", False),
         )
         decoder = made[placed.index] = Decoder(
             context,

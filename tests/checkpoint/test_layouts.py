@@ -33,9 +33,12 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "pp2-dp2-zero": (4, {PP: 2, ZERO: 1}),
     "pp2-dp2-zero-zb-v": (4, {PP: 2, ZERO: 1, SCHEDULE: "zb-v"}),
     "pp2-dp2-zero-interleaved": (4, {PP: 2, ZERO: 1, CHUNKS: 2}),
+    "dp2-stage2": (2, {ZERO: 2}),
+    "tp2-dp2-stage3": (4, {TP: 2, SP: True, ZERO: 3}),
     "bf16": (1, {BF16: True}),
     "bf16-tp2-pp2": (4, {TP: 2, PP: 2, BF16: True}),
     "bf16-dp2-zero": (2, {ZERO: 1, BF16: True}),
+    "bf16-pp2-dp2-stage3": (4, {PP: 2, ZERO: 3, BF16: True}),
 }
 NAMES = list(LAYOUTS)
 
@@ -44,6 +47,7 @@ QUICK = [
     ("pp2-dp2-zero-zb-v", "pp2-uneven"),
     ("bf16-dp2-zero", "serial"),
     ("tp4", "bf16-tp2-pp2"),
+    ("tp2-dp2-stage3", "dp2-stage2"),
 ]  # fmt: skip
 """Saved and loaded in `make test`, beside those of test_store.py."""
 

@@ -284,7 +284,6 @@ def test_what_is_missing_is_named(words: str, message: str) -> None:
 
 NOT_BUILT = [
     "--context-parallel-size 2",
-    "--zero-stage 3",
     "--overlap-param-gather",
     "--recompute-granularity selective",
     "--distribute-saved-activations",

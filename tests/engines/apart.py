@@ -134,10 +134,11 @@ class Around:
         self.engine.close()
         self._note("forward ends")
 
-    def before_backward(self) -> None:
+    def before_backward(self, *, reads: bool) -> None:
         """Gather again."""
         self._note("backward")
-        self.engine.make_whole(self.parameters)
+        if reads:
+            self.engine.make_whole(self.parameters)
 
     def after_backward(self) -> None:
         """Take apart again."""

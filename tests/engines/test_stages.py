@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 
 from megatron_lite.train.assemble import assemble
@@ -68,7 +70,7 @@ STEPS = {"dp2 late gradients": 2}
 )
 def test_stages_train_alike(name) -> None:
     ranks, changes = LAYOUTS[name]
-    for first, *others in spawn(by_stages, ranks, changes, (0, 1, 2), STEPS.get(name, 3)):
+    for first, *others in spawn(by_stages, ranks, changes, (0, 1, 2, 3), STEPS.get(name, 3)):
         for other in others:
             assert other == pytest.approx(first, rel=CLOSE.get(name, 1e-6))
 
@@ -108,3 +110,43 @@ def test_in_a_pipeline_gradients_stay_until_the_last_backward() -> None:
     for seen, own, all_together in spawn(memory_of_gradients, 4, {PP: 2}):
         assert seen[0] == seen[-1] == 0 and max(seen) == pytest.approx(all_together, rel=0.05)
         assert own == pytest.approx(all_together / 2, rel=0.05)
+
+
+def memory_of_weights(rank, ranks, changes):
+    """Bytes of weights between passes, between a pass' actions, while blocks run; of all, and of shards."""
+    config = tiny_config(**{ZERO: 3, BF16: True} | changes)
+    blueprint = draw(config, ranks)
+    run = assemble(config, blueprint, context(blueprint, rank))
+    outside, between, within = [], [], []
+
+    def count(seen):
+        seen.append(sum(p.parameter.untyped_storage().nbytes() for p in run.parameters))
+
+    count(outside)
+    for stage in run.pipeline.stages.values():
+        for block in stage.module.blocks.values():
+            block.register_forward_hook(lambda *_: count(within))
+            block.register_full_backward_hook(lambda *_: count(within))
+    run.pipeline.reached = lambda *_: count(between)
+    for step in range(2):
+        batches = make_batches(config, blueprint, run.ctx.dp.rank, step)
+        for go in (partial(train_step, lr=1e-2, weight_decay=0.1), evaluation_step):
+            go(run, batches)
+            count(outside)
+    own = sum(piece.data.nbytes for piece in run.engine.weights(owned=False))
+    return (
+        outside,
+        between,
+        within,
+        sum(2 * local.parameter.numel() for local in run.parameters),
+        own,
+    )
+
+
+@pytest.mark.parametrize("recomputed", [{}, recompute("full", "uniform", 2)], ids=["kept", "again"])
+def test_weights_have_memory_around_their_layers_alone(recomputed) -> None:
+    for outside, between, within, whole, own in spawn(memory_of_weights, 2, recomputed):
+        assert set(outside) == {0}
+        assert max(between) < 0.15 * whole, "of the head, whose backward follows its forward"
+        assert 0 < max(within) < 0.6 * whole, "a block of four, and the ends of the model"
+        assert own == pytest.approx(whole / 2, rel=0.05)

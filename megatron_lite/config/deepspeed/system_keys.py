@@ -15,17 +15,12 @@ from megatron_lite.config.deepspeed.key import (
     whole,
 )
 
-NO_STAGE = (
-    "weights are not shared between data-parallel ranks; use stage 1 with "
-    "--tensor-model-parallel-size "
-    "or --pipeline-model-parallel-size"
-)
 _BUFFERS = (
     "sizes and copies of DeepSpeed's buffers; here gradients lie in buckets of --ddp-bucket-size "
     "from "
     "the start"
 )
-_STAGE_3 = "has a say at stage 3 only, which is refused"
+_STAGE_3 = "how DeepSpeed's stage 3 gathers; here weights are gathered layer by layer, two ahead of their use"
 _OFFLOADED = "has a say only with offload to NVMe, which is refused"
 _NOT_BUILT = "not built: drop it, or set enabled to false"
 
@@ -110,7 +105,7 @@ ZERO_KEYS: tuple[DeepSpeedKey, ...] = (
     *refused_keys(
         "zero_optimization",
         "offload_param",
-        f"weights stay on the device: drop it; {NO_STAGE}",
+        "weights stay on the device: drop it; --zero-stage 3 shares them between data-parallel ranks",
         None,
         whole=True,
         switch="device",
@@ -118,7 +113,7 @@ ZERO_KEYS: tuple[DeepSpeedKey, ...] = (
     *refused_keys(
         "zero_optimization",
         "cpu_offload_param",
-        f"weights stay on the device: drop it; {NO_STAGE}",
+        "weights stay on the device: drop it; --zero-stage 3 shares them between data-parallel ranks",
         False,
         None,
     ),

@@ -21,6 +21,11 @@ def adapter_settings(config: RunConfig, world_size: int) -> Iterator[str]:
     lora = config.lora
     if lora.on:
         yield from adapter_problems(lora, config.model)
+        if lora.lora_variant == "dora" and config.parallel.shares_weights:
+            yield (
+                "--lora-variant dora with --zero-stage 3: the lengths of a matrix' rows are those of all of "
+                "it, at the start too; use --zero-stage 2, or --lora-variant lora"
+            )
         return
     default = LoraConfig()
     for flag, given in (

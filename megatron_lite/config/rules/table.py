@@ -136,11 +136,6 @@ NOT_YET: tuple[NotYet, ...] = (
         lambda c, w: c.parallel.cp > 1,
         "use --tensor-model-parallel-size with --sequence-parallel for long sequences",
     ),
-    NotYet(
-        "--zero-stage 3",
-        lambda c, w: c.parallel.zero_stage == 3 and c.parallel.engine != engines.DEEPSPEED,
-        "use --zero-stage 1 with --tensor-model-parallel-size or --pipeline-model-parallel-size",
-    ),
 )
 """Delete a line when its feature is built."""
 
@@ -281,6 +276,13 @@ def notices(config: RunConfig, world_size: int) -> tuple[str, ...]:
         found.append("--sequence-parallel: nothing to split at tensor-parallel size 1; off")
     if p.check_collectives and world_size == 1:
         found.append("--check-collectives: one process calls nobody")
+    if p.shares_weights and p.engine == "zero":
+        for flag, given, why in (
+            ("--overlap-param-gather", p.overlap_param_gather, "weights come layer by layer"),
+            ("--ddp-bucket-size", p.ddp_bucket_size is not None, "a bucket is a layer"),
+        ):
+            if given:
+                found.append(f"{flag}: changes nothing at --zero-stage 3, where {why}")
     if not _dp_above_one(config, world_size):
         for flag, given in (
             (f"--zero-stage {p.zero_stage}", p.shares_state),

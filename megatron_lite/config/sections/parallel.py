@@ -123,6 +123,11 @@ class ParallelConfig:
         return self.zero_stage >= 2
 
     @property
+    def shares_weights(self) -> bool:
+        """Whether it keeps their weights alone, too, which are gathered where they are used."""
+        return self.zero_stage >= 3
+
+    @property
     def tp(self) -> int:
         """Tensor-parallel size."""
         return self.tensor_model_parallel_size

@@ -52,7 +52,7 @@ class GatheringHooks:
         # a stack of the layers whose forward runs, which DeepSpeed's own hooks shorten, no function of it
         sys.modules[type(offload).__module__].FWD_MODULE_STACK.pop()  # type: ignore[attr-defined]
 
-    def before_backward(self) -> None:
+    def before_backward(self, *, reads: bool) -> None:
         """Gather again."""
         self._offload().pre_sub_module_backward_function(self._layer)
 

@@ -188,14 +188,9 @@ class Fault:
 
     def _spoil_gradients(self, factor: float) -> None:
         assert self.run is not None
-        gradients = dict(self.run.engine.accumulators())
-        for local in self.run.parameters:
-            if local.parameter not in gradients:  # it is frozen
-                continue
-            gradient = gradients[local.parameter]
-            for piece in local.pieces:
-                if self.target in ("", piece.name):
-                    piece.of(gradient).add_(1.0).mul_(factor)
+        for piece in self.run.engine.gradients(owned=False):
+            if self.target in ("", piece.name):
+                piece.data.add_(1.0).mul_(factor)
 
     def _flip(self) -> None:
         """Turn the highest bit of the significand of the tensor's middle element over."""
