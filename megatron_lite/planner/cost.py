@@ -25,18 +25,13 @@ from megatron_lite.blueprint.schedules.actions import Action, Op
 from megatron_lite.blueprint.schedules.simulate import Cost
 from megatron_lite.blueprint.stages import StageLayers
 from megatron_lite.config.pipeline import SPLIT_BACKWARD
-from megatron_lite.planner.activations import element_bytes, uses_flash
+from megatron_lite.planner.activations import element_bytes
+from megatron_lite.planner.attention import core_seconds
 from megatron_lite.planner.hardware import Cluster
 from megatron_lite.planner.head import logits_chunks
 from megatron_lite.planner.memory import PlanInputs, layer_input_bytes
 from megatron_lite.planner.pieces import Moved, kernel_table, moved
 from megatron_lite.planner.work import Passes, StageTimes, Work
-
-FORWARD_OF_ATTENTION = 1.15
-"""A fused forward's rate beside that of forward and backward together (arXiv:2307.08691, figures 4 to 6)."""
-
-_FUSED_MASK = 0.5
-"""Values that a dropout mask of attention takes in one kernel with its softmax, written and read."""
 
 FORWARD_LAUNCHES, BACKWARD_LAUNCHES, CALL_LAUNCHES = 8, 4, 4
 """Host time of a product of a linear layer in forward, of each of its two in backward, and of a
@@ -236,32 +231,11 @@ class Costs:
 
     def _core(self, core: Core) -> tuple[float, float]:
         """Attention between q, k, v and its output, forward and backward."""
-        model, device = self.model, self.device
-        share = core.pairs(model.seq_length) / model.seq_length**2
-        square = self.tokens * model.seq_length * core.heads / self.tp * share
-        flops = 4.0 * square * core.head_size
-        if uses_flash(model, self.asked.precision, on_gpu=self.asked.on_gpu):
-            seen = min(core.group or core.seen(model.seq_length), self.tokens)
-            rate = device.attention_flops(seen, core.head_size) / self.slow
-            causal = flops / 2
-            forward = causal / (rate * FORWARD_OF_ATTENTION)
-            backward = 3.5 * causal / rate - forward
-            return forward + device.launch_seconds, backward + 2 * device.launch_seconds
-        # two batched products whose square operand goes through memory, softmax, dropout
-        # their inner dimensions are a head and the sequence, or a group of it
-        seen = core.group or model.seq_length
-        reached = (device.efficiency(core.head_size) + device.efficiency(seen)) / 2
-        products = max(
-            flops / (device.matmul_tflops * 1e12 * reached) * self.slow,
-            self._moving(square, 2.0),
-        )
-        # the softmax reads and writes; dropout reads, writes and makes a mask that backward reads
-        dropped = model.attention_dropout > 0.0
-        made = (
-            2.0 + (_FUSED_MASK if self.asked.on_gpu else device.dropout_values) if dropped else 0.0
-        )
-        forward = products + self._moving(square, 2.0 + made)
-        return forward, 2 * products + self._moving(square, 3.0 + (2.5 if dropped else 0.0))
+        return core_seconds(
+            core, self.model, self.asked, self.device,
+            squares=self.tokens * core.pairs(self.model.seq_length) / self.model.seq_length / self.tp,
+            tokens=self.tokens, slow=self.slow,
+        )  # fmt: skip
 
     def _head(self) -> Passes:
         model, tp = self.model, self.blueprint.grid.tp

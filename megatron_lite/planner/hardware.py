@@ -11,9 +11,8 @@ or the time to move its operands, where that is longer.  `matmul` is the fastest
 measured on the device.  The curve says what a training run reaches of it: `sustained` for a long
 inner dimension (clocks under load, waves that do not fill), less for a short one, whose tiles have
 little to do between their first load and their last store.  Fused attention likewise: `attention`
-for long sequences and heads of 128 features, less for short ones.  Fitted were `sustained` of three
-makes of devices, and for all GPUs `half_inner`, `overlap` and `spread`, on the rows that say so in
-tests/planner/published_times.tsv.
+for long sequences and heads of 128 features, less for short ones.  planner/generations.py says what
+each make of device reaches.
 """
 
 from __future__ import annotations
@@ -28,17 +27,18 @@ import yaml
 
 from megatron_lite.blueprint.devices import ACCELERATORS, short_name
 from megatron_lite.config.errors import ConfigError, all_together
+from megatron_lite.planner import generations
+from megatron_lite.planner.generations import (
+    AMPERE,
+    ASSUMED,
+    BLACKWELL,
+    CORES,
+    HOPPER,
+    MAMF,
+    DeviceMake,
+)
 
 GIB = 2**30
-
-HALF_INNER = 300.0
-"""Of an H100, which makes 237 FLOPs in the time of a byte: what a tile loads and stores besides its
-products takes as many of them as the device is faster at these.  Others have it in that proportion."""
-
-_HALF_PER_INTENSITY = HALF_INNER / (794.5e3 / 3350)
-
-_GPU_OVERLAP = 0.8
-_GPU_SPREAD = 0.005
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,7 +68,7 @@ class Device:
     """Between nodes, per device."""
     devices_per_node: int
     sources: Mapping[str, str]
-    half_inner: float = HALF_INNER
+    half_inner: float = generations.HALF_INNER
     """Inner dimension at which a product reaches half of its rate."""
     attention_half_length: float = 500.0
     """Sequence at which it reaches half of that: blocks on the diagonal, and few of them."""
@@ -191,52 +191,14 @@ class Cluster:
 
 _CPU_PEAK = 0.12
 
-_MAMF = "ml-engineering (S. Bekman), table of maximum achievable matmul FLOPS, bf16"
-_ASSUMED = "not measured by anyone we know: "
-_TABLE = "runs of tests/planner/published_times.tsv"
-_FITTED = f"fitted on {_TABLE}"
-
-
-@dataclass(frozen=True, slots=True)
-class _Generation:
-    """What kernels reach on devices of one make; see the fields of Device of the same names."""
-
-    sustained: float
-    attention: float
-    half_length: float
-    half_head: float
-    fitted: str
-    measured: str
-
-    def like(self, attention: float | None = None, measured: str = "") -> _Generation:
-        """The same for a device that no run was fitted on."""
-        return dataclasses.replace(
-            self, fitted="taken from its kin; " + self.fitted,
-            attention=attention or self.attention, measured=measured or self.measured,
-        )  # fmt: skip
-
-
-_AMPERE = _Generation(
-    0.815, 0.72, 500, 18, _FITTED,
-    "FlashAttention-2, arXiv:2307.08691, figure 4: causal, forward and backward, heads of 64 and 128",
-)  # fmt: skip
-_HOPPER = _Generation(
-    0.944, 0.69, 600, 62, _FITTED,
-    "our H100, docs/benchmarks.md: 262 TFLOP/s at 1024 x 64, 513 at 8192 x 128 (cuDNN)",
-)  # fmt: skip
-_BLACKWELL = _Generation(
-    0.73, 0.60, 600, 62, _FITTED, _ASSUMED + "60 % of the matmul rate"
-)  # fmt: skip
-_CORES = _Generation(0.9, 0.3, 1, 1, "guessed", "guessed")
-
 
 def _device(
-    name: str, kind: _Generation, numbers: tuple[float, ...], per_node: int, **sources: str
+    name: str, kind: DeviceMake, numbers: tuple[float, ...], per_node: int, **sources: str
 ) -> Device:
     cpu = name == "cpu"
     sources = {"sustained": kind.fitted, "attention": kind.measured, **sources}
     if not cpu:
-        sources = {"peak_tflops": ACCELERATORS[name].source, **sources}
+        sources = {"peak_tflops": ACCELERATORS[name].source, **sources, **generations.GENERAL}
     matmul, memory, bandwidth, link, network = numbers
     return Device(
         name=name,
@@ -255,15 +217,15 @@ def _device(
         cpu=cpu,
         bf16=not name.startswith("v100"),
         fp32_rate=1.0 if cpu else 1 / 16,
-        half_inner=HALF_INNER if cpu else _HALF_PER_INTENSITY * matmul * 1e3 / bandwidth,
-        overlap=1.0 if cpu else _GPU_OVERLAP,
-        spread=0.0 if cpu else _GPU_SPREAD,
+        half_inner=generations.HALF_INNER if cpu else generations.half_inner(matmul, bandwidth),
+        overlap=1.0 if cpu else generations.OVERLAP,
+        spread=0.0 if cpu else generations.SPREAD,
     )
 
 
 def _nvidia(
-    name: str, kind: _Generation, sheet: str, network: str, numbers: tuple[float, ...], *,
-    per_node: int = 8, matmul: str = _MAMF,
+    name: str, kind: DeviceMake, sheet: str, network: str, numbers: tuple[float, ...], *,
+    per_node: int = 8, matmul: str = MAMF,
 ) -> Device:  # fmt: skip
     return _device(
         name,
@@ -283,43 +245,43 @@ _GUESSED = "one core of a usual server, guessed; tools/calibrate.py measures you
 _HDR = "one HDR InfiniBand port of 200 Gb/s per GPU (DGX A100)"
 _NDR = "one NDR InfiniBand port of 400 Gb/s per GPU (DGX H100, B200)"
 _XDR = "one ConnectX-8 port of 800 Gb/s per GPU (GB300 NVL72)"
-_AMD = _HOPPER.like(0.55, _ASSUMED + "55 % of the matmul rate")
+_AMD = HOPPER.like(0.55, ASSUMED + "55 % of the matmul rate")
 
 #                  matmul   GB   GB/s  link  network
 DEVICES: Mapping[str, Device] = {
     device.name: device
     for device in (
-        _nvidia("v100-32g", _AMPERE.like(0.40, _ASSUMED + "no fused kernel of ours"),
+        _nvidia("v100-32g", AMPERE.like(0.40, ASSUMED + "no fused kernel of ours"),
                 "NVIDIA V100 SXM3 data sheet (fp16; it has no bf16)",
                 "one EDR InfiniBand port of 100 Gb/s per two GPUs (DGX-2)",
-                (102, 32, 900, 150, 6.25), matmul=_ASSUMED + "82 % of peak, as A100 PCIe"),
-        _nvidia("a100-40g", _AMPERE, "NVIDIA A100 data sheet", _HDR, (271.2, 40, 1555, 300, 25)),
-        _nvidia("a100-80g", _AMPERE, "NVIDIA A100 data sheet", _HDR, (271.2, 80, 2039, 300, 25)),
-        _nvidia("h100", _HOPPER, "NVIDIA H100 SXM data sheet", _NDR, (794.5, 80, 3350, 450, 50)),
-        _nvidia("h800", _HOPPER.like(), "NVIDIA H800 SXM data sheet (NVLink 400 GB/s)", _NDR,
-                (794.5, 80, 3350, 200, 50), matmul=_MAMF + " of H100"),
-        _nvidia("h200", _HOPPER.like(), "NVIDIA H200 SXM data sheet", _NDR,
+                (102, 32, 900, 150, 6.25), matmul=ASSUMED + "82 % of peak, as A100 PCIe"),
+        _nvidia("a100-40g", AMPERE, "NVIDIA A100 data sheet", _HDR, (271.2, 40, 1555, 300, 25)),
+        _nvidia("a100-80g", AMPERE, "NVIDIA A100 data sheet", _HDR, (271.2, 80, 2039, 300, 25)),
+        _nvidia("h100", HOPPER, "NVIDIA H100 SXM data sheet", _NDR, (794.5, 80, 3350, 450, 50)),
+        _nvidia("h800", HOPPER.like(), "NVIDIA H800 SXM data sheet (NVLink 400 GB/s)", _NDR,
+                (794.5, 80, 3350, 200, 50), matmul=MAMF + " of H100"),
+        _nvidia("h200", HOPPER.like(), "NVIDIA H200 SXM data sheet", _NDR,
                 (794.5, 141, 4800, 450, 50)),
-        _nvidia("gh200", _HOPPER.like(), "NVIDIA GH200 data sheet (96 GB HBM3)", _NDR,
+        _nvidia("gh200", HOPPER.like(), "NVIDIA GH200 data sheet (96 GB HBM3)", _NDR,
                 (828.6, 96, 4000, 450, 50), per_node=4),
-        _nvidia("b200", _BLACKWELL.like(), "NVIDIA HGX B200 data sheet", _NDR,
+        _nvidia("b200", BLACKWELL.like(), "NVIDIA HGX B200 data sheet", _NDR,
                 (1745, 180, 7700, 900, 50)),
-        _nvidia("gb200", _BLACKWELL, "NVIDIA GB200 NVL72 data sheet", _NDR,
+        _nvidia("gb200", BLACKWELL, "NVIDIA GB200 NVL72 data sheet", _NDR,
                 (1939, 186, 8000, 900, 50), per_node=72,
-                matmul=_ASSUMED + "77.6 % of peak, as B200"),
-        _nvidia("gb300", _BLACKWELL.like(), "NVIDIA GB300 NVL72 data sheet", _XDR,
+                matmul=ASSUMED + "77.6 % of peak, as B200"),
+        _nvidia("gb300", BLACKWELL.like(), "NVIDIA GB300 NVL72 data sheet", _XDR,
                 (1939, 279, 8000, 900, 100), per_node=72,
-                matmul=_ASSUMED + "77.6 % of peak, as B200"),
-        _device("cpu", _CORES, (0.1, 16, 12, 4, 1.0), 2,
+                matmul=ASSUMED + "77.6 % of peak, as B200"),
+        _device("cpu", CORES, (0.1, 16, 12, 4, 1.0), 2,
                 peak_tflops=_GUESSED, matmul_tflops=_GUESSED, sustained=_GUESSED,
                 attention=_GUESSED, memory_gb=_GUESSED, bandwidth_gb_s=_GUESSED,
                 link_gb_s=_GUESSED, network_gb_s=_GUESSED, devices_per_node=_GUESSED),
-        _device("mi300x", _AMD, (781.9, 192, 5300, 448, 50), 8, matmul_tflops=_MAMF,
+        _device("mi300x", _AMD, (781.9, 192, 5300, 448, 50), 8, matmul_tflops=MAMF,
                 memory_gb="AMD MI300X data sheet", bandwidth_gb_s="AMD MI300X data sheet",
                 link_gb_s="AMD MI300X data sheet: 7 Infinity Fabric links of 64 GB/s per direction",
                 network_gb_s="one port of 400 Gb/s per GPU (usual in servers of 8)",
                 devices_per_node="AMD MI300X platform data sheet"),
-        _device("mi325x", _AMD, (781.9, 256, 6000, 448, 50), 8, matmul_tflops=_MAMF + " of MI300X",
+        _device("mi325x", _AMD, (781.9, 256, 6000, 448, 50), 8, matmul_tflops=MAMF + " of MI300X",
                 memory_gb="AMD MI325X data sheet", bandwidth_gb_s="AMD MI325X data sheet",
                 link_gb_s="AMD MI325X data sheet: 7 Infinity Fabric links of 64 GB/s per direction",
                 network_gb_s="one port of 400 Gb/s per GPU (usual in servers of 8)",
@@ -422,4 +384,10 @@ def table() -> str:
     for device in DEVICES.values():
         lines.append(f"\n{device.name}")
         lines += [f"  {name:<18}{device.sources[name]}" for name in shown]
+    lines.append("\nof all GPUs, where a file says nothing else")
+    h100 = DEVICES["h100"]
+    lines += [
+        f"  {name:<24}{getattr(h100, name):<10,g}{source}"
+        for name, source in generations.GENERAL.items()
+    ]
     return "\n".join(lines)

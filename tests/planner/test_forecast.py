@@ -95,6 +95,17 @@ def test_more_recomputation_keeps_less_and_takes_longer() -> None:
     assert times == sorted(times)
 
 
+@pytest.mark.parametrize(("more", "share"), [("", 7 / 16), ("--attention-dropout 0.1", 1.0)])
+def test_a_window_costs_its_band_but_where_it_is_a_mask(more: str, share: float) -> None:
+    """A quarter of the sequence: 1 - (3/4)^2 of the causal half, by a kernel of shorter rows."""
+    flags = f"--seq-length 8192 --attention-dropout 0 {more}"
+    full, window = (planned(f"{flags} {how}") for how in ("", "--window-size 2047,0"))
+    reached = full.cluster.device.attention_flops
+    slower = reached(8192, 128) / reached(2048, 128) if share < 1 else 1.0
+    of_full, of_window = (plan.costs.layer(0).forward.attention for plan in (full, window))
+    assert of_window / of_full == pytest.approx(share * slower, rel=0.02)
+
+
 @pytest.mark.parametrize("backend", ["auto", "unfused"])
 def test_groups_of_s2_attention_cost_their_share_of_the_attention(backend: str) -> None:
     """A quarter of the sample each, less two quarters of one in half of the heads: 15/64 of the square."""

@@ -87,5 +87,5 @@ def test_what_is_whole_shrinks_with_the_bucket_and_ends_at_all_gradients() -> No
 def test_stage_3_reads_weights_under_forward_and_backward() -> None:
     second, third = planned("", 2), planned("", 3)
     assert third.hidden_seconds["dp parameters"] > 0 == second.hidden_seconds["dp parameters"]
-    slow = planned("", 3, world=512, batch=512)
+    slow = planned("", 3, world=512, batch=2048)
     assert slow.seconds["dp communication"] > third.seconds["dp communication"]
