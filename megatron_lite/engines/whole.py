@@ -100,7 +100,10 @@ class WholeWeights:
     def _next(self, use: _Use) -> Iterator[SharedLayer]:
         # an evaluation has no backward
         evaluates = not use.backward and not torch.is_grad_enabled()
-        for coming in self._uses[self._now + 1 : self._now + 1 + IN_FLIGHT]:
+        ahead = self._uses[self._now + 1 : self._now + 1 + IN_FLIGHT]
+        if use.backward and not self._last:  # another micro batch follows
+            ahead += self._uses[: IN_FLIGHT - len(ahead)]
+        for coming in ahead:
             if not (evaluates and coming.backward):
                 yield coming.layer
 

@@ -24,6 +24,7 @@ INSIDE = {
     "tests/engines/test_matrices.py": "what an owner sees of a matrix",
     "tests/engines/test_offload.py": "how many elements are updated at a time",
     "tests/engines/test_shards.py": "the layout of a bucket",
+    "tests/engines/test_whole.py": "in which order weights are made whole",
     "tests/optim/test_frozen.py": "when a bucket starts",
     "tests/parity/test_overlap.py": "what waits too long",
     "tests/pipeline/test_reduction_order.py": "when a bucket starts",

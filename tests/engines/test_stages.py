@@ -9,7 +9,7 @@ import pytest
 from megatron_lite.train.assemble import assemble
 from megatron_lite.train.step import evaluation_step, train_step
 from tests.parity.layouts import SELECTIVE, recompute
-from tests.support.axes import BF16, PP, SCHEDULE, SP, TP, UNTIED, ZERO
+from tests.support.axes import BF16, CHUNKS, PP, SCHEDULE, SP, TP, UNTIED, ZERO
 from tests.support.spawn import spawn
 from tests.support.tiny import context, draw, make_batches, tiny_config
 
@@ -43,6 +43,9 @@ LAYOUTS = {
     "dp2 tp2 sp": (4, {TP: 2, SP: True}),
     "dp2 pp2 zb-v": (4, {PP: 2, SCHEDULE: "zb-v"}),
     "dp2 pp2 1f1b": (4, {PP: 2}),
+    "dp2 pp2 interleaved": (4, {PP: 2, CHUNKS: 2, **recompute("full", "uniform", 1)}),
+    "dp2 pp2 zb-h1 tp2": (8, {PP: 2, TP: 2, SP: True, SCHEDULE: "zb-h1"}),
+    "dp2 fp16": (2, {"precision__fp16": True, "precision__initial_loss_scale": 1024.0}),
     "dp2 bf16 autograd": (2, {BF16: True, "precision__gradient_accumulation_fusion": False}),
     "dp2 not overlapped": (2, {**SELECTIVE, "parallel__overlap_grad_reduce": False}),
     "dp3 16-bit sums": (3, {BF16: True, "parallel__accumulate_allreduce_grads_in_fp32": False,
@@ -55,12 +58,18 @@ LAYOUTS = {
     "dp2 pp2 lisa": (4, {PP: 2, **LISA}),
     "dp2 host": (2, {"parallel__optimizer_cpu_offload": True}),
     "dp2 lora": (2, {"lora__lora_rank": 2}),
+    "dp2 lora of all": (2, {"lora__lora_rank": 2, "lora__lora_targets": ["all"], UNTIED: True}),
     "dp2 late gradients": (2, {"model__position_embedding_type": "rope", "model__rope_scaling_type": "clex",
                                "model__rope_scaling_factor": 4.0}),
 }  # fmt: skip
 SOON = ("dp2", "dp2 tp2 sp")
-CLOSE = {"dp2 bf16 autograd": 1e-2, "dp3 16-bit sums": 1e-2}
-"""How close losses and norms are where sums in another order are rounded to 16 bits; else 1e-6."""
+CLOSE = {
+    "dp2 fp16": 1e-2,
+    "dp2 lora of all": 1e-5,
+    "dp2 bf16 autograd": 1e-2,
+    "dp3 16-bit sums": 1e-2,
+}
+"""How close losses and norms are where sums in another order are rounded to 16 bits, or small; else 1e-6."""
 STEPS = {"dp2 late gradients": 2}
 """Fewer where a rounding error grows a millionfold in a step: the equation that is solved there."""
 
