@@ -62,7 +62,7 @@ LAYOUTS = {
     "dp2 late gradients": (2, {"model__position_embedding_type": "rope", "model__rope_scaling_type": "clex",
                                "model__rope_scaling_factor": 4.0}),
 }  # fmt: skip
-SOON = ("dp2", "dp2 tp2 sp")
+SOON, CI = ("dp2",), ("dp2 tp2 sp", "dp2 pp2 zb-v")
 CLOSE = {
     "dp2 fp16": 1e-2,
     "dp2 lora of all": 1e-5,
@@ -70,12 +70,16 @@ CLOSE = {
     "dp3 16-bit sums": 1e-2,
 }
 """How close losses and norms are where sums in another order are rounded to 16 bits, or small; else 1e-6."""
-STEPS = {"dp2 late gradients": 2}
-"""Fewer where a rounding error grows a millionfold in a step: the equation that is solved there."""
+STEPS = {"dp2": 2, "dp2 late gradients": 2}
+"""Fewer where it must be quick, or where an equation is solved that a rounding error grows in."""
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[] if n in SOON else pytest.mark.slow) for n in LAYOUTS]
+    "name",
+    [
+        pytest.param(n, marks=() if n in SOON else pytest.mark.ci if n in CI else pytest.mark.slow)
+        for n in LAYOUTS
+    ],
 )
 def test_stages_train_alike(name) -> None:
     ranks, changes = LAYOUTS[name]
@@ -152,10 +156,18 @@ def memory_of_weights(rank, ranks, changes):
     )
 
 
-@pytest.mark.parametrize("recomputed", [{}, recompute("full", "uniform", 2)], ids=["kept", "again"])
+@pytest.mark.parametrize(
+    "recomputed",
+    [
+        pytest.param({}, id="kept"),
+        pytest.param(recompute("full", "uniform", 2), id="again", marks=pytest.mark.ci),
+    ],
+)
 def test_weights_have_memory_around_their_layers_alone(recomputed) -> None:
     for outside, between, within, whole, own in spawn(memory_of_weights, 2, recomputed):
         assert set(outside) == {0}
-        assert max(between) < 0.15 * whole, "of the head, whose backward follows its forward"
+        assert max(between) < 0.3 * whole, (
+            "of the layer that comes again next: the head, the first block"
+        )
         assert 0 < max(within) < 0.6 * whole, "a block of four, and the ends of the model"
         assert own == pytest.approx(whole / 2, rel=0.05)

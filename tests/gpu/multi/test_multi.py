@@ -20,6 +20,7 @@ from tests.gpu.multi.place import GLOO, join, places, tool_flags
 from tests.parity.kinds import (
     BF16,
     CHUNKS2,
+    EVERY_LAYER,
     LAYERS8,
     OVERLAP_GATHER,
     SP,
@@ -43,6 +44,10 @@ LAYOUTS = [
     layout("pp2-zb-v", pp=2, **ZB_V),
     layout("dp2", dp=2),
     layout("dp2-zero-overlap", dp=2, parallel__ddp_bucket_size=3000, **ZERO, **OVERLAP_GATHER),
+    layout("dp2-stage2", dp=2, parallel__ddp_bucket_size=3000, parallel__zero_stage=2),
+    layout("dp2-stage3", dp=2, parallel__zero_stage=3),
+    layout("dp2-stage3-bf16-recompute", dp=2, shared=BF16, parallel__zero_stage=3, **EVERY_LAYER),
+    layout("tp2-pp2-dp2-sp-stage3", tp=2, pp=2, dp=2, parallel__zero_stage=3, **SP),
     layout("dp2-zero-bf16", dp=2, shared=BF16, **ZERO),
     layout("pp4-interleaved", pp=4, shared=LAYERS8, **CHUNKS2),
     layout("tp2-dp2-sp-zero", tp=2, dp=2, **SP, **ZERO),
