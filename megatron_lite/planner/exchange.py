@@ -52,9 +52,10 @@ def data_parallel_seconds(costs: Costs, pp_rank: int) -> Exchange:
     in_forward = sum(costs.work(Op.F, stage).seconds for stage in stages)
     scattered = ring(sent.gradients, 1 if parallel.shares_state else 2)
     first, again, updated = ring(sent.forward), ring(sent.backward), ring(sent.updated)
+    awaited = min(ring(sent.awaited), first)
     early = again + (scattered if parallel.overlap_grad_reduce else 0.0)
     under_backward = hidden(early, in_backward)
-    under_forward = hidden(first, in_forward)
+    under_forward = hidden(first - awaited, in_forward)
     ahead = hidden(updated, in_forward) if parallel.overlap_param_gather else 0.0
     each = scattered + again - under_backward + first - under_forward
     again_hidden = under_backward * again / early if early else 0.0

@@ -34,11 +34,13 @@ from megatron_lite.planner.activations import (
     shared_mask_bytes,
     stage_bytes,
 )
+from megatron_lite.planner.awake import has_adapters
 from megatron_lite.planner.head import HeadBytes, head_bytes
 from megatron_lite.planner.sharing import (
     Whole,
     data_parallel_buffers,
     shared_by,
+    skew,
     whole_bytes,
 )
 
@@ -185,8 +187,12 @@ def static_bytes(
     accumulated = sum(trained.values()) if accumulated is None else accumulated
     in_fp32 = asked.parallel.accumulate_allreduce_grads_in_fp32
     shared = shared_by(asked.parallel, dp)
+    weights = (  # what is packed is no parameter, and whole on each
+        count * widths[kind] / (1 if kind == "nf4" else shared.weights)
+        for kind, count in formats.items()
+    )
     return {
-        "weights": sum(count * widths[kind] for kind, count in formats.items()) / shared.weights,
+        "weights": float(sum(weights)),
         "gradients": accumulated * (4 if in_fp32 else low) / shared.gradients,
         "masters": sum(n * 4 / shared.state for kind, n in trained.items() if widths[kind] < 4),
         "moments": states / shared.state,
@@ -212,8 +218,13 @@ def _static(blueprint: Blueprint, asked: PlanInputs, pp_rank: int) -> dict[str, 
         held.formats, held.state_bytes, asked, blueprint.replicas,
         trained=held.trained, accumulated=held.accumulated,
     )  # fmt: skip
+    shared = shared_by(asked.parallel, blueprint.replicas)
+    if has_adapters(blueprint.figure) and shared.weights > 1:  # adapters are whole on each
+        whole = held.num_trained * element_bytes(asked.precision)
+        kinds["weights"] += whole * (1 - 1 / shared.weights)
+    wider = skew(blueprint, asked.parallel)
+    kinds |= {kind: kinds[kind] * wider for kind in ("weights", "gradients")}
     if element_bytes(asked.precision) == 4:  # whole matrices on their owners, the weights once more
-        shared = shared_by(asked.parallel, blueprint.replicas)
         kinds["masters"] += held.gathered * 4 / shared.state
     return kinds
 
@@ -295,7 +306,7 @@ class _Held:
 
     kept: float
     deferred: float
-    forward: _Moment
+    forward: tuple[_Moment, ...]
     backward: tuple[_Moment, ...]
 
 
@@ -319,12 +330,15 @@ def _held(
         kept += stream / low  # the mask
     if not stage.has_head:
         backward = _Moment(0.0, blocks.again, 0.0, workspace, whole.in_blocks(blocks.kept))
-        return _Held(kept, deferred, _Moment(whole=whole.forward), (backward,))
+        return _Held(kept, deferred, (_Moment(whole=whole.forward),), (backward,))
     head = head_of(blueprint, asked)
     return _Held(
         kept + head.norm + head.kept,
         deferred,
-        _Moment(-head.kept, logits=head.forward, whole=whole.forward),
+        (
+            _Moment(-head.kept - head.norm, whole=whole.arriving),
+            _Moment(-head.kept, logits=head.forward, whole=whole.forward),
+        ),
         # the head's backward; then the blocks', when the head's and the final norm's are free
         (
             _Moment(-head.kept, logits=head.backward, whole=whole.head),
@@ -399,14 +413,14 @@ def stage_waiting(blueprint: Blueprint, asked: PlanInputs, pp_rank: int) -> dict
 def _worst(schedule: Schedule, pp_rank: int, held: Mapping[int, _Held]) -> _Moment:
     """The moment of a rank's actions that holds most."""
     live, deferred = dict.fromkeys(held, 0), dict.fromkeys(held, 0)
-    totals = {id(m): m.total for of in held.values() for m in (of.forward, *of.backward)}
+    totals = {id(m): m.total for of in held.values() for m in (*of.forward, *of.backward)}
     now, most, worst = 0.0, 0.0, _Moment(live=dict(live))
     for op, stage, _ in schedule.lists[pp_rank]:
         of = held[stage]
         if op is Op.F:
             live[stage] += 1
             now += of.kept
-            moments: tuple[_Moment, ...] = (of.forward,)
+            moments = of.forward
         elif op is Op.W:
             deferred[stage] -= 1
             now -= of.deferred

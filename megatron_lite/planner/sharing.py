@@ -13,16 +13,15 @@ the d-th that is kept.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from megatron_lite.blueprint.buckets import IN_FLIGHT, bucket_elements
 from megatron_lite.blueprint.draw_up import Blueprint
-from megatron_lite.blueprint.figure.parts import Parts, Table
+from megatron_lite.blueprint.recompute import RecomputePlan
 from megatron_lite.config.sections.parallel import ParallelConfig
 from megatron_lite.config.sections.precision import PrecisionConfig
 from megatron_lite.planner.activations import element_bytes
-from megatron_lite.planner.awake import awake
+from megatron_lite.planner.awake import Awake, gradients_awake, weights_awake
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,18 +49,22 @@ class Passed:
 
     gradients: scattered or summed; forward, backward: weights gathered for these; updated: weights after
     an update.  Each as often as a ring passes it, twice what is all-reduced, in each of so many times.
+    awaited: what of forward nothing hides.  unknown: of a run's first micro batch alone.
     """
 
     gradients: float = 0.0
     forward: float = 0.0
+    awaited: float = 0.0
     backward: float = 0.0
     updated: float = 0.0
     times: int = 1
+    unknown: float = 0.0
 
     @property
     def total(self) -> float:
-        """All of them in all times."""
-        return self.times * (self.gradients + self.forward + self.backward) + self.updated
+        """All of them in the first step."""
+        each = self.gradients + self.forward + self.backward
+        return self.times * each + self.updated + self.unknown
 
 
 def passed(
@@ -88,38 +91,51 @@ def passed(
         return Passed(gradients, updated=float(held.accumulated * low * updates), times=times)
     if parallel.pp > 1:
         return Passed(gradients, forward=float(held.parameters * low))
-    forward, backward = _read(blueprint)
-    return Passed(gradients, forward * low, backward * low, times=times)
+    read = weights_awake(
+        blueprint.figure, tp=blueprint.grid.tp, recompute=RecomputePlan.from_config(parallel)
+    )
+    wider = skew(blueprint, parallel)
+    width = wider * low
+    return Passed(
+        gradients * wider, read.forward * width, read.awaited * width, read.backward * width,
+        times=times, unknown=read.unknown * width,
+    )  # fmt: skip
 
 
-def _read(blueprint: Blueprint) -> tuple[float, float]:
-    """Elements of the layers that a forward and a backward of a micro batch gather, at pp 1.
+def skew(blueprint: Blueprint, parallel: ParallelConfig) -> float:
+    """How much wider the shares of a layer are than its replicas' part of it, at stage 3.
 
-    The backward of a table reads no weight; a recomputed layer is gathered for its second forward.
+    A matrix that is updated whole is one rank's; all shares are as wide as the widest.
     """
-    tp, figure = blueprint.grid.tp, blueprint.figure
-    blocks = figure.total(lambda layer: _size(layer, tp))
-    head = _head(blueprint)
-    return _size(figure.embedding, tp) + blocks + head, blocks + head
+    if shared_by(parallel, blueprint.replicas).weights == 1:
+        return 1.0
+    layers = blueprint.figure.kinds(range(len(blueprint.figure.layers)))
+    size = max((layer.size for layer in layers), default=0)
+    largest = max(blueprint.held(rank).largest_matrix for rank in range(blueprint.grid.pp))
+    return max(1.0, blueprint.replicas * largest / size) if size else 1.0
 
 
 @dataclass(frozen=True, slots=True)
 class Whole:
     """Bytes of weights and gradients that are whole beside what is kept at every moment.
 
-    forward, head: while the head computes forward or backward; blocks: while each block computes backward,
-    in that order; end: when the last gradients are packed.
+    arriving: while the head's weights come; forward, head: while it computes forward or backward; blocks:
+    while each block computes backward, in that order, and has done so; end: when the last gradients are packed.
     """
 
+    arriving: float = 0.0
     forward: float = 0.0
     head: float = 0.0
     blocks: tuple[float, ...] = ()
+    packing: tuple[float, ...] = ()
     end: float = 0.0
 
     def in_blocks(self, kept: float) -> float:
         """The most beside `kept` bytes of activations, of which each block frees its own."""
-        count = len(self.blocks)
-        return max((size - kept * k / count for k, size in enumerate(self.blocks)), default=0.0)
+        count = max(len(self.blocks), 1)
+        sizes = [size - kept * k / count for k, size in enumerate(self.blocks)]
+        sizes += (size - kept * (k + 1) / count for k, size in enumerate(self.packing))
+        return max(sizes, default=0.0)
 
 
 def whole_bytes(
@@ -135,45 +151,33 @@ def whole_bytes(
     shared = shared_by(parallel, replicas)
     if shared.weights == shared.gradients == 1:
         return Whole()
-    held, figure = blueprint.held(pp_rank), blueprint.figure
+    held, figure, tp = blueprint.held(pp_rank), blueprint.figure, blueprint.grid.tp
     wide = 4 if parallel.accumulate_allreduce_grads_in_fp32 else low
     apart = shared.weights > 1
     if parallel.pp > 1:
-        always = float(held.accumulated * wide + apart * held.parameters * low)
-        return Whole(always, always, (always,), always)
-    bucket = bucket_elements(parallel, replicas)
-    open_ = awake(
-        figure, tp=blueprint.grid.tp, bucket=bucket, ranks=replicas, again=num_microbatches > 1
+        gradients = float(held.accumulated * wide)
+        always = gradients + apart * float(held.parameters * low)
+        return Whole(always, always, always, (always,), (), gradients)
+    bucket = None if apart else bucket_elements(parallel, replicas)
+    summed = gradients_awake(
+        figure, tp=tp, bucket=bucket, ranks=replicas, again=num_microbatches > 1
     )
-    layer, head = apart * _largest_layer(blueprint), apart * _head(blueprint)
-    in_flight = min(IN_FLIGHT, len(figure.layers)) * layer * (1 + 1 / replicas)
+    none = (0.0,) * len(figure.layers)
+    read = Awake(0.0, 0.0, 0.0, none, none, 0.0)
+    if apart:
+        read = weights_awake(figure, tp=tp, recompute=RecomputePlan.from_config(parallel)).awake
+
+    def both(gradients: float, weights: float) -> float:
+        return gradients * wide + weights * low
+
     return Whole(
-        forward=open_.forward * wide + head * low,
-        head=open_.head * wide + (head + in_flight) * low,
-        blocks=tuple(size * wide + (layer + in_flight) * low for size in open_.blocks),
-        end=open_.end * wide,
+        both(summed.arriving, read.arriving),
+        both(summed.forward, read.forward),
+        both(summed.head, read.head),
+        tuple(both(*pair) for pair in zip(summed.blocks, read.blocks, strict=True)),
+        tuple(both(*pair) for pair in zip(summed.packing, read.packing, strict=True)),
+        both(summed.end, read.end),
     )
-
-
-def _size(parts: Parts, tp: int) -> float:
-    return float(sum(math.prod(tensor.local(tp)) for tensor in parts.tensors()))
-
-
-def _largest_layer(blueprint: Blueprint) -> float:
-    """Elements of a layer on one rank."""
-    distinct = {id(layer): layer for layer in blueprint.figure.layers}
-    return max((_size(layer, blueprint.grid.tp) for layer in distinct.values()), default=0.0)
-
-
-def _table(blueprint: Blueprint) -> float:
-    table: Table = blueprint.figure.tokens
-    return _size(Parts((table,)), blueprint.grid.tp)
-
-
-def _head(blueprint: Blueprint) -> float:
-    """Elements that the head reads: its norm and its matrix, or the table that it is tied to."""
-    own = _size(blueprint.figure.head, blueprint.grid.tp)
-    return own + (_table(blueprint) if blueprint.figure.tied else 0.0)
 
 
 def data_parallel_buffers(

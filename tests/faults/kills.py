@@ -210,8 +210,8 @@ def kill_training(
     random, counted = Random(seed), Counted()
 
     def flags(root: Path) -> list[str]:
-        return [*TRAINING, "--save", str(root), "--load", str(root), "--save-interval", "1",
-                "--keep-last", "2", *PARALLEL[ranks], *words]  # fmt: skip
+        own = ["--save", str(root), "--load", str(root), "--save-interval", "1", "--keep-last", "2"]
+        return with_flags(TRAINING, *own, *PARALLEL[ranks], *words)
 
     whole = launch(ranks, flags(folder / "whole"), deadline=120)
     assert all(rank.rc == 0 for rank in whole), whole[0].err
@@ -259,6 +259,7 @@ def kill_training(
 SOPHIA = ["--optimizer", "sophiag", "--sophia-hessian-interval", "3"]
 ADAFACTOR = ["--optimizer", "adafactor", "--adafactor-scale-parameter"]
 EIGHT_BITS = ["--optimizer", "adam8bit", "--adam8bit-block-size", "16"]
+ZERO3 = ["--tensor-model-parallel-size", "1", "--micro-batch-size", "1", "--zero-stage", "3"]
 PARALLEL = {1: [], 2: ["--tensor-model-parallel-size", "2"]}
 
 
@@ -344,5 +345,6 @@ CAMPAIGNS: dict[str, Callable[[int, int, Path, Tell], Counted]] = {
     "train with curvature": lambda *given: kill_training(*given, words=SOPHIA),
     "train with means": lambda *given: kill_training(*given, ranks=2, words=ADAFACTOR),
     "train in 8 bits": lambda *given: kill_training(*given, ranks=2, words=EIGHT_BITS),
+    "train at ZeRO 3": lambda *given: kill_training(*given, ranks=2, words=ZERO3),
     "preprocess": kill_preprocess,
 }

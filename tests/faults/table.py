@@ -34,7 +34,7 @@ DATA, TOOLS, CONFIG = "tests/data/test_", "tests/cli/test_", "tests/config/test_
 
 ROWS = (
     # kills and damage: `make faults` does 200 kills and 100 flips of each kind of file
-    Row("S1", "kill -9 while saving", "old or new loads", "-9", campaign="save", share=0.2),
+    Row("S1", "kill -9 while saving", "old or new loads", "-9", campaign="save", share=0.15),
     Row("L0", "kill -9 while loading", "the folder is unchanged", "-9", campaign="load", share=0.15),
     Row("L8", "kill -9 while training", "resumed to the same bits", "-9", "the step under way",
         campaign="train", share=0.2),
@@ -46,6 +46,8 @@ ROWS = (
         "the step under way", campaign="train with means", share=0.05),
     Row("L8e", "the same with adam8bit on two ranks", "resumed to the same bits", "-9",
         "the step under way", campaign="train in 8 bits", share=0.05),
+    Row("L8f", "the same with ZeRO 3 on two ranks", "resumed to the same bits", "-9",
+        "the step under way", campaign="train at ZeRO 3", share=0.05),
     Row("P10", "kill -9 while preprocessing", "--resume: the same bytes", "-9", "a batch, done again",
         campaign="preprocess", share=0.25),
     *(Row(f"L2.{n}", f"bit flips: {kind}", outcome, code, campaign=kind)
@@ -84,6 +86,8 @@ ROWS = (
         tests=(FAULTS + "lost_ranks.py::test_a_save_survives",)),
     Row("S9b", "the same with states of whole matrices", "resumed to the same bits", "6",
         tests=(FAULTS + "lost_ranks.py::test_states_of",)),
+    Row("S9c", "the same at ZeRO 3, weights apart", "old or new loads", "6",
+        tests=(FAULTS + "lost_ranks.py::test_a_save_survives",)),
     Row("S12", "SIGTERM to one rank", "step finished, saved", "75",
         tests=(TRAIN + "stop.py::test_a_signal_to_one",)),
     Row("S14", "SIGTERM, SIGUSR1, Ctrl-C alone", "step finished, saved", "75",
@@ -118,6 +122,8 @@ ROWS = (
     Row("L7", "stopped and resumed", "to the bit", "0", tests=(TRAIN + "resume.py::test_two_steps",)),
     Row("L9", "another layout on load", "to the bit, losses 1e-6", "0",
         tests=(CHECKPOINT + "store.py::test_any_layout",)),
+    Row("L9b", "another --zero-stage on load", "to the bit", "0",
+        tests=(TRAIN + "resume_everywhere.py::test_a_run_that_changes",)),
     Row("L11", "another global batch on resume", "no gap, no repeat", "0",
         tests=(TRAIN + "resume.py::test_another_global",)),
     Row("L12", "other micro and global batches", "every sample once", "0",
@@ -155,6 +161,9 @@ ROWS = (
     # distributed
     Row("D1", "kill -9 of a rank at 8 points", "others name it", "6",
         tests=(FAULTS + "lost_ranks.py::test_a_killed",)),
+    Row("D15", "kill -9 while weights are gathered", "others name it, at ZeRO 3", "6",
+        tests=(FAULTS + "lost_ranks.py::test_a_killed_rank_is_named[gather of weights]",
+               FAULTS + "lost_ranks.py::test_a_killed_rank_is_named[gather of weights again]")),
     Row("D2", "a rank stops or hangs", "named within the timeout", "6",
         tests=(FAULTS + "lost_ranks.py::test_a_silent",)),
     Row("D12", "one rank works long at the start", "the others wait for it", "0",

@@ -19,6 +19,7 @@ from tests.support.sizes import with_flags
 
 TIMEOUT_MINUTES = 0.15  # 9 s: what a stopped or hanging rank costs, and a killed one far less
 TIMED = [*TINY, "--distributed-timeout-minutes", str(TIMEOUT_MINUTES)]
+ZERO3 = ["--zero-stage", "3", "--micro-batch-size", "1"]
 PP2 = ["--pipeline-model-parallel-size", "2"]
 
 # name: (ranks, fault, more flags)
@@ -30,6 +31,8 @@ KILLED = {
     "forward of a stage": (2, "step3.forward:1:sigkill", PP2),
     "backward of one of four": (4, "step3.backward:2:sigkill", PP2),
     "inside a layer": (2, "step3.forward:1:sigkill", ["--tensor-model-parallel-size", "2"]),
+    "gather of weights": (2, "step3.forward:1:sigkill", ZERO3),
+    "gather of weights again": (2, "step3.backward:1:sigkill", ZERO3),
     "gradient": (2, "step3.gradient:1:sigkill", []),
     "reduce": (2, "step3.reduce:1:exit", []),
     "evaluation": (2, "evaluate:1:sigkill", ["--eval-iters", "2", "--eval-interval", "2"]),
@@ -209,7 +212,7 @@ def test_states_of_whole_matrices_survive_a_kill_while_saving(tmp_path, optimize
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", [[], ["--async-save"]])
+@pytest.mark.parametrize("way", [[], ["--async-save"], ZERO3, [*ZERO3, "--async-save"]])
 def test_a_save_survives_the_loss_of_any_rank_at_any_point(tmp_path, way) -> None:
     """The save of iteration 2 is interrupted; the run goes on from 1, or from 2 if that is whole."""
 

@@ -95,20 +95,31 @@ def test_so_it_is_of_a_scalar_head(monkeypatch, changes):
 
 SMALL = {"parallel__ddp_bucket_size": 300000}
 """A few buckets of the model that is rehearsed beside its plan."""
+EVERY_LAYER = {
+    "parallel__recompute_granularity": "full", "parallel__recompute_method": "uniform",
+    "parallel__recompute_num_layers": 1,
+}  # fmt: skip
 STAGES = {
     "2": {ZERO: 2, BF16: True, UNTIED: True, **SMALL},
     "2 one bucket": {ZERO: 2},
     "2 sp": {ZERO: 2, TP: 2, SP: True, BF16: True, **SMALL},
     "2 pp": {ZERO: 2, TP: 2, PP: 2, SP: True, BF16: True},
-    "2 recomputed": {ZERO: 2, "parallel__recompute_granularity": "full",
-                     "parallel__recompute_method": "uniform", "parallel__recompute_num_layers": 1,
-                     **SMALL},
+    "2 recomputed": {ZERO: 2, **EVERY_LAYER, **SMALL},
     "2 muon": {ZERO: 2, TP: 2, SP: True, "optim__optimizer": "muon"},
+    "3": {ZERO: 3, BF16: True},
+    "3 fp32": {ZERO: 3, UNTIED: True},
+    "3 sp": {ZERO: 3, TP: 2, SP: True},
+    "3 pp": {ZERO: 3, TP: 2, PP: 2, SP: True, BF16: True},
+    "3 recomputed": {ZERO: 3, **EVERY_LAYER},
+    "3 recomputed by two": {ZERO: 3, **EVERY_LAYER, "parallel__recompute_num_layers": 2},
+    "3 muon": {ZERO: 3, TP: 2, SP: True, "optim__optimizer": "muon"},
+    "3 adapters": {ZERO: 3, UNTIED: True, "lora__lora_rank": 8, "lora__lora_targets": ("all",)},
 }  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    "name", ["2", *(pytest.param(name, marks=pytest.mark.slow) for name in STAGES if name != "2")]
+    "name",
+    ["2", "3", *(pytest.param(name, marks=pytest.mark.slow) for name in STAGES if len(name) > 1)],
 )
 def test_so_it_is_of_every_stage_of_zero(name):
     for row in rehearsed_beside_plan(STAGES[name]):

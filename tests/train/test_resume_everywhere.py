@@ -92,6 +92,7 @@ BIT_EXACT = {
     "zero": (2, "--micro-batch-size 1 --use-distributed-optimizer --bf16"),
     "zero-async": (2, "--micro-batch-size 1 --use-distributed-optimizer --async-save"),
     "zero2": (2, "--micro-batch-size 1 --zero-stage 2 --bf16"),
+    "zero3": (2, "--micro-batch-size 1 --zero-stage 3 --hidden-dropout 0.1"),
     "sp": (2, "--tensor-model-parallel-size 2 --sequence-parallel --hidden-dropout 0.1"),
     "zb-h1": (2, "--pipeline-model-parallel-size 2 --pipeline-schedule zb-h1 --bf16"),
     "zb-v": (2, "--pipeline-model-parallel-size 2 --pipeline-schedule zb-v --num-layers 4"),
@@ -99,6 +100,13 @@ BIT_EXACT = {
                        "--num-virtual-stages-per-pipeline-rank 2"),
 }  # fmt: skip
 SLOW = {
+    "zero3-bf16": (2, "--micro-batch-size 1 --zero-stage 3 --bf16"),
+    "zero3-fp16": (2, "--micro-batch-size 1 --zero-stage 3 --fp16 --initial-loss-scale 1e6 "
+                      "--hysteresis 2 --loss-scale-window 2"),
+    "zero3-async": (2, "--micro-batch-size 1 --zero-stage 3 --async-save"),
+    "zero3-pp2": (4, "--micro-batch-size 1 --zero-stage 3 --pipeline-model-parallel-size 2"),
+    "zero3-muon": (4, "--micro-batch-size 1 --zero-stage 3 --tensor-model-parallel-size 2 "
+                      "--optimizer muon"),
     "zero2-recompute": (2, "--micro-batch-size 1 --zero-stage 2 --recompute-granularity full "
                            "--recompute-method uniform --recompute-num-layers 1"),
 }  # fmt: skip
@@ -133,9 +141,9 @@ def test_taken_up_after_any_step_a_run_ends_as_if_never_stopped(
 @pytest.mark.parametrize(
     ("stages", "more"),
     [
-        pytest.param((0, 2, 1, 2), "--hidden-dropout 0.1", marks=pytest.mark.ci),
-        pytest.param((2, 0, 2, 1), "--bf16", marks=pytest.mark.slow),
-        pytest.param((2, 0, 1), "--bf16 --optimizer muon", marks=pytest.mark.slow),
+        pytest.param((0, 3, 1, 2, 3), "--hidden-dropout 0.1", marks=pytest.mark.ci),
+        pytest.param((3, 0, 2, 1, 3), "--bf16", marks=pytest.mark.slow),
+        pytest.param((3, 2, 0, 3, 1), "--bf16 --optimizer muon", marks=pytest.mark.slow),
     ],
 )
 def test_a_run_that_changes_its_stage_of_zero_ends_as_if_it_had_not(
