@@ -94,13 +94,19 @@ def _frozen(plan: Forecast) -> bool:
     return any(matrix.frozen for layer in layers for matrix in layer.of(Matrix))
 
 
+def _whole_matrices(plan: Forecast) -> bool:
+    ranks = range(plan.blueprint.grid.pp)
+    updated = any(plan.blueprint.held(rank).update_flops for rank in ranks)
+    return updated and _share(plan, "optimizer") > 0.1
+
+
 _DOUBTS = (
     _Doubt(_unfitted, 0.75, 1.3,
            "no measured step on {device} was fitted: what its products and kernels reach is its kin's"),
     _Doubt(_guessed_cores, 0.3, 3.0, "the rates of these cores are a guess; tools/calibrate.py measures them"),
     _Doubt(_small_on_fast, 0.95, 1.5,
            "a model below 10B parameters on several devices as fast as an H100: others' took 1.1 to 1.5 times "
-           "as long (ours on one H100 were within 8 %)"),
+           "as long (ours on one H100 were within 14 %)"),
     _Doubt(_small_on_slow, 0.8, 1.9,
            "a model below 1B parameters: trainers differ by more than twice (0.8 to 1.8 times)"),
     _Doubt(lambda plan: plan.cluster.world_size > 4096, 0.95, 1.25,
@@ -115,5 +121,7 @@ _DOUBTS = (
            "(kernels/reference.py), move up to three times as much", attention=2.0),
     _Doubt(lambda plan: plan.asked.on_gpu and plan.asked.precision.name == "fp32", 0.7, 1.5,
            "no measured step in fp32 or TF32"),
+    _Doubt(_whole_matrices, 0.8, 1.5, "no measured step whose update multiplies whole matrices"),
+    _Doubt(lambda plan: plan.blueprint.grid.cp > 2, 0.9, 1.3, "no measured step of more than cp 2"),
     _Doubt(_frozen, 0.8, 1.4, "no measured step with frozen weights"),
 )  # fmt: skip
