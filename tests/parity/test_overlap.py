@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from unittest import mock
 
@@ -25,7 +25,7 @@ from megatron_lite.train.assemble import assemble
 from megatron_lite.train.run import Run
 from megatron_lite.train.step import evaluation_step, train_step
 from tests.parity.compare import ALWAYS
-from tests.parity.layouts import LAYOUTS, OVERLAP_GATHER, SMALL_BUCKETS
+from tests.parity.layouts import LAYOUTS, OVERLAP_GATHER, SMALL_BUCKETS, Layout
 from tests.support.axes import PP, ZERO
 from tests.support.late import Event, Late
 from tests.support.spawn import spawn
@@ -46,6 +46,7 @@ class Seen:
     events: list[Event]
     log: CallLog
     gathering: list[int]
+    reducing: list[int]
 
 
 def trained(
@@ -60,8 +61,8 @@ def trained(
     log, late = CallLog(rank, pp=ctx.pp.rank), Late(ctx, seed=seed)
     with late.everywhere(), MUTANTS[mutant]():
         after = numbers(config, ctx.observed(CallRecorder(log)), lambda run: note(run, late))
-    gathering = late.in_flight("all-gather", ctx.replicas.name)
-    return Seen(plain, after, late.events, log, gathering)
+    flying = (late.in_flight(op, ctx.replicas.name) for op in ("all-gather", "reduce-scatter"))
+    return Seen(plain, after, late.events, log, *flying)
 
 
 def numbers(config: Any, ctx: ParallelContext, prepare: Callable[[Run], None]) -> list[float]:
@@ -162,14 +163,25 @@ MUTANTS: dict[str, Callable[[], AbstractContextManager[None]]] = {
         )
     },
 }  # fmt: skip
+STAGES = (1, 2)
 OVERLAP = {ZERO: 1} | OVERLAP_GATHER | SMALL_BUCKETS
 PP2 = {PP: 2}
 
 
+def at_other_stages() -> Iterator[Layout]:
+    """Those of the table that share the optimizer's state, with more of it shared."""
+    for stage in STAGES[1:]:
+        for entry in LAYOUTS:
+            if entry.changes.get(ZERO):
+                name = f"{entry.name}-stage{stage}"
+                yield replace(entry, name=name, changes=entry.changes | {ZERO: stage})
+
+
 def require_sound(ranks: list[Seen]) -> None:
-    """Same bits, and calls that fit each other."""
+    """Same bits, calls that fit each other, few packed copies at once."""
     for seen in ranks:
         assert seen.late == seen.plain, "other numbers"
+        assert max([0, *seen.gathering, *seen.reducing]) <= IN_FLIGHT, "so many in flight"
     matched, wrong = compare_calls([seen.log for seen in ranks])
     assert wrong == [] and matched.collectives > 0
 
@@ -177,7 +189,7 @@ def require_sound(ranks: list[Seen]) -> None:
 def require_overlap(ranks: list[Seen]) -> None:
     """Parameters are gathered in the order of use, few at a time, while the first forward runs."""
     for seen in ranks:
-        assert max(seen.gathering) == IN_FLIGHT, "so many in flight"
+        assert max(seen.gathering) == max(seen.reducing) == IN_FLIGHT
         gathered = sum(event.what == "all-gather" and event.kind == "end" for event in seen.events)
         each, ended, blocks = gathered // STEPS, 0, []
         for event in seen.events:
@@ -189,9 +201,9 @@ def require_overlap(ranks: list[Seen]) -> None:
             assert len(first) == 4 and first == sorted(set(first)), "in the order of use"
 
 
-@pytest.fixture(scope="module")
-def overlapped():
-    return spawn(trained, 2, OVERLAP)
+@pytest.fixture(scope="module", params=STAGES)
+def overlapped(request):
+    return spawn(trained, 2, OVERLAP | {ZERO: request.param})
 
 
 def test_parameters_are_gathered_in_the_order_of_use_under_the_forward(overlapped) -> None:
@@ -206,7 +218,7 @@ def test_they_are_the_same_bits_where_everything_is_late(overlapped) -> None:
     "entry",
     [
         pytest.param(entry, id=entry.name, marks=() if entry.name in QUICK else pytest.mark.slow)
-        for entry in LAYOUTS
+        for entry in [*LAYOUTS, *at_other_stages()]
         if entry.ranks > 1
     ],
 )
