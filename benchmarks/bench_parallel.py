@@ -79,6 +79,7 @@ PAIRS = [
     Pair("dp2 zero", "DDP", None),
     Pair("dp2 zero", "FSDP2", 1.0),
     Pair("dp2 zero overlap", "FSDP2", None),
+    Pair("dp2 zero 2", "FSDP2", 1.0),
     Pair("tp2", "DTensor", 1.0),
     Pair("tp2 sp", "DTensor sp", 1.0),
     Pair("pp2", "pipelining 1F1B", 1.0),
@@ -86,10 +87,14 @@ PAIRS = [
 ]
 
 SMALL = SAMPLES // MICRO_BATCHES
+BY_BLOCK = "--ddp-bucket-size 800000 --overlap-param-gather"
+"""Buckets as large as a block, which FSDP2 takes by itself."""
+
 OURS: dict[str, tuple[int, str]] = {
     "dp2": (8, ""),
     "dp2 zero": (8, "--use-distributed-optimizer"),
-    "dp2 zero overlap": (8, "--use-distributed-optimizer --overlap-param-gather"),
+    "dp2 zero overlap": (8, f"--use-distributed-optimizer {BY_BLOCK}"),
+    "dp2 zero 2": (8, f"--zero-stage 2 {BY_BLOCK}"),
     "tp2": (16, "--tensor-model-parallel-size 2"),
     "tp2 sp": (16, "--tensor-model-parallel-size 2 --sequence-parallel"),
     "pp2": (SMALL, "--pipeline-model-parallel-size 2"),
