@@ -23,6 +23,23 @@ _ALIGN = 16  # elements: every parameter starts on a cache line
 
 
 @dataclass(slots=True, eq=False)
+class Reductions:
+    """Those of a rank in flight, of whichever of its stages, oldest first: a bucket, and where its sums go."""
+
+    buckets: deque[tuple[Bucket, Callable[[LocalParameter], Tensor]]] = field(default_factory=deque)
+
+    def take_oldest(self) -> None:
+        """Wait for the sum that has been longest in flight."""
+        bucket, view = self.buckets.popleft()
+        bucket.take(view)
+
+    def take_all(self) -> None:
+        """Wait for all of them."""
+        while self.buckets:
+            self.take_oldest()
+
+
+@dataclass(slots=True, eq=False)
 class GradientBuckets:
     """The accumulators of one stage; buckets that have no turn wait for nothing and communicate nothing.
 
@@ -38,13 +55,13 @@ class GradientBuckets:
     overlap: bool
     each_backward: bool
     whole: Callable[[ParameterPiece], float | None]
+    _flying: Reductions
     awake: list[Bucket] = field(default_factory=list)
     views: dict[Tensor, Tensor] = field(default_factory=dict)
     _bucket_of: dict[Tensor, Bucket] = field(default_factory=dict)
     _own_sums: dict[tuple[Tensor, int], Tensor] = field(default_factory=dict)
     _armed: bool = False
     _coming: deque[Bucket] = field(default_factory=deque)
-    _flying: deque[Bucket] = field(default_factory=deque)
 
     @classmethod
     def build(
@@ -59,6 +76,7 @@ class GradientBuckets:
         each_backward: bool = False,
         whole: Callable[[ParameterPiece], float | None] = lambda piece: None,
         loads: dict[str, list[float]] | None = None,
+        flying: Reductions | None = None,
         turns: Callable[[LocalParameter], Turns] = lambda local: ALWAYS,
         layer_of: Callable[[LocalParameter], str | None] = lambda local: None,
         dtype: torch.dtype = torch.float32,
@@ -67,12 +85,13 @@ class GradientBuckets:
 
         sharded: each replica keeps its rows of the state only; shares_gradients: and of the sums of
         gradients; whole: of which pieces all or none, and the cost of their update; loads: that of each
-        axis' ranks, for what is laid out next; layer_of: where weights are shared, the layer that one
-        lies in, whose weights are one bucket of whatever size.
+        axis' ranks, for what is laid out next; flying: reductions of this rank's stages; layer_of: where
+        weights are shared, the layer that one lies in, whose weights are one bucket of whatever size.
         """
         loads = {} if loads is None else loads
         overlaps = overlap and any(p.replicas(ctx).size > 1 for p in parameters)
-        made = cls([], overlaps, each_backward, whole)
+        flying = Reductions() if flying is None else flying
+        made = cls([], overlaps, each_backward, whole, flying)
         for turn, group in _grouped(parameters, bucket_size, turns, layer_of):
             axis = group[0].replicas(ctx)
             load = loads.setdefault(axis.name, [0.0] * axis.size)
@@ -199,8 +218,7 @@ class GradientBuckets:
         for bucket in self.awake:
             if bucket.waits:
                 self._start(bucket)
-        while self._flying:
-            self._take_oldest()
+        self._flying.take_all()
         for bucket in self.awake:
             bucket.reduced = False
         self._armed = False
@@ -208,21 +226,18 @@ class GradientBuckets:
 
     def _start(self, bucket: Bucket) -> None:
         while bucket.reducing is not None:  # that of the backward before
-            self._take_oldest()
+            self._flying.take_oldest()
         if bucket.layout is None:
             bucket.reducing = start_all_reduce(bucket.buffer, bucket.axis)
         elif bucket.own is None or has_memory(bucket.buffer):
-            if len(self._flying) >= IN_FLIGHT:
-                self._take_oldest()
+            if len(self._flying.buckets) >= IN_FLIGHT:
+                self._flying.take_oldest()
             bucket.reducing = start_reduce_scatter(bucket.pack(self.view), bucket.axis)
         else:  # nothing has come
             return
-        self._flying.append(bucket)
+        self._flying.buckets.append((bucket, self.view))
         if self.each_backward and not self.overlap:
-            self._take_oldest()
-
-    def _take_oldest(self) -> None:
-        self._flying.popleft().take(self.view)
+            self._flying.take_oldest()
 
     def bucket_of(self, parameter: Tensor) -> Bucket:
         """The bucket that a parameter lies in."""

@@ -15,7 +15,7 @@ from megatron_lite.blueprint.turns import ALWAYS, NEVER, OfBlock, Turns
 from megatron_lite.config.sections.parallel import ParallelConfig
 from megatron_lite.config.sections.precision import PrecisionConfig
 from megatron_lite.engines.bucket import Bucket
-from megatron_lite.engines.buckets import GradientBuckets
+from megatron_lite.engines.buckets import GradientBuckets, Reductions
 from megatron_lite.engines.held import Held
 from megatron_lite.engines.offload import HostUpdate
 from megatron_lite.optim.groups import Groups
@@ -43,6 +43,7 @@ def buckets_by_stage(
     shares_gradients = several and parallel.shares_gradients
     in_fp32 = parallel.accumulate_allreduce_grads_in_fp32 or precision.name == "fp32"
     loads: dict[str, list[float]] = {}
+    flying = Reductions()
     return {
         stage: GradientBuckets.build(
             held,
@@ -55,6 +56,7 @@ def buckets_by_stage(
             each_backward=shares_gradients and ctx.pp.size == 1,
             whole=partial(_cost_whole, groups=groups),
             loads=loads,
+            flying=flying,
             turns=partial(_turns_of, groups=groups),
             layer_of=layer_of if several and parallel.shares_weights else lambda local: None,
             dtype=torch.float32 if in_fp32 else DTYPES[precision.name],

@@ -19,7 +19,7 @@ from tests.support.spawn import spawn
 from tests.support.tiny import context, draw, make_batches, tiny_config
 
 STEPS, LR = 6, 5e-3
-STAGES = {stage: {ZERO: stage, "parallel__overlap_param_gather": True} for stage in (1, 2)}
+STAGES = {stage: {ZERO: stage, "parallel__overlap_param_gather": True} for stage in (1, 2, 3)}
 MODEL = {
     UNTIED: True, "model__make_vocab_size_divisible_by": 1, "parallel__ddp_bucket_size": 3000,
     "optim__adam_eps": 1e-6,
