@@ -114,9 +114,14 @@ class ShardLayout:
                 places.append(ShardPlace(local, piece, block, shared))
                 shared += block * (_size(local, piece) // rows)
         used = [shared] * ranks
+        loads = [0.0] * ranks if loads is None else loads
         alone = [(*one, cost) for one in pieces if (cost := whole(one[1])) is not None]
-        owners = whole_owners([cost for _, _, cost in alone], ranks, loads)
-        for (local, piece, _), owner in zip(alone, owners, strict=True):
+        # stages that sum its gradient must have it on the same replica, whatever else they hold
+        tied = [one for one in alone if one[0].tied_across_stages or one[0].late]
+        free = [one for one in alone if one not in tied]
+        loads[0] += sum(cost for _, _, cost in tied)
+        owners = [0] * len(tied) + [*whole_owners([cost for _, _, cost in free], ranks, loads)]
+        for (local, piece, _), owner in zip([*tied, *free], owners, strict=True):
             places.append(ShardPlace(local, piece, piece.stop - piece.start, used[owner], owner))
             used[owner] += _size(local, piece)
         return cls(tuple(places), ranks, max(used))

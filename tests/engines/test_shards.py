@@ -1,5 +1,7 @@
 """The distributed optimizer: named rows, 6 + 12/d bytes per parameter, whole tensors on request."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -95,6 +97,17 @@ def bytes_per_parameter(rank, ranks, changes):
     ]
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
     return sum(storages.values()) / sum(local.parameter.numel() for local in run.parameters)
+
+
+@pytest.mark.parametrize("how", ["tied_across_stages", "late"])
+def test_what_stages_sum_is_owned_by_the_same_replica_of_each(how) -> None:
+    (table, other) = parameters([(8, 3), (6, 5)])
+    table = replace(table, **{how: True})
+    for held, loads in (([table, other], [0.0, 0.0]), ([other, table], [9.0, 1.0])):
+        layout = ShardLayout.build(held, 2, whole=lambda piece: 1.0, loads=loads)
+        owners = {place.owner for place in layout.places if place.local is table}
+        assert owners == {0}
+    assert loads == [11.0, 3.0], "its cost counts for what is dealt out next"
 
 
 @pytest.mark.parametrize(
