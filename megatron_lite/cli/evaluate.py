@@ -24,7 +24,7 @@ from typing import Any, NoReturn
 from tqdm import tqdm
 
 from megatron_lite.cli.speaking.model import add_model_flags, load_speaker
-from megatron_lite.cli.speaking.ranks import add_layout_flags, counted, on_ranks
+from megatron_lite.cli.speaking.ranks import add_layout_flags, counted, on_ranks, told_once
 from megatron_lite.config.errors import ConfigError, StorageError, all_together
 from megatron_lite.config.exit import ToolParser, run_tool
 from megatron_lite.config.extensions import extend
@@ -56,7 +56,7 @@ from megatron_lite.storage.outputs import check_folder, check_outputs, write_out
 
 def main() -> int:
     """Join the other ranks, if there are any, load, measure, say and keep what was found."""
-    asked = _parse(sys.argv[1:])
+    asked = told_once(lambda: _parse(sys.argv[1:]))
     exams, disk = _exams(asked), Disk()
     if asked.json and read_launch().rank == 0:
         check_outputs("--json", [asked.json], disk)

@@ -31,7 +31,7 @@ from megatron_lite.cli.speaking.model import (
     settle_cache,
 )
 from megatron_lite.cli.speaking.prompts import add_prompt_flags, prompts_of
-from megatron_lite.cli.speaking.ranks import add_layout_flags, counted, on_ranks
+from megatron_lite.cli.speaking.ranks import add_layout_flags, counted, on_ranks, told_once
 from megatron_lite.config.context_length import length_lines
 from megatron_lite.config.errors import all_together
 from megatron_lite.config.exit import ToolParser, run_tool
@@ -47,7 +47,7 @@ from megatron_lite.rendezvous.heartbeat import Presence
 
 def main() -> int:
     """Load, continue every prompt, print."""
-    asked, settings = _parse(sys.argv[1:])
+    asked, settings = told_once(lambda: _parse(sys.argv[1:]))
     return on_ranks(asked, lambda ctx, presence: _speak(asked, settings, ctx, presence))
 
 

@@ -32,7 +32,7 @@ from megatron_lite.cli.speaking.model import (
     load_speaker,
     look_at_nothing,
 )
-from megatron_lite.cli.speaking.ranks import add_layout_flags, on_ranks
+from megatron_lite.cli.speaking.ranks import add_layout_flags, on_ranks, told_once
 from megatron_lite.config.context_length import beyond_trained
 from megatron_lite.config.errors import ConfigError, MegatronLiteError, all_together
 from megatron_lite.config.exit import ToolParser, run_tool
@@ -64,7 +64,7 @@ _KEY_BYTES = 4096
 
 def main() -> int:
     """Listen, load, answer until asked to stop."""
-    asked = _parse(sys.argv[1:])
+    asked = told_once(lambda: _parse(sys.argv[1:]))
     farewell = _Farewell()
     return on_ranks(
         asked, lambda ctx, presence: _work(asked, ctx, presence, farewell), farewell=farewell.say

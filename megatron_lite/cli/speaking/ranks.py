@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import itertools
 import os
+import sys
 from collections.abc import Callable
+from typing import TypeVar
 
 from megatron_lite.blueprint.draw_up import draw_grid
 from megatron_lite.config.errors import ConfigError
@@ -21,6 +23,8 @@ from megatron_lite.rendezvous.launch import (
     stop_process_group,
 )
 from megatron_lite.train.ending.failures import Failures, end_process
+
+_Found = TypeVar("_Found")
 
 RanksWork = Callable[[ParallelContext, Presence], int]
 """What the ranks do; returns the exit code.  presence: to be told of progress."""
@@ -55,7 +59,7 @@ def on_ranks(
         tensor_model_parallel_size=asked.tensor_model_parallel_size,
         pipeline_model_parallel_size=asked.pipeline_model_parallel_size,
     )
-    _check_ranks(parallel, launch, further=further)
+    told_once(lambda: _check_ranks(parallel, launch, further=further))
     device = choose_device(launch, use_cpu=asked.use_cpu, backend=None)
     if launch.world_size == 1:
         return work(ParallelContext.serial(device), Alone())
@@ -79,6 +83,21 @@ def on_ranks(
     stop_process_group()
     world.presence.leave()
     return code
+
+
+def told_once(find: Callable[[], _Found]) -> _Found:
+    """What it finds; a ConfigError that all ranks of a host find before they have met is one line."""
+    try:
+        return find()
+    except ConfigError as error:
+        launch = read_launch()
+        if launch.world_size == 1:
+            raise
+        first = launch.local_rank == 0
+        failures = Failures(
+            launch.rank, folder=None, debug="--debug" in sys.argv, speaks_first=first
+        )
+        end_process(failures.report(error))
 
 
 def counted(presence: Presence) -> Callable[[], None]:
