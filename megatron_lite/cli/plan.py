@@ -46,6 +46,7 @@ from megatron_lite.planner import (
     launch,
     learning,
     questions,
+    ranking,
     report,
     search,
     space,
@@ -105,8 +106,14 @@ def main() -> int:
         found = search.search(
             variant, asked, cluster, model=config.model, fixed=fixed, top=own.top or questions.TOP
         )
-        _put(report.found_json(found, asked, config.optim) if own.json
-             else report.found_text(found, asked, config.optim), own)  # fmt: skip
+        best = next((plan.asked.parallel for plan in found.ranked), config.parallel)
+        notes = [
+            *parsed.notices,
+            *notes,
+            *rules.notices(dataclasses.replace(config, parallel=best), world),
+        ]
+        ranked = ranking.Ranking(found, asked, config.optim, cluster, notes)
+        _put(ranked.json() if own.json else ranked.text(), own)
         return 0
     blueprint = variant(config.parallel, config.train.micro_batch_size)
     plan = forecast(blueprint, asked, cluster, given=questions.stage_times(own))
@@ -181,14 +188,15 @@ def _completed(config: RunConfig, own: Namespace, world: int) -> tuple[RunConfig
     if train.train_iters is None and train.samples_asked is None:
         iterations = _iterations(config, own.tokens, world) if own.tokens else 1
         train = dataclasses.replace(train, train_iters=iterations, train_epochs=None)
-        notes.append(
-            f"--train-iters is not given: {iterations:,} for --tokens"
-            if own.tokens
-            else "--train-iters is not given: one iteration is planned; --tokens N says how long"
-        )
+        if not own.search:  # which asks for no length
+            notes.append(
+                f"--train-iters is not given: {iterations:,} for --tokens"
+                if own.tokens
+                else "--train-iters is not given: one iteration is planned; --tokens N says how long"
+            )
     if config.optim.rate(rate).lr is None:
         rate = dataclasses.replace(rate, lr=max(1e-4, rate.min_lr, rate.lr_warmup_init))
-        if not own.advise:  # which takes the law's
+        if not (own.advise or own.search):  # the one takes the law's, the other has no curve
             notes.append(f"--lr is not given: the curve is of {rate.lr:g}")
     return dataclasses.replace(config, train=train, learning_rate=rate), notes
 

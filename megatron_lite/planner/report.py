@@ -7,10 +7,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from megatron_lite.blueprint.schedules.actions import Op
-from megatron_lite.config.sections.optim import OptimConfig
 from megatron_lite.planner import statement
 from megatron_lite.planner.activations import VARIANTS, korthikanti
-from megatron_lite.planner.advice import Change, layout_flags, warnings
+from megatron_lite.planner.advice import Change, warnings
 from megatron_lite.planner.columns import aligned
 from megatron_lite.planner.corpus import Reading
 from megatron_lite.planner.curve import Point
@@ -20,10 +19,9 @@ from megatron_lite.planner.forecast import (
     hardware_flops_per_token,
 )
 from megatron_lite.planner.hardware import GIB
-from megatron_lite.planner.memory import PlanInputs, RankMemory, layer_items
+from megatron_lite.planner.memory import RankMemory, layer_items
 from megatron_lite.planner.remarks import format_warnings, hints, kernel_notes
-from megatron_lite.planner.search import SearchResult
-from megatron_lite.planner.trust import trusted
+from megatron_lite.planner.trust import range_json, trusted
 
 _ALWAYS = ("activations", "logits")
 """Kinds with a column even where all are 0."""
@@ -70,7 +68,7 @@ def plan_json(plan: Forecast, extra: Extra) -> dict[str, object]:
         "time": {"step_seconds": rates.step_seconds,
                  "predicted_step_seconds": sum(plan.seconds.values()),
                  "seconds": dict(plan.seconds), "hidden_seconds": dict(plan.hidden_seconds),
-                 "bubble": plan.bubble, **_range_json(plan)},
+                 "bubble": plan.bubble, **range_json(plan)},
         "pipeline": _pipeline(plan),
         "rates": {"tokens_per_second_per_gpu": rates.tgs, "tgs": rates.tgs,
                   "tflops_per_gpu": rates.tflops, "tflops_per_gpu_causal": rates.tflops_causal,
@@ -88,13 +86,6 @@ def plan_json(plan: Forecast, extra: Extra) -> dict[str, object]:
         "hints": list(hints(plan)),
         "notes": list(_notes(plan, extra)),
     }  # fmt: skip
-
-
-def _range_json(plan: Forecast) -> dict[str, object]:
-    range_ = trusted(plan)
-    if range_ is None:
-        return {"range_seconds": None, "in_doubt": []}
-    return {"range_seconds": [range_.low, range_.high], "in_doubt": list(range_.why)}
 
 
 def to_text(plan: Forecast, extra: Extra, *, width: int | None = None) -> str:
@@ -267,12 +258,20 @@ def _cost(plan: Forecast, extra: Extra) -> Iterator[str]:
     days, hours = run.get("days"), run.get("gpu_hours")
     if isinstance(days, float) and isinstance(hours, float):
         price = run.get("price")
-        money = (
-            f", {_few(price)} at {extra.price_per_hour:,g} each" if isinstance(price, float) else ""
-        )
+        least, most = _slowest_fastest(plan)
+        each = f" at {extra.price_per_hour:,g} each" if extra.price_per_hour else ""
+        money = f", {_few(price)}{each}" if isinstance(price, float) else ""
+        doubted = ""
+        if least != most:
+            cost = (
+                f", {_few(price / most)} to {_few(price / least)}"
+                if isinstance(price, float)
+                else ""
+            )
+            doubted = f" ({_duration(days / most)} to {_duration(days / least)}{cost})"
         yield (
-            f"{extra.tokens:,.0f} tokens: {_duration(days)} without a stop, {_few(hours)} GPU-hours{money}; "
-            f"{run['tokens_per_parameter']:.1f} tokens per parameter"
+            f"{extra.tokens:,.0f} tokens: {_duration(days)} without a stop, {_few(hours)} GPU-hours{money}"
+            f"{doubted}; {run['tokens_per_parameter']:.1f} tokens per parameter"
         )
 
 
@@ -358,58 +357,3 @@ def _pipeline(plan: Forecast) -> dict[str, object]:
 
 def _hardware_flops(plan: Forecast) -> int:
     return hardware_flops_per_token(plan.blueprint, plan.asked.parallel)
-
-
-def found_text(found: SearchResult, asked: PlanInputs, optim: OptimConfig) -> str:
-    """A search as a ranked table."""
-    counts = (
-        f"the {len(found.ranked)} fastest layouts that fit; {found.num_too_large:,} are too large, "
-        f"{found.num_forbidden:,} break a rule, {found.num_slower:,} are slower\n"
-        f"{statement.precision_line(asked, optim)}"
-    )
-    if not found.ranked:
-        missing = ""
-        if found.closest is not None:
-            missing = (
-                f"; the closest needs {found.closest.worst.total / GIB:.1f} GiB: "
-                f"{layout_flags(found.closest.asked.parallel, found.closest.asked.micro_batch_size)}"
-            )
-        return f"{counts}\nnothing fits{missing}"
-    lines = [counts, f"{'':>4}{'s/step':>9}{'TGS':>10}{'MFU':>8}{'GiB':>8}{'bubble':>9}  flags"]
-    for n, plan in enumerate(found.ranked, start=1):
-        flags = layout_flags(plan.asked.parallel, plan.asked.micro_batch_size)
-        lines.append(
-            f"{n:>4}{plan.rates.step_seconds:>9.3f}{plan.rates.tgs:>10,.1f}{plan.rates.mfu:>8.1%}"
-            f"{plan.worst.total / GIB:>8.1f}{plan.bubble:>9.1%}  {flags}"
-        )
-    lines += _doubts(found.ranked[0])
-    return "\n".join(lines)
-
-
-def found_json(found: SearchResult, asked: PlanInputs, optim: OptimConfig) -> dict[str, object]:
-    """A search as plain values, best first."""
-    return {
-        "precision": statement.precision_json(asked, optim),
-        "num_too_large": found.num_too_large,
-        "num_forbidden": found.num_forbidden,
-        "num_slower": found.num_slower,
-        "layouts": [
-            {
-                "flags": layout_flags(plan.asked.parallel, plan.asked.micro_batch_size),
-                "tp": plan.blueprint.grid.tp,
-                "pp": plan.blueprint.grid.pp,
-                "dp": plan.blueprint.grid.dp,
-                "cp": plan.blueprint.grid.cp,
-                "schedule": plan.blueprint.schedule,
-                "micro_batch_size": plan.asked.micro_batch_size,
-                "recompute_granularity": plan.asked.parallel.recompute_granularity,
-                "step_seconds": plan.rates.step_seconds,
-                "tgs": plan.rates.tgs,
-                "mfu": plan.rates.mfu,
-                "total_bytes": plan.worst.total,
-                "bubble": plan.bubble,
-                **_range_json(plan),
-            }
-            for plan in found.ranked
-        ],
-    }

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from megatron_lite.blueprint.figure.parts import Matrix
 from megatron_lite.planner.activations import uses_flash
@@ -53,6 +54,14 @@ def trusted(plan: Forecast) -> Trusted | None:
     low, high = min(d.low for d in doubts), max(d.longest(plan) for d in doubts)
     why = tuple(doubt.why.format(device=plan.cluster.device.name) for doubt in doubts)
     return Trusted(low * step, high * step, why)
+
+
+def range_json(plan: Forecast) -> dict[str, Any]:
+    """A plan's range as plain values."""
+    range_ = trusted(plan)
+    if range_ is None:
+        return {"range_seconds": None, "in_doubt": []}
+    return {"range_seconds": [range_.low, range_.high], "in_doubt": list(range_.why)}
 
 
 def _share(plan: Forecast, kind: str) -> float:

@@ -108,7 +108,7 @@ def test_sequence_parallelism_at_tp_1_is_the_same_plan() -> None:
 def documented() -> set[str]:
     """Keys of the guide's table of --json; a name with a leading dot goes on from the one before."""
     text = (ROOT / "docs/guides/plan.md").read_text(encoding="utf-8")
-    table = text[text.index("| key | what") : text.index("`--advise --json` has")]
+    table = text[text.index("| key | what") : text.index("`--search --json` has")]
     found: set[str] = set()
     for row in re.findall(r"^\| (`.*?) \|", table, re.M):
         first, *more = re.findall(r"`(.*?)`", row)
@@ -206,3 +206,26 @@ def test_a_table_wider_than_the_terminal_comes_in_parts() -> None:
     assert [line.split() for line in lines] == [
         ["pp", "a" * 9, "b" * 9], ["0", "1", "2"], ["pp", "c" * 9], ["0", "3", "fits"]
     ]  # fmt: skip
+
+
+def test_a_search_says_what_was_searched() -> None:
+    free = MODEL.replace("--micro-batch-size 1 ", "").replace("h100", "v100")
+    with unittest.mock.patch.object(sys.modules[__name__], "MODEL", free):
+        text, found = said("--search --top 3"), json.loads(said("--search --top 3 --json"))
+        none = said("--search --num-layers 800 --hidden-size 10240")
+    lines = text.splitlines()
+    assert lines[0] == "0.153 B parameters on 8 x v100-32g (1 node)"
+    assert lines[1] == "32 sequences of 1,024 per step" and lines[2].startswith("precision: bf16")
+    for layout, line in zip(found["layouts"], lines[5:8], strict=True):
+        assert f" {layout['schedule']}  {layout['flags']}" in line
+    assert (found["schema"], found["hardware"]["name"], found["global_batch_size"]) == (
+        1,
+        "v100-32g",
+        32,
+    )
+    assert found["model"]["seq_length"] == 1024 and found["precision"]["parameters"] == "bf16"
+    assert any("no bf16 units" in warning for warning in found["warnings"])
+    assert f"warning: {found['warnings'][0]}" in lines
+    assert not any("--train-iters" in line or "--lr " in line for line in lines)
+    assert "\nnothing fits; " in none and "\nthe closest needs " in none
+    assert "note: --num-layers (8) and --num-layers (800): the last one counts" in none
