@@ -38,14 +38,16 @@ class Awake:
 class Gathered:
     """Weights of a micro batch: when they are whole, and how many its forward and its backward gather.
 
-    awaited: those of its forward that nothing before hides.  unknown: those gathered once more in the
-    first micro batch of a run, which does not know the order of use.
+    awaited: those of its forward that nothing before hides, in a step's first micro batch.  kept: those of
+    its last layer, which the next micro batch begins with.  unknown: those gathered once more in the first
+    micro batch of a run, which does not know the order of use.
     """
 
     awake: Awake
     forward: int
     backward: int
     awaited: int
+    kept: int
     unknown: int
 
 
@@ -97,14 +99,17 @@ def weights_awake(figure: Figure, *, tp: int, recompute: RecomputePlan) -> Gathe
     arriving, computing = [], []
     for now, use in enumerate(uses):
         ahead = [(now + n, part) for n in range(IN_FLIGHT + 1) for part in _at(uses, now + n)]
-        for number, part in ahead:
-            if part not in whole and part not in coming:
-                gathered[number >= turn] += size[part]
         arrives = [part for part in use if part not in whole]
         at_once = whole | coming | set(use)
         arriving.append(sum(size[p] for p in at_once) + sum(size[p] for p in arrives))
+        for part in {*use} - whole - coming:
+            gathered[now >= turn] += size[part]
         whole |= set(use)
-        coming = {part for _, part in ahead} - whole
+        coming -= whole
+        for number, part in ahead:
+            if part not in whole | coming and len(coming) < IN_FLIGHT:
+                gathered[number >= turn] += size[part]
+                coming.add(part)
         computing.append(sum(size[part] for part in whole | coming))
         whole &= {part for number, part in ahead if number > now}
     blocks: dict[object, float] = {}
@@ -121,6 +126,7 @@ def weights_awake(figure: Figure, *, tp: int, recompute: RecomputePlan) -> Gathe
         forward=gathered[0],
         backward=gathered[1],
         awaited=sum(size[part] for part in {*uses[0], *uses[1]}),
+        kept=sum(size[part] for part in uses[-1]) if len(uses) > turn + 1 else 0,
         unknown=sum(size[part] for use in uses for part in use) - sum(gathered),
     )  # fmt: skip
 

@@ -52,15 +52,21 @@ def data_parallel_seconds(costs: Costs, pp_rank: int) -> Exchange:
     in_forward = sum(costs.work(Op.F, stage).seconds for stage in stages)
     scattered = ring(sent.gradients, 1 if parallel.shares_state else 2)
     first, again, updated = ring(sent.forward), ring(sent.backward), ring(sent.updated)
-    awaited = min(ring(sent.awaited), first)
+    later = ring(sent.forward - sent.kept)
     early = again + (scattered if parallel.overlap_grad_reduce else 0.0)
     under_backward = hidden(early, in_backward)
-    under_forward = hidden(first - awaited, in_forward)
+    # the first layer of a step's first micro batch is awaited
+    under_first = hidden(max(first - ring(sent.awaited), 0.0), in_forward)
+    under_later = hidden(later, in_forward)
     ahead = hidden(updated, in_forward) if parallel.overlap_param_gather else 0.0
-    each = scattered + again - under_backward + first - under_forward
+    each = scattered + again - under_backward
+    forwards = first - under_first + (sent.times - 1) * (later - under_later)
     again_hidden = under_backward * again / early if early else 0.0
     return Exchange(
-        exposed=sent.times * each + updated - ahead,
+        exposed=sent.times * each + forwards + updated - ahead,
         gradients_hidden=sent.times * (under_backward - again_hidden),
-        parameters_hidden=sent.times * (under_forward + again_hidden) + ahead,
+        parameters_hidden=sent.times * again_hidden
+        + under_first
+        + (sent.times - 1) * under_later
+        + ahead,
     )

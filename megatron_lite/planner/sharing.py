@@ -49,7 +49,8 @@ class Passed:
 
     gradients: scattered or summed; forward, backward: weights gathered for these; updated: weights after
     an update.  Each as often as a ring passes it, twice what is all-reduced, in each of so many times.
-    awaited: what of forward nothing hides.  unknown: of a run's first micro batch alone.
+    awaited: what nothing hides of a step's first forward; kept: what of the others is there already.
+    unknown: what the first micro batch of a run gathers besides; the second finds nothing kept.
     """
 
     gradients: float = 0.0
@@ -58,13 +59,15 @@ class Passed:
     backward: float = 0.0
     updated: float = 0.0
     times: int = 1
+    kept: float = 0.0
     unknown: float = 0.0
 
     @property
     def total(self) -> float:
-        """All of them in the first step."""
+        """All of them in the first step of a run."""
         each = self.gradients + self.forward + self.backward
-        return self.times * each + self.updated + self.unknown
+        there = self.kept * max(self.times - 2, 0)
+        return self.times * each - there + self.updated + self.unknown
 
 
 def passed(
@@ -98,7 +101,7 @@ def passed(
     width = wider * low
     return Passed(
         gradients * wider, read.forward * width, read.awaited * width, read.backward * width,
-        times=times, unknown=read.unknown * width,
+        times=times, kept=read.kept * width, unknown=read.unknown * width,
     )  # fmt: skip
 
 

@@ -58,7 +58,7 @@ FORMS = {
 }
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @pytest.mark.parametrize("form", FORMS)
 def test_the_forms_of_public_scripts_run(ds, form, stage) -> None:
     ds.write(TEMPLATE.replace("ZERO_STAGE", str(stage)))

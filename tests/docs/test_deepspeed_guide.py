@@ -23,3 +23,7 @@ def test_every_command_of_the_guide_runs(tmp_path: Path) -> None:
     assert [float(one[1]) for one in rates if one] == pytest.approx([1.5e-4, 2e-4, 0.0], abs=1e-12)
     assert any("global batch size:    16" in line for line in run)
     assert any("tp 1 x cp 1 x dp 2 x pp 1" in line for line in forecast)
+
+
+def test_the_chinese_guide_prints_the_same() -> None:
+    assert blocks(read("deepspeed")) == blocks(read("deepspeed.zh-CN"))

@@ -82,6 +82,16 @@ def test_all_ranks_of_a_sound_run_fit_together(world_size, changes):
     assert found.messages == sum(c.op == "send" for t in logs for c in t.calls) > 0
 
 
+@pytest.mark.ci
+def test_both_ends_of_a_tied_table_have_the_same_owner_whatever_their_stages_hold():
+    """Adafactor's tables are one replica's, and at ZeRO 3 each layer is dealt out by itself."""
+    config = tiny_config(
+        optim__optimizer="adafactor", optim__adafactor_scale_parameter=True,
+        **{TP: 2, PP: 2, SP: True, ZERO: 3, BATCH: 8},
+    )  # fmt: skip
+    assert compare_calls(rehearsed(config, 8))[1] == []
+
+
 def test_a_rehearsed_rank_makes_the_calls_of_a_real_one():
     changes = {TP: 2, PP: 2, SP: True}
     real = spawn(traffic, 4, changes)
