@@ -54,6 +54,7 @@ from megatron_lite.planner import (
 from megatron_lite.planner.corpus import epochs
 from megatron_lite.planner.curve import Point, run_curve
 from megatron_lite.planner.forecast import Forecast, forecast, measured
+from megatron_lite.planner.hardware import Device
 from megatron_lite.planner.memory import PlanInputs
 from megatron_lite.storage.disk import Disk
 from megatron_lite.storage.outputs import check_outputs, write_output
@@ -69,11 +70,13 @@ def main() -> int:
         return 0
     _check_outputs(own)
     questions.check_together(own)
+    if len(flags) > 1 and flags[0] in ("bash", "sh") and flags[1].endswith(".sh"):
+        flags = flags[1:]
     if flags and flags[0].endswith(".sh"):
         flags = _printed(flags)
     launcher, flags = launch.launched(flags)
     parsed = parse(flags)
-    device = hardware.find_device(own.hardware or questions.DEVICE)
+    device = hardware.find_device(questions.DEVICE if own.hardware is None else own.hardware)
     machines = launch.Machines(own.nodes, own.gpus_per_node, own.link_gb_s, own.network_gb_s)
     cluster = launch.cluster(
         machines, launcher, device, parsed.config.train, parsed.config.parallel
@@ -82,13 +85,7 @@ def main() -> int:
     config, notes = _completed(parsed.config, own, cluster.world_size)
     world = cluster.world_size
     notes += rules.not_yet(config, world)
-    if config.parallel.engine != "zero":
-        notes.append(f"--engine {config.parallel.engine}: planned as zero, whose memory and messages "
-                     "the planner knows")  # fmt: skip
-    if own.hardware is None:
-        notes.append(
-            f"--hardware is not given: {questions.DEVICE}, {world} of them (--list-hardware)"
-        )
+    notes += _assumed(config, own, device, world)
 
     def variant(parallel: ParallelConfig, micro_batch_size: int) -> Blueprint:
         """The Blueprint of another layout of this run; ConfigError where a rule forbids it."""
@@ -142,14 +139,33 @@ def main() -> int:
     return 0
 
 
+def _assumed(config: RunConfig, own: Namespace, device: Device, world: int) -> list[str]:
+    """What is planned otherwise than it was said, or was not said."""
+    notes: list[str] = []
+    if config.parallel.engine != "zero":
+        notes.append(f"--engine {config.parallel.engine}: planned as zero, whose memory and messages "
+                     "the planner knows")  # fmt: skip
+    if config.train.use_cpu and not device.cpu:
+        notes.append(
+            f"--use-cpu: planned for {device.name} all the same; --hardware cpu is a host's cores"
+        )
+    if own.hardware is None:
+        notes.append(
+            f"--hardware is not given: {questions.DEVICE}, {world} of them (--list-hardware)"
+        )
+    return notes
+
+
 def _extra(
     own: Namespace, config: RunConfig, plan: Forecast, notes: Sequence[str], *, length: bool
 ) -> report.Extra:
     """length: whether the run says its own."""
     blueprint = plan.blueprint
+    tokens = own.tokens or (_tokens(blueprint) if length else None)
+    questions.check_price(own, tokens)
     return report.Extra(
         notes=tuple(notes),
-        tokens=own.tokens or (_tokens(blueprint) if length else None),
+        tokens=tokens,
         begins=begins_from_nothing(config),
         curve=_curve(config, blueprint) if own.tokens or length else (),
         epochs=epochs(config.data, config.train, blueprint),

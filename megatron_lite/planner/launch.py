@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from argparse import ArgumentParser, ArgumentTypeError
 from collections.abc import Sequence
+from typing import NoReturn
 
 from megatron_lite.config.errors import ConfigError
 from megatron_lite.config.flags.parser import spellings
@@ -23,6 +24,15 @@ class Machines:
     network_gb_s: float | None = None
 
 
+class _Launcher(ArgumentParser):
+    """Of a launcher's command line; says what is wrong as other commands do."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(
+            f"before pretrain_gpt.py: {message}; a plan is of one number of machines: --nodes, --gpus-per-node"
+        )
+
+
 def at_least_one(text: str) -> int:
     """What argparse takes as a number of nodes or devices."""
     if not text.isdecimal() or int(text) < 1:
@@ -30,10 +40,23 @@ def at_least_one(text: str) -> int:
     return int(text)
 
 
+_NODES = ("--nnodes", "--nodes", "--num_nodes")
+_PER_NODE = ("--nproc_per_node", "--nproc-per-node", "--num_gpus", "--num_accelerators")
+
+UNREAD = ("srun", "mpirun", "mpiexec", "accelerate", "horovodrun", "ray")
+"""Launchers whose numbers of machines have other names, and other meanings."""
+
+
 def launched(words: Sequence[str]) -> tuple[Machines, list[str]]:
     """What a launcher in front of pretrain_gpt.py says of the machines, and the run's own flags."""
     at = next((n for n, word in enumerate(words) if word.endswith("pretrain_gpt.py")), None)
     if at is None:
+        for name in (word.partition("=")[0] for word in words):
+            if name in _NODES + _PER_NODE and name not in spellings():
+                raise ConfigError(
+                    f"{name} is a launcher's: put it and pretrain_gpt.py in front of the run's flags, or give "
+                    "--nodes and --gpus-per-node"
+                )
         return Machines(), list(words)
     before = list(words[:at])
     for n, word in enumerate(before):
@@ -42,15 +65,14 @@ def launched(words: Sequence[str]) -> tuple[Machines, list[str]]:
             raise ConfigError(
                 f"{name} stands before pretrain_gpt.py, where no run reads it: put the run's flags behind"
             )
-    parser = ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--nnodes", "--nodes", "--num_nodes", type=at_least_one)
-    parser.add_argument(
-        "--nproc_per_node",
-        "--nproc-per-node",
-        "--num_gpus",
-        "--num_accelerators",
-        type=at_least_one,
-    )
+        if word.rpartition("/")[2] in UNREAD:
+            raise ConfigError(
+                f"{word}: its numbers of machines are not read; leave out what stands before pretrain_gpt.py, "
+                "and give --nodes and --gpus-per-node"
+            )
+    parser = _Launcher(add_help=False, allow_abbrev=False)
+    parser.add_argument(*_NODES, type=at_least_one)
+    parser.add_argument(*_PER_NODE, type=at_least_one)
     said, _ = parser.parse_known_args(before)
     return Machines(said.nnodes, said.nproc_per_node), list(words[at + 1 :])
 
@@ -83,5 +105,6 @@ def cluster(
             )
         world = nodes * ranks
     if world is None:
-        world = launch.per_node or asked.per_node or parallel.ranks_per_sample
+        # a size of 0 or less is told with all other problems
+        world = launch.per_node or asked.per_node or max(parallel.ranks_per_sample, 1)
     return Cluster(device=device, world_size=world, devices_per_node=joined)

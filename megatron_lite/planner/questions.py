@@ -52,12 +52,12 @@ def _machines(found: ArgumentParser) -> None:
     )
     group.add_argument(
         "--link-gb-s",
-        type=_positive,
+        type=_measure,
         metavar="GB/S",
         help="between devices of a node, one direction",
     )
     group.add_argument(
-        "--network-gb-s", type=_positive, metavar="GB/S", help="between nodes, per device"
+        "--network-gb-s", type=_measure, metavar="GB/S", help="between nodes, per device"
     )
 
 
@@ -91,10 +91,10 @@ def _run(found: ArgumentParser) -> None:
         "--tokens", type=_tokens_number, metavar="300B", help="tokens to train on; K, M, B or T"
     )
     group.add_argument(
-        "--price-per-gpu-hour", type=_positive, metavar="PRICE",
+        "--price-per-gpu-hour", type=_measure, metavar="PRICE",
         help="adds what it costs, in the currency of the price",
     )  # fmt: skip
-    group.add_argument("--measured-seconds", type=_positive, metavar="S",
+    group.add_argument("--measured-seconds", type=_measure, metavar="S",
                        help="rates of a step that took so long, instead of the predicted one")  # fmt: skip
     group.add_argument(
         "--stage-times-ms",
@@ -131,6 +131,14 @@ def _positive(text: str) -> float:
         number = 0.0
     if not 0.0 < number < float("inf"):
         raise ArgumentTypeError(f"{text!r} must be a number above 0")
+    return number
+
+
+def _measure(text: str) -> float:
+    """A number that is one of the world: no rate or time of it is beyond."""
+    number = _positive(text)
+    if not 1e-9 <= number <= 1e12:
+        raise ArgumentTypeError(f"{text!r} must be from 1e-9 to 1e12")
     return number
 
 
@@ -184,6 +192,15 @@ def check_times_of_advice(own: Namespace, exit_duration_in_mins: float | None) -
 def measured_times(own: Namespace) -> dict[str, object]:
     """Flags that replace what is predicted."""
     return {"--measured-seconds": own.measured_seconds, "--stage-times-ms": own.stage_times_ms}
+
+
+def check_price(own: Namespace, tokens: float | None) -> None:
+    """A price is one of a whole run."""
+    if own.price_per_gpu_hour is not None and not tokens:
+        raise ConfigError(
+            f"--price-per-gpu-hour {own.price_per_gpu_hour:g} is for a run of known length: give --tokens, "
+            "--train-iters or --train-samples, or leave it out"
+        )
 
 
 def _unheard(flags: dict[str, object], what: str) -> None:

@@ -230,6 +230,14 @@ def test_nothing_that_is_asked_for_goes_unheard() -> None:
         (["--nodes", "3", *torchrun, *RUN], "--nodes 3 contradicts the launcher's --nnodes 2"),
         (["--gpus-per-node", "6", *torchrun, *RUN], "contradicts the launcher's --nproc_per_node 4"),
         ([*torchrun, "--world-size", "16", *RUN], "--world-size 16 contradicts 2 nodes of 4 = 8"),
+        (["torchrun", "--nproc_per_node=auto", "pretrain_gpt.py", *RUN], "'auto' must be a whole number"),
+        (["srun", "-N", "4", "python", "pretrain_gpt.py", *RUN], "srun: its numbers of machines are not read"),
+        (["/usr/bin/mpirun", "-np", "9", "pretrain_gpt.py", *RUN], "mpirun: its numbers of machines"),
+        (["--nnodes", "4", *RUN], "--nnodes is a launcher's"),
+        (["--price-per-gpu-hour", "2", *RUN], "--price-per-gpu-hour 2 is for a run of known length"),
+        (["--measured-seconds", "1e-300", *RUN], "must be from 1e-9 to 1e12"),
+        (["--hardware", "", *RUN], "no such device"),
+        ([*RUN, "--tensor-model-parallel-size", "0"], "--tensor-model-parallel-size 0 must be at least 1"),
         (["--top", "3", *RUN], "--top 3 is of --search"),
         (["--search", "--price-per-gpu-hour", "2", *RUN], "--price-per-gpu-hour changes nothing of --search"),
         (["--search", "--tokens", "2B", *RUN], "--tokens changes nothing of --search"),
@@ -288,6 +296,13 @@ def test_an_nvlink_domain_wider_than_the_launcher_s_nodes_is_no_more_ranks() -> 
     for own in ([], ["--nodes", "4"], ["--gpus-per-node", "72"]):
         plan = json.loads(in_process("--hardware", "gb200", "--json", *own, *torchrun, *RUN))
         assert plan["hardware"]["world_size"] == 16
+
+
+def test_a_run_on_cores_that_is_planned_for_gpus_is_a_note() -> None:
+    notes = json.loads(in_process("--json", "--use-cpu", *RUN))["notes"]
+    assert any(note.startswith("--use-cpu: planned for h100 all the same") for note in notes)
+    cores = json.loads(in_process("--json", "--use-cpu", "--hardware", "cpu", *RUN))["notes"]
+    assert not any("--use-cpu" in note for note in cores)
 
 
 def test_tokens_stand_for_the_run_s_own_length_in_its_unit() -> None:
