@@ -212,7 +212,7 @@ def test_a_search_says_what_was_searched() -> None:
     free = MODEL.replace("--micro-batch-size 1 ", "").replace("h100", "v100")
     with unittest.mock.patch.object(sys.modules[__name__], "MODEL", free):
         text, found = said("--search --top 3"), json.loads(said("--search --top 3 --json"))
-        none = said("--search --num-layers 800 --hidden-size 10240")
+        none = said("--search --hidden-size 32768")
     lines = text.splitlines()
     assert lines[0] == "0.153 B parameters on 8 x v100-32g (1 node)"
     assert lines[1] == "32 sequences of 1,024 per step" and lines[2].startswith("precision: bf16")
@@ -228,4 +228,4 @@ def test_a_search_says_what_was_searched() -> None:
     assert f"warning: {found['warnings'][0]}" in lines
     assert not any("--train-iters" in line or "--lr " in line for line in lines)
     assert "\nnothing fits; " in none and "\nthe closest needs " in none
-    assert "note: --num-layers (8) and --num-layers (800): the last one counts" in none
+    assert "note: --hidden-size (1024) and --hidden-size (32768): the last one counts" in none
