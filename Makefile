@@ -92,6 +92,10 @@ bench-data: setup ## the data side beside its named baselines: indices, start-up
 bench-schedules: setup ## CPU seconds to lower 1536 micro batches beside torch.distributed.pipelining's lowering
 	$(PY) benchmarks/bench_schedules.py
 
+.PHONY: bench-offload
+bench-offload: setup ## a step with --optimizer-cpu-offload beside one without, on a GPU where there is one
+	$(PY) benchmarks/bench_offload.py
+
 .PHONY: bench-plan
 bench-plan: setup ## the planner, calibrated on small runs here, beside measured step times of others
 	env -u OMP_NUM_THREADS $(PY) benchmarks/bench_plan.py

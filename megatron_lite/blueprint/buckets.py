@@ -11,6 +11,9 @@ Without a limit the last backward would end with a second copy of all gradients,
 forward begin with one of all parameters.
 """
 
+HOST_PORTION = 1 << 24
+"""Elements that the host updates at a time: fp32 gradients of 64 MiB, milliseconds of a link or of cores."""
+
 
 def bucket_elements(parallel: ParallelConfig, replicas: int) -> int:
     """Elements of a bucket that so many ranks reduce: --ddp-bucket-size, or Megatron's default."""

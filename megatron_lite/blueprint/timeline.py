@@ -13,6 +13,9 @@ from typing import NamedTuple
 COMPUTE, WAIT, OPTIMIZER, WEIGHTS, MESSAGE = "compute", "wait", "optimizer", "dW", "message"
 """Kinds of events beside F, B, I and W; WEIGHTS is a weight gradient's product inside a B or a W."""
 
+HOST_SPAN = "optimizer-on-host"
+"""Of all that is made and done in host memory beside a device."""
+
 ACTIONS = frozenset({"F", "B", "I", "W"})
 
 

@@ -43,6 +43,7 @@ try:
     from megatron_lite.data.tokenizers.kept import files_to_keep
     from megatron_lite.planner.memory import PlanInputs, RankMemory, memory
     from megatron_lite.planner.rehearsed import RehearsedRank, beside_plan, rehearsal_tables
+    from megatron_lite.planner.room import require_host_memory
     from megatron_lite.planner.shortage import beside_the_plan
     from megatron_lite.rendezvous.copies import alone_among_many
     from megatron_lite.train.schedules import Schedules
@@ -178,13 +179,7 @@ def _rehearse(parsed: ParsedFlags) -> int:
                 for one in done if one.memory is not None]  # fmt: skip
     if not measured:  # each broke off: there is no memory to show, and this says where
         rehearse.require_agreement([one.log for one in done])
-    asked = PlanInputs.of(
-        config.parallel,
-        config.precision,
-        config.train,
-        config.data,
-        on_gpu=not config.train.use_cpu,
-    )
+    asked = _plan_inputs(config)
     rows = beside_plan(measured, blueprint, asked, num_microbatches=count)
     print("", rehearsal_tables(rows), "", sep="\n")
     agreement = rehearse.require_agreement([one.log for one in done])
@@ -193,6 +188,16 @@ def _rehearse(parsed: ParsedFlags) -> int:
           f"{max(one.process_bytes for one in done) / 2**30:.2f} GiB of memory per process")  # fmt: skip
     print("rehearsal: the ranks fit together; nothing was started")
     return 0
+
+
+def _plan_inputs(config: RunConfig) -> PlanInputs:
+    return PlanInputs.of(
+        config.parallel,
+        config.precision,
+        config.train,
+        config.data,
+        on_gpu=not config.train.use_cpu,
+    )
 
 
 def _train(parsed: ParsedFlags, launch: Launch, failures: Failures) -> int:
@@ -232,6 +237,10 @@ def _train(parsed: ParsedFlags, launch: Launch, failures: Failures) -> int:
         model = dataclasses.replace(config.model, vocab_size=tokens.vocab_size)
         filled = _with_epochs(dataclasses.replace(config, model=model), launch.world_size)
         notices.extend(rules.notices(filled, launch.world_size))
+        if filled.parallel.on_host:
+            require_host_memory(
+                draw_up(filled, launch.world_size), _plan_inputs(filled), launch.local_world_size
+            )
         rows, own = tokens.asked, tokenizer.vocab_size
         if rows is not None and rows < own and config.data.tokenizer_type != "NullTokenizer":
             notices.append(

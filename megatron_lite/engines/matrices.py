@@ -117,10 +117,11 @@ class CutMatrices:
                 self._spread(trained, None)
                 continue
             own = self.owned[position]
-            own.gradient = whole.to(own.master.device)
-            groups = self.groups.trained([own], steps)
-            self.groups.update(groups, rates, steps=steps, taken=taken)
-            own.gradient = whole.new_empty(0)
+            with self._host.there(own.shard.on_host):
+                own.gradient = whole.to(own.master.device)
+                groups = self.groups.trained([own], steps)
+                self.groups.update(groups, rates, steps=steps, taken=taken)
+                own.gradient = whole.new_empty(0)
             self._spread(trained, own.master)
 
     def state(self, *, replicated: bool) -> Iterator[NamedSlice]:

@@ -13,25 +13,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from megatron_lite.blueprint.buckets import HOST_PORTION
 from megatron_lite.blueprint.figure.parts import Tensor as Spec
 from megatron_lite.blueprint.optimizers import State, Treatment
-from megatron_lite.engines.held import Held, fit_states
+from megatron_lite.blueprint.timeline import HOST_SPAN
+from megatron_lite.config.errors import OutOfMemory
+from megatron_lite.engines.held import Held, Stateful, fit_states
 from megatron_lite.optim.groups import Groups, ParameterGroup, Rates
 from megatron_lite.optim.shares import TpShare
 from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.parallel.shard import ParameterPiece
-
-PORTION = 1 << 24
-"""Elements that are updated at a time: fp32 gradients of 64 MiB, some milliseconds of a link or of cores."""
-
-ON_HOST = "optimizer-on-host"
-"""The span of all that is made and done in host memory."""
 
 WAITS = "--optimizer-cpu-offload (the host makes the update)"
 
@@ -80,12 +77,13 @@ class _Lane:
     """Copies on a stream of their own; on a CPU they are made at once."""
 
     def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def follow(self) -> None:
         """Begin after what the device has been given so far."""
         if self._stream is not None:
-            self._stream.wait_stream(torch.cuda.current_stream())
+            self._stream.wait_stream(torch.cuda.current_stream(self._device))
 
     def copy(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> torch.cuda.Event | None:
         """(target, source) pairs; what they are there after, None: now."""
@@ -101,7 +99,7 @@ class _Lane:
     def join(self) -> None:
         """Let what the device is given from now on come after these copies."""
         if self._stream is not None:
-            torch.cuda.current_stream().wait_stream(self._stream)
+            torch.cuda.current_stream(self._device).wait_stream(self._stream)
 
 
 class _Turns:
@@ -161,7 +159,7 @@ class HostUpdate:
         self._coming, self._going = (_Turns(self._memory, pinned=pinned) for _ in range(2))
         self._seen = self._taken = 0
         self._held: list[Held] = []
-        self._portions: list[_Portion] | None = None
+        self._portions: list[_Portion] = []
         self._steps = 0
 
     @property
@@ -181,20 +179,38 @@ class HostUpdate:
         self._taken += size * takes
         return takes
 
+    @contextmanager
+    def there(self, on_host: bool = True) -> Iterator[None]:
+        """Within, what is made lies in host memory; raises OutOfMemory where there is none."""
+        if not on_host:
+            yield
+            return
+        try:
+            with self._span(HOST_SPAN):
+                yield
+        except (MemoryError, RuntimeError) as error:
+            if not isinstance(error, MemoryError) and "memory" not in str(error).lower():
+                raise
+            first = (str(error).splitlines() or [type(error).__name__])[0]
+            raise OutOfMemory(
+                "--optimizer-cpu-offload: the host gives no more memory for masters and optimizer state "
+                f"({first[:200]}) - share them by --use-distributed-optimizer, lower "
+                "--optimizer-offload-fraction, or drop it"
+            ) from error
+
     def master(self, shape: Sequence[int]) -> Tensor:
         """Room for fp32 values."""
-        with self._span(ON_HOST):
+        with self.there():
             return torch.empty(shape, dtype=torch.float32, device=self._memory)
 
     def choose(self, held: Sequence[Held], steps: int) -> None:
         """Those that it updates, of which the update after so many steps changes some."""
-        self._held, self._steps, self._portions = list(held), steps, None
+        self._held, self._steps = list(held), steps
 
-    def fit(self) -> None:
-        """Have the states that this update needs, and buffers for it."""
-        if self._portions is not None or not self._held:
-            return
-        with self._span(ON_HOST):
+    def fit(self, owned: Iterable[Stateful]) -> None:
+        """Have the states that this update needs, also those of matrices that are owned, and buffers."""
+        with self.there(self.share > 0.0):
+            fit_states(owned, self._groups, self._steps)
             fit_states(self._held, self._groups, self._steps)
             self._portions = list(self._cut())
             largest = max((portion.size for portion in self._portions), default=0)
@@ -215,8 +231,8 @@ class HostUpdate:
         """The update after so many, weights included.  Collective over tp where a rule sums over it."""
         if not self._held:
             return
-        with self._span(ON_HOST):
-            for turn, portion in enumerate(self._portions or ()):
+        with self.there():
+            for turn, portion in enumerate(self._portions):
                 self._fetch(turn + 1)
                 self._coming.wait(turn)
                 self._groups.update(
@@ -227,11 +243,10 @@ class HostUpdate:
 
     def _fetch(self, turn: int) -> None:
         """Start the copy of a portion's gradients, if there is one."""
-        portions = self._portions or ()
-        if turn >= len(portions):
+        if turn >= len(self._portions):
             return
         pairs = []
-        for part in portions[turn].parts:
+        for part in self._portions[turn].parts:
             source = part.held.gradient[part.rows]
             part.gradient = part.within(self._coming.buffer(turn, source.dtype))
             pairs.append((part.gradient, source))
@@ -270,7 +285,7 @@ class HostUpdate:
                 apart = how.sums_over_tp is not None
                 for rows in _rows(held, how):
                     width = _padded(held.master[rows].numel())
-                    if parts and (apart or size + width > PORTION):
+                    if parts and (apart or size + width > HOST_PORTION):
                         yield _Portion(group, parts, size)
                         parts, size = [], 0
                     parts.append(_part(held, how, rows, size))
@@ -283,10 +298,10 @@ def _rows(held: Held, how: Treatment) -> Iterator[slice]:
     """Of what is held, so many at a time; all of what its rule must see whole."""
     length, size = held.master.shape[0], held.master.numel()
     in_blocks = len(held.master.shape) == 1 and any(state.block > 1 for state in how.states)
-    if size <= PORTION or how.needs(0) or in_blocks:
+    if size <= HOST_PORTION or how.needs(0) or in_blocks:
         yield slice(0, length)
         return
-    at_once = max(1, PORTION * length // size)
+    at_once = max(1, HOST_PORTION * length // size)
     for first in range(0, length, at_once):
         yield slice(first, min(first + at_once, length))
 

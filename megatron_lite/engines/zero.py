@@ -141,8 +141,9 @@ class ZeroEngine(Plainly):
         if self._fitted:  # asked in every update, and other only after a turn
             return
         fit_states(self._beside_weights(), self.groups, self._steps)
-        self._host.fit()
-        fit_states(self._matrices.owned, self.groups, self._steps)
+        owned = self._matrices.owned
+        fit_states([o for o in owned if not o.shard.on_host], self.groups, self._steps)
+        self._host.fit([own for own in owned if own.shard.on_host])
         self._fitted = True
 
     def _beside_weights(self) -> list[Held]:

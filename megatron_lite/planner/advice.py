@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from megatron_lite.config.errors import ConfigError
+from megatron_lite.config.param_groups import optimizers_asked_for
 from megatron_lite.config.sections.parallel import ParallelConfig
 from megatron_lite.planner.forecast import Forecast, forecast
 from megatron_lite.planner.space import LayoutVariant
@@ -24,10 +25,32 @@ class Change(NamedTuple):
 
 
 def cheapest(plan: Forecast, variant: LayoutVariant) -> Change | None:
-    """Of the changes that make it fit on the same devices, the one that costs the least time."""
+    """Of the changes that make it fit on the same devices, the one that costs the least time.
+
+    State goes to the host where nothing else makes it fit.
+    """
+    start = plan.asked.parallel
+    fitting = _fitting(plan, variant, start)
+    if (
+        not fitting
+        and not start.on_host
+        and "apex-adam" not in optimizers_asked_for(plan.blueprint.optim)
+    ):
+        there = dataclasses.replace(start, optimizer_cpu_offload=True)
+        fitting = _fitting(plan, variant, there)
+    if not fitting:
+        return None
+    best = min(fitting, key=lambda change: change.forecast.rates.step_seconds)
+    # closed forms choose, the simulation says how long it takes
+    seen_again = forecast(best.forecast.blueprint, best.forecast.asked, plan.cluster)
+    return Change(best.flags, seen_again)
+
+
+def _fitting(plan: Forecast, variant: LayoutVariant, start: ParallelConfig) -> list[Change]:
+    """Changes that begin with a layout and fit."""
     fitting = []
     seen = set()
-    for parallel, micro_batch_size in _changes(plan):
+    for parallel, micro_batch_size in _changes(plan, start):
         flags = _flags(plan, parallel, micro_batch_size)
         if not flags or flags in seen:
             continue
@@ -42,17 +65,12 @@ def cheapest(plan: Forecast, variant: LayoutVariant) -> Change | None:
         tried = forecast(blueprint, asked, plan.cluster, simulated=False)
         if tried.fits:
             fitting.append(Change(flags, tried))
-    if not fitting:
-        return None
-    best = min(fitting, key=lambda change: change.forecast.rates.step_seconds)
-    # closed forms choose, the simulation says how long it takes
-    seen_again = forecast(best.forecast.blueprint, best.forecast.asked, plan.cluster)
-    return Change(best.flags, seen_again)
+    return fitting
 
 
-def _changes(plan: Forecast) -> Iterator[tuple[ParallelConfig, int]]:
+def _changes(plan: Forecast, start: ParallelConfig) -> Iterator[tuple[ParallelConfig, int]]:
     """Single changes and their combinations, on the same number of devices."""
-    start, micro_batch_size = plan.asked.parallel, plan.asked.micro_batch_size
+    micro_batch_size = plan.asked.micro_batch_size
     for sized in (micro_batch_size, *(b for b in (1, 2, 4) if b < micro_batch_size)):
         for layout in _layouts(plan, start):
             for recomputed in _recomputed(layout):
@@ -111,6 +129,8 @@ def layout_flags(parallel: ParallelConfig, micro_batch_size: int) -> str:
         "--use-distributed-optimizer": stage == 1,
         f"--zero-stage {stage}": stage > 1,
         "--overlap-param-gather": parallel.overlap_param_gather,
+        "--optimizer-cpu-offload": parallel.optimizer_cpu_offload,
+        f"--optimizer-offload-fraction {parallel.on_host:g}": 0.0 < parallel.on_host < 1.0,
     }
     flags += [flag for flag, asked in on.items() if asked]
     if parallel.recompute_granularity == "selective":

@@ -19,6 +19,7 @@ from megatron_lite.planner.cost import Costs
 from megatron_lite.planner.exchange import data_parallel_seconds
 from megatron_lite.planner.hardware import Cluster
 from megatron_lite.planner.memory import PlanInputs, RankMemory, memory
+from megatron_lite.planner.offload import on_host
 from megatron_lite.planner.sharing import shared_by
 from megatron_lite.planner.work import StageTimes, Work
 
@@ -111,8 +112,19 @@ class Forecast:
 
     @property
     def fits(self) -> bool:
-        """Whether every rank's memory is below the device's."""
-        return self.worst.total <= self.cluster.device.memory_bytes
+        """Whether every rank's memory is below the device's, and what its host must hold below the host's."""
+        return self.worst.total <= self.cluster.device.memory_bytes and not self.lacks_on_host
+
+    @property
+    def host_bytes(self) -> float:
+        """Of a node whose ranks keep most in host memory."""
+        return max(rank.host for rank in self.memory) * self.cluster.ranks_of_node
+
+    @property
+    def lacks_on_host(self) -> float:
+        """Bytes that a node has too few for what is kept there; 0 where its memory is not known."""
+        room = self.cluster.device.host_memory_gb * 1e9
+        return max(self.host_bytes - room, 0.0) if room else 0.0
 
     @property
     def worst(self) -> RankMemory:
@@ -259,15 +271,20 @@ def _optimizer_seconds(
     """Norm, clipping, update and clearing: bound by memory, but for products of whole matrices.
 
     Per element: gradients read twice, written, cleared; of the owned share master and states read
-    and written, gradient read, weight written.
+    and written, gradient read, weight written.  The host updates its part at the same time.
     """
     held = blueprint.held(pp_rank)
+    there = on_host(blueprint, asked.parallel, asked.precision, pp_rank)
     shared = shared_by(asked.parallel, blueprint.replicas).state
     every, owned = 4.0 * 2, 4.0 * 2 + 4.0 * 3 + 2.0
     device = cluster.device
-    moved = held.accumulated * (every + owned / shared) + held.state_bytes * 2.0 / shared
-    by_memory = moved / (device.bandwidth_gb_s * 1e9 * device.optimizer_efficiency)
-    return by_memory + _matrices_seconds(blueprint, asked, cluster, held, shared)
+    rate = device.bandwidth_gb_s * 1e9 * device.optimizer_efficiency
+    moved = held.accumulated * owned / shared + held.state_bytes * 2.0 / shared
+    here = moved / rate + _matrices_seconds(blueprint, asked, cluster, held, shared)
+    here *= 1.0 - there.share
+    if there.share:
+        here = max(here, there.seconds(device, cluster.ranks_of_node))
+    return held.accumulated * every / rate + here
 
 
 def _matrices_seconds(

@@ -37,6 +37,7 @@ from megatron_lite.planner.generations import (
     MAMF,
     DeviceMake,
 )
+from megatron_lite.planner.hosts import HOSTS
 
 GIB = 2**30
 
@@ -103,6 +104,12 @@ class Device:
     """Values moved to make an element of a dropout mask where nothing is compiled (kernels/random.py)."""
     bf16: bool = True
     """Whether it has units for bf16, and for TF32; NVIDIA's do since Ampere."""
+    host_memory_gb: float = 0.0
+    """Of a node, for state that is kept there; 0 where it is not known."""
+    host_bandwidth_gb_s: float = 300.0
+    """Of that memory; of two processors, each with six channels, unless more is known."""
+    host_link_gb_s: float = 32.0
+    """Between host and device, one direction; PCIe 4, unless more is known."""
     cpu: bool = False
     """Cores of a host instead of an accelerator: other attention kernels, no context."""
 
@@ -153,6 +160,11 @@ class Cluster:
         return -(-self.world_size // self.devices_per_node)
 
     @property
+    def ranks_of_node(self) -> int:
+        """Of one that is full, or of the only one."""
+        return min(self.devices_per_node, self.world_size)
+
+    @property
     def slowest(self) -> float:
         """Time of the slowest node as a multiple of the mean: the greatest of so many normal numbers."""
         return 1.0 + self.device.spread * math.sqrt(2.0 * math.log(self.num_nodes))
@@ -200,6 +212,8 @@ def _device(
     if not cpu:
         sources = {"peak_tflops": ACCELERATORS[name].source, **sources, **generations.GENERAL}
     matmul, memory, bandwidth, link, network = numbers
+    host = HOSTS[name].fields if name in HOSTS else {}
+    sources |= dict.fromkeys(host, HOSTS[name].source if host else "")
     return Device(
         name=name,
         peak_tflops=_CPU_PEAK if cpu else ACCELERATORS[name].peak_tflops,
@@ -220,6 +234,7 @@ def _device(
         half_inner=generations.HALF_INNER if cpu else generations.half_inner(matmul, bandwidth),
         overlap=1.0 if cpu else generations.OVERLAP,
         spread=0.0 if cpu else generations.SPREAD,
+        **host,
     )
 
 
@@ -318,7 +333,7 @@ def _known_peak(key: str) -> str:
     return f"no such device to plan for (its peak is {peak:g} TFLOP/s, its links are not known)"
 
 
-_MAY_BE_0 = ("overlap", "spread")
+_MAY_BE_0 = ("host_memory_gb", "overlap", "spread")
 
 
 def read_device(path: str) -> Device:

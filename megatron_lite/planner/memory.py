@@ -36,6 +36,7 @@ from megatron_lite.planner.activations import (
 )
 from megatron_lite.planner.awake import has_adapters
 from megatron_lite.planner.head import HeadBytes, head_bytes
+from megatron_lite.planner.offload import on_host
 from megatron_lite.planner.sharing import (
     Whole,
     data_parallel_buffers,
@@ -97,6 +98,8 @@ class RankMemory:
     """Or `reducing`, `updating`, `gathering`, after the last backward: activations are gone then."""
     computing: Mapping[str, float] = field(default_factory=dict)
     """Those of `kinds` that come and go with micro batches, at the worst moment among them."""
+    host: float = 0.0
+    """Bytes in the host's memory, where state lies there."""
 
     @property
     def allocated(self) -> float:
@@ -226,7 +229,8 @@ def _static(blueprint: Blueprint, asked: PlanInputs, pp_rank: int) -> dict[str, 
     kinds |= {kind: kinds[kind] * wider for kind in ("weights", "gradients")}
     if element_bytes(asked.precision) == 4:  # whole matrices on their owners, the weights once more
         kinds["masters"] += held.gathered * 4 / shared.state
-    return kinds
+    there = on_host(blueprint, asked.parallel, asked.precision, pp_rank)
+    return there.beside(kinds, on_gpu=asked.on_gpu)
 
 
 def _rank_memory(
@@ -257,7 +261,9 @@ def _rank_memory(
     reducing, gathering = data_parallel_buffers(
         blueprint, asked.parallel, asked.precision, pp_rank, on_gpu=asked.on_gpu
     )
-    updating = _UPDATING * blueprint.held(pp_rank).largest_matrix
+    there = on_host(blueprint, asked.parallel, asked.precision, pp_rank)
+    beside = 1.0 - there.share * asked.on_gpu
+    updating = _UPDATING * blueprint.held(pp_rank).largest_matrix * beside
     computing, moment = worst.kinds, "computing"
     later = {"reducing": whole.end + reducing, "gathering": gathering, "updating": updating}
     if max(later.values()) > worst.total + messages:
@@ -269,7 +275,8 @@ def _rank_memory(
     kinds["context"] = CONTEXT_BYTES if asked.on_gpu else 0.0
     kinds["fragmentation"] = FRAGMENTATION * sum(kinds.values()) if asked.on_gpu else 0.0
     layers = tuple(n for stage in stages for n in stage.layers)
-    return RankMemory(pp_rank, kinds, parameters, layers, worst.live, moment, computing)
+    host = there.bytes if asked.on_gpu else 0.0
+    return RankMemory(pp_rank, kinds, parameters, layers, worst.live, moment, computing, host)
 
 
 _UPDATING = 24.0

@@ -15,7 +15,7 @@ TRAFFIC_AXES = ("tp", "pp", "dp", "tied")
 
 _PLANNED_AS = {
     "activations": ("activations", "logits", "communication"),
-    "work": ("recomputed", "workspace", "whole"),
+    "work": ("recomputed", "workspace", "whole", "staging"),
 }
 
 
@@ -83,7 +83,7 @@ def beside_plan(
 
 def _kinds(planned: RankMemory) -> dict[str, float]:
     return {
-        kind: sum(planned.kinds[part] for part in _PLANNED_AS.get(kind, (kind,)))
+        kind: sum(planned.kinds.get(part, 0.0) for part in _PLANNED_AS.get(kind, (kind,)))
         for kind in MEMORY_KINDS
     }
 

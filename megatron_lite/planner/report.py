@@ -52,7 +52,7 @@ def plan_json(plan: Forecast, extra: Extra) -> dict[str, object]:
         "stages": [
             {"pp_rank": rank.pp_rank, "layers": list(rank.layers), "parameters": rank.parameters,
              "memory_bytes": dict(rank.kinds), "allocated_bytes": rank.allocated,
-             "total_bytes": rank.total, "worst_moment": rank.worst_moment,
+             "total_bytes": rank.total, "host_bytes": rank.host, "worst_moment": rank.worst_moment,
              "computing_bytes": dict(rank.computing),
              "fits": rank.total <= plan.cluster.device.memory_bytes,
              "live_microbatches": {str(stage): count for stage, count in rank.live.items()}}
@@ -134,6 +134,13 @@ def _memory(plan: Forecast, width: int | None) -> Iterator[str]:
     yield from aligned(rows, left=1, width=width)
     yield from _later(plan)
     yield f"a device has {capacity / GIB:,.1f} GiB ({capacity / 1e9:,g} GB); {_layer_line(plan)}"
+    if plan.host_bytes:
+        room = plan.cluster.device.host_memory_gb * 1e9 / GIB
+        has = f"it has {room:,.0f}" if room else "what it has is not known"
+        yield (
+            f"host memory: {max(rank.host for rank in plan.memory) / GIB:,.1f} GiB per rank, "
+            f"{plan.host_bytes / GIB:,.1f} GiB of a node; {has}"
+        )
 
 
 def _gib(rank: RankMemory, kind: str) -> str:
@@ -172,7 +179,11 @@ def _verdict(plan: Forecast, extra: Extra) -> Iterator[str]:
     if plan.fits:
         return
     over = (plan.worst.total - plan.cluster.device.memory_bytes) / GIB
-    yield f"DOES NOT FIT: pp {plan.worst.pp_rank} needs {over:.1f} GiB more than there is"
+    if over > 0:
+        yield f"DOES NOT FIT: pp {plan.worst.pp_rank} needs {over:.1f} GiB more than there is"
+    if plan.lacks_on_host:
+        lacks = plan.lacks_on_host / GIB
+        yield f"DOES NOT FIT: a node needs {lacks:,.1f} GiB of host memory more than it has"
     if extra.change is None:
         yield "no layout of tp, pp, recompute and micro batch on these devices fits; use more nodes"
         return

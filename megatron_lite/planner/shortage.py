@@ -72,6 +72,8 @@ def _changes(p: ParallelConfig, micro: int) -> Iterator[tuple[str, ParallelConfi
         yield flags, full, micro
     if micro > 2:
         yield "--micro-batch-size 1", p, 1
+    if not p.on_host:
+        yield "--optimizer-cpu-offload", with_(optimizer_cpu_offload=True), micro
     for flag, name, size in (
         ("--tensor-model-parallel-size", "tensor_model_parallel_size", p.tp * 2),
         ("--pipeline-model-parallel-size", "pipeline_model_parallel_size", p.pp * 2),

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, UntypedStorage
@@ -21,6 +22,8 @@ class Footprint(TorchDispatchMode):
         super().__init__()
         self.device_type = device_type
         self.now = self.peak = self.allocations = 0
+        self._elsewhere = False
+        self._away: dict[int, weakref.ref[UntypedStorage]] = {}
         self._living: dict[int, tuple[int, weakref.ref[UntypedStorage]]] = {}
 
     def see(self, tensor: Tensor) -> None:
@@ -34,6 +37,11 @@ class Footprint(TorchDispatchMode):
             if before == size:
                 return
         else:
+            if name in self._away:
+                return
+            if self._elsewhere:
+                self._away[name] = weakref.ref(storage, lambda _: self._away.pop(name))
+                return
             before, reference = 0, weakref.ref(storage, lambda _: self._gone(name))
             self.allocations += 1
         self._living[name] = size, reference
@@ -67,6 +75,19 @@ class Footprint(TorchDispatchMode):
     def _grow(self, size: int) -> None:
         self.now += size
         self.peak = max(self.peak, self.now)
+
+    @contextmanager
+    def elsewhere(self) -> Iterator[None]:
+        """What is made within lies in other memory than the device's."""
+        before, self._elsewhere = self._elsewhere, True
+        try:
+            yield
+        finally:
+            self._elsewhere = before
+
+    def lies_here(self, tensor: Tensor) -> bool:
+        """Whether its storage is counted."""
+        return tensor.untyped_storage()._cdata in self._living
 
     def _gone(self, name: int) -> None:
         self.now -= self._living.pop(name)[0]

@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from multiprocessing import get_context
 
@@ -26,6 +26,7 @@ import torch
 from megatron_lite.blueprint.draw_up import Blueprint, draw_up
 from megatron_lite.blueprint.grid import RankGrid
 from megatron_lite.blueprint.schedules.actions import Action
+from megatron_lite.blueprint.timeline import HOST_SPAN
 from megatron_lite.config.errors import DistributedError
 from megatron_lite.config.extensions import extend, extensions
 from megatron_lite.config.sections.run import RunConfig
@@ -39,6 +40,7 @@ from megatron_lite.parallel.shard import MASTER
 from megatron_lite.rehearsal.meta_tensors import Forms, MetaTensorMode
 from megatron_lite.rehearsal.process_group import simulated_rank
 from megatron_lite.train.assemble import assemble
+from megatron_lite.train.measuring.timing import RunTimers
 from megatron_lite.train.run import Run
 from megatron_lite.train.step import evaluation_step, train_step
 
@@ -113,6 +115,18 @@ class Rehearsed:
         )
 
 
+class _Places(RunTimers):
+    """Measures nothing, and has what is made for the host not counted as the device's."""
+
+    def __init__(self, tensors: MetaTensorMode) -> None:
+        super().__init__(level=0)
+        self._tensors = tensors
+
+    def span(self, name: str, action: Action | None = None) -> AbstractContextManager[None]:
+        """Of its name."""
+        return self._tensors.elsewhere() if name == HOST_SPAN else nullcontext()
+
+
 class StandIn:
     """One rank of the world, assembled without memory and not yet begun; see stand_in()."""
 
@@ -129,7 +143,8 @@ class StandIn:
         )
         self.log = CallLog(rank, pp=ctx.pp.rank)
         self.recorder = CallRecorder(self.log)
-        self.run: Run = assemble(config, blueprint, ctx.observed(self.recorder))
+        timers = RunTimers(level=0) if config.train.use_cpu else _Places(tensors)
+        self.run: Run = assemble(config, blueprint, ctx.observed(self.recorder), timers=timers)
         self.run.pipeline.reached = self._reached
         self.batches = make_batches(config, num_microbatches(blueprint))
         self._seconds = time.perf_counter() - began
@@ -179,7 +194,8 @@ class StandIn:
         held = (*engine.weights(owned=False), *self.run.bits())
         weights = {w.data.untyped_storage()._cdata: w.data for w in held}
         state = {(part.name.startswith(MASTER), id(part.data)): part.data
-                 for part in engine.state(owned=False)}  # fmt: skip
+                 for part in engine.state(owned=False)
+                 if self._tensors.lies_here(part.data)}  # fmt: skip
         sums = (*(a for _, a in engine.accumulators()),
                 *(part.data for part in engine.gradients(owned=False)))  # fmt: skip
         buffers = {a.untyped_storage()._cdata: a for a in sums}

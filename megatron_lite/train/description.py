@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 
+import torch
+
 from megatron_lite.blueprint.draw_up import Blueprint
 from megatron_lite.blueprint.length import told_of_epochs
 from megatron_lite.blueprint.param_groups import group_lines
@@ -41,6 +43,17 @@ def _waits(run: Run) -> list[str]:
         return []
     why = ", ".join(run.waits_because)
     return [f" > every step waits for the device before its update: {why}"]
+
+
+def _on_host(share: float) -> list[str]:
+    """Where masters and state lie, if not on the device, and how many threads update them."""
+    if not share:
+        return []
+    part = "" if share == 1.0 else f"{share:.0%} of "
+    return [
+        f" > {part}masters and optimizer state lie in host memory, updated there by "
+        f"{torch.get_num_threads()} threads"
+    ]
 
 
 def _kernels(run: Run) -> list[str]:
@@ -100,6 +113,7 @@ def description(run: Run, blueprint: Blueprint, config: RunConfig) -> list[str]:
         *_drawn(blueprint.draw),
         *(f" > parameters: {line}" for line in groups),
         attention_line(run.context, config.train.micro_batch_size, segments=segments),
+        *_on_host(config.parallel.on_host),
         *_waits(run),
         *_kernels(run),
         _compiled(run),

@@ -54,6 +54,7 @@ from megatron_lite.train.folder import RunFolder, begin, of_the_run, remove_run
 from megatron_lite.train.folder import evaluation_notices as evaluation_notices
 from megatron_lite.train.measuring.device import (
     device_peak,
+    share_cores,
 )
 from megatron_lite.train.measuring.log import LastResort, Log, form_of
 from megatron_lite.train.measuring.profile import Profiler
@@ -193,6 +194,8 @@ def _open_talk(start: Start, blueprint: Blueprint) -> Talk:
 def _build(start: Start, blueprint: Blueprint, talk: Talk) -> Run:
     """The stages and the engine of this rank, from random weights."""
     compiler = _tried(start.config, talk)
+    if start.config.parallel.on_host:
+        share_cores(start.launch.local_world_size, start.device)
     with talk.timers.span("model-and-optimizer-setup"):
         run = assemble(start.config, blueprint, talk.ctx, timers=talk.timers, compiler=compiler)
     if talk.checker is not None:

@@ -22,6 +22,7 @@ INSIDE = {
     "tests/engines/test_deepspeed.py": "a range of elements as boxes",
     "tests/engines/test_gathering.py": "in which order gathers start",
     "tests/engines/test_matrices.py": "what an owner sees of a matrix",
+    "tests/gpu/test_offload.py": "how many elements are updated at a time",
     "tests/engines/test_offload.py": "how many elements are updated at a time",
     "tests/engines/test_shards.py": "the layout of a bucket",
     "tests/engines/test_whole.py": "in which order weights are made whole",

@@ -51,11 +51,12 @@ def test_all_other_keys_of_that_file_have_their_say(ds) -> None:
         "constant",
     )
     assert c.parallel.zero_stage == 2 and c.parallel.overlap_grad_reduce
+    assert c.parallel.on_host == 1.0
     assert parsed.origin["optim.clip_grad"] == f"file {ds.file}:4 gradient_clipping"
     said = "\n".join(parsed.notices)
     for words in (
         "contiguous_gradients (21): accepted, changes nothing",
-        'offload_optimizer.device "cpu": the optimizer\'s state stays',
+        "offload_optimizer.pin_memory (19): accepted, changes nothing",
         "without warmup_type",
         "AdamW without weight_decay: 0",
         "global batch 256 = micro batch 4 x accumulation 32 x dp 2",
@@ -292,7 +293,19 @@ UNKNOWN = {
     "stage-4": ({"zero_optimization": {"stage": 4}}, "takes 0, 1, 2 or 3, got 4"),
     "nvme": (
         {"zero_optimization": {"offload_optimizer": {"device": "nvme"}}},
-        'offload_optimizer.device "nvme": not supported',
+        'offload_optimizer.device "nvme": not supported; state lies on the device or in host memory',
+    ),
+    "ratio": (
+        {"zero_optimization": {"offload_optimizer": {"device": "cpu", "ratio": 1.5}}},
+        "offload_optimizer.ratio takes a number above 0 and at most 1, got 1.5",
+    ),
+    "old-offload": (
+        {"zero_optimization": {"cpu_offload": "cpu"}},
+        'cpu_offload takes true or false, got "cpu"',
+    ),
+    "two-offloads": (
+        {"zero_optimization": {"cpu_offload": False, "offload_optimizer": {"device": "cpu"}}},
+        'offload_optimizer.device "cpu" contradicts ds.json:3: zero_optimization.cpu_offload false',
     ),
     "amp": ({"amp": {"enabled": True}}, "amp {...}: not supported; use fp16 or bf16"),
     "coupled": (

@@ -97,3 +97,13 @@ def test_an_offload_of_a_training_script_that_is_off_is_off(ds) -> None:
         }
     }
     assert ds.parse(config).notices == ()
+    assert not ds.parse(config).config.parallel.optimizer_cpu_offload
+    said = ds.refusal(config, "--cpu-optimizer")
+    assert 'offload_optimizer.device "none" contradicts --cpu-optimizer; keep one' in said
+
+
+def test_a_share_of_an_offload_that_is_off_has_no_say(ds) -> None:
+    config = {"zero_optimization": {"offload_optimizer": {"device": "none", "ratio": 0.5}}}
+    parsed = ds.parse(config)
+    assert parsed.config.parallel.optimizer_offload_fraction == 1.0
+    assert any('ratio 0.5: has a say only with device "cpu"' in line for line in parsed.notices)

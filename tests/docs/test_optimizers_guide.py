@@ -21,7 +21,7 @@ def test_the_advice_is_what_the_tool_says(monkeypatch, capsys) -> None:
     assert shown in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("section", ["Muon", "GaLore"])
+@pytest.mark.parametrize("section", ["Muon", "GaLore", "In host memory"])
 def test_the_plan_of_an_optimizer_goes_as_printed(section, monkeypatch, capsys) -> None:
     text = re.split("^## ", read("optimizers"), flags=re.MULTILINE)
     mine = next(part for part in text if part.startswith(f"{section}\n"))

@@ -9,7 +9,7 @@ import pytest
 from megatron_lite.train.assemble import assemble
 from megatron_lite.train.step import evaluation_step, train_step
 from tests.parity.layouts import SELECTIVE, recompute
-from tests.support.axes import BF16, CHUNKS, PP, SCHEDULE, SP, TP, UNTIED, ZERO
+from tests.support.axes import BF16, CHUNKS, HOST, PP, SCHEDULE, SP, TP, UNTIED, ZERO
 from tests.support.spawn import spawn
 from tests.support.tiny import context, draw, make_batches, tiny_config
 
@@ -56,7 +56,7 @@ LAYOUTS = {
     "dp2 sophia": (2, SOPHIA),
     "dp2 lisa": (2, LISA),
     "dp2 pp2 lisa": (4, {PP: 2, **LISA}),
-    "dp2 host": (2, {"parallel__optimizer_cpu_offload": True}),
+    "dp2 host": (2, {HOST: True}),
     "dp2 lora": (2, {"lora__lora_rank": 2}),
     "dp2 lora of all": (2, {"lora__lora_rank": 2, "lora__lora_targets": ["all"], UNTIED: True}),
     "dp2 late gradients": (2, {"model__position_embedding_type": "rope", "model__rope_scaling_type": "clex",

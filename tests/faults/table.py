@@ -76,6 +76,8 @@ ROWS = (
         tests=(TOOLS + "convert.py::test_a_crash",)),
     Row("S5", "disk full, I/O error: every op", "the old one stays, told", "5",
         tests=(FAULTS + "save_crashes.py::test_a_disk_that_fails",)),
+    Row("S5c", "disk full, state in host memory", "the old one stays, training goes on", "5",
+        tests=(FAULTS + "optimizer_saves.py::test_a_full_disk",)),
     Row("S5b", "full and read-only file systems", "found at the start", "5",
         tests=(FAULTS + "start.py::test_a_full_file", FAULTS + "start.py::test_a_read_only")),
     Row("S7", "I/O error on one rank only", "all abort together", "5",
@@ -299,6 +301,8 @@ ROWS = (
         tests=(FAULTS + "surroundings.py::test_no_locale",)),
     Row("C10", "a compiler that does not work", "one warning, nothing compiled", "0",
         tests=(FAULTS + "surroundings.py::test_a_compiler", "tests/kernels/test_compiled.py::test_a_compiler")),
+    Row("C11", "state that the host's memory has no room for", "refused first; GB, flags named", "2",
+        tests=("tests/planner/test_room.py::test_a_run", "tests/planner/test_room.py::test_an_allocation")),
     Row("C9", "pickle, eval, exec, shell", "nowhere; loads never unpickle", "-",
         tests=("tests/architecture/test_habits.py", FAULTS + "unpickling.py")),
 )  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,11 @@ import pytest
 from megatron_lite.blueprint.optimizers import OPTIMIZERS
 from megatron_lite.checkpoint.progress import Progress
 from megatron_lite.checkpoint.store import Store
+from megatron_lite.config.errors import StorageError
 from megatron_lite.storage.disk import Disk
 from megatron_lite.storage.faults import FaultyDisk, RecordingDisk, SimulatedCrash
 from megatron_lite.train.run import Run
+from tests.support.axes import BF16, HOST
 from tests.support.checkpoints import assembled, load_and_save_again, train, whole
 
 pytestmark = pytest.mark.usefixtures("no_fsync")
@@ -29,6 +32,7 @@ ON_A_GPU = ("apex-adam",)
 CASES: dict[str, dict[str, Any]] = {
     **{name: {"optim__optimizer": name} for name in OPTIMIZERS if name not in ON_A_GPU},
     "lisa": LISA,
+    "on the host": {HOST: True, BF16: True},
 }
 
 
@@ -67,3 +71,21 @@ def test_after_a_crash_all_states_are_those_before_or_after(case, tmp_path) -> N
     assert found == sorted(found) and set(found) == {False, True}  # once new, never old again
     losses = train(config, blueprint, run, 2)
     assert load_and_save_again(0, 1, changes, str(new), str(tmp_path / "again"), 2) == losses
+
+
+def test_a_full_disk_leaves_state_in_host_memory_as_it_is(tmp_path: Path) -> None:
+    """The save fails in words, the older checkpoint stays, and training goes on as if there had been none."""
+    changes = SMALL | CASES["on the host"]
+    config, blueprint, run = assembled(0, 1, changes)
+    train(config, blueprint, run, 1)
+    save(run, tmp_path, Disk())
+    kept = whole(tmp_path)
+    train(config, blueprint, run, 1)
+    with pytest.raises(StorageError, match="No space left"):
+        save(
+            run, tmp_path, FaultyDisk(fail_at=3, error=errno.ENOSPC, kinds=("write",), lasting=True)
+        )
+    assert whole(tmp_path) == kept
+    losses = train(config, blueprint, run, 2)
+    again = assembled(0, 1, changes)
+    assert train(*again, 4)[2:] == losses

@@ -7,7 +7,7 @@ from megatron_lite.planner.memory import PlanInputs
 from megatron_lite.planner.rehearsed import RehearsedRank, beside_plan
 from megatron_lite.rehearsal.rehearse import num_microbatches, one_of_each, rehearse
 from megatron_lite.train.objectives.table import LOSSES
-from tests.support.axes import BF16, PP, SCHEDULE, SP, TP, UNTIED, ZERO
+from tests.support.axes import BF16, HOST, PP, SCHEDULE, SP, TP, UNTIED, ZERO
 from tests.support.tiny import draw, tiny_config
 from tests.train import toys
 
@@ -127,6 +127,25 @@ def test_so_it_is_of_every_stage_of_zero(name):
         check_beside_plan(row)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {BF16: True, ZERO: 1},
+        *(pytest.param(more, marks=pytest.mark.slow) for more in (
+            {BF16: True, "optim__optimizer": "muon"},
+            {"optim__optimizer": "adafactor"},
+            {BF16: True, ZERO: 1, "parallel__optimizer_offload_fraction": 0.5},
+            {"train__use_cpu": True},
+            {BF16: True, "train__use_cpu": True},
+        )),
+    ],
+    ids=["adam", "muon", "adafactor", "half", "its own host", "its own host, bf16"],
+)  # fmt: skip
+def test_what_lies_in_host_memory_is_no_part_of_it(changes):
+    for row in rehearsed_beside_plan({TP: 2, PP: 2, HOST: True, **changes}):
+        check_beside_plan(row)
+
+
 def rehearsed_beside_plan(changes):
     """A rank of each kind of eight, beside what the plan says of it."""
     config = tiny_config(
@@ -137,7 +156,7 @@ def rehearsed_beside_plan(changes):
     done = list(rehearse(config, 8, one_of_each(blueprint.grid), workers=1))
     asked = PlanInputs(
         config.parallel, config.precision, config.train.micro_batch_size,
-        segments=config.data.reset_attention_mask,
+        segments=config.data.reset_attention_mask, on_gpu=not config.train.use_cpu,
     )  # fmt: skip
     return beside_plan(
         [RehearsedRank(d.log.rank, d.memory.kinds(), d.sent_bytes()) for d in done],

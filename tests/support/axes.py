@@ -4,6 +4,7 @@ from __future__ import annotations
 
 TP, PP = "parallel__tensor_model_parallel_size", "parallel__pipeline_model_parallel_size"
 SP, ZERO = "parallel__sequence_parallel", "parallel__zero_stage"
+HOST = "parallel__optimizer_cpu_offload"
 SCHEDULE = "parallel__pipeline_schedule"
 CHUNKS = "parallel__num_virtual_stages_per_pipeline_rank"
 BF16 = "precision__bf16"

@@ -12,9 +12,11 @@ from megatron_lite.config.deepspeed.laying import FlagOfField, Laying, SaidKey
 from megatron_lite.config.deepspeed.optimizers import lay_optimizer
 from megatron_lite.config.deepspeed.rates import lay_learning_rate
 from megatron_lite.config.deepspeed.reading import FileValue, read_config
+from megatron_lite.config.deepspeed.system_keys import NO_NVME
 
 _ZERO = "zero_optimization"
 _STAGE = "parallel.zero_stage"
+_HOST, _HOST_SHARE = "parallel.optimizer_cpu_offload", "parallel.optimizer_offload_fraction"
 _WANDB, _RUN = "telemetry.wandb_project", "telemetry.wandb_exp_name"
 
 
@@ -166,16 +168,41 @@ def _give_stage(laying: Laying, key: SaidKey, stage: int) -> None:
 
 
 def _offload(laying: Laying) -> None:
-    device = laying.said.get(f"{_ZERO}.offload_optimizer.device")
-    old = laying.said.get(f"{_ZERO}.cpu_offload")
+    """Where masters and optimizer state lie; two keys say it, and of one a share."""
+    section = f"{_ZERO}.offload_optimizer"
+    device, old = laying.said.get(f"{section}.device"), laying.said.get(f"{_ZERO}.cpu_offload")
+    asked: dict[SaidKey, bool] = {}
     if device is not None and device.value not in ("cpu", "none", None):
-        laying.problems.append(f'{device}: not supported; write "cpu", or drop offload_optimizer')
-    elif device is not None and device.value == "cpu" or old is not None and old.value is True:
-        laying.notices.append(
-            f"{device or old}: the optimizer's state stays beside the weights: the same numbers; "
-            f"a GPU must hold it "
-            "(tools/plan.py says how much)"
+        laying.problems.append(
+            f'{device}: not supported; {NO_NVME}: write "cpu", or drop offload_optimizer'
         )
+    elif device is not None:
+        asked[device] = device.value == "cpu"
+    if old is not None and isinstance(old.value, bool):
+        asked[old] = old.value
+    elif old is not None:
+        laying.problems.append(
+            f"{old.place}: {old.name} takes true or false, got {shown(old.value)}"
+        )
+    if len(set(asked.values())) > 1:
+        laying.problems.append(f"{device} contradicts {old}; keep one")
+        return
+    for key, on in asked.items():
+        laying.give(_HOST, on, key)
+    ratio = laying.said.get(f"{section}.ratio")
+    if ratio is None:
+        return
+    try:
+        row = KEYS[ratio.name]
+        assert row.read is not None
+        share = row.read(ratio.value)
+    except ValueError as error:
+        laying.problems.append(f"{ratio.place}: {ratio.name} {error}")
+        return
+    if laying.values[_HOST]:
+        laying.give(_HOST_SHARE, share, ratio)
+    elif share != 1.0:
+        laying.notices.append(f'{ratio}: has a say only with device "cpu"')
 
 
 def _gradient_format(laying: Laying) -> None:

@@ -10,6 +10,7 @@ from megatron_lite.config.deepspeed.key import (
     harmless,
     mapped_key,
     positive,
+    real,
     refused_keys,
     truth,
     whole,
@@ -22,7 +23,18 @@ _BUFFERS = (
 )
 _STAGE_3 = "how DeepSpeed's stage 3 gathers; here weights are gathered layer by layer, two ahead of their use"
 _OFFLOADED = "has a say only with offload to NVMe, which is refused"
+_PINNED = (
+    "the buffers through which an offloaded update is copied are pinned, and nothing else need be"
+)
+NO_NVME = "state lies on the device or in host memory"
 _NOT_BUILT = "not built: drop it, or set enabled to false"
+
+
+def _share(value: object) -> float:
+    share = real(value)
+    if not 0.0 < share <= 1.0:
+        raise ValueError(f"takes a number above 0 and at most 1, got {share:g}")
+    return share
 
 
 def _stage(value: object) -> int:
@@ -87,11 +99,14 @@ ZERO_KEYS: tuple[DeepSpeedKey, ...] = (
     ),
     apart(
         "zero_optimization.offload_optimizer.device",
-        '"cpu" keeps the state beside the weights all the same (the same numbers; a GPU must hold '
-        "it: tools/plan.py); "
-        '"nvme" is refused',
+        f'"cpu" means --optimizer-cpu-offload; "nvme" is refused: {NO_NVME}',
     ),
-    *harmless("zero_optimization.offload_optimizer", "pin_memory", "nothing is copied to the host"),
+    apart(
+        "zero_optimization.offload_optimizer.ratio",
+        "means --optimizer-offload-fraction, at every stage",
+        read=_share,
+    ),
+    *harmless("zero_optimization.offload_optimizer", "pin_memory", _PINNED),
     *harmless(
         "zero_optimization.offload_optimizer",
         "nvme_path buffer_count fast_init pipeline_read pipeline_write",
@@ -99,8 +114,8 @@ ZERO_KEYS: tuple[DeepSpeedKey, ...] = (
     ),
     *harmless(
         "zero_optimization.offload_optimizer",
-        "ratio super_offload cpuadam_cores_perc",
-        "the update is made where the weights are",
+        "super_offload cpuadam_cores_perc",
+        "an offloaded update has the cores of its host, shared out between the ranks",
     ),
     *refused_keys(
         "zero_optimization",
@@ -122,7 +137,7 @@ ZERO_KEYS: tuple[DeepSpeedKey, ...] = (
         'the old spelling of offload_optimizer {"device": "cpu"}',
         read=truth,
     ),
-    *harmless("zero_optimization", "cpu_offload_use_pin_memory", "nothing is copied to the host"),
+    *harmless("zero_optimization", "cpu_offload_use_pin_memory", _PINNED),
     *harmless(
         "",
         "zero_allow_untested_optimizer zero_force_ds_cpu_optimizer",

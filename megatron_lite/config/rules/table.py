@@ -102,7 +102,7 @@ CONFIG_RULES: tuple[Rule, ...] = (
     Rule(training.weight_decay),
     Rule(training.moments),
     Rule(updating.adafactor),
-    Rule(updating.on_host),
+    Rule(updating.state_on_host),
     Rule(training.per_token_loss),
     Rule(training.recompute, (_SEQ, _TP)),
     Rule(training.parameter_gather),

@@ -114,7 +114,7 @@ def adafactor(config: RunConfig, world_size: int) -> Iterator[str]:
         )
 
 
-def on_host(config: RunConfig, world_size: int) -> Iterator[str]:
+def state_on_host(config: RunConfig, world_size: int) -> Iterator[str]:
     """What lies in host memory is updated there."""
     p = config.parallel
     if not p.optimizer_cpu_offload:

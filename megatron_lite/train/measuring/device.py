@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 
 from megatron_lite.blueprint.devices import peak_tflops, unknown_peak_line
@@ -45,6 +47,19 @@ def be_deterministic() -> None:
     """
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = False
+
+
+def share_cores(ranks_here: int, device: torch.device) -> None:
+    """Give what a rank computes on the host beside its GPU its share of the host's cores.
+
+    torchrun leaves a rank one thread.
+    """
+    if device.type != "cuda":
+        return
+    cores = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
+    torch.set_num_threads(max(torch.get_num_threads(), cores // ranks_here))
 
 
 def peak_memory_bytes(device: torch.device) -> int | None:

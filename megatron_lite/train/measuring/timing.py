@@ -9,7 +9,7 @@ from types import MappingProxyType
 import torch
 
 from megatron_lite.blueprint.schedules.actions import Action
-from megatron_lite.blueprint.timeline import COMPUTE, OPTIMIZER, WAIT, WEIGHTS
+from megatron_lite.blueprint.timeline import COMPUTE, HOST_SPAN, OPTIMIZER, WAIT, WEIGHTS
 from megatron_lite.parallel.collectives import all_gather
 from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.telemetry.recorder import Recorder
@@ -31,7 +31,7 @@ LEVELS: Mapping[str, int] = MappingProxyType(
         "optimizer-count-zeros": 2,
         "optimizer-clip-main-grad": 2,
         "optimizer-inner-step": 2,
-        "optimizer-on-host": 2,
+        HOST_SPAN: 2,
         "save-checkpoint": 1,
         "send-wait": 3,
         "weight-gradient": 3,
