@@ -189,7 +189,7 @@ class HostUpdate:
             with self._span(HOST_SPAN):
                 yield
         except (MemoryError, RuntimeError) as error:
-            if not isinstance(error, MemoryError) and "memory" not in str(error).lower():
+            if not _of_the_host(error):
                 raise
             first = (str(error).splitlines() or [type(error).__name__])[0]
             raise OutOfMemory(
@@ -292,6 +292,16 @@ class HostUpdate:
                     size += width
             if parts:
                 yield _Portion(group, parts, size)
+
+
+_NO_ROOM = ("can't allocate memory", "cannot allocate memory", "not enough memory", "out of memory")
+
+
+def _of_the_host(error: Exception) -> bool:
+    """Whether the host's memory was too small, pinned or not; a device's lack has a class of its own."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return False
+    return isinstance(error, MemoryError) or any(sign in str(error).lower() for sign in _NO_ROOM)
 
 
 def _rows(held: Held, how: Treatment) -> Iterator[slice]:

@@ -45,10 +45,14 @@ def _waits(run: Run) -> list[str]:
     return [f" > every step waits for the device before its update: {why}"]
 
 
-def _on_host(share: float) -> list[str]:
+def _on_host(share: float, kind: str) -> list[str]:
     """Where masters and state lie, if not on the device, and how many threads update them."""
     if not share:
         return []
+    if kind == "cpu":
+        return [
+            " > --optimizer-cpu-offload: a CPU is its own host: nothing leaves it, and updates are copied"
+        ]
     part = "" if share == 1.0 else f"{share:.0%} of "
     return [
         f" > {part}masters and optimizer state lie in host memory, updated there by "
@@ -113,7 +117,7 @@ def description(run: Run, blueprint: Blueprint, config: RunConfig) -> list[str]:
         *_drawn(blueprint.draw),
         *(f" > parameters: {line}" for line in groups),
         attention_line(run.context, config.train.micro_batch_size, segments=segments),
-        *_on_host(config.parallel.on_host),
+        *_on_host(config.parallel.on_host, ctx.device.type),
         *_waits(run),
         *_kernels(run),
         _compiled(run),

@@ -17,9 +17,8 @@ from megatron_lite.train.assemble import assemble
 from megatron_lite.train.measuring import device
 from megatron_lite.train.measuring.device import share_cores
 from tests.support.axes import BF16, HOST
-from tests.support.launch import TINY, launch
-from tests.support.sizes import with_flags
 from tests.support.tiny import context, draw, tiny_config
+from tests.train.runs import alone
 
 
 def test_what_is_available_is_the_hosts_or_the_containers(tmp_path: Path) -> None:
@@ -57,10 +56,10 @@ def test_ranks_of_a_host_need_their_memory_together(monkeypatch: pytest.MonkeyPa
 def test_a_run_that_its_host_has_no_room_for_is_refused_before_it_begins() -> None:
     """32 billion parameters: nothing of them is made."""
     size = ("--num-layers", "40", "--hidden-size", "8192", "--num-attention-heads", "64")
-    large = with_flags(TINY, *size, "--optimizer-cpu-offload")
-    (ended,) = launch(1, large)
+    ended = alone("--mock-data", *size, "--optimizer-cpu-offload")
     assert ended.rc == 2, ended.err
-    assert "GB are available; use --optimizer-offload-fraction" in ended.fatal
+    assert "FATAL[2]" in ended.err
+    assert "GB are available; use --optimizer-offload-fraction" in ended.err
 
 
 def test_an_allocation_that_fails_names_the_flag_and_the_ways_out() -> None:
