@@ -90,7 +90,7 @@ def test_a_run_begins_as_its_base_and_saves_adapters_alone(data, base, tmp_path)
             marks=pytest.mark.slow,
         ),
         pytest.param(
-            2, "--micro-batch-size 1 --use-distributed-optimizer", id="dp2",
+            2, "--micro-batch-size 1 --zero-stage 3", id="dp2",
             marks=pytest.mark.slow,
         ),
     ],

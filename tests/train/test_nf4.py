@@ -146,7 +146,7 @@ def tuned(data: list[str], base: Path, folder: Path, *words: str, ranks: int = 1
                      id="tp2 sp bf16", marks=pytest.mark.ci),
         pytest.param(2, "--pipeline-model-parallel-size 2 --lora-variant dora", id="pp2 dora",
                      marks=pytest.mark.slow),
-        pytest.param(2, "--micro-batch-size 1 --use-distributed-optimizer --recompute-granularity full "
+        pytest.param(2, "--micro-batch-size 1 --zero-stage 3 --recompute-granularity full "
                      "--recompute-method uniform --recompute-num-layers 1", id="dp2 again",
                      marks=pytest.mark.slow),
     ],
