@@ -14,11 +14,14 @@ from megatron_lite.config.sections.optim import LearningRateConfig
 _PHASES_SHOWN = 6
 
 
-def describe(blueprint: Blueprint, rates: LearningRateConfig | None = None) -> str:
+def describe(
+    blueprint: Blueprint, rates: LearningRateConfig | None = None, *, zero_stage: int = 0
+) -> str:
     """The plan as lines of `topic   facts`: grid, parameters, batches, schedule, FLOPs, notes."""
     groups = group_lines(blueprint.optim, rates, blueprint.parameters)
     topics = [
         ("grid", _grid(blueprint)),
+        ("shared", _shared(blueprint, zero_stage)),
         ("model", _model(blueprint)),
         ("parameters", _parameters(blueprint)),
         ("groups", iter(groups)),
@@ -42,6 +45,16 @@ def _grid(blueprint: Blueprint) -> Iterator[str]:
         f"tp {grid.tp} x cp {grid.cp} x dp {grid.dp} x pp {grid.pp} = {grid.world_size} ranks, "
         f"numbered {grid.order} (first varies fastest)"
     )
+
+
+_SHARED = ("masters and optimizer state", "gradients", "weights")
+"""By the stages of ZeRO, each of which shares what those before it do."""
+
+
+def _shared(blueprint: Blueprint, zero_stage: int) -> Iterator[str]:
+    if zero_stage and blueprint.replicas > 1:
+        what = ", ".join(_SHARED[:zero_stage])
+        yield f"{what}: 1/{blueprint.replicas} on each rank of dp (--zero-stage {zero_stage})"
 
 
 def _model(blueprint: Blueprint) -> Iterator[str]:

@@ -92,7 +92,7 @@ def main(argv: Sequence[str]) -> int:
 def _plan(parsed: ParsedFlags) -> int:
     config, world_size = _checked(parsed)
     blueprint = _drawn(config, world_size)
-    print(describe(blueprint, parsed.config.learning_rate))
+    print(describe(blueprint, config.learning_rate, zero_stage=config.parallel.zero_stage))
     for line in told_of_epochs(config.train, blueprint.length):
         print(f"  {line}")
     for line in _what_counts(config, blueprint):

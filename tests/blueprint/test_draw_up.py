@@ -161,3 +161,18 @@ def test_the_plan_shows_the_ramp_and_the_notes() -> None:
     plan = " ".join(describe(draw_up(steps, 64)).split())
     assert "ramp: 768 from iteration 0 (sample 0), 1,536 from iteration 1 (sample 768)" in plan
     assert "length not known" in plan
+
+
+@pytest.mark.parametrize(
+    ("stage", "said"),
+    [
+        (1, "shared masters and optimizer state: 1/8 on each rank of dp (--zero-stage 1)"),
+        (3, "optimizer state, gradients, weights: 1/8 on each rank of dp (--zero-stage 3)"),
+    ],
+)
+def test_what_replicas_share_is_said(stage: int, said: str) -> None:
+    def text(world: int, stage: int) -> str:
+        return " ".join(describe(draw_up(config(model=TINY), world), zero_stage=stage).split())
+
+    assert said in text(8, stage)
+    assert "zero-stage" not in text(1, stage) + text(8, 0)
