@@ -14,7 +14,7 @@ from megatron_lite.planner.hardware import GIB, Cluster
 from megatron_lite.planner.memory import PlanInputs
 from megatron_lite.planner.remarks import format_warnings
 from megatron_lite.planner.search import SearchResult
-from megatron_lite.planner.trust import range_json
+from megatron_lite.planner.trust import range_json, trusted
 
 
 class Ranking:
@@ -53,8 +53,11 @@ class Ranking:
             rows += [_row(n, plan) for n, plan in enumerate(found.ranked, start=1)]
             lines += aligned(rows, least=3)
         lines += self._closest()
-        for doubt in range_json(found.ranked[0])["in_doubt"] if found.ranked else ():
-            lines.append(f"a range, not a number: {doubt}")
+        range_ = trusted(found.ranked[0]) if found.ranked else None
+        if range_ is not None:
+            between = f"{range_.low:.3f} to {range_.high:.3f}"
+            lines.append(f"the first takes {between} s, others in proportion")
+            lines += [f"a range, not a number: {doubt}" for doubt in range_.why]
         lines += [f"warning: {warning}" for warning in self._warnings]
         lines += [f"note: {note}" for note in self.notes]
         return "\n".join(lines)

@@ -89,3 +89,26 @@ def test_the_tool_says_the_range_and_why_in_both_forms() -> None:
     assert low < read["time"]["step_seconds"] < high
     assert f"{low:.3f} to {high:.3f}" in text
     assert all(f"a range, not a number: {why}" in text for why in read["time"]["in_doubt"])
+
+
+@pytest.mark.ci
+def test_a_search_says_the_range_of_its_first_layout() -> None:
+    line = [
+        sys.executable,
+        str(TOOL),
+        "--hardware",
+        "b200",
+        "--nodes",
+        "1",
+        "--search",
+        "--top",
+        "2",
+    ]
+    flags = SMALL.replace("--micro-batch-size 4 ", "").split()
+    text = subprocess.run([*line, *flags], capture_output=True, text=True, check=True).stdout
+    found = json.loads(
+        subprocess.run([*line, *flags, "--json"], capture_output=True, text=True, check=True).stdout
+    )
+    low, high = found["layouts"][0]["range_seconds"]
+    assert f"the first takes {low:.3f} to {high:.3f} s" in text
+    assert "no measured step on b200" in text
