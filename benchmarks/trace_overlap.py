@@ -30,14 +30,16 @@ DEEP = MODEL.format(layers=8, hidden=256) + (
 WIDE = MODEL.format(layers=2, hidden=512) + (
     "--micro-batch-size 8 --global-batch-size 8 --tensor-model-parallel-size 2 "
 )
-SHARED = MODEL.format(layers=8, hidden=256) + (
-    "--micro-batch-size 8 --global-batch-size 16 --ddp-bucket-size 800000 --overlap-param-gather "
-)
+SHARED = MODEL.format(layers=8, hidden=256) + ("--micro-batch-size 8 --global-batch-size 32 ")
 RUNS = {
     "pp2-dp2": (4, DEEP),
     "pp2-dp2-zb-v": (4, DEEP + "--pipeline-schedule zb-v"),
     "tp2": (2, WIDE),
-    "dp2-zero1": (2, SHARED + "--zero-stage 1"),
+    "dp2-zero1": (
+        2,
+        SHARED + "--zero-stage 1 --ddp-bucket-size 800000 --overlap-param-gather",
+    ),
+    "dp2-zero3": (2, SHARED + "--zero-stage 3"),
 }
 """Name -> processes, and the run's flags."""
 
