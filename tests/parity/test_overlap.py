@@ -183,9 +183,7 @@ def require_sound(ranks: list[Seen]) -> None:
     for seen in ranks:
         assert seen.late == seen.plain, "other numbers"
         assert max(seen.reducing, default=0) <= IN_FLIGHT
-        # of a layer's shared weights a table is gathered by itself
-        limit = 2 * IN_FLIGHT if seen.shares_weights else IN_FLIGHT
-        assert max(seen.gathering, default=0) <= limit, "so many in flight"
+        assert max(seen.gathering, default=0) <= IN_FLIGHT, "so many in flight"
     matched, wrong = compare_calls([seen.log for seen in ranks])
     assert wrong == [] and matched.collectives > 0
 
