@@ -1,13 +1,16 @@
 """`make bench-plan`: the planner is calibrated on some small runs and predicts the step times of others.
 
-Prints measured and predicted milliseconds of each with the error: first of the runs that calibrate,
-then of other sizes and layouts, which the fit has not seen.  Baseline: the measured time itself.
+Prints how long a large search takes, alone with --search; then measured and predicted milliseconds of
+each run with the error: first of the runs that calibrate, then of other sizes and layouts, which the fit
+has not seen.  Baseline: the measured time itself.
 Minutes; leave the machine alone meanwhile.
 """
 
 from __future__ import annotations
 
 import os
+import resource
+import subprocess
 import sys
 from pathlib import Path
 
@@ -52,8 +55,23 @@ def others(*, gpu: bool, devices: int) -> list[Trial]:
     ]  # fmt: skip
 
 
+SEARCH = "--hardware h100 --nodes 128 --search --preset gpt3-175b --bf16 --global-batch-size 1536"
+
+
+def search_seconds() -> float:
+    """CPU seconds of a search for 175B on 1,024 devices, in a process of its own."""
+    plan = Path(__file__).resolve().parents[1] / "tools" / "plan.py"
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run([sys.executable, str(plan), *SEARCH.split()], check=True, capture_output=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
 def main() -> None:
-    """Calibrate, then measure and predict others."""
+    """Search (alone with --search), calibrate, then measure and predict others."""
+    print(f"search of 175B on 1,024 devices: {search_seconds():.1f} s of CPU (aim: 20)", flush=True)
+    if "--search" in sys.argv:
+        return
     device, fitted = calibrated(STEPS)
     print("\ncalibrated on")
     print("\n".join(explained(device, fitted)))

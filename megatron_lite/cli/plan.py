@@ -109,7 +109,7 @@ def main() -> int:
             *notes,
             *rules.notices(dataclasses.replace(config, parallel=best), world),
         ]
-        ranked = ranking.Ranking(found, asked, config.optim, cluster, notes)
+        ranked = ranking.Ranking(found, asked, config.optim, cluster, notes, fixed=fixed)
         _put(ranked.json() if own.json else ranked.text(), own)
         return 0
     blueprint = variant(config.parallel, config.train.micro_batch_size)
@@ -133,7 +133,7 @@ def main() -> int:
     notes = [*parsed.notices, *notes, *rules.notices(config, world)]
     extra = _extra(own, config, plan, notes, length=_has_length(parsed.config, config))
     if not plan.fits:
-        extra = dataclasses.replace(extra, change=advice.cheapest(plan, variant))
+        extra = dataclasses.replace(extra, changes=tuple(advice.cheapest_changes(plan, variant)))
     _put(report.plan_json(plan, extra) if own.json
          else report.to_text(plan, extra, width=_width(own)), own)  # fmt: skip
     return 0

@@ -1,116 +1,94 @@
-"""The cheapest change that makes a run fit, and warnings."""
+"""The cheapest changes that make a run fit, and warnings."""
 
 from __future__ import annotations
 
 import dataclasses
 import shlex
-from collections.abc import Iterator
 from typing import NamedTuple
 
 from megatron_lite.config.errors import ConfigError
 from megatron_lite.config.param_groups import optimizers_asked_for
 from megatron_lite.config.sections.parallel import ParallelConfig
-from megatron_lite.planner.forecast import Forecast, forecast
-from megatron_lite.planner.space import LayoutVariant
+from megatron_lite.planner.forecast import Forecast
+from megatron_lite.planner.memory import PlanInputs
+from megatron_lite.planner.search import search
+from megatron_lite.planner.space import (
+    DEALING,
+    RECOMPUTE,
+    SEARCHED,
+    SHARDING,
+    SIZES,
+    LayoutVariant,
+)
 
 TOKENS_PER_PARAMETER = 20.0
 """Compute-optimal by arXiv:2203.15556 (Chinchilla), approach 1 and 2 at the scale of 70B."""
 
 
 class Change(NamedTuple):
-    """Flags to add or change, and the forecast with them."""
+    """Flags to add or change, those to leave out, and the forecast then."""
 
     flags: str
+    without: str
     forecast: Forecast
 
 
-def cheapest(plan: Forecast, variant: LayoutVariant) -> Change | None:
-    """Of the changes that make it fit on the same devices, the one that costs the least time.
+_FREE = (RECOMPUTE, SHARDING, SIZES | DEALING, SEARCHED)
+"""What may change together: one thing alone, which leaves the rest of a run as it is, or everything."""
 
-    State goes to the host where nothing else makes it fit.
+
+def cheapest_changes(plan: Forecast, variant: LayoutVariant) -> list[Change]:
+    """Those that make it fit on the same devices: the fastest of each kind, the cheapest in time first.
+
+    The optimizer's state on the host is a kind; beside others where nothing else makes it fit.
     """
-    start = plan.asked.parallel
-    fitting = _fitting(plan, variant, start)
-    if (
-        not fitting
-        and not start.on_host
-        and "apex-adam" not in optimizers_asked_for(plan.blueprint.optim)
-    ):
-        there = dataclasses.replace(start, optimizer_cpu_offload=True)
-        fitting = _fitting(plan, variant, there)
-    if not fitting:
-        return None
-    best = min(fitting, key=lambda change: change.forecast.rates.step_seconds)
-    # closed forms choose, the simulation says how long it takes
-    seen_again = forecast(best.forecast.blueprint, best.forecast.asked, plan.cluster)
-    return Change(best.flags, seen_again)
+    found: dict[str, Change] = {}
+    start, most = plan.asked.parallel, plan.asked.micro_batch_size
 
+    def near(layout: ParallelConfig, micro_batch_size: int) -> bool:
+        """tp to eight times, pp to four times as large, no larger micro batch: --search knows all others."""
+        wider, deeper = layout.tp / start.tp, layout.pp / start.pp
+        return micro_batch_size <= most and wider in (0.5, 1, 2, 4, 8) and deeper in (0.5, 1, 2, 4)
 
-def _fitting(plan: Forecast, variant: LayoutVariant, start: ParallelConfig) -> list[Change]:
-    """Changes that begin with a layout and fit."""
-    fitting = []
-    seen = set()
-    for parallel, micro_batch_size in _changes(plan, start):
-        flags = _flags(plan, parallel, micro_batch_size)
-        if not flags or flags in seen:
-            continue
-        seen.add(flags)
+    def fitting(asked: PlanInputs, free: frozenset[str]) -> None:
         try:
-            blueprint = variant(parallel, micro_batch_size)
-        except ConfigError:
-            continue
-        asked = dataclasses.replace(
-            plan.asked, parallel=parallel, micro_batch_size=micro_batch_size
-        )
-        tried = forecast(blueprint, asked, plan.cluster, simulated=False)
-        if tried.fits:
-            fitting.append(Change(flags, tried))
-    return fitting
+            best = search(
+                variant, asked, plan.cluster, model=plan.blueprint.model,
+                fixed={name: name for name in SEARCHED - free}, top=1, among=near,
+            ).ranked  # fmt: skip
+        except ConfigError:  # no rule allows the rest as it is
+            return
+        for change in (_change(plan, then) for then in best):
+            if change.flags or change.without:
+                found.setdefault(f"{change.flags} {change.without}", change)
+
+    for free in _FREE:
+        fitting(plan.asked, free)
+    if not start.on_host and "apex-adam" not in optimizers_asked_for(plan.blueprint.optim):
+        there = dataclasses.replace(start, optimizer_cpu_offload=True)
+        on_host = dataclasses.replace(plan.asked, parallel=there)
+        for free in (frozenset[str](),) if found else (frozenset[str](), *_FREE):
+            fitting(on_host, free)
+    return sorted(found.values(), key=lambda change: change.forecast.rates.step_seconds)
 
 
-def _changes(plan: Forecast, start: ParallelConfig) -> Iterator[tuple[ParallelConfig, int]]:
-    """Single changes and their combinations, on the same number of devices."""
-    micro_batch_size = plan.asked.micro_batch_size
-    for sized in (micro_batch_size, *(b for b in (1, 2, 4) if b < micro_batch_size)):
-        for layout in _layouts(plan, start):
-            for recomputed in _recomputed(layout):
-                yield recomputed, sized
+_IMPLIED = ("1f1b", "interleaved")
+"""Schedules that follow from the number of virtual stages."""
 
 
-def _layouts(plan: Forecast, start: ParallelConfig) -> Iterator[ParallelConfig]:
-    grid = plan.blueprint.grid
-    sizes = {(start.tp, start.pp)}
-    for tp in (start.tp, start.tp * 2, start.tp * 4, start.tp * 8):
-        for pp in (start.pp, start.pp * 2, start.pp * 4):
-            if tp <= plan.cluster.devices_per_node and grid.world_size % (tp * pp * start.cp) == 0:
-                sizes.add((tp, pp))
-    for tp, pp in sorted(sizes):
-        yield dataclasses.replace(
-            start,
-            tensor_model_parallel_size=tp,
-            pipeline_model_parallel_size=pp,
-            sequence_parallel=start.sequence_parallel,
-        )
-        yield dataclasses.replace(
-            start,
-            tensor_model_parallel_size=tp,
-            pipeline_model_parallel_size=pp,
-            sequence_parallel=tp > 1,
-            zero_stage=1 if grid.world_size > tp * pp * start.cp else 0,
-        )
-
-
-def _recomputed(layout: ParallelConfig) -> Iterator[ParallelConfig]:
-    yield layout
-    if layout.recompute_granularity is None:
-        yield dataclasses.replace(layout, recompute_granularity="selective")
-    if layout.recompute_granularity != "full":
-        yield dataclasses.replace(
-            layout,
-            recompute_granularity="full",
-            recompute_method="uniform",
-            recompute_num_layers=1,
-        )
+def _change(plan: Forecast, then: Forecast) -> Change:
+    before, after = (
+        layout_flags(one.asked.parallel, one.asked.micro_batch_size).removeprefix("--").split(" --")
+        for one in (plan, then)
+    )
+    names = {flag.partition(" ")[0] for flag in after}
+    if plan.asked.parallel.pipeline_schedule is None and then.blueprint.schedule in _IMPLIED:
+        after = [flag for flag in after if not flag.startswith("pipeline-schedule ")]
+    return Change(
+        " ".join(f"--{flag}" for flag in after if flag not in before),
+        " ".join(f"--{name}" for flag in before if (name := flag.partition(" ")[0]) not in names),
+        then,
+    )
 
 
 def layout_flags(parallel: ParallelConfig, micro_batch_size: int) -> str:
@@ -133,18 +111,26 @@ def layout_flags(parallel: ParallelConfig, micro_batch_size: int) -> str:
         f"--optimizer-offload-fraction {parallel.on_host:g}": 0.0 < parallel.on_host < 1.0,
     }
     flags += [flag for flag, asked in on.items() if asked]
-    if parallel.recompute_granularity == "selective":
-        flags.append("--recompute-granularity selective")
-        if parallel.recompute_modules != ["core_attn"]:
-            flags.append(f"--recompute-modules {' '.join(parallel.recompute_modules)}")
-    if parallel.recompute_granularity == "full":
-        flags.append(
-            f"--recompute-granularity full --recompute-method {parallel.recompute_method} "
-            f"--recompute-num-layers {parallel.recompute_num_layers}"
-        )
-        if parallel.distribute_saved_activations:
-            flags.append("--distribute-saved-activations")
+    if parallel.recompute_granularity is not None:
+        flags.append(recompute_flags(parallel))
     return " ".join(flags)
+
+
+def recompute_flags(parallel: ParallelConfig) -> str:
+    """Those of what is recomputed."""
+    if parallel.recompute_granularity == "selective":
+        flags = "--recompute-granularity selective"
+        modules = parallel.recompute_modules
+        return (
+            flags
+            if modules == ["core_attn"]
+            else f"{flags} --recompute-modules {' '.join(modules)}"
+        )
+    flags = (
+        f"--recompute-granularity full --recompute-method {parallel.recompute_method} "
+        f"--recompute-num-layers {parallel.recompute_num_layers}"
+    )
+    return flags + " --distribute-saved-activations" * parallel.distribute_saved_activations
 
 
 def _stages(parallel: ParallelConfig) -> dict[str, object]:
@@ -158,14 +144,6 @@ def _stages(parallel: ParallelConfig) -> dict[str, object]:
         "--decoder-last-pipeline-num-layers": parallel.decoder_last_pipeline_num_layers,
         "--pipeline-schedule": parallel.pipeline_schedule,
     }
-
-
-def _flags(plan: Forecast, parallel: ParallelConfig, micro_batch_size: int) -> str:
-    """What changes against the plan; empty where nothing does."""
-    before = layout_flags(plan.asked.parallel, plan.asked.micro_batch_size).split(" --")
-    after = layout_flags(parallel, micro_batch_size).split(" --")
-    had = {part.removeprefix("--") for part in before}
-    return " ".join(f"--{p}" for p in (x.removeprefix("--") for x in after) if p not in had)
 
 
 def warnings(plan: Forecast, tokens: float | None, *, begins: bool) -> list[str]:

@@ -66,13 +66,14 @@ class Costs:
         self.head = self._head()
         self.embedding = self._embedding()
         self._by_action: dict[tuple[Op, int], Work] = {}
+        self._by_layers: dict[tuple[object, ...], Work] = {}
 
     def work(self, op: Op, stage: StageLayers) -> Work:
         """All of one action."""
         known = self._by_action.get((op, stage.index))
         if known is None:
             if self.given is None:
-                known = self._work(op, stage)
+                known = self._alike(op, stage)
             else:
                 chunks = len(self.blueprint.placement) // self.blueprint.grid.pp
                 known = self.given.work(op, chunks)
@@ -299,6 +300,14 @@ class Costs:
         return Passes(
             Work(0.0, 0.0, look_up, ring), Work(0.0, 0.0, look_up * 2, back), none, exposed=back
         )
+
+    def _alike(self, op: Op, stage: StageLayers) -> Work:
+        """The work of any stage with such layers and ends."""
+        layers = tuple(id(self.blueprint.figure.layers[number]) for number in stage.layers)
+        key = (op, layers, stage.has_head, stage.has_embedding)
+        if key not in self._by_layers:
+            self._by_layers[key] = self._work(op, stage)
+        return self._by_layers[key]
 
     def _work(self, op: Op, stage: StageLayers) -> Work:
         like = Counter(id(self.blueprint.figure.layers[number]) for number in stage.layers)

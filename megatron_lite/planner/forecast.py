@@ -14,7 +14,7 @@ from megatron_lite.blueprint.schedules.actions import Op
 from megatron_lite.blueprint.schedules.simulate import Simulation, simulate
 from megatron_lite.config.sections.parallel import ParallelConfig
 from megatron_lite.planner.activations import element_bytes
-from megatron_lite.planner.bubble import least_span
+from megatron_lite.planner.bubble import least_span, rough_span
 from megatron_lite.planner.cost import Costs
 from megatron_lite.planner.exchange import data_parallel_seconds
 from megatron_lite.planner.hardware import Cluster
@@ -245,16 +245,15 @@ def pipeline_seconds(costs: Costs, num: int) -> float:
     return near + (num - first) / pp * (far - near)
 
 
-def least_seconds(costs: Costs, num: int) -> float:
-    """A lower bound of pipeline_seconds, and near it, without a simulation."""
+def least_seconds(costs: Costs, num: int, *, rough: bool = False) -> float:
+    """A lower bound of pipeline_seconds, and near it, without a simulation; rough: at once, and less near."""
     blueprint = costs.blueprint
 
     def seconds(op: Op, stage: int) -> float:
         return costs.work(op, blueprint.stages[stage]).seconds
 
-    return least_span(
-        blueprint.schedule, blueprint.placement, num, seconds, costs.message_seconds()
-    )
+    bound = rough_span if rough else least_span
+    return bound(blueprint.schedule, blueprint.placement, num, seconds, costs.message_seconds())
 
 
 def _messages_hidden(costs: Costs, num: int) -> float:

@@ -421,7 +421,7 @@ def _worst(schedule: Schedule, pp_rank: int, held: Mapping[int, _Held]) -> _Mome
     """The moment of a rank's actions that holds most."""
     live, deferred = dict.fromkeys(held, 0), dict.fromkeys(held, 0)
     totals = {id(m): m.total for of in held.values() for m in (*of.forward, *of.backward)}
-    now, most, worst = 0.0, 0.0, _Moment(live=dict(live))
+    now, most, worst, below, together = 0.0, 0.0, _Moment(), 0.0, dict(live)
     for op, stage, _ in schedule.lists[pp_rank]:
         of = held[stage]
         if op is Op.F:
@@ -436,13 +436,12 @@ def _worst(schedule: Schedule, pp_rank: int, held: Mapping[int, _Held]) -> _Mome
             moments = of.backward
         for moment in moments:
             if now + totals[id(moment)] > most:
+                most, worst, below = now + totals[id(moment)], moment, now
                 together = {s: live[s] + deferred[s] for s in live}
-                worst = replace(moment, activations=now + moment.activations, live=together)
-                most = worst.total
         if op is not Op.F:
             live[stage] -= 1
             now -= of.kept
             if op is Op.I:
                 deferred[stage] += 1
                 now += of.deferred
-    return worst
+    return replace(worst, activations=below + worst.activations, live=together)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from megatron_lite.blueprint.draw_up import Blueprint
 from megatron_lite.config.sections.optim import OptimConfig
@@ -18,14 +18,17 @@ from megatron_lite.planner.trust import range_json, trusted
 
 
 class Ranking:
-    """What was found, beside what was asked.  notes: on the run and the first of the layouts."""
+    """What was found, beside what was asked.
+
+    fixed: fields that were not searched, and their flags; notes: on the run and the first of the layouts.
+    """
 
     def __init__(
         self, found: SearchResult, asked: PlanInputs, optim: OptimConfig, cluster: Cluster,
-        notes: Sequence[str],
+        notes: Sequence[str], *, fixed: Mapping[str, str],
     ) -> None:  # fmt: skip
         self.found, self.asked, self.optim, self.cluster = found, asked, optim, cluster
-        self.notes = list(notes)
+        self.notes, self.fixed = list(notes), fixed
 
     @property
     def _any(self) -> Blueprint | None:
@@ -36,6 +39,13 @@ class Ranking:
     @property
     def _warnings(self) -> list[str]:
         return [line for plan in self.found.ranked[:1] for line in format_warnings(plan)]
+
+    def _kept(self) -> Iterator[str]:
+        """What was not searched, as the line says it."""
+        for field, flag in self.fixed.items():
+            value = getattr(self.asked.parallel, field, self.asked.micro_batch_size)
+            shown = " ".join(value) if isinstance(value, list) else str(value)
+            yield flag if value is True else f"{flag} {shown}"
 
     def text(self) -> str:
         """A line for each layout, the fastest first."""
@@ -71,6 +81,8 @@ class Ranking:
             yield f"{statement.billions(blueprint.num_parameters)} parameters on {where}"
             yield f"{batch:,} sequences of {length:,} per step"
         yield statement.precision_line(self.asked, self.optim)
+        if self.fixed:
+            yield f"not searched: {' '.join(self._kept())}"
 
     def _closest(self) -> Iterator[str]:
         closest = self.found.closest
@@ -89,20 +101,23 @@ class Ranking:
             if blueprint is None
             else blueprint.batch_schedule.final_batch_size,
             "precision": statement.precision_json(self.asked, self.optim),
+            "fixed": list(self._kept()),
             "num_too_large": found.num_too_large,
             "num_forbidden": found.num_forbidden,
             "num_slower": found.num_slower,
             "layouts": [_layout(plan) for plan in found.ranked],
+            "closest": None if found.closest is None else _layout(found.closest),
             "warnings": self._warnings,
             "notes": self.notes,
         }
 
 
 def _row(number: int, plan: Forecast) -> list[str]:
+    seconds = plan.rates.step_seconds
     return [
-        f"{number}", f"{plan.rates.step_seconds:,.3f}", f"{plan.rates.tgs:,.1f}", f"{plan.rates.mfu:.1%}",
-        f"{plan.worst.total / GIB:,.1f}", f"{plan.bubble:.1%}", plan.blueprint.schedule,
-        layout_flags(plan.asked.parallel, plan.asked.micro_batch_size),
+        f"{number}", f"{seconds:,.{3 if seconds >= 1 else 4}f}", f"{plan.rates.tgs:,.1f}",
+        f"{plan.rates.mfu:.1%}", f"{plan.worst.total / GIB:,.1f}", f"{plan.bubble:.1%}",
+        plan.blueprint.schedule, layout_flags(plan.asked.parallel, plan.asked.micro_batch_size),
     ]  # fmt: skip
 
 
@@ -112,7 +127,10 @@ def _layout(plan: Forecast) -> dict[str, object]:
         "flags": layout_flags(plan.asked.parallel, plan.asked.micro_batch_size),
         "tp": grid.tp, "pp": grid.pp, "dp": grid.dp, "cp": grid.cp,
         "schedule": plan.blueprint.schedule,
+        "chunks": len(plan.blueprint.placement) // grid.pp,
         "micro_batch_size": plan.asked.micro_batch_size,
+        "num_microbatches": plan.blueprint.microbatches(),
+        "zero_stage": plan.asked.parallel.zero_stage,
         "recompute_granularity": plan.asked.parallel.recompute_granularity,
         "step_seconds": plan.rates.step_seconds,
         "tgs": plan.rates.tgs,

@@ -37,7 +37,7 @@ class Extra:
     begins: bool = True
     curve: tuple[Point, ...] = ()
     epochs: tuple[Reading, ...] = ()
-    change: Change | None = None
+    changes: tuple[Change, ...] = ()
     price_per_hour: float | None = None
 
 
@@ -78,10 +78,8 @@ def plan_json(plan: Forecast, extra: Extra) -> dict[str, object]:
         "run": _run(plan, extra),
         "curve": [dataclasses.asdict(point) for point in extra.curve],
         "epochs": [reading._asdict() for reading in extra.epochs],
-        "cheapest_change": None if extra.change is None else {
-            "flags": extra.change.flags,
-            "step_seconds": extra.change.forecast.rates.step_seconds,
-            "total_bytes": extra.change.forecast.worst.total},
+        "cheapest_change": next(map(_changed, extra.changes), None),
+        "changes": [_changed(change) for change in extra.changes],
         "warnings": list(_warnings(plan, extra)),
         "hints": list(hints(plan)),
         "notes": list(_notes(plan, extra)),
@@ -184,14 +182,22 @@ def _verdict(plan: Forecast, extra: Extra) -> Iterator[str]:
     if plan.lacks_on_host:
         lacks = plan.lacks_on_host / GIB
         yield f"DOES NOT FIT: a node needs {lacks:,.1f} GiB of host memory more than it has"
-    if extra.change is None:
-        yield "no layout of tp, pp, recompute and micro batch on these devices fits; use more nodes"
-        return
-    changed = extra.change.forecast
-    yield (
-        f"cheapest change: {extra.change.flags} -> {changed.worst.total / GIB:.1f} GiB, "
-        f"{changed.rates.step_seconds:.2f} s per step, {changed.rates.tgs:,.0f} TGS"
-    )
+    if not extra.changes:
+        yield "no layout near this one fits on these devices: --search looks at all, or use more nodes"
+    for change in extra.changes:
+        then, cheapest = change.forecast, change is extra.changes[0]
+        left_out = f" without {change.without}" if change.without else ""
+        yield (
+            f"{'cheapest' if cheapest else 'another'} change: {change.flags}{left_out} -> "
+            f"{then.worst.total / GIB:.1f} GiB, {then.rates.step_seconds:.3f} s per step, "
+            f"{then.rates.tgs:,.0f} TGS"
+        )
+
+
+def _changed(change: Change) -> dict[str, object]:
+    return {"flags": change.flags, "without": change.without,
+            "step_seconds": change.forecast.rates.step_seconds,
+            "total_bytes": change.forecast.worst.total}  # fmt: skip
 
 
 def _time(plan: Forecast) -> Iterator[str]:

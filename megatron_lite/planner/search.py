@@ -24,13 +24,19 @@ from megatron_lite.planner.cost import Costs
 from megatron_lite.planner.forecast import Forecast, forecast, least_seconds, step_time
 from megatron_lite.planner.hardware import Cluster
 from megatron_lite.planner.memory import PlanInputs, memory, static_total
-from megatron_lite.planner.space import LayoutVariant, layouts, recomputations, shardings
+from megatron_lite.planner.space import (
+    Choices,
+    LayoutVariant,
+    layouts,
+    recomputations,
+    shardings,
+)
 
 
 @dataclass(frozen=True, slots=True)
 class SearchResult:
     """ranked: the fastest that fit, best first, all simulated.  The numbers count layouts with their
-    sharding and micro batch size."""
+    micro batch sizes, each with any sharding and recomputation."""
 
     ranked: tuple[Forecast, ...]
     num_too_large: int
@@ -42,7 +48,7 @@ class SearchResult:
 
 
 class _Row(NamedTuple):
-    """A layout and its sharding, recomputing nothing, or as it is fixed."""
+    """A layout and a micro batch size, with a sharding, recomputing nothing, or as it is fixed."""
 
     number: int
     blueprint: Blueprint
@@ -57,14 +63,16 @@ def search(
     model: ModelConfig,
     fixed: Mapping[str, str] = MappingProxyType({}),
     top: int,
+    among: Callable[[ParallelConfig, int], bool] = lambda layout, micro_batch_size: True,
 ) -> SearchResult:
     """The `top` fastest of every tp, sp, pp, chunks, schedule, micro batch, sharding and recomputation.
 
-    Of a layout and its sharding, what is recomputed is the cheapest that fits.  fixed: those of SEARCHED
-    that stay as asked, with their flags; a part of a schedule, or of recomputation, fixes all of it.
+    Of a layout with its micro batch size there is the fastest sharding and recomputation that fits.  fixed:
+    those of SEARCHED that stay as asked, with their flags; a part of a schedule, or of recomputation,
+    fixes all of it.  among: which layouts, with which micro batch size, are looked at.
     """
     looking = _Search(variant, asked, cluster, frozenset(fixed))
-    looking.begin(model)
+    looking.begin(model, among)
     ranked = tuple(islice(looking.in_order(), top))
     if not looking.rows and not looking.forbidden:
         raise ConfigError(
@@ -91,14 +99,18 @@ class _Search:
         self.rows = self.too_large = self.forbidden = 0
         self.least = math.inf
         self.closest: tuple[Blueprint, PlanInputs] | None = None
+        self.hopeful: dict[int, int] = {}
+        """Number of a row -> its shardings that have not been found too large."""
         self.listed: set[int] = set()
         self._left: list[tuple[float, int, _Row, _Next]] = []
         self._numbers = count()
 
-    def begin(self, model: ModelConfig) -> None:
+    def begin(self, model: ModelConfig, among: Callable[[ParallelConfig, int], bool]) -> None:
         """All layouts, by the time of their pipelines alone."""
         drawn: dict[tuple[object, ...], Blueprint] = {}
         for layout, micro_batch_size in layouts(self.asked, self.cluster, model, self.fixed):
+            if not among(layout, micro_batch_size):
+                continue
             # what is split along the sequence changes no stage and no schedule
             key = (layout.tp, layout.pp, layout.pipeline_schedule,
                    layout.num_virtual_stages_per_pipeline_rank, micro_batch_size)  # fmt: skip
@@ -111,27 +123,26 @@ class _Search:
             kept = dataclasses.replace(
                 self.asked, parallel=layout, micro_batch_size=micro_batch_size
             )
-            rows = [
+            shared = [
                 dataclasses.replace(kept, parallel=first)
                 for sharded in shardings(
                     layout, blueprint.replicas, self.asked.parallel, self.fixed
                 )
-                for first in next(recomputations(sharded, 1, self.fixed))
+                for first in next(recomputations(sharded, 1, self.fixed)).layouts
             ]
-            if not rows:
-                continue
-            costs = Costs(blueprint, rows[0], self.cluster)
-            bound = least_seconds(costs, blueprint.microbatches())
-            for asked in rows:
+            costs = Costs(blueprint, shared[0], self.cluster)
+            bound = least_seconds(costs, blueprint.microbatches(), rough=True)
+            for asked in shared:
                 self._push(bound, _Row(self.rows, blueprint, asked), self._bounded)
-                self.rows += 1
+            self.hopeful[self.rows] = len(shared)
+            self.rows += 1
 
     def in_order(self) -> Iterator[Forecast]:
         """What fits, the fastest first."""
         while self._left:
             _, _, row, then = heapq.heappop(self._left)
             if row.number in self.listed:
-                continue  # with less recomputation
+                continue  # with what is faster
             plan = then(row)
             if plan is not None:
                 self.listed.add(row.number)
@@ -154,7 +165,8 @@ class _Search:
         if static <= self.cluster.device.memory_bytes or static < self.least:
             fitting = list(self._fitting(row, ends))
         if not fitting:
-            self.too_large += 1
+            self.hopeful[row.number] -= 1
+            self.too_large += self.hopeful[row.number] == 0
         for found in fitting:
             costs = Costs(found.blueprint, found.asked, self.cluster)
             self._push(step_time(costs, simulated=False).total, found, self._simulated)
@@ -162,12 +174,23 @@ class _Search:
     def _fitting(self, row: _Row, ends: set[int]) -> Iterator[_Row]:
         layers = max(len(stage.layers) for stage in row.blueprint.stages)
         for choices in recomputations(row.asked.parallel, layers, self.fixed):
-            fitting = (found for parallel in choices if (found := self._fits(row, parallel, ends)))
-            found = next(fitting, None)
+            found = self._first(row, choices, ends)
             if found is not None:
                 yield found
                 if found.asked.parallel == row.asked.parallel:
                     return  # nothing is recomputed, which takes longer everywhere
+
+    def _first(self, row: _Row, choices: Choices, ends: set[int]) -> _Row | None:
+        """The first that fits."""
+        first, low, high = None, 0, len(choices.layouts)
+        while low < high:
+            middle = (low + high) // 2 if choices.falling else low
+            found = self._fits(row, choices.layouts[middle], ends)
+            if found is None:
+                low = middle + 1
+            else:
+                first, high = found, middle
+        return first
 
     def _fits(self, row: _Row, parallel: ParallelConfig, ends: set[int]) -> _Row | None:
         """The row with this recomputed, if it fits and no rule forbids it."""
@@ -191,7 +214,8 @@ class _Search:
 
     def _simulated(self, row: _Row) -> None:
         plan = forecast(row.blueprint, row.asked, self.cluster)
-        self._push(plan.rates.step_seconds, row, lambda _: plan)
+        if plan.fits:  # the host's memory is known by now, too
+            self._push(plan.rates.step_seconds, row, lambda _: plan)
 
 
 _Next = Callable[[_Row], Forecast | None]

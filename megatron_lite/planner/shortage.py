@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
+from itertools import combinations
 from typing import Any
 
 from megatron_lite.config.errors import ConfigError
 from megatron_lite.config.sections.parallel import ParallelConfig
+from megatron_lite.planner.advice import recompute_flags
 from megatron_lite.planner.memory import RankMemory
+from megatron_lite.planner.space import RECOMPUTED
 
 Planned = Callable[[ParallelConfig, int], RankMemory]
 """(layout, micro batch size) -> the rank's memory in the same run; ConfigError where no rule allows it."""
@@ -59,11 +62,10 @@ def _changes(p: ParallelConfig, micro: int) -> Iterator[tuple[str, ParallelConfi
         yield "--zero-stage 2", with_(zero_stage=2), micro
     if micro > 1:
         yield f"--micro-batch-size {micro // 2}", p, micro // 2
-    if p.recompute_granularity is None:
-        selective = with_(recompute_granularity="selective")
-        yield "--recompute-granularity selective", selective, micro
+    yield from _parts_again(p, micro, with_mlp=False)
     if p.zero_stage < 3 and p.pp == 1:
         yield "--zero-stage 3", with_(zero_stage=3), micro
+    yield from _parts_again(p, micro, with_mlp=True)
     if p.recompute_granularity != "full":
         full = with_(
             recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1
@@ -79,3 +81,19 @@ def _changes(p: ParallelConfig, micro: int) -> Iterator[tuple[str, ParallelConfi
         ("--pipeline-model-parallel-size", "pipeline_model_parallel_size", p.pp * 2),
     ):
         yield f"{flag} {size}", with_(**{name: size}), micro
+
+
+def _parts_again(
+    p: ParallelConfig, micro: int, *, with_mlp: bool
+) -> Iterator[tuple[str, ParallelConfig, int]]:
+    """More parts of each layer than are recomputed now, few first."""
+    if p.recompute_granularity == "full":
+        return
+    now = set(p.recompute_modules) if p.recompute_granularity == "selective" else set[str]()
+    for number in range(1, len(RECOMPUTED) + 1):
+        for modules in combinations(RECOMPUTED, number):
+            if now < set(modules) and ("mlp" in modules) == with_mlp:
+                then = dataclasses.replace(
+                    p, recompute_granularity="selective", recompute_modules=list(modules)
+                )
+                yield recompute_flags(then), then, micro

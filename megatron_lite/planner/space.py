@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from itertools import combinations, product
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from megatron_lite.blueprint.draw_up import Blueprint
 from megatron_lite.config.flags.settings import settings
@@ -80,7 +80,7 @@ def _split(
     even: dict[str, Any] = {} if staged else dict.fromkeys(DEALING)
     own = [(start.pipeline_schedule, start.num_virtual_stages_per_pipeline_rank)]
     for tp in _divisors(world):
-        if tp > min(cluster.devices_per_node, model.num_attention_heads):
+        if tp > min(cluster.devices_per_node, model.num_attention_heads) and tp != start.tp:
             continue
         for pp in _divisors(world // (tp * start.cp)):
             if pp > model.num_layers + 2:  # an embedding or a loss may count as a layer
@@ -122,25 +122,39 @@ def _schedules(
 def shardings(
     layout: ParallelConfig, dp: int, asked: ParallelConfig, fixed: frozenset[str]
 ) -> Iterator[ParallelConfig]:
-    """The same layout with the optimizer's state shared by dp ranks, and not."""
-    stages: tuple[_ZeroStage, ...] = (0, max(asked.zero_stage, 1)) if dp > 1 else (0,)
+    """The same layout with nothing shared by dp ranks, and with each stage of ZeRO.
+
+    Stages 2 and 3 of a pipeline have gradients and weights whole during a step: no more fits there.
+    """
+    stages: tuple[_ZeroStage, ...] = (0,)
+    if dp > 1:
+        stages = (0, 1, 2, 3) if layout.pp == 1 else (0, 1)
+        if "zero_stage" in fixed:
+            stages = (asked.zero_stage,)
     for stage in stages:
-        found = dataclasses.replace(layout, zero_stage=stage, overlap_param_gather=stage in (1, 2))
-        if dp == 1 or all(
-            getattr(found, name) == getattr(asked, name) for name in fixed & SHARDING
-        ):
-            yield found
+        ahead = stage in (1, 2) and asked.overlap_grad_reduce
+        if "overlap_param_gather" in fixed and ahead:
+            ahead = asked.overlap_param_gather
+        yield dataclasses.replace(layout, zero_stage=stage, overlap_param_gather=ahead)
 
 
-def recomputations(
-    layout: ParallelConfig, layers: int, fixed: frozenset[str]
-) -> Iterator[list[ParallelConfig]]:
+class Choices(NamedTuple):
+    """Layouts that differ in what is recomputed; none costs less time than those before it.
+
+    falling: none keeps more, either.
+    """
+
+    layouts: list[ParallelConfig]
+    falling: bool = False
+
+
+def recomputations(layout: ParallelConfig, layers: int, fixed: frozenset[str]) -> Iterator[Choices]:
     """The same layout with less and less kept for backward; layers: most that a stage has.
 
-    The first list costs no more time than any other, and within a list none costs less than those before it.
+    The first choices cost no more time than any other.
     """
     if fixed & RECOMPUTE:
-        yield [layout]
+        yield Choices([layout])
         return
 
     def choice(
@@ -152,14 +166,12 @@ def recomputations(
             recompute_num_layers=count, recompute_modules=list(modules), distribute_saved_activations=False,
         )  # fmt: skip
 
-    yield [choice()]
+    yield Choices([choice()])
     for number in range(1, len(RECOMPUTED) + 1):
         for modules in combinations(RECOMPUTED, number):
-            yield [choice("selective", modules=modules)]
-    yield [
-        *(choice("full", "block", count) for count in range(1, layers)),
-        *(choice("full", "uniform", count) for count in _divisors(layers)),
-    ]
+            yield Choices([choice("selective", modules=modules)])
+    yield Choices([choice("full", "block", count) for count in range(1, layers)], falling=True)
+    yield Choices([choice("full", "uniform", count) for count in _divisors(layers)])
 
 
 def _divisors(number: int) -> list[int]:

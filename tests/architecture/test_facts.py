@@ -171,8 +171,7 @@ def test_the_planner_asks_whether_the_sequence_is_split_not_whether_that_was_ask
         if file.startswith(("megatron_lite/planner/", "megatron_lite/blueprint/"))
         for _ in reads(tree, asked)
     }
-    # which say the flag, or add it
-    assert found == {"megatron_lite/planner/advice.py", "megatron_lite/planner/shortage.py"}
+    assert found == {"megatron_lite/planner/shortage.py"}  # which adds the flag
 
 
 def test_micro_batches_of_a_step_are_counted_in_one_place() -> None:

@@ -271,15 +271,26 @@ def test_a_search_keeps_what_the_command_line_says() -> None:
         layouts = found(flags)
         assert layouts and {layout[key] for layout in layouts} == {value}, flags
         assert {layout[key] for layout in free} != {value}
-    for flag in ("--sequence-parallel", "--use-distributed-optimizer"):
+    for flag, idle in (("--sequence-parallel", "tp"), ("--zero-stage 2", "dp")):
         layouts = found(flag)
-        idle = "tp" if "sequence" in flag else "dp"
         assert layouts and all(flag in layout["flags"] or layout[idle] == 1 for layout in layouts)
-        assert len(layouts) < len(free)
+        assert any(flag not in layout["flags"] and layout[idle] > 1 for layout in free)
     with pytest.raises(
         ConfigError, match="no layout on 4 devices.* --pipeline-model-parallel-size say"
     ):
         found("--pipeline-model-parallel-size 3")
+
+
+def test_a_search_says_what_was_not_searched() -> None:
+    own = ["--hardware", "v100", "--nodes", "1", "--gpus-per-node", "4", "--search", "--top", "2"]
+    text, found = in_process(*own, *RUN), json.loads(in_process(*own, "--json", *RUN))
+    fixed = ["--pipeline-model-parallel-size 4", "--micro-batch-size 1"]
+    assert found["fixed"] == fixed and f"\nnot searched: {' '.join(fixed)}\n" in text
+    assert found["closest"] is None
+    large = "--num-layers 96 --hidden-size 12288 --num-attention-heads 96 --recompute-granularity selective"
+    none = json.loads(in_process(*own, "--json", *RUN, *large.split()))
+    assert none["layouts"] == [] and none["closest"]["total_bytes"] > 32e9
+    assert set(none["fixed"]) == {*fixed, "--recompute-granularity selective"}
 
 
 def in_process(*words: str) -> str:

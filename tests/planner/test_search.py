@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import random
 from collections.abc import Callable
 
@@ -13,7 +12,7 @@ from megatron_lite.blueprint.schedules.actions import Op
 from megatron_lite.blueprint.schedules.simulate import simulate
 from megatron_lite.config.errors import ConfigError
 from megatron_lite.planner.advice import layout_flags
-from megatron_lite.planner.bubble import least_span
+from megatron_lite.planner.bubble import least_span, rough_span
 from megatron_lite.planner.forecast import Forecast, forecast
 from megatron_lite.planner.memory import PlanInputs
 from megatron_lite.planner.search import SearchResult, search
@@ -56,6 +55,8 @@ def test_no_schedule_is_faster_than_its_bound_and_most_take_just_that() -> None:
         seconds = _stage_seconds(rng, len(placement), chunks)
         latency = rng.choice([0, 0.01, 0.05, 0.1, 0.2]) / chunks
         least = least_span(name, placement, number, seconds, latency)
+        rough = rough_span(name, placement, number, seconds, latency)
+        assert rough <= least * (1 + 1e-9), (name, pp, chunks, number)
         schedule = SCHEDULES[name].generate(placement, number)
         takes = simulate(schedule, lambda a: seconds(a.op, a.stage), latency=latency).makespan  # noqa: B023
         assert least <= takes * (1 + 1e-9), (name, pp, chunks, number)
@@ -105,9 +106,8 @@ def all_plans(model: str, world: int, hardware: str) -> list[Forecast]:
     asked, found = asked_of(config), []
     for layout, size in layouts(asked, cluster, config.model, none):
         for sharded in shardings(layout, world // layout.ranks_per_sample, asked.parallel, none):
-            for choice in itertools.chain(
-                *recomputations(sharded, config.model.num_layers // layout.pp, none)
-            ):
+            several = recomputations(sharded, config.model.num_layers // layout.pp, none)
+            for choice in (one for some in several for one in some.layouts):
                 try:
                     blueprint = variant_of(config, world)(choice, size)
                 except ConfigError:
@@ -125,13 +125,37 @@ def test_bounds_lose_nothing_that_a_look_at_everything_finds() -> None:
     best: dict[tuple[object, ...], float] = {}
     for plan in every:
         p = plan.asked.parallel
-        row = (p.tp, p.pp, p.sequence_parallel, p.pipeline_schedule, p.zero_stage,
-               p.num_virtual_stages_per_pipeline_rank, plan.asked.micro_batch_size)  # fmt: skip
+        row = (p.tp, p.pp, p.sequence_parallel, p.pipeline_schedule, plan.asked.micro_batch_size,
+               p.num_virtual_stages_per_pipeline_rank)  # fmt: skip
         best[row] = min(best.get(row, 1e9), plan.rates.step_seconds)
     assert len(every) > 2 * len(best) > 20
     assert [p.rates.step_seconds for p in found.ranked] == pytest.approx(sorted(best.values())[:20])
     again = {p.asked.parallel.recompute_granularity for p in found.ranked}
     assert again == {None, "selective", "full"}
+
+
+@pytest.mark.parametrize(
+    "layout", ["", "--pipeline-model-parallel-size 2", "--tensor-model-parallel-size 2"]
+)
+def test_choices_of_recomputation_keep_less_and_take_longer_as_they_say(layout: str) -> None:
+    """Which the search relies on: of what keeps less and less it looks at few."""
+    model = f"{TIGHT} --num-layers 12 {layout}"
+    config, none = read("", model), frozenset[str]()
+    falling = 0
+    for some in recomputations(config.parallel, 12 // config.parallel.pp, none):
+        plans = [
+            forecast(variant_of(config, 4)(choice, 2), PlanInputs(choice, config.precision, 2), cluster_of(4))
+            for choice in some.layouts
+        ]  # fmt: skip
+        seconds = [plan.rates.step_seconds for plan in plans]
+        assert all(
+            one <= other * (1 + 1e-9) for one, other in zip(seconds, seconds[1:], strict=False)
+        )
+        if some.falling:
+            kept = [plan.worst.total for plan in plans]
+            assert kept == sorted(kept, reverse=True) and kept[0] > kept[-1]
+            falling += len(kept)
+    assert falling >= 5
 
 
 def test_the_lines_of_a_search_behind_the_model_give_the_same_plan(of_small: SearchResult) -> None:
@@ -144,8 +168,8 @@ def test_the_lines_of_a_search_behind_the_model_give_the_same_plan(of_small: Sea
 
 
 def test_a_search_ranks_layouts_that_fit_and_finds_none_slower_than_the_given() -> None:
-    found = searched("--num-layers 40 --hidden-size 5120 --num-attention-heads 40", 8, 10)
-    assert len(found.ranked) == 10 and all(plan.fits for plan in found.ranked)
+    found = searched("--num-layers 40 --hidden-size 5120 --num-attention-heads 40", 8, 3)
+    assert len(found.ranked) == 3 and all(plan.fits for plan in found.ranked)
     config = read(
         "--tensor-model-parallel-size 8 --sequence-parallel",
         "--num-layers 40 --hidden-size 5120 --num-attention-heads 40",

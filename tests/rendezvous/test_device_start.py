@@ -204,7 +204,9 @@ def test_no_room_stands_beside_the_plan_with_the_cheapest_change() -> None:
     # 1 MB was missing, but what the plan needs is far above what there is: half of it frees too little
     gib = float(plan(0.0).split("planned ")[1].split()[0])
     assert "--micro-batch-size 4 frees" in plan(1e6, room=gib * 2**30 * 1.1)
-    assert "--recompute-granularity full" in plan(1e6, room=gib * 2**30 * 0.3)
+    # parts of a layer where these are enough, whole layers where they are not
+    assert "--recompute-modules core_attn mlp frees" in plan(1e6, room=gib * 2**30 * 0.3)
+    assert "--recompute-granularity full" in plan(1e6, room=gib * 2**30 * 0.15)
     assert f"of {gib * 0.01:.2f} GiB - no single change" in plan(1e6, room=gib * 2**30 * 0.01)
     smaller = dataclasses.replace(large, train=dataclasses.replace(large.train, micro_batch_size=1))
     plan = functools.partial(pretrain_gpt._beside_the_plan, smaller, 2, 0, on_gpu=False)
