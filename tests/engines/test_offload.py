@@ -16,6 +16,11 @@ from tests.support.checkpoints import load_and_save_again, train_and_save, whole
 from tests.support.spawn import spawn
 from tests.support.tiny import context, draw, make_batches, tiny_config
 
+FORMS = [
+    pytest.param({}, id="fp32", marks=pytest.mark.ci),
+    pytest.param({BF16: True}, id="bf16"),
+]
+
 
 def trained(changes, rank=0, ranks=1, steps=3):
     config = tiny_config(model__num_layers=2, **changes)
@@ -39,7 +44,7 @@ def same(one, other) -> bool:
 
 
 @pytest.mark.parametrize("optimizer", [name for name in OPTIMIZERS if name != "apex-adam"])
-@pytest.mark.parametrize("form", [{}, {BF16: True}], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("form", FORMS)
 def test_every_optimizer_trains_to_the_same_bits(optimizer, form, monkeypatch) -> None:
     changes = {"optim__optimizer": optimizer} | form
     beside, losses = trained(changes)
@@ -135,7 +140,7 @@ def test_no_copy_is_used_before_it_is_waited_for(monkeypatch) -> None:
     assert same(bits(late), bits(at_once))
 
 
-@pytest.mark.parametrize("form", [{}, {BF16: True}], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("form", FORMS)
 def test_a_run_resumes_one_without_and_back(tmp_path, form) -> None:
     places = [({}, {HOST: True}), ({HOST: True}, {})]
     for number, (first, then) in enumerate(places):
