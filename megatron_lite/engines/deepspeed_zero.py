@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import logging
+import contextlib
+import io
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -67,10 +68,14 @@ class DeepSpeedEngine:
         for local in self._all:
             local.parameter.requires_grad_(self._learns(local))
         self._config = deepspeed_config(
-            optim, parallel, precision, bucket_size=bucket_elements(parallel, ctx.replicas.size)
+            optim,
+            parallel,
+            precision,
+            bucket_size=bucket_elements(parallel, ctx.replicas.size),
+            on_gpu=ctx.device.type == "cuda",
         )
         self._layers: list[Layer] = []
-        self._library = deepspeed_library()
+        self._library = deepspeed_library(ctx.device)
         self._held: Partition | None = None
         self._boxes: dict[nn.Parameter, list[Box]] = {}
 
@@ -121,9 +126,8 @@ class DeepSpeedEngine:
         os.environ["LOCAL_RANK"] = str(self.ctx.device.index or 0)
         if not dist.is_initialized():  # one process needs no group; DeepSpeed does
             dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-        deep, *_ = self._library.initialize(
-            model=Layers(self._layers), model_parameters=self._groups(), config=self._config
-        )
+        with contextlib.redirect_stdout(io.StringIO()):  # where it tells its memory
+            deep, *_ = self._initialize()
         deep.set_gradient_accumulation_boundary(False)
         self._held = partition_of(self._stage, deep)
         self._make_states()
@@ -131,6 +135,19 @@ class DeepSpeedEngine:
             start, stop = self._held.range_of(local.parameter)
             found = boxes(local, self._sizes[local.parameter], start, stop)
             self._boxes[local.parameter] = list(found)
+
+    def _initialize(self) -> Sequence[Any]:
+        try:
+            made: Sequence[Any] = self._library.initialize(
+                model=Layers(self._layers), model_parameters=self._groups(), config=self._config
+            )
+        except (AssertionError, TypeError, ValueError) as error:
+            said = " ".join(str(error).split())[:400]
+            raise ConfigError(
+                f"--engine deepspeed: DeepSpeed refuses its configuration: {said} - see --deepspeed-keys, "
+                "or the ds.json that they come from"
+            ) from error
+        return made
 
     def _groups(self) -> list[dict[str, Any]]:
         """torch's, of one weight decay and one learning rate each; and our own factors on both."""
@@ -152,7 +169,7 @@ class DeepSpeedEngine:
         for parameter in self._held.updated():
             state = optimizer.state[parameter]
             if counts:
-                state["step"] = torch.tensor(float(self._steps)) if torchs else self._steps
+                state["step"] = torch.tensor(0.0, device=parameter.device) if torchs else 0
             for name in self._state_names.values():
                 state[name] = torch.zeros_like(parameter, requires_grad=False)
         if isinstance(self._held, FlatPartition):
@@ -218,7 +235,7 @@ class DeepSpeedEngine:
     def squared_norm(self) -> SquaredNorm:
         """This rank's share of the gradient's squared norm; the sum over the world is the whole."""
         found = [part.data for part in self.gradients(owned=False)]
-        squares = squared_norms(found, self.ctx.device)
+        squares = squared_norms(found, self.ctx.device).to(self.ctx.device)
         counts = self._sharded or self.ctx.replicas.rank == 0
         return SquaredNorm(squares.sum() if counts else squares.new_zeros(()), squares.isfinite())
 
@@ -244,7 +261,7 @@ class DeepSpeedEngine:
             with self.span("optimizer-clip-main-grad"):
                 coefficient = clip_coefficient(norm, self.optim.clip_grad)
                 for _, gradient in self._gradients():
-                    gradient.mul_(coefficient)
+                    gradient.mul_(coefficient.to(gradient.device))  # waits for the device: offload
         for group in self._deep.basic_optimizer.param_groups:
             factor, decay, vocabulary = group["factors"]
             own = decoupled_lr if vocabulary and decoupled_lr is not None else lr
@@ -275,12 +292,13 @@ class DeepSpeedEngine:
 
     def _num_zeros(self) -> Tensor:
         with self.span("optimizer-count-zeros"):
-            found = [part.data for part in self.gradients(owned=True)]
+            found = [part.data.to(self.ctx.device) for part in self.gradients(owned=True)]
             return count_zeros(found, self._sums, self.ctx.device)
 
     def _params_norm(self) -> Tensor:
         assert self._held is not None
-        found = [self._held.master(p.parameter) for p in self._trained if self._boxes[p.parameter]]
+        parts = [p.parameter for p in self._trained if self._boxes[p.parameter]]
+        found = [self._held.master(parameter).to(self.ctx.device) for parameter in parts]
         return global_norm(found, self._sums, self.ctx.device)
 
     # -- what it holds, named --------------------------------------------------------------------
@@ -338,16 +356,17 @@ class DeepSpeedEngine:
     def resume(self, progress: EngineProgress) -> None:
         """Stand where a checkpoint was saved."""
         assert self._held is not None
-        self._steps = progress.steps
+        self._steps = steps = progress.steps
         for parameter in self._held.updated():
             state = self._deep.basic_optimizer.state[parameter]
             if "step" in state:
-                counts = torch.is_tensor(state["step"])
-                state["step"] = torch.tensor(float(self._steps)) if counts else self._steps
+                step = state["step"]
+                state["step"] = torch.full_like(step, steps) if torch.is_tensor(step) else steps
 
 
-def deepspeed_library() -> ModuleType:
-    """DeepSpeed itself, its own log down to warnings."""
+def deepspeed_library(device: torch.device) -> ModuleType:
+    """DeepSpeed itself, which would take a GPU that it finds."""
+    os.environ.setdefault("DS_ACCELERATOR", device.type)
     try:
         import deepspeed  # noqa: PLC0415  an optional extra
     except ImportError as error:
@@ -355,7 +374,6 @@ def deepspeed_library() -> ModuleType:
             f"--engine deepspeed needs the package deepspeed ({error}); "
             f"`{how_to_install('deepspeed')}`, or leave --engine out"
         ) from error
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # collectives of its own through shared memory, on a CPU: a compiler would run for a minute first
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed

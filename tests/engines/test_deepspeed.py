@@ -10,25 +10,50 @@ import torch
 from megatron_lite.config.rules.table import problems
 from megatron_lite.engines.deepspeed.fragments import boxes
 from megatron_lite.train.assemble import assemble
-from megatron_lite.train.step import begin_step, train_step
-from tests.support.axes import BF16, PP, TP, ZERO
+from megatron_lite.train.step import begin_step, evaluation_step, train_step
+from tests.support.axes import BF16, FULL, PP, TP, ZERO
+from tests.support.checkpoints import load_and_save_again, same_in_every_way, train_and_save
+from tests.support.checkpoints import whole as saved_tensors
 from tests.support.engines import counted
 from tests.support.extras import needs
 from tests.support.spawn import spawn
 from tests.support.tiny import context, draw, make_batches, tiny_config
 
-ENGINE = "parallel__engine"
+ENGINE, KEYS = "parallel__engine", "parallel__deepspeed_keys"
 THEIRS = {ENGINE: "deepspeed"}
+ON_HOST = {"parallel__optimizer_cpu_offload": True}
+APART = "zero_optimization.stage3_param_persistence_threshold=0"
+"""Else all weights of a tiny model are whole between the layers, too."""
 CASES: dict[str, dict[str, Any]] = {
     "0": {},
     "1": {ZERO: 1},
     "2": {ZERO: 2},
     "3": {ZERO: 3},
+    "3-apart": {ZERO: 3, KEYS: [APART]},
+    "3-recompute": {ZERO: 3, KEYS: [APART], **FULL},
     "0-sgd": {"optim__optimizer": "sgd"},
+    "1-waits": {ZERO: 1, "parallel__overlap_grad_reduce": False},
+    "1-host": {ZERO: 1, **ON_HOST},
+    "2-host": {ZERO: 2, **ON_HOST},
+    "3-host": {
+        ZERO: 3,
+        **ON_HOST,
+        KEYS: [APART, 'zero_optimization.offload_param={"device": "cpu"}'],
+    },
+    "1-bf16": {ZERO: 1, BF16: True},
+    "1-bf16-sums": {
+        ZERO: 1,
+        BF16: True,
+        "parallel__accumulate_allreduce_grads_in_fp32": False,
+    },
+    "2-bf16": {ZERO: 2, BF16: True},
+    "3-bf16": {ZERO: 3, BF16: True, KEYS: [APART]},
 }
 
 
-def steps_of(rank: int, ranks: int, cases: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def steps_of(
+    rank: int, ranks: int, cases: dict[str, dict[str, Any]], disturbed: bool = False
+) -> dict[str, Any]:
     """Of each case loss and norm of four steps, then the gradients of a fifth, and the state, whole."""
     found = {}
     for name, changes in cases.items():
@@ -38,6 +63,9 @@ def steps_of(rank: int, ranks: int, cases: dict[str, dict[str, Any]]) -> dict[st
         numbers = []
         for step in range(4):
             batches = make_batches(config, blueprint, run.ctx.dp.rank, step, ragged=True)
+            if step == 2 and disturbed:  # neither a skipped step nor an evaluation leaves a trace
+                run.engine.discard(begin_step(run, batches[::-1]).attempt.norm)
+                evaluation_step(run, batches)
             result = train_step(run, batches, lr=1e-2, weight_decay=0.1)
             numbers += [float(result.loss), float(result.update.grad_norm)]
         begin_step(run, make_batches(config, blueprint, run.ctx.dp.rank, 4))
@@ -50,7 +78,7 @@ def steps_of(rank: int, ranks: int, cases: dict[str, dict[str, Any]]) -> dict[st
             numbers,
             {
                 what: [
-                    (p.name, p.shape, p.offset, p.data.numpy().copy())
+                    (p.name, p.shape, p.offset, p.data.float().numpy().copy())
                     for p in counted(pieces, run.ctx)
                 ]
                 for what, pieces in held.items()
@@ -73,30 +101,73 @@ def whole(ranks: list[Any], name: str, what: str) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture(scope="module")
-def both() -> tuple[list[Any], list[Any]]:
-    """What ours and theirs come to, by rank."""
+def ours() -> list[Any]:
+    """What our engine comes to, by rank and case; bf16 as fp32, which it rounds."""
+    changes = {
+        name: case | {ZERO: min(case.get(ZERO, 0), 1), KEYS: []} for name, case in CASES.items()
+    }
+    return spawn(steps_of, 2, changes)
+
+
+@pytest.fixture(scope="module")
+def theirs() -> list[Any]:
+    """And theirs."""
     needs("deepspeed")
-    ours = spawn(steps_of, 2, CASES)
-    return ours, spawn(steps_of, 2, {name: case | THEIRS for name, case in CASES.items()})
+    return spawn(steps_of, 2, {name: case | THEIRS for name, case in CASES.items()}, deadline=400)
 
 
 @pytest.mark.oracles
 @pytest.mark.parametrize("name", CASES)
-def test_losses_and_norms_equal_ours(both, name) -> None:
-    ours, theirs = (row[0][name][0] for row in both)
-    assert theirs == pytest.approx(ours, rel=1e-6)
+def test_losses_and_norms_equal_ours(ours, theirs, name) -> None:
+    # DeepSpeed has autograd add bf16 wgrads, we add products in fp32, or round each sum
+    close = 2e-2 if "sums" in name else 1e-3 if "bf16" in name else 1e-6
+    assert theirs[0][name][0] == pytest.approx(ours[0][name][0], rel=close)
 
 
 @pytest.mark.oracles
 @pytest.mark.parametrize("what", ["gradients", "state", "weights"])
 @pytest.mark.parametrize("name", CASES)
-def test_every_tensor_is_there_once_by_its_name(both, name, what) -> None:
-    ours, theirs = (whole(ranks, name, what) for ranks in both)
-    assert theirs.keys() == ours.keys()
-    for tensor, values in ours.items():
-        # softmax does not see a bias of the keys: its gradient is rounding, of which Adam makes steps
-        blind = tensor.endswith("attention.k.bias") and what == "weights"
-        torch.testing.assert_close(theirs[tensor], values, rtol=1e-5, atol=1e-2 if blind else 1e-6)
+def test_every_tensor_is_there_once_by_its_name(ours, theirs, name, what) -> None:
+    expected, found = (whole(ranks, name, what) for ranks in (ours, theirs))
+    assert found.keys() == expected.keys()
+    low = "bf16" in name
+    for tensor, values in expected.items():
+        if what != "gradients" and "attention.k.bias" in tensor:
+            continue  # softmax does not see it: its gradient is rounding, of which Adam makes steps
+        atol = (
+            0.05 if "sums" in name else 0.02
+        )  # of four steps of Adam, each of 0.01 in any direction
+        close = {"rtol": 0.05, "atol": atol} if low else {"rtol": 1e-5, "atol": 1e-6}
+        torch.testing.assert_close(found[tensor], values, **close)
+
+
+@pytest.mark.oracles
+def test_neither_a_skipped_step_nor_an_evaluation_leaves_a_trace(theirs) -> None:
+    cases = {name: case | THEIRS for name, case in CASES.items()}
+    again = spawn(steps_of, 2, cases, True, deadline=400)
+    assert {n: row[0] for n, row in again[0].items()} == {n: row[0] for n, row in theirs[0].items()}
+
+
+@pytest.mark.oracles
+@pytest.mark.parametrize("name", ["0", "1", "2", "3-host", "1-bf16", "2-bf16", "3-bf16"])
+def test_a_checkpoint_is_resumed_exactly_and_loads_into_our_engine(tmp_path, name) -> None:
+    needs("deepspeed")
+    case = CASES[name] | THEIRS
+    shared = {key: value for key, value in case.items() if key == BF16}
+    same_in_every_way(tmp_path, shared, case, close=1e-3 if shared else 1e-6)
+
+
+@pytest.mark.oracles
+@pytest.mark.parametrize("name", ["1", "3-apart", "2-bf16"])
+def test_our_checkpoint_loads_into_deepspeed(tmp_path, name) -> None:
+    needs("deepspeed")
+    case = CASES[name] | THEIRS
+    shared = {key: value for key, value in case.items() if key == BF16}
+    saved, again = str(tmp_path / "saved"), str(tmp_path / "again")
+    went_on = train_and_save(0, 1, shared, saved, 2, 2)
+    moved = spawn(load_and_save_again, 2, case, saved, again, 2)[0]
+    assert moved == pytest.approx(went_on, rel=1e-3 if shared else 1e-6)
+    assert saved_tensors(tmp_path / "saved") == saved_tensors(tmp_path / "again")
 
 
 class _Local:

@@ -10,6 +10,7 @@ from megatron_lite.config.deepspeed.key import DeepSpeedKey, shown, text_of, tru
 from megatron_lite.config.deepspeed.keys import KEYS, SECTIONS, near_key
 from megatron_lite.config.deepspeed.laying import FlagOfField, Laying, SaidKey
 from megatron_lite.config.deepspeed.optimizers import lay_optimizer
+from megatron_lite.config.deepspeed.passed import DEEPSPEED, ENGINE, FIELD, PASSED, passed_key
 from megatron_lite.config.deepspeed.rates import lay_learning_rate
 from megatron_lite.config.deepspeed.reading import FileValue, read_config
 from megatron_lite.config.deepspeed.system_keys import NO_NVME
@@ -81,8 +82,11 @@ def _keys(node: FileValue, name: str, prefix: str, problems: list[str]) -> Itera
 def _each_by_itself(laying: Laying) -> None:
     """Keys that one row says all about."""
     reasons: dict[str, list[SaidKey]] = {}
+    passed = _passed_on(laying)
     for key in laying.said.values():
         row = KEYS[key.name]
+        if key.name in passed and row.kind != "mapped":
+            continue
         if row.under is not None and not _is_on(laying, row.under):
             reasons.setdefault(f"has a say only with {row.under}", []).append(key)
         elif row.kind == "mapped":
@@ -102,6 +106,21 @@ def _each_by_itself(laying: Laying) -> None:
             2.0**16,
             "fp16 without initial_scale_power: 16, DeepSpeed's default",
         )
+
+
+def _passed_on(laying: Laying) -> set[str]:
+    """Keys that DeepSpeed gets as they are, where its own engine runs."""
+    if laying.values[ENGINE] != DEEPSPEED:
+        return set()
+    passed = {name: key for name, key in laying.said.items() if name in PASSED and not key.is_auto}
+    own = laying.values[FIELD]
+    assert isinstance(own, list)
+    given = {text.partition("=")[0] for text in own}
+    laying.values[FIELD] = own + [
+        passed_key(name, key.value) for name, key in passed.items() if name not in given
+    ]
+    laying.origin[FIELD] = f"file {laying.name}"
+    return set(passed)
 
 
 def _is_on(laying: Laying, name: str) -> bool:

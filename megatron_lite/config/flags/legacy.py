@@ -196,6 +196,7 @@ OURS_ONLY = frozenset(
         "parallel.check_collectives",
         "precision.torch_compile",
         "parallel.engine",
+        "parallel.deepspeed_keys",
         "parallel.logits_chunk_mib",
         "precision.tf32",
         "precision.loss_scale_patience",

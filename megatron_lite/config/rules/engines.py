@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from megatron_lite.config.deepspeed.passed import DEEPSPEED, read_passed
+from megatron_lite.config.errors import ConfigError
 from megatron_lite.config.param_groups import optimizers_asked_for
 from megatron_lite.config.sections.run import RunConfig
 
-DEEPSPEED = "deepspeed"
 _ITS_OPTIMIZERS = ("adam", "sgd")
 _WAY_OUT = "drop --engine, or"
 
@@ -16,7 +17,14 @@ def deepspeed(config: RunConfig, world_size: int) -> Iterator[str]:
     """DeepSpeed's engine shares over data-parallel ranks alone, and has a loss scale of its own."""
     p, o = config.parallel, config.optim
     if p.engine != DEEPSPEED:
+        if p.deepspeed_keys:
+            keys = p.deepspeed_keys[0]
+            yield f"--deepspeed-keys {keys} is about --engine deepspeed; add it, or drop the keys"
         return
+    try:
+        read_passed(p.deepspeed_keys)
+    except ConfigError as error:
+        yield str(error)
     for flag, size in (
         ("--tensor-model-parallel-size", p.tp),
         ("--pipeline-model-parallel-size", p.pp),
@@ -50,6 +58,16 @@ def deepspeed(config: RunConfig, world_size: int) -> Iterator[str]:
         yield (
             "--engine deepspeed with --lisa-layers: what DeepSpeed trains is chosen once, at its start; "
             f"{_WAY_OUT} --lisa-layers"
+        )
+    if p.optimizer_cpu_offload and not p.shares_state:
+        yield (
+            "--engine deepspeed with --optimizer-cpu-offload without ZeRO: DeepSpeed offloads what ZeRO cuts; "
+            f"{_WAY_OUT} --zero-stage 1"
+        )
+    if p.optimizer_cpu_offload and p.on_host < 1.0 and p.zero_stage < 3:
+        yield (
+            f"--engine deepspeed with --optimizer-offload-fraction {p.on_host:g}: DeepSpeed has a share at "
+            f"stage 3 alone; {_WAY_OUT} --optimizer-offload-fraction 1"
         )
     if p.overlap_param_gather:
         yield (

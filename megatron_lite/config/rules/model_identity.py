@@ -229,7 +229,7 @@ FREE: Mapping[str, str] = MappingProxyType({
         optimizer_cpu_offload optimizer_offload_fraction
         accumulate_allreduce_grads_in_fp32 recompute_granularity recompute_method
         recompute_num_layers recompute_modules distribute_saved_activations logits_chunk_mib distributed_backend
-        engine check_collectives distributed_timeout_minutes""",
+        engine deepspeed_keys check_collectives distributed_timeout_minutes""",
     # values are converted, from fp32 masters where there are any
     "precision": """fp16 bf16 loss_scale initial_loss_scale min_loss_scale loss_scale_window
         hysteresis loss_scale_patience attention_backend kernel masked_softmax_fusion bias_gelu_fusion

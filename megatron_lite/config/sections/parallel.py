@@ -52,6 +52,9 @@ class ParallelConfig:
     engine: str = field(default="zero", metadata={"rows": ("zero", "deepspeed")})
     """Who holds weights, gradients and optimizer state, and makes the update."""
 
+    deepspeed_keys: list[str] = field(default_factory=list)
+    """KEY=VALUE of DeepSpeed's own configuration, e.g. zero_optimization.sub_group_size=1e8; for its engine."""
+
     zero_stage: Literal[0, 1, 2, 3] = field(
         default=0,
         metadata={

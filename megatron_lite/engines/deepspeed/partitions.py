@@ -125,6 +125,8 @@ class FlatPartition(_Whole):
 
     def gradient(self, parameter: nn.Parameter) -> Tensor:
         """What is reduced and not yet updated with."""
+        if getattr(self.deep.optimizer, "cpu_offload", False):
+            self.deep.optimizer._wait_for_offload_copies()
         start, stop = self.range_of(parameter)
         index = parameter._index_in_param_group  # type: ignore[attr-defined]
         found: Tensor = _fragment(parameter).get_lp_grad_fragment(index).view(-1)
