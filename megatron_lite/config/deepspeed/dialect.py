@@ -10,7 +10,13 @@ from megatron_lite.config.deepspeed.key import DeepSpeedKey, shown, text_of, tru
 from megatron_lite.config.deepspeed.keys import KEYS, SECTIONS, near_key
 from megatron_lite.config.deepspeed.laying import FlagOfField, Laying, SaidKey
 from megatron_lite.config.deepspeed.optimizers import lay_optimizer
-from megatron_lite.config.deepspeed.passed import DEEPSPEED, ENGINE, FIELD, PASSED, passed_key
+from megatron_lite.config.deepspeed.passed import (
+    DEEPSPEED,
+    ENGINE_FIELD,
+    PASSED,
+    PASSED_FIELD,
+    passed_key,
+)
 from megatron_lite.config.deepspeed.rates import lay_learning_rate
 from megatron_lite.config.deepspeed.reading import FileValue, read_config
 from megatron_lite.config.deepspeed.system_keys import NO_NVME
@@ -110,16 +116,16 @@ def _each_by_itself(laying: Laying) -> None:
 
 def _passed_on(laying: Laying) -> set[str]:
     """Keys that DeepSpeed gets as they are, where its own engine runs."""
-    if laying.values[ENGINE] != DEEPSPEED:
+    if laying.values[ENGINE_FIELD] != DEEPSPEED:
         return set()
     passed = {name: key for name, key in laying.said.items() if name in PASSED and not key.is_auto}
-    own = laying.values[FIELD]
+    own = laying.values[PASSED_FIELD]
     assert isinstance(own, list)
     given = {text.partition("=")[0] for text in own}
-    laying.values[FIELD] = own + [
+    laying.values[PASSED_FIELD] = own + [
         passed_key(name, key.value) for name, key in passed.items() if name not in given
     ]
-    laying.origin[FIELD] = f"file {laying.name}"
+    laying.origin[PASSED_FIELD] = f"file {laying.name}"
     return set(passed)
 
 

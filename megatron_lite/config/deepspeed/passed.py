@@ -8,8 +8,8 @@ from collections.abc import Iterable
 from megatron_lite.config.deepspeed.keys import KEYS, near_key
 from megatron_lite.config.errors import ConfigError
 
-FIELD = "parallel.deepspeed_keys"
-ENGINE, DEEPSPEED = "parallel.engine", "deepspeed"
+PASSED_FIELD = "parallel.deepspeed_keys"
+ENGINE_FIELD, DEEPSPEED = "parallel.engine", "deepspeed"
 
 
 def _within(section: str, names: str) -> list[str]:
