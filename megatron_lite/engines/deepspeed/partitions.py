@@ -124,12 +124,21 @@ class FlatPartition(_Whole):
         return found
 
     def gradient(self, parameter: nn.Parameter) -> Tensor:
-        """What is reduced and not yet updated with."""
+        """What is reduced and not yet updated with; before that what this rank has added, if it is there."""
         if getattr(self.deep.optimizer, "cpu_offload", False):
             self.deep.optimizer._wait_for_offload_copies()
         start, stop = self.range_of(parameter)
         index = parameter._index_in_param_group  # type: ignore[attr-defined]
-        found: Tensor = _fragment(parameter).get_lp_grad_fragment(index).view(-1)
+        try:
+            found: Tensor = _fragment(parameter).get_lp_grad_fragment(index).view(-1)
+        except ValueError:  # between two backwards, or after an update
+            own = getattr(parameter, "grad_accum", None)
+            own = parameter.grad if own is None else own
+            return (
+                torch.zeros_like(parameter).view(-1)[start:stop]
+                if own is None
+                else own.view(-1)[start:stop]
+            )
         # bf16 with fp32 gradients at stage 1: those of all ranks' elements are there
         return found if found.numel() == stop - start else found[start:stop]
 
