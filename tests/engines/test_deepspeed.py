@@ -11,7 +11,7 @@ from megatron_lite.config.rules.table import problems
 from megatron_lite.engines.deepspeed.fragments import boxes
 from megatron_lite.train.assemble import assemble
 from megatron_lite.train.step import begin_step, evaluation_step, train_step
-from tests.support.axes import BF16, FULL, PP, TP, ZERO
+from tests.support.axes import BF16, FULL, HOST, PP, TP, ZERO
 from tests.support.checkpoints import load_and_save_again, same_in_every_way, train_and_save
 from tests.support.checkpoints import whole as saved_tensors
 from tests.support.engines import counted
@@ -21,7 +21,7 @@ from tests.support.tiny import context, draw, make_batches, tiny_config
 
 ENGINE, KEYS = "parallel__engine", "parallel__deepspeed_keys"
 THEIRS = {ENGINE: "deepspeed"}
-ON_HOST = {"parallel__optimizer_cpu_offload": True}
+ON_HOST = {HOST: True}
 APART = "zero_optimization.stage3_param_persistence_threshold=0"
 """Else all weights of a tiny model are whole between the layers, too."""
 CASES: dict[str, dict[str, Any]] = {
