@@ -88,6 +88,21 @@ CONTRADICTIONS: dict[str, tuple[dict[str, Any], str, str]] = {
         "--fp16",
         "fp16.enabled false contradicts --fp16; keep one",
     ),
+    "fp16-bf16": (
+        {"fp16": {"enabled": True}},
+        "--bf16",
+        "ds.json:3: fp16.enabled true contradicts --bf16; keep one",
+    ),
+    "bf16-fp16": (
+        {"bfloat16": {"enabled": True}},
+        "--fp16",
+        "ds.json:3: bfloat16.enabled true contradicts --fp16; keep one",
+    ),
+    "both-formats": (
+        {"fp16": {"enabled": True}, "bf16": {"enabled": True}},
+        "",
+        "fp16.enabled true contradicts ds.json:6: bf16.enabled true; keep one",
+    ),
     "stage": (
         {"zero_optimization": {"stage": 0}},
         "--use-distributed-optimizer",

@@ -107,3 +107,15 @@ def test_a_share_of_an_offload_that_is_off_has_no_say(ds) -> None:
     parsed = ds.parse(config)
     assert parsed.config.parallel.optimizer_offload_fraction == 1.0
     assert any('ratio 0.5: has a say only with device "cpu"' in line for line in parsed.notices)
+
+
+def test_a_constant_rate_is_what_a_file_without_scheduler_says(ds) -> None:
+    config = {"optimizer": {"type": "Adam", "params": {"lr": 1e-4}}}
+    rate = ds.parse(config, "--lr-decay-style constant").config.learning_rate
+    assert (rate.lr, rate.lr_decay_style) == (1e-4, "constant")
+
+
+def test_a_stage_of_auto_is_that_of_the_flag(ds) -> None:
+    config = {"zero_optimization": {"stage": "auto"}}
+    assert ds.parse(config, "--zero-stage 3").config.parallel.zero_stage == 3
+    assert 'stage "auto" takes the value of --zero-stage, which is not given' in ds.refusal(config)

@@ -24,6 +24,7 @@ from megatron_lite.config.deepspeed.system_keys import NO_NVME
 _ZERO = "zero_optimization"
 _STAGE = "parallel.zero_stage"
 _HOST, _HOST_SHARE = "parallel.optimizer_cpu_offload", "parallel.optimizer_offload_fraction"
+_FORMATS = {"precision.fp16", "precision.bf16"}
 _WANDB, _RUN = "telemetry.wandb_project", "telemetry.wandb_exp_name"
 
 
@@ -55,6 +56,7 @@ def lay_config(
     laying = Laying(name, said, flags=flags, values=values, origin=origin)
     laying.problems += problems
     _each_by_itself(laying)
+    _one_format(laying)
     _zero(laying)
     _gradient_format(laying)
     _writers(laying)
@@ -129,6 +131,23 @@ def _passed_on(laying: Laying) -> set[str]:
     return set(passed)
 
 
+def _one_format(laying: Laying) -> None:
+    """fp16 or bf16: the flag or key of the other one is named, which the rules cannot."""
+    on = {
+        field: key
+        for key in laying.said.values()
+        if key.value is True
+        for field in KEYS[key.name].to
+        if field in _FORMATS
+    }
+    for field, key in on.items():
+        (other,) = _FORMATS - {field}
+        if laying.given(other) and laying.values[other]:
+            laying.problems.append(f"{key} contradicts {laying.flag(other)}; keep one")
+    if len(on) == len(_FORMATS):
+        laying.problems.append(f"{' contradicts '.join(map(str, on.values()))}; keep one")
+
+
 def _is_on(laying: Laying, name: str) -> bool:
     key = laying.said.get(name)
     if key is not None and not key.is_auto:
@@ -167,7 +186,7 @@ def _zero(laying: Laying) -> None:
     """The stage, and where the optimizer's state lies."""
     stage = laying.said.get(f"{_ZERO}.stage")
     if stage is not None and stage.is_auto:
-        laying.problems.append(f"{stage}: no flag says a stage; write 0, 1, 2 or 3")
+        laying.from_flags(stage, [_STAGE])
     elif stage is not None:
         row = KEYS[stage.name]
         assert row.read is not None

@@ -60,7 +60,11 @@ def _alone(laying: Laying) -> None:
     lr = _read(laying, key, real)
     if lr is None:
         return
-    curve = [laying.flag(field) for field in _CURVE if laying.given(field)]
+    curve = [
+        laying.flag(field)
+        for field in _CURVE
+        if laying.given(field) and not (field == _STYLE and laying.values[field] == "constant")
+    ]
     if curve and not laying.given(_LR):
         laying.problems.append(
             f"{key} owns the learning rate, which stays there without a scheduler; {curve[0]} is "
