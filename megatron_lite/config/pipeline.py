@@ -25,6 +25,7 @@ _PP = "--pipeline-model-parallel-size"
 _PER_CHUNK = "--num-layers-per-virtual-pipeline-stage"
 _CHUNKS = "--num-virtual-stages-per-pipeline-rank"
 _LAYOUT = "--pipeline-model-parallel-layout"
+_ENDS = ("--account-for-embedding-in-pipeline-split", "--account-for-loss-in-pipeline-split")
 _MAX_SYMBOLS = 10_000
 _MAX_DEPTH = 20
 
@@ -128,8 +129,8 @@ def _layers(num_layers: int, parallel: ParallelConfig, name: str, chunks: int) -
         _LAYOUT: parallel.pipeline_model_parallel_layout is not None,
         "--decoder-first-pipeline-num-layers": _ends(parallel)[0] is not None,
         "--decoder-last-pipeline-num-layers": _ends(parallel)[1] is not None,
-        "--account-for-embedding-in-pipeline-split": bool(_counted(parallel)[0]),
-        "--account-for-loss-in-pipeline-split": bool(_counted(parallel)[1]),
+        _ENDS[0]: bool(_counted(parallel)[0]),
+        _ENDS[1]: bool(_counted(parallel)[1]),
     }
     given = [flag for flag, asked in ways.items() if asked]
     if len({flag.split("-")[2] for flag in given}) > 1:
@@ -198,9 +199,14 @@ def _not_even(num_layers: int, extra: int, pp: int, chunks: int) -> str:
     below = dealt // stages * stages - extra
     layers = [str(n) for n in (below, below + stages) if n > 0]
     what = f"--num-layers {num_layers}{counted} cannot be dealt to {_PP} {pp}"
+    # as Llama 3's 126 layers on 16 stages
+    both = {1: " or ", 2: " and "}.get(-num_layers % stages)
+    counts = f", or count ends as layers: {both.join(_ENDS)}" if both and not extra else ""
     if chunks > 1:
-        return f"{what} x {chunks} stages per rank; use {' or '.join(layers)} layers, or {_LAYOUT}"
-    return f"{what} stages; choose pp from {_divisors(dealt)}, or {' or '.join(layers)} layers"
+        return f"{what} x {chunks} stages per rank; use {' or '.join(layers)} layers, or {_LAYOUT}{counts}"
+    return (
+        f"{what} stages; choose pp from {_divisors(dealt)}, or {' or '.join(layers)} layers{counts}"
+    )
 
 
 def _divisors(number: int) -> str:

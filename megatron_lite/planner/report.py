@@ -251,11 +251,11 @@ def _rates(plan: Forecast) -> Iterator[str]:
         f"{r.tgs * world:,.0f} tokens, {samples:,.4g} sequences per second"
     )
     yield (
-        f"MFU {r.mfu:.1%}{share} = {r.tflops:,.1f} TFLOP/s per GPU of {peak:,g} (dense 16-bit peak); FLOPs "
+        f"MFU {r.mfu:.1%}{share} = {_tflops(r.tflops)} TFLOP/s per GPU of {peak:,g} (dense 16-bit peak); FLOPs "
         "of the model, attention as a full square (SC21)"
     )
     yield (
-        f"  causal {r.mfu_causal:.1%} = {r.tflops_causal:,.1f}, of attention the half that is seen "
+        f"  causal {r.mfu_causal:.1%} = {_tflops(r.tflops_causal)}, of attention the half that is seen "
         "(Megatron-LM since 2025)"
     )
     published = (
@@ -264,10 +264,15 @@ def _rates(plan: Forecast) -> Iterator[str]:
         else ""
     )
     yield (
-        f"HFU {r.hfu:.1%} = {r.tflops_hardware:,.1f} TFLOP/s per GPU, with what is recomputed{published}"
+        f"HFU {r.hfu:.1%} = {_tflops(r.tflops_hardware)} TFLOP/s per GPU, with what is recomputed{published}"
     )
     full, causal = plan.blueprint.flops_per_token_full, plan.blueprint.flops_per_token_causal
     yield f"FLOPs per token {full:.4e}, causal {causal:.4e}, hardware {_hardware_flops(plan):.4e}"
+
+
+def _tflops(number: float) -> str:
+    """Of a CPU's core, too, whose whole peak is a tenth."""
+    return f"{number:,.1f}" if number >= 10 else f"{number:.3g}"
 
 
 def _cost(plan: Forecast, extra: Extra) -> Iterator[str]:

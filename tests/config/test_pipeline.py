@@ -74,6 +74,9 @@ VIRTUAL = "--num-virtual-stages-per-pipeline-rank"
     ("num_layers", "pp", "fields", "says"),
     [
         (8, 3, {}, "--num-layers 8 cannot be dealt to .* 3 stages; choose pp from 1, 2, 4, 8, or 6"),
+        (126, 16, {}, "112 or 128 layers, or count .*-embedding-in.* and .*-loss-in-pipeline-split$"),
+        (15, 8, {"num_virtual_stages_per_pipeline_rank": 2}, "count .*-embedding-in.* or .*-loss-in.*split$"),
+        (12, 8, {}, "8 or 16 layers$"),
         (9, 2, {"num_virtual_stages_per_pipeline_rank": 2}, "2 x 2 stages per rank; use 8 or 12"),
         (8, 1, {"num_virtual_stages_per_pipeline_rank": 2}, "virtual pipeline stages need"),
         (8, 1, {"pipeline_schedule": "zb-v"}, "--pipeline-schedule zb-v needs .* at least 2"),

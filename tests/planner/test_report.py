@@ -229,3 +229,13 @@ def test_a_search_says_what_was_searched() -> None:
     assert not any("--train-iters" in line or "--lr " in line for line in lines)
     assert "\nnothing fits; " in none and "\nthe closest needs " in none
     assert "note: --hidden-size (1024) and --hidden-size (32768): the last one counts" in none
+
+
+def test_rates_of_a_core_are_no_zeros() -> None:
+    """Its whole peak is a tenth of a TFLOP/s."""
+    flags = (
+        "--hardware cpu --gpus-per-node 2 --num-layers 2 --hidden-size 64 --num-attention-heads 4"
+    )
+    text = said(f"{flags} --seq-length 64")
+    shown = re.findall(r"^(?:MFU|HFU|  causal) .*? = ([\d.,]+\d)", text, re.MULTILINE)
+    assert len(shown) == 3 and all(0 < float(number) < 0.12 for number in shown)
