@@ -12,7 +12,7 @@ from megatron_lite.planner.columns import aligned
 from megatron_lite.planner.forecast import Forecast
 from megatron_lite.planner.hardware import GIB, Cluster
 from megatron_lite.planner.memory import PlanInputs
-from megatron_lite.planner.remarks import format_warnings
+from megatron_lite.planner.remarks import cautions
 from megatron_lite.planner.search import SearchResult
 from megatron_lite.planner.trust import range_json, trusted
 
@@ -38,7 +38,7 @@ class Ranking:
 
     @property
     def _warnings(self) -> list[str]:
-        return [line for plan in self.found.ranked[:1] for line in format_warnings(plan)]
+        return [line for plan in self.found.ranked[:1] for line in cautions(plan)]
 
     def _kept(self) -> Iterator[str]:
         """What was not searched, as the line says it."""

@@ -5,16 +5,42 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
+from megatron_lite.blueprint.optimizers import treatment
 from megatron_lite.planner.activations import uses_flash
+from megatron_lite.planner.awake import has_adapters
 from megatron_lite.planner.forecast import Forecast, forecast
 from megatron_lite.planner.hardware import GIB
 from megatron_lite.planner.memory import RankMemory, memory
+from megatron_lite.planner.sharing import shared_by
 
 _WORTH_A_WORD = 1.2
 """Ratio of memory from which a default of another program is told."""
 
 
-def format_warnings(plan: Forecast) -> Iterator[str]:
+def cautions(plan: Forecast) -> Iterator[str]:
+    """Where the run will not be as planned."""
+    yield from _formats(plan)
+    yield from _owners(plan)
+
+
+def _owners(plan: Forecast) -> Iterator[str]:
+    """Rules that sum over whole matrices, tables too: at stage 3 their owners keep more than a share."""
+    blueprint = plan.blueprint
+    shared = shared_by(plan.asked.parallel, blueprint.replicas)
+    if shared.weights == 1 or has_adapters(blueprint.figure):  # adapters are whole on each
+        return
+    treated = [treatment(blueprint.optim, spec.tensor) for spec in blueprint.parameters]
+    rules = {how.rule for how in treated if how.needs_whole_matrix and how.flops is None}
+    for rule in sorted(rules):
+        yield (
+            f"--zero-stage 3 with {rule}: one rank keeps and updates each matrix and table whole, and "
+            "gathers of a layer are as wide as its largest; planned are even shares: rehearsals of 4 "
+            "ranks had 1.4 times the memory and 1.7 times the traffic; count yours with --rehearse, "
+            "or use --zero-stage 2, of which the plan holds"
+        )
+
+
+def _formats(plan: Forecast) -> Iterator[str]:
     """Formats that the device has no units for: its times are not those of the plan."""
     device, precision = plan.cluster.device, plan.asked.precision
     if device.cpu or device.bf16:

@@ -20,7 +20,7 @@ from megatron_lite.planner.forecast import (
 )
 from megatron_lite.planner.hardware import GIB
 from megatron_lite.planner.memory import RankMemory, layer_items
-from megatron_lite.planner.remarks import format_warnings, hints, kernel_notes
+from megatron_lite.planner.remarks import cautions, hints, kernel_notes
 from megatron_lite.planner.trust import range_json, trusted
 
 _ALWAYS = ("activations", "logits")
@@ -102,7 +102,7 @@ def to_text(plan: Forecast, extra: Extra, *, width: int | None = None) -> str:
 
 
 def _warnings(plan: Forecast, extra: Extra) -> Iterator[str]:
-    yield from format_warnings(plan)
+    yield from cautions(plan)
     yield from warnings(plan, extra.tokens, begins=extra.begins)
 
 

@@ -9,6 +9,7 @@ from megatron_lite.config.flags.parser import parse
 from megatron_lite.planner.forecast import Forecast, forecast
 from megatron_lite.planner.hardware import Cluster, find_device
 from megatron_lite.planner.memory import PlanInputs, static_bytes
+from megatron_lite.planner.remarks import cautions
 from megatron_lite.planner.sharing import passed
 
 MODEL = (
@@ -116,3 +117,10 @@ def test_a_matrix_of_one_owner_widens_every_share() -> None:
     plain, whole = planned("", 3), planned("--optimizer muon", 3)
     weights = [plan.memory[0].kinds["weights"] for plan in (plain, whole)]
     assert weights[1] / weights[0] == pytest.approx(8 * 4 / 12, rel=0.01)
+
+
+def test_of_owners_of_tables_the_plan_says_that_shares_are_not_even() -> None:
+    """Adafactor's at stage 3: an even share is planned, and its owner has the table whole."""
+    assert "count yours with --rehearse" in "".join(cautions(planned("--optimizer adafactor", 3)))
+    for optimizer, stage in (("adafactor", 2), ("muon", 3), ("adam", 3)):
+        assert not list(cautions(planned(f"--optimizer {optimizer}", stage)))
