@@ -109,6 +109,13 @@ def _whole_matrices(plan: Forecast) -> bool:
     return updated and _share(plan, "optimizer") > 0.1
 
 
+def _on_host(plan: Forecast) -> bool:
+    """Whether updates in host memory take a part of the step worth doubting."""
+    return (
+        plan.asked.on_gpu and plan.asked.parallel.on_host > 0 and _share(plan, "optimizer") > 0.05
+    )
+
+
 _DOUBTS = (
     _Doubt(_unfitted, 0.75, 1.3,
            "no measured step on {device} was fitted: what its products and kernels reach is its kin's"),
@@ -131,6 +138,8 @@ _DOUBTS = (
     _Doubt(lambda plan: plan.asked.on_gpu and plan.asked.precision.name == "fp32", 0.7, 1.5,
            "no measured step in fp32 or TF32"),
     _Doubt(_whole_matrices, 0.8, 1.5, "no measured step whose update multiplies whole matrices"),
+    _Doubt(_on_host, 0.8, 1.5,
+           "no measured step of a GPU with updates in host memory: 70 % of its links and memory are assumed"),
     _Doubt(lambda plan: plan.blueprint.grid.cp > 2, 0.9, 1.3, "no measured step of more than cp 2"),
     _Doubt(_frozen, 0.8, 1.4, "no measured step with frozen weights"),
 )  # fmt: skip

@@ -57,6 +57,8 @@ def doubts(plan: Forecast) -> str:
     ("h100", 1, SMALL.replace("512", "4") + " --optimizer muon", "whole matrices"),
     ("h100", 1024, LARGE + " --context-parallel-size 4", "cp 2"),
     ("h100", 1, SMALL.replace("512", "64") + " --lora-rank 8", "frozen"),
+    ("h100", 1, SMALL.replace("512", "64") + " --optimizer-cpu-offload", "host memory"),
+    ("h100", 1, SMALL.replace("512", "64000") + " --optimizer-cpu-offload", ""),
     ("cpu", 2, SMALL.replace("512", "64"), "a guess"),
     ("h100", 1, SMALL.replace("512", "1").replace("size 4", "size 1").replace("2048 --vocab", "128 --vocab"),
      "waits for its host"),
