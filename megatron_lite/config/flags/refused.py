@@ -27,8 +27,11 @@ REFUSED: tuple[Legacy, ...] = (
     refused("--valid-weighted-split-paths", "use --valid-data-path w1 P1 w2 P2 ..."),
     refused("--test-weighted-split-paths", "use --test-data-path w1 P1 w2 P2 ..."),
     refused("--squared-relu", "not built; use GELU or --swiglu"),
-    refused("--use-torch-fsdp2", "not built; use --use-distributed-optimizer"),
-    refused("--data-parallel-sharding-strategy", "not built; use --use-distributed-optimizer"),
+    refused("--use-torch-fsdp2", "use --zero-stage 3, which shares weights, gradients and state"),
+    refused(
+        "--data-parallel-sharding-strategy",
+        "use --zero-stage 1, 2 or 3: optim, optim_grads, optim_grads_params",
+    ),
     refused("--fp8-format", "not built; use --bf16"),
     refused("--fp8-recipe", "not built; use --bf16"),
     refused("--full-validation", "not built; use --eval-iters"),
@@ -57,9 +60,11 @@ REFUSED: tuple[Legacy, ...] = (
     refused("--fp32-residual-connection", "not built; drop it"),
     refused("--fp16-lm-cross-entropy", "the loss is computed in fp32; drop it"),
     refused("--data-parallel-random-init", "replicas start alike; drop it"),
-    refused("--use-megatron-fsdp", "not built; use --use-distributed-optimizer"),
-    refused("--use-custom-fsdp", "not built; use --use-distributed-optimizer"),
-    refused("--torch-fsdp2-no-reshard-after-forward", "not built; use --use-distributed-optimizer"),
+    refused("--use-megatron-fsdp", "use --zero-stage 3, which shares weights, gradients and state"),
+    refused("--use-custom-fsdp", "use --zero-stage 3, which shares weights, gradients and state"),
+    refused(
+        "--torch-fsdp2-no-reshard-after-forward", "use --zero-stage 2, where weights stay whole"
+    ),
     refused("--enable-cpu-offloading", "not built; use --recompute-granularity full"),
     refused("--cpu-offloading-num-layers", "not built; use --recompute-granularity full"),
     refused("--fp4-format", "not built; use --bf16"),
