@@ -97,7 +97,7 @@ def told_once(find: Callable[[], _Found]) -> _Found:
         failures = Failures(
             launch.rank, folder=None, debug="--debug" in sys.argv, speaks_first=first
         )
-        end_process(failures.report(error))
+        raise SystemExit(failures.report(error)) from error
 
 
 def counted(presence: Presence) -> Callable[[], None]:
