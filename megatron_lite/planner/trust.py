@@ -124,7 +124,7 @@ _DOUBTS = (
            "a model below 10B parameters on several devices as fast as an H100: others' took 1.1 to 1.5 times "
            "as long (ours on one H100 were within 14 %)"),
     _Doubt(_small_on_slow, 0.8, 1.9,
-           "a model below 1B parameters: trainers differ by more than twice (0.8 to 1.8 times)"),
+           "a model below 1B parameters: trainers differ by more than twice (0.8 to 1.9 times)"),
     _Doubt(lambda plan: plan.cluster.world_size > 4096, 0.95, 1.25,
            "more than 4,096 devices: their networks took 1.1 to 1.2 times as long"),
     _Doubt(_leaves_node, 0.95, 1.5, "tp leaves the node: the one measured step took 1.3 times as long"),

@@ -27,3 +27,9 @@ def carried_out(command: str, **env: str) -> subprocess.CompletedProcess[str]:
         ["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=500,
         env={"PATH": os.environ["PATH"], "PYTHON": sys.executable, **env},
     )  # fmt: skip
+
+
+def planned_step(printed: str) -> float:
+    """Seconds of a step in a printed plan; where it says a range, what its sum says."""
+    (line,) = re.findall(r"^seconds per step +(.*)$", printed, re.MULTILINE)
+    return float(line.rpartition("by this sum ")[2])
