@@ -43,8 +43,10 @@ class WholeWeights:
     def __init__(self, *, until_last_backward: bool) -> None:
         self._stay = until_last_backward
         self._last: set[int] = set()
+        self._flying: list[Bucket] = []
         self._uses: list[_Use] = []
         self._now = 0
+        self._is_known = False
 
     def use(self, layer: SharedLayer, *, backward: bool = False) -> None:
         """Have its weights whole, and the next ones' on their way."""
@@ -54,11 +56,12 @@ class WholeWeights:
         self._note(use)
         for bucket in layer.shared:
             if not bucket.is_whole:
-                _start(bucket)
+                self._start(bucket)
+                self._flying.remove(bucket)
                 bucket.finish_gather()
         for bucket in self._ahead(use):
-            if not bucket.is_whole:
-                _start(bucket)
+            if not bucket.is_whole and len(self._flying) < IN_FLIGHT:
+                self._start(bucket)
 
     def leave(self, layer: SharedLayer, *, backward: bool = False) -> None:
         """It reads no weight any more."""
@@ -76,9 +79,9 @@ class WholeWeights:
     def let_go(self, buckets: Iterable[Bucket]) -> None:
         """A step's last backward is done, or weights change: none of these stays whole."""
         self._last.clear()
+        while self._flying:
+            self._flying.pop(0).finish_gather()
         for bucket in buckets:
-            if bucket.gathering is not None:
-                bucket.finish_gather()
             if bucket.is_whole:
                 bucket.let_go()
 
@@ -88,9 +91,13 @@ class WholeWeights:
             if all(use.layer is not known.layer for known in self._uses):
                 self._uses.append(use)
             return
-        self._now = 0 if not self._uses or use == self._uses[0] else self._now + 1
+        again = bool(self._uses) and use == self._uses[0]
+        if again and self._now + 1 == len(self._uses):
+            self._is_known = self._uses[-1].backward
+        self._now = 0 if again or not self._uses else self._now + 1
         if self._uses[self._now : self._now + 1] != [use]:
             self._uses[self._now :] = [use]
+            self._is_known = False
 
     def _ahead(self, use: _Use) -> Iterator[Bucket]:
         """Weights that are used next."""
@@ -101,11 +108,12 @@ class WholeWeights:
         # an evaluation has no backward
         evaluates = not use.backward and not torch.is_grad_enabled()
         ahead = self._uses[self._now + 1 : self._now + 1 + IN_FLIGHT]
-        if use.backward and not self._last:  # another micro batch follows
+        if self._is_known and not self._last and use.backward:  # another micro batch follows
             ahead += self._uses[: IN_FLIGHT - len(ahead)]
         for coming in ahead:
-            if not (evaluates and coming.backward):
-                yield coming.layer
+            if evaluates and coming.backward:
+                return
+            yield coming.layer
 
     def _next_in_pipeline(self, use: _Use) -> Iterator[SharedLayer]:
         known = [known.layer for known in self._uses]
@@ -114,7 +122,7 @@ class WholeWeights:
             if not use.backward and not self._last & {use.layer.stage, layer.stage}:
                 yield layer
 
-
-def _start(bucket: Bucket) -> None:
-    if bucket.gathering is None:
-        bucket.start_gather()
+    def _start(self, bucket: Bucket) -> None:
+        if bucket not in self._flying:
+            bucket.start_gather()
+            self._flying.append(bucket)

@@ -116,9 +116,9 @@ def test_the_server_answers_likewise(runs) -> None:
     needs("uvicorn")
     words = [str(word) for word in loads(runs)["adapter"]]
     asked = serve._parse([*words, "--use-cpu", "--dtype", "float32"])
-    speaker = load_speaker(asked, ParallelContext.serial())
-    chat = speaker.renderer(asked)
-    with serving(speaker.model, speaker.tokenizer, chat=chat) as server:
+    template = serve._template(asked)
+    speaker = load_speaker(asked, ParallelContext.serial(), template.look)
+    with serving(speaker.model, speaker.tokenizer, chat=template.renderer) as server:
         for question, answer in zip(ASKED, ANSWERS, strict=True):
             body = {"messages": [{"role": "user", "content": question}], "temperature": 0}
             status, reply = server.ask("/v1/chat/completions", body)

@@ -46,6 +46,7 @@ class Pass:
         self.layers = {b.name: SharedLayer(0, [b]) for b in self.buckets}
         self.weights = WholeWeights(until_last_backward=pp)
         self.names = names
+        self.flying: list[int] = []
 
     def run(self, *, backward: bool = True, last: bool = False) -> list[str]:
         """What is said in a micro batch; the first layer's backward reads nothing."""
@@ -65,8 +66,7 @@ class Pass:
             self.weights.use(self.layers[name], backward=backward)
             assert self.layers[name].shared[0].is_whole
             self.said.append(name + "'" * backward)
-            flying = sum(bucket.gathering is not None for bucket in self.buckets)
-            assert flying <= IN_FLIGHT
+            self.flying.append(sum(bucket.gathering is not None for bucket in self.buckets))
             self.weights.leave(self.layers[name], backward=backward)
 
 
@@ -91,6 +91,7 @@ def test_from_the_second_micro_batch_on_gathers_are_begun_before_the_layer_in_fr
     assert begun_before_used(second)
     assert second.count("start e") == 1, "the last layer stays for its backward"
     assert second.count("start c") == 2
+    assert max(one.flying) == IN_FLIGHT
     assert not any(bucket.is_whole or bucket.gathering for bucket in one.buckets)
 
 
@@ -98,6 +99,8 @@ def test_the_next_micro_batchs_first_layer_comes_under_the_last_backward_but_not
     None
 ):
     one = Pass("abcd")
+    one.run()
+    assert not one.buckets[0].gathering, "nobody knows yet whether this was all"
     one.run()
     assert one.buckets[0].gathering, "a micro batch follows"
     one.run(last=True)
@@ -113,6 +116,33 @@ def test_an_evaluation_gathers_nothing_for_a_backward() -> None:
     assert not any(bucket.is_whole or bucket.gathering for bucket in one.buckets)
     again = one.run(last=True)
     assert begun_before_used(again), "the order of training is still known"
+
+
+def test_where_a_layer_has_several_buckets_so_many_are_in_flight_all_the_same() -> None:
+    one = Pass("abcdef")
+    one.layers = {
+        name: SharedLayer(0, one.buckets[2 * n : 2 * n + 2]) for n, name in enumerate("abc")
+    }
+    one.names = "abc"
+    for _ in range(3):
+        one.run()
+    assert max(one.flying) == IN_FLIGHT
+
+
+def test_what_is_computed_again_is_no_part_of_an_evaluation() -> None:
+    """Behind the last layer's backward its forward comes again: forward, but after a backward."""
+    one = Pass("ab")
+    for again in (True, False):
+        one.run(backward=False)
+        if again:
+            for name, backward, grad in (
+                ("b", True, False),
+                ("b", False, True),
+                ("b", True, False),
+            ):
+                one._use(name, backward=backward, grad=grad)
+            one.weights.let_go(one.buckets)
+    assert not any(bucket.is_whole or bucket.gathering for bucket in one.buckets)
 
 
 def test_in_a_pipeline_weights_stay_until_the_last_backward() -> None:
