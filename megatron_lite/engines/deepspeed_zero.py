@@ -28,6 +28,7 @@ from megatron_lite.engines.deepspeed.fragments import Box, boxes
 from megatron_lite.engines.deepspeed.holders import GatheringHooks, Layer, Layers
 from megatron_lite.engines.deepspeed.partitions import FlatPartition, Partition, partition_of
 from megatron_lite.engines.deepspeed.written import STATE_NAMES, deepspeed_config
+from megatron_lite.engines.holding import learns
 from megatron_lite.engines.loss_scale import LossScale
 from megatron_lite.optim.groups import Groups
 from megatron_lite.parallel.context import ParallelContext
@@ -64,9 +65,9 @@ class DeepSpeedEngine:
         self._low = precision.name != "fp32"
         (self._all,) = stages.values()
         self._sizes = {local.parameter: tuple(local.parameter.shape) for local in self._all}
-        self._trained = [local for local in self._all if self._learns(local)]
+        self._trained = [local for local in self._all if learns(local, self.groups)]
         for local in self._all:
-            local.parameter.requires_grad_(self._learns(local))
+            local.parameter.requires_grad_(learns(local, self.groups))
         self._config = deepspeed_config(
             optim,
             parallel,
@@ -78,9 +79,6 @@ class DeepSpeedEngine:
         self._library = deepspeed_library(ctx.device)
         self._held: Partition | None = None
         self._boxes: dict[nn.Parameter, list[Box]] = {}
-
-    def _learns(self, local: LocalParameter) -> bool:
-        return not all(self.groups.treatment(piece.spec).frozen for piece in local.pieces)
 
     # -- beginning -------------------------------------------------------------------------------
 

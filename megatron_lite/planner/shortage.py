@@ -8,10 +8,9 @@ from itertools import combinations
 from typing import Any
 
 from megatron_lite.config.errors import ConfigError
-from megatron_lite.config.sections.parallel import ParallelConfig
+from megatron_lite.config.sections.parallel import RECOMPUTE_MODULES, ParallelConfig
 from megatron_lite.planner.advice import recompute_flags
 from megatron_lite.planner.memory import RankMemory
-from megatron_lite.planner.space import RECOMPUTED
 
 Planned = Callable[[ParallelConfig, int], RankMemory]
 """(layout, micro batch size) -> the rank's memory in the same run; ConfigError where no rule allows it."""
@@ -90,8 +89,8 @@ def _parts_again(
     if p.recompute_granularity == "full":
         return
     now = set(p.recompute_modules) if p.recompute_granularity == "selective" else set[str]()
-    for number in range(1, len(RECOMPUTED) + 1):
-        for modules in combinations(RECOMPUTED, number):
+    for number in range(1, len(RECOMPUTE_MODULES) + 1):
+        for modules in combinations(RECOMPUTE_MODULES, number):
             if now < set(modules) and ("mlp" in modules) == with_mlp:
                 then = dataclasses.replace(
                     p, recompute_granularity="selective", recompute_modules=list(modules)

@@ -9,8 +9,9 @@ from typing import Any, Literal, NamedTuple
 
 from megatron_lite.blueprint.draw_up import Blueprint
 from megatron_lite.config.flags.settings import settings
+from megatron_lite.config.rules.layout import divisors
 from megatron_lite.config.sections.model import ModelConfig
-from megatron_lite.config.sections.parallel import ParallelConfig
+from megatron_lite.config.sections.parallel import RECOMPUTE_MODULES, ParallelConfig
 from megatron_lite.planner.hardware import Cluster
 from megatron_lite.planner.memory import PlanInputs
 
@@ -24,8 +25,6 @@ _ZeroStage = Literal[0, 1, 2, 3]
 
 MICRO_BATCHES = (1, 2, 4, 8, 16)
 MOST_CHUNKS = 12
-RECOMPUTED = ("core_attn", "mlp", "layernorm")
-"""What --recompute-modules knows."""
 
 DEALING = frozenset((
     "pipeline_schedule", "num_virtual_stages_per_pipeline_rank", "num_layers_per_virtual_pipeline_stage",
@@ -79,10 +78,10 @@ def _split(
     world, start = cluster.world_size, asked.parallel
     even: dict[str, Any] = {} if staged else dict.fromkeys(DEALING)
     own = [(start.pipeline_schedule, start.num_virtual_stages_per_pipeline_rank)]
-    for tp in _divisors(world):
+    for tp in divisors(world):
         if tp > min(cluster.devices_per_node, model.num_attention_heads) and tp != start.tp:
             continue
-        for pp in _divisors(world // (tp * start.cp)):
+        for pp in divisors(world // (tp * start.cp)):
             if pp > model.num_layers + 2:  # an embedding or a loss may count as a layer
                 continue
             for (schedule, chunks), split in product(
@@ -112,7 +111,7 @@ def _schedules(
     dealt = num_layers + sum((
         start.account_for_embedding_in_pipeline_split, start.account_for_loss_in_pipeline_split,
     ))  # fmt: skip
-    for chunks in _divisors(dealt // pp):
+    for chunks in divisors(dealt // pp):
         if 2 <= chunks <= MOST_CHUNKS:
             yield "interleaved", chunks
     yield "zb-h1", None
@@ -167,12 +166,8 @@ def recomputations(layout: ParallelConfig, layers: int, fixed: frozenset[str]) -
         )  # fmt: skip
 
     yield Choices([choice()])
-    for number in range(1, len(RECOMPUTED) + 1):
-        for modules in combinations(RECOMPUTED, number):
+    for number in range(1, len(RECOMPUTE_MODULES) + 1):
+        for modules in combinations(RECOMPUTE_MODULES, number):
             yield Choices([choice("selective", modules=modules)])
     yield Choices([choice("full", "block", count) for count in range(1, layers)], falling=True)
-    yield Choices([choice("full", "uniform", count) for count in _divisors(layers)])
-
-
-def _divisors(number: int) -> list[int]:
-    return [n for n in range(1, number + 1) if number % n == 0]
+    yield Choices([choice("full", "uniform", count) for count in divisors(layers)])

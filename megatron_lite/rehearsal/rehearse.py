@@ -317,8 +317,7 @@ def _without_device(config: RunConfig) -> RunConfig:
         # what a CPU chooses, see kernels/table.py
         precision = dataclasses.replace(precision, attention_backend="unfused")
     parallel = config.parallel
-    if (
-        parallel.engine == "deepspeed"
-    ):  # needs its library and ranks; what it holds is much the same
+    # DeepSpeed's needs its library and ranks; what it holds is much the same
+    if parallel.engine == "deepspeed":
         parallel = dataclasses.replace(parallel, engine="zero")
     return dataclasses.replace(config, precision=precision, parallel=parallel)

@@ -209,6 +209,11 @@ BAD = [
         "--profile-step-end 3 must be above --profile-step-start 10",
     ),
     ("--no-calculate-per-token-loss", 1, "--no-calculate-per-token-loss is not supported"),
+    (
+        "--recompute-granularity selective --recompute-modules mlp moe_act",
+        1,
+        "moe_act: no part of a block",
+    ),
     ("--recompute-method block", 1, "need --recompute-granularity full; it is not given"),
     ("--recompute-activations --recompute-num-layers 1", 1, "full; it is selective"),
     ("--distribute-saved-activations", 1, "--tensor-model-parallel-size above 1 (it is 1)"),

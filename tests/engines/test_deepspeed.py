@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_lite.config.rules.engines import ITS_OPTIMIZERS
 from megatron_lite.config.rules.table import problems
 from megatron_lite.engines.deepspeed.fragments import boxes
+from megatron_lite.engines.deepspeed.written import STATE_NAMES
 from megatron_lite.train.assemble import assemble
 from megatron_lite.train.step import begin_step, evaluation_step, train_step
 from tests.support.axes import BF16, FULL, HOST, PP, TP, ZERO
@@ -214,3 +216,7 @@ def test_what_deepspeed_does_not_run_is_refused_with_the_way_out(changes, said) 
     found = [text for text in problems(tiny_config(**changes, **THEIRS), 2) if said in text]
     assert len(found) == 1 and "drop --engine, or" in found[0]
     assert not [text for text in problems(tiny_config(**changes), 2) if said in text]
+
+
+def test_each_optimizer_that_is_allowed_has_its_states_named() -> None:
+    assert set(STATE_NAMES) == set(ITS_OPTIMIZERS)

@@ -9,7 +9,8 @@ from megatron_lite.config.errors import ConfigError
 from megatron_lite.config.param_groups import optimizers_asked_for
 from megatron_lite.config.sections.run import RunConfig
 
-_ITS_OPTIMIZERS = ("adam", "sgd")
+ITS_OPTIMIZERS = ("adam", "sgd")
+"""Those that DeepSpeed's engine runs; engines/deepspeed/written.py knows their states."""
 
 
 def deepspeed(config: RunConfig, world_size: int) -> Iterator[str]:
@@ -68,8 +69,8 @@ def _update(config: RunConfig) -> Iterator[tuple[bool, str, str]]:
         "use --zero-stage 1",
     )
     asked = optimizers_asked_for(o)
-    strange = [name for name in asked if name not in _ITS_OPTIMIZERS]
-    its = " and ".join(_ITS_OPTIMIZERS)
+    strange = [name for name in asked if name not in ITS_OPTIMIZERS]
+    its = " and ".join(ITS_OPTIMIZERS)
     yield (
         bool(strange),
         f"with --optimizer {', '.join(strange)}: flat partitions are updated by torch's or its own {its}",

@@ -15,6 +15,7 @@ from megatron_lite.config.objectives import OBJECTIVES
 from megatron_lite.config.param_groups import optimizers_asked_for
 from megatron_lite.config.rules.layout import nearest
 from megatron_lite.config.rules.model_identity import CHANGEABLE, named, not_changeable
+from megatron_lite.config.sections.parallel import RECOMPUTE_MODULES
 from megatron_lite.config.sections.run import RunConfig
 
 
@@ -174,6 +175,12 @@ def recompute(config: RunConfig, world_size: int) -> Iterator[str]:
         yield (
             "--recompute-method and --recompute-num-layers need --recompute-granularity full; "
             f"it is {given}"
+        )
+    strange = [name for name in p.recompute_modules if name not in RECOMPUTE_MODULES]
+    if strange or not p.recompute_modules:
+        yield (
+            f"--recompute-modules {' '.join(strange)}: no part of a block; give some of "
+            f"{' '.join(RECOMPUTE_MODULES)}"
         )
     if p.recompute_modules != ["core_attn"] and p.recompute_granularity != "selective":
         yield (

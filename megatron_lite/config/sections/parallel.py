@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+RECOMPUTE_MODULES = ("core_attn", "mlp", "layernorm")
+"""What --recompute-modules knows."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParallelConfig:
